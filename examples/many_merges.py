@@ -21,13 +21,12 @@ def merge_one(job: dict[str, Any]) -> dict[str, Any]:
     """One merge in a worker; the report is written beside the file, last."""
     from iteris_core import merge_loras
     from iteris_core.cli.base import load_base
-    from iteris_core.cli.concept_options import parse_concept, read_concepts
+    from iteris_core.cli.concept_options import parse_concept
     from iteris_core.hosts.diffusers import DiffusersHost
-    from iteris_core.lora_files import ReadOptions
 
     host = DiffusersHost(load_base(job["base"], None))
     options = [parse_concept(text) for text in job["concepts"]]
-    concepts = read_concepts(options, host, ReadOptions())
+    concepts = [option.read(host) for option in options]
     result = merge_loras(
         host,
         concepts,

@@ -15,7 +15,7 @@ def main() -> None:
 
         run()
     except KeyboardInterrupt:
-        _stop("stopped.", 130)
+        _stop("cancelled; nothing was written.", 130)
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
         if not name or name in _OWN:

@@ -10,9 +10,10 @@ from typing import Any, cast
 
 from .concepts import PRESERVE_WEIGHT, Concept, words_in
 from .errors import ConceptError, SettingsError, UsageError, did_you_mean
+from .hosts.learned import embedding_triggers
 from .hosts.protocol import Host
 from .lora import Lora
-from .lora_files import ReadOptions
+from .lora_files import ReadOptions, ReleasedBases
 from .lora_files.blocks import check_layers, weights_by_block
 from .lora_files.experts import joined_experts
 from .lora_files.sidecars import find_phrases
@@ -131,7 +132,10 @@ class ConceptConfig(Concept):
         return self.called(*find_phrases(self.file, metadata))
 
     def read(
-        self, host: Host, reading: ReadOptions | None = None, renames: Sequence[str] = ()
+        self,
+        host: Host | ReleasedBases,
+        reading: ReadOptions | None = None,
+        renames: Sequence[str] = (),
     ) -> Concept:
         """The concept with its LoRA.
 
@@ -141,9 +145,13 @@ class ConceptConfig(Concept):
         if self.file is None:
             return self.concept()
         lora = _joined(host, self.files, self.reading_options(reading or ReadOptions()))
-        again = [str(text) for text in self.reading.get("rename") or ()]
         named = self if self.prompts is not None else self.with_found_words(lora.metadata)
-        return named.concept(rename_embeddings(lora, [*again, *renames]))
+        return self.renamed(named.concept(lora), renames)
+
+    def renamed(self, concept: Concept, renames: Sequence[str]) -> Concept:
+        """``concept`` with its embeddings renamed as the recipe says, and then by ``renames``."""
+        again = [str(text) for text in self.reading.get("rename") or ()]
+        return renamed_in(concept, [*again, *renames])
 
     def reading_options(self, reading: ReadOptions) -> ReadOptions:
         """The options that a recipe recorded, or else ``reading``, with the selected blocks and
@@ -205,8 +213,11 @@ def _part(value: Any, name: str) -> str:
     return text
 
 
+_YAML = {"False": "no", "True": "yes"}
+"""What YAML makes of the words no and yes."""
 _READERS: Mapping[str, Callable[[Any, str], Any]] = {
     **dict.fromkeys(("file", *WORDS, "sha256"), _text),
+    "always_on": lambda value, name: _text(_YAML.get(str(value), value), name),
     **dict.fromkeys(NUMBERS, number),
     **dict.fromkeys(PARTS, _part),
     **dict.fromkeys(("prompts", "subjects"), _texts),
@@ -216,7 +227,7 @@ _READERS: Mapping[str, Callable[[Any, str], Any]] = {
 """Key → the function that checks its value, and raises with its name."""
 
 
-def _joined(host: Host, files: Sequence[Path], reading: ReadOptions) -> Lora:
+def _joined(host: Host | ReleasedBases, files: Sequence[Path], reading: ReadOptions) -> Lora:
     """The LoRA in one file, or in two for a model with two experts: high noise and low noise."""
     high, *others = [host.read_lora(file, reading) for file in files]
     if not others:
@@ -237,10 +248,12 @@ def parse_rename(text: str) -> tuple[str, str, str]:
     return owner, old, new
 
 
-def rename_embeddings(lora: Lora, renames: Sequence[str]) -> Lora:
-    """``renames`` are LORA:NAME=NEW, or NAME=NEW for every LoRA."""
-    if not renames:
-        return lora
+def renamed_in(concept: Concept, renames: Sequence[str]) -> Concept:
+    """``concept`` with the embeddings of its LoRA renamed, and with them the words that call for
+    them; ``renames`` are LORA:NAME=NEW, or NAME=NEW for every LoRA."""
+    lora = concept.lora
+    if not renames or lora is None:
+        return concept
     names = {name: name for name in lora.embeddings}
     for owner, old, new in map(parse_rename, renames):
         if old in names and owner in ("", lora.name):
@@ -248,4 +261,14 @@ def rename_embeddings(lora: Lora, renames: Sequence[str]) -> Lora:
     if len(set(names.values())) < len(names):
         raise UsageError(f"{lora.name}: two embeddings would get the same name: {names}.")
     renamed = {names[name]: parts for name, parts in lora.embeddings.items()}
-    return replace(lora, embeddings=renamed, reading={**lora.reading, "rename": list(renames)})
+    lora = replace(lora, embeddings=renamed, reading={**lora.reading, "rename": list(renames)})
+    words = embedding_triggers(concept)
+    if words.by_trigger:
+        return replace(concept, lora=lora)
+
+    def of(texts: Sequence[str]) -> list[str]:
+        return [words.renamed(text, names) for text in texts]
+
+    prompts = None if concept.prompts is None else of(concept.prompts)
+    trigger, subjects = of([concept.trigger])[0], of(concept.subjects)
+    return replace(concept, lora=lora, prompts=prompts, trigger=trigger, subjects=subjects)

@@ -77,7 +77,7 @@ class MergeConfig:
     @property
     def choices(self) -> dict[str, Any]:
         """Arguments of :func:`.merge.merge_loras` and :func:`.preview.preview_merge` by name."""
-        names = ("method", "preset", "settings", "calibration")
+        names = ("method", "preset", "settings", "calibration", "unmergeable")
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self, name: Callable[[Path], str] = str, *, usual: bool = True) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from textwrap import shorten
 from typing import ClassVar
 
 
@@ -124,7 +125,8 @@ class SolveError(IterisError, code="IT-14"):
     """A site has no usable solution (NaN inputs, a singular system).
 
     Look for a LoRA with broken values, use more prompts (`--samples`), or more ridge (`--set
-    ridge=0.01`). A float16 base may overflow: use `--base-dtype bfloat16`.
+    ridge=0.001`; above that most of a merge is lost). A float16 base may overflow: use
+    `--base-dtype bfloat16`.
     """
 
 
@@ -170,9 +172,9 @@ def remedy_of(kind: type[IterisError]) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """A library's error message on one line, cut to 300 characters; its class name if it is
-    empty."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """A library's error message on one line, at most 300 characters and whole words; its class
+    name if it is empty."""
+    return shorten(str(error), 300, placeholder=" …") or type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -88,7 +88,8 @@ class Lora:
     ``source`` is the file's name without folders, because merged files record it; ``sha256`` is of
     its content. ``base`` is the architecture for which it was read, if known. ``scales`` are the
     factors that the reader folded into ``up`` (missing: 1), so that the file can be written again
-    bit for bit. ``notes`` list whatever the reader changed or left out. ``embeddings`` are
+    bit for bit. ``notes`` list whatever the reader changed or left out, ``left_out`` counts the
+    tensors. ``embeddings`` are
     (vectors, width) by name and text encoder (``clip_l``, ``clip_g``, …). ``reading`` records the
     options with which the file was read. ``vectors`` are changes of biases and normalisations,
     (n,), by parameter name (``unet.conv_in.bias``).
@@ -102,6 +103,7 @@ class Lora:
     base: BaseModel | None = None
     scales: Mapping[str, float] = field(default_factory=dict[str, float])
     notes: Sequence[str] = ()
+    left_out: int = 0
     embeddings: Mapping[str, Mapping[str, Tensor]] = field(
         default_factory=dict[str, Mapping[str, Tensor]]
     )

@@ -24,7 +24,7 @@ from .hosts.learned import EmbeddingTriggers, embedding_triggers
 from .hosts.of_model import host_of
 from .hosts.protocol import Host
 from .lora import Lora, SiteChanges
-from .lora_files import Layout
+from .lora_files import Layout, ReleasedBases
 from .lora_files.experts import write_by_expert
 from .methods import Method, find_method
 from .methods.registry import Merged, settings_over
@@ -43,7 +43,7 @@ from .passes.job import Budget, Job
 from .passes.time_budget import within_time
 from .presets import PresetName
 from .progress import OnProgress
-from .report.provenance import join_embeddings, merge_metadata, notes_of
+from .report.provenance import join_embeddings, lacks_of, merge_metadata, notes_of
 from .report.report import MergeReport, SiteReport
 from .saving import rescued
 from .settings import Settings
@@ -152,14 +152,14 @@ def merge_loras(
     """
     started = time.perf_counter()
     chosen = find_method(method)
+    if chosen.needs_host and host is None:
+        raise SettingsError(f"Method {method!r} runs the base model; pass a host.")
     settings, calibration = settings_over(preset, method, settings, calibration)
     host = None if host is None else host_of(host)
     concepts = _read(host, concepts)
     job, always = begun(host, concepts, calibration, on_progress, memory_budget, runtime)
-    if not chosen.needs_host:
+    if host is None or not chosen.needs_host:
         made = _by_weights(job, chosen, settings)
-    elif host is None:
-        raise SettingsError(f"Method {method!r} runs the base model; pass a host.")
     else:
         with switched_on(host, always):
             made = _by_features(job, always, chosen, settings, unmergeable)
@@ -167,6 +167,7 @@ def merge_loras(
     zero = "left out of the merge: its strength or weight is 0"
     made.noted[:0] = [(concept.name, [zero]) for concept in concepts if not concept.counts]
     seconds = time.perf_counter() - started
+    job.eta.forecast.end()
     return _result(made, always, chosen, settings, calibration, seconds)
 
 
@@ -198,6 +199,10 @@ def begun(
     return job, always_on(counting)
 
 
+Notes = list[tuple[str, list[str]]]
+"""Notes by the name of what they are on, for the report."""
+
+
 @dataclass(frozen=True)
 class _Made:
     """The ``merged`` LoRA of the ``concepts``, and notes on each by name; ``samples`` is the number
@@ -206,33 +211,58 @@ class _Made:
     concepts: Sequence[Concept]
     merged: Merged
     calls: Sequence[EmbeddingTriggers]
-    noted: list[tuple[str, list[str]]]
+    noted: Notes
     samples: int = 0
 
 
 def prepared(
-    job: Job, method: Method, settings: Settings
-) -> tuple[Job, dict[str, str], dict[str, SiteChanges]]:
-    """``job`` with the concepts that its host adds and ``method`` supports, and with the changes of
-    the sites whose features can be collected. Also returns, for every other site, the reason why
-    they cannot, and its changes."""
-    added = job.host.added(job.concepts, job.calibration)
-    taken = [one for one in added if method.sums or not isinstance(one, Composite)]
-    concepts = [*job.concepts, *taken]
-    job = replace(job, concepts=concepts, changes=changes_of(concepts))
+    job: Job,
+    always: Sequence[Concept],
+    method: Method,
+    settings: Settings,
+    unmergeable: Unmergeable,
+) -> tuple[Job, dict[str, SiteChanges], Notes]:
+    """``job`` with as many samples as its time allows, the concepts that its host adds and
+    ``method`` supports, and the changes of the sites whose features can be collected. Also returns
+    the changes of all other sites, and notes; the concepts ``always`` are on already. Raises
+    :class:`SiteError` if there are other sites and ``unmergeable`` is ``"refuse"``, or if there
+    are no others."""
+    concepts, wanted = job.concepts, job.calibration.samples
+    job = _with_added(job, concepts, method)
     check_sites(job.host, job.changes)
     sweeps = method.sweeps(settings)
     if not sweeps:  # a fit to reference rows alone learns nothing from them
         job = replace(job, calibration=replace(job.calibration, conditions=0.0))
     looked = preflight.unmergeable_sites(job, sweep=sweeps > 0)
-    found = dict(looked.refused)
-    kept = {site: some for site, some in job.changes.items() if site not in found}
-    others = {site: job.changes[site] for site in found}
+    found = looked.refused
+    if (found and unmergeable == "refuse") or job.changes.keys() <= found.keys():
+        raise SiteError(preflight.complaint(found, concepts))
     job.eta.rounds = max(sweeps, 1)
-    job = within_time(replace(job, changes=kept, joined=looked.joined), looked.stages)
+    job = within_time(replace(job, joined=looked.joined), looked.stages)
+    if job.calibration.samples < wanted:
+        job = _with_added(job, concepts, method)
+    others = {site: job.changes[site] for site in found}
+    kept = {site: some for site, some in job.changes.items() if site not in found}
     for seen in looked.stages:
-        job.eta.saw(seen, concepts, job.calibration)
-    return job, found, others
+        job.eta.saw(seen, job.concepts, job.calibration)
+    added = job.concepts[len(concepts) :]
+    noted = [(one.name, [_added_note(one, concepts, always)]) for one in added]
+    if job.calibration.samples < wanted:
+        few, minutes = job.calibration.samples, job.calibration.minutes
+        note = f"{few} of {wanted} prompts per concept, for a merge of about {minutes:g} min"
+        noted.append(("samples", [note]))
+    if found:
+        what = "get the mean of the LoRAs" if unmergeable == "mean" else "are LEFT OUT"
+        note = f"{preflight.complaint(found, concepts, refused=False)}; they {what}"
+        noted.append(("sites", [note]))
+    return replace(job, changes=kept), others, noted
+
+
+def _with_added(job: Job, concepts: Sequence[Concept], method: Method) -> Job:
+    """``job`` with ``concepts`` and those that its host adds for its number of samples."""
+    added = job.host.added(concepts, job.calibration)
+    taken = [one for one in added if method.sums or not isinstance(one, Composite)]
+    return replace(job, concepts=[*concepts, *taken], changes=changes_of([*concepts, *taken]))
 
 
 def _by_features(
@@ -242,28 +272,16 @@ def _by_features(
     settings: Settings,
     unmergeable: Unmergeable,
 ) -> _Made:
-    concepts, wanted = job.concepts, job.calibration.samples
-    job, found, others = prepared(job, method, settings)
-    added = job.concepts[len(concepts) :]
-    noted = [(one.name, [_added_note(one, concepts, always)]) for one in added]
-    if job.calibration.samples < wanted:
-        few, minutes = job.calibration.samples, job.calibration.minutes
-        note = f"{few} of {wanted} prompts per concept, for a merge of about {minutes:g} min"
-        noted.append(("samples", [note]))
-    if (found and unmergeable == "refuse") or not job.changes:
-        raise SiteError(preflight.complaint(found, concepts))
+    concepts = job.concepts
+    job, others, noted = prepared(job, always, method, settings, unmergeable)
     calls = [embedding_triggers(concept, job.host.learned) for concept in job.concepts]
     with job.host.activate(calls) as in_force:
         noted += _learned(job.concepts, calls, in_force)
         merged = method.merge(job, settings)
-    if found:
-        mean = unmergeable == "mean"
-        means = means_of(job.concepts, others) if mean else {}
+    if unmergeable == "mean":
+        means = means_of(job.concepts, others)
         solved = {site: Solution(change) for site, change in means.items()}
-        what = "get the mean of the LoRAs" if mean else "are LEFT OUT"
-        note = f"{preflight.complaint(found, concepts, refused=False)}; they {what}"
-        sites = {**merged.sites, **solved}
-        merged = replace(merged, sites=sites, log=merged.log.with_notes([note]))
+        merged = replace(merged, sites={**merged.sites, **solved})
     return _Made(concepts, merged, calls[: len(concepts)], noted, job.calibration.samples)
 
 
@@ -317,6 +335,7 @@ def _result(
         short=list(log.short),
         convergence=list(log.convergence),
         preserved=[concept.name for concept in concepts if concept.lora is None],
+        lacks=lacks_of(every),
     )
     lora = Lora(
         sites,
@@ -328,19 +347,18 @@ def _result(
     return MergeResult(lora, report)
 
 
-def _read(host: Host | None, concepts: Sequence[Any]) -> list[Concept]:
-    """``concepts`` with their LoRAs. Raises :class:`SettingsError` for anything that is not a
-    concept."""
+def _read(host: Host | None, concepts: Any) -> list[Concept]:
+    """``concepts`` with their LoRAs. Raises :class:`SettingsError` for anything but a list of
+    concepts."""
+    if isinstance(concepts, str | Path | Concept):
+        what = "a single Concept" if isinstance(concepts, Concept) else repr(str(concepts))
+        raise SettingsError(f"concepts must be a list, not {what}; put it in brackets: [...].")
     read: list[Concept] = []
     for one in concepts:
         if isinstance(one, str | Path):
             one = ConceptConfig(file=Path(one))
         if isinstance(one, ConceptConfig):
-            if host is None:
-                raise SettingsError(
-                    f"{one.name}: reading a file requires a base model; pass a host."
-                )
-            one = one.read(host)
+            one = one.read(host or ReleasedBases())
         if not isinstance(one, Concept):
             raise SettingsError(
                 f"concepts must be a list of Concept, not of {type(one).__name__}; pass "
@@ -369,9 +387,9 @@ def _added_note(added: Concept, concepts: Sequence[Concept], always: Sequence[Co
 
 def _learned(
     concepts: Sequence[Concept], calls: Sequence[EmbeddingTriggers], in_force: Sequence[Set[str]]
-) -> list[tuple[str, list[str]]]:
+) -> Notes:
     """Notes on each concept's embeddings; warnings are logged as well."""
-    found: list[tuple[str, list[str]]] = []
+    found: Notes = []
     for concept, of_one, names in zip(concepts, calls, in_force, strict=True):
         warnings = of_one.warnings(names)
         found.append((concept.name, [*of_one.notes(names), *warnings]))

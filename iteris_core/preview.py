@@ -2,70 +2,65 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-
 from .concepts import Calibration, Concept
+from .config import Unmergeable
 from .errors import UsageError
 from .hosts.learned import embedding_triggers
 from .hosts.protocol import Host
-from .lora import SiteChanges
 from .merge import Runtime, begun, prepared
-from .methods import Method, find_method
+from .methods import find_method
 from .methods.registry import settings_over
-from .passes import preflight
 from .passes.changes import changes_of, switched_on
-from .passes.job import Job
+from .passes.plan import Planned
 from .presets import PresetName
-from .progress import OnProgress
-from .settings import Settings
+from .progress import OnProgress, duration
 from .solve.choose import POLICY, Policy
-
-
-class _Planned(Exception):
-    """Raised when a stage has its plan, to stop it there."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """``plan`` has one line per part of the model. ``unmergeable`` maps sites to the reason why
-    their features cannot be collected; ``complaint`` summarises this in words. ``denoised`` counts
-    the one-row forwards for denoising samples beforehand."""
+    """``plan`` has one line per part of the model. ``denoised`` counts the one-row forwards for
+    denoising samples beforehand. The whole merge takes about that many ``seconds`` (None: unknown),
+    denoising and polish included. ``notes`` are those that its report will have."""
 
     plan: Sequence[str]
-    unmergeable: Mapping[str, str]
-    complaint: str
-    denoised: int
+    denoised: int = 0
+    seconds: float | None = None
+    notes: Sequence[str] = ()
 
     def lines(self) -> list[str]:
-        """The complaint and the plan as lines of text."""
-        lines = [f"Cannot be merged by features: {self.complaint}."] if self.complaint else []
-        lines += [f"Plan: {line}" for line in self.plan]
+        """The plan and the notes as lines of text."""
+        lines = [f"Plan: {line}" for line in self.plan]
         if self.denoised:
             lines.append(f"Samples are denoised first: {self.denoised} forwards of one row.")
-        return lines
+        if self.seconds is not None:
+            lines.append(f"The whole merge takes about {duration(self.seconds)}.")
+        return [*lines, *self.notes]
 
 
 def preview_merge(
-    host: Host,
+    host: Host | None,
     concepts: Sequence[Concept],
     method: str = "iteris",
     *,
     preset: PresetName = "default",
     settings: Mapping[str, Any] | None = None,
     calibration: Calibration | Mapping[str, Any] | None = None,
+    unmergeable: Unmergeable = "refuse",
     on_progress: OnProgress | None = None,
     memory_budget: int | Literal["free"] | None = "free",
     policy: Policy = POLICY,
 ) -> Preview:
-    """Report which sites a merge of ``concepts`` could not handle, and how it would stay within its
-    memory budget.
+    """The plan of a merge of ``concepts``: its rows, how it stays within its memory budget, and
+    about how long it takes.
 
-    Arguments are those of :func:`.merge.merge_loras`. Nothing is denoised or solved; a row or two
-    run through the model. Raises :class:`IterisError` if the merge could not start.
+    Arguments are those of :func:`.merge.merge_loras`. Nothing is denoised or solved; the text
+    encoders and a few rows of noise run. Raises :class:`IterisError` if the merge would be refused.
     """
     chosen = find_method(method)
     chosen_settings, calibration = settings_over(preset, method, settings, calibration)
@@ -73,51 +68,21 @@ def preview_merge(
     job, always = begun(host, concepts, calibration, on_progress, memory_budget, runtime)
     if not chosen.needs_host:
         changes_of(job.concepts)  # raises if there is nothing to merge
-        return Preview([f"{method} looks at weights only: no rows"], {}, "", 0)
+        return Preview([f"{method} looks at weights only: no rows"])
+    if host is None:
+        raise UsageError(f"Method {method!r} runs the base model; pass a host.")
     with switched_on(host, always):
-        return _preview(job, chosen, chosen_settings)
-
-
-def _preview(job: Job, method: Method, settings: Settings) -> Preview:
-    """The same for a job that has only its concepts so far."""
-    job, found, _ = prepared(job, method, settings)
-    host, calibration, concepts, kept = job.host, job.calibration, job.concepts, job.changes
-    plan: list[str] = []
-    calls = [embedding_triggers(concept, host.learned) for concept in concepts]
-
-    def until_planned(what: str, done: int, total: int, line: str = "") -> None:
-        job.tick(what, done, total, line)
-        if line:
-            plan.append(line)
-            raise _Planned
-
-    with host.activate(calls):
-        for part in _parts(kept):
-            planned = replace(
-                job,
-                changes=part,
-                calibration=replace(calibration, latents="noise"),
-                generator=torch.Generator().manual_seed(calibration.seed),
-                tick=until_planned,
+        job, _, noted = prepared(job, always, chosen, chosen_settings, unmergeable)
+        triggers = [embedding_triggers(concept, host.learned) for concept in job.concepts]
+        try:
+            with host.activate(triggers):
+                chosen.merge(replace(job, only_plans=True), chosen_settings)
+        except Planned as planned:
+            made = [plan for plan in planned.plans if plan.budget < math.inf]
+            return Preview(
+                [str(plan) for plan in made],
+                job.denoised if any(plan.stage.spatial for plan in made) else 0,
+                job.eta.forecast.left(),
+                [f"{name}: {note}" for name, notes in noted for note in notes],
             )
-            try:
-                method.merge(planned, settings)
-            except _Planned:
-                continue
-            raise UsageError(f"{method.name} does not plan its memory.")
-    denoised = job.denoised if any(_denoises(site) for site in kept) else 0
-    complaint = preflight.complaint(found, concepts, refused=False) if found else ""
-    return Preview(plan, found, complaint, denoised)
-
-
-def _parts(changes: Mapping[str, SiteChanges]) -> list[dict[str, SiteChanges]]:
-    """The changes, split by part of the model: a stage is planned before it runs, and the next one
-    can be planned only if it does not depend on that run."""
-    parts: dict[str, dict[str, SiteChanges]] = {}
-    for site, some in changes.items():
-        parts.setdefault(site.partition(".")[0], {})[site] = some
-    return [parts[name] for name in sorted(parts, key=_denoises)]
-
-
-def _denoises(site: str) -> bool:
-    return not site.startswith("text_encoder")
+    raise UsageError(f"{method} does not plan its memory.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 _FIRST = (
     0.005  # seconds per kind of work: until this much is measured, the expectation counts as well
@@ -35,8 +35,8 @@ class Progress:
 
     @property
     def time_left(self) -> str:
-        """For example "about 3 min left"; empty until there is an estimate."""
-        return "" if self.left is None else f"about {duration(self.left)} left"
+        """For example "about 3 min left"; empty until there is an estimate, and at the end."""
+        return f"about {duration(self.left)} left" if self.left else ""
 
 
 OnProgress = Callable[[Progress], None]
@@ -82,6 +82,7 @@ class Forecast:
         self._began = self._mark = clock()
         self._kinds: dict[Hashable, _Kind] = {}
         self._phase, self._phase_began, self._share = "", 0.0, 0.0
+        self._last: Progress | None = None
 
     def expect(
         self,
@@ -128,8 +129,15 @@ class Forecast:
         seconds, left = now - self._began, self.left()
         if left is not None and seconds + left > 0:
             self._share = max(self._share, min(seconds / (seconds + left), 1.0))
+        self._last = Progress(what, done, total, seconds, left, self._share, plan)
         if self._on_progress is not None:
-            self._on_progress(Progress(what, done, total, seconds, left, self._share, plan))
+            self._on_progress(self._last)
+
+    def end(self) -> None:
+        """Report the last step again, with nothing left."""
+        if self._on_progress is not None and self._last is not None:
+            seconds = self.clock() - self._began
+            self._on_progress(replace(self._last, seconds=seconds, left=0.0, share=1.0, plan=""))
 
     def left(self) -> float | None:
         """Seconds; None if some of the work is unknown, or nothing is expected."""

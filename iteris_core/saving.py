@@ -32,19 +32,20 @@ def together() -> Generator[Callable[[Path], Path]]:
 @contextmanager
 def atomically(path: Path, undo: ExitStack | None = None) -> Generator[Path]:
     """Yield a path at which to write the file or folder ``path``: it lies in a temporary folder
-    beside it, and is renamed at the end.
+    beside it, and is renamed at the end. A link stays one; what it points to is replaced.
 
     If the disk is full, or anything else is raised, nothing is left behind and an existing file
     stays. Operating system errors, including safetensors', become :class:`SaveError`. An error that
     closes ``undo`` later also brings the existing file back.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
+        target = path.resolve()
+        with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=target.parent) as folder:
             unfinished = Path(folder, path.name)
             yield unfinished
             if undo is not None:
-                _undone(path, undo)
-            unfinished.replace(path)
+                _undone(target, undo)
+            unfinished.replace(target)
     except IterisError:
         raise
     except Exception as error:
@@ -89,15 +90,25 @@ def rescued(write: Callable[[Path], Sequence[Path]], name: str, error: IterisErr
 
 
 def check_new(path: Path, *, overwrite: bool) -> None:
-    """Raise :class:`OutputError` if ``path`` exists, unless ``overwrite``, or if its folder does
-    not."""
+    """Raise :class:`OutputError` if ``path`` exists, unless ``overwrite``, or as
+    :func:`check_place` does."""
     if path.exists() and not overwrite:
         raise OutputError(
-            f"{path} exists already; choose another name, or overwrite it (--overwrite, "
-            "overwrite=True)."
+            f"{path} exists already; choose another name, or overwrite it (option overwrite)."
         )
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """Raise :class:`OutputError` if the folder of ``path`` does not exist, and :class:`SaveError`
+    if no file can be written there."""
     if not path.parent.is_dir():
         raise OutputError(f"The folder {path.parent} does not exist; create it first.")
+    try:
+        with tempfile.TemporaryFile(dir=path.resolve().parent) as probe:
+            probe.write(b" ")
+    except OSError as error:
+        raise SaveError(_sentence(path, error, error.errno or 0)) from error
 
 
 def _code_of(error: Exception) -> int | None:

@@ -97,7 +97,6 @@ def merge_on(
             on_progress=progress,
             memory_budget=memory_budget,
             runtime=Runtime(policy=policy),
-            unmergeable=config.unmergeable,
         )
     _log.info("IterIS: merged with %s on %d rows", config.method, result.report.rows)
     return result

@@ -23,6 +23,7 @@ from .init import init
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
+from .options import is_setting
 from .resize import resize
 from .score import score
 
@@ -34,6 +35,8 @@ for command in (
 ):
     app.command(cls=Command, context_settings=_HELP)(command)
 
+_CANCELLED = 130
+"""The exit status after Ctrl-C, which typer returns."""
 _TyperError: Any = typer.BadParameter.__base__
 """Base of typer's errors for unknown or missing options and wrong values."""
 
@@ -56,16 +59,28 @@ def program(
         typer.echo(context.get_help())
 
 
+class _Warnings(logging.Handler):
+    """Shows modules' warnings like the program's own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(escape(self.format(record)), style="yellow", highlight=False)
+
+
 def main() -> None:
     """Run the command line; a mistake that the user can fix gives one line and exit status 2."""
-    logging.basicConfig(level=logging.WARNING)
+    console.quiet = False
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Warnings()])
     try:
-        sys.exit(app(standalone_mode=False))
+        status = app(standalone_mode=False)
+        if status == _CANCELLED:
+            keeps = sys.argv[1:2] in (["compare"], ["demo"])
+            _stop(f"cancelled{'' if keeps else '; nothing was written'}.", status=_CANCELLED)
+        sys.exit(status)
     except IterisError as error:
         _stop(str(error), error.code)
     except _TyperError as error:
         where = error.ctx.command_path if error.ctx is not None else "iteris"
-        message = error.format_message()
+        message = _of_a_setting(error) or error.format_message()
         end = "" if message.endswith((".", "?")) else "."
         _stop(f"{message}{end} All options: {where} -h", UsageError.code)
     except typer.Abort:
@@ -76,8 +91,18 @@ def main() -> None:
         _stop(f"{error.filename}: {error.strerror}.")
 
 
-def _stop(what: str, code: str = "") -> NoReturn:
+def _of_a_setting(error: Any) -> str:
+    """The advice for a setting that was given as an option; empty for any other mistake."""
+    name = getattr(error, "option_name", "").removeprefix("--").replace("-", "_")
+    options = [] if error.ctx is None else error.ctx.command.params
+    if not is_setting(name) or not any("--set" in one.opts for one in options):
+        return ""
+    return f"{name} is a setting of the method: --set {name}=VALUE"
+
+
+def _stop(what: str, code: str = "", status: int = 2) -> NoReturn:
     """Exit with ``what`` on one line; ``iteris explain CODE`` has the details."""
     what = f"{what} [{code}]" if code else what
+    console.quiet = False
     console.print(f"[bold red]iteris:[/] {escape(what)}", highlight=False, soft_wrap=True)
-    sys.exit(2)
+    sys.exit(status)

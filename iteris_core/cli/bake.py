@@ -18,7 +18,7 @@ from ..lora_files import DTYPES, ReadOptions, check_target, read_lora_file
 from ..lora_files.peft_folder import check_folder
 from ..passes.changes import changes_always
 from ..progress import Progress
-from .base import check_base, known_base
+from .base import check_base, known_base, located
 from .checks import check_concepts
 from .common import option, progress_bars
 from .sizing import Energy, Overwrite, Partial
@@ -50,7 +50,7 @@ def bake(
     quiet: Annotated[bool, option("Show only warnings and errors", "--quiet", "-q")] = False,
 ) -> None:
     """Add LoRAs to a model's weights; names in its files stay the same."""
-    source = Path(base)
+    source = Path(located(base))
     configs = [_parsed(text) for text in lora]
     _check(source, base, output, configs, dtype, overwrite=overwrite)
     options = ReadOptions(allow_partial, energy)
@@ -107,5 +107,9 @@ def _check(
         check_target(output, None, "float16", overwrite)
         return
     check_folder(output)
+    if output.suffix == ".safetensors":
+        raise OutputError(
+            f"{base} is a folder, and so is the result; give {output.with_suffix('')} as its name."
+        )
     if dtype == "fp8":
         raise OutputError("A diffusers folder cannot hold fp8 with scales; bake a single file.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,28 @@ import torch
 
 from ..activations.meter import is_out_of_memory
 from ..architectures import architecture_of_file
-from ..errors import BaseError, DeviceError, IterisError, LoraFileError, OutOfMemory, brief
+from ..errors import BaseError, DeviceError, IterisError, OutOfMemory, brief
 from ..lora import Lora
-from ..lora_files import BaseModel, ReadOptions, is_lora, read_header, read_lora_file, released_base
+from ..lora_files import BaseModel, ReadOptions, ReleasedBases, is_lora, read_header, released_base
 
 INDEXES = ("model_index.json", "modular_model_index.json")
 """A diffusers pipeline folder has one of these files; a modular pipeline has the second."""
+BUNDLED = {"toybox": "weights/base"}
+"""Bases that ship with the project: name of their package → folder in it. In place of a path, such
+a name always means the bundled base."""
+
+
+def located(base: str) -> str:
+    """``base``, or the folder of the bundled base of that name."""
+    found = importlib.util.find_spec(base) if base in BUNDLED else None
+    folders = found.submodule_search_locations if found is not None else None
+    return str(Path(folders[0], BUNDLED[base])) if folders else base
+
+
+def named_base(metadata: Mapping[str, str]) -> str:
+    """The bundled base that a file's ``metadata`` name; empty if it is for another one."""
+    name = metadata.get("ss_sd_model_name", "")
+    return name if name in BUNDLED else ""
 
 
 def device_of(device: str | None = None) -> str:
@@ -45,6 +63,7 @@ def device_of(device: str | None = None) -> str:
 
 def check_base(base: str) -> None:
     """Raise :class:`IterisError` for a local path that cannot be a diffusers base."""
+    base = located(base)
     path = Path(base)
     if path.is_dir() and not any((path / name).is_file() for name in INDEXES):
         raise BaseError(
@@ -59,8 +78,8 @@ def check_base(base: str) -> None:
         )
     if path.is_file() and is_lora(read_header(path)[0]):
         raise BaseError(
-            f"The base {base!r} is a LoRA, not a model. BASE is the model on which LoRAs are "
-            "merged; pass this file with --concept."
+            f"The base {base!r} is a LoRA, not a model; give the model for which it was made. "
+            "LoRAs are given by --concept to merge and compare, and by --lora to bake."
         )
     if not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         raise BaseError(
@@ -72,8 +91,9 @@ def check_base(base: str) -> None:
 def load_base(
     base: str, device: str | None, dtype: str | None = None, offload: str | None = None
 ) -> Any:
-    """The pipeline from a folder, a hub name or a single file. For a single file, its contents
-    decide the class, and diffusers fetches the released model's configuration from the hub."""
+    """The pipeline from a folder, a hub name, a single file or the name of a bundled base. For a
+    single file, its contents decide the class, and diffusers fetches the released model's
+    configuration from the hub."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
         StableDiffusionPipeline,
     )
@@ -86,7 +106,7 @@ def load_base(
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-    device = device_of(device)
+    device, base = device_of(device), located(base)
     check_base(base)
     with loading(base, "pipeline of diffusers, a .safetensors checkpoint"):
         if base.endswith(".safetensors"):
@@ -138,22 +158,21 @@ def known_base(path: Path) -> BaseModel:
 
 def lora_reader(base: str | None) -> Callable[[Path, ReadOptions], Lora]:
     """A function that reads LoRA files for the ``base``; without a base, each file is read for the
-    released model for which it was made."""
-    if base is not None:
+    bundled base that it names, or the released model for which it was made."""
+
+    @functools.cache
+    def reader_for(base: str) -> Callable[[Path, ReadOptions], Lora]:
         check_base(base)
         from ..hosts.diffusers import DiffusersHost
 
         return DiffusersHost(load_base(base, "cpu")).read_lora
 
+    if base is not None:
+        return reader_for(base)
+
     def read(path: Path, options: ReadOptions) -> Lora:
-        known = known_base(path)
-        try:
-            return read_lora_file(path, known, options=options)
-        except LoraFileError as error:
-            raise LoraFileError(
-                f"{error} If it is a DoRA, or its base differs in shape from the released models, "
-                "pass --base BASE."
-            ) from error
+        named = named_base(read_header(path)[1])
+        return (reader_for(named) if named else ReleasedBases.read_lora)(path, options)
 
     return read
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..concept_config import ConceptConfig
-from ..errors import ConceptError, LoraFileError, OutputError
-from ..lora_files import is_lora, read_header
+from ..concept_config import ConceptConfig, parse_rename
+from ..concepts import Concept
+from ..errors import ConceptError, LoraFileError, OutputError, UsageError
+from ..lora import Lora
+from ..lora_files import is_lora, read_header, read_tensors
+from ..lora_files.blocks import weights_by_block
+from ..lora_files.embeddings import split_embeddings
+from ..lora_files.rebuild import check_whole
 from ..report.provenance import shared_triggers
 from ..saving import check_new
 
@@ -17,13 +23,26 @@ _FEW = 8
 _PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 
-def check_concepts(concepts: Sequence[ConceptConfig], *, run_base: bool) -> None:
-    """Raise :class:`IterisError` for a missing file or one that is not a LoRA. If the method will
-    ``run_base``, also for a concept without trigger words or prompts."""
+def check_concepts(
+    concepts: Sequence[ConceptConfig], *, run_base: bool, renames: Sequence[str] = ()
+) -> list[Concept]:
+    """Raise :class:`IterisError` for a missing file, one that is not a LoRA or a broken one. If the
+    method will ``run_base``, also for a concept without trigger words or prompts.
+
+    Returns the concepts that have a file, with what needs no base of their LoRAs: metadata and
+    embeddings, renamed by ``renames``.
+    """
     if concepts and not any(option.counts for option in concepts):
         raise ConceptError("There is nothing to merge: every concept has strength or weight 0.")
+    read: list[Concept] = []
     for option in concepts:
-        metadata = [_check_lora(file) for file in option.files]
+        loras = [_checked_lora(file) for file in option.files]
+        read += [option.renamed(option.concept(lora), renames) for lora in loras[:1]]
+        if option.blocks and not any(weights_by_block(option.blocks).values()):
+            raise ConceptError(
+                f"{option.name}: blocks={option.blocks!r} leaves nothing of it; leave it out, or "
+                "give a block another weight."
+            )
         if option.samples is not None:
             raise ConceptError(f"{option.name}: samples are for transformers models; give prompts.")
         if option.prompts is not None and not option.prompts:
@@ -32,18 +51,29 @@ def check_concepts(concepts: Sequence[ConceptConfig], *, run_base: bool) -> None
             continue
         if option.always_on != "no":
             continue
-        if not option.with_found_words(metadata[0]).phrases:
+        if not option.with_found_words(loras[0].metadata).phrases:
             raise ConceptError(
                 f"{option.file} has no trigger word, neither in its metadata nor in a note beside "
                 f"it. Give one ({option.file}:TRIGGER:CLASS). A style, slider or detailer that "
                 "acts on every prompt has none: add ,always_on=include. ,prompts=FILE is for a "
                 "LoRA that certain prompts invoke; on others the merge keeps only a part of it."
             )
+    for text in renames:
+        owner, _, new = parse_rename(text)
+        loras = [concept.lora for concept in read if concept.lora is not None]
+        if not any(new in lora.embeddings and owner in ("", lora.name) for lora in loras):
+            brought = [f"{lora.name}:{name}" for lora in loras for name in lora.embeddings]
+            raise UsageError(
+                f"--rename {text!r} matches no embedding of these LoRAs, which have "
+                f"{', '.join(brought) or 'none'}."
+            )
+    return read
 
 
-def _check_lora(file: Path) -> dict[str, str]:
-    """The metadata of a LoRA file. Raises :class:`LoraFileError` for any other kind of file."""
-    shapes, metadata = read_header(file)
+def _checked_lora(file: Path) -> Lora:
+    """The metadata and embeddings of a LoRA file. Raises :class:`LoraFileError` for any other kind
+    of file, for NaN and for missing parts."""
+    shapes, _ = read_header(file)
     if not shapes:
         raise LoraFileError(f"{file} contains no tensors; it is not a LoRA file.")
     if not is_lora(shapes):
@@ -52,7 +82,10 @@ def _check_lora(file: Path) -> dict[str, str]:
             f"{file} is {what}, not a LoRA: its first tensor is {min(shapes)}. Give the LoRA's own "
             "file."
         )
-    return metadata
+    tensors, metadata = read_tensors(file)
+    embeddings, tensors, _ = split_embeddings(file, tensors, metadata)
+    check_whole(file, tensors)
+    return Lora({}, file.stem, metadata, embeddings=embeddings)
 
 
 def check_apart(outputs: Sequence[Path], concepts: Sequence[ConceptConfig]) -> None:
@@ -67,15 +100,26 @@ def check_apart(outputs: Sequence[Path], concepts: Sequence[ConceptConfig]) -> N
                     )
 
 
-def check_plot(path: Path | None) -> None:
+def check_plot(path: Path | None, *, overwrite: bool) -> None:
     """Raise :class:`IterisError` if a plot could not be drawn or written."""
     if path is None:
         return
     if path.suffix.lower() not in _PLOTS:
         raise OutputError(f"--plot {path}: the name must end in one of {', '.join(_PLOTS)}.")
-    check_new(path, overwrite=True)
+    check_new(path, overwrite=overwrite)
     if importlib.util.find_spec("matplotlib") is None:
         raise OutputError("--plot needs matplotlib: pip install matplotlib")
+
+
+def room_warnings(output: Path, concepts: Sequence[ConceptConfig]) -> Iterator[str]:
+    """A sentence if the disk has less room than the LoRAs take; a merge is about as large."""
+    size = sum(file.stat().st_size for option in concepts for file in option.files)
+    free = shutil.disk_usage(output.resolve().parent).free
+    if free < size:
+        yield (
+            f"{output} may not fit: its disk has {free / 1e6:.1f} MB free, and the LoRAs take "
+            f"{size / 1e6:.1f} MB. A lower rank makes it smaller."
+        )
 
 
 def warnings_of(concepts: Sequence[ConceptConfig]) -> Iterator[str]:
@@ -88,7 +132,7 @@ def warnings_of(concepts: Sequence[ConceptConfig]) -> Iterator[str]:
     for option, shared in zip(counting, shared_triggers(counting), strict=True):
         yield from (f"{option.name}: {note}." for note in shared)
         trigger = " ".join(option.trigger.lower().split())
-        prompts = option.prompts or []
+        prompts = () if option.preserves else option.prompts or ()
         if trigger and prompts and not any(trigger in prompt.lower() for prompt in prompts):
             yield (
                 f"None of the {len(prompts)} prompts of {option.name} contains its trigger "

@@ -94,7 +94,8 @@ def progress_bars(*, visible: bool = True) -> Generator[OnProgress]:
             if not progress.total:
                 if what not in tasks:
                     tasks[what] = None
-                    bars.console.print(what, style="dim", highlight=False)
+                    if visible:
+                        bars.console.print(what, style="dim", highlight=False)
                 return
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=progress.total, count="", left="")
@@ -131,8 +132,9 @@ def processes(device: str | None) -> Generator[tuple[Processes, str]]:
         state.destroy_process_group()
 
 
-Load = Callable[[str], tuple[Host, Sequence[Concept]]]
-"""The base on a device, and the concepts with their LoRAs."""
+Loaded = tuple[Host | None, Sequence[Concept]]
+Load = Callable[[str], Loaded]
+"""The base on a device (None: not needed), and the concepts with their LoRAs."""
 
 
 def run_merge(
@@ -153,13 +155,18 @@ def run_merge(
 def foresee(
     device: str | None, load: Load, options: Mapping[str, Any], *, quiet: bool = False
 ) -> Preview:
-    """Preview this merge; nothing is merged."""
-    with progress_bars(visible=not quiet) as on_progress:
+    """Preview this merge; nothing is merged. The caller prints the plan."""
+    with progress_bars(visible=not quiet) as show:
+
+        def on_progress(progress: Progress) -> None:
+            if not progress.plan:
+                show(progress)
+
         loaded = _loaded(load, device_of(device), on_progress)
         return preview_merge(*loaded, on_progress=on_progress, **options)
 
 
-def _loaded(load: Load, device: str, on_progress: OnProgress) -> tuple[Host, Sequence[Concept]]:
+def _loaded(load: Load, device: str, on_progress: OnProgress) -> Loaded:
     on_progress(Progress("loading the base", 0, 1))
     base_and_concepts = load(device)
     on_progress(Progress("loading the base", 1, 1))

@@ -15,11 +15,18 @@ from rich.markup import escape
 from ..concept_config import ConceptConfig
 from ..concepts import Calibration
 from ..errors import UsageError
-from ..lora_files import ReadOptions
 from ..methods import find_method
 from ..methods.registry import settings_over
 from ..presets import PresetName
-from ..score.compare import ALONE, BASE, CompareConfig, Comparison, compare_methods, compositions
+from ..score.compare import (
+    ALONE,
+    BASE,
+    CompareConfig,
+    Comparison,
+    compare_methods,
+    compositions,
+    own_references,
+)
 from ..score.drawing import Drawing, find_scheduler
 from ..score.judged import PROMPT_LISTS, fill_prompts
 from ..score.results import check_results_folder, mean_rows, write_results
@@ -37,7 +44,7 @@ from .common import (
     console,
     progress_bars,
 )
-from .concept_options import parse_concept, read_concepts
+from .concept_options import parse_concept
 from .options import (
     CONCEPT_HELP,
     PRESET_HELP,
@@ -60,7 +67,9 @@ class CompareOptions:
     base: Annotated[str, typer.Argument(help="A diffusers pipeline, as for merge")]
     output: Path = given_by("A folder for the results", "--output", "-o", default=MISSING)
     concept: list[str] = given_by(CONCEPT_HELP, default=MISSING)
-    refs: list[Path] = given_by("A folder of reference images for each --concept", default=MISSING)
+    refs: list[Path] | None = given_by(
+        "A folder of reference images for each --concept; default: images by each LoRA alone"
+    )
     methods: str = given_by(
         "Comma-separated names. base: no LoRA. alone: each LoRA by itself; the other rows then "
         "show their share of it",
@@ -125,7 +134,9 @@ def compare(context: typer.Context, options: CompareOptions) -> None:
             options.base, device, dtype=options.base_dtype, offload=options.offload
         )
         host = DiffusersHost(pipeline)
-        concepts = read_concepts(listed, host, ReadOptions())
+        concepts = [one.read(host) for one in listed]
+        if options.refs is None:
+            references = own_references(pipeline, host, concepts, config.drawing, on_progress)
         scorer = ClipScorer.load(options.clip, options.clip_weights, device=device)
         other = DinoScorer.load(options.dino, device=device) if options.dino else None
 
@@ -173,19 +184,19 @@ def _checked(options: CompareOptions) -> tuple[CompareConfig, list[ConceptConfig
         settings_over(preset, name, settings[name], calibration)
     concepts = [parse_concept(text) for text in options.concept]
     compared = [concept for concept in concepts if concept.always_on == "no"]
-    if len(options.refs) != len(compared):
+    if options.refs is not None and len(options.refs) != len(compared):
         raise UsageError(
-            "Give --refs once for each --concept, in the same order: there are "
+            "Give --refs once for each --concept, in the same order, or not at all: there are "
             f"{len(options.refs)} for {len(compared)}."
         )
     check_concepts(concepts, run_base=True)
     for line in warnings_of(concepts):
         console.print(escape(line), style="yellow", highlight=False)
     check_results_folder(options.output, overwrite=options.overwrite)
-    references = [open_images(folder)[1] for folder in options.refs]
+    references = [open_images(folder)[1] for folder in options.refs or []]
     templates = PROMPT_LISTS.get(options.prompts) or read_lines(Path(options.prompts))
     fill_prompts(templates, [replace(one, trigger=one.trigger or "x") for one in compared])
-    compositions(concepts, references, options.together)
+    compositions(concepts, references or compared, options.together)
     if options.scheduler is not None:
         find_scheduler(options.scheduler)
     check_base(options.base)

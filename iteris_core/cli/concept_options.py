@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from ..concept_config import KEYS, WORDS, ConceptConfig, parse_rename
-from ..concepts import Concept
-from ..errors import ConceptError, RecipeError, UsageError, did_you_mean
-from ..hosts.protocol import Host
-from ..lora_files import ReadOptions
+from ..concept_config import KEYS, WORDS, ConceptConfig
+from ..errors import ConceptError, LoraFileError, RecipeError, did_you_mean
 from ..lora_files.tensors import file_digest
 from .options import read_prompts
 
@@ -76,7 +74,7 @@ def _short(text: str, alone: bool) -> dict[str, Any]:
         f"--concept {text!r} is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or "
         "FILE:TRIGGER:CLASS:STRENGTH/TEXT (the strength of the text encoders), such as "
         "cat.safetensors:sks:cat:0.8/0.5, optionally followed by ,weight=2 or ,prompts=cat.txt; "
-        "or FILE alone, if its metadata contain a trigger."
+        "or FILE,trigger=sks without a class, or FILE alone, if its metadata contain a trigger."
     )
 
 
@@ -114,7 +112,8 @@ def found_in(folders: Sequence[Path], concept: ConceptConfig) -> ConceptConfig:
 def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
     """The file in one of ``folders``, by its recorded path or file name; its content must be the
     same."""
-    names = dict.fromkeys((name, PureWindowsPath(name).name))  # either kind of slash
+    whole = os.path.expanduser(name)
+    names = dict.fromkeys((whole, PureWindowsPath(name).name))  # either kind of slash
     candidates = [folder / part for folder in folders for part in names]
     present = [path for path in candidates if path.exists()]
     for path in present:
@@ -122,25 +121,6 @@ def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
             return path
     if present:
         raise RecipeError(f"{present[0]} is not the file that was merged: its SHA-256 differs.")
-    places = ", ".join(str(folder) for folder in dict.fromkeys(folders))
-    raise RecipeError(
-        f"{name} is not in any of the folders {places}; pass its folder with --loras."
-    )
-
-
-def read_concepts(
-    options: Sequence[ConceptConfig], host: Host, reading: ReadOptions, renames: Sequence[str] = ()
-) -> list[Concept]:
-    """The concepts with their LoRAs, from :meth:`ConceptConfig.read`; each of ``renames`` must
-    match an embedding."""
-    concepts = [option.read(host, reading, renames) for option in options]
-    loras = [concept.lora for concept in concepts if concept.lora is not None]
-    for text in renames:
-        owner, _, new = parse_rename(text)
-        if not any(new in lora.embeddings and owner in ("", lora.name) for lora in loras):
-            brought = [f"{lora.name}:{name}" for lora in loras for name in lora.embeddings]
-            raise UsageError(
-                f"--rename {text!r} matches no embedding of these LoRAs, which have "
-                f"{', '.join(brought) or 'none'}."
-            )
-    return concepts
+    places = ", ".join(str(folder) for folder in dict.fromkeys(folders[:3]))  # not subfolders
+    kind = RecipeError if digest else LoraFileError  # only a recipe has a digest
+    raise kind(f"{name} is not in any of the folders {places}; pass its folder with --loras.")

@@ -51,11 +51,12 @@ def convert(
     check_apart([output], [config])
     options = ReadOptions(allow_partial, energy, vectors=layout in ("kohya", "comfyui"))
     lora = _read(file, base, options)
-    # The most common float type in the file, if it is one that can be written
-    own = (name for name in dtypes_of(read_tensors(file)[0]) if name in DTYPES)
-    written = dtype or next(own, "float16")
+    own = next(iter(dtypes_of(read_tensors(file)[0])), "float16")  # the most common one
+    written = dtype or (own if own in DTYPES else "float16")
     path = convert_lora(lora, output, layout, dtype=written, overwrite=overwrite)
     notes, error = list(lora.notes), None
+    if own.startswith("float8"):
+        notes.append(f"{own} becomes {written}: few tools load a LoRA in float8")
     if layout != "peft" and lora.base is not None:
         back = read_lora_file(path, lora.base, options=ReadOptions(vectors=True))
         error = largest_error(lora, back)

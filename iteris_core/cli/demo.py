@@ -13,7 +13,9 @@ from .common import option, progress_bars
 
 
 def demo(
-    output: Annotated[Path, option("Folder for images and scores")] = Path("build/demo"),
+    output: Annotated[Path, option("Folder for images and scores", "--output", "-o")] = Path(
+        "build/demo"
+    ),
 ) -> None:
     """Merge two and four concepts of the bundled toybox, draw and score them."""
     try:

@@ -15,7 +15,7 @@ from ..concept_config import ConceptConfig
 from ..errors import InputFileError, LoraFileError
 from ..lora_files import is_lora, read_header
 from ..lora_files.metadata import parse_object
-from .base import INDEXES
+from .base import BUNDLED, INDEXES, named_base
 
 UNKNOWN = "an unknown base model"
 
@@ -34,8 +34,9 @@ _SOURCES = {
 
 @dataclass(frozen=True)
 class FoundLora:
-    """``family`` is the title of the base model's architecture, or :data:`UNKNOWN`; ``source``
-    describes briefly where the trigger words come from; ``folder`` is the one that was searched."""
+    """``family`` is the title of the base model's architecture, the name of a bundled base, or
+    :data:`UNKNOWN`; ``source`` describes briefly where the trigger words come from; ``folder`` is
+    the one that was searched."""
 
     option: ConceptConfig
     family: str
@@ -92,7 +93,7 @@ def _look_at(file: Path, folder: Path) -> FoundLora:
     if "method" in parse_object(metadata.get("iteris")):
         raise LoraFileError("a merge that iteris wrote")
     try:
-        family = architecture_of_file(shapes, metadata).title
+        family = named_base(metadata) or architecture_of_file(shapes, metadata).title
     except LoraFileError:
         family = said_base(metadata) or UNKNOWN
     option = ConceptConfig(file=file).with_found_words(metadata)
@@ -119,8 +120,10 @@ def _pairs(loras: Sequence[FoundLora]) -> list[FoundLora]:
 
 
 def base_near(folder: Path, family: str) -> tuple[str, str]:
-    """The base for LoRAs of ``family``, and how it was found: a diffusers pipeline in ``folder`` or
-    beside it, or the released model; empty if neither is clear."""
+    """The base for LoRAs of ``family``, and how it was found: the bundled base that they name, a
+    diffusers pipeline in ``folder`` or beside it, or the released model; empty if none is clear."""
+    if family in BUNDLED:
+        return family, "named in the files; it ships with iteris"
     near = [folder, folder.absolute().parent]
     indexes = [path for place in near for name in INDEXES for path in place.glob(f"*/{name}")]
     pipelines = sorted({path.parent for path in indexes})

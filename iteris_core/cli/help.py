@@ -44,10 +44,12 @@ CONCEPT = (
     ("FILE:TRIGGER:CLASS", 'cat.safetensors:sks:cat, in prompts "sks cat"'),
     ("FILE:TRIGGER:CLASS:0.8", "at strength 0.8; 0.8/0.5: model and text encoders"),
     ("HIGH+LOW:TRIGGER:CLASS", "two files, for a base with two experts"),
-    ("FOLDER:SAMPLES", "a peft adapter, for a transformers model; append :0.8 for its strength"),
+    ("FOLDER:SAMPLES", "a peft adapter for a transformers model; or with :0.8"),
     (",weight=2", "how much it counts in the merge (1)"),
-    (",prompts=FILE", "its own prompts, one per line, instead of templates"),
+    (",prompts=FILE", "its own prompts, one per line, not templates"),
     (",kind=style", "templates for a style; also tags, video (subject)"),
+    (",always_on=include", "a speed LoRA: on in every merge, and in the file"),
+    (",blocks= ,layers=*attn2*", "a part of it: block weights, or names of layers"),
     (",trigger= ,class= ,strength= ,text_strength= ,samples=", "the same by name"),
 )
 """The forms of ``--concept``, and the keys that may follow."""

@@ -18,6 +18,7 @@ from ..saving import atomically
 from .base import lora_reader
 from .checks import check_plot
 from .common import option, print_table
+from .sizing import Overwrite
 
 _HEADINGS = ("pair", "block", "row spaces", "column spaces", "conflict")
 _BLOCK_HEADINGS = ("block", "layers", "norm", "share of energy")
@@ -37,15 +38,17 @@ def inspect(
     plot: Annotated[
         Path | None, option("Write a PNG of each block's content and the interference")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Show what LoRA files contain, and where two of them will interfere."""
-    check_plot(plot)
+    check_plot(plot, overwrite=overwrite)
     options = ReadOptions(allow_partial=True, of_weight=False, vectors=True)
     read = lora_reader(base)
     tensors = [read_tensors(path)[0] for path in files]
     loras = [read(path, options) for path in files]
     facts = [describe(*pair) for pair in zip(loras, tensors, strict=True)]
-    pairs = [interference(one, two) for one, two in combinations(loras, 2)]
+    both = combinations(zip(loras, facts, strict=True), 2)
+    pairs = [interference(a, b) for (a, of_a), (b, of_b) in both if of_a.base == of_b.base]
     if plot is not None:
         from ..report.plots import plot_loras
 
@@ -65,6 +68,12 @@ def inspect(
     for pair in pairs:
         if pair.spikes:
             typer.echo(spike_note(pair.spikes, pair.first, pair.second))
+    for one, two in combinations(facts, 2):
+        if one.base != two.base:
+            typer.echo(
+                f"{one.name} is a LoRA for {one.base}, {two.name} for {two.base}: they have no "
+                "layer in common and cannot be merged."
+            )
 
 
 def _fact_rows(facts: LoraFacts) -> list[tuple[str, str]]:
@@ -90,7 +99,10 @@ def _counts(counts: Mapping[Any, int]) -> str:
 
 def _pair_rows(pairs: Sequence[Interference]) -> Iterator[Sequence[str]]:
     for pair in pairs:
-        name = f"{pair.first} / {pair.second}: {pair.shared} shared sites"
+        name = f"{pair.first} / {pair.second}: {pair.shared or 'no'} shared sites"
+        if not pair.shared:
+            yield name, "", "", "", ""
+            continue
         for block, figures in pair.rated.items():
             yield name, block, *(f"{figure:.3f}" for figure in figures)
             name = ""

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import typer
 from rich.markup import escape
 
-from ..concept_config import parse_rename
 from ..concepts import Concept
 from ..config import MergeConfig
 from ..errors import UsageError
 from ..hosts.protocol import Host
-from ..lora_files import DTYPES, Layout, ReadOptions, check_target
+from ..lora_files import DTYPES, Layout, ReadOptions, ReleasedBases, check_target
 from ..lora_files.experts import expert_files
 from ..lora_files.peft_folder import check_folder, write_adapter
 from ..merge import MergeResult
@@ -26,9 +25,8 @@ from ..report.provenance import check_cut, cut_again, with_run
 from ..saving import atomically, check_new
 from .adapters import check_adapters, load_adapters
 from .base import check_base, load_base
-from .checks import check_apart, check_concepts, check_plot, warnings_of
+from .checks import check_apart, check_concepts, check_plot, room_warnings, warnings_of
 from .common import Load, bytes_of, console, foresee, run_merge
-from .concept_options import read_concepts
 from .merge_file import (
     SUFFIXES,
     MergeFile,
@@ -54,6 +52,7 @@ _ASKED = (
 @command(MergeOptions)
 def merge(context: typer.Context, options: MergeOptions) -> None:
     """Merge LoRAs into one, on a diffusers pipeline or a transformers model."""
+    console.quiet = options.quiet
     file = context.obj if isinstance(context.obj, MergeFile) else None
     config, adapter = requested(file, options)
     output = options.output
@@ -75,18 +74,18 @@ def merge(context: typer.Context, options: MergeOptions) -> None:
             check_new(beside, overwrite=options.overwrite)
     check_apart([output, *experts], config.concepts)
     check_cut(config.cut)
-    for text in options.rename or []:
-        parse_rename(text)  # refuses anything else
     load = _loading(config, adapter, options)
     settings_over(config.preset, config.method, config.settings, config.calibration)
-    for line in warnings_of(config.concepts):
+    for line in [*warnings_of(config.concepts), *room_warnings(output, config.concepts)]:
         console.print(escape(line), style="yellow", highlight=False)
     how = {**config.choices, "memory_budget": bytes_of(options.memory)}
     if options.plan:
         preview = foresee(options.device, load, how, quiet=options.quiet)
-        typer.echo("\n".join([*preview.lines(), "Nothing was merged or written."]))
+        if options.as_json:
+            typer.echo(json.dumps(asdict(preview)))
+        elif not options.quiet:
+            typer.echo("\n".join([*preview.lines(), "Nothing was merged or written."]))
         return
-    how |= {"unmergeable": config.unmergeable}
     result = run_merge(options.device, load, how, quiet=options.quiet)
     if result is not None:
         if not adapter:
@@ -112,10 +111,17 @@ def _check_pipeline(config: MergeConfig, options: MergeOptions) -> None:
     )
     _refuse(only, options, "generate", "model_class")
     check_target(options.output, options.layout, options.dtype, options.overwrite)
-    check_plot(options.plot)
-    check_base(config.base)
+    check_plot(options.plot, overwrite=options.overwrite)
+    if config.base:
+        check_base(config.base)
+    else:
+        why = "merges on a base; name it before the LoRAs."
+        _refuse(why, options, "image", "mask_image", "base_dtype", "offload")
     runs = find_method(config.method).needs_host
-    check_concepts(config.concepts, run_base=runs)
+    read = check_concepts(config.concepts, run_base=runs, renames=options.rename or [])
+    low = any(one.low for one in config.concepts)
+    beside = expert_files(options.output)[0] if low else options.output
+    check_embeddings(read, beside, options.layout, overwrite=options.overwrite)
     if not runs:
         why = f"methods that run the base; {config.method} looks at weights only."
         _refuse(why, options, "plot")
@@ -127,15 +133,18 @@ def _loading(config: MergeConfig, adapter: bool, options: MergeOptions) -> Load:
     pictures = given(image=options.image, mask_image=options.mask_image)
     call = {name: open_picture(path) for name, path in pictures.items()}
 
-    def load(device: str) -> tuple[Host, list[Concept]]:
+    def load(device: str) -> tuple[Host | None, list[Concept]]:
         if adapter:
             model_class, generate = options.model_class, options.generate
             return load_adapters(config.base, config.concepts, model_class, generate, device)
-        from ..hosts.diffusers import DiffusersHost
+        host = None
+        if config.base:
+            from ..hosts.diffusers import DiffusersHost
 
-        pipeline = load_base(config.base, device, dtype=options.base_dtype, offload=options.offload)
-        host = DiffusersHost(pipeline, **call)
-        concepts = read_concepts(config.concepts, host, reading, options.rename or [])
+            how = {"dtype": options.base_dtype, "offload": options.offload}
+            host = DiffusersHost(load_base(config.base, device, **how), **call)
+        reader, renames = host or ReleasedBases(), options.rename or []
+        concepts = [one.read(reader, reading, renames) for one in config.concepts]
         check_embeddings(concepts, options.output, options.layout, overwrite=options.overwrite)
         return host, concepts
 

@@ -16,6 +16,7 @@ from ..concept_config import ConceptConfig
 from ..config import KEYS, MergeConfig
 from ..errors import MergeFileError, OutputError, brief, did_you_mean
 from ..saving import atomically, check_new
+from .base import BUNDLED
 from .concept_options import first_name
 
 SUFFIXES = (".yaml", ".yml")
@@ -35,13 +36,14 @@ class MergeFile:
 
     def find(self, name: str) -> Path:
         """The path of a file: beside the merge file, otherwise relative to the current folder."""
-        beside = self.path.parent / name
-        return beside if beside.exists() else Path(name)
+        path = Path(os.path.expanduser(name))
+        beside = self.path.parent / path
+        return beside if beside.exists() else path
 
     def place(self, base: str) -> str:
-        """The path of the base; a hub name stays as it is."""
+        """The path of the base; a hub name or a bundled base's stays as it is."""
         path = self.find(base)
-        return str(path) if path.exists() else base
+        return base if base in BUNDLED or not path.exists() else str(path)
 
     def folders(self) -> list[str]:
         """The first name in each concept; for peft adapters, their folders."""
@@ -97,9 +99,10 @@ def given_options(context: typer.Context, folder: Path, left_out: Sequence[str])
 
 
 def relative_name(path: Path, folder: Path) -> str:
-    """``path`` relative to ``folder``; a path that does not exist (a hub name, a file from a
-    recipe) stays as it is."""
-    return (Path(os.path.relpath(path, folder)) if path.exists() else path).as_posix()
+    """``path`` relative to ``folder``; the name of a bundled base, and a path that does not exist
+    (a hub name, a file from a recipe), stay as they are."""
+    stays = str(path) in BUNDLED or not path.exists()
+    return (path if stays else Path(os.path.relpath(path, folder))).as_posix()
 
 
 class _Loader(yaml.SafeLoader):
@@ -126,9 +129,11 @@ def read_mapping(path: Path) -> dict[Any, Any]:
         raise MergeFileError(f"{path} cannot be read ({brief(error)}).") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise MergeFileError(f"{path} is not valid YAML: {brief(error)}") from error
-    if data is not None and not isinstance(data, dict):
+    if data is None:
+        raise MergeFileError(f"{path} is empty; iteris init FOLDER writes one for your LoRAs.")
+    if not isinstance(data, dict):
         raise MergeFileError(f"{path}: the file must be a mapping of names to values, not {data!r}")
-    return data or {}
+    return data
 
 
 def _parameters(context: typer.Context) -> dict[str, Any]:
@@ -163,6 +168,7 @@ def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]
             raise MergeFileError(f"{file.path}: {key}: {error.message}") from error
         if isinstance(converted, Path):
             target = parameter.name in _TARGETS
-            converted = file.path.parent / converted if target else file.find(str(converted))
+            beside = file.path.parent / os.path.expanduser(converted)
+            converted = beside if target else file.find(str(converted))
         defaults[parameter.name] = converted
     return defaults

@@ -55,7 +55,8 @@ class MergeOptions:
         metadata={
             OPTION: typer.Argument(
                 help="A diffusers pipeline (a folder, a .safetensors, a hub name), a transformers "
-                "model, or a merge file (.yaml), which can set every option.",
+                "model, or a merge file (.yaml), which can set every option. Methods that look at "
+                "weights only, such as average, need none.",
                 metavar="BASE",
                 is_eager=True,
                 callback=use_merge_file,
@@ -66,13 +67,11 @@ class MergeOptions:
     preset: PresetName | None = given_by(PRESET_HELP)
     overwrite: bool = given_by("Replace an existing output file", "--overwrite", default=False)
     plan: bool = given_by(
-        "Check everything, show the memory plan, and stop",
+        "Check everything, show the plan, and stop",
         "--plan",
         default=False,
     )
-    quiet: bool = given_by(
-        "Show only warnings and errors", "--quiet", "-q", panel=RESULT, default=False
-    )
+    quiet: bool = given_by("Show nothing but errors", "--quiet", "-q", panel=RESULT, default=False)
     method: str | None = given_by(
         "Default: iteris; the command iteris methods lists all",
         autocompletion=method_names,
@@ -100,7 +99,7 @@ class MergeOptions:
         panel=AGAIN,
     )
     loras: Path | None = given_by(
-        "With --from or a merge file: the LoRAs' folder, if they are not beside it",
+        "With --from or a merge file: a folder above the LoRAs, if they are not beside it",
         panel=AGAIN,
     )
     templates: Path | None = given_by(

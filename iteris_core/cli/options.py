@@ -14,7 +14,7 @@ import typer
 from ..concepts import Calibration, lines_of
 from ..errors import InputFileError, IterisError, SettingsError, did_you_mean
 from ..methods import all_methods, find_method
-from ..settings import Settings, declared_settings
+from ..settings import Setting, Settings, declared_settings
 from .common import console, option
 
 OPTION, SETTINGS = "option", "settings"
@@ -32,8 +32,8 @@ PRESET_HELP = (
 )
 
 CONCEPT_HELP = (
-    "A LoRA and its trigger words, such as cat.safetensors:sks:cat; repeat for each LoRA. All "
-    "forms are listed below"
+    "A LoRA and its words, as cat.safetensors:sks:cat; repeat for each LoRA. All forms are listed "
+    "below"
 )
 
 
@@ -49,19 +49,25 @@ def setting_names(incomplete: str) -> list[tuple[str, str]]:
     return [(f"{n}=", one.help) for n, one in declared.items() if n.startswith(incomplete)]
 
 
+def is_setting(name: str) -> bool:
+    """True if a method has a setting of that name."""
+    return any(name in declared_settings(method.settings) for method in all_methods())
+
+
 def settings_of(kind: type[Settings], panel: str, *names: str) -> Any:
     """A field that holds the given settings of ``kind`` by name. Each setting is an option of its
     own; ``names`` restricts them."""
-    declared = [one for one in declared_settings(kind).values() if not names or one.name in names]
-    hints = get_type_hints(kind)
-    made = {
-        one.name: Annotated[
-            hints[one.name] | None,
-            option(f"{one.explained()} Default: {one.shown(one.default)}.", panel=panel),
-        ]
-        for one in declared
-    }
-    return field(default_factory=dict[str, Any], metadata={SETTINGS: made})
+    declared = {n: one for n, one in declared_settings(kind).items() if not names or n in names}
+    return field(default_factory=dict[str, Any], metadata={SETTINGS: (kind, panel, declared)})
+
+
+def _setting_option(kind: type[Settings], panel: str, declared: Setting) -> Any:
+    """The hint of a setting's option. Words such as ``none`` are parsed later."""
+    help = f"{declared.explained()} Default: {declared.shown(declared.default)}."
+    if declared.optional:
+        number = "INTEGER" if declared.kind is int else "FLOAT"
+        return Annotated[str | None, option(help, panel=panel, metavar=number)]
+    return Annotated[get_type_hints(kind)[declared.name] | None, option(help, panel=panel)]
 
 
 def given_by(help: str, *names: str, default: Any = None, **more: Any) -> Any:
@@ -79,15 +85,20 @@ def command(kind: type[_O]) -> Callable[[Callable[[typer.Context, _O], None]], C
     }
     for one in fields(cast(Any, kind)):
         if one.name in settings:
-            hinted |= {name: (hint, None) for name, hint in settings[one.name].items()}
+            owner, panel, declared = settings[one.name]
+            hinted |= {n: (_setting_option(owner, panel, s), None) for n, s in declared.items()}
         else:
             hint, extra = hints[one.name], one.metadata.get(OPTION)
             hinted[one.name] = hint if extra is None else Annotated[hint, extra], one.default
 
     def made(run: Callable[[typer.Context, _O], None]) -> Callable[..., None]:
         def called(context: typer.Context, **values: Any) -> None:
-            for field_name, names in settings.items():
-                values[field_name] = given(**{name: values.pop(name) for name in names})
+            for field_name, (_, _, declared) in settings.items():
+                found = given(**{name: values.pop(name) for name in declared})
+                values[field_name] = {
+                    name: declared[name].parse(value) if isinstance(value, str) else value
+                    for name, value in found.items()
+                }
             run(context, kind(**values))
 
         called.__name__, called.__doc__ = run.__name__, run.__doc__

@@ -18,6 +18,7 @@ from ..lora_files.metadata import parse_object
 from ..methods import find_method
 from ..report.provenance import check_cut
 from .adapters import is_model
+from .base import BUNDLED
 from .concept_options import concept_of, first_name, found_in, parse_concept
 from .merge_file import MergeFile, relative_name
 from .merge_options import MergeOptions
@@ -63,12 +64,11 @@ def _written(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig
         )
     if file is None and options.loras is not None:
         raise UsageError("--loras is for --from; --concept already names the LoRA files.")
-    if options.base is None:
+    if options.base is None and find_method(options.method or "iteris").needs_host:
         raise UsageError("Name the base: BASE on the command line, or base: in the merge file.")
     of_file = file if not options.concept else None
-    adapter = is_model(
-        options.base, of_file.folders() if of_file else [first_name(text) for text in entries]
-    )
+    names = of_file.folders() if of_file else [first_name(text) for text in entries]
+    adapter = options.base is not None and is_model(options.base, names)
 
     def concept(entry: Any, where: str) -> ConceptConfig:
         find = of_file.find if of_file else Path
@@ -82,7 +82,7 @@ def _written(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig
 
     data = {**(file.data if file else {}), "concepts": entries}
     config = MergeConfig.from_dict(data, str(file.path) if file else "--concept", concept)
-    config = replace(config, base=options.base, method=options.method or config.method)
+    config = replace(config, base=options.base or "", method=options.method or config.method)
     return _checked(config, str(file.path)) if file else config, adapter
 
 
@@ -103,7 +103,9 @@ def _again(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig, 
     except SettingsError as error:
         raise RecipeError(f"The recipe is not of this version: {error}") from error
     folders = _folders(options.loras, path)
-    base = options.base or _base_in(folders, config.base)
+    base = options.base or ""
+    if not base and (config.base or find_method(config.method).needs_host):
+        base = _base_in(folders, config.base)
     check_cut(config.cut)
     concepts = [found_in(folders, concept) for concept in config.concepts]
     return replace(config, base=base, concepts=concepts), False
@@ -148,10 +150,15 @@ def _checked(config: MergeConfig, where: str) -> MergeConfig:
 
 def _folders(loras: Path | None, file: Path) -> list[Path]:
     """The folders in which to look for the files that ``file`` names."""
-    return [*([] if loras is None else [loras]), file.parent, Path()]
+    if loras is None:
+        return [file.parent, Path()]
+    below = sorted(path for path in loras.rglob("*") if path.is_dir())
+    return [loras, file.parent, Path(), *below]
 
 
 def _base_in(folders: Sequence[Path], base: str) -> str:
+    if base in BUNDLED:
+        return base
     local = base and PureWindowsPath(base).name == base
     for folder in folders if local else ():
         if (folder / base).exists():
@@ -169,5 +176,5 @@ def merge_file_of(
         return relative_name(path, output.parent)
 
     outputs = {"output": output.stem + ending, **others}
-    config = replace(config, base=name(Path(config.base)), outputs=outputs)
+    config = replace(config, base=config.base and name(Path(config.base)), outputs=outputs)
     return config.to_dict(name, usual=False)

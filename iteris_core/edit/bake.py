@@ -67,7 +67,7 @@ def places_in(source: Path, base: BaseModel | None) -> tuple[Places, BaseModel]:
 
 
 def _in_folder(folder: Path) -> tuple[Places, BaseModel]:
-    keys: dict[str, tuple[Path, str]] = {}
+    sites: dict[tuple[Path, str], str] = {}  # a model may be there twice, in full and in half
     shapes: dict[str, tuple[int, ...]] = {}
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
         if not part.name.startswith(("unet", "transformer", "text_encoder")):
@@ -78,10 +78,11 @@ def _in_folder(folder: Path) -> tuple[Places, BaseModel]:
                 if name != key and len(shape) in (2, 4):
                     if part.name.startswith("text") and name.startswith("encoder.layers."):
                         name = f"text_model.{name}"
-                    keys[f"{part.name}.{name}"], shapes[f"{part.name}.{name}"] = (file, key), shape
+                    sites[file, key] = f"{part.name}.{name}"
+                    shapes[f"{part.name}.{name}"] = shape
     denoiser = next((name for name in ("unet", "transformer") if (folder / name).is_dir()), "unet")
     kind = architecture_of_sites(shapes) or Architecture("folder", "diffusers", denoiser=denoiser)
-    return {at: whole(site, shapes) for site, at in keys.items()}, base_model(kind, shapes)
+    return {at: whole(site, shapes) for at, site in sites.items()}, base_model(kind, shapes)
 
 
 def _add(found: dict[str, Alias], shapes: Shapes, keys: list[str], alias: Alias) -> None:
@@ -221,9 +222,11 @@ def _stored(
     if dtype == FP8:
         pieces = places.get(key, ())  # known linear layers of the denoiser
         if tensor.ndim == 2 and any(not p.site.startswith("text_encoder") for p in pieces):
-            stored, scale = scaled_fp8(tensor.float(), generator)
+            exact = tensor, torch.ones(())  # what nothing changed keeps its bytes
+            stored, scale = exact if tensor.dtype == FP8 else scaled_fp8(tensor.float(), generator)
             return {key: stored, f"{key.removesuffix('.weight')}.scale_weight": scale}
-        dtype = torch.float16
+        if precision.dtype is not None or tensor.dtype != FP8:
+            dtype = torch.float16
     if dtype == tensor.dtype:
         return {key: tensor}
     return {key: rounded(tensor.float(), dtype, generator)}

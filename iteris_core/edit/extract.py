@@ -22,7 +22,7 @@ from ..passes.eta import Eta
 from ..passes.job import Job
 from ..passes.preflight import unmergeable_sites
 from ..progress import OnProgress
-from ..solve.ranks import Components, Target, kept, share_out
+from ..solve.ranks import Components, Target, kept, share_out, span
 from .held import output_error
 from .moments import Seen, calibration_of, look
 from .resize import fitted
@@ -51,7 +51,7 @@ class Extracted:
         exact = len(self.lora.vectors)
         beside = f", {exact} biases and normalisations exactly" if exact else ""
         text = (
-            f"{len(used)} layers at ranks {min(used)} to {max(used)}{beside}; error "
+            f"{len(used)} layers at {span(used)}{beside}; error "
             f"{self.error:.1%} of what the fine-tune changes."
         )
         if not self.left:

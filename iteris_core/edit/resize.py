@@ -23,7 +23,7 @@ from ..passes.sweep import solve_sites
 from ..progress import OnProgress
 from ..solve.choose import POLICY
 from ..solve.problem import RegressionSpec, Solution, StageSolver
-from ..solve.ranks import Components, Target, kept, share_out
+from ..solve.ranks import Components, Target, kept, share_out, span
 from .moments import Seen, calibration_of, look
 from .vectors import with_vectors
 
@@ -45,7 +45,7 @@ class Resized:
         used = [rank for rank in self.ranks.values() if rank]
         gone = len(self.ranks) - len(used)
         text = (
-            f"{self.lora.name}: ranks {min(used)} to {max(used)} in {len(used)} layers"
+            f"{self.lora.name}: {span(used)} in {len(used)} layers"
             + (f", {gone} left out" if gone else "")
             + f"; {self.kept:.1%} of its effect on their outputs kept"
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.record import Architecture
+from ..errors import BaseError
 from ..lora_files.experts import second_of
 from .diffusers_modular import ModularFunction, is_modular, progress_bars
 from .recorded import Call, Recorders, See, arguments_of
@@ -46,6 +47,11 @@ class PipelineLoop:
         self.modular = ModularFunction(pipeline) if is_modular(pipeline) else None
         self._function = self.modular or inspect.unwrap(type(pipeline).__call__)
         self.names = self.modular.names if self.modular else _parameters(self._function)
+        for name in call.keys() - self.names.keys():
+            raise BaseError(
+                f"{type(pipeline).__name__} takes no {name}; leave it out, or load a pipeline that "
+                "takes one."
+            )
         self._recorders = Recorders(self.denoisers)
         self._before: list[tuple[Any, str, Any]] = []
         self._copies: dict[str, tuple[Any, Any]] = {}

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..concepts import Calibration
-from ..errors import BaseError
+from ..errors import BaseError, SettingsError
 from .diffusers_loop import PipelineLoop
 from .sizes import FRAMES, MOST_PIXELS, PICTURE_TOKENS, default_size, middle_patch, unet_levels
 
@@ -30,6 +30,10 @@ def pipeline_size(
     size: dict[str, int] = {}
     if "num_frames" in loop.names:
         size["num_frames"] = calibration.frames or max(FRAMES, _least_frames(loop.pipeline))
+    elif calibration.frames is not None:
+        raise SettingsError(
+            f"frames is for videos, and {type(loop.pipeline).__name__} draws none; leave it out."
+        )
     scale = next((s for s in (getattr(loop.pipeline, n, 0) for n in _SCALES) if s), 8)
     if calibration.latent_size is not None:
         size |= dict.fromkeys(("height", "width"), calibration.latent_size * int(scale))

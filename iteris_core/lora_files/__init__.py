@@ -7,7 +7,7 @@ formula to :mod:`.rebuild`.
 
 from .aliases import BaseModel, base_model, released_base
 from .parts import is_lora
-from .read import ReadOptions, read_lora_file
+from .read import ReadOptions, ReleasedBases, read_lora_file
 from .tensors import read_header, read_tensors
 from .write import DTYPES, Layout, check_target, to_tensors, write_lora, write_loras
 
@@ -16,6 +16,7 @@ __all__ = [
     "BaseModel",
     "Layout",
     "ReadOptions",
+    "ReleasedBases",
     "base_model",
     "check_target",
     "is_lora",

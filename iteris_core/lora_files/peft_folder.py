@@ -15,7 +15,7 @@ from ..architectures import Architecture
 from ..architectures.row_mapping import Shapes, whole
 from ..errors import LoraFileError, OutputError
 from ..lora import Lora
-from ..saving import atomically
+from ..saving import atomically, check_place
 from .aliases import BaseModel
 from .alphas import lora_config
 from .factors import Factors
@@ -120,6 +120,7 @@ def check_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists():
         raise OutputError(f"{folder} exists already; choose another name.")
+    check_place(folder)
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..architectures import architecture_of_file
 from ..architectures.row_mapping import Alias, Piece, file_rows
 from ..errors import LoraFileError, SettingsError
 from ..linalg.lowrank import extract
 from ..lora import Lora, LowRank, concatenate
-from .aliases import BaseModel
+from .aliases import BaseModel, released_base
 from .alphas import adapter_configs, scale_of
 from .blocks import check_layers, filtered, weights_by_block
 from .embeddings import split_embeddings
@@ -25,7 +27,7 @@ from .formulas import Parts, Rebuilt
 from .of_weight import needs_weight
 from .parts import refusal, split_key
 from .rebuild import rebuild
-from .tensors import all_finite, file_digest, read_tensors
+from .tensors import all_finite, file_digest, read_header, read_tensors
 from .vectors import vectors_of_file
 
 _NO_MODULE = "matches no module of the base model"
@@ -89,9 +91,50 @@ def read_lora_file(
     tensors, metadata = read_tensors(path)
     embeddings, tensors, missing = split_embeddings(path, tensors, metadata)
     configs = adapter_configs(path, metadata)
-    lora = lora_of(path, convert(tensors), configs, base, weight, options)
+    tensors = convert(tensors)
+    try:
+        lora = lora_of(path, tensors, configs, base, weight, options)
+    except LoraFileError as error:
+        other = _other_base(tensors, metadata, base)
+        if not other:
+            raise
+        raise LoraFileError(
+            f"{path} is a LoRA for {other}, but the base is {base.architecture.title}; give one "
+            "that was made for this base."
+        ) from error
     notes = [*lora.notes, *missing]
     return replace(lora, metadata=metadata, embeddings=embeddings, notes=notes)
+
+
+class ReleasedBases:
+    """Reads every file for the released model for which it was made, where no base is loaded."""
+
+    @staticmethod
+    def read_lora(path: str | Path, options: ReadOptions | None = None) -> Lora:
+        """As :func:`read_lora_file`; needs diffusers and transformers."""
+        path = Path(path)
+        known = released_base(architecture_of_file(*read_header(path)).name)
+        try:
+            return read_lora_file(path, known, options=options)
+        except LoraFileError as error:
+            raise LoraFileError(
+                f"{error} If it is a DoRA, or its base differs in shape from the released models, "
+                "name its base: BASE for merge, --base BASE for other commands, a host in Python."
+            ) from error
+
+
+def _other_base(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], base: BaseModel) -> str:
+    """The title of the released model that has all modules in a file, if ``base`` lacks some and is
+    of another architecture; otherwise empty."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    with suppress(LoraFileError, ImportError):
+        other = released_base(architecture_of_file(shapes, metadata).name)
+        splits = (split_key(key, other.aliases) for key in tensors)
+        names = {split[0] for split in splits if split is not None}
+        differs = other.architecture.name != base.architecture.name
+        if differs and names <= other.aliases.keys() and not names <= base.aliases.keys():
+            return other.architecture.title
+    return ""
 
 
 def lora_of(
@@ -167,7 +210,8 @@ def lora_of(
             for site, parts in pieces.items()
             if len({scale for _, scale in parts}) == 1
         },
-        notes=[f"left out: {what}" for what in left_out.values()]
+        left_out=len(left_out),
+        notes=_left_out(left_out)
         + [f"{counts[kind]} sites {text}" for kind, text in texts.items() if counts[kind]]
         + ([more] if vectors else []),
         reading={"allow_partial": options.allow_partial, "energy": options.energy},
@@ -262,17 +306,30 @@ def _describe(key: str, tensor: Tensor, *, has_leaf: bool) -> str:
     return f"{key} {tuple(tensor.shape)} {what}"
 
 
+def _left_out(what: Mapping[str, str]) -> list[str]:
+    """A note for each reason why tensors were left out, with one of them."""
+    by_reason: dict[str, list[str]] = {}
+    for text in what.values():
+        by_reason.setdefault(text.rpartition(") ")[2], []).append(text)
+    counts = [(f"{len(some)} tensors, such as " * (len(some) > 1), some[0])
+              for some in by_reason.values()]  # fmt: skip
+    return [f"left out: {count}{first}" for count, first in counts]
+
+
 def _complaint(path: Path, left_out: Mapping[str, str], total: int, understood: int) -> str:
     first = "; ".join(list(left_out.values())[:3])
+    unknown = [text for text in left_out.values() if text.endswith(_NO_MODULE)]
     plain = not any(_LORA_PART.search(key.lower()) for key in left_out)
     if understood == 0 and plain and len(left_out) > _FEW:
         advice = (
             "This is a whole model (a checkpoint), not a LoRA; give the LoRA's own file, or "
             "extract one from the model first."
         )
+    elif understood == 0 and any(map(refusal, left_out)) and not unknown:
+        advice = "Nothing in it is a low-rank change of a layer, so there is nothing to merge."
     elif understood == 0:
         advice = "This LoRA was made for another base model, or it is not a LoRA."
-    elif all(text.endswith(_NO_MODULE) for text in left_out.values()):
+    elif len(unknown) == len(left_out):
         advice = (
             "This LoRA was made for another base model, or for one with more parts; to merge the "
             "rest of it, allow a partial reading (--allow-partial)."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from .formulas import (
     lora,
 )
 from .of_weight import GLORA, fold_magnitude, glora, rotation
+from .parts import split_key
 
 _MAGNITUDES = {"magnitude", "output_magnitude"}
 
@@ -36,8 +38,7 @@ def rebuild(
     change depends on it. Raises :class:`LoraFileError`, starting with ``place``, if parts are
     missing or do not fit.
     """
-    names = sorted(set(parts) - {"alpha"} - _MAGNITUDES)
-    floats = {name: _as_float(parts[name], name, place) for name in names}
+    floats = {name: _as_float(parts[name], name, place) for name in _factors(parts)}
     build = _formula(floats, place, parts, weight)
     try:
         change = build(floats, shape, lambda rank: _scale(parts, scale, rank, place))
@@ -51,6 +52,23 @@ def rebuild(
         return change
     dense = change if isinstance(change, Tensor) else change.dense()
     return fold_magnitude(dense, weight(), parts, place)
+
+
+def check_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise :class:`LoraFileError` for a module of the file ``path`` with missing parts."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        split = split_key(key, ())
+        if split is not None:
+            modules.setdefault(split[0], {})[split[1]] = tensor
+    for name, parts in modules.items():
+        if factors := {part: parts[part] for part in _factors(parts)}:
+            _formula(factors, f"{path}: {name}", parts, Tensor)
+
+
+def _factors(parts: Parts) -> list[str]:
+    """The parts that form the change, without its scale and magnitudes."""
+    return sorted(set(parts) - {"alpha"} - _MAGNITUDES)
 
 
 def _formula(

@@ -141,7 +141,7 @@ def fewer(stage: Stage, count: int) -> Stage:
     many of its samples as possible."""
     total = len(stage.concept_ids)
     kept = [_evenly(rows, len(rows) * count // total) for rows in _by_concept(stage)]
-    return _selected(stage, [row for rows in kept for row in rows])
+    return selected(stage, [row for rows in kept for row in rows])
 
 
 def _by_concept(stage: Stage) -> list[list[int]]:
@@ -171,8 +171,9 @@ def _spread(total: int, count: int) -> list[int]:
     ]
 
 
-def _selected(stage: Stage, rows: Sequence[int]) -> Stage:
-    mask, samples = stage.mask, stage.samples
+def selected(stage: Stage, rows: Sequence[int]) -> Stage:
+    """``stage`` with some of its rows."""
+    mask, samples, every = stage.mask, stage.samples, stage.rows
 
     def run(some: Sequence[int], copies: int) -> None:
         stage.run([rows[row] for row in some], copies)
@@ -189,4 +190,5 @@ def _selected(stage: Stage, rows: Sequence[int]) -> Stage:
         lengths=None if stage.lengths is None else [stage.lengths[row] for row in rows],
         conditions=[stage.conditions[row] for row in rows] if stage.conditions else (),
         samples=None if samples is None else max(1, samples * len(rows) // len(stage.concept_ids)),
+        rows=rows if every is None else [every[row] for row in rows],
     )

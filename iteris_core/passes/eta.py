@@ -113,20 +113,14 @@ class Eta:
             self._expect(seen)
         self._expect_later()
 
-    def measured(self, seen: Seen) -> None:
-        """Record a stage's measured row; a short pass, if there was one, knows more sites."""
+    def measured(self, seen: Seen, slower: float = 1.0) -> None:
+        """Record a stage's measured row, and that its strategy makes forwards that many times
+        ``slower``; a short pass, if there was one, knows more sites."""
         known = self._seen.get(seen.stage.name, seen)
         a_row = min(known.a_row or seen.a_row, seen.a_row)
         sites = {**known.sites, **seen.sites}  # in the order of the first one
         self._seen[seen.stage.name] = replace(seen, sites=sites, a_row=a_row)
-
-    def seconds_of(self, stage: Stage, slower: float) -> float:
-        """About how long the passes over a measured stage take, with a strategy that makes forwards
-        that many times ``slower``."""
-        if self._passes is None:
-            return 0.0
-        self._expect(replace(self._seen[stage.name], stage=stage), slower)
-        return sum(self.forecast.left_of((kind, stage.name)) or 0.0 for kind in (FORWARDS, SITES))
+        self.begin(seen.stage, slower)
 
     def begin(self, stage: Stage, slower: float) -> None:
         """Record that a stage begins, or begins again."""

@@ -47,7 +47,8 @@ class Job:
     include in targets.
 
     ``processes`` assigns rows to this process. ``policy`` holds the thresholds. ``tick`` reports
-    progress, and ``eta`` the time left. ``joined``: see :class:`~.preflight.Looked`.
+    progress, and ``eta`` the time left. ``joined``: see :class:`~.preflight.Looked`. With
+    ``only_plans``, :func:`~.sweep.solve_sites` raises :class:`~.plan.Planned` once it has planned.
     """
 
     host: Host
@@ -62,6 +63,7 @@ class Job:
     policy: Policy = POLICY
     eta: Eta = field(default_factory=Eta)
     joined: frozenset[str] = frozenset()
+    only_plans: bool = False
 
     @property
     def weights(self) -> list[float]:
@@ -104,6 +106,23 @@ class Run:
         return job.host.samples(
             job.concepts, sites, job.calibration, self.lockstep, job.generator, job.tick
         )
+
+    @property
+    def ahead(self) -> Run:
+        """A run with the same rows, of pure noise, if their samples are still to be denoised;
+        otherwise this one."""
+        job = self.job
+        if "samples" in vars(self) or not (job.denoised and job.host.pictures):
+            return self
+        generator = torch.Generator()
+        generator.set_state(job.generator.get_state())
+        calibration = replace(job.calibration, latents="noise")
+
+        def quiet(what: str, done: int, total: int) -> None:
+            job.tick("planning", 0, 0)
+
+        noise = replace(job, calibration=calibration, generator=generator, tick=quiet)
+        return Run(noise, self.lockstep)
 
     def stages(self) -> Iterator[Stage]:
         """The stages in execution order; all rows of one must run before the next is requested."""

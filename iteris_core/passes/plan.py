@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from ..activations.oom_retry import halved
 from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
-from ..progress import duration
-from .batches import fewer
+from .batches import fewer, selected
 from .footprint import Footprint, MemoryLimits
 from .strategies import Strategy
 
@@ -18,9 +17,9 @@ from .strategies import Strategy
 @dataclass(frozen=True)
 class Plan:
     """The plan of a stage: ``at_once`` rows at a time out of ``offered``, with a ``strategy``,
-    using ``bytes`` of the ``budget`` beyond the model, in about ``seconds``. If the strategy
-    offloads, ``on_device`` rows wait on the device and the others in ``host_bytes`` of host memory,
-    limited to ``host_limit``."""
+    using ``bytes`` of the ``budget`` beyond the model. If the strategy offloads, ``on_device`` rows
+    wait on the device and the others in ``host_bytes`` of host memory, limited to
+    ``host_limit``."""
 
     stage: Stage
     at_once: int
@@ -31,7 +30,6 @@ class Plan:
     on_device: int = 0
     host_bytes: int = 0
     host_limit: int = 0
-    seconds: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -47,9 +45,24 @@ class Plan:
             self.strategy.name,
             f"{self.bytes / 2**30:.2f} of {self.budget / 2**30:.2f} GiB",
             f"{self.host_bytes / 2**30:.2f} GiB of host memory" if self.host_bytes else "",
-            f"about {duration(self.seconds)}",
         ]
         return ", ".join(filter(None, parts))
+
+    def of(self, stage: Stage) -> Plan:
+        """The same plan, with the same rows, for the planned ``stage`` made again."""
+        if self.rows < self.offered:
+            left, every = set(self.stage.rows or ()), stage.rows or range(self.offered)
+            kept = selected(stage, [at for at, row in enumerate(every) if row in left])
+            stage = replace(kept, samples=self.stage.samples)
+        return replace(self, stage=stage)
+
+
+class Planned(Exception):
+    """Ends a preview: the ``plans`` of all stages are made."""
+
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        super().__init__("planned")
+        self.plans = plans
 
 
 def plan_stage(footprints: Sequence[Footprint], limits: MemoryLimits, most: int) -> Plan:

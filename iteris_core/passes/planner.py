@@ -49,8 +49,8 @@ def planned(
     changes = run.lockstep.changes
     steps = (step for step in cost.steps if step.site)
     reached = {s.site: Reached(changes[s.site].shape, s.length, s.shares) for s in steps}
-    run.job.eta.measured(Seen(stage, reached, cost.seconds, cost.device))
-    made = replace(made, seconds=run.job.eta.seconds_of(made.stage, made.strategy.slower))
+    seen = Seen(made.stage, reached, cost.seconds, cost.device)
+    run.job.eta.measured(seen, made.strategy.slower)
     if made.rows < made.offered:
         _log.warning(
             "Not enough memory for all rows: %s; lower samples, timesteps or latent_size (ComfyUI: "

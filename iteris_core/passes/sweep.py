@@ -30,7 +30,7 @@ from ..solve.problem import Reduction, Solution, StageSolver
 from .batches import SWEEP, ExecutionConfig, Schedule, micro_batches, sampled_rows
 from .eta import FORWARDS, SITES, Passes
 from .job import Run, RunLog
-from .plan import Plan
+from .plan import Plan, Planned
 from .planner import attempts, complaint, planned
 
 Solutions = dict[str, Solution]
@@ -90,6 +90,7 @@ class _Passes:
             changes, size = self._lockstep.changes, self._lockstep.processes.size
             expected = Passes(changes, self._batching, schedule, size)
             self._job.eta.expect(expected, self._job.denoised)
+            self._plan_ahead()
             _ = self._run.samples
             self._job.eta.forecast.drop(DENOISING)  # made in an earlier round, or cached
         if schedule.sweep:
@@ -97,14 +98,32 @@ class _Passes:
         if schedule.passes > 1:
             self._job.tick("iterations", turn, schedule.passes)
         for stage in self._run.stages():
-            plan = self._plans.get(stage.name) or self._planned(stage)
-            plan = plan if not turn else replace(plan, stage=stage)
+            made = self._plans.get(stage.name)
+            plan = self._planned(stage) if made is None else made.of(stage)
             solver = self._solver_of(plan.stage)
             policy = self._batching.policy
             tried = attempts(plan, self._lockstep, policy, sweep=schedule.sweep)
             attempt = partial(self._attempt, solver)
             _, self._plans[stage.name] = with_less(tried, attempt, complaint)
         return self._solutions
+
+    def _plan_ahead(self) -> None:
+        """Plan before anything is denoised, so that what does not fit fails now."""
+        ahead, job = self._run.ahead, self._job
+        if ahead is not self._run or job.only_plans:
+            for stage in ahead.stages():
+                self._reach(stage)
+                self._plans[stage.name] = self._planned(stage)
+        if job.only_plans:
+            raise Planned(self.made)
+
+    def _reach(self, stage: Stage) -> None:
+        """Run the rows that a later stage needs, or else one of every concept, so that a
+        measurement finds all changes cast."""
+        owners = stage.concept_ids
+        firsts = {owner: row for row, owner in reversed(list(enumerate(owners)))}
+        for row in range(len(owners)) if stage.feeds_next else firsts.values():
+            self._lockstep.run(MicroBatch(partial(stage.run, [row], 1), [owners[row]], 1))
 
     def _planned(self, stage: Stage) -> Plan:
         solver = self._solver_of(stage)

@@ -47,7 +47,8 @@ def merge_metadata(
 ) -> dict[str, str]:
     """``iteris`` (JSON: versions, method, settings, calibration, concepts with input hashes, names
     of embeddings), ``modelspec.*`` including the inputs' licences, and the merged ``ss_*`` of the
-    inputs. Phrases use the embeddings' names in the merged LoRA."""
+    inputs, with the base's name if they agree on it. Phrases use the embeddings' names in the
+    merged LoRA."""
     inside = [concept for concept in concepts if concept.always_on != "outside"]
     loras = [concept.lora for concept in inside if concept.lora is not None]
     names = [lora.name for lora in loras]
@@ -80,6 +81,9 @@ def merge_metadata(
     if base is not None and base.architecture.version:
         metadata["modelspec.architecture"] = f"{base.architecture.modelspec}/lora"
         metadata["ss_base_model_version"] = base.architecture.version
+    bases = {public_name(lora.metadata.get("ss_sd_model_name", "")) for lora in loras}
+    if len(bases) == 1 and (name := bases.pop()):
+        metadata["ss_sd_model_name"] = name
     tags = merge_tag_frequency([lora.metadata for lora in loras])
     if tags:
         metadata["ss_tag_frequency"] = json.dumps(tags)
@@ -175,6 +179,20 @@ def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:
         if notes_of_one := [*of_file, *_of_the_base(concept), *shared]:
             notes.setdefault(concept.name, []).extend(notes_of_one)
     return notes
+
+
+def lacks_of(concepts: Sequence[Concept]) -> list[str]:
+    """The parts of the concepts' LoRAs that are not in a merge."""
+    lacks: list[str] = []
+    for concept in concepts:
+        lora = concept.lora
+        if lora is None:
+            continue
+        if lora.left_out:
+            lacks.append(f"{lora.left_out} tensors of {concept.name}")
+        if not any(change.squared_norm() for change in lora.sites.values()):
+            lacks.append(f"all of {concept.name}, whose LoRA changes nothing")
+    return lacks
 
 
 def shared_triggers(concepts: Sequence[Concept]) -> list[list[str]]:

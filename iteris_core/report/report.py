@@ -11,6 +11,13 @@ from ..solve.problem import Solution
 
 SETTLED = 1e-3
 """Iterations count as converged below this relative change of every site."""
+FEW = 12
+"""With fewer prompts per LoRA, errors on them say little about other prompts."""
+HARDLY = 0.94
+"""With a strong ridge or a low rank, a merge with more of the mean's error than this keeps little
+more of a LoRA than the mean does (docs/decisions.md, "What is kept is drawn and measured")."""
+LOW = 0.15
+"""A rank is low if it cuts more than this share of the output energy."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,8 @@ class MergeReport:
     no iterations). ``settings`` and ``calibration`` are as requested. ``notes`` list, by concept,
     what was left out or extracted when reading its file, and shared names. ``plan`` shows how each
     stage stayed within its memory, ``short`` the lines with rows left out. ``preserved`` are the
-    concepts without a LoRA, on which the base should not change."""
+    concepts without a LoRA, on which the base should not change. ``lacks`` lists the parts of the
+    LoRAs that are not in the merge."""
 
     method: str
     concepts: Sequence[str]
@@ -59,6 +67,12 @@ class MergeReport:
     plan: Sequence[str] = ()
     short: Sequence[str] = ()
     preserved: Sequence[str] = ()
+    lacks: Sequence[str] = ()
+
+    @property
+    def loras(self) -> int:
+        """The number of concepts with a LoRA."""
+        return len(self.concepts) - len(self.preserved)
 
     @property
     def converged(self) -> bool | None:
@@ -90,31 +104,50 @@ class MergeReport:
         ]
 
     def verdict(self) -> str:
-        """A sentence on whether the merge is closer to each LoRA's own outputs than the mean of the
-        LoRAs, and to which least; empty if not measured.
+        """What is wrong with the merge, a sentence each; otherwise, that it is closer to what each
+        LoRA does than the mean of the LoRAs is, and to which least.
 
-        Layer errors do not predict how much likeness is kept (docs/decisions.md).
+        Only pictures show how much likeness is kept (docs/decisions.md).
         """
         pairs = zip(self.concepts, self.residuals(), strict=True)
-        left = {
-            n: after / before
-            for n, (before, after) in pairs
-            if before > 0 and n not in self.preserved
-        }
-        left = {name: share for name, share in left.items() if not math.isnan(share)}
-        if not left:
-            return ""
-        farther = [name for name, share in left.items() if share >= 1]
-        if farther:
-            return (
-                f"NOT CLOSER to {', '.join(farther)} than the mean of the LoRAs is. Check images "
-                "of it (iteris compare); give it more prompts or a larger weight."
+        own = [(name, *errors) for name, errors in pairs if name not in self.preserved]
+        left = [(after / before, name) for name, before, after in own if before > 0]
+        samples = self.calibration.get("samples", FEW)
+        wrong: list[str] = []
+        if self.lacks:
+            wrong.append(f"INCOMPLETE: the merge lacks {' and '.join(self.lacks)}.")
+        if self.converged is False:
+            wrong.append(self._convergence())
+        if self.loras > 1 and samples < FEW:
+            wrong.append(
+                f"TOO FEW PROMPTS: {samples} per LoRA; with other prompts the merge does less of "
+                f"what the LoRAs do. Give at least {FEW} (samples)."
             )
-        least = max(left, key=lambda name: left[name])
-        which = "every LoRA" if len(left) > 1 else least
-        return f"Closer to what {which} does than the mean of the LoRAs is" + (
-            f"; least so for {least}." if len(left) > 1 else "."
+        limit, advice = self._limit()
+        if self.loras > 1 and (far := [name for share, name in left if share > limit]):
+            wrong.append(
+                f"HARDLY CLOSER to {', '.join(far)} than the mean of the LoRAs is. "
+                f"{advice}, and check images (iteris compare)."
+            )
+        if wrong or not own:
+            return " ".join(wrong)
+        if not left:
+            return f"Not measured by {self.method}; check images (iteris compare)."
+        if self.loras == 1:
+            return f"{own[0][0]} is the only LoRA that is merged."
+        return (
+            "Closer to what every LoRA does than the mean of the LoRAs is; least so for "
+            f"{max(left)[1]}."
         )
+
+    def _limit(self) -> tuple[float, str]:
+        """The share of the mean's error above which a merge is hardly closer, and what to do."""
+        lost = [site.truncated for site in self.sites.values() if site.after]
+        if sum(lost) > LOW * len(lost):
+            return HARDLY, "Raise rank"
+        if self.settings.get("ridge"):
+            return HARDLY, "Lower ridge, or leave it to the merge"
+        return 1.0, "Give it more prompts or a larger weight"
 
     def _convergence(self) -> str:
         passes, change = len(self.convergence) + 1, self.convergence[-1]
@@ -147,7 +180,7 @@ class MergeReport:
         repairs = sum(site.repair for site in self.sites.values())
         more = f" and {repairs} that repair drift" if repairs else ""
         lines = [
-            f"Merged {len(self.concepts)} concepts with {self.method}: "
+            f"Merged {self.loras} concept{'s' * (self.loras != 1)} with {self.method}: "
             f"{len(self.sites) - repairs} sites{more}, rank {span}, {self.seconds:.1f} s."
         ]
         if self.rows:
@@ -156,7 +189,7 @@ class MergeReport:
             f"  NOT ENOUGH MEMORY for {line}; allow more, or lower samples, timesteps or the size"
             for line in self.short
         ]
-        if self.converged is not None:
+        if self.converged:
             lines.append(f"  {self._convergence()}")
         for name, notes in self.notes.items():
             lines += [f"  {name}: {note}" for note in notes]

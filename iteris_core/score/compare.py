@@ -29,6 +29,8 @@ from .scorers import ClipScorer, DinoScorer
 from .statistics import Stat
 
 _R = TypeVar("_R")
+_OWN = 6
+"""Images that a LoRA draws as its own references."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,28 @@ def compare_methods(
         comparison = replace(comparison, rows=stats, pictures={**comparison.pictures, name: shown})
         on_row(comparison)
     return comparison
+
+
+def own_references(
+    pipeline: Any,
+    host: Host,
+    concepts: Sequence[Concept],
+    drawing: Drawing,
+    on_progress: OnProgress = lambda progress: None,
+) -> list[list[Image.Image]]:
+    """For each concept, images by its LoRA alone: references where there are no others. Their seeds
+    come after those of the comparison's images."""
+    always = [replace(one, always_on="include") for one in always_on(concepts)]
+    seeds = [drawing.seed + drawing.images_per_prompt + index for index in range(_OWN)]
+    references: list[list[Image.Image]] = []
+    for concept in always_on(concepts, "no"):
+        result = merge_loras(host, [concept, *always], "sum")
+        calls = [embedding_triggers(concept, host.learned)]
+        with _loaded(pipeline, result), in_force(pipeline, calls) as phrases:
+            (prompt,) = fill_prompts(["a photo of a {1}"], [concept], phrases)
+            pairs = [(prompt, seed) for seed in seeds]
+            references.append(draw(pipeline, pairs, drawing, on_progress))
+    return references
 
 
 @contextmanager

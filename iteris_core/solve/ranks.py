@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,6 +14,12 @@ from ..lora import LowRank
 
 _HEADER = 400
 """Most bytes that a file's header needs per module."""
+
+
+def span(ranks: Collection[int]) -> str:
+    """ "rank 8" or "ranks 4 to 8"."""
+    low, high = min(ranks), max(ranks)
+    return f"rank {low}" if low == high else f"ranks {low} to {high}"
 
 
 @dataclass(frozen=True)

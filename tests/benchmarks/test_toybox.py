@@ -81,6 +81,35 @@ def test_a_concept_has_its_files(token):
 
 
 @pytest.mark.parametrize("token", list(ALL))
+def test_a_lora_names_its_words_and_its_base(token):
+    with safetensors.safe_open(ALL[token].lora, "pt") as file:
+        metadata = file.metadata()
+    assert f"a {metadata['modelspec.trigger_phrase']}" == ALL[token].instance_prompt
+    assert metadata["ss_sd_model_name"] == "toybox"
+
+
+def test_noting_words_leaves_the_tensors_as_they_are(tmp_path):
+    pytest.importorskip("peft")
+    from safetensors.torch import load_file, save_file
+
+    from toybox.train.lora_files import note_words
+
+    file = tmp_path / "a.safetensors"
+    tensors = {"a.alpha": torch.tensor(4.0), "a.lora_down.weight": torch.randn(2, 3).half()}
+    save_file(tensors, file, {"kept": "as it is"})
+    note_words(file, {"token": "sks", "class_word": "star"})
+    with safetensors.safe_open(file, "pt") as opened:
+        assert opened.metadata() == {
+            "kept": "as it is",
+            "modelspec.trigger_phrase": "sks star",
+            "ss_sd_model_name": "toybox",
+        }
+    found = load_file(file)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("token", list(ALL))
 def test_a_lora_has_its_rank_and_alpha(token, pipeline):
     entry = ENTRIES[token]
     pipeline.load_lora_weights(str(ALL[token].lora), adapter_name="one")

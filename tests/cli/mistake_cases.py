@@ -17,6 +17,11 @@ CASES = [
         "merge {base} -o {out} --smaples 3 --concept {one}",
         "No such option: --smaples (Possible options",
     ),
+    (
+        "M --rank 8",
+        "rank is a setting of the method: --set rank=VALUE. All options:",
+    ),
+    ("C --block-steps 8", "block_steps is a setting of the method: --set block_steps=VALUE."),
     ("merge {base} -o {out}", "Give the LoRAs with --concept, or a merged file with --from"),
     ("merge {base} {base} -o {out}", "Got unexpected extra argument(s) ({base})"),
     ("methods iterris", "There is no method 'iterris'; did you mean 'iteris'"),
@@ -72,8 +77,25 @@ CASES = [
         "merge a/b/c -o {out} --concept {one}:s1:dog",
         "The base 'a/b/c' does not exist: there is no such folder or file, and a hub name has the form",
     ),
-    ("merge {one} -o {out} --concept {one}:s1:dog", "The base '{one}' is a LoRA, not a model"),
+    (
+        "merge {one} -o {out} --concept {one}:s1:dog",
+        "The base '{one}' is a LoRA, not a model; give the model for which it was made",
+    ),
+    ("merge {base} -o {out} --concept {one}:s1", "or FILE,trigger=sks without a class"),
     # the LoRA files
+    (
+        "B --concept {tmp}/nan.safetensors:a:b",
+        "contains NaN or infinite values; the file is broken or its training diverged",
+    ),
+    ("B --concept {tmp}/part.safetensors:a:b", "which are not a complete change; its other half"),
+    (
+        "merge {base} -o {tmp}/mine.safetensors --concept {tmp}/with_emb.safetensors:a:b",
+        "{tmp}/mine_emb.safetensors exists already; choose another name",
+    ),
+    (
+        "B --concept {one}:s1:dog,blocks=NONE",
+        "{one}: blocks='NONE' leaves nothing of it; leave it out",
+    ),
     (
         "B --concept {tmp}/none.safetensors:a:b",
         "{tmp}/none.safetensors does not exist or is not a file",
@@ -323,6 +345,8 @@ CASES = [
     ("M --empty-share 1", "empty_share must be in [0, 1), not 1.0"),
     ("M --contexts -1", "contexts must be in [0, 1], not -1.0 (or none)."),
     ("M --latent-size 0", "latent_size must be at least 1, not 0 (or none)"),
+    ("M --minutes 0", "minutes must be above 0, not 0.0 (or none)"),
+    ("M --minutes long", "minutes must be above 0, not 'long' (or none)"),
     ("M --frames 0", "frames must be at least 1, not 0 (or none)"),
     (
         "M --seed x",
@@ -357,6 +381,7 @@ CASES = [
         "Invalid value for '--energy': Input should be a valid number, unable to parse string as a",
     ),
     ("M --rename x", "--rename 'x' is not LORA:NAME=NEW or NAME=NEW"),
+    ("M --rename x=y", "--rename 'x=y' matches no embedding of these LoRAs, which have none"),
     ("M --rename =y", "--rename '=y' is not LORA:NAME=NEW or NAME=NEW"),
     (
         "M --unmergeable ignore",
@@ -393,6 +418,7 @@ CASES = [
     ("M --image {tmp}/lines.txt", "{tmp}/lines.txt is not a readable image"),
     ("M --mask-image {tmp}/none.png", "{tmp}/none.png is not a readable image"),
     ("M --loras {tmp}", "--loras is for --from; --concept already names the LoRA files"),
+    ("M --plot {pic}", "{pic} exists already; choose another name, or overwrite it"),
     (
         "M --plot {tmp}/plot.xyz",
         "--plot {tmp}/plot.xyz: the name must end in one of .png, .svg, .pdf, .jpg, .jpeg, .webp",
@@ -472,7 +498,20 @@ CASES = [
         "The cut {'rank': 0, 'ordered': True} is invalid",
     ),
     # merge files
-    ("Y", "merge.yaml has no LoRAs: list them under concepts:, or give them with --concept"),
+    ("Y", "merge.yaml is empty; iteris init FOLDER writes one for your LoRAs"),
+    ("Y |# later\\n", "merge.yaml is empty; iteris init FOLDER writes one for your LoRAs"),
+    (
+        'Y |base: ~/none\\nconcepts: ["{one}:s1:dog"]',
+        "The base '~/none' does not exist: there is no such folder or file",
+    ),
+    (
+        'Y |base: {base}\\nconcepts: ["~/none.safetensors:s1:dog"]',
+        "~/none.safetensors is not in any of the folders",
+    ),
+    (
+        "Y |base: {base}\\nconcepts: [{file: {one}, trigger: x, always_on: yes}]",
+        "merge.yaml: concept 1: always_on must be one of no, include, outside, not 'yes'",
+    ),
     ("Y |- a", "merge.yaml: the file must be a mapping of names to values, not ['a']"),
     (
         "Y |base: [",
@@ -501,7 +540,7 @@ CASES = [
     ),
     (
         "Y |base: {base}\\nconcepts: [none.safetensors:a:b]",
-        "none.safetensors is not in any of the folders",
+        "pass its folder with --loras. [IT-08]",
     ),
     (
         'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\nsettings: 3',
@@ -638,8 +677,7 @@ CASES = [
     # compare
     ("compare", "Missing argument 'base'."),
     ("compare {base} -o {results}", "Missing option '--concept'."),
-    ("compare {base} -o {results} --concept {one}:s1:dog", "Missing option '--refs'."),
-    ("C --refs {pics}", "Give --refs once for each --concept, in the same order"),
+    ("C --refs {pics}", "Give --refs once for each --concept, in the same order, or not at all"),
     ("C --methods iterris", "There is no method 'iterris'; did you mean 'iteris'"),
     ('C --methods ""', "--methods is empty; give names, such as base,alone,average,iteris"),
     ("C --methods ,", "--methods is empty; give names, such as base,alone,average,iteris"),
@@ -734,6 +772,7 @@ CASES = [
         "inspect {one} --plot {tmp}/none/x.png",
         "The folder {tmp}/none does not exist; create it first",
     ),
+    ("inspect {one} --plot {pic}", "{pic} exists already; choose another name, or overwrite it"),
     # init
     ("init", "Missing argument 'FOLDER'."),
     ("init none", "none is not a folder; give the folder with your LoRAs"),
@@ -746,7 +785,7 @@ CASES = [
     ),
     (
         "init {world} -o {tmp}/mine.yaml",
-        "{tmp}/mine.yaml exists already; choose another name, or overwrite it (--overwrite",
+        "{tmp}/mine.yaml exists already; choose another name, or overwrite it (option overwrite)",
     ),
     # resize
     ("resize {one} -o {out}", "Give exactly one of rank, size and energy"),
@@ -776,5 +815,7 @@ CASES = [
     ("bake {base} --lora {one}:x -o {out}", "is not FILE.safetensors, FILE.safetensors:0.8 or"),
     ("bake none --lora {one} -o {out}", "The base 'none' does not exist"),
     ("bake {base} --lora {one} -o {empty}", "{empty} exists already; choose another name"),
-    ("bake {base} --lora {one} -o {out} --dtype fp8", "cannot hold fp8 with scales"),
+    ("bake {base} --lora {one} -o {out}", "{base} is a folder, and so is the result; give"),
+    ("bake {base} --lora {one} -o {tmp}/none/new", "The folder {tmp}/none does not exist"),
+    ("bake {base} --lora {one} -o {tmp}/new --dtype fp8", "cannot hold fp8 with scales"),
 ]

@@ -56,8 +56,13 @@ def make_mess(folder: Path) -> dict[str, str]:
     save_file({}, tmp / "nothing.safetensors")
     save_file({"emb_params": torch.ones(1, 32)}, tmp / "emb.safetensors")
     save_file({k: t * float("nan") for k, t in tensors.items()}, tmp / "nan.safetensors")
+    first = min(key for key in tensors if key.endswith("lora_up.weight"))
+    save_file({k: t for k, t in tensors.items() if k != first}, tmp / "part.safetensors")
+    (tmp / "with_emb.safetensors").write_bytes(good)
+    save_file({"emb_params": torch.ones(1, 32)}, tmp / "with_emb_emb.safetensors")
+    (tmp / "mine_emb.safetensors").write_text("mine")
     recipe = {
-        "method": "sum", "settings": {}, "calibration": {},
+        "method": "iteris", "settings": {}, "calibration": {},
         "concepts": [{"file": one.name, "trigger": "s1", "sha256": file_digest(one)}],
     }  # fmt: skip
     recipes = {

@@ -17,10 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import make_pipeline, random_lora
 
-from iteris_core import cli, write_lora
+from iteris_core import Lora, LowRank, cli, merge_loras, write_lora
 from iteris_core.cli.concept_options import parse_concept
 from iteris_core.cli.help import EXAMPLES
 from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.lora_files import read_lora_file, released_base
 
 COMMANDS = typer.main.get_command(cli.app).commands
 
@@ -65,6 +66,34 @@ def test_a_merge_from_files_to_a_file(world, tmp_path, monkeypatch, capsys):
     assert repairs
     assert f"{len(sites)} sites and {len(repairs)} that repair drift" in text
     assert len(load_file(out)) == 3 * len(sites | repairs)
+
+
+def test_a_method_on_weights_needs_no_base(tmp_path, monkeypatch, capsys):
+    base, out = released_base("sd1"), tmp_path / "out.safetensors"
+    site = next(site for site in base.shapes if site.endswith("attn2.to_q"))
+    files = []
+    for factor in (1.0, 3.0):
+        ones = LowRank(torch.full((320, 1), factor), torch.ones(1, 320))
+        lora = Lora({site: ones}, metadata={"modelspec.trigger_phrase": f"s{factor:g}"}, base=base)
+        files.append(write_lora(lora, tmp_path / f"lora{factor:g}.safetensors"))
+    concepts = [f"--concept={file}" for file in files]
+    ask = ["merge", "--method=average", *concepts, "-o"]
+    for arguments in (
+        [*ask, str(out)],
+        ["merge", "--from", str(out), "-o", str(tmp_path / "again.safetensors")],
+        [*ask, str(tmp_path / "merge.yaml")],
+        ["merge", str(tmp_path / "merge.yaml"), "-o", str(tmp_path / "yaml.safetensors")],
+    ):
+        code, _, err = run(monkeypatch, capsys, *arguments)
+        assert code == 0, err
+    merged = [read_lora_file(path, base) for path in tmp_path.glob("[aoy]*.safetensors")]
+    merged.append(merge_loras(None, files, "average").lora)
+    assert len(merged) == 4
+    for lora in merged:
+        torch.testing.assert_close(lora.sites[site].dense(), torch.full((320, 320), 2.0))
+    code, _, err = run(monkeypatch, capsys, *ask, str(out), "--overwrite", "--offload=model")
+    assert code == 2
+    assert "--offload is for merges on a base; name it before the LoRAs" in err
 
 
 def test_json_methods_and_settings(world, tmp_path, monkeypatch, capsys):

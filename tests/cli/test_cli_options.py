@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,8 +43,9 @@ CALIBRATION = [
     ("--generic=0", "generic", 0.0),
     ("--composites=0.5", "composites", 0.5),
     ("--latent-size=4", "latent_size", 4),
-    ("--frames=5", "frames", 5),
     ("--minutes=600", "minutes", None),  # the recipe has the samples that ran
+    ("--minutes=none", "minutes", None),
+    ("--contexts=none", "contexts", None),
     ("--seed=7", "seed", 7),
     ("--templates={world}/lines.txt", "templates", ["a photo of {}", "{} at night"]),
     ("--set=samples=2", "samples", 2),
@@ -111,16 +114,70 @@ def test_a_plan_merges_and_writes_nothing(world, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.safetensors"
     code, text, err = run(monkeypatch, capsys, *merge(world, out, "--plan"))
     assert code == 0, err
-    assert "unet: 7 rows" in text
+    assert text.count("unet: 7 rows") == 1
+    assert "The whole merge takes about" in text
     assert "Nothing was merged or written." in text
+    assert "unet" not in err
+    assert "solving sites" not in err
+    code, text, err = run(monkeypatch, capsys, *merge(world, out, "--plan", "--json"))
+    assert code == 0, err
+    found = json.loads(text)
+    assert found["plan"][-1].startswith("unet: 7 rows")
+    assert (found["denoised"], found["seconds"] > 0) == (0, True)
+    assert any("name no concept" in note for note in found["notes"])
     assert not list(tmp_path.iterdir())
 
 
-def test_a_quiet_merge_says_nothing(world, tmp_path, monkeypatch, capsys):
+def test_a_plan_is_refused_where_the_merge_is(world, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.safetensors"
-    code, text, err = run(monkeypatch, capsys, *merge(world, out, "--method=average", "--quiet"))
-    assert (code, text, err) == (0, "", "")
+    too_little = merge(world, out, "--memory=0.00001", "--latents=denoising")
+    for extra in (["--plan"], []):
+        code, text, err = run(monkeypatch, capsys, *too_little, *extra)
+        assert (code, text) == (2, "")
+        assert "needs at least" in err
+        assert "denoising steps" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quiet_merge_says_nothing_but_errors(world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.safetensors"
+    for extra in (["--plan"], []):
+        code, text, err = run(monkeypatch, capsys, *merge(world, out, "--quiet", *extra))
+        assert (code, text, err) == (0, "", "")
     assert out.is_file()
+    left_out = f"--concept={world}/lora1.safetensors:s3:dog:0"  # a warning
+    *again, _ = merge(world, out, left_out, "--quiet", "")
+    code, text, err = run(monkeypatch, capsys, *again)
+    assert (code, text) == (2, "")
+    assert err.startswith("iteris: ")
+    assert "exists already" in err
+
+
+def test_warnings_of_modules_have_the_program_s_form(world, tmp_path):
+    """In a process of its own, since the tests have log handlers."""
+    out = tmp_path / "out.safetensors"
+    little = map(str, merge(world, out, "--memory=0.001", "--plan"))
+    command = [sys.executable, "-m", "iteris_core", *little]
+    for extra, said in (([], True), (["--quiet"], False)):
+        done = subprocess.run([*command, *extra], capture_output=True, text=True, check=True)
+        err = " ".join(done.stderr.split())
+        assert ("Not enough memory for all rows" in err) == said
+        assert "WARNING" not in err
+        assert "iteris_core." not in err
+        assert bool(err) == said
+
+
+def test_ctrl_c_says_that_nothing_was_written(world, tmp_path, monkeypatch, capsys):
+    def load_base(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "load_base", load_base)
+    out = tmp_path / "out.safetensors"
+    for extra in ([], ["--quiet"]):
+        code, text, err = run(monkeypatch, capsys, *merge(world, out, *extra))
+        assert (code, text) == (130, "")
+        assert "iteris: cancelled; nothing was written." in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_pictures_reach_the_base(world, tmp_path, monkeypatch, capsys):
@@ -165,6 +222,24 @@ def test_a_concept_that_is_wrong(world, tmp_path, monkeypatch, capsys, concept, 
     code, _, err = run(
         monkeypatch, capsys, "merge", world / "base", "-o", out, *QUICK, "--concept", given
     )
+    assert code == 2
+    assert message in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--frames=5", "frames is for videos, and StableDiffusionPipeline draws none"),
+        ("--image={world}/picture.png", "StableDiffusionPipeline takes no image; leave it out"),
+    ],
+)
+def test_what_the_base_does_not_take_is_refused(
+    world, tmp_path, monkeypatch, capsys, extra, message
+):
+    Image.new("RGB", (8, 8)).save(world / "picture.png")
+    out = tmp_path / "out.safetensors"
+    code, _, err = run(monkeypatch, capsys, *merge(world, out, extra.format(world=world)))
     assert code == 2
     assert message in err
     assert not out.exists()

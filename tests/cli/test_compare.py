@@ -17,10 +17,12 @@ from tiny import make_pipeline, random_lora
 import iteris_core.score.compare as compare_module
 import iteris_core.score.drawing as drawing_module
 import toybox
-from iteris_core import Concept, IterisError, Lora, Progress
+from iteris_core import Concept, IterisError, Lora, Progress, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.presets import PRESETS
+from iteris_core.score.compare import own_references
 from iteris_core.score.compare_progress import DRAWING, CompareProgress
+from iteris_core.score.drawing import Drawing, draw
 from iteris_core.score.judged import fill_prompts, judged_prompts
 from iteris_core.score.page import html_table
 from iteris_core.score.results import _in_order
@@ -204,6 +206,23 @@ def test_compare_from_files_to_a_page(world, monkeypatch, capsys, references, tm
     code, _, err = run(monkeypatch, capsys, *arguments[:-2], "--methods=base")
     assert code == 2
     assert "--refs once for each --concept" in err
+
+
+def test_without_pictures_each_lora_draws_its_own(world, monkeypatch, capsys, references, tmp_path):
+    pipeline = make_pipeline()
+    host, drawing = DiffusersHost(pipeline), Drawing(images_per_prompt=2, steps=2)
+    concepts = [Concept(random_lora(host, n), trigger=f"s{n}", class_word="dog") for n in (1, 2)]
+    one, two = own_references(pipeline, host, concepts, drawing)
+    assert len({picture.tobytes() for picture in (*one, *two)}) == 12
+    merge_loras(host, concepts[:1], "sum").load_into(pipeline)
+    wanted = draw(pipeline, [("a photo of a s1 dog", seed) for seed in range(2, 8)], drawing)
+    assert [picture.tobytes() for picture in wanted] == [picture.tobytes() for picture in one]
+    arguments = compare(world, references, tmp_path / "out", "--methods=alone")
+    arguments = [one for one in arguments if not str(one).startswith("--refs")]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["methods"]
+    assert all(f"image {name}" in rows[f"alone {name}"] for name in ("s1", "s2"))
 
 
 def test_settings_of_one_method_and_of_all(world, monkeypatch, capsys, references, tmp_path):

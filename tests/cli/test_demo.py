@@ -14,7 +14,7 @@ from iteris_core import cli
 
 @pytest.mark.slow
 def test_demo_writes_everything_and_iteris_leads(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["iteris", "demo", "--output", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["iteris", "demo", "-o", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert not stop.value.code

@@ -73,3 +73,12 @@ def test_a_kind_of_another_package_has_the_entry_of_its_nearest():
         pass
 
     assert Mine("wrong").code == LoraFileError.code
+
+
+def test_a_librarys_long_message_ends_with_a_whole_word():
+    sentence = "There was an error in the connection."
+    text = errors.brief(OSError(" ".join([sentence] * 20)))
+    assert len(text) <= 300
+    assert text.split()[-2] in sentence.split()
+    assert text.endswith(" …")
+    assert errors.brief(OSError()) == "OSError"

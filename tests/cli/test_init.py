@@ -13,6 +13,7 @@ import yaml
 from command_line import QUICK, make_world, recipe_of, run
 from safetensors.torch import load_file, save_file
 
+import toybox
 from iteris_core.cli.folder import base_near, loras_in
 
 
@@ -162,3 +163,49 @@ def test_two_experts_are_one_concept(tmp_path):
     ]  # fmt: skip
     assert {one.family for one in loras} == {"wan2.2"}
     assert not left_out
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """``loras``, with copies of two of the toybox's: kohya's layout and diffusers'."""
+    (tmp_path / "loras").mkdir()
+    for name in ("sks1", "sks10"):
+        shutil.copy(toybox.concepts()[name].lora, tmp_path / "loras")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    return tmp_path
+
+
+def test_the_quick_start_runs_on_the_loras_that_ship(shipped, monkeypatch, capsys):
+    (shipped / "toybox").mkdir()  # the base's name never means a folder
+    code, text, err = run(monkeypatch, capsys, "init", "loras")
+    assert code == 0, err
+    assert "Check its trigger words, then merge: iteris merge merge.yaml" in text
+    data = yaml.safe_load((shipped / "merge.yaml").read_text())
+    assert data["base"] == "toybox"
+    assert [(c["trigger"], c["class"]) for c in data["concepts"]] == [
+        ("sks1", "star"), ("sks10", "cross"),
+    ]  # fmt: skip
+    code, _, err = run(monkeypatch, capsys, "merge", shipped / "merge.yaml", *QUICK)
+    assert code == 0, err
+    assert recipe_of("merged.safetensors")["base"] == "toybox"
+    again = ("--from", "merged.safetensors", "--loras", "loras", "-o", "again.safetensors")
+    code, _, err = run(monkeypatch, capsys, "merge", *again)
+    assert code == 0, err
+    code, text, err = run(monkeypatch, capsys, "inspect", "merged.safetensors")
+    assert code == 0, err
+    assert "sks1 star, sks10 cross" in text
+    lines = ("merge", "--from", "merged.safetensors", "--loras", "loras", "-o", "loras/again.yaml")
+    assert run(monkeypatch, capsys, *lines)[0] == 0
+    assert yaml.safe_load((shipped / "loras" / "again.yaml").read_text())["base"] == "toybox"
+
+
+def test_what_ships_is_read_without_naming_its_base(shipped, monkeypatch, capsys):
+    files = [f"loras/{name}.safetensors" for name in ("sks1", "sks10")]
+    code, text, err = run(monkeypatch, capsys, "inspect", *files, "--json")
+    assert code == 0, err
+    assert json.loads(text)["interference"][0]["shared"] == 68  # every attention projection
+    for number, file in enumerate(files):
+        code, text, err = run(monkeypatch, capsys, "convert", file, "-o", f"{number}.safetensors")
+        assert code == 0, err
+        assert "bit-identical to the original" in text

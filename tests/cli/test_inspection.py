@@ -132,7 +132,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert 0 < found["interference"][0]["rows"] < 0.2
     assert plot.read_bytes()[:4] == b"\x89PNG"
     both = Image.open(plot).size
-    code, text, _ = run(monkeypatch, capsys, files[0], "--json", f"--plot={plot}")
+    again = (files[0], "--json", f"--plot={plot}")
+    assert run(monkeypatch, capsys, *again)[0] == 2  # it exists
+    code, text, _ = run(monkeypatch, capsys, *again, "--overwrite")
     assert code == 0
     assert Image.open(plot).size[1] < both[1]  # what its blocks hold, and no interference
     code, text, _ = run(monkeypatch, capsys, *files)
@@ -142,6 +144,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     other = write_lora(real_lora("sdxl", 1), tmp_path / "xl.safetensors")
     code, text, _ = run(monkeypatch, capsys, files[0], other, "--json")
     assert code == 0
+    assert json.loads(text)["interference"] == []
+    code, text, _ = run(monkeypatch, capsys, files[0], other)
+    assert "one is a LoRA for SD 1.x, xl for SDXL: they have no layer in common" in text
+    assert "shared sites" not in text
     code, _, err = run(monkeypatch, capsys, tmp_path / "nothing.safetensors")
     assert code == 2
     assert "does not exist" in err

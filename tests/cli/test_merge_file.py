@@ -86,6 +86,24 @@ def test_a_merge_file_is_the_same_merge_as_the_options(place, monkeypatch, capsy
     assert len(recipe["concepts"]) == 2  # the one, and what is preserved
 
 
+def test_words_and_paths_mean_what_they_mean_to_a_user(place, monkeypatch, capsys):
+    """YAML's ``no`` is false, and nobody expands ``~`` but a shell."""
+    monkeypatch.setenv("HOME", str(place))
+    away = place / "away"
+    away.mkdir()
+    (away / "merge.yaml").write_text(
+        "base: ~/base\noutput: ~/of_home.safetensors\ndevice: cpu\nmethod: sum\nminutes: none\n"
+        "templates: ~/lines.txt\nconcepts:\n"
+        "- {file: ~/lora1.safetensors, trigger: s1, always_on: no}\n- ~/lora2.safetensors:s2:dog\n"
+    )
+    (place / "lines.txt").write_text("a {}\n")
+    code, _, err = run(monkeypatch, capsys, "merge", away / "merge.yaml")
+    assert code == 0, err
+    recipe = recipe_of(place / "of_home.safetensors")
+    assert [one["file"] for one in recipe["concepts"]] == ["lora1.safetensors", "lora2.safetensors"]
+    assert recipe["concepts"][0]["always_on"] == "no"
+
+
 def test_a_merged_file_writes_a_merge_file_that_merges_again(place, monkeypatch, capsys):
     merged, again = place / "merged.safetensors", place / "again.safetensors"
     (place / "kept.txt").write_text("a street\n")
@@ -215,7 +233,7 @@ def test_a_recipe_reads_no_file_that_it_names_and_fetches_no_base(place, monkeyp
     secret = place / "secret.txt"
     secret.write_text("a secret\n")
     concept = {"file": "lora1.safetensors", "prompts": str(secret)}
-    recipe = {"method": "sum", "settings": {}, "calibration": {}, "base": "somebody/model"}
+    recipe = {"method": "iteris", "settings": {}, "calibration": {}, "base": "somebody/model"}
     for changes, message in (
         ({"concepts": [concept], "base": "base"}, "prompts must be a list"),
         ({"concepts": []}, "merged on somebody/model, which was not found; give BASE"),

@@ -96,7 +96,7 @@ def no_base(monkeypatch):
         (["--preserve={tmp}/latin.txt"], "latin.txt is not text in UTF-8 (byte 3)"),
         (["--preserve={tmp}/zeros.txt"], "zeros.txt is not a text file"),
         (["-o", "{tmp}/lora.safetensors"], "lora.safetensors exists already; choose another name, "
-         "or overwrite it (--overwrite"),
+         "or overwrite it (option overwrite)"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_found_before_the_base_is_loaded(
@@ -242,6 +242,11 @@ def test_what_is_probably_not_meant_is_said_before_the_merge(
     _, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", *more))
     assert "stop here" in err
     assert message.format(**names) in err
+    # What is preserved has a name of its own, which its prompts need not contain.
+    preserve = f"--preserve={names['lines']}"
+    _, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", preserve))
+    assert "stop here" in err
+    assert "None of" not in err
 
 
 def test_nothing_to_merge(world, tmp_path, monkeypatch, capsys):
@@ -276,8 +281,8 @@ def test_a_file_is_no_host_and_a_lora_no_concept():
         merge_loras(pipeline, [lora])
     with pytest.raises(IterisError, match="Pipeline reads no LoRA; pass Concept"):
         Concept.from_file(pipeline, "a.safetensors")
-    with pytest.raises(IterisError, match="reading a file requires a base model; pass a host"):
-        merge_loras(None, ["a.safetensors"], "average")
+    with pytest.raises(IterisError, match="'iteris' runs the base model; pass a host"):
+        merge_loras(None, ["a.safetensors"])
 
 
 def test_a_checkpoint_is_called_one(world, tmp_path, monkeypatch, capsys):
@@ -319,6 +324,19 @@ def test_the_inner_probe_does_not_warn_of_a_long_prompt(monkeypatch):
     assert "Token indices" in "".join(seen)  # of other prompts it still warns
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("cat.safetensors", r"must be a list, not 'cat.safetensors'; put it in brackets"),
+        (Path("cat.safetensors"), r"must be a list, not 'cat.safetensors'"),
+        (Concept(Lora({}), trigger="sks"), r"must be a list, not a single Concept"),
+    ],
+)
+def test_a_single_concept_is_not_a_list(given, message):
+    with pytest.raises(IterisError, match=message):
+        merge_loras(None, given, "sum")
+
+
 def test_far_too_many_prompts_are_thinned_out(world, tmp_path, monkeypatch, capsys):
     """All of them would go into the file: 31 MB of metadata for a million."""
     lines = tmp_path / "lines.txt"
@@ -337,7 +355,7 @@ def test_far_too_many_prompts_are_thinned_out(world, tmp_path, monkeypatch, caps
 def test_inspect_says_how_to_name_another_base(world, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, "inspect", world / "lora1.safetensors")
     assert code == 2
-    assert "pass --base BASE" in err
+    assert "--base BASE for other commands" in err
     files = [world / f"lora{number}.safetensors" for number in (1, 2)]
     code, text, err = run(monkeypatch, capsys, "inspect", *files, "--base", world / "base")
     assert code == 0, err
@@ -374,7 +392,7 @@ def test_a_stop_while_it_loads_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         program.main()
     assert stopped.value.code == 130
-    assert capsys.readouterr().err == "iteris: stopped.\n"
+    assert capsys.readouterr().err == "iteris: cancelled; nothing was written.\n"
 
 
 def test_every_name_of_the_package_is_there():

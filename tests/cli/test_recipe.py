@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from dataclasses import replace
 from importlib.metadata import version
@@ -24,10 +25,11 @@ from iteris_core import (
     merge_loras,
     write_lora,
 )
-from iteris_core.cli.concept_options import find_file, parse_concept, read_concepts
-from iteris_core.concept_config import rename_embeddings
+from iteris_core.cli.checks import check_concepts
+from iteris_core.cli.concept_options import find_file, parse_concept
+from iteris_core.concept_config import renamed_in
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.lora_files import ReadOptions, read_lora_file
+from iteris_core.lora_files import read_lora_file
 from iteris_core.lora_files.metadata import merge_tag_frequency, trigger_words
 from iteris_core.lora_files.peft_folder import write_adapter
 from iteris_core.report.provenance import with_recipe, with_run
@@ -124,6 +126,27 @@ def test_no_path_of_this_machine_is_written_and_the_loras_are_found_by_name(
     code, _, err = run(monkeypatch, capsys, *arguments[:4], *concepts, f"--loras={world}")
     assert code == 2
     assert "--loras is for --from" in err
+
+
+def test_files_of_one_name_from_two_folders_come_again(world, tmp_path, monkeypatch, capsys):
+    places = tmp_path / "loras" / "cats", tmp_path / "loras" / "dogs"
+    for number, place in enumerate(places, 1):
+        place.mkdir(parents=True)
+        shutil.copy(world / f"lora{number}.safetensors", place / "one.safetensors")
+    out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
+    concepts = [f"--concept={place}/one.safetensors:s{n}:dog" for n, place in enumerate(places)]
+    base = ["merge", world / "base", "--device=cpu"]
+    code, _, err = run(monkeypatch, capsys, *base, "-o", out, "--method=sum", *concepts)
+    assert code == 0, err
+    found = "-o", again, f"--from={out}", f"--loras={tmp_path}/loras"
+    code, _, err = run(monkeypatch, capsys, *base, *found)
+    assert code == 0, err
+    one, two = load_file(out), load_file(again)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    shutil.rmtree(places[1])
+    code, _, err = run(monkeypatch, capsys, *base, *found, "--overwrite")
+    assert code == 2
+    assert "is not the file that was merged" in err
 
 
 def test_files_of_older_recipes_are_found_by_their_whole_path_or_last_part(world, tmp_path):
@@ -283,13 +306,17 @@ def test_bundled_embeddings_and_those_beside_a_file_are_kept(host, tmp_path):
     assert {name: list(parts) for name, parts in found.embeddings.items()} == {
         "word": ["emb_params"], "b": ["clip_l"],
     }  # fmt: skip
-    renamed = rename_embeddings
-    assert renamed(found, []) is found
-    assert set(renamed(found, ["b:word=cat", "other:b=x"]).embeddings) == {"cat", "b"}
+    concept = Concept(found, ["a word", "word and b"], trigger="Word", class_word="dog")
+    assert renamed_in(concept, []) is concept
+    renamed = renamed_in(concept, ["b:word=cat", "other:b=x"])
+    assert set(renamed.lora.embeddings) == {"cat", "b"}
+    assert renamed.trigger == "cat"
+    assert renamed.prompts == ["a cat", "cat and b"]
+    assert renamed_in(replace(renamed, lora=found), ["word=cat"]).prompts == renamed.prompts
     with pytest.raises(IterisError, match="is not LORA:NAME=NEW"):
-        renamed(found, ["word"])
+        renamed_in(concept, ["word"])
     with pytest.raises(IterisError, match="would get the same name"):
-        renamed(found, ["word=b"])
+        renamed_in(concept, ["word=b"])
     merged = write_lora(found, tmp_path / "c.safetensors")
     again = read_lora_file(merged, found.base)
     assert set(again.sites) == set(lora.sites)
@@ -516,8 +543,12 @@ def test_a_renaming_that_fits_nothing_is_refused(tmp_path):
     host = DiffusersHost(make_pipeline())
     lora = replace(random_lora(host, 1), embeddings={"<toy>": {"clip_l": torch.ones(1, 32)}})
     option = parse_concept(f"{write_lora(lora, tmp_path / 'one.safetensors')}:sks:dog")
-    (concept,) = read_concepts([option], host, ReadOptions(), ["one:<toy>=bear"])
-    assert list(concept.lora.embeddings) == ["bear"]
+    renames = ["one:<toy>=bear"]
+    for concept in (
+        option.read(host, renames=renames),
+        *check_concepts([option], run_base=True, renames=renames),
+    ):
+        assert list(concept.lora.embeddings) == ["bear"]
     for text in ("tyo=bear", "two:<toy>=bear"):
         with pytest.raises(IterisError, match=r"matches no embedding .* which have one:<toy>"):
-            read_concepts([option], host, ReadOptions(), [text])
+            check_concepts([option], run_base=True, renames=[text])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import ModuleHost, Net, make_data, make_lora
 
-from iteris_core import Concept, IterisError, LowRank, merge_loras
+from iteris_core import Concept, IterisError, Lora, LowRank, merge_loras
 from iteris_core.report.plots import plot_residuals
 from iteris_core.report.report import MergeReport, SiteReport, block_of
 from iteris_core.solve.problem import Solution
@@ -54,16 +54,56 @@ def test_the_verdict_names_the_lora_that_is_kept_least():
         "unet.up_blocks.1.a": SiteReport(1, (0.5, 0.5), (1.0, 1.0), (0.5, 0.9)),
     }
     found = MergeReport("iteris", ["cat", "dog"], sites, 1.0)
-    assert found.verdict() == (
-        "Closer to what every LoRA does than the mean of the LoRAs is; least so for dog."
-    )
-    worse = {"unet.up_blocks.1.a": SiteReport(1, (0.5, 0.5), (1.0, 0.5), (0.1, 0.6))}
-    assert replace(found, sites=worse).verdict().startswith("NOT CLOSER to dog than the mean")
-    # What is preserved has no change of its own that an error could be a part of.
-    kept = replace(found, sites=worse, preserved=["dog"])
-    assert kept.verdict() == "Closer to what cat does than the mean of the LoRAs is."
-    assert MergeReport("iteris", ["cat"], {}, 1.0).verdict() == ""
+    good = "Closer to what every LoRA does than the mean of the LoRAs is; least so for dog."
+    assert found.verdict() == good
+    assert replace(found, calibration={"samples": 12}, convergence=(1e-4,)).verdict() == good
+    assert MergeReport("average", ["cat"], {}, 1.0).verdict().startswith("Not measured by average")
     assert found.blocks()["up_blocks.1"] == [(1.0, 0.5), (1.0, 0.9)]
+
+
+def test_the_verdict_says_what_is_wrong_and_what_to_do():
+    site = SiteReport(1, (0.5, 0.5), (1.0, 0.5), (0.1, 0.48))
+    found = MergeReport("iteris", ["cat", "dog"], {"unet.a": site}, 1.0)
+    assert found.verdict().startswith("Closer")  # as far as many LoRAs can be
+    for of, advice in (
+        (replace(found, sites={"unet.a": replace(site, after=(0.1, 0.6))}), "Give it more prompts"),
+        (replace(found, settings={"ridge": 0.01}), "Lower ridge"),
+        (replace(found, sites={"unet.a": replace(site, truncated=0.3)}), "Raise rank"),
+    ):
+        assert of.verdict().startswith("HARDLY CLOSER to dog than the mean of the LoRAs is")
+        assert advice in of.verdict()
+    good = replace(found, sites={"unet.a": replace(site, after=(0.1, 0.2))})
+    few = replace(good, calibration={"samples": 3})
+    assert few.verdict().startswith("TOO FEW PROMPTS: 3 per LoRA")
+    both = replace(few, convergence=(0.5,), lacks=["2 tensors of cat"]).verdict()
+    assert both.startswith("INCOMPLETE: the merge lacks 2 tensors of cat. DID NOT CONVERGE")
+    assert both.endswith(few.verdict())
+
+
+def test_one_lora_is_not_compared_with_its_own_mean():
+    """Beside one that is always on, at weight 0 or without a LoRA."""
+    own = Concept(make_lora(1), prompts=["unused"], trigger="cat")
+    base = Concept.preserve(["unused"])
+    on = Concept(make_lora(2), trigger="fast", always_on="include")
+    for others, data in (
+        ([on], [0]),
+        ([replace(on, always_on="no", weight=0)], [0]),
+        ([base], [0, 1]),
+    ):
+        inputs = make_data(2)
+        host = ModuleHost(Net(), [inputs[i] for i in data])
+        found = merge_loras(host, [own, *others]).report
+        assert found.verdict() == "cat is the only LoRA that is merged."
+        assert found.summary().startswith("Merged 1 concept with iteris")
+
+
+def test_a_lora_that_changes_nothing_or_was_read_in_part_is_named():
+    none = Lora({site: change.scaled(0.0) for site, change in make_lora(2).sites.items()})
+    part = replace(make_lora(1), left_out=2)
+    concepts = [Concept(part, trigger="cat"), Concept(none, trigger="dog")]
+    assert merge_loras(None, concepts, "average").report.verdict() == (
+        "INCOMPLETE: the merge lacks 2 tensors of cat and all of dog, whose LoRA changes nothing."
+    )
 
 
 def test_a_site_report_is_what_its_solution_says():

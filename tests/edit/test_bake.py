@@ -164,3 +164,39 @@ def test_a_folder_draws_as_with_the_loras_loaded(tmp_path, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, *words)
     assert code == 2
     assert "exists already" in err
+
+
+def test_both_variants_of_a_model_get_the_change(tmp_path, monkeypatch, capsys):
+    world = make_world(tmp_path)
+    unet = world / "base/unet"
+    full = load_file(unet / "diffusion_pytorch_model.safetensors")
+    half = {key: tensor.half() for key, tensor in full.items()}
+    save_file(half, unet / "diffusion_pytorch_model.fp16.safetensors")
+    out = world / "baked"
+    lora = world / "lora1.safetensors"
+    code, _, err = run(monkeypatch, capsys, "bake", world / "base", "--lora", lora, "-o", out)
+    assert code == 0, err
+    one, two = (load_file(out / f"unet/diffusion_pytorch_model{variant}.safetensors")
+                for variant in ("", ".fp16"))  # fmt: skip
+    changed = [key for key in full if not torch.equal(one[key], full[key])]
+    assert changed
+    for key, tensor in two.items():
+        assert tensor.dtype == torch.float16
+        assert torch.allclose(tensor.float(), one[key], atol=2e-3), key
+        assert torch.equal(tensor, half[key]) == (key not in changed), key
+
+
+def test_in_a_plain_fp8_file_only_changed_layers_are_rounded(lora, tmp_path):
+    source = tmp_path / "fp8.safetensors"
+    save_file({key: tensor.to(FP8) for key, tensor in single_file().items()}, source)
+    sites = dict(list(lora[0].sites.items())[:3])
+    places, _ = places_in(source, tiny_base("sd1"))
+    changed = {key for (_, key), alias in places.items() for p in alias if p.site in sites}
+    out = bake(source, tmp_path / "out.safetensors", sites, places, Precision())
+    before, after = load_file(source), load_file(out)
+    for key, tensor in before.items():
+        same = torch.equal(after[key].view(torch.uint8), tensor.view(torch.uint8))
+        assert same == (key not in changed), key
+        scale = f"{key.removesuffix('.weight')}.scale_weight"
+        if key not in changed and scale in after:
+            assert float(after[scale]) == 1, key

@@ -87,6 +87,19 @@ def test_the_command_keeps_type_metadata_and_words(world, monkeypatch, capsys, h
     assert "exists already" in err
 
 
+def test_float8_becomes_float16_with_the_same_values(world, monkeypatch, capsys):
+    tensors = load_file(world / "lora1.safetensors")
+    small = {k: t if t.ndim < 2 else t.to(torch.float8_e4m3fn) for k, t in tensors.items()}
+    save_file(small, world / "small.safetensors")
+    words = ("convert", world / "small.safetensors", "-o", world / "out.safetensors",
+             "--base", world / "base", "--json")  # fmt: skip
+    code, text, err = run(monkeypatch, capsys, *words)
+    assert code == 0, err
+    told = json.loads(text)
+    assert (told["dtype"], told["error"]) == ("float16", 0)
+    assert told["notes"][-1].startswith("float8_e4m3fn becomes float16")
+
+
 def test_a_loha_becomes_a_plain_lora(world, monkeypatch, capsys, host):
     site = next(s for s in host.sites() if s.endswith("attn1.to_q"))
     width = host.sites()[site].weight.shape[0]

@@ -17,7 +17,7 @@ from iteris_core.edit.resize import resize_lora
 from iteris_core.lora_files.own_names import read_by_own_names
 from iteris_core.passes.changes import changes_of
 from iteris_core.passes.job import Job
-from iteris_core.solve.ranks import Target
+from iteris_core.solve.ranks import Target, span
 
 SHORT = Calibration(samples=3, timesteps=1, latents="noise", latent_size=4)
 
@@ -211,3 +211,7 @@ def test_what_only_a_base_can_read_is_refused_at_once(world, tmp_path, monkeypat
 def test_no_hook_stays_behind(host):
     resize_lora(decaying(host), Target(rank=2), host, calibration=SHORT)
     assert not any(module._forward_hooks for module in host.sites().values())
+
+
+def test_ranks_that_are_all_the_same_are_one_number():
+    assert (span([8, 8]), span([4, 8, 6])) == ("rank 8", "ranks 4 to 8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
 import sys
@@ -156,6 +157,8 @@ def test_the_command_keeps_a_merge_that_its_disk_does_not_take(
     code, said = command(world, out, monkeypatch, capsys, "--dtype=float32")
     assert code == 2
     assert files_in(small_disk) == []
+    room = r"its disk has 0\.1 MB free, and the LoRAs take 0\.\d MB"
+    assert re.search(room, " ".join(said.split()))
     assert f"{out} cannot be written (No space left on device" in said
     kept = Path(said.partition("The merge is not lost: it is in ")[2].partition(". [")[0])
     assert kept.name == out.name
@@ -171,6 +174,26 @@ def test_the_command_says_so_where_no_disk_takes_it(world, tmp_path, monkeypatch
     assert f"{out} cannot be written (File too large" in said
     assert "not lost" not in said
     assert files_in(tmp_path) == []
+
+
+def test_a_folder_without_writing_is_found_before_the_base_is_loaded(
+    world, small_disk, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "load_base", pytest.fail)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    code, said = command(world, small_disk / "merged.safetensors", monkeypatch, capsys)
+    assert code == 2
+    assert "merged.safetensors cannot be written (Read-only file system)" in said
+
+
+def test_a_link_stays_one_and_its_file_is_replaced(tmp_path):
+    (tmp_path / "there").mkdir()
+    kept = write_lora(lora(64), tmp_path / "there/merged.safetensors")
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(kept)
+    write_lora(lora(32), link, overwrite=True)
+    assert link.is_symlink()
+    assert {len(t) for t in load_file(kept).values() if t.ndim} == {4, 32}
 
 
 def test_a_plot_that_does_not_fit_is_one_line_and_the_lora_is_there(

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pytest
 import torch
 from architecture_results import record_kind
-from bases import tiny, tiny_base
+from bases import make_lora, tiny, tiny_base, trained_sites
 from safetensors.torch import save_file
 
 from iteris_core import IterisError, LoraFileError, write_lora
@@ -297,8 +297,27 @@ def test_what_cannot_be_said_is_named_or_listed(leaf, tensor, message, tmp_path)
     assert len(lora.notes) == 1
     assert lora.notes[0].startswith(f"left out: {key}")
     assert message in lora.notes[0]
-    with pytest.raises(LoraFileError, match="another base model, or it is not a LoRA"):
+    advice = "is not a LoRA" if leaf == "mystery" else "Nothing in it is a low-rank change"
+    with pytest.raises(LoraFileError, match=advice):
         read(tmp_path, {key: tensor}, ReadOptions(allow_partial=True))
+
+
+def test_there_is_one_note_for_each_reason(tmp_path):
+    tensors, _ = train("locon", LINEAR, lora_dim=4, alpha=2)
+    more = {f"lora_unet_{n}.alpha": torch.ones(1) for n in range(90)}
+    more |= {f"lora_unet_{n}.on_input": torch.ones(1) for n in range(2)}
+    notes = read(tmp_path, {**tensors, **more}, ReadOptions(allow_partial=True)).notes
+    assert len(notes) == 2
+    assert any(note.startswith("left out: 90 tensors, such as lora_unet_") for note in notes)
+    assert any(note.startswith("left out: 2 tensors") and "IA3" in note for note in notes)
+
+
+def test_a_file_for_another_model_is_named(tmp_path):
+    sites = [s for s in trained_sites("sdxl") if s.startswith("unet.down_blocks.1.")]
+    other = write_lora(make_lora("sdxl", sites), tmp_path / "xl.safetensors")
+    message = r"xl\.safetensors is a LoRA for SDXL, but the base is SD 1\.x"
+    with pytest.raises(LoraFileError, match=message):
+        read_lora_file(other, tiny_base("sd1"))
 
 
 def test_an_all_zero_bias_change_is_no_reason_to_refuse(tmp_path):

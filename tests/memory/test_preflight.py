@@ -8,6 +8,7 @@ import torch
 from oracle import ModuleHost, Net, hooks_on, make_data, make_lora
 
 from iteris_core import Calibration, Concept, IterisError, merge_loras
+from iteris_core.errors import SiteError
 from iteris_core.linalg.lowrank import cut_factors
 from iteris_core.methods.registry import all_methods
 from iteris_core.preview import preview_merge
@@ -206,7 +207,7 @@ def test_what_one_pass_has_told_apart_stays_so():
     some = [Concept(make_lora(i, sites=("up", "down")), prompts=["unused"]) for i in (1, 2)]
     host = UnlikeRows(JoinedAndChosen(), make_data())
     result = merge_loras(host, some, unmergeable="skip", settings={"micro_batch": 1})
-    assert len(host.asked) == 3  # two passes, and the merge
+    assert len(host.asked) == 4  # two passes, the plan, and the merge
     assert set(result.lora.sites) == {"up"}
 
 
@@ -244,7 +245,6 @@ def test_a_method_declares_whether_it_sweeps(method, monkeypatch):
 
 
 def test_the_preview_of_a_method_that_sweeps_finds_a_repeated_site():
-    found = preview_merge(PictureHost(Twice(), make_data()), concepts(), "regmean++")
-    assert set(found.unmergeable) == {"up"}
-    found = preview_merge(PictureHost(Twice(), make_data()), concepts(), "regmean")
-    assert not found.unmergeable
+    with pytest.raises(SiteError, match=r"up \(in lora-1, lora-2\): it is called more than once"):
+        preview_merge(PictureHost(Twice(), make_data()), concepts(), "regmean++")
+    assert preview_merge(PictureHost(Twice(), make_data()), concepts(), "regmean").plan

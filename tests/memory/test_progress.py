@@ -145,13 +145,13 @@ def test_a_site_weighs_by_its_shapes(clock: Clock):
     eta.expect(Passes(changes, ExecutionConfig(2)), 0)
     reached = {name: Reached(some.shape, 50, name == "c") for name, some in changes.items()}
     eta.measured(Seen(stage, reached, 10.0))
-    seconds = eta.seconds_of(stage, 1.0)
-    assert seconds == pytest.approx(2 * 2 * 10.0, rel=0.05)
-    assert eta.seconds_of(stage, 1.5) == pytest.approx(1.5 * seconds, rel=0.05)
+    assert eta.forecast.left() == pytest.approx(2 * 2 * 10.0, rel=0.05)
+    eta.begin(stage, 1.5)
+    assert eta.forecast.left() == pytest.approx(1.5 * 2 * 2 * 10.0, rel=0.05)
+    eta.begin(stage, 1.0)
     parts = {kind: eta.forecast._kinds[kind, "unet"].parts for kind in (FORWARDS, SITES)}
     assert parts[FORWARDS][0, "b"] == pytest.approx(4 * parts[FORWARDS][0, "a"])
     assert parts[SITES][0, "c"] < parts[SITES][0, "a"] <= parts[SITES][0, "b"]
-    eta.begin(stage, 1.0)
     clock.now += 7.0
     eta.done(FORWARDS, stage, (0, "a"))
     assert eta.forecast._kinds[FORWARDS, "unet"].took == 7.0
@@ -200,8 +200,11 @@ def test_every_step_of_a_merge_is_told(host):
     assert any(progress.plan.startswith("unet") for progress in told)
     shares = [progress.share for progress in told]
     assert shares == sorted(shares)
-    from_denoising = told[[p.what for p in told].index("denoising steps") + 1 : -1]
+    *before, last, end = told
+    from_denoising = before[[p.what for p in before].index("denoising steps") + 1 :]
     assert all(progress.left is not None for progress in from_denoising)
+    assert (end.what, end.done, end.total) == (last.what, last.done, last.total)
+    assert (end.share, end.left, end.time_left) == (1.0, 0.0, "")
 
 
 @pytest.mark.parametrize(
@@ -237,9 +240,9 @@ def test_every_method_tells_its_time(host, method, settings):
         calibration=calibration,
         on_progress=told.append,
     )
-    assert told
     shares = [progress.share for progress in told]
     assert shares == sorted(shares)
+    assert shares[-1] == 1
     assert all(progress.left is None or progress.left >= 0 for progress in told)
     if method not in ("ties", "custom-diffusion"):
         assert sum(progress.left is not None for progress in told) > len(told) // 2

@@ -49,7 +49,7 @@ def test_rows_of_more_phrases_than_samples_are_foreseen():
     ]
     calibration = Calibration(samples=3, timesteps=2, denoising_steps=2, latent_size=8)
     begun_job, _ = begun(host, concepts, calibration, None, None, Runtime())
-    job, *_ = prepared(begun_job, find_method("regmean"), RegMeanSettings())
+    job, *_ = prepared(begun_job, [], find_method("regmean"), RegMeanSettings(), "refuse")
     owners = job.eta._seen["unet"].stage.concept_ids
     result = merge_loras(host, concepts, "regmean", calibration=calibration)
     assert Counter(owners) == {0: 12, 1: 6, 2: 5}  # the last is of generic prompts
@@ -76,5 +76,12 @@ def test_a_merge_in_no_time_has_twelve_samples_and_says_so():
     again = merge_loras(host, concepts, calibration={**given, "samples": LEAST})
     assert again.lora.sites[site].dense().equal(result.lora.sites[site].dense())
     assert "samples" not in again.report.notes
+    generic = {**given, "generic": 0.2}
+    result, again = (
+        merge_loras(host, concepts, calibration={**generic, **more})
+        for more in ({"samples": 40, "minutes": 1e-6}, {"samples": LEAST})
+    )
+    assert again.lora.sites[site].dense().equal(result.lora.sites[site].dense())
+    assert result.report.notes["generic"] == again.report.notes["generic"]
     long = merge_loras(host, concepts, calibration={**given, "samples": 14, "minutes": 60.0})
     assert long.report.rows == 2 * 14

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load, save_file
 
 
 def adapter_layers(pipeline: StableDiffusionPipeline) -> tuple[dict, dict]:
@@ -66,6 +68,17 @@ def save_kohya(
         "ss_v2": "False",
     }
     save_file(tensors, path, metadata=metadata)
+
+
+def note_words(path: Path, entry: dict[str, Any]) -> None:
+    """Write the concept's words and the base's name into the metadata of the file at `path`; its
+    tensors stay as they are."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    words = entry["token"], entry.get("class_word", "")
+    metadata["modelspec.trigger_phrase"] = " ".join(words).strip()
+    metadata["ss_sd_model_name"] = "toybox"
+    save_file(load(path.read_bytes()), path, metadata=metadata)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from .. import ROOT, draw
 from ..pipeline import load
 from .base import use_plain_attention, velocity
 from .common import bf16, one_cycle, to_tensor
-from .lora_files import save_diffusers, save_kohya, verify
+from .lora_files import note_words, save_diffusers, save_kohya, verify
 
 log = logging.getLogger(__name__)
 RANK, BATCH, PEAK, REFERENCES = 8, 8, 2e-3, 6
@@ -130,12 +130,13 @@ def rate(alpha: float, peak: float = PEAK) -> float:
 
 
 def save(pipeline, configs, entry: dict[str, Any], path: Path) -> None:
-    """Save in the layout that world.json names for the concept."""
+    """Save in the layout that world.json names for the concept, with its words."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if entry["layout"] == "kohya":
         save_kohya(pipeline, RANK, entry["alpha"], path, entry["token"].strip("<>"))
     else:
         save_diffusers(pipeline, configs, path)
+    note_words(path, entry)
 
 
 def train_one(
