@@ -16,6 +16,8 @@ FEW = 12
 HARDLY = 0.94
 """With a strong ridge or a low rank, a merge with more of the mean's error than this keeps little
 more of a LoRA than the mean does (docs/decisions.md, "What is kept is drawn and measured")."""
+STRONG = 1e-3
+"""A ridge above this is strong; the paper's is 1e-4 or lower."""
 LOW = 0.15
 """A rank is low if it cuts more than this share of the output energy."""
 
@@ -145,7 +147,7 @@ class MergeReport:
         lost = [site.truncated for site in self.sites.values() if site.after]
         if sum(lost) > LOW * len(lost):
             return HARDLY, "Raise rank"
-        if self.settings.get("ridge"):
+        if (self.settings.get("ridge") or 0) > STRONG:
             return HARDLY, "Lower ridge, or leave it to the merge"
         return 1.0, "Give it more prompts or a larger weight"
 

@@ -64,7 +64,8 @@ def test_the_verdict_names_the_lora_that_is_kept_least():
 def test_the_verdict_says_what_is_wrong_and_what_to_do():
     site = SiteReport(1, (0.5, 0.5), (1.0, 0.5), (0.1, 0.48))
     found = MergeReport("iteris", ["cat", "dog"], {"unet.a": site}, 1.0)
-    assert found.verdict().startswith("Closer")  # as far as many LoRAs can be
+    for ridge in (None, 1e-4):  # as close as a merge of many LoRAs comes
+        assert replace(found, settings={"ridge": ridge}).verdict().startswith("Closer")
     for of, advice in (
         (replace(found, sites={"unet.a": replace(site, after=(0.1, 0.6))}), "Give it more prompts"),
         (replace(found, settings={"ridge": 0.01}), "Lower ridge"),
