@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from markdown_tables import lead, load, load_rows, share, short, shown, table
@@ -112,6 +114,26 @@ def strengths(figure: str) -> list[str]:
     return table((figure, *next(iter(rows.values()))), cells)
 
 
+def conditions() -> list[str]:
+    """Attributes and backgrounds under each condition of use, means over the sets of a size."""
+    found: dict[tuple[int, str], list[Any]] = {}
+    for key, of in load("conditions_toybox.json")["runs"].items():
+        label, *names = json.loads(key)
+        found.setdefault((len(names), label), []).append(of)
+    heads = [name for name in next(iter(found.values()))[0] if name not in ("norm", "seconds")]
+    rows: list[list[str]] = []
+    for (size, label), sets in sorted(found.items(), key=lambda item: item[0][0]):
+        norms = [of["norm"] for of in sets if "norm" in of]
+        cells = [
+            " / ".join(f"{fmean(of[head][name] for of in sets):.2f}" for name in ("judge", "scene"))
+            for head in heads
+        ]
+        told = NAMES.get(label, label.replace(":", " ").replace("=", " "))
+        norm = f"{fmean(norms):.1f}" if norms else ""
+        rows.append([f"{size} LoRAs, n {len(sets)}", told, norm, *cells])
+    return table(("", "", "norm", *heads), rows)
+
+
 def speed_lora() -> list[str]:
     """Shares kept by four-step images on new words."""
     sizes, figures = load("speed_lora.json")["sizes"], ("likeness kept", "judge kept")
@@ -205,6 +227,7 @@ def _unseen(name: str, size: str) -> tuple[str, Callable[[], list[str]]]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "front": front,
     "other LoRAs": other_loras,
+    "conditions": conditions,
     "strengths": lambda: strengths("likeness kept"),
     "strengths attributes": lambda: strengths("judge kept"),
     "speed LoRA": speed_lora,
