@@ -120,7 +120,8 @@ def check_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists():
         raise OutputError(f"{folder} exists already; choose another name.")
-    check_place(folder)
+    if folder.parent.is_dir():  # otherwise it is made
+        check_place(folder)
     return folder
 
 
