@@ -223,22 +223,21 @@ class Calibration(Settings):
     )
     generic: float = setting(
         0.2,
-        "Weight of prompts that name no concept; a concept has 1. They preserve the base model, "
-        "and the meaning of words that no other prompt contains. 0 leaves them out.",
+        "Weight of prompts that name no concept; a concept has 1. They preserve the base and the "
+        "meaning of words that no other prompt contains. 0: none.",
         low=0,
         most=10,
     )
     conditions: float = setting(
         0.5,
-        "Share of rows as merged files are used: at other strengths, or beside another LoRA, so "
-        "that the merge holds there too. For image models; 0 merges for strength 1 alone.",
+        "Share of rows at other strengths, or beside another LoRA.",
         low=0,
         high=1,
     )
     composites: float = setting(
         0.2,
         "Weight of prompts that name a subject and a style at once; a concept has 1. Both LoRAs "
-        "act on them. 0 leaves them out.",
+        "act on them. 0: none.",
         low=0,
         most=10,
     )

@@ -41,11 +41,13 @@ def under_conditions(
     inputs: Tensor,
     outputs: Tensor,
     change_of: Callable[[int, Tensor], LowRank | None],
-) -> Tensor:
-    """Add the rows' phantoms to ``outputs`` in place; returns ``inputs`` times the rows' strengths.
+) -> Tensor | None:
+    """Add the rows' phantoms to ``outputs`` in place; returns the rows' strengths, (rows,), or None
+    if all are 1.
 
-    Both are the tensors of ``site`` called ``name``, rows first, every row as often as there are
-    copies. ``change_of(concept, inputs)`` is a LoRA's change in the inputs' dtype.
+    ``inputs`` and ``outputs`` are the tensors of ``site`` called ``name``, rows first, every row as
+    often as there are copies. ``change_of(concept, inputs)`` is a LoRA's change in the inputs'
+    dtype.
     """
     rows, out = len(conditions), site.shape[0]
     others = [row for row, of in enumerate(conditions) if of.phantom is not None]
@@ -61,7 +63,22 @@ def under_conditions(
             phantom = LowRank(change.up * (signs[index] * of.beside)[:, None], change.down)
             outputs[row::rows] += site.delta(phantom, inputs[row::rows])
     if all(of.strength == 1 for of in conditions):
-        return inputs
-    strengths = torch.tensor([of.strength for of in conditions]).to(inputs)
-    strengths = strengths.repeat(len(inputs) // rows)
-    return inputs * strengths.reshape(-1, *[1] * (inputs.ndim - 1))
+        return None
+    return torch.tensor([of.strength for of in conditions]).to(inputs).repeat(len(inputs) // rows)
+
+
+def added(
+    site: Site, change: LowRank, inputs: Tensor, outputs: Tensor, strengths: Tensor | None
+) -> None:
+    """Add the ``change`` to ``outputs`` in place, in each row at its strength (None: 1)."""
+    if strengths is None:
+        site.add(change, inputs, outputs)
+    else:
+        outputs += by_row(site.delta(change, inputs), strengths)
+
+
+def by_row(values: Tensor, strengths: Tensor | None) -> Tensor:
+    """``values``, rows first, times each row's strength (None: 1)."""
+    if strengths is None:
+        return values
+    return values * strengths.reshape(-1, *[1] * (values.ndim - 1))

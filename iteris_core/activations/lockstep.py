@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..errors import SiteError, UsageError
 from ..lora import LowRank, SiteChanges, in_one
 from .activation_offload import ActivationOffload
-from .conditions import under_conditions
+from .conditions import added, by_row, under_conditions
 from .micro_batch import MicroBatch
 from .modes import Modes
 from .processes import ALONE, Processes
@@ -235,19 +235,21 @@ class Lockstep:
                     f"Site {name} received {inputs.shape[0]} rows where {rows * batch.copies} were "
                     "expected: the model mixes or splits the batch, which lockstep cannot follow."
                 )
+            strengths = None
             if batch.conditions:
                 of = batch.conditions
-                inputs = under_conditions(name, site, of, inputs, output, change_of)
+                strengths = under_conditions(name, site, of, inputs, output, change_of)
             if batch.merged_only:
                 merged = self.merged.get(name)
                 if merged is None:
                     return output.reshape(shape) if batch.conditions else None
-                changed = output + site.delta(self._ready(name, None, merged, inputs), inputs)
-                return changed.reshape(shape)
+                change = site.delta(self._ready(name, None, merged, inputs), inputs)
+                return (output + by_row(change, strengths)).reshape(shape)
             for concept, start, stop in batch.spans:
                 change = change_of(concept, inputs)
                 if change is not None:
-                    site.add(change, inputs[start:stop], output[start:stop])
+                    own = None if strengths is None else strengths[start:stop]
+                    added(site, change, inputs[start:stop], output[start:stop], own)
             stream = None if name in self._joined else self._stream_of(name, batch, output)
             call = batch.call_of(name)
             solved = name in batch.passed and not call
@@ -268,9 +270,10 @@ class Lockstep:
                         _mask_for(batch, name, inputs),
                         stream,
                         batch.saliency,
+                        strengths=strengths,
                     )
                 )
-            add = partial(self._add_merged, batch, name, site, inputs, output)
+            add = partial(self._add_merged, batch, name, site, inputs, output, strengths)
             if batch.pause is None or solved:
                 add()
             else:
@@ -293,12 +296,19 @@ class Lockstep:
             batch.pending.pop()()
 
     def _add_merged(
-        self, batch: MicroBatch, name: str, site: Site, inputs: Tensor, output: Tensor
+        self,
+        batch: MicroBatch,
+        name: str,
+        site: Site,
+        inputs: Tensor,
+        output: Tensor,
+        strengths: Tensor | None,
     ) -> None:
         merged, rows = self.merged.get(name), len(batch.owners)
         if merged is not None and batch.copies == 2:
             merged = self._ready(name, None, merged, inputs)
-            site.add(merged, inputs[rows:], output[rows:])
+            own = None if strengths is None else strengths[rows:]
+            added(site, merged, inputs[rows:], output[rows:], own)
 
     def _ready(self, site: str, which: int | None, change: LowRank, inputs: Tensor) -> LowRank:
         """A LoRA's change, with None the merged one, in the inputs' dtype and on their device,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..lora import LowRank, SiteChanges
+from .conditions import by_row
 from .saliency import Saliency
 from .site import LinearSite, Site
 from .token_sampling import TokenSampling
@@ -24,16 +25,16 @@ class Observation:
     """The inputs and outputs of one micro-batch at one site, before the merged change is added.
 
     ``inputs`` and ``outputs`` are the site's own tensors, rows first, reference rows before merged
-    rows; ``inputs`` are multiplied by their rows' strengths, ``outputs`` include the reference
-    rows' changes. ``spans`` lists (concept, start, stop) in reference rows; a merged row is
-    ``rows`` further down (``copies=2``) or the reference row itself (``copies=1``). ``group`` is
-    the same for sites that received the same tensor; ``alive`` lists the groups that may still
-    occur; ``call`` counts the site's earlier calls in this forward. ``choice`` selects some of
-    every row's tokens. ``mask`` is (rows, tokens), True for tokens that count; None if all do.
-    ``stream`` is the residual stream to which the output will be added, shaped like ``outputs``;
-    None if there is none. ``saliency`` is the micro-batch's, and ``weights``, (rows, tokens), its
-    values at this site; None if all count equally. Copy or reduce: the model may change these
-    tensors later.
+    rows; ``outputs`` include the reference rows' changes. ``strengths`` are the rows' (None: 1),
+    and tokens of ``inputs`` are multiplied by them. ``spans`` lists (concept, start, stop) in
+    reference rows; a merged row is ``rows`` further down (``copies=2``) or the reference row itself
+    (``copies=1``). ``group`` is the same for sites that received the same tensor; ``alive`` lists
+    the groups that may still occur; ``call`` counts the site's earlier calls in this forward.
+    ``choice`` selects some of every row's tokens. ``mask`` is (rows, tokens), True for tokens that
+    count; None if all do. ``stream`` is the residual stream to which the output will be added,
+    shaped like ``outputs``; None if there is none. ``saliency`` is the micro-batch's, and
+    ``weights``, (rows, tokens), its values at this site; None if all count equally. Copy or reduce:
+    the model may change these tensors later.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Observation:
     stream: Tensor | None = None
     saliency: Saliency | None = None
     weights: Tensor | None = None
+    strengths: Tensor | None = None
 
     def weighed(self) -> Observation:
         """A copy with the current weights of its tokens."""
@@ -98,7 +100,12 @@ class Observation:
 
         For a convolution, tokens are patches; masked tokens are left out.
         """
-        return self._tokens(self.site.tokens, self.inputs, start, stop, merged)
+        tokens = self._tokens(self.site.tokens, self.inputs, start, stop, merged)
+        if self.strengths is None:
+            return tokens
+        of_rows = self.strengths[start:stop].to(tokens)
+        each = self.site.length(self.outputs)
+        return tokens * self.chosen(of_rows.repeat_interleave(each)[:, None], start, stop)
 
     def output_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
         """The outputs for :meth:`input_tokens`, (tokens, out)."""
@@ -146,7 +153,9 @@ class Observation:
 
     def changed(self, change: LowRank, start: int, stop: int) -> Tensor:
         inputs = self.inputs[start:stop]
-        return self.site.outputs(self.site.delta(change.to(inputs.dtype, inputs.device), inputs))
+        delta = self.site.delta(change.to(inputs.dtype, inputs.device), inputs)
+        strengths = None if self.strengths is None else self.strengths[start:stop]
+        return self.site.outputs(by_row(delta, strengths))
 
     def _tokens(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ without data still count a little. Chosen on two of the toybox's own concepts.""
 
 
 def calibration_of(given: Calibration | Mapping[str, Any] | None) -> Calibration:
-    """The calibration for one LoRA: a whole one, or the defaults with the ``given`` values by
-    name."""
+    """The calibration for one LoRA at its strength: a whole one, or the defaults with the ``given``
+    values by name."""
     whole = given if isinstance(given, Calibration) else Calibration.from_mapping(given or {})
-    return whole.settled(1)
+    return replace(whole, conditions=0.0).settled(1)
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,7 @@ def check_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists():
         raise OutputError(f"{folder} exists already; choose another name.")
-    if folder.parent.is_dir():  # otherwise it is made
-        check_place(folder)
+    check_place(folder)
     return folder
 
 
@@ -138,7 +137,9 @@ def write_adapter(
     ``base`` is the name of the base model. ``heads`` are one task's, from :func:`read_heads`; they
     are written as ``modules_to_save``. Raises :class:`IterisError` if the folder exists.
     """
-    folder = check_folder(folder)
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    check_folder(folder)
     ranks = {site.removeprefix("model."): change.rank for site, change in lora.sites.items()}
     config = {
         "peft_type": "LORA",
@@ -155,7 +156,6 @@ def write_adapter(
         up, down = Factors(change.up, change.down, 1.0, change.kernel).tensors()
         tensors[f"{name}.lora_A.weight"] = down.to("cpu", dtype)
         tensors[f"{name}.lora_B.weight"] = up.to("cpu", dtype)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with atomically(folder) as unfinished:
         unfinished.mkdir()
         save_tensors(tensors, unfinished / _WEIGHTS, {"format": "pt"})

@@ -89,7 +89,7 @@ def sizes_of(changes: Mapping[str, SiteChanges]) -> dict[str, float]:
             of_component.setdefault(site.partition(".")[0], []).append(square)
     typical = {component: fmean(some) for component, some in of_component.items()}
     return {
-        site: math.sqrt(square or typical[site.partition(".")[0]])
+        site: math.sqrt(square or typical.get(site.partition(".")[0], 0.0))
         for site, square in squares.items()
     }
 

@@ -58,9 +58,11 @@ class MomentReduction(Reduction):
                 break
             with full_precision(device):
                 change, lost = self._change(changes, lambdas, factor, fit, rank)
-            if not change.squared_norm() > fit.bound**2:
+            if fit.ridge >= 1 or not change.squared_norm() > fit.bound**2:
                 break
             fit = fit.tighter()
+            del factor, change  # before the next ones are made
+            self.inputs.forget_factor()
         if isinstance(fit.rank, float):
             change, more = cut_factors(change, fit.rank, factor and factor.cholesky.lower)
             lost = 1 - (1 - lost) * (1 - more)

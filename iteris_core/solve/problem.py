@@ -45,9 +45,10 @@ class RegressionSpec:
     RegMean, and T_iᵀX̃_i becomes s T_iᵀX̃_i + (1 − s) ΔW_i diag(X̃_iᵀX̃_i): a ridge of (1 − s) / s
     times each feature's own energy, toward ΔW_i.
 
-    ``bound`` is the largest ‖ΔW‖_F allowed: the ridge is tripled until the solution keeps it. A
-    change is free where inputs have hardly any energy; there large parts cancel on the rows and
-    nowhere else. As ρ grows, ΔW tends to τ times the mean, which is no larger than (Σ ‖ΔW_i‖²)^½.
+    ``bound`` is the largest ‖ΔW‖_F allowed: the ridge is tripled until the solution keeps it, or
+    reaches 1. A change is free where inputs have hardly any energy; there large parts cancel on the
+    rows and nowhere else. As ρ grows, ΔW tends to τ times the mean, which is no larger than
+    (Σ ‖ΔW_i‖²)^½.
 
     ``rank`` is the largest rank of the result, or the share of output energy to keep (None: Σ r_i).
     ``dtype`` is the precision of the normal equations if it suffices; otherwise float64.

@@ -41,6 +41,7 @@ CALIBRATION = [
     ("--empty-share=0.5", "empty_share", 0.5),
     ("--contexts=0.25", "contexts", 0.25),
     ("--generic=0", "generic", 0.0),
+    ("--conditions=0", "conditions", 0.0),
     ("--composites=0.5", "composites", 0.5),
     ("--latent-size=4", "latent_size", 4),
     ("--minutes=600", "minutes", None),  # the recipe has the samples that ran

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, IterisError, Lora, write_lora
-from iteris_core.edit.moments import look
+from iteris_core.edit.moments import calibration_of, look
 from iteris_core.edit.resize import resize_lora
 from iteris_core.lora_files.own_names import read_by_own_names
 from iteris_core.passes.changes import changes_of
@@ -53,7 +53,7 @@ def test_without_a_base_the_largest_singular_values_of_all_layers_stay(host):
 
 def test_what_layers_see_is_what_passes_through_them(host):
     concept = Concept(random_lora(host, 1), trigger="s1", class_word="dog")
-    job = Job(host, [concept], changes_of([concept]), SHORT,
+    job = Job(host, [concept], changes_of([concept]), calibration_of(SHORT),
               torch.Generator().manual_seed(0), lambda *_: None)  # fmt: skip
     site = next(s for s in concept.lora.sites if ".attn1.to_q" in s)
     shown, found = [], {}

@@ -170,9 +170,8 @@ def test_text_only_sites_need_no_pass_of_the_denoiser(host64, objective):
     runs, handle = count_unet_runs(host64)
     settings = {"precision": "float64", "objective": objective, "repair": False}
     # Every prompt once and none empty, so that both ways weigh the prompts alike.
-    calibration = Calibration(
-        samples=5, timesteps=2, denoising_steps=4, empty_share=0.0, contexts=0.0, generic=0.0
-    )
+    none = dict.fromkeys(("empty_share", "contexts", "generic", "conditions"), 0.0)
+    calibration = Calibration(samples=5, timesteps=2, denoising_steps=4, **none)
     quick = merge_loras(host64, concepts, settings=settings, calibration=calibration)
     handle.remove()
     assert runs == []

@@ -43,7 +43,7 @@ def test_the_plan_is_the_merge_s():
     assert all(torch.equal(before[n], w) for n, w in host.model.state_dict().items())
 
 
-@pytest.mark.parametrize("memory_budget", [2**30, 2**20])
+@pytest.mark.parametrize("memory_budget", [2**30, 5 * 2**18])
 def test_all_parts_have_the_rows_of_the_merge(memory_budget):
     """A text encoder's rows are those that the denoiser needs, whether or not all fit."""
     host, some = of_texts_and_pictures()
@@ -52,7 +52,7 @@ def test_all_parts_have_the_rows_of_the_merge(memory_budget):
     made = merge_loras(host, some, **how).report
     assert found.plan == made.plan
     assert [line.partition(":")[0] for line in found.plan] == ["text encoder", "unet"]
-    assert bool(made.short) == (memory_budget == 2**20)
+    assert bool(made.short) == (memory_budget < 2**30)
     assert found.notes == [f"{name}: {note}" for name, of in made.notes.items() for note in of]
     assert json.loads(json.dumps(asdict(found)))["denoised"] == found.denoised == 2 * 6 * 4
 
