@@ -223,8 +223,8 @@ class Calibration(Settings):
     )
     generic: float = setting(
         0.2,
-        "Weight of prompts that name no concept; a concept has 1. They preserve the base and the "
-        "meaning of words that no other prompt contains. 0: none.",
+        "Weight of prompts that name no concept; a concept has 1. They preserve the base model, "
+        "and the meaning of words that no other prompt contains. 0 leaves them out.",
         low=0,
         most=10,
     )
@@ -237,7 +237,7 @@ class Calibration(Settings):
     composites: float = setting(
         0.2,
         "Weight of prompts that name a subject and a style at once; a concept has 1. Both LoRAs "
-        "act on them. 0: none.",
+        "act on them. 0 leaves them out.",
         low=0,
         most=10,
     )

@@ -85,7 +85,7 @@ class MergeOptions:
         panel=METHOD,
     )
     preserve: Path | None = given_by(
-        "A text file of prompts on which the base should not change", panel=METHOD
+        "A file of prompts on which the base should stay", panel=METHOD
     )
     preserve_weight: float = given_by(
         "Weight of --preserve; a high weight weakens the concepts",

@@ -27,7 +27,7 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 
 PRESET_HELP = (
     "fast: a quarter of the prompts. best: for several concepts in one image, many LoRAs or a low "
-    "rank; takes six to seven times as long. paper: the paper's Algorithm 1 to the letter. More: "
+    "rank; takes six to seven times as long. paper: the paper's Algorithm 1. More: "
     "iteris methods"
 )
 
