@@ -24,7 +24,7 @@ from worlds import WORLDS
 from iteris_core import Calibration, Lora, merge_loras
 from iteris_core.lora import concatenate
 
-SETS = {2: 3, 5: 2}
+SETS = {2: 3, 5: 1}
 METHODS = ("iteris", "iteris:bound=0:conditions=0", "chain-of-merges:conditions=0", "average")
 
 

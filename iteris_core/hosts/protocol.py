@@ -79,6 +79,11 @@ class Stage:
     conditions: Sequence[Condition] = ()
     gradients: Callable[[], AbstractContextManager[None]] = nullcontext
 
+    @property
+    def costliest_condition(self) -> Condition:
+        """One of the rows' conditions under which a forward takes the most memory."""
+        return max(self.conditions, key=lambda of: (of.phantom is not None, of.strength != 1))
+
     def conditions_of(self, rows: Sequence[int]) -> Sequence[Condition]:
         """The conditions of these rows; empty if all are plain."""
         some = [self.conditions[row] for row in rows] if self.conditions else []

@@ -143,6 +143,7 @@ class _Run:
             self,
             pause=self._pause,
             choice=TokenSampling(rows, measure.limit, 0),
+            conditions=[stage.costliest_condition] * len(rows) if stage.conditions else (),
         )
         with ExitStack() as stack:
             stack.enter_context(lockstep.in_barriers(barriers or Barriers()))

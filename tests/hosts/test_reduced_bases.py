@@ -39,7 +39,8 @@ def test_a_half_precision_base_merges_as_well(kind):
     Rows are what the pipeline makes in its own precision: of FLUX, most of whose tokens are T5's
     padding, bfloat16 had 2 to 8 % more error over four seeds.
     """
-    calibration = dataclasses.replace(CALIBRATION, samples=12, contexts=0.0, generic=0.0)
+    none = dict.fromkeys(("contexts", "generic", "conditions"), 0.0)
+    calibration = dataclasses.replace(CALIBRATION, samples=12, **none)
     concepts = small_concepts(DiffusersCase(kind, torch.float32))
     base = merged_output(kind, Lora({}, "none"))
     own = [merged_output(kind, concept.lora) for concept in concepts]
