@@ -1,7 +1,8 @@
 """How merged files are used, drawn for a share of the rows: other strengths, another LoRA beside.
 
 A merge is fitted to what its rows show. With all of them at strength 1 and nothing beside, five
-LoRAs break at strength 1.2 or beside a sixth (docs/decisions.md, "Conditions of use").
+LoRAs break at strength 1.2 or beside a sixth (docs/decisions.md, "A change is bounded, and rows
+stand for other uses").
 """
 
 from __future__ import annotations
