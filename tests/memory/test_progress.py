@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from oracle import ModuleHost, Net, make_data, make_lora
@@ -262,28 +260,3 @@ def test_a_merge_is_cancelled_at_every_step():
 
             with pytest.raises(KeyboardInterrupt):
                 merge_loras(host, concepts, on_progress=on_progress)
-
-
-@pytest.mark.slow
-def test_the_time_left_on_the_toybox_is_right_after_a_tenth(monkeypatch):
-    """By the seconds of this process, since the machine may do other things; the bound is loose for
-    the same reason."""
-    import toybox
-    from iteris_core.hosts.diffusers import DiffusersHost
-    from toybox import TEMPLATES
-
-    monkeypatch.setattr("iteris_core.merge.Eta", lambda told: Eta(told, time.process_time))
-    monkeypatch.setattr("time.perf_counter", time.process_time)
-    host, world = DiffusersHost(toybox.load_pipeline()), toybox.concepts()
-    concepts = [
-        Concept(host.read_lora(world[t].lora), trigger=t, class_word=world[t].class_word)
-        for t in ("sks1", "sks4")
-    ]
-    told: list[Progress] = []
-    merge_loras(
-        host, concepts, calibration=Calibration(templates=TEMPLATES), on_progress=told.append
-    )
-    whole = told[-1].seconds
-    for share in (0.1, 0.25, 0.5, 0.75):
-        progress = next(p for p in told if p.seconds >= share * whole)
-        assert progress.left == pytest.approx(whole - progress.seconds, rel=0.6), share
