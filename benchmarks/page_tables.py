@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from markdown_tables import lead, load, load_rows, share, short, shown, table
+from protocol.plan import SINGLE
 
 Columns = Sequence[tuple[str, str]]
 NAMES = {"single": "each LoRA alone"}
@@ -115,23 +116,39 @@ def strengths(figure: str) -> list[str]:
 
 
 def conditions() -> list[str]:
-    """Attributes and backgrounds under each condition of use, means over the sets of a size."""
+    """Attributes and backgrounds under each condition of use, means over sets and trainings."""
+    runs: dict[tuple[Any, ...], Any] = {}
+    for key, of in load("conditions_reported.json")["runs"].items():
+        label, trained, rest, *names = json.loads(key)
+        runs[label, trained, rest, tuple(names)] = of
     found: dict[tuple[int, str], list[Any]] = {}
-    for key, of in load("conditions_toybox.json")["runs"].items():
-        label, *names = json.loads(key)
+    for (label, trained, rest, names), of in runs.items():
+        if label == SINGLE:
+            continue
+        if label == "iteris":
+            alone = [runs[SINGLE, trained, rest, (name,)] for name in names]
+            mean = {use: _mean([one[use] for one in alone]) for use in alone[0]}
+            found.setdefault((len(names), SINGLE), []).append(mean)
         found.setdefault((len(names), label), []).append(of)
-    heads = [name for name in next(iter(found.values()))[0] if name not in ("norm", "seconds")]
+    heads = list(dict.fromkeys(use for sets in found.values() for of in sets for use in of))
+    heads = [head for head in heads if head not in ("norm", "seconds")]
     rows: list[list[str]] = []
     for (size, label), sets in sorted(found.items(), key=lambda item: item[0][0]):
         norms = [of["norm"] for of in sets if "norm" in of]
-        cells = [
-            " / ".join(f"{fmean(of[head][name] for of in sets):.2f}" for name in ("judge", "scene"))
-            for head in heads
-        ]
+        cells = [_cell([of[head] for of in sets if head in of]) for head in heads]
         told = NAMES.get(label, label.replace(":", " ").replace("=", " "))
         norm = f"{fmean(norms):.1f}" if norms else ""
         rows.append([f"{size} LoRAs, n {len(sets)}", told, norm, *cells])
     return table(("", "", "norm", *heads), rows)
+
+
+def _mean(pictures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: fmean(of[name] for of in pictures) for name in pictures[0]}
+
+
+def _cell(sets: Sequence[Mapping[str, float]]) -> str:
+    mean = _mean(sets) if sets else {}
+    return " / ".join(f"{mean[name]:.2f}" for name in ("judge", "scene") if mean)
 
 
 def speed_lora() -> list[str]:

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Generator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,6 +28,7 @@ from .lora_files import Layout, ReleasedBases
 from .lora_files.experts import write_by_expert
 from .methods import Method, find_method
 from .methods.registry import Merged, settings_over
+from .methods.repair import sizes_of
 from .passes import preflight
 from .passes.changes import (
     always_on,
@@ -39,6 +40,7 @@ from .passes.changes import (
     switched_on,
 )
 from .passes.eta import Eta
+from .passes.held_out import kept
 from .passes.job import Budget, Job
 from .passes.time_budget import within_time
 from .presets import PresetName
@@ -206,13 +208,16 @@ Notes = list[tuple[str, list[str]]]
 @dataclass(frozen=True)
 class _Made:
     """The ``merged`` LoRA of the ``concepts``, and notes on each by name; ``samples`` is the number
-    that the time allowed."""
+    that the time allowed, ``sizes`` the norms of the LoRAs' changes together, and ``kept`` what
+    held-out rows keep."""
 
     concepts: Sequence[Concept]
     merged: Merged
     calls: Sequence[EmbeddingTriggers]
     noted: Notes
+    sizes: Mapping[str, float]
     samples: int = 0
+    kept: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
 
 
 def prepared(
@@ -278,11 +283,18 @@ def _by_features(
     with job.host.activate(calls) as in_force:
         noted += _learned(job.concepts, calls, in_force)
         merged = method.merge(job, settings)
+        shares = dict[str, list[float]]()
+        try:
+            shares = kept(job, {site: solution.change for site, solution in merged.sites.items()})
+        except (IterisError, torch.OutOfMemoryError) as error:  # the merge is done
+            noted.append(("held-out rows", [f"not measured: {error}"]))
+    sizes = sizes_of({**{site: SiteChanges(()) for site in merged.repairs}, **job.changes})
     if unmergeable == "mean":
         means = means_of(job.concepts, others)
         solved = {site: Solution(change) for site, change in means.items()}
         merged = replace(merged, sites={**merged.sites, **solved})
-    return _Made(concepts, merged, calls[: len(concepts)], noted, job.calibration.samples)
+    own = calls[: len(concepts)]
+    return _Made(concepts, merged, own, noted, sizes, job.calibration.samples, shares)
 
 
 def _by_weights(job: Job, method: Method, settings: Settings) -> _Made:
@@ -290,7 +302,8 @@ def _by_weights(job: Job, method: Method, settings: Settings) -> _Made:
     concepts = [concept for concept in job.concepts if concept.lora is not None]
     job = replace(job, concepts=concepts, changes=changes_of(concepts))
     merged = method.merge(job, settings)
-    return _Made(concepts, merged, [embedding_triggers(concept) for concept in concepts], [])
+    calls = [embedding_triggers(concept) for concept in concepts]
+    return _Made(concepts, merged, calls, [], sizes_of(job.changes))
 
 
 def _result(
@@ -323,6 +336,7 @@ def _result(
                 replace(solved[site], change=change) if site in solved else Solution(change),
                 len(concepts),
                 repair=site in repairs,
+                size=made.sizes.get(site, 0.0),
             )
             for site, change in sites.items()
         },
@@ -336,6 +350,7 @@ def _result(
         convergence=list(log.convergence),
         preserved=[concept.name for concept in concepts if concept.lora is None],
         lacks=lacks_of(every),
+        kept=made.kept,
     )
     lora = Lora(
         sites,

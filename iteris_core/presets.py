@@ -47,7 +47,6 @@ PRESETS: Mapping[PresetName, Preset] = {
             "saliency": 0.0,
             "repair": False,
             "block_steps": 0,
-            "polish_steps": 0,
         },
         calibration={
             "samples": 50,

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import SettingsError, did_you_mean
 
@@ -149,7 +149,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of every settings dataclass; checks the fields on construction."""
+    """Base of every settings dataclass; checks the fields on construction.
+
+    ``removed`` names former settings, which old recipes contain, and those to use instead (empty:
+    nothing).
+    """
+
+    removed: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         self.check()
@@ -164,6 +170,10 @@ class Settings:
         """Build from names and values; raises :class:`SettingsError` for an unknown name or a value
         out of range."""
         known = [f.name for f in fields(cls)]
+        for name, instead in cls.removed.items():
+            if values.get(name) and instead:
+                raise SettingsError(f"There is no setting {name!r} any more; use {instead}.")
+        values = {name: value for name, value in values.items() if name not in cls.removed}
         for name in values:
             if name not in known:
                 guess, names = did_you_mean(name, known), ", ".join(known)

@@ -31,7 +31,7 @@ ITERIS = (
     "row_tokens", "precision",
 )  # fmt: skip
 """Excludes settings that ComfyUI does not support (gradients through a whole model), the number of
-rows per forward, which memory decides, and the polish rate."""
+rows per forward, which memory decides."""
 RIVALS: Mapping[str, str] = {
     "density": "Other methods: share of each LoRA's entries to keep.",
     "scale": "Other methods: factor on the merged change.",

@@ -58,7 +58,6 @@ ITERIS: Mapping[str, Mapping[str, Any]] = {
     "pull to size": {"pull": "size", "ridge": 1e-2},
     "micro-batches": {"micro_batch": 3},
     "block polish": {"block_steps": 2},
-    "polish": {"polish_steps": 2},
 }
 PRESETS = ("fast", "paper")
 WAYS: Mapping[str, tuple[int, bool]] = {

@@ -9,7 +9,7 @@ has a LoRA's size and no meaning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -49,13 +49,12 @@ def under_conditions(
     often as there are copies. ``change_of(concept, inputs)`` is a LoRA's change in the inputs'
     dtype.
     """
-    rows, out = len(conditions), site.shape[0]
+    rows = len(conditions)
     others = [row for row, of in enumerate(conditions) if of.phantom is not None]
-    signs = torch.empty(len(others), out)
+    signs = torch.empty(len(others), site.shape[0])
     for index, row in enumerate(others):
-        seed = crc32(name.encode(), conditions[row].seed)
-        signs[index].bernoulli_(0.5, generator=torch.Generator().manual_seed(seed))
-    signs = (2 * signs - 1).to(inputs)
+        signs[index] = _signs(name, conditions[row].seed, site.shape[0])
+    signs = signs.to(inputs)
     for index, row in enumerate(others):
         of = conditions[row]
         change = change_of(of.phantom, inputs) if of.phantom is not None else None
@@ -65,6 +64,23 @@ def under_conditions(
     if all(of.strength == 1 for of in conditions):
         return None
     return torch.tensor([of.strength for of in conditions]).to(inputs).repeat(len(inputs) // rows)
+
+
+def phantom_of(changes: Mapping[str, LowRank], strength: float, seed: int) -> dict[str, LowRank]:
+    """Site → a phantom's change, made from a LoRA's ``changes`` at ``strength``."""
+    return {
+        name: LowRank(
+            change.up * (_signs(name, seed, len(change.up)) * strength).to(change.up)[:, None],
+            change.down,
+        )
+        for name, change in changes.items()
+    }
+
+
+def _signs(name: str, seed: int, count: int) -> Tensor:
+    """A sign for every output of the site ``name``, (count,), 1 or -1."""
+    draw = torch.Generator().manual_seed(crc32(name.encode(), seed))
+    return 2 * torch.empty(count).bernoulli_(0.5, generator=draw) - 1
 
 
 def added(

@@ -87,7 +87,9 @@ def write_sidecar(file: Path, metadata: Mapping[str, str]) -> Path:
             _NAMES[0]: list(find_phrases(file, metadata).phrases),
         },
     }
+    limits = {n: float(metadata[n]) for n in ("strength_min", "strength_max") if n in metadata}
     first = {
+        **({"usage_tips": json.dumps(limits)} if limits else {}),
         "model_name": file.stem,
         "base_model": _BASES.get(metadata.get("ss_base_model_version", ""), "Unknown"),
         "modelDescription": metadata.get("modelspec.description", ""),

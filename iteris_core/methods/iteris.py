@@ -23,7 +23,6 @@ from ..passes.sweep import solve_sites
 from ..solve.problem import Reduction, RegressionSpec, Solution, StageSolver
 from .block_polish import BlockSteps, expect_block_polish, polish_blocks
 from .iteris_settings import IterisSettings
-from .polish import expect_polish, polish
 from .registry import Merged, on_model
 from .repair import Repairs, at_all_inputs, sizes_of, with_repairs, without_idle
 from .shared_ranks import shared_ranks
@@ -45,8 +44,6 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
     by_blocks = BlockSteps(steps, settings.block_rate, settings.block_pairs)
     if by_blocks.steps:
         expect_block_polish(job, by_blocks)
-    if settings.polish_steps:
-        expect_polish(job, settings.polish_steps, settings.micro_batch)
     schedule = SWEEP
     if settings.schedule == "jacobi":
         schedule = Schedule(False, settings.iterations, settings.tolerance)
@@ -70,10 +67,6 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
         changes = {site: solution.change for site, solution in solutions.items()}
         if by_blocks.steps:
             changes, notes = polish_blocks(run, changes, by_blocks)
-            log = log.with_notes(notes)
-        if settings.polish_steps:
-            adam = settings.polish_steps, settings.polish_rate
-            changes, notes = polish(run, changes, *adam, settings.micro_batch)
             log = log.with_notes(notes)
     sites = {s: replace(solution, change=changes[s]) for s, solution in solutions.items()}
     return Merged(sites, log, repairs.keys())

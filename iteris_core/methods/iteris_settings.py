@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..errors import SettingsError
 from ..settings import Settings, setting
@@ -124,13 +125,7 @@ class IterisSettings(Settings):
         low=0,
         below=1,
     )
-    polish_steps: int = setting(
-        0,
-        "Adam steps on the final output after the closed form. Uses gradients through the whole "
-        "model, but no data. Not in ComfyUI.",
-        low=0,
-    )
-    polish_rate: float = setting(5e-4, "Learning rate of the polish.", above=0)
+    removed: ClassVar[Mapping[str, str]] = {"polish_steps": "block_steps", "polish_rate": ""}
 
     def check(self) -> None:
         super().check()

@@ -1,7 +1,6 @@
 """Adam steps on merged changes: the trained factors, and the training loop.
 
-The objective defines the rows and targets: :mod:`.polish` uses the output of the whole model,
-:mod:`.block_polish` that of one block after another.
+:mod:`.block_polish` defines the rows and targets.
 """
 
 from __future__ import annotations
@@ -37,20 +36,6 @@ class Factors:
     downs: Mapping[str, Tensor]
     kernels: Mapping[str, Any]
     whitenings: Mapping[str, Whitening]
-
-    @classmethod
-    def of(cls, merged: Mapping[str, LowRank]) -> Factors:
-        """The factors of ``merged``, unchanged."""
-
-        def leaf(factor: Tensor) -> Tensor:
-            return factor.float().clone().requires_grad_()
-
-        return cls(
-            {site: leaf(change.up) for site, change in merged.items()},
-            {site: leaf(change.down) for site, change in merged.items()},
-            {site: change.kernel for site, change in merged.items()},
-            {},
-        )
 
     @classmethod
     def white(

@@ -74,6 +74,10 @@ def merge_metadata(
     }
     if phrases:
         metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(phrases))
+    if strengths := report.strengths:
+        low, high = map("{:g}".format, strengths)
+        metadata |= {"strength_min": low, "strength_max": high}
+        metadata["modelspec.usage_hint"] = f"Load it at a strength from {low} to {high}."
     named = [(lora.name, lora.metadata.get("modelspec.license", "").strip()) for lora in loras]
     if licences := [f"{name}: {licence}" for name, licence in named if licence]:
         metadata["modelspec.license"] = "; ".join(licences)
@@ -115,8 +119,8 @@ def recipe(
 
 def is_ordered(report: MergeReport) -> bool:
     """True if the merged components are sorted by output energy."""
-    polished = any(report.settings.get(name) for name in ("polish_steps", "block_steps"))
-    return report.settings.get("objective") == "output" and not polished
+    settings = report.settings
+    return settings.get("objective") == "output" and not settings.get("block_steps")
 
 
 def with_recipe(lora: Lora, **more: Any) -> Lora:

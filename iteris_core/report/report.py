@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 from ..solve.problem import Solution
@@ -13,13 +14,11 @@ SETTLED = 1e-3
 """Iterations count as converged below this relative change of every site."""
 FEW = 12
 """With fewer prompts per LoRA, errors on them say little about other prompts."""
-HARDLY = 0.94
-"""With a strong ridge or a low rank, a merge with more of the mean's error than this keeps little
-more of a LoRA than the mean does (docs/decisions.md, "What is kept is drawn and measured")."""
-STRONG = 1e-3
-"""A ridge above this is strong; the paper's is 1e-4 or lower."""
-LOW = 0.15
-"""A rank is low if it cuts more than this share of the output energy."""
+LITTLE = 0.4
+"""A merge that keeps less than this of the LoRAs' effects on held-out rows is little more than
+their mean (docs/decisions.md, "What is kept is measured on held-out rows")."""
+BRITTLE = 0.5
+"""A use in which less than this share of what is kept at strength 1 is left breaks a merge."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,8 @@ class SiteReport:
     """One site. Sequences run over the concepts, as in :class:`.solve.Solution`.
 
     ``repair`` marks a site that no LoRA changes, see :mod:`.methods.repair`; it has no ``before``
-    and ``after``.
+    and ``after``. ``growth`` is ‖ΔW‖ / (Σ ‖ΔW_i‖²)^½; of a repair it is relative to the other
+    sites of its component, as in :func:`..methods.repair.sizes_of`.
     """
 
     rank: int
@@ -37,13 +37,18 @@ class SiteReport:
     condition: float = math.nan
     truncated: float = 0.0
     repair: bool = False
+    growth: float = math.nan
 
     @classmethod
-    def of(cls, solution: Solution, concepts: int, *, repair: bool = False) -> SiteReport:
-        """The report on a ``solution`` for its first ``concepts``, without generic prompts."""
+    def of(
+        cls, solution: Solution, concepts: int, *, repair: bool = False, size: float = 0.0
+    ) -> SiteReport:
+        """The report on a ``solution`` for its first ``concepts``, without generic prompts, where
+        the LoRAs' changes have the norm ``size`` together."""
         every = solution.weighting, solution.before, solution.after
         weighting, before, after = (values[:concepts] for values in every)
-        rest = solution.condition, solution.truncated, repair
+        growth = math.sqrt(solution.change.squared_norm()) / size if size else math.nan
+        rest = solution.condition, solution.truncated, repair, growth
         return cls(solution.change.rank, weighting, before, after, *rest)
 
 
@@ -55,7 +60,8 @@ class MergeReport:
     what was left out or extracted when reading its file, and shared names. ``plan`` shows how each
     stage stayed within its memory, ``short`` the lines with rows left out. ``preserved`` are the
     concepts without a LoRA, on which the base should not change. ``lacks`` lists the parts of the
-    LoRAs that are not in the merge."""
+    LoRAs that are not in the merge. ``kept`` is what held-out rows keep of every LoRA, by how the
+    merge is loaded, see :func:`..passes.held_out.kept`."""
 
     method: str
     concepts: Sequence[str]
@@ -70,6 +76,7 @@ class MergeReport:
     short: Sequence[str] = ()
     preserved: Sequence[str] = ()
     lacks: Sequence[str] = ()
+    kept: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
 
     @property
     def loras(self) -> int:
@@ -83,6 +90,28 @@ class MergeReport:
         if not self.convergence:
             return None
         return self.convergence[-1] <= (self.settings.get("tolerance") or SETTLED)
+
+    @property
+    def strengths(self) -> tuple[float, float] | None:
+        """The lowest and the highest measured strength at which the merge holds; None if nothing
+        was measured, or it keeps little at 1."""
+        kept = self._kept()
+        if kept.get("1", 0.0) < LITTLE:
+            return None
+        fine = [use for use, share in kept.items() if use[0].isdigit() and self._holds(share)]
+        return min(map(float, fine)), max(map(float, fine))
+
+    def grown(self) -> list[tuple[str, float]]:
+        """Sites and their ``growth``, largest first."""
+        sizes = [(name, site.growth) for name, site in self.sites.items() if site.growth > 0]
+        return sorted(sizes, key=lambda item: -item[1])
+
+    def _kept(self) -> dict[str, float]:
+        """Use → what is kept, the mean over the LoRAs."""
+        return {use: fmean(shares) for use, shares in self.kept.items()}
+
+    def _holds(self, share: float) -> bool:
+        return share >= BRITTLE * self._kept()["1"]
 
     def residuals(self) -> list[tuple[float, float]]:
         """(before, after) for every concept: root mean square over the sites."""
@@ -117,19 +146,27 @@ class MergeReport:
         samples = self.calibration.get("samples", FEW)
         wrong: list[str] = []
         if self.lacks:
-            wrong.append(f"INCOMPLETE: the merge lacks {' and '.join(self.lacks)}.")
+            wrong.append(f"Incomplete: the merge lacks {' and '.join(self.lacks)}.")
         if self.converged is False:
             wrong.append(self._convergence())
         if self.loras > 1 and samples < FEW:
             wrong.append(
-                f"TOO FEW PROMPTS: {samples} per LoRA; with other prompts the merge does less of "
+                f"Too few prompts: {samples} per LoRA; with other prompts the merge does less of "
                 f"what the LoRAs do. Give at least {FEW} (samples)."
             )
-        limit, advice = self._limit()
-        if self.loras > 1 and (far := [name for share, name in left if share > limit]):
+        kept = self._kept()
+        if kept and kept["1"] < LITTLE:
+            wrong.append(f"Keeps little. {self._shares()} {self._advice()}.")
+        elif broken := [use for use, share in kept.items() if not self._holds(share)]:
+            uses = " and ".join(map(_loaded, broken))
             wrong.append(
-                f"HARDLY CLOSER to {', '.join(far)} than the mean of the LoRAs is. "
-                f"{advice}, and check images (iteris compare)."
+                f"Brittle {uses}. {self._shares()} The method iteris "
+                "with bound 4 and conditions 0.5 is made for that."
+            )
+        if self.loras > 1 and (far := [name for share, name in left if share > 1]):
+            wrong.append(
+                f"No closer to {', '.join(far)} than the mean of the LoRAs. {self._advice()}, and "
+                "check images (iteris compare)."
             )
         if wrong or not own:
             return " ".join(wrong)
@@ -137,19 +174,28 @@ class MergeReport:
             return f"Not measured by {self.method}; check images (iteris compare)."
         if self.loras == 1:
             return f"{own[0][0]} is the only LoRA that is merged."
+        if kept:
+            return self._shares()
         return (
             "Closer to what every LoRA does than the mean of the LoRAs is; least so for "
             f"{max(left)[1]}."
         )
 
-    def _limit(self) -> tuple[float, str]:
-        """The share of the mean's error above which a merge is hardly closer, and what to do."""
+    def _shares(self) -> str:
+        shares = sorted(self._kept().items(), key=lambda item: item[0] != "1")
+        names = [name for name in self.concepts if name not in self.preserved]
+        least = min(zip(self.kept["1"], names, strict=True))[1]
+        told = ", ".join(f"{share:.2f} {_loaded(use)}" for use, share in shares)
+        of = f"; least of {least}" if len(names) > 1 else ""
+        return f"Kept on held-out rows (1: each LoRA alone, 0: the base): {told}{of}."
+
+    def _advice(self) -> str:
         lost = [site.truncated for site in self.sites.values() if site.after]
-        if sum(lost) > LOW * len(lost):
-            return HARDLY, "Raise rank"
-        if (self.settings.get("ridge") or 0) > STRONG:
-            return HARDLY, "Lower ridge, or leave it to the merge"
-        return 1.0, "Give it more prompts or a larger weight"
+        if sum(lost) > 0.15 * len(lost):
+            return "Raise rank"
+        if (self.settings.get("ridge") or 0) > 1e-3:
+            return "Lower ridge, or leave it to the merge"
+        return "Give it more prompts or a larger weight"
 
     def _convergence(self) -> str:
         passes, change = len(self.convergence) + 1, self.convergence[-1]
@@ -159,7 +205,7 @@ class MergeReport:
                 f"{change:.2g} of its size."
             )
         return (
-            f"DID NOT CONVERGE: after {passes} iterations the largest change of a site was still "
+            f"Not converged: after {passes} iterations the largest change of a site was still "
             f"{change:.2g} of its size. Use schedule=sweep, which needs no iterations, or allow "
             "more of them."
         )
@@ -188,15 +234,22 @@ class MergeReport:
         if self.rows:
             lines[0] = lines[0][:-1] + f", {self.rows} rows."
         lines += [
-            f"  NOT ENOUGH MEMORY for {line}; allow more, or lower samples, timesteps or the size"
+            f"  Not enough memory for {line}; allow more, or lower samples, timesteps or the size"
             for line in self.short
         ]
         if self.converged:
             lines.append(f"  {self._convergence()}")
+        if grown := self.grown()[:3]:
+            told = ", ".join(f"{site} {size:.1f}" for site, size in grown)
+            lines.append(f"  largest changes, as multiples of the LoRAs' there: {told}")
         for name, notes in self.notes.items():
             lines += [f"  {name}: {note}" for note in notes]
         verdict = self.verdict()
         return "\n".join([*lines, f"  {verdict}"] if verdict else lines)
+
+
+def _loaded(use: str) -> str:
+    return f"at strength {use}" if use[0].isdigit() else use
 
 
 def _in_json(value: Any) -> Any:

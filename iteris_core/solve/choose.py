@@ -41,9 +41,7 @@ class Policy:
     gradients never pass through the whole model. It gets ``polish_rows`` rows, or
     ``polish_rows_each`` per concept if there are many, ``polish_at_once`` at a time and within
     ``polish_bytes`` of host memory. ``polish_checked`` batches check the gain. ``polish_tokens``
-    tokens give its input moments; ``polish_floor`` times their mean is added to each. Whole-model
-    polish is checked every ``polish_checked_every`` steps on ``polish_held_out`` rows, at most a
-    quarter of all.
+    tokens give its input moments; ``polish_floor`` times their mean is added to each.
     """
 
     small_target: int = 1 << 16
@@ -70,8 +68,6 @@ class Policy:
     polish_checked: int = 8
     polish_tokens: int = 4096
     polish_floor: float = 1e-3
-    polish_checked_every: int = 25
-    polish_held_out: int = 64
 
     def choose(
         self, opening: SiteContext, fit: RegressionSpec, objective: Objective, dtype: torch.dtype

@@ -64,21 +64,44 @@ def test_the_verdict_names_the_lora_that_is_kept_least():
 def test_the_verdict_says_what_is_wrong_and_what_to_do():
     site = SiteReport(1, (0.5, 0.5), (1.0, 0.5), (0.1, 0.48))
     found = MergeReport("iteris", ["cat", "dog"], {"unet.a": site}, 1.0)
-    for ridge in (None, 1e-4):  # as close as a merge of many LoRAs comes
-        assert replace(found, settings={"ridge": ridge}).verdict().startswith("Closer")
+    assert found.verdict().startswith("Closer")
+    far = replace(site, after=(0.1, 0.6))
     for of, advice in (
-        (replace(found, sites={"unet.a": replace(site, after=(0.1, 0.6))}), "Give it more prompts"),
-        (replace(found, settings={"ridge": 0.01}), "Lower ridge"),
-        (replace(found, sites={"unet.a": replace(site, truncated=0.3)}), "Raise rank"),
+        (replace(found, sites={"unet.a": far}), "Give it more prompts"),
+        (replace(found, sites={"unet.a": far}, settings={"ridge": 0.01}), "Lower ridge"),
+        (replace(found, sites={"unet.a": replace(far, truncated=0.3)}), "Raise rank"),
     ):
-        assert of.verdict().startswith("HARDLY CLOSER to dog than the mean of the LoRAs is")
-        assert advice in of.verdict()
-    good = replace(found, sites={"unet.a": replace(site, after=(0.1, 0.2))})
-    few = replace(good, calibration={"samples": 3})
-    assert few.verdict().startswith("TOO FEW PROMPTS: 3 per LoRA")
+        assert of.verdict().startswith(f"No closer to dog than the mean of the LoRAs. {advice}")
+    few = replace(found, calibration={"samples": 3})
+    assert few.verdict().startswith("Too few prompts: 3 per LoRA")
     both = replace(few, convergence=(0.5,), lacks=["2 tensors of cat"]).verdict()
-    assert both.startswith("INCOMPLETE: the merge lacks 2 tensors of cat. DID NOT CONVERGE")
+    assert both.startswith("Incomplete: the merge lacks 2 tensors of cat. Not converged")
     assert both.endswith(few.verdict())
+
+
+def test_the_verdict_is_what_held_out_rows_keep():
+    site = SiteReport(1, (0.5, 0.5), (1.0, 0.5), (0.1, 0.2))
+    found = MergeReport("iteris", ["cat", "dog"], {"unet.a": site}, 1.0)
+    beside = "beside another LoRA"
+    good = replace(found, kept={"0.75": (0.7, 0.5), "1": (0.8, 0.6), beside: (0.6, 0.5)})
+    assert good.verdict() == (
+        "Kept on held-out rows (1: each LoRA alone, 0: the base): 0.70 at strength 1, 0.60 at "
+        f"strength 0.75, 0.55 {beside}; least of dog."
+    )
+    assert good.strengths == (0.75, 1.0)
+    brittle = replace(good, kept={**good.kept, "1.25": (0.9, -0.4), beside: (0.1, -0.3)})
+    assert brittle.verdict().startswith(f"Brittle {beside} and at strength 1.25. Kept")
+    assert brittle.strengths == (0.75, 1.0)
+    little = replace(good, kept={"1": (0.5, 0.1), beside: (0.0, 0.0)})
+    assert little.verdict().startswith("Keeps little. Kept on held-out rows")
+    assert little.strengths is None
+
+
+def test_the_largest_changes_come_first():
+    sites = {name: SiteReport(1, growth=size) for name, size in (("a", 1.0), ("b", 4.0))}
+    found = MergeReport("iteris", ["cat", "dog"], sites, 1.0)
+    assert found.grown() == [("b", 4.0), ("a", 1.0)]
+    assert "largest changes, as multiples of the LoRAs' there: b 4.0, a 1.0" in found.summary()
 
 
 def test_one_lora_is_not_compared_with_its_own_mean():
@@ -103,22 +126,23 @@ def test_a_lora_that_changes_nothing_or_was_read_in_part_is_named():
     part = replace(make_lora(1), left_out=2)
     concepts = [Concept(part, trigger="cat"), Concept(none, trigger="dog")]
     assert merge_loras(None, concepts, "average").report.verdict() == (
-        "INCOMPLETE: the merge lacks 2 tensors of cat and all of dog, whose LoRA changes nothing."
+        "Incomplete: the merge lacks 2 tensors of cat and all of dog, whose LoRA changes nothing."
     )
 
 
 def test_a_site_report_is_what_its_solution_says():
     change = LowRank(torch.ones(3, 2), torch.ones(2, 4))
     solution = Solution(change, (0.5, 0.5), (1.0, 0.9), (0.2, 0.3), 9.0, 0.1)
-    found = SiteReport.of(solution, 1, repair=True)
-    assert found == SiteReport(2, (0.5,), (1.0,), (0.2,), 9.0, 0.1, True)
+    found = SiteReport.of(solution, 1, repair=True, size=2.0)
+    size = 48**0.5 / 2  # of twos, three by four
+    assert found == SiteReport(2, (0.5,), (1.0,), (0.2,), 9.0, 0.1, True, pytest.approx(size))
 
 
 def test_a_summary_is_loud_about_iterations_that_did_not_converge():
     sites = {"unet.a": SiteReport(1, (1.0,), (1.0,), (0.1,))}
     found = MergeReport("iteris", ["cat"], sites, 1.0)
-    assert "CONVERGE" not in found.summary()
-    assert "DID NOT CONVERGE" in replace(found, convergence=(0.5, 0.031)).summary()
+    assert "converge" not in found.summary()
+    assert "Not converged" in replace(found, convergence=(0.5, 0.031)).summary()
     assert "Converged after 3" in replace(found, convergence=(0.5, 1e-4)).summary()
     loose = replace(found, convergence=(0.5, 0.031), settings={"tolerance": 0.05})
     assert loose.converged

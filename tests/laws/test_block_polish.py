@@ -11,6 +11,7 @@ from torch import nn
 
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
 from iteris_core.activations.barriers import Found
+from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.linalg.whitening import Whitening
 from iteris_core.methods import block_polish, segments
 from iteris_core.methods.segments import segments_of
@@ -306,3 +307,24 @@ def test_polish_of_other_architectures(name, tmp_path):
     ]
     assert moved
     assert all(change.up.isfinite().all() for change in polished.lora.sites.values())
+
+
+def of_steps(host, lora, **settings):
+    concepts = [Concept(lora(seed), prompts=["a dog", "a cat"]) for seed in (1, 2)]
+    calibration = Calibration(
+        samples=4, timesteps=2, denoising_steps=2, latents="noise", contexts=0.0, generic=0.0
+    )
+    return merge_loras(host, concepts, settings=settings, calibration=calibration)
+
+
+def test_gradient_checkpointing_changes_nothing(pipeline):
+    def lora(seed):
+        return random_lora(DiffusersHost(pipeline), seed)
+
+    plain = of_steps(DiffusersHost(pipeline), lora, block_steps=3, block_pairs=0.0)
+    pipeline.unet.enable_gradient_checkpointing()
+    found = of_steps(DiffusersHost(pipeline), lora, block_steps=3, block_pairs=0.0)
+    assert pipeline.unet.is_gradient_checkpointing
+    assert found.report.notes == plain.report.notes
+    for site, change in plain.lora.sites.items():
+        assert torch.equal(change.up, found.lora.sites[site].up), site

@@ -244,8 +244,8 @@ def test_rows_of_a_composite_have_latents_of_its_parts():
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"block_steps": 2}, {"polish_steps": 2}, {"schedule": "jacobi", "iterations": 2}],
-    ids=["closed form", "block polish", "polish", "jacobi"],
+    [{}, {"block_steps": 2}, {"schedule": "jacobi", "iterations": 2}],
+    ids=["closed form", "block polish", "jacobi"],
 )
 def test_a_pipeline_takes_them_in_every_way_of_merging(host, settings):
     """The file is as thick as without them, and another one."""

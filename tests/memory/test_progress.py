@@ -189,8 +189,8 @@ def test_every_step_of_a_merge_is_told(host):
         on_progress=told.append,
     )
     whats = [progress.what for progress in told if progress.total]
-    assert list(dict.fromkeys(whats)) == ["denoising steps", "solving sites"]
-    for what in ("denoising steps", "solving sites"):
+    assert list(dict.fromkeys(whats)) == ["denoising steps", "solving sites", "held-out rows"]
+    for what in dict.fromkeys(whats):
         some = [progress for progress in told if progress.what == what]
         counts = [progress.done for progress in some]
         assert counts == sorted(counts)
@@ -200,6 +200,7 @@ def test_every_step_of_a_merge_is_told(host):
     assert shares == sorted(shares)
     *before, last, end = told
     from_denoising = before[[p.what for p in before].index("denoising steps") + 1 :]
+    from_denoising = [progress for progress in from_denoising if progress.what != "held-out rows"]
     assert all(progress.left is not None for progress in from_denoising)
     assert (end.what, end.done, end.total) == (last.what, last.done, last.total)
     assert (end.share, end.left, end.time_left) == (1.0, 0.0, "")
@@ -217,7 +218,6 @@ def test_every_step_of_a_merge_is_told(host):
         ("loraclr", {}),
         ("iteris", {"schedule": "jacobi", "iterations": 3}),
         ("iteris", {"objective": "adapter"}),
-        ("iteris", {"polish_steps": 3}),
         ("iteris", {"rank": 2, "share_ranks": True}),
         ("iteris", {"block_steps": 3}),
         ("custom-diffusion", {}),

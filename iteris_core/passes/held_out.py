@@ -1,0 +1,143 @@
+"""Final outputs on rows that no fit saw; what a merged LoRA keeps there of each LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activations.conditions import phantom_of
+from ..activations.oom_retry import halved, with_less
+from ..concepts import Calibration
+from ..hosts.protocol import Host
+from ..lora import LowRank
+from .batches import chunks
+from .changes import added, beside
+from .job import Job
+
+_SAMPLES, _TIMESTEPS, _BATCH = 2, 2, 8
+_SEED = 1 << 20
+
+STRENGTHS = 0.75, 1.0, 1.25
+BESIDE = "beside another LoRA"
+_BESIDE = 0.6
+
+
+def held_out(calibration: Calibration, samples: int, timesteps: int) -> Calibration:
+    """A calibration for a few rows of other prompts and noise than those of a fit."""
+    return replace(
+        calibration,
+        samples=min(samples, calibration.samples),
+        timesteps=min(timesteps, calibration.rows_each),
+        seed=calibration.seed ^ _SEED,
+        conditions=0.0,
+    )
+
+
+@dataclass(frozen=True)
+class FinalOutputs:
+    """The rows of ``samples`` in the stages whose outputs are final: each one's concept, and its
+    batch key."""
+
+    host: Host
+    samples: Any
+    owners: Mapping[int, int]
+    kinds: Mapping[int, Hashable]
+
+    @classmethod
+    def of(cls, host: Host, samples: Any, sites: Set[str]) -> FinalOutputs:
+        owners: dict[int, int] = {}
+        kinds: dict[int, Hashable] = {}
+        for stage in host.stages(samples, sites):
+            count = len(stage.concept_ids)
+            if stage.feeds_next:
+                for row in range(count):
+                    stage.run([row], 1)
+                continue
+            keys = stage.batch_keys or [None] * count
+            for row, owner, key in zip(
+                stage.rows or range(count), stage.concept_ids, keys, strict=True
+            ):
+                owners[row], kinds[row] = owner, (stage.name, key)
+        return cls(host, samples, owners, kinds)
+
+    def rows_of(self, concept: int) -> list[int]:
+        return [row for row, owner in self.owners.items() if owner == concept]
+
+    def under(self, changes: Mapping[str, LowRank], rows: Sequence[int]) -> Tensor:
+        """The outputs on ``rows`` with ``changes`` on the base, float64, flat."""
+        kinds = [self.kinds[row] for row in rows]
+
+        def run(at_once: int) -> Tensor:
+            parts = chunks(range(len(rows)), kinds, at_once)
+            outputs = [self.host.forward(self.samples, [rows[i] for i in some]) for some in parts]
+            return torch.cat([output.double().flatten().cpu() for output in outputs])
+
+        what = "Out of memory while measuring held-out rows"
+        with torch.no_grad(), added(self.host, changes):
+            return with_less(halved(_BATCH), run, lambda said, tried: f"{what} ({said}).")[0]
+
+
+def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
+    """How the merged LoRA is loaded → for every concept with a LoRA, 1 − ‖f_merged − f_LoRA‖² /
+    ‖f_base − f_LoRA‖² of the final outputs f: 1 for the LoRA itself, 0 for the base.
+
+    Both are loaded at each of :data:`STRENGTHS`, and at 1 with another LoRA at 0.6, which the base
+    has there too: a phantom, see :mod:`..activations.conditions`. Empty for models of texts, whose
+    rows are given.
+    """
+    if not job.host.pictures:
+        return {}
+    calibration = held_out(job.calibration, _SAMPLES, _TIMESTEPS)
+    generator = torch.Generator().manual_seed(calibration.seed)
+    loras = [i for i, concept in enumerate(job.concepts) if concept.lora is not None]
+    own = [
+        {site: change for site, some in job.changes.items() if (change := some.by_concept[i])}
+        for i in loras
+    ]
+    phantom = phantom_of(own[0], _BESIDE, calibration.seed)
+    sites, total = job.changes.keys(), len(STRENGTHS) + 1
+    with torch.no_grad(), job.run() as run:
+        samples = job.host.samples(
+            job.concepts, sites, calibration, run.lockstep, generator, _quiet
+        )
+    final = FinalOutputs.of(job.host, samples, sites)
+    rows = [final.rows_of(i) for i in loras]
+    bases = [final.under({}, of_one) for of_one in rows]
+    found: dict[str, list[float]] = {}
+    for done, strength in enumerate([*STRENGTHS, None]):
+        job.tick("held-out rows", done, total)
+        other = {} if strength else phantom
+        if other:
+            bases = [final.under(other, of_one) for of_one in rows]
+        found[BESIDE if strength is None else f"{strength:g}"] = [
+            1 - float(error)
+            for error in (
+                _error(final, of_one, base, (one, merged), strength or 1.0, other)
+                for of_one, base, one in zip(rows, bases, own, strict=True)
+            )
+        ]
+    job.tick("held-out rows", total, total)
+    return found
+
+
+def _quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def _error(
+    final: FinalOutputs,
+    rows: Sequence[int],
+    base: Tensor,
+    loras: Sequence[Mapping[str, LowRank]],
+    strength: float,
+    other: Mapping[str, LowRank],
+) -> float:
+    wanted, given = (
+        final.under(beside({s: c.scaled(strength) for s, c in one.items()}, other), rows)
+        for one in loras
+    )
+    return float(((given - wanted) ** 2).sum() / ((base - wanted) ** 2).sum().clamp(min=1e-30))

@@ -1,0 +1,80 @@
+"""Held-out rows: a merged LoRA that is each LoRA keeps 1 of it, and nothing keeps 0."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pipelines import PIPELINES, two_concepts
+from tiny import two_concepts as two_of
+
+from iteris_core import Calibration, Concept, merge_loras
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.passes.changes import changes_of
+from iteris_core.passes.held_out import BESIDE, STRENGTHS, FinalOutputs, kept
+from iteris_core.passes.job import Job
+
+CALIBRATION = Calibration(samples=3, timesteps=2, denoising_steps=3)
+USES = {*map("{:g}".format, STRENGTHS), BESIDE}
+
+
+def job_of(host, concepts):
+    changes = changes_of(concepts)
+    return Job(host, concepts, changes, CALIBRATION, torch.Generator(), lambda *_: None)
+
+
+def test_a_lora_keeps_all_of_itself_and_the_base_nothing(host):
+    concepts = two_of(host)
+    itself = dict(concepts[0].lora.sites)
+    before = [parameter.clone() for parameter in host.pipeline.unet.parameters()]
+    for merged, shares in ((itself, (1.0,)), ({}, (0.0,))):
+        found = kept(job_of(host, concepts[:1]), merged)
+        assert found.keys() == USES
+        for use, of_use in found.items():
+            assert of_use == pytest.approx(shares, abs=1e-4), use
+    both = kept(job_of(host, concepts), itself)
+    for first, second in both.values():
+        assert first == pytest.approx(1.0, abs=1e-4)
+        assert second < 0.9
+    after = host.pipeline.unet.parameters()
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+
+
+def test_a_merge_says_what_it_keeps_and_is_not_lost_where_it_cannot_be_measured(host, monkeypatch):
+    concepts = two_of(host)
+    report = merge_loras(host, concepts, calibration=CALIBRATION).report
+    assert report.kept.keys() == USES
+    assert all(len(shares) == 2 for shares in report.kept.values())
+    assert report.to_dict()["kept"]["1"] == list(report.kept["1"])
+
+    def forward(self, samples, rows):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(DiffusersHost, "forward", forward)
+    result = merge_loras(host, concepts, calibration=CALIBRATION)
+    assert not result.report.kept
+    assert "not measured: Out of memory" in str(result.report.notes["held-out rows"])
+    assert result.lora.sites
+
+
+def test_a_concept_that_preserves_the_base_is_not_measured(host):
+    concepts = [*two_of(host)[:1], Concept.preserve(["a cat"])]
+    assert {len(shares) for shares in kept(job_of(host, concepts), {}).values()} == {1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Z-Image", "Wan 2.2 with two experts"])
+def test_rows_of_unlike_kinds(name, tmp_path):
+    """Texts of several lengths in lists, and two denoisers, each with its own rows."""
+    host, concepts = two_concepts(PIPELINES[name](), tmp_path)
+    job = job_of(host, concepts)
+    with job.run() as run, torch.no_grad():
+        samples = run.samples
+    final = FinalOutputs.of(host, samples, job.changes.keys())
+    assert len(final.owners) == 12
+    assert len(set(final.kinds.values())) > 1
+    rows = torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()
+    own = {site: some.by_concept[0] for site, some in job.changes.items() if some.by_concept[0]}
+    together = final.under(own, rows)
+    alone = torch.cat([final.under(own, [row]) for row in rows])
+    assert together.shape == alone.shape
+    assert float(together.norm() - alone.norm()) < 1e-4 * float(together.norm())
