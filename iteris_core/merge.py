@@ -38,10 +38,11 @@ from .passes.changes import (
     check_sites,
     means_of,
     switched_on,
+    with_wordless_on,
 )
 from .passes.eta import Eta
-from .passes.held_out import kept
-from .passes.job import Budget, Job
+from .passes.held_out import WHAT, expect_held_out, kept
+from .passes.job import Budget, Job, RunLog
 from .passes.time_budget import within_time
 from .presets import PresetName
 from .progress import OnProgress
@@ -159,8 +160,12 @@ def merge_loras(
     settings, calibration = settings_over(preset, method, settings, calibration)
     host = None if host is None else host_of(host)
     concepts = _read(host, concepts)
+    if chosen.needs_host and host is not None and host.pictures:
+        concepts = with_wordless_on(concepts)
     job, always = begun(host, concepts, calibration, on_progress, memory_budget, runtime)
-    if host is None or not chosen.needs_host:
+    if always and not job.concepts:  # as they are, side by side
+        made = _Made([], Merged({}, RunLog()), [], [], {})
+    elif host is None or not chosen.needs_host:
         made = _by_weights(job, chosen, settings)
     else:
         with switched_on(host, always):
@@ -243,6 +248,7 @@ def prepared(
     if (found and unmergeable == "refuse") or job.changes.keys() <= found.keys():
         raise SiteError(preflight.complaint(found, concepts))
     job.eta.rounds = max(sweeps, 1)
+    expect_held_out(job)
     job = within_time(replace(job, joined=looked.joined), looked.stages)
     if job.calibration.samples < wanted:
         job = _with_added(job, concepts, method)
@@ -287,7 +293,7 @@ def _by_features(
         try:
             shares = kept(job, {site: solution.change for site, solution in merged.sites.items()})
         except (IterisError, torch.OutOfMemoryError) as error:  # the merge is done
-            noted.append(("held-out rows", [f"not measured: {error}"]))
+            noted.append((WHAT, [f"not measured: {error}"]))
     sizes = sizes_of({**{site: SiteChanges(()) for site in merged.repairs}, **job.changes})
     if unmergeable == "mean":
         means = means_of(job.concepts, others)
@@ -319,11 +325,14 @@ def _result(
     solved, repairs = made.merged.sites, made.merged.repairs
     merged = {site: solution.change for site, solution in solved.items()}
     sites = beside(merged, changes_always(always_on(always, "include")))
-    loras = [concept.lora for concept in concepts if concept.lora is not None]
+    loras = [concept.lora for concept in every if concept.lora is not None]
     joined = join_embeddings(every)
     notes = notes_of(every)
     where = {"include": "part of the merged LoRA", "outside": "load it beside the merged LoRA"}
-    noted = [(c.name, [f"on while the others were merged; {where[c.always_on]}"]) for c in always]
+    noted = [
+        (c.name, [f"{_why(c)}on while the others were merged; {where[c.always_on]}"])
+        for c in always
+    ]
     of_all = ("sites", log.notes), ("embeddings", joined.warnings)
     for name, more in (*made.noted, *noted, *of_all):
         if more:
@@ -383,6 +392,10 @@ def _read(host: Host | None, concepts: Any) -> list[Concept]:
             raise SettingsError(f"{one.name}: only a concept with a LoRA can be always on.")
         read.append(one)
     return read
+
+
+def _why(concept: Concept) -> str:
+    return "" if concept.phrases else "no trigger word, so it acts on every prompt: "
 
 
 def _added_note(added: Concept, concepts: Sequence[Concept], always: Sequence[Concept]) -> str:

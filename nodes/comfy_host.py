@@ -192,12 +192,6 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         return added_concepts(concepts, calibration, self._vocabulary)
 
     def forward(self, samples: ComfySamples, rows: Sequence[int]) -> Tensor:
-        if torch.is_grad_enabled():
-            raise IterisError(
-                "ComfyUI loads weights in inference mode, without gradients, so polish through "
-                "the whole model is not possible; set polish_steps to 0 and use block_steps "
-                "instead."
-            )
         loaded, tokens = samples.text.loaded, samples.tokens
         batches = self._texts.batches(loaded, tokens, self._found.names, frozenset())
         self._texts.load()
@@ -206,9 +200,13 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         texts = self._texts.assemble(loaded, tokens, batches, 0, self._lockstep)
         if not samples.noisy:
             return torch.cat([texts[row][0] for row in rows])
-        (noisy,) = samples.noisy
-        predict, _ = self._loaded(0, noisy, [texts])
-        return predict(rows, 1)
+        found: list[Tensor] = []
+        for number, noisy in enumerate(samples.noisy):
+            mine = samples.rows_of(number)
+            if own := [row - mine.start for row in rows if row in mine]:
+                predict, _ = self._loaded(number, noisy, [texts])
+                found.append(predict(own, 1))
+        return torch.cat(found)
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         modules = self.sites()
@@ -252,7 +250,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         for number, noisy in enumerate(samples.noisy):
             if names := self._sites_of(number, sites):
                 stage = self._stage(number, names, noisy, conditionings)
-                yield replace(stage, samples=samples.worth)
+                yield replace(stage, samples=samples.worth, rows=samples.rows_of(number))
 
     def _stage(
         self,

@@ -37,6 +37,11 @@ class ComfySamples:
     worth: int
     noisy: Sequence[DenoiserRows] = ()
 
+    def rows_of(self, denoiser: int) -> range:
+        """The indices of a denoiser's rows among those of all."""
+        start = sum(len(noisy.owners) for noisy in self.noisy[:denoiser])
+        return range(start, start + len(self.noisy[denoiser].owners))
+
 
 def comfy_samples(
     kept_by: Sequence[Kept],

@@ -64,8 +64,8 @@ class InspectLoras(io.ComfyNode):
                 if pair.conflict > _ALIKE
             ]
             lines += [
-                f"{concept.name}: no trigger words and no prompts; a merge needs one of them, or "
-                "always on for a style, slider or detailer."
+                f"{concept.name}: no trigger words and no prompts; it acts on every prompt. Type "
+                "its words if it has any."
                 for spec, concept in zip(specs, loaded, strict=True)
                 if spec.file is not None
                 and spec.prompts is None

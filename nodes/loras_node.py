@@ -112,7 +112,7 @@ def _line(spec: ConceptConfig) -> str:
         return "base: unchanged"
     if spec.always_on != "no":
         return f"{spec.file.stem} at {spec.strength:g}: always on, part of the merged LoRA"
-    words = "; ".join(spec.phrases) or "No trigger words found; type them"
+    words = "; ".join(spec.phrases) or "no words: it acts on every prompt"
     clip = spec.strength if spec.text_strength is None else spec.text_strength
     strengths = f"{spec.strength:g}" if clip == spec.strength else f"{spec.strength:g}/{clip:g}"
     source = _SOURCES.get(spec.source, f" (from {spec.source})")

@@ -100,7 +100,7 @@ def _check(
     if not source.exists():
         raise BaseError(f"The base {base!r} does not exist; give an existing file or folder.")
     check_base(base)
-    check_concepts(loras, run_base=False)
+    check_concepts(loras)
     if output.exists() and output.samefile(source):
         raise OutputError(f"{output} is the base itself, which would be lost; choose another name.")
     if source.is_file():

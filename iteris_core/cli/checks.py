@@ -24,10 +24,9 @@ _PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 
 def check_concepts(
-    concepts: Sequence[ConceptConfig], *, run_base: bool, renames: Sequence[str] = ()
+    concepts: Sequence[ConceptConfig], *, renames: Sequence[str] = ()
 ) -> list[Concept]:
-    """Raise :class:`IterisError` for a missing file, one that is not a LoRA or a broken one. If the
-    method will ``run_base``, also for a concept without trigger words or prompts.
+    """Raise :class:`IterisError` for a missing file, one that is not a LoRA or a broken one.
 
     Returns the concepts that have a file, with what needs no base of their LoRAs: metadata and
     embeddings, renamed by ``renames``.
@@ -47,17 +46,6 @@ def check_concepts(
             raise ConceptError(f"{option.name}: samples are for transformers models; give prompts.")
         if option.prompts is not None and not option.prompts:
             raise ConceptError(f"{option.name}: its list of prompts is empty.")
-        if not run_base or option.prompts is not None or option.file is None:
-            continue
-        if option.always_on != "no":
-            continue
-        if not option.with_found_words(loras[0].metadata).phrases:
-            raise ConceptError(
-                f"{option.file} has no trigger word, neither in its metadata nor in a note beside "
-                f"it. Give one ({option.file}:TRIGGER:CLASS). A style, slider or detailer that "
-                "acts on every prompt has none: add ,always_on=include. ,prompts=FILE is for a "
-                "LoRA that certain prompts invoke; on others the merge keeps only a part of it."
-            )
     for text in renames:
         owner, _, new = parse_rename(text)
         loras = [concept.lora for concept in read if concept.lora is not None]

@@ -189,7 +189,7 @@ def _checked(options: CompareOptions) -> tuple[CompareConfig, list[ConceptConfig
             "Give --refs once for each --concept, in the same order, or not at all: there are "
             f"{len(options.refs)} for {len(compared)}."
         )
-    check_concepts(concepts, run_base=True)
+    check_concepts(concepts)
     for line in warnings_of(concepts):
         console.print(escape(line), style="yellow", highlight=False)
     check_results_folder(options.output, overwrite=options.overwrite)

@@ -47,7 +47,7 @@ def convert(
     else:
         check_target(output, None, "float16", overwrite)
     config = ConceptConfig(file=file)
-    check_concepts([config], run_base=False)
+    check_concepts([config])
     check_apart([output], [config])
     options = ReadOptions(allow_partial, energy, vectors=layout in ("kohya", "comfyui"))
     lora = _read(file, base, options)

@@ -28,7 +28,7 @@ _HUB = {
 _SOURCES = {
     "file": "words from the file's metadata",
     "captions": "words guessed from the captions in the file's metadata",
-    "": "NO TRIGGER WORDS FOUND: type them; always_on: include for a style, slider or detailer",
+    "": "no trigger words: it acts on every prompt, such as a style; if it has one, type it",
 }
 
 

@@ -48,7 +48,9 @@ def init(
         console.print(f"Left out: {name} ({why}).", style="yellow", markup=False, highlight=False)
     typer.echo(f"Wrote {output}: {len(loras)} LoRAs for {loras[0].family}.")
     todo = [f"base: ({how})"] if not base_name else []
-    todo += [f"trigger: of {one.name}" for one in loras if not one.option.phrases]
+    if wordless := [one.name for one in loras if not one.option.phrases]:
+        which = ", ".join(wordless)
+        typer.echo(f"Without trigger words, so acting on every prompt: {which}. Type those it has.")
     if todo:
         typer.echo(f"Fill in {', '.join(todo)}. Then merge: iteris merge {output}")
     else:

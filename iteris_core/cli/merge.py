@@ -118,7 +118,7 @@ def _check_pipeline(config: MergeConfig, options: MergeOptions) -> None:
         why = "merges on a base; name it before the LoRAs."
         _refuse(why, options, "image", "mask_image", "base_dtype", "offload")
     runs = find_method(config.method).needs_host
-    read = check_concepts(config.concepts, run_base=runs, renames=options.rename or [])
+    read = check_concepts(config.concepts, renames=options.rename or [])
     low = any(one.low for one in config.concepts)
     beside = expert_files(options.output)[0] if low else options.output
     check_embeddings(read, beside, options.layout, overwrite=options.overwrite)

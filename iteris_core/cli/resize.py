@@ -56,7 +56,7 @@ def resize(context: typer.Context, options: ResizeOptions) -> None:
         made = options.output.with_name(f"{options.output.name}-{path.name}")
         known = path if path.parent.is_dir() else made  # the folder will be created
         check_target(known, options.layout, options.dtype, options.overwrite)
-    check_concepts(configs, run_base=False)
+    check_concepts(configs)
     check_apart(outputs, configs)
     host = _host(options, configs)
     outputs[0].parent.mkdir(exist_ok=True)

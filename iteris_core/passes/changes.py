@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 from ..activations.lockstep import Lockstep
 from ..activations.micro_batch import MicroBatch
@@ -84,6 +85,21 @@ def means_of(concepts: Sequence[Concept], changes: Mapping[str, SiteChanges]) ->
     weights = [0.0 if concept.lora is None else concept.weight for concept in concepts]
     means = {s: some.mean(weights, some.like.up.dtype) for s, some in changes.items()}
     return {site: cut_factors(mean, mean.rank)[0] for site, mean in means.items()}
+
+
+def with_wordless_on(concepts: Sequence[Concept]) -> list[Concept]:
+    """``concepts``, where a LoRA without words, prompts and inputs is always on, and part of the
+    merged LoRA: no prompt invokes it, so it acts on every prompt."""
+    return [
+        replace(concept, always_on="include")
+        if concept.lora is not None
+        and concept.always_on == "no"
+        and not concept.phrases
+        and concept.prompts is None
+        and concept.inputs is None
+        else concept
+        for concept in concepts
+    ]
 
 
 def always_on(concepts: Sequence[Concept], *kinds: str) -> list[Concept]:

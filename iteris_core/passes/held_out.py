@@ -12,6 +12,7 @@ from torch import Tensor
 from ..activations.conditions import phantom_of
 from ..activations.oom_retry import halved, with_less
 from ..concepts import Calibration
+from ..errors import SiteError
 from ..hosts.protocol import Host
 from ..lora import LowRank
 from .batches import chunks
@@ -21,6 +22,8 @@ from .job import Job
 _SAMPLES, _TIMESTEPS, _BATCH = 2, 2, 8
 _SEED = 1 << 20
 
+WHAT = "held-out rows"
+"""The ``what`` of progress."""
 STRENGTHS = 0.75, 1.0, 1.25
 BESIDE = "beside another LoRA"
 _BESIDE = 0.6
@@ -81,6 +84,15 @@ class FinalOutputs:
             return with_less(halved(_BATCH), run, lambda said, tried: f"{what} ({said}).")[0]
 
 
+def expect_held_out(job: Job) -> None:
+    """Register the expected time of :func:`kept` after the sites."""
+    if job.host.pictures:
+        calibration = held_out(job.calibration, _SAMPLES, _TIMESTEPS)
+        rows = job.loras * calibration.samples * calibration.rows_each
+        denoised = job.loras * calibration.samples * calibration.denoising_steps
+        job.eta.later(WHAT, denoised + rows * (2 + 2 * (len(STRENGTHS) + 1)))
+
+
 def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
     """How the merged LoRA is loaded → for every concept with a LoRA, 1 − ‖f_merged − f_LoRA‖² /
     ‖f_base − f_LoRA‖² of the final outputs f: 1 for the LoRA itself, 0 for the base.
@@ -109,7 +121,7 @@ def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
     bases = [final.under({}, of_one) for of_one in rows]
     found: dict[str, list[float]] = {}
     for done, strength in enumerate([*STRENGTHS, None]):
-        job.tick("held-out rows", done, total)
+        job.tick(WHAT, done, total)
         other = {} if strength else phantom
         if other:
             bases = [final.under(other, of_one) for of_one in rows]
@@ -120,7 +132,7 @@ def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
                 for of_one, base, one in zip(rows, bases, own, strict=True)
             )
         ]
-    job.tick("held-out rows", total, total)
+    job.tick(WHAT, total, total)
     return found
 
 
@@ -140,4 +152,6 @@ def _error(
         final.under(beside({s: c.scaled(strength) for s, c in one.items()}, other), rows)
         for one in loras
     )
+    if given.shape != wanted.shape:
+        raise SiteError("the model's outputs have other shapes with another LoRA.")
     return float(((given - wanted) ** 2).sum() / ((base - wanted) ** 2).sum().clamp(min=1e-30))

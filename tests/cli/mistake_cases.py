@@ -153,10 +153,6 @@ CASES = [
     ("B --concept :", "--concept ':' is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or"),
     ("B --concept ::", "--concept '::' is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or"),
     (
-        "B --concept {one}",
-        "{one} has no trigger word, neither in its metadata nor in a note beside it",
-    ),
-    (
         "B --concept {one}:s1",
         "--concept '{one}:s1' is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or",
     ),

@@ -119,11 +119,8 @@ def test_what_is_not_known_is_named_and_the_merge_asks_for_it(place, monkeypatch
     (place / "loras" / "dog.civitai.info").unlink()
     code, text, err = run(monkeypatch, capsys, "init", "loras", "--yes")
     assert code == 0, err
-    assert "Fill in trigger: of dog.safetensors." in text
-    assert "# NO TRIGGER WORDS FOUND" in (place / "merge.yaml").read_text()
-    code, _, err = run(monkeypatch, capsys, "merge", "merge.yaml")
-    assert code == 2
-    assert "loras/dog.safetensors has no trigger word" in err
+    assert "Without trigger words, so acting on every prompt: dog.safetensors." in text
+    assert "# no trigger words: it acts on every prompt" in (place / "merge.yaml").read_text()
 
 
 def test_in_a_terminal_each_guess_is_accepted_or_changed(place, monkeypatch, capsys):

@@ -88,7 +88,6 @@ def no_base(monkeypatch):
         (["--concept={tmp}/none.safetensors:a:b"], "none.safetensors does not exist"),
         (["--concept={tmp}/pointer.safetensors:a:b"], "is a Git LFS pointer"),
         (["--concept={tmp}/page.safetensors:a:b"], "is a web page"),
-        (["--concept={tmp}/lora.safetensors"], "lora.safetensors has no trigger word"),
         (["--samples=0"], "samples must be at least 1"),
         (["--set=rank=-1"], "rank must be at least 1"),
         (["--templates={tmp}/lines.txt"], "templates must hold"),

@@ -546,9 +546,9 @@ def test_a_renaming_that_fits_nothing_is_refused(tmp_path):
     renames = ["one:<toy>=bear"]
     for concept in (
         option.read(host, renames=renames),
-        *check_concepts([option], run_base=True, renames=renames),
+        *check_concepts([option], renames=renames),
     ):
         assert list(concept.lora.embeddings) == ["bear"]
     for text in ("tyo=bear", "two:<toy>=bear"):
         with pytest.raises(IterisError, match=r"matches no embedding .* which have one:<toy>"):
-            check_concepts([option], run_base=True, renames=[text])
+            check_concepts([option], renames=[text])

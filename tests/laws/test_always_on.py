@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from oracle import SITES, ModuleHost, Net, difference, make_data, make_lora
+from tiny import random_lora
 
 from iteris_core import Concept, SettingsError, merge_loras
 from iteris_core.concept_config import KEYS, ConceptConfig
@@ -122,6 +124,31 @@ def test_the_report_does_not_promise_the_base_to_a_lora_without_words():
     assert "always_on=include" in wordless
 
 
+def test_a_lora_without_words_is_always_on_and_in_the_file(host):
+    """As if it were marked so; several of them alone are their sum."""
+    own, look = random_lora(host, 1), replace(random_lora(host, 2), name="look")
+    calibration = {"samples": 3, "timesteps": 2, "denoising_steps": 3}
+    subject = Concept(own, trigger="sks", class_word="dog")
+
+    def merge(*concepts):
+        return merge_loras(host, concepts, calibration=calibration)
+
+    marked = merge(subject, Concept(look, always_on="include"))
+    wordless = merge(subject, Concept(look))
+    for site, change in marked.lora.sites.items():
+        assert torch.equal(change.up, wordless.lora.sites[site].up)
+    assert "no trigger word, so it acts on every prompt" in wordless.report.notes["look"][0]
+    recipe = json.loads(wordless.lora.metadata["iteris"])
+    assert [concept["always_on"] for concept in recipe["concepts"]] == ["no", "include"]
+    prompts = merge(subject, Concept(look, ["a look of a cat"]))
+    assert not torch.equal(prompts.lora.sites[site].up, wordless.lora.sites[site].up)
+    both = merge(Concept(look), Concept(own, strength=0.5))
+    for site, change in both.lora.sites.items():
+        wanted = look.sites[site].dense() + 0.5 * own.sites[site].dense()
+        torch.testing.assert_close(change.dense(), wanted)
+    assert preview_merge(host, [Concept(look)]).plan[0].startswith("every LoRA is always on")
+
+
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(ConceptError, match="always_on must be one of no, include, outside"):
         Concept(make_lora(1), always_on="yes")  # pyright: ignore
@@ -129,8 +156,6 @@ def test_what_makes_no_sense_is_refused():
         merge_loras(None, [Concept(None, ["a"], always_on="include")], "average")
     with pytest.raises(ConceptError, match="x: always_on must be one of"):
         ConceptConfig.from_dict({"file": "a.safetensors", "always_on": "yes"}, "x")
-    with pytest.raises(MismatchError, match="There is no LoRA to merge"):
-        merged(Net(), [], "include", speed=make_lora(7))
     other = Lora({"elsewhere": make_lora(1).sites["q"]})
     with pytest.raises(MismatchError, match="sites are not in the base"):
         merged(Net(), [make_lora(1)], "include", speed=other)

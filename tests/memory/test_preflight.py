@@ -207,7 +207,7 @@ def test_what_one_pass_has_told_apart_stays_so():
     some = [Concept(make_lora(i, sites=("up", "down")), prompts=["unused"]) for i in (1, 2)]
     host = UnlikeRows(JoinedAndChosen(), make_data())
     result = merge_loras(host, some, unmergeable="skip", settings={"micro_batch": 1})
-    assert len(host.asked) == 4  # two passes, the plan, and the merge
+    assert len(host.asked) == 5  # two passes, the plan, the merge, and held-out rows
     assert set(result.lora.sites) == {"up"}
 
 

@@ -200,7 +200,6 @@ def test_every_step_of_a_merge_is_told(host):
     assert shares == sorted(shares)
     *before, last, end = told
     from_denoising = before[[p.what for p in before].index("denoising steps") + 1 :]
-    from_denoising = [progress for progress in from_denoising if progress.what != "held-out rows"]
     assert all(progress.left is not None for progress in from_denoising)
     assert (end.what, end.done, end.total) == (last.what, last.done, last.total)
     assert (end.share, end.left, end.time_left) == (1.0, 0.0, "")
