@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from markdown_tables import lead, load, load_rows, share, short, shown, table
+from protocol.figures import stat
 from protocol.plan import SINGLE
 
 Columns = Sequence[tuple[str, str]]
@@ -117,29 +118,52 @@ def strengths(figure: str) -> list[str]:
 
 def conditions() -> list[str]:
     """Attributes and backgrounds under each condition of use, means over sets and trainings."""
-    runs: dict[tuple[Any, ...], Any] = {}
-    for key, of in load("conditions_reported.json")["runs"].items():
-        label, trained, rest, *names = json.loads(key)
-        runs[label, trained, rest, tuple(names)] = of
-    found: dict[tuple[int, str], list[Any]] = {}
-    for (label, trained, rest, names), of in runs.items():
-        if label == SINGLE:
-            continue
-        if label == "iteris":
-            alone = [runs[SINGLE, trained, rest, (name,)] for name in names]
-            mean = {use: _mean([one[use] for one in alone]) for use in alone[0]}
-            found.setdefault((len(names), SINGLE), []).append(mean)
-        found.setdefault((len(names), label), []).append(of)
-    heads = list(dict.fromkeys(use for sets in found.values() for of in sets for use in of))
-    heads = [head for head in heads if head not in ("norm", "seconds")]
-    rows: list[list[str]] = []
+    found, rows = _under_conditions(), list[list[str]]()
+    heads = _uses(found)
     for (size, label), sets in sorted(found.items(), key=lambda item: item[0][0]):
-        norms = [of["norm"] for of in sets if "norm" in of]
-        cells = [_cell([of[head] for of in sets if head in of]) for head in heads]
+        norms = [of["norm"] for of in sets.values() if "norm" in of]
+        cells = [_cell([of[head] for of in sets.values() if head in of]) for head in heads]
         told = NAMES.get(label, label.replace(":", " ").replace("=", " "))
         norm = f"{fmean(norms):.1f}" if norms else ""
         rows.append([f"{size} LoRAs, n {len(sets)}", told, norm, *cells])
     return table(("", "", "norm", *heads), rows)
+
+
+def conditions_lead() -> list[str]:
+    """Attributes of IterIS less those of Chain of Merges, paired by set and training."""
+    found, rows = _under_conditions(), list[list[str]]()
+    heads = _uses(found)
+    for size in sorted({size for size, _ in found}):
+        ours, theirs = found[size, "iteris"], found[size, "chain-of-merges:conditions=0"]
+        both = [key for key in ours if key in theirs]
+        cells: list[str] = []
+        for head in heads:
+            pairs = [(ours[k][head], theirs[k][head]) for k in both if head in ours[k]]
+            less = [one["judge"] - two["judge"] for one, two in pairs]
+            cells.append(lead(stat(less)) if len(less) > 2 else "")
+        rows.append([f"{size} LoRAs, n {len(both)}", *cells])
+    return table(("", *heads), rows)
+
+
+def _under_conditions() -> dict[tuple[int, str], dict[str, Any]]:
+    """Size and method → set and training → figures; each LoRA alone first."""
+    runs = {tuple(json.loads(k)): of for k, of in load("conditions_reported.json")["runs"].items()}
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for (label, trained, rest, *names), of in runs.items():
+        if label == SINGLE:
+            continue
+        key = json.dumps([trained, *names])
+        if label == "iteris":
+            alone = [runs[SINGLE, trained, rest, name] for name in names]
+            mean = {use: _mean([one[use] for one in alone]) for use in alone[0] if use in of}
+            found.setdefault((len(names), SINGLE), {})[key] = mean
+        found.setdefault((len(names), label), {})[key] = of
+    return found
+
+
+def _uses(found: Mapping[Any, Mapping[str, Any]]) -> list[str]:
+    heads = dict.fromkeys(use for sets in found.values() for of in sets.values() for use in of)
+    return [head for head in heads if head not in ("norm", "seconds")]
 
 
 def _mean(pictures: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -245,6 +269,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "front": front,
     "other LoRAs": other_loras,
     "conditions": conditions,
+    "conditions lead": conditions_lead,
     "strengths": lambda: strengths("likeness kept"),
     "strengths attributes": lambda: strengths("judge kept"),
     "speed LoRA": speed_lora,

@@ -118,10 +118,11 @@ def as_lora_models(result: MergeResult, dtype: str = "float16") -> list[LoraMode
 
 
 class _RememberingHost(ComfyHost):
-    """Caches the last rows, so that another rank or ridge does not denoise again, and the rows of a
-    cancelled run, so that the next one resumes there."""
+    """Caches the last rows, those of the fit and those held out of it, so that another rank or
+    ridge does not denoise again, and the rows of a cancelled run, so that the next one resumes
+    there."""
 
-    _last: tuple[Any, ComfySamples] | None = None
+    _last: Sequence[tuple[Any, ComfySamples]] = ()
     _begun: tuple[Any, Denoised] | None = None
     recipe: tuple[ConceptConfig, ...] = ()
 
@@ -139,21 +140,23 @@ class _RememberingHost(ComfyHost):
         self._lockstep = lockstep
         if calibration.latents == "noise":  # made immediately
             return super().samples(concepts, sites, calibration, lockstep, *rest)
-        kept = _RememberingHost._last
-        if kept is None or kept[0] != key:
+        last = _RememberingHost._last
+        samples = next((samples for known, samples in last if known == key), None)
+        if samples is None:
             begun = _RememberingHost._begun
             if begun is None or begun[0] != key:
                 begun = _RememberingHost._begun = (key, Denoised())
             self._denoised = begun[1]
             _log.info("IterIS: making latents, %d of them cached", len(self._denoised))
-            kept = (key, super().samples(concepts, sites, calibration, lockstep, *rest))
-            _RememberingHost._last, _RememberingHost._begun = kept, None
-        return kept[1]
+            samples = super().samples(concepts, sites, calibration, lockstep, *rest)
+            _RememberingHost._last = [*last, (key, samples)][-2:]
+            _RememberingHost._begun = None
+        return samples
 
     @staticmethod
     def _forget(_: Any) -> None:
         """The MODEL or CLIP was deleted, so its rows are useless."""
-        _RememberingHost._last = _RememberingHost._begun = None
+        _RememberingHost._last, _RememberingHost._begun = (), None
 
 
 _MOST = 2 * 2**30

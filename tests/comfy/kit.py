@@ -64,7 +64,7 @@ class Kit:
         ]
 
     def merge(self, settings: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        self.merging._RememberingHost._last = None
+        self.merging._RememberingHost._last = ()
         model, clip = kwargs.pop("on", (self.model, self.clip))
         settings = {"precision": "float64", **(settings or {})}
         on = (self.merging, model, clip)

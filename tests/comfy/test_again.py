@@ -26,7 +26,7 @@ class Desk:
         self.merge_node = self.node("merge_nodes", "IterisMerge")
         self.save_node = self.node("save_node", "SaveMergedLora")
         self.module("merging").forget()
-        kit.merging._RememberingHost._last = None
+        kit.merging._RememberingHost._last = ()
 
     def module(self, name: str) -> Any:
         return importlib.import_module(self.kit.merging.__name__.replace("merging", name))
@@ -131,7 +131,7 @@ def test_cancelled_while_denoising_and_run_again(
     whole = desk.merge()[2]
     assert steps == [2] * 12  # three batches of four steps
     desk.module("merging").forget()
-    desk.kit.merging._RememberingHost._last = None
+    desk.kit.merging._RememberingHost._last = ()
     steps.clear()
     limit[0] = 7  # in the second of the batches
     with pytest.raises(memory.InterruptProcessingException):

@@ -31,7 +31,7 @@ def test_it_is_as_if_load_lora_had_put_it_there(kit: Kit, tmp_path: Path, method
     speed = kit.specs.make_spec(path, strength=0.5, kind="always on")
 
     def merged(model: object, clip: object, *more: object) -> dict[str, torch.Tensor]:
-        kit.merging._RememberingHost._last = None
+        kit.merging._RememberingHost._last = ()
         settings = {"precision": "float64"} if method == "iteris" else {}
         concepts = [*kit.concepts(), *more]
         result = merge_on(kit.merging, model, clip, concepts, method, settings, kit.calibration)

@@ -39,7 +39,7 @@ class Bench:
         calibration = self.core.Calibration(
             samples=4, timesteps=2, denoising_steps=3, latent_size=size
         )
-        self.merging._RememberingHost._last = None
+        self.merging._RememberingHost._last = ()
         return merge_on(self.merging, *on, concepts, "iteris", {}, calibration, **options)
 
 
