@@ -17,6 +17,7 @@ from result_plot import Plot, Series
 
 PAGE = ROOT / "docs" / "results.md"
 PLOT = ROOT / "docs" / "images" / "results-kept.svg"
+CURVE = PLOT.with_name("strengths.svg")
 FILE = "unseen_reported.json"
 NEW = "new words"
 MEASURES = {"likeness": "likeness", "judge": "attributes"}
@@ -118,6 +119,22 @@ def plot() -> Plot:
     return Plot(series, ticks, ("LoRAs merged", "likeness kept"), floor=-0.2)
 
 
+def curve() -> Plot:
+    """Likeness kept over the strength at which a merge of three, or each LoRA alone, is loaded."""
+    (found,) = load("strengths.json")["sizes"].values()
+    series: list[Series] = []
+    for name, label in (("single", "each LoRA alone"), *list(NAMES.items())[:1]):
+        points: list[tuple[float, float, float, float]] = []
+        for row, of in found["rows"].items():
+            method, _, strength = row.partition(":strength=")
+            if strength and method == name and (kept := of[NEW].get("likeness kept")):
+                low, high = kept["interval"] or (kept["mean"],) * 2
+                points.append((float(strength), kept["mean"], low, high))
+        series.append((label, sorted(points)))
+    ticks = [(at, f"{at:g}") for at, *_ in series[0][1]]
+    return Plot(series[::-1], ticks, ("strength", "likeness kept"), floor=-0.2)
+
+
 def _summary() -> str:
     sizes = load(FILE)["sizes"]
     most = max(sizes, key=int)
@@ -212,11 +229,11 @@ def behind() -> Iterator[str]:
 def stale(*, write: bool) -> list[str]:
     """What is not as the figures say."""
     old: list[str] = []
-    drawn = plot()
-    if not drawn.is_at(PLOT):
-        old.append(PLOT.name)
-        if write:
-            drawn.save(PLOT)
+    for path, drawn in ((PLOT, plot()), (CURVE, curve())):
+        if not drawn.is_at(path):
+            old.append(path.name)
+            if write:
+                drawn.save(path)
     text = page()
     if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
         old.append(PAGE.name)

@@ -74,10 +74,8 @@ def merge_metadata(
     }
     if phrases:
         metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(phrases))
-    if strengths := report.strengths:
-        low, high = map("{:g}".format, strengths)
-        metadata |= {"strength_min": low, "strength_max": high}
-        metadata["modelspec.usage_hint"] = f"Load it at a strength from {low} to {high}."
+    if report.strengths:
+        metadata |= _limits(*report.strengths)
     named = [(lora.name, lora.metadata.get("modelspec.license", "").strip()) for lora in loras]
     if licences := [f"{name}: {licence}" for name, licence in named if licence]:
         metadata["modelspec.license"] = "; ".join(licences)
@@ -149,7 +147,17 @@ def scaled_lora(lora: Lora, strength: float) -> Lora:
     if strength == 1:
         return lora
     sites = {site: change.scaled(strength) for site, change in lora.sites.items()}
-    return with_recipe(replace(lora, sites=sites), strength=strength)
+    metadata = dict(lora.metadata)
+    if strength > 0 and "strength_min" in metadata:
+        low, high = (float(metadata[name]) for name in ("strength_min", "strength_max"))
+        metadata |= _limits(low / strength, high / strength)
+    return with_recipe(replace(lora, sites=sites, metadata=metadata), strength=strength)
+
+
+def _limits(low: float, high: float) -> dict[str, str]:
+    shown = f"{low:.3g}", f"{high:.3g}"
+    hint = f"Load it at a strength from {shown[0]} to {shown[1]}."
+    return {"strength_min": shown[0], "strength_max": shown[1], "modelspec.usage_hint": hint}
 
 
 def check_cut(cut: Mapping[str, Any]) -> None:

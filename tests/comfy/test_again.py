@@ -129,7 +129,7 @@ def test_cancelled_while_denoising_and_run_again(
     limit = [0]
     monkeypatch.setattr(rows_guider, "predict_noise", counted)
     whole = desk.merge()[2]
-    assert steps == [2] * 12  # three batches of four steps
+    assert steps == [2] * 20  # three batches of four steps, and two of held-out rows
     desk.module("merging").forget()
     desk.kit.merging._RememberingHost._last = ()
     steps.clear()
@@ -138,7 +138,7 @@ def test_cancelled_while_denoising_and_run_again(
         desk.merge()
     assert desk.kit.hooks() == 0
     again = desk.merge()[2]
-    assert len(steps) == 7 + 8
+    assert len(steps) == 7 + 16
     assert "making latents, 2 of them cached" in caplog.text
     assert desk.kit.merging._RememberingHost._begun is None
     assert all(torch.equal(tensor, again[key]) for key, tensor in whole.items())

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from iteris_core import Concept, Lora, merge_loras
-from iteris_core.lora_files.sidecars import sidecar_phrases
+from iteris_core.lora_files.sidecars import sidecar_phrases, write_sidecar
 from iteris_core.report.card import write_card
 
 LORA_MANAGER = (
@@ -20,6 +20,21 @@ LORA_MANAGER = (
     "preview_url",
 )
 """Fields without which it skips a model."""
+
+
+def test_strengths_that_hold_are_in_the_notes(tmp_path):
+    """A user's own stay."""
+    file, _ = merged(tmp_path)
+    notes = file.with_suffix(".metadata.json")
+    metadata = {"strength_min": "0.75", "strength_max": "1.25"}
+    write_sidecar(file, {})
+    assert "usage_tips" not in json.loads(notes.read_text())
+    write_sidecar(file, metadata)
+    tips = json.loads(json.loads(notes.read_text())["usage_tips"])
+    assert tips == {"strength_min": 0.75, "strength_max": 1.25}
+    notes.write_text(json.dumps({"usage_tips": "mine"}))
+    write_sidecar(file, metadata)
+    assert json.loads(notes.read_text())["usage_tips"] == "mine"
 
 
 def merged(folder: Path) -> tuple[Path, object]:

@@ -41,7 +41,16 @@ def test_a_lora_keeps_all_of_itself_and_the_base_nothing(host):
 
 def test_a_merge_says_what_it_keeps_and_is_not_lost_where_it_cannot_be_measured(host, monkeypatch):
     concepts = two_of(host)
-    report = merge_loras(host, concepts, calibration=CALIBRATION).report
+    result = merge_loras(host, concepts, calibration=CALIBRATION)
+    report, metadata = result.report, result.lora.metadata
+    if report.strengths is None:
+        assert "strength_min" not in metadata
+    else:
+        assert (
+            float(metadata["strength_min"]),
+            float(metadata["strength_max"]),
+        ) == report.strengths
+        assert "strength from" in metadata["modelspec.usage_hint"]
     assert report.kept.keys() == USES
     assert all(len(shares) == 2 for shares in report.kept.values())
     assert report.to_dict()["kept"]["1"] == list(report.kept["1"])
