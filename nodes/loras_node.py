@@ -115,5 +115,5 @@ def _line(spec: ConceptConfig) -> str:
     words = "; ".join(spec.phrases) or "no words: it acts on every prompt"
     clip = spec.strength if spec.text_strength is None else spec.text_strength
     strengths = f"{spec.strength:g}" if clip == spec.strength else f"{spec.strength:g}/{clip:g}"
-    source = _SOURCES.get(spec.source, f" (from {spec.source})")
+    source = _SOURCES.get(spec.source, f" (from {spec.source})") if spec.phrases else ""
     return f"{spec.file.stem} at {strengths}: {words}{source}"

@@ -46,7 +46,7 @@ def test_it_is_as_if_load_lora_had_put_it_there(kit: Kit, tmp_path: Path, method
         wanted[site] = there + 0.5 * change.dense().to(there.dtype)
     assert ours.keys() == wanted.keys()
     for site, change in wanted.items():
-        assert float((ours[site] - change).norm() / change.norm()) < 1e-3, site
+        assert float((ours[site] - change).norm() / change.norm()) < 1e-2, site
 
 
 def test_the_node_reads_no_words_for_it(kit: Kit, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_words_of_other_nodes(bench: Bench) -> None:
         return [list(spec.phrases) for spec in specs]
 
     assert phrases("") == [["sks cat"], ["zwx"], []]
-    assert "No trigger words found" in bench.shown[-1]
+    assert bench.shown[-1].endswith("mute at 1: no words: it acts on every prompt")
     assert phrases("one,, two, red,, three") == [["one"], ["two, red"], ["three"]]
     assert phrases("sks cat,, tok, hat") == [["sks cat"], ["zwx"], ["tok, hat"]]
     core = importlib.import_module(f"{bench.pack.__name__}.iteris_core")
