@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,10 @@ class Plot:
             figure.savefig(path, metadata=metadata)
 
     def _draw(self, axes: Any) -> None:
+        gap = min(two - one for (one, _), (two, _) in pairwise(self.ticks))
         for number, (label, points) in enumerate(self.series):
             x, mean, low, high = zip(*points, strict=True)
-            shift = 0.07 * (number - (len(self.series) - 1) / 2)
+            shift = 0.07 * gap * (number - (len(self.series) - 1) / 2)
             axes.errorbar(
                 [value + shift for value in x],
                 mean,
