@@ -74,7 +74,7 @@ class OwnWorld:
         self.sizes = tuple(range(2, len(self.subjects) + 1))
         self.trained = min(len(of.trainings) for of in self._known.values())
         configs = [config for of in self._known.values() for config in of.trainings]
-        check_concepts(configs, run_base=True)
+        check_concepts(configs)
         # Not the base: a digest of its weights would take minutes.
         files = [file for of in (*configs, *self._known.values()) for file in of.files]
         self.roots = (path, *files)
