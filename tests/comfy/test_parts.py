@@ -299,7 +299,7 @@ def test_the_settings_of_other_methods(pack: ModuleType) -> None:
     assert settings("iteris", pull="size")["pull"] == "size"
     assert "pull" not in settings("iteris", pull="auto")
     declared = set(core.settings.declared_settings(core.IterisSettings))
-    not_here = {"micro_batch", "block_rate"}
+    not_here = {"micro_batch", "block_rate", "bound"}
     assert declared - set(shown) == not_here
 
 
