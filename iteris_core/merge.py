@@ -160,9 +160,7 @@ def merge_loras(
     settings, calibration = settings_over(preset, method, settings, calibration)
     host = None if host is None else host_of(host)
     concepts = _read(host, concepts)
-    if chosen.needs_host and host is not None and host.pictures:
-        concepts = with_wordless_on(concepts)
-    job, always = begun(host, concepts, calibration, on_progress, memory_budget, runtime)
+    job, always = begun(host, concepts, chosen, calibration, on_progress, memory_budget, runtime)
     if always and not job.concepts:  # as they are, side by side
         made = _Made([], Merged({}, RunLog()), [], [], {})
     elif host is None or not chosen.needs_host:
@@ -181,12 +179,15 @@ def merge_loras(
 def begun(
     host: Host | None,
     concepts: Sequence[Concept],
+    method: Method,
     calibration: Calibration,
     on_progress: OnProgress | None,
     memory_budget: Budget,
     runtime: Runtime,
 ) -> tuple[Job, list[Concept]]:
     """A job with its concepts and no changes yet, and the concepts that are always on."""
+    if method.needs_host and host is not None and host.pictures:
+        concepts = with_wordless_on(concepts)
     counting = [concept for concept in concepts if concept.counts]
     merged = always_on(counting, "no")
     calibration = calibration.settled(sum(concept.lora is not None for concept in merged))
@@ -292,7 +293,7 @@ def _by_features(
         shares = dict[str, list[float]]()
         try:
             shares = kept(job, {site: solution.change for site, solution in merged.sites.items()})
-        except (IterisError, torch.OutOfMemoryError) as error:  # the merge is done
+        except (IterisError, RuntimeError) as error:  # the merge is done
             noted.append((WHAT, [f"not measured: {error}"]))
     sizes = sizes_of({**{site: SiteChanges(()) for site in merged.repairs}, **job.changes})
     if unmergeable == "mean":

@@ -15,7 +15,7 @@ from .hosts.protocol import Host
 from .merge import Runtime, begun, prepared
 from .methods import find_method
 from .methods.registry import settings_over
-from .passes.changes import changes_of, switched_on, with_wordless_on
+from .passes.changes import changes_of, switched_on
 from .passes.plan import Planned
 from .presets import PresetName
 from .progress import OnProgress, duration
@@ -65,9 +65,7 @@ def preview_merge(
     chosen = find_method(method)
     chosen_settings, calibration = settings_over(preset, method, settings, calibration)
     runtime = Runtime(policy=policy)
-    if chosen.needs_host and host is not None and host.pictures:
-        concepts = with_wordless_on(concepts)
-    job, always = begun(host, concepts, calibration, on_progress, memory_budget, runtime)
+    job, always = begun(host, concepts, chosen, calibration, on_progress, memory_budget, runtime)
     if always and not job.concepts:
         return Preview(["every LoRA is always on: their sum, without rows"])
     if not chosen.needs_host:

@@ -30,8 +30,8 @@ ITERIS = (
     "iterations", "tolerance", "objective", "weighting", "ridge", "pull", "shrink", "saliency",
     "row_tokens", "precision",
 )  # fmt: skip
-"""Excludes settings that ComfyUI does not support (gradients through a whole model), the number of
-rows per forward, which memory decides."""
+"""Excludes the number of rows per forward, which memory decides, the rate of the polish, and the
+bound."""
 RIVALS: Mapping[str, str] = {
     "density": "Other methods: share of each LoRA's entries to keep.",
     "scale": "Other methods: factor on the merged change.",

@@ -10,7 +10,7 @@ has a LoRA's size and no meaning.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from zlib import crc32
 
 import torch
@@ -54,12 +54,12 @@ def under_conditions(
     signs = torch.empty(len(others), site.shape[0])
     for index, row in enumerate(others):
         signs[index] = _signs(name, conditions[row].seed, site.shape[0])
-    signs = signs.to(inputs)
+    signs = signs.to(inputs)  # of all rows at once
     for index, row in enumerate(others):
         of = conditions[row]
         change = change_of(of.phantom, inputs) if of.phantom is not None else None
         if change is not None:
-            phantom = LowRank(change.up * (signs[index] * of.beside)[:, None], change.down)
+            phantom = replace(change, up=change.up * (signs[index] * of.beside)[:, None])
             outputs[row::rows] += site.delta(phantom, inputs[row::rows])
     if all(of.strength == 1 for of in conditions):
         return None
@@ -69,9 +69,9 @@ def under_conditions(
 def phantom_of(changes: Mapping[str, LowRank], strength: float, seed: int) -> dict[str, LowRank]:
     """Site → a phantom's change, made from a LoRA's ``changes`` at ``strength``."""
     return {
-        name: LowRank(
-            change.up * (_signs(name, seed, len(change.up)) * strength).to(change.up)[:, None],
-            change.down,
+        name: replace(
+            change,
+            up=change.up * (_signs(name, seed, len(change.up)) * strength).to(change.up)[:, None],
         )
         for name, change in changes.items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,7 @@ from ..activations.lockstep import Lockstep
 from ..concepts import Calibration, Concept
 from ..hosts.protocol import Host, Tick
 from ..lora import Lora
-from ..passes.held_out import FinalOutputs, held_out
+from ..passes.held_out import FinalOutputs, error_of, held_out
 from .vectors import with_vectors
 
 _SAMPLES, _TIMESTEPS = 8, 2
@@ -32,10 +33,9 @@ def output_error(
     with torch.no_grad(), Lockstep({}, {}) as lockstep:
         samples = tuned.samples([concept], sites, separate, lockstep, generator, tick)
         final = FinalOutputs.of(tuned, samples, sites)
-        rows = list(final.owners)
-        wanted = final.under({}, rows)
+        wanted = final.under({})
         final = replace(final, host=base)
-        before = final.under({}, rows)
+        before = final.under({})
         with with_vectors(base, lora.vectors):
-            after = final.under(lora.sites, rows)
-    return float((after - wanted).norm() / (before - wanted).norm().clamp(min=1e-30))
+            after = final.under(lora.sites)
+    return math.sqrt(error_of(after, before, wanted))

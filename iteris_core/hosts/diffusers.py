@@ -194,10 +194,6 @@ class DiffusersHost:
         return DiffusionSamples(text, arguments, drawn.worth(text), recorded)
 
     def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
-        with without_checkpointing(self._models()):
-            return self._forward(samples, rows)
-
-    def _forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
         text, recorded = samples.text, samples.recorded
         said = self._said(text.text_owners, text.texts)
         if recorded is None:  # one row per text

@@ -43,7 +43,6 @@ class PipelineLoop:
         self.denoisers: dict[str, Any] = {
             n: m for n, m in parts.items() if isinstance(m, nn.Module)
         }
-        # Without ``torch.no_grad``: polish backpropagates through the text encoders.
         self.modular = ModularFunction(pipeline) if is_modular(pipeline) else None
         self._function = self.modular or inspect.unwrap(type(pipeline).__call__)
         self.names = self.modular.names if self.modular else _parameters(self._function)

@@ -145,7 +145,7 @@ class Host(Protocol):
         return []
 
     def forward(self, samples: Any, rows: Sequence[int]) -> torch.Tensor:
-        """The model's final output for rows of ``samples``, rows first; differentiable."""
+        """The model's final output for rows of ``samples``, rows first."""
         ...
 
     def learned(self, prompt: str) -> Set[str]:

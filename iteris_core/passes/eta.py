@@ -78,7 +78,7 @@ class Eta:
     ) -> None:
         self.forecast, self.rounds = Forecast(on_progress, clock), rounds
         self._seen: dict[str, Seen] = {}
-        self._later: dict[str, tuple[float, float]] = {}
+        self._later: dict[str, float] = {}
         self._passes: Passes | None = None
 
     def saw(self, seen: Seen, concepts: Sequence[Concept], calibration: Calibration) -> None:
@@ -96,9 +96,9 @@ class Eta:
         stage = replace(seen.stage, concept_ids=owners, samples=None)
         self._seen.setdefault(stage.name, replace(seen, stage=stage))
 
-    def later(self, what: str, forwards: float = 0.0, of_rows: float = 0.0) -> None:
-        """Behind the sites comes ``what``: so many ``forwards`` of a row, and so many of each."""
-        self._later[what] = forwards, of_rows
+    def later(self, what: str, forwards: float) -> None:
+        """Behind the sites comes ``what``: so many ``forwards`` of a row."""
+        self._later[what] = forwards
 
     def expect(self, passes: Passes, denoised: int) -> None:
         """Expect the samples to be made by that many one-row forwards."""
@@ -180,8 +180,8 @@ class Eta:
         """Based on a row of the last stage."""
         if self._later and self._seen:
             seen = list(self._seen.values())[-1]
-            for what, (forwards, of_rows) in self._later.items():
-                seconds = (forwards + of_rows * len(seen.stage.concept_ids)) * seen.a_row
+            for what, forwards in self._later.items():
+                seconds = forwards * seen.a_row
                 self.forecast.expect(what, {"": seconds or 1.0}, FORWARDS, known=bool(seconds))
 
 

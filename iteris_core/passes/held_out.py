@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence, Set
+from collections.abc import Collection, Hashable, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,21 +67,26 @@ class FinalOutputs:
                 owners[row], kinds[row] = owner, (stage.name, key)
         return cls(host, samples, owners, kinds)
 
-    def rows_of(self, concept: int) -> list[int]:
-        return [row for row, owner in self.owners.items() if owner == concept]
+    def under(self, changes: Mapping[str, LowRank]) -> dict[int, Tensor]:
+        """Row → its output with ``changes`` on the base, float64, on the CPU."""
+        rows = list(self.owners)
 
-    def under(self, changes: Mapping[str, LowRank], rows: Sequence[int]) -> Tensor:
-        """The outputs on ``rows`` with ``changes`` on the base, float64, flat."""
-        kinds = [self.kinds[row] for row in rows]
-
-        def run(at_once: int) -> Tensor:
-            parts = chunks(range(len(rows)), kinds, at_once)
-            outputs = [self.host.forward(self.samples, [rows[i] for i in some]) for some in parts]
-            return torch.cat([output.double().flatten().cpu() for output in outputs])
+        def run(at_once: int) -> dict[int, Tensor]:
+            found: dict[int, Tensor] = {}
+            for some in chunks(range(len(rows)), [self.kinds[row] for row in rows], at_once):
+                some = [rows[at] for at in some]
+                outputs = self.host.forward(self.samples, some).double().cpu()
+                found.update(zip(some, outputs, strict=True))
+            return found
 
         what = "Out of memory while measuring held-out rows"
         with torch.no_grad(), added(self.host, changes):
             return with_less(halved(_BATCH), run, lambda said, tried: f"{what} ({said}).")[0]
+
+    def of_concepts(self, concepts: Collection[int]) -> FinalOutputs:
+        """Those of their rows alone."""
+        owners = {row: owner for row, owner in self.owners.items() if owner in concepts}
+        return replace(self, owners=owners)
 
 
 def expect_held_out(job: Job) -> None:
@@ -116,21 +121,16 @@ def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
         samples = job.host.samples(
             job.concepts, sites, calibration, run.lockstep, generator, _quiet
         )
-    final = FinalOutputs.of(job.host, samples, sites)
-    rows = [final.rows_of(i) for i in loras]
-    bases = [final.under({}, of_one) for of_one in rows]
+    final = FinalOutputs.of(job.host, samples, sites).of_concepts(loras)
+    alone = final.under({})
     found: dict[str, list[float]] = {}
     for done, strength in enumerate([*STRENGTHS, None]):
         job.tick(WHAT, done, total)
-        other = {} if strength else phantom
-        if other:
-            bases = [final.under(other, of_one) for of_one in rows]
+        other, base = ({}, alone) if strength else (phantom, final.under(phantom))
+        given = final.under(beside(_scaled(merged, strength or 1.0), other))
         found[BESIDE if strength is None else f"{strength:g}"] = [
-            1 - float(error)
-            for error in (
-                _error(final, of_one, base, (one, merged), strength or 1.0, other)
-                for of_one, base, one in zip(rows, bases, own, strict=True)
-            )
+            1 - error_of(given, base, final.of_concepts([i]).under(beside(lora, other)))
+            for i, lora in zip(loras, (_scaled(one, strength or 1.0) for one in own), strict=True)
         ]
     job.tick(WHAT, total, total)
     return found
@@ -140,18 +140,20 @@ def _quiet(what: str, done: int, total: int) -> None:
     pass
 
 
-def _error(
-    final: FinalOutputs,
-    rows: Sequence[int],
-    base: Tensor,
-    loras: Sequence[Mapping[str, LowRank]],
-    strength: float,
-    other: Mapping[str, LowRank],
+def _scaled(changes: Mapping[str, LowRank], strength: float) -> dict[str, LowRank]:
+    return {site: change.scaled(strength) for site, change in changes.items()}
+
+
+def error_of(
+    given: Mapping[int, Tensor], base: Mapping[int, Tensor], wanted: Mapping[int, Tensor]
 ) -> float:
-    wanted, given = (
-        final.under(beside({s: c.scaled(strength) for s, c in one.items()}, other), rows)
-        for one in loras
-    )
-    if given.shape != wanted.shape:
+    """‖given − wanted‖² / ‖base − wanted‖² on the rows of ``wanted``."""
+    if any(not given[row].shape == base[row].shape == wanted[row].shape for row in wanted):
         raise SiteError("the model's outputs have other shapes with another LoRA.")
-    return float(((given - wanted) ** 2).sum() / ((base - wanted) ** 2).sum().clamp(min=1e-30))
+    left, effect = (
+        sum(float(((some[row] - wanted[row]) ** 2).sum()) for row in wanted)
+        for some in (given, base)
+    )
+    if not effect:
+        raise SiteError("a LoRA changes nothing in the outputs that these rows reach.")
+    return left / effect

@@ -185,9 +185,9 @@ class MergeReport:
         shares = sorted(self._kept().items(), key=lambda item: item[0] != "1")
         names = [name for name in self.concepts if name not in self.preserved]
         least = min(zip(self.kept["1"], names, strict=True))[1]
-        told = ", ".join(f"{share:.2f} {_loaded(use)}" for use, share in shares)
+        listed = ", ".join(f"{share:.2f} {_loaded(use)}" for use, share in shares)
         of = f"; least of {least}" if len(names) > 1 else ""
-        return f"Kept on held-out rows (1: each LoRA alone, 0: the base): {told}{of}."
+        return f"Kept on held-out rows (1: each LoRA alone, 0: the base): {listed}{of}."
 
     def _advice(self) -> str:
         lost = [site.truncated for site in self.sites.values() if site.after]
@@ -240,8 +240,8 @@ class MergeReport:
         if self.converged:
             lines.append(f"  {self._convergence()}")
         if grown := self.grown()[:3]:
-            told = ", ".join(f"{site} {size:.1f}" for site, size in grown)
-            lines.append(f"  largest changes, as multiples of the LoRAs' there: {told}")
+            listed = ", ".join(f"{site} {size:.1f}" for site, size in grown)
+            lines.append(f"  largest changes, as multiples of the LoRAs' there: {listed}")
         for name, notes in self.notes.items():
             lines += [f"  {name}: {note}" for note in notes]
         verdict = self.verdict()

@@ -32,7 +32,8 @@ def test_it_is_as_if_load_lora_had_put_it_there(kit: Kit, tmp_path: Path, method
 
     def merged(model: object, clip: object, *more: object) -> dict[str, torch.Tensor]:
         kit.merging._RememberingHost._last = ()
-        settings = {"precision": "float64"} if method == "iteris" else {}
+        # Unbounded: patched weights and hooks round apart, and a bound may end at another ridge.
+        settings = {"precision": "float64", "bound": 0.0} if method == "iteris" else {}
         concepts = [*kit.concepts(), *more]
         result = merge_on(kit.merging, model, clip, concepts, method, settings, kit.calibration)
         return {site: change.dense() for site, change in result.lora.sites.items()}
@@ -46,7 +47,7 @@ def test_it_is_as_if_load_lora_had_put_it_there(kit: Kit, tmp_path: Path, method
         wanted[site] = there + 0.5 * change.dense().to(there.dtype)
     assert ours.keys() == wanted.keys()
     for site, change in wanted.items():
-        assert float((ours[site] - change).norm() / change.norm()) < 1e-2, site
+        assert float((ours[site] - change).norm() / change.norm()) < 1e-3, site
 
 
 def test_the_node_reads_no_words_for_it(kit: Kit, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_rows_of_more_phrases_than_samples_are_foreseen():
         Concept(make_lora("sd1", (site,), 1), trigger="zwx", class_word="dog"),
     ]
     calibration = Calibration(samples=3, timesteps=2, denoising_steps=2, latent_size=8)
-    begun_job, _ = begun(host, concepts, calibration, None, None, Runtime())
+    begun_job, _ = begun(host, concepts, find_method("iteris"), calibration, None, None, Runtime())
     job, *_ = prepared(begun_job, [], find_method("regmean"), RegMeanSettings(), "refuse")
     owners = job.eta._seen["unet"].stage.concept_ids
     result = merge_loras(host, concepts, "regmean", calibration=calibration)
