@@ -76,6 +76,8 @@ class FinalOutputs:
             for some in chunks(range(len(rows)), [self.kinds[row] for row in rows], at_once):
                 some = [rows[at] for at in some]
                 outputs = self.host.forward(self.samples, some).double().cpu()
+                if len(outputs) != len(some):
+                    raise SiteError("the model's outputs are not one for each row.")
                 found.update(zip(some, outputs, strict=True))
             return found
 
