@@ -250,7 +250,8 @@ def prepared(
         raise SiteError(preflight.complaint(found, concepts))
     job.eta.rounds = max(sweeps, 1)
     expect_held_out(job)
-    job = within_time(replace(job, joined=looked.joined), looked.stages)
+    job = replace(job, joined=looked.joined, found_streams=looked.streams)
+    job = within_time(job, looked.stages)
     if job.calibration.samples < wanted:
         job = _with_added(job, concepts, method)
     others = {site: job.changes[site] for site in found}

@@ -32,6 +32,7 @@ from .modes import Modes
 from .processes import ALONE, Processes
 from .replay import Barriers, ReplayDone, replay_hook
 from .site import Site, site_of
+from .streams import Source, Stream, sources_of
 from .tokens import Observation
 
 
@@ -48,7 +49,7 @@ class Lockstep:
         self,
         modules: Mapping[str, nn.Module],
         changes: Mapping[str, SiteChanges],
-        streams: Mapping[str, nn.Module] | None = None,
+        streams: Mapping[str, Stream] | None = None,
         processes: Processes = ALONE,
         joined: Set[str] = frozenset(),
     ) -> None:
@@ -70,10 +71,9 @@ class Lockstep:
                 hook = self._hook(name, site_of(name, module))
                 self._hooks.enter_context(module.register_forward_pre_hook(self._entering(name)))
                 self._hooks.enter_context(module.register_forward_hook(hook))
-                if name in self._streams:
-                    stream = self._streams[name]
-                    keep = stream.register_forward_pre_hook(self._keep_stream, prepend=True)
-                    self._hooks.enter_context(keep)
+            streams = [of for name, of in self._streams.items() if name in self.changes]
+            for source in sources_of(streams):
+                self._hooks.enter_context(source.keep(self._keep))
         except BaseException:
             self.close()
             raise
@@ -183,9 +183,9 @@ class Lockstep:
             for batch in batches:
                 batch.pending.clear()
 
-    def _keep_stream(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _keep(self, source: Source, tensor: Tensor) -> None:
         if self._active is not None and self._active.observer is not None:
-            self._active.streams[module] = args[0]
+            self._active.kept[source] = tensor
 
     def _entering(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -194,15 +194,23 @@ class Lockstep:
 
         return hook
 
-    def _stream_of(self, name: str, batch: MicroBatch, outputs: Tensor) -> Tensor | None:
-        module = self._streams.get(name)
-        stream = batch.streams.pop(module, None) if module is not None else None
-        if stream is not None and stream.shape != outputs.shape:
+    def _stream_of(
+        self, name: str, batch: MicroBatch, outputs: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The stream to which a site's output will be added, and the gate, (rows, channels)."""
+        of = self._streams.get(name)
+        stream = batch.kept.pop(of.source, None) if of is not None else None
+        if of is None or stream is None:
+            return None, None
+        if stream.shape != outputs.shape:
             raise SiteError(
                 f"Site {name} outputs {tuple(outputs.shape)}, which cannot be added to its "
                 f"residual stream {tuple(stream.shape)}; merge with repair=false."
             )
-        return stream
+        if of.gate is None:
+            return stream, None
+        values = batch.kept[of.gate.source] if of.gate.source is not None else None
+        return stream, of.gate.of(values, len(outputs))
 
     def _hook(self, name: str, site: Site) -> Callable[..., Tensor | None]:
         """Called with the site's output. In this order: reference rows get their own LoRA's change,
@@ -250,7 +258,9 @@ class Lockstep:
                 if change is not None:
                     own = None if strengths is None else strengths[start:stop]
                     added(site, change, inputs[start:stop], output[start:stop], own)
-            stream = None if name in self._joined else self._stream_of(name, batch, output)
+            stream = gate = None
+            if name not in self._joined:
+                stream, gate = self._stream_of(name, batch, output)
             call = batch.call_of(name)
             solved = name in batch.passed and not call
             if batch.observer is not None and not solved:
@@ -271,6 +281,7 @@ class Lockstep:
                         stream,
                         batch.saliency,
                         strengths=strengths,
+                        gate=gate,
                     )
                 )
             add = partial(self._add_merged, batch, name, site, inputs, output, strengths)

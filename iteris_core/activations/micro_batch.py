@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import SiteError
 from .conditions import Condition
 from .saliency import Saliency
+from .streams import Source
 from .token_sampling import TokenSampling
 from .tokens import Group, Observation
 
@@ -49,6 +50,7 @@ class MicroBatch:
     forward stops at the end of every level: ``pause``, called with the level's last site, returns
     when its sites are solved. ``passed`` are the solved sites, ``reached`` those of the current
     level; ``pending`` add their merged changes once known. ``until`` is where a replay ends.
+    ``kept`` are the tensors of residual streams and gates.
     """
 
     run: Callable[[], None]
@@ -63,7 +65,7 @@ class MicroBatch:
     choice: TokenSampling = field(default_factory=lambda: TokenSampling((), None, 0))
     saliency: Saliency | None = None
     conditions: Sequence[Condition] = ()
-    streams: dict[nn.Module, Tensor] = field(default_factory=dict[nn.Module, Tensor])
+    kept: dict[Source, Tensor] = field(default_factory=dict[Source, Tensor])
     passed: set[str] = field(default_factory=set[str])
     until: str | None = None
     reached: list[str] = field(default_factory=list[str])

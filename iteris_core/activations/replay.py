@@ -72,7 +72,7 @@ def replay_hook(
 
 
 def _replay(batch: MicroBatch, module: nn.Module, given: Any, last: str) -> None:
-    streams = dict(batch.streams)
+    kept = dict(batch.kept)
     batch.until = last
     try:
         module(*given[0], **given[1])
@@ -80,7 +80,7 @@ def _replay(batch: MicroBatch, module: nn.Module, given: Any, last: str) -> None
         return
     finally:
         batch.until = None
-        batch.streams = streams
+        batch.kept = kept
     batch.reached.append(f"no {last}")  # waiting for it then raises the error
 
 

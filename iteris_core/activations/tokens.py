@@ -19,6 +19,9 @@ Group = tuple[str, int]
 """Identifies a tensor as a site received it: its stage, and a number. An in-place change of the
 tensor gives it another number."""
 
+_GATE = 0.3
+"""ε: channels whose gate is below this share of the typical one hardly repair."""
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -32,7 +35,8 @@ class Observation:
     the groups that may still occur; ``call`` counts the site's earlier calls in this forward.
     ``choice`` selects some of every row's tokens. ``mask`` is (rows, tokens), True for tokens that
     count; None if all do. ``stream`` is the residual stream to which the output will be added,
-    shaped like ``outputs``; None if there is none. ``saliency`` is the micro-batch's, and
+    shaped like ``outputs``; None if there is none. ``gate``, (rows, out), multiplies the output
+    before that; None if nothing does. ``saliency`` is the micro-batch's, and
     ``weights``, (rows, tokens), its values at this site; None if all count equally. Copy or reduce:
     the model may change these tensors later.
     """
@@ -53,6 +57,7 @@ class Observation:
     saliency: Saliency | None = None
     weights: Tensor | None = None
     strengths: Tensor | None = None
+    gate: Tensor | None = None
 
     def weighed(self) -> Observation:
         """A copy with the current weights of its tokens."""
@@ -118,6 +123,15 @@ class Observation:
         reference = self._tokens(self.site.outputs, self.stream, start, stop, False)
         return reference - self._tokens(self.site.outputs, self.stream, start, stop, True)
 
+    def gates(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+        """The gates of the reference rows and of the merged ones , (tokens, out), for
+        :meth:`output_tokens`; None if there is no drift to remove behind them."""
+        if self.gate is None or self.stream is None or self.copies == 1:
+            return None
+        rows = torch.arange(start, stop).repeat_interleave(self.site.length(self.outputs))
+        rows = self.chosen(rows, start, stop).to(self.gate.device)
+        return self.gate[rows], self.gate[self.rows + rows]
+
     def count(self, start: int, stop: int) -> int:
         """The number of tokens of :meth:`input_tokens`."""
         length = self.site.length(self.outputs)
@@ -140,9 +154,12 @@ class Observation:
 
     def token_weights(self, start: int, stop: int) -> Tensor | None:
         """The weight of each token in :meth:`input_tokens`, (tokens, 1); None: all equal."""
-        if self.weights is None:
-            return None
-        return self.chosen(self.weights[start:stop].reshape(-1, 1), start, stop)
+        weights = None if self.weights is None else self.weights[start:stop]
+        if self.gate is not None and self.stream is not None and self.copies == 2:
+            of_rows = self.gate[self.rows + start : self.rows + stop].square().mean(1, keepdim=True)
+            ones = of_rows.new_ones(stop - start, self.site.length(self.outputs))
+            weights = of_rows * (ones if weights is None else weights)
+        return None if weights is None else self.chosen(weights.reshape(-1, 1), start, stop)
 
     def of_concepts(
         self, changes: SiteChanges, dtype: torch.dtype, inputs: Tensor | None
@@ -225,13 +242,22 @@ class ConceptTokens:
 
     @property
     def target(self) -> Tensor:
-        """(W0 + ΔW_i) X minus W0 X̃, both with the layer's bias, plus the difference between LoRA
-        i's residual stream and the merged rows'."""
+        """(W0 + ΔW_i) X minus W0 X̃, both with the layer's bias, plus the drift d = h_i − h̃_i, the
+        difference between LoRA i's residual stream and the merged rows'.
+
+        Behind a gate g the output y is what minimises ‖g̃ y − g_i y_i − d‖² + ε² mean(g̃²) ‖y −
+        y_i‖²: y_i + (d + (g_i − g̃) y_i) g̃ / (g̃² + ε² mean(g̃²))."""
         full = self.shown.output_tokens(self.start, self.stop)
         target = full.to(self.dtype) - self._base(full).to(self.dtype)
         drift = self.shown.drift_tokens(self.start, self.stop)
-        if drift is not None:
+        gates = self.shown.gates(self.start, self.stop)
+        if drift is not None and gates is None:
             target.add_(drift.to(self.dtype))
+        if drift is not None and gates is not None:
+            own, merged = (gate.to(self.dtype) for gate in gates)
+            least = (_GATE * merged).square().mean(1, keepdim=True)
+            missing = drift.to(self.dtype) + (own - merged) * full.to(self.dtype)
+            target.add_(missing * merged / (merged.square() + least))
         return self._weighted(target)
 
     def _base(self, full: Tensor) -> Tensor:

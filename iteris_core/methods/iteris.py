@@ -24,7 +24,7 @@ from ..solve.problem import Reduction, RegressionSpec, Solution, StageSolver
 from .block_polish import BlockSteps, expect_block_polish, polish_blocks
 from .iteris_settings import IterisSettings
 from .registry import Merged, on_model
-from .repair import Repairs, at_all_inputs, sizes_of, with_repairs, without_idle
+from .repair import Repairs, at_all_inputs, sizes_of, streams_of, with_repairs, without_idle
 from .shared_ranks import shared_ranks
 
 _NO_RANKS: Mapping[str, int] = {}
@@ -51,7 +51,7 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
     if saliency is None:
         saliency = job.policy.saliency_for(job.loras)
     changed = job.changes.keys() - repairs.keys()
-    acting = changed & job.host.streams(changed).keys() if saliency else set[str]()
+    acting = changed & streams_of(job).keys() if saliency else set[str]()
 
     def solver_of(stage: Stage, ranks: Mapping[str, int] = _NO_RANKS) -> StageSolver:
         return _solver(job, settings, stage, acting, repairs, ranks)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..activations.site import site_of
+from ..activations.streams import Stream, plain
 from ..lora import LowRank, SiteChanges
 from ..passes.job import Job
 from ..solve.problem import Solution
@@ -44,7 +45,7 @@ def with_repairs(job: Job, share: float | None = None) -> tuple[Job, Repairs]:
         return job, {}
     if share is None:
         share = job.policy.repair_inputs_for(job.loras, job.host.pictures)
-    streams = job.host.streams(set(job.changes))
+    streams = streams_of(job)
     ranks = _largest_ranks(job.changes)
     modules = job.host.sites()
     first = next(iter(job.changes.values()))
@@ -61,6 +62,15 @@ def with_repairs(job: Job, share: float | None = None) -> tuple[Job, Repairs]:
             added[name] = SiteChanges(tuple(zeros), sums)
             inputs[name] = _evenly(*site.shape, share)
     return replace(job, changes={**job.changes, **added}, streams=streams), inputs
+
+
+def streams_of(job: Job) -> dict[str, Stream]:
+    """The host's residual streams, and those that a forward showed of other components."""
+    known = plain(job.host.streams(set(job.changes)))
+    components = {site.partition(".")[0] for site in known}
+    return {
+        s: of for s, of in job.found_streams.items() if s.partition(".")[0] not in components
+    } | known
 
 
 def without_idle(solutions: Mapping[str, Solution], repairs: Repairs) -> dict[str, Solution]:

@@ -9,10 +9,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from ..activations.lockstep import Lockstep
 from ..activations.processes import ALONE, Processes
+from ..activations.streams import Stream
 from ..calibration_prompts import samples_of
 from ..concepts import Calibration, Concept
 from ..hosts.protocol import Host, Stage
@@ -43,8 +43,8 @@ class RunLog:
 @dataclass(frozen=True)
 class Job:
     """A merge of ``concepts`` on a ``host``, which a method on weights ignores. ``changes[site]``
-    are the LoRAs' changes there, at their strength; ``streams`` are the host's residual streams to
-    include in targets.
+    are the LoRAs' changes there, at their strength; ``streams`` are the residual streams to include
+    in targets, ``found_streams`` those that a forward showed.
 
     ``processes`` assigns rows to this process. ``policy`` holds the thresholds. ``tick`` reports
     progress, and ``eta`` the time left. ``joined``: see :class:`~.preflight.Looked`. With
@@ -57,12 +57,13 @@ class Job:
     calibration: Calibration
     generator: torch.Generator
     tick: Callable[..., None]
-    streams: Mapping[str, nn.Module] = field(default_factory=dict[str, nn.Module])
+    streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
     processes: Processes = ALONE
     memory_budget: Budget = None
     policy: Policy = POLICY
     eta: Eta = field(default_factory=Eta)
     joined: frozenset[str] = frozenset()
+    found_streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
     only_plans: bool = False
 
     @property

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..activations.host_pool import wait_for
 from ..activations.lockstep import Lockstep
+from ..activations.streams import Stream, find_streams
 from ..architectures.sites import weight_shape
 from ..concepts import Concept
 from ..hosts.protocol import Stage
@@ -37,11 +38,12 @@ REPEATED = 'is called more than once in a forward, which schedule="jacobi" of it
 class Looked:
     """``refused``: site of a job's changes → why its features cannot be collected; empty if all
     can. ``stages``: observations of every stage. ``joined``: sites whose inputs have the rows in
-    another dimension than the first."""
+    another dimension than the first. ``streams``: what the denoisers' forwards show of them."""
 
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
     stages: Sequence[Seen] = ()
     joined: frozenset[str] = frozenset()
+    streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
 
 
 def unmergeable_sites(job: Job, *, sweep: bool) -> Looked:
@@ -62,6 +64,7 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Looked:
 
     found: dict[str, str | None] = {}
     joined: set[str] = set()
+    streams: dict[str, Stream] = {}
     # Some layers need words that one prompt may lack, such as text in quotes.
     every_prompt = replace(short, samples=calibration.samples, timesteps=1)
     with Lockstep({}, {}) as lockstep, torch.no_grad():
@@ -75,10 +78,11 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Looked:
                 found |= why | dict.fromkeys(mixed - joined, MIXED)
                 if not every_kind:
                     seen.append(stage_seen)
+                    streams |= _streams(stage, modules)
             if sites <= found.keys() and MIXED not in found.values():
                 break
     why_not = {s: why for s in sites if (why := found.get(s, UNREACHED)) is not None}
-    return Looked(why_not, seen, frozenset(joined - why_not.keys()))
+    return Looked(why_not, seen, frozenset(joined - why_not.keys()), streams)
 
 
 def _look(
@@ -113,6 +117,15 @@ def _look(
         why |= {site: PARTLY for site, reached in count.items() if reached < len(firsts)}
         why |= dict.fromkeys(repeated, REPEATED)
     return why, mixed, Seen(stage, calls.reached, took / 2, calls.device)
+
+
+def _streams(stage: Stage, modules: Mapping[str, nn.Module]) -> dict[str, Stream]:
+    """From two rows of one kind that are far apart in time."""
+    if not stage.spatial or not stage.concept_ids:
+        return {}
+    kinds = stage.batch_keys or [None] * len(stage.concept_ids)
+    rows = [row for row, kind in enumerate(kinds) if kind == kinds[0]]
+    return find_streams(lambda: stage.run([rows[0], rows[-1]], 1), 2, modules)
 
 
 class _Calls:

@@ -1,0 +1,279 @@
+"""Residual streams of a model that gates what it adds, found by running it.
+
+A block adds g ⊙ y to its stream, with y a layer's output and g the same for all tokens of a row:
+z − h = g ⊙ y. Which layers do so, and where the run has h and g, is not listed by architecture: h
+and z are tensors that modules receive or return, and g is a part of one that has no tokens, perhaps
+through tanh, plus a constant. What cannot be told apart has no stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+_TOKENS = 64
+_LEAST_TOKENS = 4
+_WIDEST = 1 << 16
+_CERTAIN = 8.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """That number among the tensors that a ``module`` receives, or with ``returned`` returns."""
+
+    module: nn.Module
+    number: int = 0
+    returned: bool = False
+
+    def keep(self, put: Callable[[Source, Tensor], None]) -> Any:
+        """A hook that calls ``put`` with this and its tensor, whenever the module runs."""
+        if self.returned:
+
+            def after(module: nn.Module, args: Any, output: Any) -> None:
+                put(self, tensors(output)[self.number])
+
+            return self.module.register_forward_hook(after)
+
+        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            put(self, tensors((args, kwargs))[self.number])
+
+        return self.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """g, (rows, channels): ``part`` number of a row's values at ``source``, of as many parts as
+    there are of ``constant``'s size, through ``form``, plus ``constant``. Without a ``source`` it
+    is the constant."""
+
+    constant: Tensor
+    source: Source | None = None
+    part: int = 0
+    form: Callable[[Tensor], Tensor] = torch.clone
+
+    def of(self, values: Tensor | None, rows: int) -> Tensor:
+        if values is None:
+            return self.constant.expand(rows, -1)
+        part = values.flatten(1).split(len(self.constant), 1)[self.part]
+        return self.form(part.float()) + self.constant.to(values.device)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where a forward has the stream to which a site's output is added, and the ``gate`` on the
+    output (None: it is added as it is)."""
+
+    source: Source
+    gate: Gate | None = None
+
+    @property
+    def sources(self) -> list[Source]:
+        of_gate = self.gate.source if self.gate is not None else None
+        return [self.source] if of_gate is None else [self.source, of_gate]
+
+
+def tensors(given: Any) -> list[Tensor]:
+    return [leaf for leaf in _pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+
+
+def find_streams(
+    run: Callable[[], None], rows: int, sites: Mapping[str, nn.Module]
+) -> dict[str, Stream]:
+    """Site → its stream, from ``run``, a forward of two ``rows`` or more that differ in timestep
+    and prompt."""
+    if (root := _root(run, sites)) is None:
+        return {}
+    watch = _Watch(rows, {module: site for site, module in sites.items()})
+    with ExitStack() as stack:
+        for module in root.modules():
+            for hook in watch.hooks(module):
+                stack.enter_context(hook)
+        for block in _blocks(root):
+            stack.enter_context(block.register_forward_pre_hook(watch.enter, prepend=True))
+            stack.enter_context(block.register_forward_hook(watch.leave))
+        run()
+    return watch.found
+
+
+def _root(run: Callable[[], None], sites: Mapping[str, nn.Module]) -> nn.Module | None:
+    """The first module of a forward that contains one of the ``sites``."""
+    modules, roots = set(sites.values()), list[nn.Module]()
+
+    def see(module: nn.Module, args: Any) -> None:
+        if not roots and not modules.isdisjoint(module.modules()):
+            roots.append(module)
+
+    with nn.modules.module.register_module_forward_pre_hook(see):
+        run()
+    return roots[0] if roots else None
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The members of the outermost lists of modules."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from child.children()
+        else:
+            yield from _blocks(child)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A few tokens of a tensor, (rows, some, channels), of so many ``tokens``, seen as ``turn``."""
+
+    source: Source | None
+    values: Tensor
+    tokens: int
+    turn: int
+
+
+@dataclass
+class _Watch:
+    """``found`` are the streams; ``vectors`` have no tokens, the other tensors are the current
+    block's."""
+
+    rows: int
+    sites: Mapping[nn.Module, str]
+    found: dict[str, Stream] = field(default_factory=dict[str, Stream])
+    _vectors: list[tuple[Source, Tensor]] = field(default_factory=list[tuple[Source, Tensor]])
+    _streams: list[_Seen] = field(default_factory=list[_Seen])
+    _outputs: list[tuple[str, _Seen]] = field(default_factory=list[tuple[str, _Seen]])
+    _noise: float = 0.0
+    _turn: int = 0
+    _inside: bool = False
+
+    def hooks(self, module: nn.Module) -> Iterator[Any]:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            for number, tensor in enumerate(tensors((args, kwargs))):
+                self._see(Source(module, number), tensor)
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if (site := self.sites.get(module)) is not None and self._inside:
+                seen = self._sampled(None, output)
+                if seen is not None:
+                    self._outputs.append((site, seen))
+            for number, tensor in enumerate(tensors(output)):
+                self._see(Source(module, number, returned=True), tensor, stream=False)
+
+        yield module.register_forward_pre_hook(before, with_kwargs=True)
+        yield module.register_forward_hook(after)
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        self._inside = True
+        self._streams, self._outputs = [], []
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        given = [t for t in tensors(output) if t.ndim == 3 and len(t) == self.rows]
+        pairs = [(a, b) for a in given for b in given if a is not b and a.shape[2] == b.shape[2]]
+        for tensor in [*given, *(torch.cat(pair, 1) for pair in pairs)]:
+            if (seen := self._sampled(None, tensor)) is not None:
+                self._streams.append(seen)
+        for site, output in self._outputs:
+            stream = self._stream_of(output)
+            if stream is not None:
+                self.found.setdefault(site, stream)
+        self._inside = False
+        self._streams, self._outputs = [], []
+
+    def _see(self, source: Source, tensor: Tensor, *, stream: bool = True) -> None:
+        if not tensor.is_floating_point() or tensor.ndim < 2 or len(tensor) != self.rows:
+            return
+        if tensor.numel() <= _WIDEST * self.rows:
+            self._vectors.append((source, tensor.detach().flatten(1).float().clone()))
+        if not (stream and self._inside):
+            return
+        seen = self._sampled(source, tensor)
+        if seen is not None and not any(
+            seen.tokens == one.tokens and torch.equal(seen.values, one.values)
+            for one in self._streams
+        ):
+            self._streams.append(seen)
+
+    def _sampled(self, source: Source | None, tensor: Tensor) -> _Seen | None:
+        if tensor.ndim != 3 or len(tensor) != self.rows or tensor.shape[1] < _LEAST_TOKENS:
+            return None
+        if not tensor.is_floating_point():
+            return None
+        self._turn += 1
+        self._noise = max(self._noise, torch.finfo(tensor.dtype).eps)
+        step = max(1, tensor.shape[1] // _TOKENS)
+        return _Seen(
+            source, tensor.detach()[:, ::step].float().clone(), tensor.shape[1], self._turn
+        )
+
+    def _stream_of(self, output: _Seen) -> Stream | None:
+        """The stream to which a layer's ``output`` y is added: h before it, z after it."""
+        alike = [
+            one
+            for one in self._streams
+            if one.tokens == output.tokens and one.values.shape == output.values.shape
+        ]
+        before = [one for one in reversed(alike) if one.turn < output.turn and one.source]
+        after = [one for one in alike if one.turn > output.turn]
+        for h in before:
+            for z in after:
+                gate = _gate(h.values, z.values, output.values, self._noise)
+                if gate is None or h.source is None:
+                    continue
+                if _near(gate, torch.ones_like(gate), self._off):
+                    return Stream(h.source)
+                known = self._known(gate)
+                return None if known is None else Stream(h.source, known)
+        return None
+
+    @property
+    def _off(self) -> float:
+        """How far gates may be from what they are, relative to their norm."""
+        return 1e-3 if self._noise < 1e-4 else 5e-2
+
+    def _known(self, gate: Tensor) -> Gate | None:
+        """Where the run has these values, (rows, channels)."""
+        width = gate.shape[1]
+        mean = gate.mean(0)
+        if _near(gate, mean.expand_as(gate), self._off):
+            return Gate(mean)
+        best, off = None, self._off * float(gate.norm())
+        for source, values in self._vectors:
+            if values.shape[1] % width:
+                continue
+            for part, some in enumerate(values.split(width, 1)):
+                for form in (torch.clone, torch.tanh):
+                    rest = gate - form(some)
+                    constant = rest.mean(0)
+                    away = float((rest - constant).norm())
+                    if away < off:
+                        zero = float(rest.norm()) <= 1.5 * self._off * float(gate.norm())
+                        constant = torch.zeros_like(constant) if zero else constant
+                        best, off = Gate(constant, source, part, form), away
+        return best
+
+
+def _gate(h: Tensor, z: Tensor, y: Tensor, noise: float) -> Tensor | None:
+    """g of z − h = g ⊙ y, (rows, channels); None if the two differ by anything else."""
+    added = z - h
+    rounding = 2 * noise * float(z.norm())
+    if float(added.norm()) < _CERTAIN * rounding:
+        return None
+    gate = (added * y).sum(1) / (y * y).sum(1).clamp(min=1e-30)
+    left = float((added - gate[:, None] * y).norm())
+    return gate if left <= 1e-3 * float(added.norm()) + rounding else None
+
+
+def _near(one: Tensor, other: Tensor, off: float) -> bool:
+    return float((one - other).norm()) <= off * float(other.norm())
+
+
+def plain(streams: Mapping[str, nn.Module]) -> dict[str, Stream]:
+    """Those of a host, whose modules receive the stream as their first argument."""
+    return {site: Stream(Source(module)) for site, module in streams.items()}
+
+
+def sources_of(streams: Sequence[Stream]) -> list[Source]:
+    """Every source once."""
+    return list(dict.fromkeys(source for stream in streams for source in stream.sources))
