@@ -67,7 +67,7 @@ def prompt_pools(concept: Concept, calibration: Calibration) -> list[list[str]]:
                 "and a class word from which to make them."
             )
     else:
-        templates = _templates(concept, calibration)
+        templates = templates_of(concept, calibration)
         # No str.format: a phrase of tags may contain braces.
         pools = [[t.replace("{}", phrase) for t in templates] for phrase in concept.phrases]
     if not pools:
@@ -84,10 +84,10 @@ def distinct_prompts(concept: Concept, calibration: Calibration) -> int:
     """Number of different prompts of a concept; 0 if it has inputs instead."""
     if concept.prompts is not None:
         return len(set(map(str, concept.prompts)))
-    return len(_templates(concept, calibration)) * len(concept.phrases)
+    return len(templates_of(concept, calibration)) * len(concept.phrases)
 
 
-def _templates(concept: Concept, calibration: Calibration) -> Sequence[str]:
+def templates_of(concept: Concept, calibration: Calibration) -> Sequence[str]:
     return calibration.single_templates if concept.kind == "subject" else KINDS[concept.kind]
 
 
@@ -169,6 +169,10 @@ class Wording:
     def generic(self, count: int) -> list[str]:
         """``count`` prompts that name no concept."""
         return [self._some(8) for _ in range(count)]
+
+    def word(self) -> str:
+        """A word of the vocabulary; empty if there is none."""
+        return self._words[self._number(len(self._words))] if self._words else ""
 
     def in_context(self, prompt: str) -> str:
         """``prompt`` with extra words after it, before it, or both. A long prompt stays as it is,

@@ -228,6 +228,13 @@ class Calibration(Settings):
         low=0,
         most=10,
     )
+    class_words: float = setting(
+        0.0,
+        "Weight of prompts with a LoRA's class word and without its trigger; a concept has 1. They "
+        "preserve the base model, so the LoRA acts on its trigger only.",
+        low=0,
+        most=10,
+    )
     conditions: float = setting(
         0.5,
         "Share of rows at other strengths, or beside another LoRA.",

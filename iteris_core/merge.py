@@ -23,6 +23,7 @@ from .hosts.diffusers_lora import load_adapter
 from .hosts.learned import EmbeddingTriggers, embedding_triggers
 from .hosts.of_model import host_of
 from .hosts.protocol import Host
+from .hosts.rows import CLASSES
 from .lora import Lora, SiteChanges
 from .lora_files import Layout, ReleasedBases
 from .lora_files.experts import write_by_expert
@@ -405,6 +406,8 @@ def _added_note(added: Concept, concepts: Sequence[Concept], always: Sequence[Co
     if isinstance(added, Composite):
         return f"{count} prompts that name both get the sum of both LoRAs, {weight}"
     base = ", ".join(["the base", *(concept.name for concept in always)])
+    if added.trigger == CLASSES:
+        return f"{count} prompts with a class word and no trigger ask for {base} alone, {weight}"
     note = f"{count} prompts that name no concept ask for {base} alone, {weight}"
     wordless = [one.name for one in concepts if one.lora is not None and not one.phrases]
     if not wordless:

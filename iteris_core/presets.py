@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-PresetName = Literal["default", "fast", "best", "paper"]
+PresetName = Literal["default", "fast", "best", "tidy", "paper"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ PRESETS: Mapping[PresetName, Preset] = {
         "seven times as long.",
         settings={"block_steps": 120},
         calibration={"samples": 100},
+    ),
+    "tidy": Preset(
+        "For one LoRA or several: each acts on its trigger only. Its class word alone, and all "
+        "other prompts, get the base.",
+        calibration={"class_words": 1.0, "generic": 1.0},
     ),
     # Algorithm 1 with eqs. 5, 7 and 8. Section 3.2: "we typically set α to 1e-4 or lower", and
     # "we cap the iterations at 20 in our experiments"; 4.1: "50 input samples". 4.1 names no α.

@@ -14,23 +14,29 @@ from .looks import LOOKS, Look
 ROOT = Path(__file__).resolve().parent
 PLAIN = "plain"
 """The name of no look."""
+WORDLESS = ("frame", "porthole")
 
 
 @dataclass(frozen=True)
 class Style:
-    """A look, what calls for it in a prompt, and the file that teaches it."""
+    """A look, and the file that teaches it; captions end with its ``words``, "in sketch style"."""
 
     name: str
     look: Look
     lora: Path
-
-    @property
-    def words(self) -> str:
-        """What a caption ends with: "in sketch style"."""
-        return f"in {self.name} style"
+    words: str = ""
 
 
 def styles() -> dict[str, Style]:
     """Every style by its name."""
     folder = ROOT / "weights" / "loras"
-    return {name: Style(name, look, folder / f"{name}.safetensors") for name, look in LOOKS.items()}
+    return {
+        name: Style(name, look, folder / f"{name}.safetensors", f"in {name} style")
+        for name, look in LOOKS.items()
+    }
+
+
+def wordless() -> dict[str, Style]:
+    """Every style whose LoRA was trained on captions without words of its own, by its name."""
+    folder = ROOT / "weights" / "wordless"
+    return {name: Style(name, LOOKS[name], folder / f"{name}.safetensors") for name in WORDLESS}

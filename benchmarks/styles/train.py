@@ -29,7 +29,7 @@ from toybox.train.judge import spoil
 from toybox.train.lora_files import verify
 from toybox.train.loras import adapter_parameters, add_adapters, fit, rate, save
 
-from . import PLAIN, ROOT, Style, styles
+from . import PLAIN, ROOT, Style, styles, wordless
 from .looks import LOOKS, SWAPS
 from .reader import ATTRIBUTES, READ, STYLES, TELLING, Reader, ReaderNet
 from .reader import load as load_reader
@@ -49,14 +49,18 @@ def train_lora(style: Style, number: int) -> None:
     pictures = [style.look(draw.draw(scene, rng)) for scene in scenes]
     names = [tuple(draw.describe(placed.thing) for placed in scene.placed) for scene in scenes]
     prompts = [
-        tuple(f"{draw.compose(of, b)} {style.words}" for b in (None, scene.background))
+        tuple(f"{draw.compose(of, b)} {style.words}".strip() for b in (None, scene.background))
         for of, scene in zip(names, scenes, strict=True)
     ]
     torch.manual_seed(SEED + number)
     pipeline = load(toybox.BASE)
     use_plain_attention(pipeline.unet, pipeline.text_encoder)
     alpha = ALPHAS[number % 2]
-    entry = {"token": style.name, "alpha": alpha, "layout": LAYOUTS[number // 2 % 2]}
+    entry = {
+        "token": style.name if style.words else "",
+        "alpha": alpha,
+        "layout": LAYOUTS[number // 2 % 2],
+    }
     configs = add_adapters(pipeline, alpha)
     groups = [{"params": adapter_parameters(pipeline), "lr": rate(alpha)}]
     loss = fit(pipeline, pictures, prompts, groups, STEPS, SEED + number)
@@ -202,7 +206,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(asked.threads)
     if asked.step in ("loras", "all"):
-        for number, style in enumerate(styles().values()):
+        for number, style in enumerate([*styles().values(), *wordless().values()]):
             if not style.lora.exists() and (not asked.only or style.name in asked.only):
                 train_lora(style, number)
     reader = WEIGHTS / "reader.safetensors"

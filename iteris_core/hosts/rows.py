@@ -20,14 +20,15 @@ from ..calibration_prompts import (
     context_shares,
     in_random_order,
     prompt_pools,
+    templates_of,
     turns_of,
 )
 from ..composites import Composite, composites_of
 from ..concepts import Calibration, Concept
 from .uses import Use, drawn_uses
 
-GENERIC = "generic"
-"""The name of the generic-prompt concept."""
+GENERIC, CLASSES = "generic", "class words"
+"""The names of the concepts of generic prompts and of class words alone."""
 _REPEATS = 2
 """How often a prompt counts, with new noise each time."""
 _DENOISED_ALIKE = 16
@@ -86,28 +87,48 @@ class TextRows:
 def added_concepts(
     concepts: Sequence[Concept], calibration: Calibration, vocabulary: Sequence[str]
 ) -> list[Concept]:
-    """The concepts that a host with prompts adds to a merge: generic prompts, on which the base
-    should not change, and composites, whose prompts :func:`.composites_of` makes."""
+    """The concepts that a host with prompts adds to a merge: generic prompts and prompts with class
+    words alone, on which the base should not change, and composites, whose prompts
+    :func:`.composites_of` makes."""
     rows = calibration.samples * calibration.rows_each
     generator = torch.Generator().manual_seed(calibration.seed)
     wording = Wording(vocabulary, concepts, generator)
     generic = _generic_concept(concepts, calibration, wording)
+    classes = _class_concept(concepts, calibration, wording)
     composites = composites_of(concepts, calibration, wording, _preserved_rows(rows))
-    return [*([] if generic is None else [generic]), *composites]
+    return [*(one for one in (generic, classes) if one is not None), *composites]
 
 
 def _generic_concept(
     concepts: Sequence[Concept], calibration: Calibration, wording: Wording
 ) -> Concept | None:
-    """None if the calibration disables it, if there is only one LoRA, or if a LoRA has no trigger
-    word and should therefore act on every prompt."""
+    """None if the calibration disables it, if there is only one LoRA and it is not kept to its
+    trigger, or if a LoRA has no trigger word and should therefore act on every prompt."""
     loras = [concept for concept in concepts if concept.lora is not None]
     called = all(calling_words([concept]) for concept in loras)
-    if not calibration.generic or len(loras) < 2 or not called:
+    alone = len(loras) < 2 and not calibration.class_words
+    if not calibration.generic or alone or not called:
         return None
     count = _preserved_rows(calibration.samples * calibration.rows_each)
     prompts = wording.generic(count)
     return Concept(None, prompts, trigger=GENERIC, weight=calibration.generic)
+
+
+def _class_concept(
+    concepts: Sequence[Concept], calibration: Calibration, wording: Wording
+) -> Concept | None:
+    """Prompts with the LoRAs' class words and none of their triggers; None if the calibration
+    disables it, or if no LoRA has both."""
+    prompts = [
+        template.replace("{}", subject)
+        for concept in concepts
+        if concept.lora is not None and concept.trigger and concept.class_word
+        for template in templates_of(concept, calibration)
+        for subject in (concept.class_word, f"{wording.word()} {concept.class_word}".strip())
+    ]
+    if not calibration.class_words or not prompts:
+        return None
+    return Concept(None, prompts, trigger=CLASSES, weight=calibration.class_words)
 
 
 @dataclass(frozen=True)

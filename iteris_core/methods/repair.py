@@ -60,7 +60,7 @@ def with_repairs(job: Job, share: float | None = None) -> tuple[Job, Repairs]:
                 for rank in ranks[name.partition(".")[0]]
             )
             added[name] = SiteChanges(tuple(zeros), sums)
-            inputs[name] = _evenly(*site.shape, share)
+            inputs[name] = _evenly(*site.shape, share, job.policy.repair_width)
     return replace(job, changes={**job.changes, **added}, streams=streams), inputs
 
 
@@ -104,9 +104,9 @@ def sizes_of(changes: Mapping[str, SiteChanges]) -> dict[str, float]:
     }
 
 
-def _evenly(out: int, width: int, share: float) -> Tensor | None:
-    """The inputs that a site may use, evenly spaced; None: all."""
-    count = max(1, round(width * share))
+def _evenly(out: int, width: int, share: float, most: int) -> Tensor | None:
+    """The inputs that a site may use, evenly spaced, ``most`` at most; None: all."""
+    count = min(max(1, round(width * share)), most)
     if width <= out or count == width:
         return None
     return torch.arange(count) * width // count

@@ -32,7 +32,8 @@ class Policy:
     than ``enough_samples`` per LoRA for two LoRAs (proportionally fewer with more LoRAs), a fit
     follows its sample. The ``ridge`` then grows with the ``ridge_power`` of the shortfall, up to
     ``most_ridge``, and pulls to the mean at the changes' own size. Two concepts on an image model
-    hardly compete, so repair uses only ``repair_share`` of a feed-forward's hidden units.
+    hardly compete, so repair uses only ``repair_share`` of a feed-forward's hidden units, and never
+    more than ``repair_width``.
 
     Blocks in which rows wait have at most this many barriers (``blocks``: small ones, such as an
     attention, and large ones, which a transformer repeats). A block is replayed if its second run
@@ -57,6 +58,7 @@ class Policy:
     most_ridge: float = 1e-2
     enough_samples: int = 50
     repair_share: float = 0.5
+    repair_width: int = 6144
     blocks: tuple[int, ...] = (3, 8)
     replay_error: float = 1e-3
     segment_error: float = 1e-2

@@ -1,0 +1,119 @@
+"""LoRAs without trigger words beside subjects: ``python benchmarks/wordless.py [--world toybox]``.
+
+A look of ``benchmarks/styles`` whose LoRA was trained without words is merged with subjects, and
+acts on every prompt. Of pictures on new words, with a subject's trigger and without any: ``style``
+is the share that is read as the look's, ``judge`` that of the subject's attributes. Rows: the look
+with each subject's LoRA alone (``pair``), both merged (``merged``), the merged subjects with the
+look loaded beside them (``outside``), and the merged subjects without it (``subjects``). Writes
+``results/wordless_WORLD.json`` and goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import styles
+from conditions import both, norm
+from outputs import read, result_file, rounded, write
+from protocol.plan import sets_of
+from protocol.toybox import ToyboxWorld
+from styles.reader import load as load_reader
+from worlds import WORLDS
+
+from iteris_core import Calibration, Concept, Lora, merge_loras
+
+SETS = {"toybox": {2: 3, 5: 2}, "reported": {2: 4, 5: 2}}
+"""World → how many subjects → sets."""
+USES = {
+    "plain": (1.0, False),
+    "0.8": (0.8, False),
+    "1.2": (1.2, False),
+    "another at 0.6": (1, True),
+}
+ROWS = "subjects", "pair", "merged", "outside"
+
+
+class Looks:
+    """A ``world`` whose pictures are read with the look ``name``."""
+
+    def __init__(self, world: ToyboxWorld, name: str) -> None:
+        self.world, self.name = world, name
+        self.look = world.host.read_lora(styles.wordless()[name].lora)
+        self._reader = load_reader(styles.ROOT / "weights")
+
+    def merged(self, names: Sequence[str], look: Lora | None) -> Lora:
+        concepts = self.world.concepts(names, 0)
+        if look is not None:
+            concepts.append(Concept(look, None))
+        calibration = Calibration.from_mapping({**self.world.half, "seed": 0})
+        return merge_loras(self.world.host, concepts, calibration=calibration).lora
+
+    def figures(self, lora: Lora, names: Sequence[str]) -> dict[str, float]:
+        """``names`` are the subjects that are prompted; none: prompts without a trigger."""
+        kind = "new words" if names else "no trigger"
+        wanted = self.world.prompted(kind, names, 1)
+        seen = self._reader.read(self.world.draw(lora, wanted), [w.scene for w in wanted])
+        found = {"style": fmean(one.style == self.name for one in seen)}
+        if names:
+            things = [self.world.known[w.shown[0]].thing for w in wanted]
+            matches = [one.matches(of) for one, of in zip(seen, things, strict=True)]
+            found["judge"] = fmean(fmean(some.values()) for some in matches)
+        return found
+
+    def row(self, label: str, names: Sequence[str], rest: str) -> dict[str, Any]:
+        """Use → figures with a trigger and without one."""
+        own = {
+            n: c.lora or Lora({}) for n, c in zip(names, self.world.concepts(names), strict=True)
+        }
+        other = self.world.concepts([rest])[0].lora or Lora({})
+        if label == "pair":
+            loras = {name: both(lora, self.look, 1.0) for name, lora in own.items()}
+        else:
+            one = self.merged(names, self.look if label == "merged" else None)
+            loras = dict.fromkeys(names, both(one, self.look, 1.0) if label == "outside" else one)
+        found: dict[str, Any] = {
+            "norm": norm(loras[names[0]]) / math.hypot(*map(norm, own.values()))
+        }
+        for use, (strength, more) in USES.items():
+            used = {n: both(Lora({}), lora, strength) for n, lora in loras.items()}
+            if more:
+                used = {n: both(lora, other, 0.6) for n, lora in used.items()}
+            some = [self.figures(lora, [name]) for name, lora in used.items()]
+            found[use] = {key: fmean(one[key] for one in some) for key in some[0]}
+            found[use]["no trigger"] = self.figures(used[names[0]], [])["style"]
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--world", choices=sorted(SETS), default="toybox")
+    parser.add_argument("--looks", default=",".join(styles.WORDLESS))
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after")
+    given = parser.parse_args()
+    until = time.monotonic() + given.seconds
+    world: Any = WORLDS[given.world]()
+    path = result_file(f"wordless_{given.world}.json")
+    for look in (Looks(world, name) for name in given.looks.split(",")):
+        for size, count in SETS[given.world].items():
+            for names in sets_of(sorted(world.subjects), size, 0)[:count]:
+                rest = next(name for name in sorted(world.subjects) if name not in names)
+                for label in given.rows.split(","):
+                    key = json.dumps([look.name, label, *names])
+                    if key in read(path).get("runs", {}):
+                        continue
+                    if time.monotonic() > until:
+                        raise SystemExit("stopped by --seconds; the next run goes on")
+                    found: Mapping[str, Any] = rounded(look.row(label, names, rest))
+                    write(path, {"runs": {**read(path).get("runs", {}), key: found}})
+                    print(key, found, flush=True)
+
+
+if __name__ == "__main__":
+    main()
