@@ -82,15 +82,14 @@ class Collector:
         for key in [key for key in self._shared if key[0] not in shown.alive]:
             del self._shared[key]
         key = shown.group, shown.site.geometry
-        shares = inputs is None and shown.gate is None  # a gate weights the tokens
 
         def share(kind: type[InputMoments]) -> tuple[InputMoments, bool]:
-            shared = self._shared.get(key) if shares else None
+            shared = None if inputs is not None else self._shared.get(key)
             if isinstance(shared, kind):
                 return shared, False
             width = changes.shape[1] if inputs is None else len(inputs)
             moments = kind(len(changes), width, self._solver.dtype, shown.inputs.device)
-            if shares:
+            if inputs is None:
                 self._shared[key] = moments
             return moments, True
 

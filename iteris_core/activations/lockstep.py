@@ -209,7 +209,9 @@ class Lockstep:
             )
         if of.gate is None:
             return stream, None
-        values = batch.kept[of.gate.source] if of.gate.source is not None else None
+        values = batch.kept.get(of.gate.source) if of.gate.source is not None else None
+        if values is None and of.gate.source is not None:
+            return None, None
         return stream, of.gate.of(values, len(outputs))
 
     def _hook(self, name: str, site: Site) -> Callable[..., Tensor | None]:

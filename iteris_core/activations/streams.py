@@ -141,7 +141,7 @@ class _Watch:
     rows: int
     sites: Mapping[nn.Module, str]
     found: dict[str, Stream] = field(default_factory=dict[str, Stream])
-    _vectors: list[tuple[Source, Tensor]] = field(default_factory=list[tuple[Source, Tensor]])
+    _vectors: list[tuple[int, Source, Tensor]] = field(default_factory=list[Any])
     _streams: list[_Seen] = field(default_factory=list[_Seen])
     _outputs: list[tuple[str, _Seen]] = field(default_factory=list[tuple[str, _Seen]])
     _noise: float = 0.0
@@ -185,7 +185,9 @@ class _Watch:
         if not tensor.is_floating_point() or tensor.ndim < 2 or len(tensor) != self.rows:
             return
         if tensor.numel() <= _WIDEST * self.rows:
-            self._vectors.append((source, tensor.detach().flatten(1).float().clone()))
+            self._turn += 1
+            values = tensor.detach().flatten(1).float().clone()
+            self._vectors.append((self._turn, source, values))
         if not (stream and self._inside):
             return
         seen = self._sampled(source, tensor)
@@ -223,7 +225,7 @@ class _Watch:
                     continue
                 if _near(gate, torch.ones_like(gate), self._off):
                     return Stream(h.source)
-                known = self._known(gate)
+                known = self._known(gate, output.turn)
                 return None if known is None else Stream(h.source, known)
         return None
 
@@ -232,15 +234,15 @@ class _Watch:
         """How far gates may be from what they are, relative to their norm."""
         return 1e-3 if self._noise < 1e-4 else 5e-2
 
-    def _known(self, gate: Tensor) -> Gate | None:
-        """Where the run has these values, (rows, channels)."""
+    def _known(self, gate: Tensor, turn: int) -> Gate | None:
+        """Where the run has these values, (rows, channels), before that ``turn``."""
         width = gate.shape[1]
         mean = gate.mean(0)
         if _near(gate, mean.expand_as(gate), self._off):
             return Gate(mean)
         best, off = None, self._off * float(gate.norm())
-        for source, values in self._vectors:
-            if values.shape[1] % width:
+        for seen, source, values in self._vectors:
+            if seen > turn or values.shape[1] % width:
                 continue
             for part, some in enumerate(values.split(width, 1)):
                 for form in (torch.clone, torch.tanh):

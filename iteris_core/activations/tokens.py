@@ -154,12 +154,9 @@ class Observation:
 
     def token_weights(self, start: int, stop: int) -> Tensor | None:
         """The weight of each token in :meth:`input_tokens`, (tokens, 1); None: all equal."""
-        weights = None if self.weights is None else self.weights[start:stop]
-        if self.gate is not None and self.stream is not None and self.copies == 2:
-            of_rows = self.gate[self.rows + start : self.rows + stop].square().mean(1, keepdim=True)
-            ones = of_rows.new_ones(stop - start, self.site.length(self.outputs))
-            weights = of_rows * (ones if weights is None else weights)
-        return None if weights is None else self.chosen(weights.reshape(-1, 1), start, stop)
+        if self.weights is None:
+            return None
+        return self.chosen(self.weights[start:stop].reshape(-1, 1), start, stop)
 
     def of_concepts(
         self, changes: SiteChanges, dtype: torch.dtype, inputs: Tensor | None

@@ -24,7 +24,15 @@ from ..solve.problem import Reduction, RegressionSpec, Solution, StageSolver
 from .block_polish import BlockSteps, expect_block_polish, polish_blocks
 from .iteris_settings import IterisSettings
 from .registry import Merged, on_model
-from .repair import Repairs, at_all_inputs, sizes_of, streams_of, with_repairs, without_idle
+from .repair import (
+    Repairs,
+    at_all_inputs,
+    notes_on,
+    sizes_of,
+    streams_of,
+    with_repairs,
+    without_idle,
+)
 from .shared_ranks import shared_ranks
 
 _NO_RANKS: Mapping[str, int] = {}
@@ -38,8 +46,10 @@ def _sweeps(settings: IterisSettings) -> int:
 def iteris(job: Job, settings: IterisSettings) -> Merged:
     """Least squares on the inputs of the merged model (IterIS, CVPR 2025)."""
     repairs: Repairs = {}
+    notes: list[str] = []
     if settings.repair and settings.objective == "output":
         job, repairs = with_repairs(job, settings.repair_inputs)
+        notes = notes_on(job.streams, job.changes) if len(job.concepts) > 1 else []
     steps = round(settings.block_steps * max(job.loras, 2) / 2)
     by_blocks = BlockSteps(steps, settings.block_rate, settings.block_pairs)
     if by_blocks.steps:
@@ -66,10 +76,10 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
         solutions = without_idle(solutions, repairs)
         changes = {site: solution.change for site, solution in solutions.items()}
         if by_blocks.steps:
-            changes, notes = polish_blocks(run, changes, by_blocks)
-            log = log.with_notes(notes)
+            changes, more = polish_blocks(run, changes, by_blocks)
+            notes += more
     sites = {s: replace(solution, change=changes[s]) for s, solution in solutions.items()}
-    return Merged(sites, log, repairs.keys())
+    return Merged(sites, log.with_notes(notes), repairs.keys())
 
 
 def _shared(
@@ -120,12 +130,12 @@ def _solver(
     repairing = replace(fit, dtype=dtype, residuals=residuals)  # many inputs wide
     inputs = {site: chosen for site, chosen in repairs.items() if chosen is not None}
 
-    sizes = sizes_of(job.changes) if settings.bound else {}
+    bounds = _bounds(job, settings)
 
     def fit_of(site: str) -> RegressionSpec:
         of = repairing if site in repairs else fit
-        if sizes:
-            of = replace(of, bound=settings.bound * sizes[site])
+        if site in bounds:
+            of = replace(of, bound=bounds[site])
         return replace(of, rank=ranks[site]) if ranks else of
 
     def solve(site: str, reduction: Reduction) -> Solution:
@@ -149,3 +159,20 @@ def _solver(
         acting=acting,
         inputs=inputs,
     )
+
+
+def _bounds(job: Job, settings: IterisSettings) -> dict[str, float]:
+    """Site → the largest norm of its change. Unless the settings say it, there is none in a
+    component with gates, except at layers whose output is added without one."""
+    sizes = sizes_of(job.changes)
+    if settings.bound is not None:
+        return {s: settings.bound * size for s, size in sizes.items()} if settings.bound else {}
+    streams = streams_of(job)
+    free = {site for site, stream in streams.items() if stream.gate is not None}
+    gated = {site.partition(".")[0] for site in free}
+    plain = streams.keys() - free
+    return {
+        site: job.policy.bound * size
+        for site, size in sizes.items()
+        if site in plain or site.partition(".")[0] not in gated
+    }

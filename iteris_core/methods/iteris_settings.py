@@ -55,11 +55,13 @@ class IterisSettings(Settings):
         "that mean scaled to the LoRAs' size (size), because a mean of unlike changes is small.",
         none="mean; size, if prompts are few and the automatic ridge is larger",
     )
-    bound: float = setting(
-        4.0,
+    bound: float | None = setting(
+        None,
         "Largest norm of a layer's change, as a multiple of what the LoRAs together have there. A "
         "layer's ridge is raised until it holds, so that the merge also works at other strengths "
         "and beside other LoRAs. 0: no bound.",
+        none="4; none in a model whose blocks gate what they add, but where a layer's output is "
+        "not gated",
         low=0,
         most=1000,
     )

@@ -17,7 +17,7 @@ of them cost a quarter.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from statistics import fmean
 
@@ -71,6 +71,18 @@ def streams_of(job: Job) -> dict[str, Stream]:
     return {
         s: of for s, of in job.found_streams.items() if s.partition(".")[0] not in components
     } | known
+
+
+def notes_on(streams: Mapping[str, Stream], changed: Iterable[str]) -> list[str]:
+    """For each component with ``changed`` sites, at how many layers drift is repaired."""
+    notes: list[str] = []
+    for component in sorted({site.partition(".")[0] for site in changed}):
+        own = [stream for site, stream in streams.items() if site.startswith(f"{component}.")]
+        gated = sum(stream.gate is not None for stream in own)
+        where = f"at {len(own)} layers" + (f", {gated} of them behind gates" if gated else "")
+        none = "nowhere: no layer was recognised as adding to a residual stream"
+        notes.append(f"{component}: drift is repaired {where if own else none}")
+    return notes
 
 
 def without_idle(solutions: Mapping[str, Solution], repairs: Repairs) -> dict[str, Solution]:

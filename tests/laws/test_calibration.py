@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -329,6 +330,18 @@ def test_generic_prompts_name_no_concept():
     assert not added_concepts(PAIR[:1], Calibration(), WORDS)  # nothing to tell apart
     everywhere = Concept(Lora({}), prompts=["a dog", "the sea"])
     assert not added_concepts([*PAIR, everywhere], Calibration(), WORDS)
+
+
+def test_class_words_alone_keep_one_lora_to_its_trigger():
+    calibration = Calibration(class_words=0.5, templates=["a {}", "a {} in the snow"])
+    generic, classes = added_concepts(PAIR[:1], calibration, WORDS)
+    assert generic.weight == 0.2
+    assert (classes.lora, classes.weight, len(classes.prompts)) == (None, 0.5, 4)
+    assert {"a dog", "a dog in the snow"} < set(classes.prompts)
+    assert all("dog" in prompt and "sks" not in prompt for prompt in classes.prompts)
+    assert len(added_concepts(PAIR, calibration, WORDS)[1].prompts) == 8
+    wordless = replace(PAIR[0], class_word="")
+    assert len(added_concepts([wordless], calibration, WORDS)) == 1
 
 
 def test_captions_are_of_words_that_the_text_encoder_knows():

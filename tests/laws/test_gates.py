@@ -117,13 +117,11 @@ def dense_sweep(loras, data):
             own = {s: c.dense() for s, c in lora.sites.items()}
             _, y, h, g = seen_at(changed(Net(), own), site, rows)
             xt, base, ht, gt = seen_at(changed(Net(), merged), site, rows)
-            target, weight = y - base, torch.ones(len(rows), 1, 1).double()
+            target = y - base
             if h is not None:
-                weight = (gt**2).mean(2, keepdim=True)
-                target = target + (h - ht + (g - gt) * y) * gt / (gt**2 + GATE**2 * weight)
-            target, xt = (
-                (weight.sqrt() * some).reshape(-1, some.shape[-1]) for some in (target, xt)
-            )
+                least = GATE**2 * (gt**2).mean(2, keepdim=True)
+                target = target + (h - ht + (g - gt) * y) * gt / (gt**2 + least)
+            target, xt = (some.reshape(-1, some.shape[-1]) for some in (target, xt))
             gram = xt.mT @ xt
             pull = RIDGE * gram.norm()
             left += (gram + pull * torch.eye(len(gram)).double()) / len(xt)
