@@ -28,6 +28,9 @@ docs/architectures.md` makes this page from it.
   layer. A test fails above 5e-3.
 - **file**: the saved file in the application's own loader against the merge itself, as a share of
   the merge's effect on the image. A test fails above 1e-3.
+- **drift**: at how many layers the merge repairs what the concepts' interference leaves in the
+  residual stream, and where saliency is measured. Layers behind gates are found by running the
+  model.
 
 Layers that are *left out* cannot be merged by their features, because they mix the rows of a batch
 or no forward reaches them. They are refused, or with `skip` left out and listed. The figures are
@@ -59,13 +62,14 @@ def page(found: Mapping[str, Any]) -> str:
         text = textwrap.fill(f"{len(rows)} architectures, tested in {text}", 100)
         parts.append(f"## {title}\n\n{text}\n")
         lines = [
-            ["architecture", "version", "alone", "rows", "file", "remarks"],
-            ["---", "---", *["---:"] * 3, "---"],
+            ["architecture", "version", "alone", "rows", "file", "drift", "remarks"],
+            ["---", "---", *["---:"] * 3, "---", "---"],
         ]
         for name in sorted(rows, key=str.lower):
             figures = rows[name]
             cells = [f"{figures[law]:.1e}" for law in ("alone", "rows", "file")]
-            lines.append([name, figures["version"], *cells, _remarks(figures)])
+            drift = figures.get("drift", "")
+            lines.append([name, figures["version"], *cells, drift, _remarks(figures)])
         parts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
     return "\n".join(parts)
 

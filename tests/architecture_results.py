@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def record(application: str, name: str, version: str, **figures: float | str) ->
     share of what it changes in the picture. ``rows``: the largest relative difference of a site
     between merges with many and with few rows in a forward. ``file``: how far the picture with the
     saved file in the application's own loader is from that of the merge, as a share of its effect.
-    ``left_out``: layers that are not merged, and why.
+    ``left_out``: layers that are not merged, and why. ``drift``: where it is repaired.
     """
     if not os.environ.get("WRITE_RESULTS"):
         return
@@ -31,6 +32,13 @@ def record(application: str, name: str, version: str, **figures: float | str) ->
     rounded = {k: v if isinstance(v, str) else float(f"{v:.2g}") for k, v in figures.items()}
     found.setdefault(application, {})[name] = {"version": version, **rounded}
     _write(found)
+
+
+def drift_in(notes: Mapping[str, Sequence[str]]) -> str:
+    """Where drift is repaired in the denoisers, by a report's ``notes``."""
+    said = [note for note in notes.get("sites", ()) if ": drift is repaired " in note]
+    own = [note.partition(" repaired ")[2] for note in said if not note.startswith("text_encoder")]
+    return "; ".join(own)
 
 
 _LARGEST: dict[tuple[str, str], float] = {}

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from architecture_results import drift_in
 from kit import merge_on
 from reduced_models import RANK, Reduced
 from safetensors.torch import save_file
@@ -38,7 +39,7 @@ class Trial:
             module("iteris_core.lora_files.tensors"),
             module("nodes.concept_specs"),
         )
-        self.reduced, self.folder = reduced, folder
+        self.reduced, self.folder, self.drift = reduced, folder, ""
         self.model, self.clip = reduced.make()
         self.paths = [self.write_lora(seed) for seed in (1, 2)]
         self.calibration = self.core.Calibration(
@@ -80,6 +81,7 @@ class Trial:
         """The site at which merges with many and with few rows in a forward differ most, and how
         far the saved file is from what the node gives."""
         many, few = self.merge(2), self.merge(2, rows=5)
+        self.drift = drift_in(many.report.notes)
         apart = {
             site: relative(few.lora.sites[site].dense() - change.dense(), change.dense())
             for site, change in many.lora.sites.items()

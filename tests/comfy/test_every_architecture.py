@@ -39,7 +39,8 @@ def test_a_merge(pack: ModuleType, tmp_path: Path, name: str) -> None:
     }
     remarks = {key: text for key, text in remarks.items() if text}
     version = comfyui_version.__version__
-    record("comfyui", name, version, alone=alone, rows=rows, file=file, **remarks)
+    laws = {"alone": alone, "rows": rows, "file": file}
+    record("comfyui", name, version, **laws, drift=trial.drift, **remarks)
     assert alone < 1e-3
     assert rows < 5e-3
     assert file < 1e-3

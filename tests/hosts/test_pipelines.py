@@ -28,7 +28,7 @@ def test_three_laws(name, tmp_path):
     laws = Laws(PIPELINES[name](), tmp_path)
     alone = laws.alone()
     rows, file = laws.rows_and_file()
-    figures = {"alone": alone, "rows": rows, "file": file}
+    figures = {"alone": alone, "rows": rows, "file": file, "drift": laws.drift}
     if laws.left_out:
         figures["left_out"] = laws.left_out
     if laws.reduced.settings:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from architecture_results import drift_in
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,7 +31,7 @@ class Laws:
         self._pipeline = reduced.pipeline
         self._experts = getattr(self._pipeline, "transformer_2", None) is not None
         self._base = self._drawn()
-        self.left_out = ""
+        self.left_out = self.drift = ""
 
     def alone(self) -> float:
         """How far the merge of one LoRA draws from that LoRA, as a share of its effect."""
@@ -45,7 +46,8 @@ class Laws:
         """How far a site of the merge of two goes with the number of rows, and how far the written
         file draws from the merge."""
         both = [self._files(seed) for seed in (1, 2)]
-        merged = self._merged(both, 32).lora
+        result = self._merged(both, 32)
+        merged, self.drift = result.lora, drift_in(result.report.notes)
         few = self._merged(both, 5).lora.sites
         gaps = {site: merged.sites[site].dense() - change.dense() for site, change in few.items()}
         rows = max(float(gap.norm() / few[site].dense().norm()) for site, gap in gaps.items())

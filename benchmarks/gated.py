@@ -1,0 +1,143 @@
+"""Merges on a model that gates what its blocks add: ``python benchmarks/gated.py``.
+
+The denoiser's error on prompts that no row had, of the reported things of ``benchmarks/emoji``, a
+FLUX in miniature: ‖f_merged − f_LoRA‖ / ‖f_base − f_LoRA‖ of its final outputs, on rows of each
+LoRA. LoRAs are whole (``all``) or cut to their attention layers (``attention``), where feed-forward
+outputs are left to repairs. Under the conditions of use both are loaded alike: at another strength,
+or beside another LoRA. Writes ``results/gated.json`` and goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+import torch
+from conditions import norm
+from outputs import read, result_file, rounded, write
+from protocol.emoji import NEW, EmojiWorld
+from protocol.plan import Variant, sets_of
+
+from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
+from iteris_core.activations.lockstep import Lockstep
+from iteris_core.passes.changes import added, beside, changes_of
+
+SETS = {5: 2, 7: 2, 9: 2}
+"""How many LoRAs → sets."""
+METHODS = ("iteris", "chain-of-merges:conditions=0", "iteris:repair=False:saliency=0")
+USES: Mapping[str, tuple[float, float]] = {
+    "plain": (1.0, 0.0),
+    "0.8": (0.8, 0.0),
+    "1.2": (1.2, 0.0),
+    "another at 0.6": (1.0, 0.6),
+    "another at 1": (1.0, 1.0),
+}
+"""Use → the strength of what is measured, and of another LoRA beside it."""
+_SAMPLES, _TIMESTEPS, _SEED, _BATCH = 8, 3, 4711, 16
+
+Changes = Mapping[str, LowRank]
+
+
+class Rows:
+    """Rows of ``concepts`` on new prompts, denoised under their own LoRAs."""
+
+    def __init__(self, world: EmojiWorld, concepts: Sequence[Concept], other: Changes) -> None:
+        self._host, self._other = world.host, other
+        templates = [f"a {{}} on a {background} background" for background in NEW]
+        calibration = Calibration(
+            samples=_SAMPLES,
+            timesteps=_TIMESTEPS,
+            seed=_SEED,
+            contexts=0.0,
+            conditions=0.0,
+            empty_share=0.0,
+            templates=templates,
+        )
+        changes, generator = changes_of(concepts), torch.Generator().manual_seed(_SEED)
+        with torch.no_grad(), Lockstep(self._host.sites(), changes) as lockstep:
+            self._samples: Any = self._host.samples(
+                concepts, set(changes), calibration, lockstep, generator, lambda *_: None
+            )
+        owners = self._samples.text.owners
+        self._rows = [
+            [row for row, owner in enumerate(owners) if owner == i] for i in range(len(concepts))
+        ]
+        self._own = [concept.lora.sites for concept in concepts if concept.lora is not None]
+        self._known = {
+            use: [(self._outputs({}, rows, use), self._outputs(own, rows, use))
+                  for own, rows in zip(self._own, self._rows, strict=True)]
+            for use in USES
+        }  # fmt: skip
+
+    def error(self, merged: Changes, use: str) -> float:
+        errors: list[float] = []
+        for (base, wanted), rows in zip(self._known[use], self._rows, strict=True):
+            found = self._outputs(merged, rows, use)
+            errors.append(float((found - wanted).norm() / (base - wanted).norm()))
+        return fmean(errors)
+
+    def _outputs(self, changes: Changes, rows: Sequence[int], use: str) -> torch.Tensor:
+        strength, more = USES[use]
+        scaled = {site: change.scaled(strength) for site, change in changes.items()}
+        other = {site: change.scaled(more) for site, change in self._other.items()} if more else {}
+        parts = [rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH)]
+        with torch.no_grad(), added(self._host, beside(scaled, other)):
+            outputs = [self._host.forward(self._samples, part) for part in parts]
+        return torch.cat(outputs).double()
+
+
+def cut(lora: Lora | None, layers: str) -> Lora:
+    sites = {} if lora is None else lora.sites
+    return Lora({s: c for s, c in sites.items() if layers == "all" or ".attn." in s})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", choices=("all", "attention"), default="attention")
+    parser.add_argument("--sizes", default=",".join(map(str, SETS)))
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after")
+    given = parser.parse_args()
+    until = time.monotonic() + given.seconds
+    world, path = EmojiWorld(), result_file("gated.json")
+    for size in map(int, given.sizes.split(",")):
+        for names in sets_of(world.subjects, size, 0)[: SETS[size]]:
+            keys = {
+                label: json.dumps([given.layers, label, *names])
+                for label in given.methods.split(",")
+            }
+            missing = [one for one in keys if keys[one] not in read(path).get("runs", {})]
+            if not missing:
+                continue
+            concepts = [
+                replace(concept, lora=cut(concept.lora, given.layers))
+                for concept in world.concepts(names, 0)
+            ]
+            rest = next(name for name in world.subjects if name not in names)
+            other = cut(world.concepts([rest], 0)[0].lora, given.layers)
+            rows = Rows(world, concepts, other.sites)
+            for label in missing:
+                if time.monotonic() > until:
+                    raise SystemExit("stopped by --seconds; the next run goes on")
+                how = Variant.parsed(label)
+                calibration = Calibration.from_mapping({**world.half, "seed": 0, **how.calibration})
+                began = time.process_time()
+                merged = merge_loras(
+                    world.host, concepts, how.method, settings=how.settings, calibration=calibration
+                ).lora
+                seconds = time.process_time() - began
+                together = math.hypot(*(norm(one.lora) for one in concepts if one.lora))
+                found = {use: rows.error(merged.sites, use) for use in USES}
+                found |= {"norm": norm(merged) / together, "seconds": seconds}
+                write(path, {"runs": {**read(path).get("runs", {}), keys[label]: rounded(found)}})
+                print(keys[label], rounded(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
