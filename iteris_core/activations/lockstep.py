@@ -202,17 +202,18 @@ class Lockstep:
         stream = batch.kept.pop(of.source, None) if of is not None else None
         if of is None or stream is None:
             return None, None
+        if stream.numel() == outputs.numel() and stream.shape[0] == outputs.shape[0]:
+            stream = stream.reshape(outputs.shape)
         if stream.shape != outputs.shape:
             raise SiteError(
                 f"Site {name} outputs {tuple(outputs.shape)}, which cannot be added to its "
                 f"residual stream {tuple(stream.shape)}; merge with repair=false."
             )
-        if of.gate is None:
-            return stream, None
-        values = batch.kept.get(of.gate.source) if of.gate.source is not None else None
-        if values is None and of.gate.source is not None:
+        source = of.gate.source if of.gate is not None else None
+        values = None if source is None else batch.kept.get(source)
+        if values is None and source is not None:
             return None, None
-        return stream, of.gate.of(values, len(outputs))
+        return stream, of.gates(values, len(outputs))
 
     def _hook(self, name: str, site: Site) -> Callable[..., Tensor | None]:
         """Called with the site's output. In this order: reference rows get their own LoRA's change,
@@ -284,6 +285,7 @@ class Lockstep:
                         batch.saliency,
                         strengths=strengths,
                         gate=gate,
+                        normed=gate is not None and self._streams[name].norm is not None,
                     )
                 )
             add = partial(self._add_merged, batch, name, site, inputs, output, strengths)

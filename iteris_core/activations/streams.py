@@ -3,14 +3,15 @@
 A block adds g ⊙ y to its stream, with y a layer's output and g the same for all tokens of a row:
 z − h = g ⊙ y. Which layers do so, and where the run has h and g, is not listed by architecture: h
 and z are tensors that modules receive or return, and g is a part of one that has no tokens, perhaps
-through tanh, plus a constant. What cannot be told apart has no stream.
+through tanh, plus a constant. An RMS norm may lie between: z − h = g ⊙ w ⊙ y / rms(y). What cannot
+be told apart has no stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,10 +68,20 @@ class Gate:
 @dataclass(frozen=True)
 class Stream:
     """Where a forward has the stream to which a site's output is added, and the ``gate`` on the
-    output (None: it is added as it is)."""
+    output (None: it is added as it is). ``norm`` is the weight of an RMS norm before the gate,
+    (channels,)."""
 
     source: Source
     gate: Gate | None = None
+    norm: Tensor | None = None
+
+    def gates(self, values: Tensor | None, rows: int) -> Tensor | None:
+        """g, with a norm's weight, (rows, channels); None if the output is added as it is."""
+        gate = None if self.gate is None else self.gate.of(values, rows)
+        if self.norm is None:
+            return gate
+        norm = self.norm.to(values.device if values is not None else self.norm.device)
+        return norm.expand(rows, -1) if gate is None else gate * norm
 
     @property
     def sources(self) -> list[Source]:
@@ -144,6 +155,7 @@ class _Watch:
     _vectors: list[tuple[int, Source, Tensor]] = field(default_factory=list[Any])
     _streams: list[_Seen] = field(default_factory=list[_Seen])
     _outputs: list[tuple[str, _Seen]] = field(default_factory=list[tuple[str, _Seen]])
+    _norms: list[tuple[Tensor, _Seen]] = field(default_factory=list[tuple[Tensor, _Seen]])
     _noise: float = 0.0
     _turn: int = 0
     _inside: bool = False
@@ -158,6 +170,10 @@ class _Watch:
                 seen = self._sampled(None, output)
                 if seen is not None:
                     self._outputs.append((site, seen))
+            if self._inside and "norm" in type(module).__name__.lower():
+                given, made = (self._sampled(None, some) for some in (args[0], output))
+                if given is not None and made is not None:
+                    self._norms.append((given.values, made))
             for number, tensor in enumerate(tensors(output)):
                 self._see(Source(module, number, returned=True), tensor, stream=False)
 
@@ -166,16 +182,21 @@ class _Watch:
 
     def enter(self, module: nn.Module, args: Any) -> None:
         self._inside = True
-        self._streams, self._outputs = [], []
+        self._streams, self._outputs, self._norms = [], [], []
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        given = [t for t in tensors(output) if t.ndim == 3 and len(t) == self.rows]
-        pairs = [(a, b) for a in given for b in given if a is not b and a.shape[2] == b.shape[2]]
+        given = [t for t in tensors(output) if t.ndim >= 3 and len(t) == self.rows]
+        alike = [t for t in given if t.ndim == 3]
+        pairs = [(a, b) for a in alike for b in alike if a is not b and a.shape[2] == b.shape[2]]
         for tensor in [*given, *(torch.cat(pair, 1) for pair in pairs)]:
             if (seen := self._sampled(None, tensor)) is not None:
                 self._streams.append(seen)
         for site, output in self._outputs:
             stream = self._stream_of(output)
+            if stream is None and (normed := self._normed(output.values)) is not None:
+                seen, norm = normed
+                stream = self._stream_of(seen)
+                stream = None if stream is None else replace(stream, norm=norm)
             if stream is not None:
                 self.found.setdefault(site, stream)
         self._inside = False
@@ -197,17 +218,27 @@ class _Watch:
         ):
             self._streams.append(seen)
 
-    def _sampled(self, source: Source | None, tensor: Tensor) -> _Seen | None:
-        if tensor.ndim != 3 or len(tensor) != self.rows or tensor.shape[1] < _LEAST_TOKENS:
+    def _sampled(self, source: Source | None, tensor: Any) -> _Seen | None:
+        if not isinstance(tensor, Tensor) or tensor.ndim < 3 or len(tensor) != self.rows:
             return None
-        if not tensor.is_floating_point():
+        tensor = tensor.detach().flatten(1, -2)
+        if not tensor.is_floating_point() or tensor.shape[1] < _LEAST_TOKENS:
             return None
         self._turn += 1
         self._noise = max(self._noise, torch.finfo(tensor.dtype).eps)
         step = max(1, tensor.shape[1] // _TOKENS)
-        return _Seen(
-            source, tensor.detach()[:, ::step].float().clone(), tensor.shape[1], self._turn
-        )
+        return _Seen(source, tensor[:, ::step].float().clone(), tensor.shape[1], self._turn)
+
+    def _normed(self, y: Tensor) -> tuple[_Seen, Tensor] | None:
+        """What an RMS norm returned for ``y``, and the norm's weight."""
+        for given, seen in self._norms:
+            if given.shape != y.shape or not torch.equal(given, y):
+                continue
+            even = y * (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+            norm = (seen.values * even).sum((0, 1)) / even.square().sum((0, 1)).clamp(min=1e-30)
+            if _near(norm * even, seen.values, max(1e-2, self._off)):
+                return seen, norm
+        return None
 
     def _stream_of(self, output: _Seen) -> Stream | None:
         """The stream to which a layer's ``output`` y is added: h before it, z after it."""
@@ -242,7 +273,7 @@ class _Watch:
             return Gate(mean)
         best, off = None, self._off * float(gate.norm())
         for seen, source, values in self._vectors:
-            if seen > turn or values.shape[1] % width:
+            if seen > turn or not values.shape[1] or values.shape[1] % width:
                 continue
             for part, some in enumerate(values.split(width, 1)):
                 for form in (torch.clone, torch.tanh):

@@ -36,9 +36,9 @@ class Observation:
     ``choice`` selects some of every row's tokens. ``mask`` is (rows, tokens), True for tokens that
     count; None if all do. ``stream`` is the residual stream to which the output will be added,
     shaped like ``outputs``; None if there is none. ``gate``, (rows, out), multiplies the output
-    before that; None if nothing does. ``saliency`` is the micro-batch's, and
-    ``weights``, (rows, tokens), its values at this site; None if all count equally. Copy or reduce:
-    the model may change these tensors later.
+    before that; None if nothing does. With ``normed`` an RMS norm comes first. ``saliency`` is the
+    micro-batch's, and ``weights``, (rows, tokens), its values at this site; None if all count
+    equally. Copy or reduce: the model may change these tensors later.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Observation:
     weights: Tensor | None = None
     strengths: Tensor | None = None
     gate: Tensor | None = None
+    normed: bool = False
 
     def weighed(self) -> Observation:
         """A copy with the current weights of its tokens."""
@@ -243,7 +244,8 @@ class ConceptTokens:
         difference between LoRA i's residual stream and the merged rows'.
 
         Behind a gate g the output y is what minimises ‖g̃ y − g_i y_i − d‖² + ε² mean(g̃²) ‖y −
-        y_i‖²: y_i + (d + (g_i − g̃) y_i) g̃ / (g̃² + ε² mean(g̃²))."""
+        y_i‖²: y_i + (d + (g_i − g̃) y_i) g̃ / (g̃² + ε² mean(g̃²)). A norm between them belongs to
+        the gates, at the size that y_i has."""
         full = self.shown.output_tokens(self.start, self.stop)
         target = full.to(self.dtype) - self._base(full).to(self.dtype)
         drift = self.shown.drift_tokens(self.start, self.stop)
@@ -252,6 +254,9 @@ class ConceptTokens:
             target.add_(drift.to(self.dtype))
         if drift is not None and gates is not None:
             own, merged = (gate.to(self.dtype) for gate in gates)
+            if self.shown.normed:
+                size = full.to(self.dtype).square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)
+                own, merged = own / size, merged / size
             least = (_GATE * merged).square().mean(1, keepdim=True)
             missing = drift.to(self.dtype) + (own - merged) * full.to(self.dtype)
             target.add_(missing * merged / (merged.square() + least))

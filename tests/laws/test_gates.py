@@ -107,16 +107,20 @@ def seen_at(model, site, data):
     return found["x"], found["y"], found["stream"], found["gates"][leaf == "f"][:, None]
 
 
-def dense_sweep(loras, data):
+def dense_sweep(loras, data, block=Block):
     """The docstring's equation, site by site, with real weights and plain inverses."""
     merged = {}
     for site in ORDER:
-        w0 = Net().get_submodule(site).weight.detach()
+        w0 = Net(block).get_submodule(site).weight.detach()
         left, right = 0.0, torch.zeros_like(w0)
         for lora, rows in zip(loras, data, strict=True):
             own = {s: c.dense() for s, c in lora.sites.items()}
-            _, y, h, g = seen_at(changed(Net(), own), site, rows)
-            xt, base, ht, gt = seen_at(changed(Net(), merged), site, rows)
+            _, y, h, g = seen_at(changed(Net(block), own), site, rows)
+            xt, base, ht, gt = seen_at(changed(Net(block), merged), site, rows)
+            if h is not None and block is Sandwiched and site.endswith("o"):
+                norm = Net(block).get_submodule(site[:-1] + "norm3").weight.detach()
+                size = (y**2).mean(-1, keepdim=True).sqrt()
+                g, gt = g * norm / size, gt * norm / size
             target = y - base
             if h is not None:
                 least = GATE**2 * (gt**2).mean(2, keepdim=True)
@@ -145,8 +149,22 @@ def test_gates_are_found_and_nothing_stays():
         torch.testing.assert_close(gate.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
+class Sandwiched(Block):
+    """With an RMS norm between ``o`` and its gate, as Z-Image has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm3 = nn.RMSNorm(WIDTH, eps=1e-6)
+        nn.init.uniform_(self.norm3.weight, 0.5, 2.0)
+
+    def forward(self, x, condition):
+        one, two = self.gates(self.m(condition))
+        x = x + one[:, None] * self.norm3(self.o(self.norm1(x).tanh()))
+        return x + two[:, None] * self.f(F.gelu(self.e(self.norm2(x))))
+
+
 class Normed(Block):
-    """Normalises what it adds, so no gate on the layer's output is what it adds."""
+    """Normalises what it adds by the mean too, so no gate on the layer's output is what it adds."""
 
     def forward(self, x, condition):
         one, two = self.gates(self.m(condition))
@@ -170,12 +188,13 @@ def test_what_cannot_be_told_apart_has_no_stream(block):
         assert find_streams(lambda: model(data[:2]), 2, Host(model, [data]).sites()) == {}
 
 
-@pytest.mark.parametrize("at_once", [2, 20])
-def test_a_sweep_repairs_behind_gates_as_the_equation_says(at_once):
+@pytest.mark.parametrize(("block", "at_once"), [(Block, 2), (Block, 20), (Sandwiched, 20)])
+def test_a_sweep_repairs_behind_gates_as_the_equation_says(block, at_once):
     loras, data = [make_lora(1), make_lora(2)], make_data()
     ours = merge(
         loras,
         data,
+        Net(block),
         rank=100,
         ridge=RIDGE,
         bound=0.0,
@@ -184,7 +203,8 @@ def test_a_sweep_repairs_behind_gates_as_the_equation_says(at_once):
         micro_batch=at_once,
     )
     assert {s for s, of in ours.report.sites.items() if of.repair} == {"blocks.0.f", "blocks.1.f"}
-    assert difference(ours.lora, dense_sweep(loras, data)) < 1e-5  # gates are found in float32
+    away = difference(ours.lora, dense_sweep(loras, data, block))
+    assert away < 1e-5  # gates are found in float32
 
 
 def test_repair_behind_gates_brings_the_output_closer():
