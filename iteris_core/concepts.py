@@ -235,9 +235,10 @@ class Calibration(Settings):
         low=0,
         most=10,
     )
-    conditions: float = setting(
-        0.5,
+    conditions: float | None = setting(
+        None,
         "Share of rows at other strengths, or beside another LoRA.",
+        none="half; none in a model whose blocks gate what they add",
         low=0,
         high=1,
     )

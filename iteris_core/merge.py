@@ -243,9 +243,14 @@ def prepared(
     job = _with_added(job, concepts, method)
     check_sites(job.host, job.changes)
     sweeps = method.sweeps(settings)
-    if not sweeps:  # a fit to reference rows alone learns nothing from them
-        job = replace(job, calibration=replace(job.calibration, conditions=0.0))
     looked = preflight.unmergeable_sites(job, sweep=sweeps > 0)
+    conditions = job.calibration.conditions
+    if not sweeps:  # a fit to reference rows alone learns nothing from them
+        conditions = 0.0
+    elif conditions is None:
+        gated = any(stream.gate is not None for stream in looked.streams.values())
+        conditions = 0.0 if gated else job.policy.conditions
+    job = replace(job, calibration=replace(job.calibration, conditions=conditions))
     found = looked.refused
     if (found and unmergeable == "refuse") or job.changes.keys() <= found.keys():
         raise SiteError(preflight.complaint(found, concepts))

@@ -39,7 +39,7 @@ def drawn_uses(
     known: dict[Hashable, Use] = {}
     uses: list[Use] = []
     for row, sample in enumerate(samples):
-        if row * _GOLDEN % 1 >= calibration.conditions:
+        if row * _GOLDEN % 1 >= (calibration.conditions or 0.0):
             uses.append(Use())
             continue
         if sample not in known:

@@ -32,7 +32,8 @@ class Policy:
     than ``enough_samples`` per LoRA for two LoRAs (proportionally fewer with more LoRAs), a fit
     follows its sample. The ``ridge`` then grows with the ``ridge_power`` of the shortfall, up to
     ``most_ridge``, and pulls to the mean at the changes' own size. A change's norm is at most
-    ``bound`` times the LoRAs'. Two concepts on an image model
+    ``bound`` times the LoRAs', and ``conditions`` is the share of rows that show other uses. Two
+    concepts on an image model
     hardly compete, so repair uses only ``repair_share`` of a feed-forward's hidden units, and never
     more than ``repair_width``.
 
@@ -58,6 +59,7 @@ class Policy:
     ridge_power: float = 5.0
     most_ridge: float = 1e-2
     bound: float = 4.0
+    conditions: float = 0.5
     enough_samples: int = 50
     repair_share: float = 0.5
     repair_width: int = 6144
