@@ -31,7 +31,8 @@ PRESETS: Mapping[PresetName, Preset] = {
     "tidy": Preset(
         "For one LoRA or several: each acts on its trigger only. Its class word alone, and all "
         "other prompts, get the base.",
-        calibration={"class_words": 1.0, "generic": 1.0},
+        settings={"rank": 32, "block_steps": 120},
+        calibration={"class_words": 0.5, "generic": 0.5},
     ),
     # Algorithm 1 with eqs. 5, 7 and 8. Section 3.2: "we typically set α to 1e-4 or lower", and
     # "we cap the iterations at 20 in our experiments"; 4.1: "50 input samples". 4.1 names no α.
