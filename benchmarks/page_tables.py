@@ -145,6 +145,45 @@ def conditions_lead() -> list[str]:
     return table(("", *heads), rows)
 
 
+def gated() -> list[str]:
+    """The denoiser's error on new prompts of LoRAs cut to their attention layers, means over
+    sets."""
+    runs = {tuple(json.loads(k)): of for k, of in load("gated.json")["runs"].items()}
+    found: dict[tuple[int, str], list[dict[str, float]]] = {}
+    for (layers, label, *names), of in runs.items():
+        if layers == "attention":
+            found.setdefault((len(names), label), []).append(of)
+    heads = [head for head in next(iter(runs.values())) if head != "seconds"]
+    rows = [
+        [f"{size} LoRAs, n {len(sets)}", NAMES.get(label, label.partition(":")[0])]
+        + [f"{fmean(of[head] for of in sets):.3f}" for head in heads]
+        for (size, label), sets in sorted(found.items(), key=lambda item: item[0][0])
+    ]
+    return table(("", "", *heads), rows)
+
+
+def wordless() -> list[str]:
+    """Of pictures with a subject's trigger and without one: the share in the look, and of the
+    subject's attributes; means over sets."""
+    runs = {tuple(json.loads(k)): of for k, of in load("wordless_toybox.json")["runs"].items()}
+    labels = dict.fromkeys(label for _, label, *_ in runs)
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for (look, label, *names), of in runs.items():
+        if all((look, other, *names) in runs for other in labels):
+            found.setdefault((len(names), label), []).append(of)
+    uses = [use for use in next(iter(runs.values())) if use != "norm"]
+    figures = ("style", "judge", "no trigger")
+    rows = [
+        [f"{size} subjects, n {len(sets)}", label]
+        + [
+            " / ".join(f"{fmean(of[use][name] for of in sets):.2f}" for name in figures)
+            for use in uses
+        ]
+        for (size, label), sets in sorted(found.items(), key=lambda item: item[0][0])
+    ]
+    return table(("", "", *uses), rows)
+
+
 def _under_conditions() -> dict[tuple[int, str], dict[str, Any]]:
     """Size and method → set and training → figures; each LoRA alone first."""
     runs = {tuple(json.loads(k)): of for k, of in load("conditions_reported.json")["runs"].items()}
@@ -270,6 +309,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "other LoRAs": other_loras,
     "conditions": conditions,
     "conditions lead": conditions_lead,
+    "gated": gated,
+    "wordless": wordless,
     "strengths": lambda: strengths("likeness kept"),
     "strengths attributes": lambda: strengths("judge kept"),
     "speed LoRA": speed_lora,

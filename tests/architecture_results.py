@@ -38,7 +38,7 @@ def drift_in(notes: Mapping[str, Sequence[str]]) -> str:
     """Where drift is repaired in the denoisers, by a report's ``notes``."""
     said = [note for note in notes.get("sites", ()) if ": drift is repaired " in note]
     own = [note.partition(" repaired ")[2] for note in said if not note.startswith("text_encoder")]
-    return "; ".join(own)
+    return "; ".join(one.partition(":")[0] for one in own)
 
 
 _LARGEST: dict[tuple[str, str], float] = {}
