@@ -184,6 +184,14 @@ def wordless() -> list[str]:
     return table(("", "", *uses), rows)
 
 
+def tidy() -> list[str]:
+    """One LoRA kept to its trigger, by concept."""
+    runs = load("tidy_reported.json")["runs"]
+    heads = ("judge LoRA", "judge tidied", "class", "others")
+    rows = [[name, *(f"{of[head]:.2f}" for head in heads)] for name, of in runs.items()]
+    return table(("concept", *heads), rows)
+
+
 def _under_conditions() -> dict[tuple[int, str], dict[str, Any]]:
     """Size and method → set and training → figures; each LoRA alone first."""
     runs = {tuple(json.loads(k)): of for k, of in load("conditions_reported.json")["runs"].items()}
@@ -311,6 +319,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "conditions lead": conditions_lead,
     "gated": gated,
     "wordless": wordless,
+    "tidy": tidy,
     "strengths": lambda: strengths("likeness kept"),
     "strengths attributes": lambda: strengths("judge kept"),
     "speed LoRA": speed_lora,
