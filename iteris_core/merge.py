@@ -29,7 +29,7 @@ from .lora_files import Layout, ReleasedBases
 from .lora_files.experts import write_by_expert
 from .methods import Method, find_method
 from .methods.registry import Merged, settings_over
-from .methods.repair import sizes_of
+from .methods.repair import notes_on, sizes_of, streams_of
 from .passes import preflight
 from .passes.changes import (
     always_on,
@@ -274,7 +274,10 @@ def prepared(
         what = "get the mean of the LoRAs" if unmergeable == "mean" else "are LEFT OUT"
         note = f"{preflight.complaint(found, concepts, refused=False)}; they {what}"
         noted.append(("sites", [note]))
-    return replace(job, changes=kept), others, noted
+    job = replace(job, changes=kept)
+    if job.host.pictures and len(job.concepts) > 1 and getattr(settings, "repair", False):
+        noted.append(("drift", notes_on(streams_of(job), kept)))
+    return job, others, noted
 
 
 def _with_added(job: Job, concepts: Sequence[Concept], method: Method) -> Job:

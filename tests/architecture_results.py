@@ -36,9 +36,8 @@ def record(application: str, name: str, version: str, **figures: float | str) ->
 
 def drift_in(notes: Mapping[str, Sequence[str]]) -> str:
     """Where drift is repaired in the denoisers, by a report's ``notes``."""
-    said = [note for note in notes.get("sites", ()) if ": drift is repaired " in note]
-    own = [note.partition(" repaired ")[2] for note in said if not note.startswith("text_encoder")]
-    return "; ".join(one.partition(":")[0] for one in own)
+    said = [note for note in notes.get("drift", ()) if not note.startswith("text_encoder")]
+    return "; ".join(one.partition(" repaired ")[2].partition(", since")[0] for one in said)
 
 
 _LARGEST: dict[tuple[str, str], float] = {}

@@ -20,7 +20,7 @@ from torch.utils import _pytree
 
 _TOKENS = 64
 _LEAST_TOKENS = 4
-_WIDEST = 1 << 16
+_PARTS = 16
 _CERTAIN = 8.0
 
 
@@ -205,10 +205,9 @@ class _Watch:
     def _see(self, source: Source, tensor: Tensor, *, stream: bool = True) -> None:
         if not tensor.is_floating_point() or tensor.ndim < 2 or len(tensor) != self.rows:
             return
-        if tensor.numel() <= _WIDEST * self.rows:
+        if tensor.numel() <= _PARTS * self.rows * tensor.shape[-1]:
             self._turn += 1
-            values = tensor.detach().flatten(1).float().clone()
-            self._vectors.append((self._turn, source, values))
+            self._vectors.append((self._turn, source, tensor.detach().flatten(1).clone()))
         if not (stream and self._inside):
             return
         seen = self._sampled(source, tensor)
@@ -275,7 +274,7 @@ class _Watch:
         for seen, source, values in self._vectors:
             if seen > turn or not values.shape[1] or values.shape[1] % width:
                 continue
-            for part, some in enumerate(values.split(width, 1)):
+            for part, some in enumerate(values.float().split(width, 1)):
                 for form in (torch.clone, torch.tanh):
                     rest = gate - form(some)
                     constant = rest.mean(0)

@@ -27,7 +27,6 @@ from .registry import Merged, on_model
 from .repair import (
     Repairs,
     at_all_inputs,
-    notes_on,
     sizes_of,
     streams_of,
     with_repairs,
@@ -46,10 +45,8 @@ def _sweeps(settings: IterisSettings) -> int:
 def iteris(job: Job, settings: IterisSettings) -> Merged:
     """Least squares on the inputs of the merged model (IterIS, CVPR 2025)."""
     repairs: Repairs = {}
-    notes: list[str] = []
     if settings.repair and settings.objective == "output":
         job, repairs = with_repairs(job, settings.repair_inputs)
-        notes = notes_on(job.streams, job.changes) if len(job.concepts) > 1 else []
     steps = round(settings.block_steps * max(job.loras, 2) / 2)
     by_blocks = BlockSteps(steps, settings.block_rate, settings.block_pairs)
     if by_blocks.steps:
@@ -76,10 +73,10 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
         solutions = without_idle(solutions, repairs)
         changes = {site: solution.change for site, solution in solutions.items()}
         if by_blocks.steps:
-            changes, more = polish_blocks(run, changes, by_blocks)
-            notes += more
+            changes, notes = polish_blocks(run, changes, by_blocks)
+            log = log.with_notes(notes)
     sites = {s: replace(solution, change=changes[s]) for s, solution in solutions.items()}
-    return Merged(sites, log.with_notes(notes), repairs.keys())
+    return Merged(sites, log, repairs.keys())
 
 
 def _shared(

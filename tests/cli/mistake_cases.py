@@ -320,7 +320,7 @@ CASES = [
     ),
     (
         'M --preset ""',
-        "Invalid value for '--preset': Value error, '' is not one of 'default', 'fast', 'best', 'paper'",
+        "Invalid value for '--preset': Value error, '' is not one of 'default', 'fast', 'best', 'tidy', 'paper'",
     ),
     ("M --samples 0", "samples must be at least 1, not 0."),
     ("M --samples -5", "samples must be at least 1, not -5."),

@@ -40,6 +40,7 @@ CALIBRATION = [
     ("--guidance=2.5", "guidance", 2.5),
     ("--empty-share=0.5", "empty_share", 0.5),
     ("--contexts=0.25", "contexts", 0.25),
+    ("--class-words=0.5", "class_words", 0.5),
     ("--generic=0", "generic", 0.0),
     ("--conditions=0", "conditions", 0.0),
     ("--composites=0.5", "composites", 0.5),

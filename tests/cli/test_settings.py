@@ -161,7 +161,9 @@ def test_presets_are_settings():
         calibration = Calibration.from_mapping(preset.calibration)
         assert settings_over(name, "iteris", None, None) == (iteris, calibration)
         assert settings_over(name, "ties", None, None) == (TiesSettings(), calibration)
-    with pytest.raises(SettingsError, match="preset must be one of default, fast, best, paper"):
+    with pytest.raises(
+        SettingsError, match="preset must be one of default, fast, best, tidy, paper"
+    ):
         merge_loras(None, [Concept(make_lora(1))], "sum", preset="quick")
 
 
