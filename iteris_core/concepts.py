@@ -223,22 +223,21 @@ class Calibration(Settings):
     )
     generic: float = setting(
         0.2,
-        "Weight of prompts that name no concept; a concept has 1. They preserve the base model, "
-        "and the meaning of words that no other prompt contains. 0 leaves them out.",
+        "Weight of prompts that name no concept; a concept has 1. They preserve the base and "
+        "what other words mean. 0 leaves them out.",
         low=0,
         most=10,
     )
     class_words: float = setting(
         0.0,
-        "Weight of prompts with a LoRA's class word and without its trigger; a concept has 1. They "
-        "preserve the base model, so the LoRA acts on its trigger only.",
+        "Weight of prompts with a class word and no trigger. They preserve the base.",
         low=0,
         most=10,
     )
     conditions: float | None = setting(
         None,
-        "Share of rows at other strengths, or beside another LoRA.",
-        none="half; none in a model whose blocks gate what they add",
+        "Share of rows at other strengths or beside a LoRA.",
+        none="half; 0 behind gates",
         low=0,
         high=1,
     )

@@ -3,8 +3,8 @@
 A block adds g ⊙ y to its stream, with y a layer's output and g the same for all tokens of a row:
 z − h = g ⊙ y. Which layers do so, and where the run has h and g, is not listed by architecture: h
 and z are tensors that modules receive or return, and g is a part of one that has no tokens, perhaps
-through tanh, plus a constant. An RMS norm may lie between: z − h = g ⊙ w ⊙ y / rms(y). What cannot
-be told apart has no stream.
+through tanh, plus a constant. An RMS norm may lie between: z − h = g ⊙ w ⊙ y / rms(y). A layer for
+which no such h, z and g are found has no stream.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-_TOKENS = 64
-_LEAST_TOKENS = 4
+_TOKENS, _LEAST_TOKENS = 64, 4
+"""How many tokens of a tensor are compared, and fewest that it must have."""
 _PARTS = 16
+"""Most parts of a tensor without tokens, each as wide as the tensor's last dimension."""
 _CERTAIN = 8.0
+"""How many times its rounding error an addition must be for a gate to be read from it."""
 
 
 @dataclass(frozen=True)

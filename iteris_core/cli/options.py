@@ -26,9 +26,8 @@ _O = TypeVar("_O")
 Dtype = Literal["float16", "bfloat16", "float32"]
 
 PRESET_HELP = (
-    "fast: a quarter of the prompts. best: for several concepts in one image, many LoRAs or a low "
-    "rank; takes six to seven times as long. paper: the paper's Algorithm 1. More: "
-    "iteris methods"
+    "fast: a quarter of the prompts. best: for a low rank or many LoRAs; 6 to 7 times as long. "
+    "tidy: LoRAs act on triggers only. All: iteris methods"
 )
 
 CONCEPT_HELP = (

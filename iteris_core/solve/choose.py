@@ -33,9 +33,8 @@ class Policy:
     follows its sample. The ``ridge`` then grows with the ``ridge_power`` of the shortfall, up to
     ``most_ridge``, and pulls to the mean at the changes' own size. A change's norm is at most
     ``bound`` times the LoRAs', and ``conditions`` is the share of rows that show other uses. Two
-    concepts on an image model
-    hardly compete, so repair uses only ``repair_share`` of a feed-forward's hidden units, and never
-    more than ``repair_width``.
+    concepts on an image model hardly compete, so repair uses only ``repair_share`` of a
+    feed-forward's hidden units, and never more than ``repair_width``.
 
     Blocks in which rows wait have at most this many barriers (``blocks``: small ones, such as an
     attention, and large ones, which a transformer repeats). A block is replayed if its second run
