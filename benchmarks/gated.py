@@ -4,7 +4,8 @@ The denoiser's error on prompts that no row had, of the reported things of ``ben
 FLUX in miniature: ‖f_merged − f_LoRA‖ / ‖f_base − f_LoRA‖ of its final outputs, on rows of each
 LoRA. LoRAs are whole (``all``) or cut to their attention layers (``attention``), where feed-forward
 outputs are left to repairs. Under the conditions of use both are loaded alike: at another strength,
-or beside another LoRA. Writes ``results/gated.json`` and goes on where it stopped.
+or beside another LoRA. Writes ``results/gated.json`` and goes on where it stopped. Settings were
+chosen on ``--chosen --sizes 5``, which writes ``results/gated_chosen.json``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
+import emoji
 import torch
 from conditions import norm
 from outputs import read, result_file, rounded, write
@@ -101,13 +103,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", choices=("all", "attention"), default="attention")
     parser.add_argument("--sizes", default=",".join(map(str, SETS)))
+    parser.add_argument("--chosen", action="store_true", help="of the first things, not reported")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after")
     given = parser.parse_args()
     until = time.monotonic() + given.seconds
-    world, path = EmojiWorld(), result_file("gated.json")
+    world = EmojiWorld()
+    path = result_file("gated_chosen.json" if given.chosen else "gated.json")
     for size in map(int, given.sizes.split(",")):
-        for names in sets_of(world.subjects, size, 0)[: SETS[size]]:
+        chosen = [tuple(emoji.subjects())[:size]]
+        for names in chosen if given.chosen else sets_of(world.subjects, size, 0)[: SETS[size]]:
             keys = {
                 label: json.dumps([given.layers, label, *names])
                 for label in given.methods.split(",")

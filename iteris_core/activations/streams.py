@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-_TOKENS, _LEAST_TOKENS = 64, 4
+_TOKENS, _LEAST_TOKENS = 512, 4
 """How many tokens of a tensor are compared, and fewest that it must have."""
 _PARTS = 16
 """Most parts of a tensor without tokens, each as wide as the tensor's last dimension."""
-_CERTAIN = 8.0
-"""How many times its rounding error an addition must be for a gate to be read from it."""
+_MOST_LEFT = 0.7
+"""Largest share of an addition, or of a gate, that may be rounding."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,9 @@ class _Watch:
                 continue
             even = y * (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
             norm = (seen.values * even).sum((0, 1)) / even.square().sum((0, 1)).clamp(min=1e-30)
-            if _near(norm * even, seen.values, max(1e-2, self._off)):
+            if _off(norm * even, seen.values) <= max(1e-2, 2 * self._noise) * float(
+                seen.values.norm()
+            ):
                 return seen, norm
         return None
 
@@ -252,55 +254,56 @@ class _Watch:
         after = [one for one in alike if one.turn > output.turn]
         for h in before:
             for z in after:
-                gate = _gate(h.values, z.values, output.values, self._noise)
-                if gate is None or h.source is None:
+                fitted = _fitted(h.values, z.values, output.values, self._noise)
+                if fitted is None or h.source is None:
                     continue
-                if _near(gate, torch.ones_like(gate), self._off):
+                gate, off = fitted
+                if _off(gate, torch.ones_like(gate)) <= off:
                     return Stream(h.source)
-                known = self._known(gate, output.turn)
+                known = self._known(gate, off, output.turn)
                 return None if known is None else Stream(h.source, known)
         return None
 
-    @property
-    def _off(self) -> float:
-        """How far gates may be from what they are, relative to their norm."""
-        return 1e-3 if self._noise < 1e-4 else 5e-2
-
-    def _known(self, gate: Tensor, turn: int) -> Gate | None:
-        """Where the run has these values, (rows, channels), before that ``turn``."""
-        width = gate.shape[1]
-        mean = gate.mean(0)
-        if _near(gate, mean.expand_as(gate), self._off):
+    def _known(self, gate: Tensor, off: float, turn: int) -> Gate | None:
+        """Where the run has these values, (rows, channels), before that ``turn``; ``off`` is the
+        norm of their error. The simplest explanation within it: a part of a tensor, a constant, a
+        part plus a constant."""
+        width, mean = gate.shape[1], gate.mean(0)
+        parts = [
+            (form(part), source, number, form)
+            for seen, source, values in self._vectors
+            if seen < turn and values.shape[1] and values.shape[1] % width == 0
+            for number, part in enumerate(values.float().split(width, 1))
+            for form in (torch.clone, torch.tanh)
+        ]
+        found = min(parts, key=lambda of: _off(gate, of[0]), default=None)
+        if found is not None and _off(gate, found[0]) <= off:
+            return Gate(torch.zeros_like(mean), *found[1:])
+        if _off(gate, mean.expand_as(gate)) <= off:
             return Gate(mean)
-        best, off = None, self._off * float(gate.norm())
-        for seen, source, values in self._vectors:
-            if seen > turn or not values.shape[1] or values.shape[1] % width:
-                continue
-            for part, some in enumerate(values.float().split(width, 1)):
-                for form in (torch.clone, torch.tanh):
-                    rest = gate - form(some)
-                    constant = rest.mean(0)
-                    away = float((rest - constant).norm())
-                    if away < off:
-                        zero = float(rest.norm()) <= 1.5 * self._off * float(gate.norm())
-                        constant = torch.zeros_like(constant) if zero else constant
-                        best, off = Gate(constant, source, part, form), away
-        return best
+        found = min(parts, key=lambda of: float((gate - of[0]).std(0).norm()), default=None)
+        if found is None:
+            return None
+        constant = (gate - found[0]).mean(0)
+        near = _off(gate, found[0] + constant) <= off
+        return Gate(constant, *found[1:]) if near else None
 
 
-def _gate(h: Tensor, z: Tensor, y: Tensor, noise: float) -> Tensor | None:
-    """g of z − h = g ⊙ y, (rows, channels); None if the two differ by anything else."""
-    added = z - h
-    rounding = 2 * noise * float(z.norm())
-    if float(added.norm()) < _CERTAIN * rounding:
+def _fitted(h: Tensor, z: Tensor, y: Tensor, noise: float) -> tuple[Tensor, float] | None:
+    """g of z − h = g ⊙ y, (rows, channels), and the norm of its error; None if the two differ by
+    anything else than rounding."""
+    added, energy = z - h, y.square().sum(1).clamp(min=1e-30)
+    gate = (added * y).sum(1) / energy
+    left, whole = float((added - gate[:, None] * y).norm()), float(added.norm())
+    if left > 1e-3 * whole + 0.6 * noise * float(z.norm()) or left > _MOST_LEFT * whole:
         return None
-    gate = (added * y).sum(1) / (y * y).sum(1).clamp(min=1e-30)
-    left = float((added - gate[:, None] * y).norm())
-    return gate if left <= 1e-3 * float(added.norm()) + rounding else None
+    error = 4 * left * float((1 / energy).sum().sqrt()) / added.numel() ** 0.5
+    size = float(gate.norm())
+    return (gate, error + 1e-3 * size) if error <= _MOST_LEFT * size else None
 
 
-def _near(one: Tensor, other: Tensor, off: float) -> bool:
-    return float((one - other).norm()) <= off * float(other.norm())
+def _off(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm())
 
 
 def plain(streams: Mapping[str, nn.Module]) -> dict[str, Stream]:

@@ -19,8 +19,8 @@ Group = tuple[str, int]
 """Identifies a tensor as a site received it: its stage, and a number. An in-place change of the
 tensor gives it another number."""
 
-_GATE = 0.3
-"""ε: channels whose gate is below this share of the typical one hardly repair."""
+_REPAIR = 0.3
+"""ε: a layer that adds less than this share of its stream hardly repairs."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,12 @@ class Observation:
         if self.stream is None or self.copies == 1:
             return None
         reference = self._tokens(self.site.outputs, self.stream, start, stop, False)
-        return reference - self._tokens(self.site.outputs, self.stream, start, stop, True)
+        return reference - self.stream_tokens(start, stop)
+
+    def stream_tokens(self, start: int, stop: int) -> Tensor:
+        """The merged rows' residual stream, (tokens, out)."""
+        assert self.stream is not None
+        return self._tokens(self.site.outputs, self.stream, start, stop, True)
 
     def gates(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
         """The gates of the reference rows and of the merged ones , (tokens, out), for
@@ -243,9 +248,10 @@ class ConceptTokens:
         """(W0 + ΔW_i) X minus W0 X̃, both with the layer's bias, plus the drift d = h_i − h̃_i, the
         difference between LoRA i's residual stream and the merged rows'.
 
-        Behind a gate g the output y is what minimises ‖g̃ y − g_i y_i − d‖² + ε² mean(g̃²) ‖y −
-        y_i‖²: y_i + (d + (g_i − g̃) y_i) g̃ / (g̃² + ε² mean(g̃²)). A norm between them belongs to
-        the gates, at the size that y_i has."""
+        Behind a gate g the output y is what minimises ‖g̃ y − g_i y_i − d‖² / ‖h̃‖² + ε² ‖y − y_i‖² /
+        ‖y_i‖² for every token: y_i + (d + (g_i − g̃) y_i) g̃ / (g̃² + ε² ‖h̃‖² / ‖y_i‖²). So a layer
+        that adds little to its stream repairs little. A norm between them belongs to the gates, at
+        the size that y_i has."""
         full = self.shown.output_tokens(self.start, self.stop)
         target = full.to(self.dtype) - self._base(full).to(self.dtype)
         drift = self.shown.drift_tokens(self.start, self.stop)
@@ -257,7 +263,9 @@ class ConceptTokens:
             if self.shown.normed:
                 size = full.to(self.dtype).square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)
                 own, merged = own / size, merged / size
-            least = (_GATE * merged).square().mean(1, keepdim=True)
+            stream = self.shown.stream_tokens(self.start, self.stop).to(self.dtype)
+            sizes = [some.square().mean(1, keepdim=True) for some in (stream, full.to(self.dtype))]
+            least = _REPAIR**2 * sizes[0] / sizes[1].clamp(min=1e-30)
             missing = drift.to(self.dtype) + (own - merged) * full.to(self.dtype)
             target.add_(missing * merged / (merged.square() + least))
         return self._weighted(target)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from iteris_core import Concept, Lora, LowRank, merge_loras
 from iteris_core.activations.streams import find_streams
 
-WIDTH, RIDGE, GATE = 8, 1e-4, 0.3
+WIDTH, RIDGE, REPAIR = 8, 1e-4, 0.3
 
 
 class Block(nn.Module):
@@ -123,7 +123,8 @@ def dense_sweep(loras, data, block=Block):
                 g, gt = g * norm / size, gt * norm / size
             target = y - base
             if h is not None:
-                least = GATE**2 * (gt**2).mean(2, keepdim=True)
+                sizes = [(some**2).mean(2, keepdim=True) for some in (ht, y)]
+                least = REPAIR**2 * sizes[0] / sizes[1]
                 target = target + (h - ht + (g - gt) * y) * gt / (gt**2 + least)
             target, xt = (some.reshape(-1, some.shape[-1]) for some in (target, xt))
             gram = xt.mT @ xt
