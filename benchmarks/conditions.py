@@ -1,9 +1,10 @@
 """Merged LoRAs under conditions of use: ``python benchmarks/conditions.py [--world toybox]``.
 
 People load a LoRA at other strengths, beside another one, with another sampler, on a rounded base.
-Each merge is drawn on new words under each of :data:`CONDITIONS`, and so is each LoRA alone.
-``norm`` is the merge's norm as a multiple of what the LoRAs have together, (Σ ‖ΔW_i‖²)^½. Writes
-``results/conditions_WORLD.json`` and goes on where it stopped (``--seconds``).
+Each merge is drawn on new words under each of :data:`uses.CONDITIONS`, and so is each LoRA alone;
+``--further``: under :data:`uses.FURTHER` too. ``norm`` is the merge's norm as a multiple of what
+the LoRAs have together, (Σ ‖ΔW_i‖²)^½. Writes ``results/conditions_WORLD.json``. It goes on where
+it stopped (``--seconds``), and merges again for a use that a run lacks.
 """
 
 from __future__ import annotations
@@ -12,104 +13,27 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 import styles
-import torch
-from diffusers import EulerAncestralDiscreteScheduler
 from outputs import read, result_file, rounded, write
-from protocol.drawing import draw
 from protocol.plan import SINGLE, Variant, sets_of
 from protocol.toybox import ToyboxWorld
+from uses import CONDITIONS, FURTHER, Beside, Use
 from worlds import WORLDS
 
-from iteris_core import Calibration, Lora, LowRank, merge_loras
-from iteris_core.lora import concatenate
+from iteris_core import Calibration, Lora, merge_loras
 
 SETS = {"toybox": {2: 3, 5: 1}, "reported": {2: 2, 3: 2, 5: 1, 7: 1, 10: 1}}
 """World → how many LoRAs → sets of each training."""
 METHODS = ("iteris", "iteris:bound=0:conditions=0", "chain-of-merges:conditions=0", "average")
 
 
-@dataclass(frozen=True)
-class Beside:
-    """What may be loaded beside: a ``concept`` that no prompt names, a ``style``."""
-
-    concept: Lora
-    style: Lora
-
-
-def loaded(lora: Lora, text: float = 1.0, rest: float = 1.0) -> Lora:
-    """At a strength in the text encoders, and at another one elsewhere."""
-    of_text = {site: site.startswith("text_encoder") for site in lora.sites}
-    return Lora({s: c.scaled(text if of_text[s] else rest) for s, c in lora.sites.items()})
-
-
-def both(lora: Lora, other: Lora, strength: float) -> Lora:
-    sites = dict(lora.sites)
-    for site, change in loaded(other, strength, strength).sites.items():
-        sites[site] = concatenate([sites[site], change]) if site in sites else change
-    return Lora(sites)
-
-
-@dataclass(frozen=True)
-class Use:
-    """What is loaded in place of a LoRA; options of the pipeline; a dtype of all patched weights;
-    and whether the sampler is Euler's ancestral one."""
-
-    of: Callable[[Lora, Beside], Lora] = lambda lora, _: lora
-    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    weights: torch.dtype | None = None
-    ancestral: bool = False
-
-
-CONDITIONS: Mapping[str, Use] = {
-    "plain": Use(),
-    "0.8": Use(lambda lora, _: loaded(lora, 0.8, 0.8)),
-    "1.2": Use(lambda lora, _: loaded(lora, 1.2, 1.2)),
-    "text 0.6": Use(lambda lora, _: loaded(lora, 0.6)),
-    "another at 0.6": Use(lambda lora, more: both(lora, more.concept, 0.6)),
-    "another at 1": Use(lambda lora, more: both(lora, more.concept, 1.0)),
-}
-FURTHER: Mapping[str, Use] = {
-    "style at 0.6": Use(lambda lora, more: both(lora, more.style, 0.6)),
-    "guidance 1.5": Use(options={"guidance_scale": 1.5}),
-    "guidance 8": Use(options={"guidance_scale": 8.0}),
-    "8 steps": Use(options={"num_inference_steps": 8}),
-    "ancestral": Use(ancestral=True),
-    "bfloat16": Use(weights=torch.bfloat16),
-    "float8": Use(weights=torch.float8_e4m3fn),
-}
-
-
-def rounded_to(world: ToyboxWorld, lora: Lora, dtype: torch.dtype) -> Lora:
-    """A change that rounds every layer's patched weight to ``dtype``."""
-    sites: dict[str, LowRank] = {}
-    for site, module in world.host.sites().items():
-        weight: torch.Tensor = module.weight.data.flatten(1)
-        patched = weight.clone()
-        if site in lora.sites:
-            patched += lora.sites[site].dense().reshape(weight.shape)
-        sites[site] = LowRank(patched.to(dtype).float() - weight, torch.eye(weight.shape[1]))
-    return Lora(sites)
-
-
 def figures(world: ToyboxWorld, lora: Lora, names: Sequence[str], use: Use) -> dict[str, float]:
     wanted = world.prompted("new words", names, 1)
-    if use.weights is not None:
-        lora = rounded_to(world, lora, use.weights)
-    kept = world.pipeline.scheduler
-    if use.ancestral:
-        world.pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(kept.config)
-    try:
-        options = {**world.sampling, **use.options}
-        images = draw(world.pipeline, world.host, lora, wanted, **options)
-    finally:
-        world.pipeline.scheduler = kept
-    pictures = world.read(images, wanted)
+    pictures = world.read(use.draw(world, lora, wanted), wanted)
     return {name: fmean(p[name] for p in pictures) for name in pictures[0]}
 
 
@@ -174,11 +98,14 @@ def main() -> None:
             alone = [(SINGLE, (name,)) for name in names]
             for label, shown in [*alone, *((label, names) for label in given.methods.split(","))]:
                 key = json.dumps([label, trained, rest, *shown])
-                if key in read(path).get("runs", {}):
+                known = read(path).get("runs", {}).get(key, {})
+                missing = {name: use for name, use in uses.items() if name not in known}
+                if not missing:
                     continue
                 if time.monotonic() > until:
                     raise SystemExit("stopped by --seconds; the next run goes on")
-                found = rounded(measure(world, label, shown, trained, Beside(other, style), uses))
+                beside = Beside(other, style)
+                found = {**known, **rounded(measure(world, label, shown, trained, beside, missing))}
                 write(path, {"runs": {**read(path).get("runs", {}), key: found}})
                 print(key, found, flush=True)
 

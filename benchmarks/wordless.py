@@ -19,11 +19,12 @@ from statistics import fmean
 from typing import Any
 
 import styles
-from conditions import both, norm
+from conditions import norm
 from outputs import read, result_file, rounded, write
 from protocol.plan import sets_of
 from protocol.toybox import ToyboxWorld
 from styles.reader import load as load_reader
+from uses import both
 from worlds import WORLDS
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
