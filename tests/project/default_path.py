@@ -79,4 +79,4 @@ def default_merge(folder: Path) -> dict[str, int]:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        print(default_merge(Path(folder)))
+        sys.stdout.write(f"{default_merge(Path(folder))}\n")
