@@ -116,33 +116,33 @@ def strengths(figure: str) -> list[str]:
     return table((figure, *next(iter(rows.values()))), cells)
 
 
-def conditions() -> list[str]:
-    """Attributes and backgrounds under each condition of use, means over sets and trainings."""
-    found, rows = _under_conditions(), list[list[str]]()
-    heads = _uses(found)
-    for (size, label), sets in sorted(found.items(), key=lambda item: item[0][0]):
-        norms = [of["norm"] for of in sets.values() if "norm" in of]
-        cells = [_cell([of[head] for of in sets.values() if head in of]) for head in heads]
-        told = NAMES.get(label, label.replace(":", " ").replace("=", " "))
-        norm = f"{fmean(norms):.1f}" if norms else ""
-        rows.append([f"{size} LoRAs, n {len(sets)}", told, norm, *cells])
-    return table(("", "", "norm", *heads), rows)
+def conditions(*, further: bool = False) -> list[str]:
+    """Attributes and backgrounds under conditions of use, means over sets and trainings: strengths
+    and LoRAs beside, or the ``further`` ones."""
+    rows: list[list[str]] = []
+    for (size, label), sets in sorted(_under_conditions().items(), key=lambda item: item[0][0]):
+        heads = _uses(further=further)
+        some = [of for of in sets.values() if heads[-1] in of]
+        if not some:
+            continue
+        name = NAMES.get(label, label.removesuffix(":conditions=0").replace(":", " "))
+        norms = [of["norm"] for of in some if "norm" in of]
+        norm = [] if further else [f"{fmean(norms):.1f}" if norms else ""]
+        cells = [_cell([of[head] for of in some if head in of]) for head in heads]
+        rows.append([f"{size} LoRAs, n {len(some)}", name, *norm, *cells])
+    return table(("", "", *([] if further else ["norm"]), *_uses(further=further)), rows)
 
 
 def conditions_lead() -> list[str]:
     """Attributes of IterIS less those of Chain of Merges, paired by set and training."""
     found, rows = _under_conditions(), list[list[str]]()
-    heads = _uses(found)
     for size in sorted({size for size, _ in found}):
         ours, theirs = found[size, "iteris"], found[size, "chain-of-merges:conditions=0"]
         both = [key for key in ours if key in theirs]
-        cells: list[str] = []
-        for head in heads:
-            pairs = [(ours[k][head], theirs[k][head]) for k in both if head in ours[k]]
-            less = [one["judge"] - two["judge"] for one, two in pairs]
-            cells.append(lead(stat(less)) if len(less) > 2 else "")
-        rows.append([f"{size} LoRAs, n {len(both)}", *cells])
-    return table(("", *heads), rows)
+        if len(both) > 2:
+            less = [[ours[k][h]["judge"] - theirs[k][h]["judge"] for k in both] for h in _uses()]
+            rows.append([f"{size} LoRAs, n {len(both)}", *(lead(stat(one)) for one in less)])
+    return table(("", *_uses()), rows)
 
 
 def gated() -> list[str]:
@@ -208,9 +208,11 @@ def _under_conditions() -> dict[tuple[int, str], dict[str, Any]]:
     return found
 
 
-def _uses(found: Mapping[Any, Mapping[str, Any]]) -> list[str]:
-    heads = dict.fromkeys(use for sets in found.values() for of in sets.values() for use in of)
-    return [head for head in heads if head not in ("norm", "seconds")]
+def _uses(*, further: bool = False) -> list[str]:
+    """The conditions of use that all sets have, or the ``further`` ones."""
+    runs = load("conditions_reported.json")["runs"].values()
+    heads = dict.fromkeys(use for of in runs for use in of if use not in ("norm", "seconds"))
+    return [head for head in heads if further == any(head not in of for of in runs)]
 
 
 def _mean(pictures: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -316,6 +318,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "front": front,
     "other LoRAs": other_loras,
     "conditions": conditions,
+    "conditions further": lambda: conditions(further=True),
     "conditions lead": conditions_lead,
     "gated": gated,
     "wordless": wordless,
