@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+import rivals  # noqa: F401 (registers them)
 import styles
 import torch
 from diffusers import EulerAncestralDiscreteScheduler

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import rivals  # noqa: F401 (registers them)
 import torch
 from tiny import random_lora
 

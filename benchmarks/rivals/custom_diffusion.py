@@ -18,17 +18,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..activations.tokens import Observation
-from ..concepts import Concept
-from ..errors import MismatchError
-from ..linalg.lowrank import cut_matrix
-from ..lora import SiteChanges
-from ..methods.linear import LinearSettings, average
-from ..methods.registry import AtSite, Merged, micro_batch_setting, on_model
-from ..passes.batches import ExecutionConfig, micro_batches
-from ..passes.job import Job, RunLog
-from ..settings import Settings, setting
-from ..solve.problem import Solution
+from iteris_core.activations.tokens import Observation
+from iteris_core.concepts import Concept
+from iteris_core.errors import MismatchError
+from iteris_core.linalg.lowrank import cut_matrix
+from iteris_core.lora import SiteChanges
+from iteris_core.methods.linear import LinearSettings, average
+from iteris_core.methods.registry import AtSite, Merged, micro_batch_setting, on_model
+from iteris_core.passes.batches import ExecutionConfig, micro_batches
+from iteris_core.passes.job import Job, RunLog
+from iteris_core.settings import Settings, setting
+from iteris_core.solve.problem import Solution
 
 
 @dataclass(frozen=True)

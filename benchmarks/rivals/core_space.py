@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import cut_factors
-from ..lora import LowRank
-from ..methods.registry import AtSite, on_weights, rank_setting
-from ..methods.ties import disjoint_mean
-from ..methods.trimming import keep_largest
-from ..settings import Settings, setting
+from iteris_core.linalg.lowrank import cut_factors
+from iteris_core.lora import LowRank
+from iteris_core.methods.registry import AtSite, on_weights, rank_setting
+from iteris_core.methods.ties import disjoint_mean
+from iteris_core.methods.trimming import keep_largest
+from iteris_core.settings import Settings, setting
+
 from .iso_c import evened
 
 
