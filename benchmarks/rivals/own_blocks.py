@@ -52,7 +52,7 @@ class OwnBlocks:
         rows = _by_row(blocks, stage, self._lockstep)
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            batch = self._lockstep.batch
+            batch = self._lockstep._active
             if batch is None or batch.of_one or batch.merged_only or batch.copies == 1:
                 return None
             return _as_merged(rows.get(module, frozenset()), len(batch.owners), (args, kwargs))
