@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+import rivals  # noqa: F401 (registers them)
 import styles
 from outputs import read, result_file, rounded, write
 from protocol.plan import SINGLE, Variant, sets_of

@@ -20,6 +20,7 @@ from statistics import fmean
 from typing import Any
 
 import emoji
+import rivals  # noqa: F401 (registers them)
 import torch
 from conditions import norm
 from outputs import read, result_file, rounded, write

@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 import minilm
+import rivals  # noqa: F401 (registers them)
 import torch
 from minilm.prompts import Kind, prompts, templates
 from outputs import result_file

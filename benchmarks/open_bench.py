@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import rivals  # noqa: F401 (registers them)
 import standings
 from outputs import BUILD, RESULTS, result_file, rounded, write
 from protocol.figures import figures, rows_of_size

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import rivals  # noqa: F401 (registers them)
 from outputs import BUILD, read, result_file, write
 from protocol.plan import Unit, sets_of
 from protocol.runs import Runs

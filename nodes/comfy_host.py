@@ -122,11 +122,6 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         }
         return {**self._found.modules, **second}
 
-    def token_counts(
-        self, prompts: Sequence[str], owners: Sequence[int] | None = None
-    ) -> list[int]:
-        return self._texts.token_counts(prompts, owners)
-
     def read_low(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         """Read the file for low noise; its sites are named as for the other model."""
         if self._low is None:

@@ -77,17 +77,6 @@ class TextEncoders:
         a tokenizer does not pad."""
         return [self._tokenizer.tokenize(*pair) for pair in zip(owners, prompts, strict=True)]
 
-    def token_counts(self, prompts: Sequence[str], owners: Sequence[int] | None) -> list[int]:
-        counts: list[int] = []
-        plain = self._clip.tokenize
-        tokenized = map(plain, prompts) if owners is None else self.tokenize(owners, prompts)
-        for tokens in tokenized:
-            name, sections = next(iter(tokens.items()))
-            end = self._end_of(name)
-            texts = [[t if isinstance(t, int) else -1 for t, *_ in some] for some in sections]
-            counts.append(sum(some.index(end) + 1 if end in some else len(some) for some in texts))
-        return counts
-
     def vocabulary(self) -> Sequence[str]:
         """The pieces of the first tokenizer's vocabulary; empty if it does not expose them."""
         tokenizer = next(iter(tokenizers(self._clip.tokenizer)), None)
@@ -164,12 +153,6 @@ class TextEncoders:
         finally:
             self.close()
         return conditionings
-
-    def _end_of(self, name: str) -> int | None:
-        """The token that ends a text; none where the denoiser reads the tokens itself."""
-        known = [self._encoders.get(key) for key in (f"clip_{name}", name)]
-        encoder = next((e for e in (*known, *self._encoders.values()) if e is not None), None)
-        return None if encoder is None else encoder.special_tokens.get("end")
 
 
 class TextBatch:

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import platform
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +36,10 @@ from iteris_core.passes import sweep
 from iteris_core.passes.plan import Plan
 from iteris_core.passes.strategies import Strategy, find, replayable
 from iteris_core.solve.choose import POLICY
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import rivals  # noqa: F401 (registers them)
 
 KEPT = Path(__file__).with_suffix(".json")
 QUICK = {"samples": 3, "timesteps": 2, "denoising_steps": 3, "latent_size": 8, "seed": 3}

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image
+from protocol.world import KINDS, Wanted
 from tiny import random_lora
 
 from iteris_core import Concept
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from protocol.world import KINDS, Wanted
 
 
 class FakeWorld:

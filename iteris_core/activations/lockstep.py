@@ -88,11 +88,6 @@ class Lockstep:
         self.close()
 
     @property
-    def batch(self) -> MicroBatch | None:
-        """The batch whose forward is running."""
-        return self._active
-
-    @property
     def cast_bytes(self) -> int:
         """Bytes of changes that were cast to the model's dtype or moved to its device."""
         factors = (f for _, cast in self._cast.values() for f in (cast.up, cast.down))

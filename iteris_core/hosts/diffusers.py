@@ -122,14 +122,6 @@ class DiffusersHost:
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         return read_lora(self.pipeline, self._sites, Path(path), options)
 
-    def token_counts(
-        self, prompts: Sequence[str], owners: Sequence[int] | None = None
-    ) -> list[int]:
-        tokenizer = self._tokenizers[0]
-        texts = list(prompts) if owners is None else self._said(owners, prompts)
-        encoded = tokenizer(texts, truncation=True, max_length=tokenizer.model_max_length)
-        return [len(ids) for ids in encoded.input_ids]
-
     @property
     def _tokenizers(self) -> list[Any]:
         """The pipeline's tokenizers, or the tokenizer of its processor."""

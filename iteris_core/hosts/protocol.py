@@ -20,7 +20,7 @@ from ..activations.conditions import PLAIN, Condition
 from ..activations.lockstep import Lockstep
 from ..architectures.sites import plain_parameter, plain_weight
 from ..concepts import Calibration, Concept
-from ..errors import BaseError, ModelStateError
+from ..errors import ModelStateError
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from .learned import EmbeddingTriggers
@@ -129,14 +129,6 @@ class Host(Protocol):
         """Make the rows on which features are collected; opaque outside the host. With
         ``lockstep.processes`` the work may be shared, but every process needs all rows."""
         ...
-
-    def token_counts(
-        self, prompts: Sequence[str], owners: Sequence[int] | None = None
-    ) -> list[int]:
-        """The number of tokens in each prompt, including start and end but not padding; ``owners``
-        are the prompts' concepts, if given. Raises :class:`BaseError` if the host does not work
-        from prompts."""
-        raise BaseError(f"This method needs prompts; {type(self).__name__} has none.")
 
     def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:
         """Extra concepts of a merge, without a LoRA of their own: generic prompts or inputs that

@@ -42,7 +42,7 @@ from .segments import (
     within,
 )
 from .side_by_side import SHOWING, SideBySide, drawn_pairs, pairs_of, samples_each
-from .training import STEP, Factors, NoGradients, Steps, train, trained
+from .training import STEP, Factors, NoGradients, train
 
 WHAT = "polishing blocks"
 
@@ -90,7 +90,8 @@ def polish_blocks(
             config = ExecutionConfig(job.policy.polish_at_once)
             for batch in micro_batches(stage, 2, None, config):
                 lockstep.run(batch)
-    return trained(lockstep, merged), notes
+    polished = {s: lockstep.merged[s].to(change.up.dtype) for s, change in merged.items()}
+    return polished, notes
 
 
 def _row_count(job: Job) -> int:
@@ -199,15 +200,10 @@ class _StagePolish:
                 factors.put(self.lockstep)
                 return self._loss(runner, passage) * scale
 
-            def error() -> float:
+            train(factors.groups(self.how.rate), self.how.steps, loss, tick)
+            with torch.no_grad():
                 factors.put(self.lockstep)
-                return self._error(runner, checked)
-
-            def falls(step: int) -> float:
-                return min(1.0, (step + 1) / 10) * (1 - step / self.how.steps)
-
-            steps = Steps(self.how.steps, falls, self.how.steps)
-            return train(factors.groups(self.how.rate), steps, loss, error, before, tick)
+            return self._error(runner, checked) < before
 
     def _picked(
         self, singles: Sequence[SegmentBatch], pairs: Sequence[SegmentBatch]

@@ -2,8 +2,7 @@
 
 RegMean (Jin et al., ICLR 2023, arXiv 2212.09849) is the paper's eq. 4, ΔW = (Σ ΔW_i G_i)(Σ G_i)⁻¹
 with G_i = X_iᵀX_i, its off-diagonal entries shrunk. RegMean++ (2025, arXiv 2508.03121) takes G_i
-from the inputs that reach the site through already merged layers. Its authors' code merges one
-transformer block at a time (``rivals/regmean_blocks.py``). Both are exactly low rank.
+from the inputs that reach the site through already merged layers. Both are exactly low rank.
 """
 
 from __future__ import annotations

@@ -28,9 +28,9 @@ class NoGradients(IterisError):
 
 @dataclass(frozen=True)
 class Factors:
-    """Up and down factors by site, as float32 leaves. With ``whitenings``, down factors are those
-    for whitened inputs (:mod:`..linalg.whitening`), so a step of a given size moves a site's output
-    about equally in every direction."""
+    """Up and down factors by site, as float32 leaves. Down factors are those for whitened inputs
+    (:mod:`..linalg.whitening`), so a step of a given size moves a site's output about equally in
+    every direction."""
 
     ups: Mapping[str, Tensor]
     downs: Mapping[str, Tensor]
@@ -57,76 +57,48 @@ class Factors:
             downs[site] = (root[:, None] * right).detach().requires_grad_()
         return cls(ups, downs, {site: merged[site].kernel for site in tokens}, whitenings)
 
-    @property
-    def all(self) -> list[Tensor]:
-        return [*self.ups.values(), *self.downs.values()]
-
     def groups(self, rate: float) -> list[dict[str, Any]]:
         """Parameter groups of an optimiser: each factor at ``rate`` times the root mean square of
         its entries."""
         return [
             {"params": [factor], "lr": rate * float(factor.detach().square().mean().sqrt())}
-            for factor in self.all
+            for factor in (*self.ups.values(), *self.downs.values())
         ]
 
     def put(self, lockstep: Lockstep) -> None:
         """Install the factors as merged changes, with gradients if enabled."""
-        for site, kernel in self.kernels.items():
-            up, down = self.ups[site], self.downs[site]
-            if site in self.whitenings:
-                down = self.whitenings[site].inverse_root(down)
+        for site, whitening in self.whitenings.items():
+            up, down = self.ups[site], whitening.inverse_root(self.downs[site])
             if not torch.is_grad_enabled():
                 up, down = up.detach(), down.detach()
-            lockstep.merged[site] = LowRank(up, down, kernel)
-
-
-@dataclass(frozen=True)
-class Steps:
-    """``count`` steps; step i uses ``falls(i)`` times a factor's rate. The error is checked every
-    ``checked_every`` steps, and at the end."""
-
-    count: int
-    falls: Callable[[int], float]
-    checked_every: int
+            lockstep.merged[site] = LowRank(up, down, self.kernels[site])
 
 
 def train(
     groups: Sequence[dict[str, Any]],
-    steps: Steps,
+    steps: int,
     loss: Callable[[], Tensor],
-    error: Callable[[], float],
-    least: float,
     tick: Callable[[int], None],
-) -> bool:
-    """Run the steps; returns True if ``error()`` fell below ``least``, its initial value. The
-    factors in ``groups`` (optimiser groups with ``params`` and ``lr``) are then the best ones,
-    otherwise unchanged.
+) -> None:
+    """Take that many steps on the factors in ``groups`` (optimiser groups with ``params`` and
+    ``lr``). The rates rise over ten steps and fall to zero.
 
     ``loss()`` draws a random batch; ``tick`` gets the number of steps done. Raises
     :class:`NoGradients` if a step is impossible.
     """
     factors = [factor for group in groups for factor in group["params"]]
-    best, gained = [factor.detach().clone() for factor in factors], False
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, steps.falls)
-    for step in range(1, steps.count + 1):
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda step: min(1.0, (step + 1) / 10) * (1 - step / steps)
+    )
+    for step in range(1, steps + 1):
         with torch.enable_grad():
             gradients = _gradients(loss(), factors)
         for factor, gradient in zip(factors, gradients, strict=True):
             factor.grad = gradient
         adam.step()
         schedule.step()
-        if step % steps.checked_every == 0 or step == steps.count:
-            with torch.no_grad():
-                now = error()
-            if now < least:
-                least, gained = now, True
-                best = [factor.detach().clone() for factor in factors]
         tick(step)
-    with torch.no_grad():
-        for factor, kept in zip(factors, best, strict=True):
-            factor.copy_(kept)
-    return gained
 
 
 def _gradients(loss: Tensor, factors: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -143,8 +115,3 @@ def _gradients(loss: Tensor, factors: Sequence[Tensor]) -> Sequence[Tensor | Non
     if all(gradient is None for gradient in found):
         raise NoGradients("no change reaches the compared output")
     return found
-
-
-def trained(lockstep: Lockstep, merged: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """The merged changes of ``lockstep``, in the dtypes of ``merged``."""
-    return {site: lockstep.merged[site].to(change.up.dtype) for site, change in merged.items()}

@@ -1,4 +1,4 @@
-"""The trim of TIES: a LoRA's largest entries stay, as a share of one tensor or of all sites."""
+"""The trim of TIES: a LoRA's largest entries stay, as a share of those of all sites together."""
 
 from __future__ import annotations
 
@@ -10,17 +10,6 @@ from torch import Tensor
 
 _HALF = 16  # bits of a magnitude that are counted at a time
 _LOWER = (1 << _HALF) - 1
-
-
-def keep_largest(change: Tensor, density: float) -> Tensor:
-    """Zero all but the ``density`` share of largest magnitudes."""
-    keep = max(1, int(density * change.numel()))
-    if keep == change.numel():
-        return change
-    kept = torch.zeros_like(change).flatten()
-    index = change.abs().flatten().topk(keep).indices
-    kept[index] = change.flatten()[index]
-    return kept.reshape(change.shape)
 
 
 def least_kept(

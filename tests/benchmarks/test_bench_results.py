@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import results_page
+import tables
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -17,11 +19,6 @@ SPEED = BENCHMARKS / "speed"
 DATA = json.loads((BENCHMARKS / "results" / "speed.json").read_text())
 FLOORS = [part for part in DATA["raw"] if part.startswith("floor")]
 SCRIPTS = [path for path in BENCHMARKS.rglob("*.py") if path.name != "outputs.py"]
-
-sys.path.append(str(BENCHMARKS))
-
-import results_page  # noqa: E402
-import tables  # noqa: E402
 
 MADE_ELSEWHERE = {
     "architectures.md",  # tests/hosts/test_architecture_page.py

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import minilm
 import numpy as np
 import pytest
 import torch
-
-from toybox import ToyConcept, draw
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import minilm
 from minilm import words
 from minilm.captions import caption
 from minilm.prompts import prompts, templates, words_of
+
+from toybox import ToyConcept, draw
 
 
 def _texts(level: str) -> list[str]:

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
-
-import pytest
-from new_words import FakeWorld
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import open_bench
+import pytest
 import standings
+from new_words import FakeWorld
 from protocol.plan import Plan, Variant
 from protocol.runs import Runs
 

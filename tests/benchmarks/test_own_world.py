@@ -7,21 +7,18 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
-import yaml
-
-import toybox
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 import open_bench
 import outputs
 import own_world
+import pytest
 import unseen
+import yaml
 from protocol import digests
 from protocol.drawing import draw
 from protocol.toybox import ToyboxWorld
 from worlds import world_of
+
+import toybox
 
 LORAS = toybox.ROOT / "weights" / "loras"
 CLIP = f"local-dir:{toybox.ROOT / 'weights' / 'clip'}"

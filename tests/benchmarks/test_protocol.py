@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
+import reported_concepts
 from new_words import FakeWorld
 from PIL import Image
+from protocol.figures import stat
+from protocol.plan import sets_of, styled_pairs
+from protocol.runs import Runs
+from search_settings import search, searched
 
 import toybox
 from iteris_core.score.row_scores import collapse_rate
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import reported_concepts  # noqa: E402
-from protocol.figures import stat  # noqa: E402
-from protocol.plan import sets_of, styled_pairs  # noqa: E402
-from protocol.runs import Runs  # noqa: E402
-from search_settings import search, searched  # noqa: E402
 
 
 def test_a_mean_hides_what_the_collapse_rate_shows():

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
+from search_settings import GRIDS, tuned
 
 from iteris_core.methods import find_method
 from iteris_core.settings import declared_settings
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from search_settings import GRIDS, tuned
 
 
 def test_each_is_measured_once_and_the_best_is_taken():

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
-from toybox.draw import BACKGROUNDS, COLORS, Placed, Scene, Thing, draw
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 import styles
+from PIL import Image
 from protocol.plan import SINGLE, Variant
 from styles.looks import LOOKS, PALETTE, areas
 from styles.reader import STYLES
+
+from toybox.draw import BACKGROUNDS, COLORS, Placed, Scene, Thing, draw
 
 STAR = draw(Scene("blue", (Placed(Thing("star", "yellow", "halves", "red"), 32, 32, 20),)))
 

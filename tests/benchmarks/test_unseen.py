@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from pathlib import Path
-
-import pytest
-from new_words import FakeWorld
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import page_tables
+import pytest
 import unseen
+from new_words import FakeWorld
+from PIL import Image
 from protocol import digests
 from protocol.digests import digests_of
 from protocol.figures import against, figures, joined, row, rows_of_size, verdict

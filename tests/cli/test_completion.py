@@ -27,7 +27,7 @@ def complete(*words: str) -> list[str]:
     ("words", "wanted"),
     [
         (("me",), ["merge", "methods"]),
-        (("merge", "--method", "ite"), ["iteris", "iteris-subspace"]),
+        (("merge", "--method", "ite"), ["iteris"]),
         (("merge", "--set", "sampl"), ["samples="]),
         (("merge", "--offload", ""), ["model", "sequential"]),
         (("compare", "--togeth"), ["--together"]),

@@ -21,6 +21,7 @@ import pytest
 import torch
 from oracle import SITES, Net, changed, dense_changes, make_data
 from published import LINEAR, checkout, needs, off, quiet, taken
+from rivals.custom_diffusion import _constrained
 from test_methods import DENSE, LORAS, WIDE, merge, references
 from test_own_blocks import Blocks, random_loras
 from test_own_blocks import merge as merge_blocks
@@ -28,7 +29,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from iteris_core.lora import SiteChanges
-from iteris_core.rivals.custom_diffusion import _constrained
 
 
 def weight_of(site):

@@ -17,6 +17,7 @@ from oracle import (
     make_lora,
 )
 from reductions import by_adapter, by_moments, opening
+from rivals.subspace import Subspace
 from small_merge import merge
 
 from iteris_core import Concept, Lora, LowRank, merge_loras
@@ -25,7 +26,6 @@ from iteris_core.linalg.lowrank import at_rank, cut_factors
 from iteris_core.lora import SiteChanges
 from iteris_core.methods.registry import all_methods
 from iteris_core.methods.ssr import Router
-from iteris_core.rivals.subspace import Subspace
 
 WIDE = 1000  # a rank beyond every site's size: nothing is truncated
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import rivals  # noqa: F401 (registers them)
 import torch
 from oracle import (
     SITES,
@@ -294,40 +295,3 @@ def test_one_lora_alone(name):
     neutral |= {"gradient-fusion": {"steps": 500}}
     ours = merge([lora], name, **neutral.get(name, {}))
     assert difference(ours.lora, dense_changes(lora)) < 1e-3  # float32 statistics
-
-
-def test_a_new_method_is_one_new_file(tmp_path, monkeypatch):
-    """A file beside the others is found by name, merges, and is listed with its settings."""
-    import importlib
-
-    from iteris_core import methods
-    from iteris_core.methods import registry
-
-    (tmp_path / "loudest.py").write_text(
-        '''
-from __future__ import annotations
-from dataclasses import dataclass
-from ..lora import LowRank
-from ..settings import Settings, setting
-from .registry import AtSite, on_weights
-
-@dataclass(frozen=True)
-class LoudestSettings(Settings):
-    scale: float = setting(1.0, "What the change is multiplied by.", low=0)
-
-@on_weights("loudest", LoudestSettings)
-def loudest(at: AtSite, settings: LoudestSettings) -> tuple[LowRank, float]:
-    """The largest change of each site."""
-    changes = at.weighted()
-    return max(changes, key=LowRank.squared_norm).scaled(settings.scale), 0.0
-'''
-    )
-    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    importlib.import_module("iteris_core.methods.loudest")
-    assert "loudest" in [method.name for method in methods.all_methods()]
-    quiet, loud = LORAS[0], LORAS[1]
-    site = next(iter(quiet.sites))
-    bigger = max((quiet.sites[site], loud.sites[site]), key=lambda change: change.squared_norm())
-    merged = merge([quiet, loud], "loudest", scale=0.5).lora.sites
-    torch.testing.assert_close(merged[site].dense(), 0.5 * bigger.dense())

@@ -8,12 +8,12 @@ import pytest
 import torch
 from bases import make_lora, tiny
 from oracle import ModuleHost, changed, dense_changes, difference, hooks_on, make_data
+from rivals import own_blocks
 from torch import nn
 from torch.nn import functional as F
 
 from iteris_core import Concept, Lora, LowRank, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.rivals import own_blocks
 
 
 class Block(nn.Module):

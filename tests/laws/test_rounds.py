@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from bases import make_lora, tiny
+from rivals.rounds import reads_text
 
 from iteris_core import Concept, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.rivals.rounds import reads_text
 
 CALIBRATION = {"samples": 2, "timesteps": 1, "denoising_steps": 2, "latent_size": 8, "seed": 3}
 SETTINGS = {

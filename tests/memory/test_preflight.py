@@ -4,6 +4,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+import rivals  # noqa: F401 (registers them)
 import torch
 from oracle import ModuleHost, Net, hooks_on, make_data, make_lora
 

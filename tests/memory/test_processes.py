@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import rivals  # noqa: F401 (registers them)
 import torch
 from tiny import make_pipeline, random_lora, two_concepts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import rivals  # noqa: F401 (registers them)
 import torch
 from oracle import ModuleHost, Net, make_data, make_lora
 from test_preflight import PictureHost

@@ -18,17 +18,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..activations.tokens import Observation
-from ..concepts import Concept
-from ..errors import MismatchError
-from ..linalg.lowrank import cut_matrix
-from ..lora import SiteChanges
-from ..methods.linear import LinearSettings, average
-from ..methods.registry import AtSite, Merged, micro_batch_setting, on_model
-from ..passes.batches import ExecutionConfig, micro_batches
-from ..passes.job import Job, RunLog
-from ..settings import Settings, setting
-from ..solve.problem import Solution
+from iteris_core.activations.tokens import Observation
+from iteris_core.concepts import Concept
+from iteris_core.errors import BaseError, MismatchError
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.linalg.lowrank import cut_matrix
+from iteris_core.lora import SiteChanges
+from iteris_core.methods.linear import LinearSettings, average
+from iteris_core.methods.registry import AtSite, Merged, micro_batch_setting, on_model
+from iteris_core.passes.batches import ExecutionConfig, micro_batches
+from iteris_core.passes.job import Job, RunLog
+from iteris_core.settings import Settings, setting
+from iteris_core.solve.problem import Solution
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def custom_diffusion(job: Job, settings: CustomDiffusionSettings) -> Merged:
         for concept in job.concepts
     ]
     said = [next(iter(subject.prompts or [""])) for subject in subjects]
-    counts = job.host.token_counts(said, range(len(said)))
+    counts = _token_counts(job, said)
     texts, rows = _texts(job, subjects, targets, settings.micro_batch)
     # The words of the concept and the end token; the start token is the same for every text.
     words = {
@@ -74,6 +75,16 @@ def custom_diffusion(job: Job, settings: CustomDiffusionSettings) -> Merged:
         change, lost = cut_matrix(dense, rank, like=changes.like)
         merged[site] = Solution(change, truncated=lost)
     return Merged(merged, RunLog(max(rows, more_rows)))
+
+
+def _token_counts(job: Job, prompts: Sequence[str]) -> list[int]:
+    """How many tokens each concept's prompt has, with start and end and without padding."""
+    if not isinstance(job.host, DiffusersHost):
+        raise BaseError(f"Custom Diffusion needs prompts; {type(job.host).__name__} has none.")
+    tokenizer = job.host.pipeline.tokenizer
+    texts = job.host._said(range(len(prompts)), prompts)
+    encoded = tokenizer(texts, truncation=True, max_length=tokenizer.model_max_length)
+    return [len(ids) for ids in encoded.input_ids]
 
 
 def _constrained(

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..lora import LowRank
-from ..methods.registry import AtSite, on_weights
-from ..settings import Settings, setting
+from iteris_core.lora import LowRank
+from iteris_core.methods.registry import AtSite, on_weights
+from iteris_core.settings import Settings, setting
+
 from .core_space import core_of, elected
 
 _ROUNDS, _SETTLED = 1000, 1e-6

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import SettingsError
-from ..linalg.lowrank import cut_dense
-from ..lora import LowRank
-from ..methods.registry import AtSite, on_weights, rank_setting
-from ..methods.ties import disjoint_mean
-from ..settings import Settings, setting
+from iteris_core.errors import SettingsError
+from iteris_core.linalg.lowrank import cut_dense
+from iteris_core.lora import LowRank
+from iteris_core.methods.registry import AtSite, on_weights, rank_setting
+from iteris_core.methods.ties import disjoint_mean
+from iteris_core.settings import Settings, setting
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..lora import LowRank, concatenate
-from ..methods.registry import AtSite, on_weights
-from ..settings import Settings, setting
+from iteris_core.lora import LowRank, concatenate
+from iteris_core.methods.registry import AtSite, on_weights
+from iteris_core.settings import Settings, setting
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from ..activations.barriers import Found
-from ..activations.lockstep import Lockstep
-from ..activations.micro_batch import MicroBatch
-from ..activations.replay import tensors
-from ..hosts.protocol import Stage
-from ..passes.job import Run
-from ..passes.strategies import find
+from iteris_core.activations.barriers import Found
+from iteris_core.activations.lockstep import Lockstep
+from iteris_core.activations.micro_batch import MicroBatch
+from iteris_core.activations.replay import tensors
+from iteris_core.hosts.protocol import Stage
+from iteris_core.passes.job import Run
+from iteris_core.passes.strategies import find
 
 _Rows = dict[nn.Module, Set[str]]
 """Block → paths, in (args, kwargs), of its arguments with an entry per row."""
@@ -52,7 +52,7 @@ class OwnBlocks:
         rows = _by_row(blocks, stage, self._lockstep)
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            batch = self._lockstep.batch
+            batch = self._lockstep._active
             if batch is None or batch.of_one or batch.merged_only or batch.copies == 1:
                 return None
             return _as_merged(rows.get(module, frozenset()), len(batch.owners), (args, kwargs))

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import cut_factors
-from ..lora import LowRank
-from ..methods.registry import AtSite, on_weights, rank_setting
-from ..methods.ties import disjoint_mean
-from ..methods.trimming import keep_largest
-from ..settings import Settings, setting
+from iteris_core.linalg.lowrank import cut_factors
+from iteris_core.lora import LowRank
+from iteris_core.methods.registry import AtSite, on_weights, rank_setting
+from iteris_core.methods.ties import disjoint_mean
+from iteris_core.settings import Settings, setting
+
 from .iso_c import evened
 
 
@@ -52,4 +52,15 @@ def core_of(changes: Sequence[LowRank]) -> tuple[Tensor, list[Tensor], Tensor]:
 
 def elected(cores: Sequence[Tensor], density: float) -> Tensor:
     """TIES of small matrices."""
-    return disjoint_mean(torch.stack([keep_largest(core, density) for core in cores]))
+    return disjoint_mean(torch.stack([_largest(core, density) for core in cores]))
+
+
+def _largest(core: Tensor, density: float) -> Tensor:
+    """``core`` with all but the ``density`` share of largest magnitudes set to 0."""
+    keep = max(1, int(density * core.numel()))
+    if keep == core.numel():
+        return core
+    kept = torch.zeros_like(core).flatten()
+    index = core.abs().flatten().topk(keep).indices
+    kept[index] = core.flatten()[index]
+    return kept.reshape(core.shape)

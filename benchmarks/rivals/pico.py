@@ -13,10 +13,11 @@ from typing import Literal
 
 import torch
 
-from ..linalg.lowrank import cut_to
-from ..lora import LowRank, concatenate
-from ..methods.registry import AtSite, on_weights, rank_setting
-from ..settings import Settings, setting
+from iteris_core.linalg.lowrank import cut_to
+from iteris_core.lora import LowRank, concatenate
+from iteris_core.methods.registry import AtSite, on_weights, rank_setting
+from iteris_core.settings import Settings, setting
+
 from .tsv_m import apart
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import cut_factors
-from ..lora import LowRank, concatenate
-from ..methods.registry import AtSite, on_weights, rank_setting
-from ..settings import Settings, setting
+from iteris_core.linalg.lowrank import cut_factors
+from iteris_core.lora import LowRank, concatenate
+from iteris_core.methods.registry import AtSite, on_weights, rank_setting
+from iteris_core.settings import Settings, setting
 
 _NOTHING = 1e-12
 """The share of the largest singular value below which one counts as zero."""

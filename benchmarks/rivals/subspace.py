@@ -6,7 +6,7 @@ outputs X_i ΔW_iᵀ of each LoRA on the merged model's inputs:
     R = (Σ λ_i E_i H_iᵀ Z̃_i + pull) (Σ λ_i Z̃_iᵀZ̃_i + pull)⁻¹,   H_i = X_i down_iᵀ,
 
 E_i placing concept i's rows, and the pull, α ‖Z̃_iᵀZ̃_i‖_F, going toward the λ-mean of the LoRAs.
-:mod:`..methods.ssr` is this with X̃ = X, λ = 1 and a pull toward zero.
+:mod:`iteris_core.methods.ssr` is this with X̃ = X, λ = 1 and a pull toward zero.
 """
 
 from __future__ import annotations
@@ -14,11 +14,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg.precision import full_precision
-from ..lora import SiteChanges
-from ..methods.ssr import routed, rows_of
-from ..solve.problem import Bytes, Reduction, RegressionSpec, SiteContext, Solution, Tokens
-from ..solve.weighting import token_values
+from iteris_core.linalg.precision import full_precision
+from iteris_core.lora import SiteChanges
+from iteris_core.methods.ssr import routed, rows_of
+from iteris_core.solve.problem import (
+    Bytes,
+    Reduction,
+    RegressionSpec,
+    SiteContext,
+    Solution,
+    Tokens,
+)
+from iteris_core.solve.weighting import token_values
 
 
 class Subspace(Reduction):

@@ -6,14 +6,15 @@ before it give (:mod:`.own_blocks`). The code divides G_i by its tokens: ``weigh
 
 from __future__ import annotations
 
-from ..hosts.protocol import Stage
-from ..methods.registry import Merged, on_model
-from ..methods.regmean import RegMeanSettings, regmean
-from ..passes.batches import ExecutionConfig
-from ..passes.job import Job
-from ..passes.sweep import solve_sites
-from ..solve.adapter import Gram
-from ..solve.problem import StageSolver, Tokens
+from iteris_core.hosts.protocol import Stage
+from iteris_core.methods.registry import Merged, on_model
+from iteris_core.methods.regmean import RegMeanSettings, regmean
+from iteris_core.passes.batches import ExecutionConfig
+from iteris_core.passes.job import Job
+from iteris_core.passes.sweep import solve_sites
+from iteris_core.solve.adapter import Gram
+from iteris_core.solve.problem import StageSolver, Tokens
+
 from .own_blocks import OwnBlocks
 
 

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import torch
 
-from ..methods.registry import Merged
-from ..passes.batches import ExecutionConfig, Schedule
-from ..passes.changes import added
-from ..passes.job import Job, RunLog
-from ..passes.sweep import solve_sites
-from ..solve.problem import Solution, StageSolver
+from iteris_core.methods.registry import Merged
+from iteris_core.passes.batches import ExecutionConfig, Schedule
+from iteris_core.passes.changes import added
+from iteris_core.passes.job import Job, RunLog
+from iteris_core.passes.sweep import solve_sites
+from iteris_core.solve.problem import Solution, StageSolver
 
 
 def reads_text(site: str) -> bool:

@@ -23,10 +23,11 @@ from statistics import fmean, variance
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import cut_factors, cut_to
-from ..lora import LowRank, concatenate
-from ..methods.registry import AtSite, on_weights, rank_setting
-from ..settings import Settings, setting
+from iteris_core.linalg.lowrank import cut_factors, cut_to
+from iteris_core.lora import LowRank, concatenate
+from iteris_core.methods.registry import AtSite, on_weights, rank_setting
+from iteris_core.settings import Settings, setting
+
 from .iso_c import evened
 
 _TINY = 1e-12  # added to traces in the source

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import SolveError
-from ..linalg.lowrank import cut_dense
-from ..linalg.precision import full_precision, solve_device
-from ..lora import SiteChanges
-from ..methods.registry import Merged, micro_batch_setting, on_model, rank_setting
-from ..passes.batches import SWEEP, ExecutionConfig
-from ..passes.job import Job
-from ..settings import Settings, setting
-from ..solve.inputs import NOT_FINITE
-from ..solve.problem import (
+from iteris_core.errors import SolveError
+from iteris_core.linalg.lowrank import cut_dense
+from iteris_core.linalg.precision import full_precision, solve_device
+from iteris_core.lora import SiteChanges
+from iteris_core.methods.registry import Merged, micro_batch_setting, on_model, rank_setting
+from iteris_core.passes.batches import SWEEP, ExecutionConfig
+from iteris_core.passes.job import Job
+from iteris_core.settings import Settings, setting
+from iteris_core.solve.inputs import NOT_FINITE
+from iteris_core.solve.problem import (
     Bytes,
     Reduction,
     RegressionSpec,
@@ -36,6 +36,7 @@ from ..solve.problem import (
     Tokens,
     finite_as,
 )
+
 from .rounds import in_rounds
 
 _DECAY = 1e-4  # of AdamW, as in the source

@@ -1,7 +1,7 @@
-"""Chain of Merges (Buzzega et al., 2025, arXiv 2508.21421): layer after layer, inputs made anew.
+"""Chain of Merges (Buzzega et al., 2025, arXiv 2508.21421): least squares on whole outputs.
 
-Each layer is fitted to what every LoRA's own model gives there, on inputs that passed the layers
-merged already: min Σ ‖X̃_i (W0 + ΔW)ᵀ − X_i (W0 + ΔW_i)ᵀ‖², every token alike. That is the sweep of
+Each layer is fitted to its output in every LoRA's own model, on inputs that passed through already
+merged layers: min Σ ‖X̃_i (W0 + ΔW)ᵀ − X_i (W0 + ΔW_i)ᵀ‖², with equal tokens. That is the sweep of
 ``iteris`` without its weighting, choice of tokens and repair.
 """
 
@@ -12,26 +12,25 @@ from dataclasses import dataclass
 import torch
 
 from ..lora import SiteChanges
-from ..methods.registry import micro_batch_setting, on_activations, rank_setting
 from ..passes.job import Job
 from ..settings import Settings, setting
 from ..solve.output import OutputMoments
 from ..solve.problem import Bytes, RegressionSpec, SiteContext
+from .registry import micro_batch_setting, on_activations, rank_setting
 
 
 @dataclass(frozen=True)
 class ChainOfMergesSettings(Settings):
     ridge: float = setting(
         1e-6,
-        "How strongly a layer is drawn toward the LoRAs, so that layers with few tokens have a "
+        "How strongly a layer is pulled toward the LoRAs, so that layers with few tokens have a "
         "solution.",
         low=0,
         below=1,
     )
     shrink: float = setting(
         1.0,
-        "What off-diagonal entries of the moments are multiplied by, as in RegMean; 1 is plain "
-        "least squares.",
+        "Factor on off-diagonal entries of the moments, as in RegMean; 1 is plain least squares.",
         above=0,
         high=1,
     )
@@ -40,7 +39,7 @@ class ChainOfMergesSettings(Settings):
 
 
 class _WholeOutputs(OutputMoments):
-    """Moments of the inputs and of the whole outputs, every token alike."""
+    """Moments of the inputs and of the whole outputs, with equal tokens."""
 
     def __init__(self, opening: SiteContext) -> None:
         super().__init__(opening, "none", torch.float32)
@@ -52,7 +51,7 @@ class _WholeOutputs(OutputMoments):
 
 @on_activations("chain-of-merges", ChainOfMergesSettings, _WholeOutputs, merged_inputs=True)
 def chain_of_merges(job: Job, settings: ChainOfMergesSettings) -> RegressionSpec:
-    """Layer after layer, each to the LoRAs' own outputs, inputs made anew (CoM, 2025)."""
+    """Least squares on each LoRA's own outputs, layer after layer (Chain of Merges, 2025)."""
     return RegressionSpec(
         job.weights, settings.ridge, "none", shrink=settings.shrink, rank=settings.rank
     )

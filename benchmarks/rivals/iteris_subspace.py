@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..methods.registry import micro_batch_setting, on_activations
-from ..passes.job import Job
-from ..settings import Settings, setting
-from ..solve.problem import RegressionSpec
+from iteris_core.methods.registry import micro_batch_setting, on_activations
+from iteris_core.passes.job import Job
+from iteris_core.settings import Settings, setting
+from iteris_core.solve.problem import RegressionSpec
+
 from .subspace import Subspace
 
 

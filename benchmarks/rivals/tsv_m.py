@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import cut_factors, cut_to
-from ..lora import LowRank
-from ..methods.registry import AtSite, on_weights, rank_setting
-from ..settings import Settings, setting
+from iteris_core.linalg.lowrank import cut_factors, cut_to
+from iteris_core.lora import LowRank
+from iteris_core.methods.registry import AtSite, on_weights, rank_setting
+from iteris_core.settings import Settings, setting
+
 from .iso_c import by_svd
 
 

@@ -20,17 +20,18 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..errors import SolveError
-from ..linalg.lowrank import cut_to
-from ..linalg.precision import solve_device
-from ..lora import LowRank
-from ..methods.registry import Merged, micro_batch_setting, on_model, rank_setting
-from ..passes.batches import REFERENCE, ExecutionConfig
-from ..passes.job import Job
-from ..settings import Settings, setting
-from ..solve.adapter import Gram
-from ..solve.inputs import NOT_FINITE
-from ..solve.problem import Reduction, Solution, StageSolver, finite_as
+from iteris_core.errors import SolveError
+from iteris_core.linalg.lowrank import cut_to
+from iteris_core.linalg.precision import solve_device
+from iteris_core.lora import LowRank
+from iteris_core.methods.registry import Merged, micro_batch_setting, on_model, rank_setting
+from iteris_core.passes.batches import REFERENCE, ExecutionConfig
+from iteris_core.passes.job import Job
+from iteris_core.settings import Settings, setting
+from iteris_core.solve.adapter import Gram
+from iteris_core.solve.inputs import NOT_FINITE
+from iteris_core.solve.problem import Reduction, Solution, StageSolver, finite_as
+
 from .rounds import in_rounds, reads_text
 
 _HISTORY = 25  # pairs that L-BFGS remembers, in the authors' code

@@ -1,7 +1,7 @@
 """KnOTS (Stoica et al., ICLR 2025, arXiv 2410.19735): merge in a basis that the LoRAs share.
 
-[ΔW_1 … ΔW_N] = U S [V_1 … V_N]; the S V_i are merged with TIES, trimmed over all sites together, as
-the authors' code has it, and ΔW = U (S V). The SVD of the wide matrix is one QR of the stacked up
+[ΔW_1 … ΔW_N] = U S [V_1 … V_N]; the S V_i are merged with TIES, trimmed over all sites together as
+in the authors' code, and ΔW = U (S V). The SVD of the wide matrix is one QR of the stacked up
 factors and one small SVD; the result has rank Σ r_i exactly.
 """
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..linalg.lowrank import cut_to
 from ..lora import LowRank
-from ..methods.registry import AtSite, on_weights, rank_setting
-from ..methods.ties import disjoint_mean
 from ..settings import Settings, setting
+from .registry import AtSite, on_weights, rank_setting
+from .ties import disjoint_mean
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class KnotsSettings(Settings):
     density: float = setting(
         0.3, "Share of entries kept of each LoRA in the shared basis.", above=0, high=1
     )
-    scale: float = setting(1.0, "What the merged change is multiplied by.")
+    scale: float = setting(1.0, "Factor on the merged change.")
     rank: int | float | None = rank_setting()
 
 
