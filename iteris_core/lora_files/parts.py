@@ -67,6 +67,15 @@ def split_key(key: str, modules: Container[str]) -> tuple[str, str] | None:
     return next((split for split in splits if split[0] in modules), splits[0] if splits else None)
 
 
+def modules_of(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Module name → part → its key, for ``keys`` with a leaf."""
+    modules: dict[str, dict[str, str]] = {}
+    for key in keys:
+        if split := split_key(key, ()):
+            modules.setdefault(split[0], {})[split[1]] = key
+    return modules
+
+
 def is_lora(keys: Iterable[str]) -> bool:
     """True if one of a file's ``keys`` ends like a part of a module's change; no model has such
     keys."""

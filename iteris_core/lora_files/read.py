@@ -23,8 +23,7 @@ from .aliases import BaseModel, released_base
 from .alphas import adapter_configs, scale_of
 from .blocks import check_layers, filtered, weights_by_block
 from .embeddings import split_embeddings
-from .formulas import Parts, Rebuilt
-from .of_weight import needs_weight
+from .formulas import Parts, Rebuilt, needs_weight
 from .parts import refusal, split_key
 from .rebuild import rebuild
 from .tensors import all_finite, file_digest, read_header, read_tensors
