@@ -307,7 +307,7 @@ def _complaint(
         advice = "Nothing in it is a low-rank change of a layer, so there is nothing to merge."
     elif whole:
         advice = "This LoRA was made for another base model, or it is not a LoRA."
-    elif left_out.keys() == {_NO_MODULE}:
+    elif set(left_out) == {_NO_MODULE}:
         advice = f"This LoRA was made for another base model, or for one with more parts{rest}"
     else:
         advice = f"Nothing is skipped silently{rest}"
