@@ -1,6 +1,7 @@
-"""Known base models: one file each, and shared tables.
+"""Known base models.
 
-Every module of this package that has an ``ARCHITECTURE`` is registered when the package loads.
+Every :class:`Architecture` that a module of this package defines is registered when the package
+loads.
 """
 
 from __future__ import annotations
@@ -65,9 +66,8 @@ def architecture_of_file(shapes: Shapes, metadata: Mapping[str, str]) -> Archite
 
 def _discover() -> None:
     for module in pkgutil.iter_modules(__path__):
-        record = getattr(importlib.import_module(f".{module.name}", __name__), "ARCHITECTURE", None)
-        if isinstance(record, Architecture):
-            register(record)
+        named = vars(importlib.import_module(f".{module.name}", __name__)).values()
+        register(*(value for value in named if isinstance(value, Architecture)))
 
 
 _discover()

@@ -1,7 +1,7 @@
-"""The record type for base model architectures; each file here defines one.
+"""The record type for base model architectures.
 
-To add an architecture, add a file with an :data:`ARCHITECTURE` to this package; nothing else
-changes. From outside the package, call :func:`..architectures.register`.
+To add an architecture, add a file that defines an :class:`Architecture` to this package; nothing
+else changes. From outside the package, call :func:`..architectures.register`.
 """
 
 from __future__ import annotations
@@ -62,12 +62,3 @@ class Architecture:
 def said_base(metadata: Mapping[str, str]) -> str:
     """The base model named in a file's metadata."""
     return metadata.get("ss_base_model_version", "") + metadata.get("modelspec.architecture", "")
-
-
-def key_width(shapes: Shapes, part: str) -> int | None:
-    """Number of inputs of the first key projection in a file whose name contains ``part``."""
-    for key, shape in shapes.items():
-        down = any(mark in key for mark in ("lora_A", "lora_down", ".down."))
-        if part in key and "to_k" in key and down and len(shape) > 1:
-            return shape[1]
-    return None

@@ -47,12 +47,16 @@ def plain_weight(site: str, module: Any, reader: str = "This") -> Tensor:
                 f"{reader} needs the base's weight of {site}, but it is quantised; load the base "
                 "unquantised."
             )
-        if weight.is_meta:
-            raise BaseError(
-                f"{reader} needs the base's weight of {site}, but it is on the device 'meta' and "
-                "has no values; load the base without offload."
-            )
-        return weight.detach().to("cpu", torch.float32)
+        return _values(weight, f"{reader} needs the base's weight of {site}")
+
+
+def _values(tensor: Tensor, need: str) -> Tensor:
+    if tensor.is_meta:
+        raise BaseError(
+            f"{need}, but it is on the device 'meta' and has no values; load the base without "
+            "offload."
+        )
+    return tensor.detach().to("cpu", torch.float32)
 
 
 def _in_memory(module: nn.Module) -> AbstractContextManager[None]:
@@ -69,12 +73,7 @@ def plain_parameter(name: str, module: nn.Module) -> Tensor:
     elsewhere. Raises :class:`BaseError` if it has no values."""
     with _in_memory(module):
         value: Tensor = getattr(module, name.rpartition(".")[2])
-        if value.is_meta:
-            raise BaseError(
-                f"An extraction needs the base's {name}, but it is on the device 'meta' and has no "
-                "values; load the base without offload."
-            )
-        return value.detach().to("cpu", torch.float32)
+        return _values(value, f"An extraction needs the base's {name}")
 
 
 def named_sites(component: str, model: nn.Module) -> dict[str, nn.Module]:

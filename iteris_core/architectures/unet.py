@@ -1,4 +1,5 @@
-"""UNets: the names of the original code (LDM, SGM), and the residual stream."""
+"""SD 1.x, 2.x and XL: the UNet's names in the original code (LDM, SGM), its residual stream and the
+released sizes."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .mmdit import has_single_blocks, has_transformer
-from .record import Architecture, key_width, said_base
+from .detection import kind_of_file, kind_of_sites
+from .record import Architecture
 from .row_mapping import Alias, Shapes, whole
 from .sites import Component, Wiring
 from .text import clip
@@ -44,23 +45,23 @@ _PATH = re.compile(
 )
 
 
-def aliases(shapes: Shapes) -> dict[str, Alias]:
+def _aliases(shapes: Shapes) -> dict[str, Alias]:
     """The original code's names of a whole UNet's modules, one site each; modules without one are
     left out.
 
     The numbering follows from the sites: ``layers`` resnets per down block, one more per up block.
     """
     paths = [site.removeprefix("unet.") for site in shapes if site.startswith("unet.")]
-    matches = {path: match for path in paths if (match := _PATH.fullmatch(path))}
-    blocks = [match.groups() for match in matches.values()]
-    first = [int(b[3]) for b in blocks if b[:3] == ("down", "0", "resnets")]
+    first = [int(path.split(".")[3]) for path in paths if path.startswith("down_blocks.0.resnets.")]
     layers = max(first, default=0) + 1
-    attentive = {b[1] for b in blocks if (b[0], b[2]) == ("up", "attentions")}
-    names = {path: _TOP[path] for path in paths if path in _TOP}
-    for path, match in matches.items():
-        if name := _block_name(match, layers, match[2] in attentive):
-            names[path] = name
-    return {name: whole(f"unet.{path}", shapes) for path, name in names.items()}
+    attentive = {path.split(".")[1] for path in paths if re.match(r"up_.*\.attentions\.", path)}
+    names: dict[str, Alias] = {}
+    for path in paths:
+        match = _PATH.fullmatch(path)
+        name = _block_name(match, layers, match[2] in attentive) if match else _TOP.get(path)
+        if name:
+            names[name] = whole(f"unet.{path}", shapes)
+    return names
 
 
 def _block_name(match: re.Match[str], layers: int, attentive: bool) -> str | None:
@@ -80,59 +81,58 @@ def _block_name(match: re.Match[str], layers: int, attentive: bool) -> str | Non
     return f"{name}.{start + layer + first}.{part}.{rest}"
 
 
-def kind_of_sites(shapes: Shapes) -> str | None:
-    """The architecture name for a UNet's sites: only SDXL has a second text encoder or added sizes,
-    and SD 2.x reads text embeddings of width 1024."""
-    if not any(site.startswith("unet.") for site in shapes):
-        return None
-    if any(site.startswith(("unet.add_embedding.", "text_encoder_2.")) for site in shapes):
-        return "sdxl"
-    widths = [shape[1] for site, shape in shapes.items() if site.endswith(".attn2.to_k")]
-    return "sd2" if widths[:1] == [1024] else "sd1"
-
-
-def kind_of_file(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:
-    """The architecture name for a UNet file."""
-    keys, width = " ".join(shapes), key_width(shapes, "attn2")
-
-    def has(*marks: str) -> bool:
-        return any(mark in keys for mark in marks)
-
-    if (
-        not has("unet", "down_blocks", "input_blocks", "lora_te")
-        or has("double_blocks", "joint_blocks")
-        or has_single_blocks(shapes)
-        or has_transformer(shapes)
-    ):
-        return None
-    deep = ("input_blocks_4_1_transformer_blocks_1", "attentions_0_transformer_blocks_1")
-    added = ("text_encoder_2.", "lora_te2_", "label_emb", "add_embedding")
-    if has(*added, *deep) or width == 2048 or "xl" in said_base(metadata):
-        return "sdxl"
-    return "sd2" if width == 1024 else "sd1"
-
-
-def stable_diffusion(
+def _stable_diffusion(
     name: str,
     title: str,
     sizes: Mapping[str, Any],
     *,
-    encoders: Sequence[tuple[int, int, bool]] = ((768, 12, False),),
+    encoders: Sequence[Component] = (clip(768, 12, projected=False),),
     pipeline: str = "StableDiffusionPipeline",
     **fields: Any,
 ) -> Architecture:
-    """SD 1.x, 2.x or XL: ``sizes`` are arguments of the released UNet, ``encoders`` those of
-    :func:`.text.clip` for each CLIP encoder, ``fields`` additional fields of the record."""
-    ends = ["", "_2"][: len(encoders)]
-    texts = {f"text_encoder{end}": clip(*of) for end, of in zip(ends, encoders, strict=True)}
-    model = Component("diffusers", "UNet2DConditionModel", sizes)
+    """``sizes`` are arguments of the released UNet, ``fields`` additional fields of the record."""
+    texts = dict(zip(("text_encoder", "text_encoder_2"), encoders, strict=False))
     return Architecture(
         name, title,
         lambda shapes: kind_of_sites(shapes) == name,
         lambda shapes, metadata: kind_of_file(shapes, metadata) == name,
-        {**texts, "unet": model}, denoiser="unet", original_names=aliases,
-        text_prefixes=("lora_te1", "lora_te2") if len(encoders) > 1 else ("lora_te",),
-        one_alpha=("unet", *texts), wirings=WIRINGS,
-        pipeline=pipeline,
+        {**texts, "unet": Component("diffusers", "UNet2DConditionModel", sizes)},
+        denoiser="unet", original_names=_aliases,
+        text_prefixes=("lora_te1", "lora_te2") if len(texts) > 1 else ("lora_te",),
+        one_alpha=("unet", *texts), wirings=WIRINGS, pipeline=pipeline,
         **fields,
     )  # fmt: skip
+
+
+SD1 = _stable_diffusion(
+    "sd1", "SD 1.x", {"cross_attention_dim": 768}, version="sd_v1",
+    modelspec="stable-diffusion-v1", single_files=("v1",),
+)  # fmt: skip
+SD2 = _stable_diffusion(
+    "sd2", "SD 2.x",
+    {
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+    },
+    encoders=(clip(1024, 23, projected=False),), clips=("clip_h",),
+    version="sd_v2", modelspec="stable-diffusion-v2-512", single_files=("v2",),
+)  # fmt: skip
+SDXL = _stable_diffusion(
+    "sdxl", "SDXL",
+    {
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 2048,
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    encoders=(clip(768, 12, projected=False), clip(1280, 32, projected=True)),
+    native=True, version="sdxl_base_v1-0", modelspec="stable-diffusion-xl-v1-base",
+    pipeline="StableDiffusionXLPipeline", single_files=("xl_base", "playground-v2-5"),
+)  # fmt: skip

@@ -6,8 +6,8 @@ unchanged in the output. Alphas are folded in first, because converters treat th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,11 @@ from torch import Tensor
 
 from ..errors import LoraFileError, brief
 from ..lora_files import BaseModel
-from ..lora_files.parts import split_key
+from ..lora_files.parts import modules_of, split_key
 
 Tensors = Mapping[str, Tensor]
 
-_PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.")
-
-
-@dataclass(frozen=True)
-class _Converted:
-    """A converter's output, and the ``lost`` tensors, which it dropped at least in part."""
-
-    tensors: dict[str, Tensor]
-    lost: dict[str, Tensor]
+_PREFIXES = re.compile(r"^(base_model\.model\.)?(diffusion_model\.)?(transformer\.)?")
 
 
 def by_loader(
@@ -43,23 +35,21 @@ def by_loader(
     unknown = _unknown(tensors, base)
     if not unknown:
         return dict(tensors)
-    tried: list[_Converted] = []
+    tried: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]] = []
     error: Exception | None = None
     for spelled in _spellings(_with_alphas_folded(tensors)):
         try:
-            converted = _convert(pipeline, spelled)
+            converted, lost = _convert(pipeline, spelled)
         except Exception as failure:  # converters raise many types of exception
             error = error or failure
             continue
-        if not converted.lost and not _unknown(converted.tensors, base):
-            return converted.tensors
-        tried.append(converted)
+        missing = len(lost) + len(_unknown(converted, base))
+        if not missing:
+            return converted
+        tried.append((missing, converted, lost))
     if allow_partial:
-        best = min(tried, key=lambda c: len(c.lost) + len(_unknown(c.tensors, base)), default=None)
-        if best is None:
-            return dict(tensors)
-        left_out = {f"{key} (left out by diffusers' loader)": t for key, t in best.lost.items()}
-        return best.tensors | left_out
+        best = min(tried, key=lambda attempt: attempt[0], default=(0, dict(tensors), {}))
+        return best[1] | {f"{key} (left out by diffusers' loader)": t for key, t in best[2].items()}
     name = type(pipeline).__name__
     text = [key for key in unknown if key.startswith(("text_encoder", "lora_te"))]
     if text:
@@ -67,7 +57,7 @@ def by_loader(
             f"{path}: {text[0]} changes a text encoder, which diffusers' loader of {name} ignores. "
             "Allow partial reading (--allow-partial) to merge without it."
         )
-    lost = next((converted.lost for converted in tried if converted.lost), None)
+    lost = next((lost for _, _, lost in tried if lost), None)
     if lost and len(lost) < len(tensors):
         raise LoraFileError(
             f"{path}: diffusers' loader of {name} would leave out {len(lost)} of {len(tensors)} "
@@ -89,12 +79,8 @@ def _unknown(tensors: Tensors, base: BaseModel) -> list[str]:
 
 def _with_alphas_folded(tensors: Tensors) -> dict[str, Tensor]:
     """The same changes with every alpha equal to its rank."""
-    parts: dict[str, dict[str, str]] = {}
-    for key in tensors:
-        module, part = split_key(key, ()) or (key, "")
-        parts.setdefault(module, {})[part] = key
     folded = dict(tensors)
-    for keys in parts.values():
+    for keys in modules_of(tensors).values():
         if {"alpha", "down", "up"} <= keys.keys():
             alpha, rank = tensors[keys["alpha"]], tensors[keys["down"]].shape[0]
             scale = float(alpha.flatten()[0]) / max(rank, 1)
@@ -106,31 +92,38 @@ def _with_alphas_folded(tensors: Tensors) -> dict[str, Tensor]:
 def _spellings(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """The same tensors: unchanged, without redundant alphas, and under the prefixes by which
     converters recognise ComfyUI's and kohya's files."""
-    bare = {k: t for k, t in tensors.items() if _part(k) != "alpha"}
+    bare = {key: t for key, t in tensors.items() if not key.endswith(".alpha")}
     yield tensors
     yield bare
     ours: dict[str, Tensor] = {}
-    for key, tensor in bare.items():
-        name = key
-        for prefix in _PREFIXES:
-            name = name.removeprefix(prefix)
-        ours[name] = tensor
-    yield {f"diffusion_model.{name}": tensor for name, tensor in ours.items()}
     kohya: dict[str, Tensor] = {}
-    for name, tensor in ours.items():
+    for key, tensor in bare.items():
+        name = _PREFIXES.sub("", key)
         module, part = split_key(name, ()) or (name, "")
         leaf = {"down": ".lora_down.weight", "up": ".lora_up.weight"}.get(part, f".{part}")
+        ours[f"diffusion_model.{name}"] = tensor
         kohya[f"lora_unet_{module.replace('.', '_')}{leaf}"] = tensor
+    yield ours
     yield kohya
 
 
-def _convert(pipeline: Any, tensors: dict[str, Tensor]) -> _Converted:
-    converted = _loaded(pipeline, dict(tensors))
+def _convert(
+    pipeline: Any, tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The loader's result for ``tensors``, including alphas that it returns separately; and the
+    tensors that it lost, at least in part."""
+    unet = getattr(pipeline, "unet", None)
+    options = {} if unet is None else {"unet_config": unet.config}
+    loaded: Any = type(pipeline).lora_state_dict(dict(tensors), **options)  # which it may empty
+    state, alphas = loaded if isinstance(loaded, tuple) else (loaded, None)
+    converted: dict[str, Tensor] = {
+        **state,
+        **{key: torch.tensor(float(alpha)) for key, alpha in (alphas or {}).items()},
+    }
     none = torch.empty(0, dtype=torch.int64)
     there = torch.cat([none, *map(fingerprints, converted.values())])
-    factors = {key: tensor for key, tensor in tensors.items() if _part(key) != "alpha"}
-    lost = {k: t for k, t in factors.items() if not torch.isin(fingerprints(t), there).all()}
-    return _Converted(converted, lost)
+    lost = {k: t for k, t in tensors.items() if not torch.isin(fingerprints(t), there).all()}
+    return converted, {k: t for k, t in lost.items() if not k.endswith(".alpha")}
 
 
 def fingerprints(tensor: Tensor) -> Tensor:
@@ -141,17 +134,3 @@ def fingerprints(tensor: Tensor) -> Tensor:
     factors = torch.randint(2**62, rows.shape[1:], generator=generator)
     sums = (rows.contiguous().view(torch.int32) * factors).sum(dim=1)  # modulo 2^64
     return sums[(rows != 0).any(dim=1)]
-
-
-def _loaded(pipeline: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The loader's result for ``tensors``, including alphas that it returns separately; the loader
-    may empty ``tensors``."""
-    unet = getattr(pipeline, "unet", None)
-    options = {} if unet is None else {"unet_config": unet.config}
-    loaded: Any = type(pipeline).lora_state_dict(tensors, **options)
-    state, alphas = loaded if isinstance(loaded, tuple) else (loaded, None)
-    return state | {key: torch.tensor(float(alpha)) for key, alpha in (alphas or {}).items()}
-
-
-def _part(key: str) -> str:
-    return (split_key(key, ()) or (key, ""))[1]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..architectures import Architecture, architecture_of_sites, architectures
@@ -16,7 +15,7 @@ from ..architectures.sites import named_sites, other_parameters, plain_weight, w
 from ..architectures.text import CONNECTORS
 from ..errors import BaseError, IterisError, OutputError, brief
 from ..lora import Lora
-from ..lora_files import BaseModel, ReadOptions, base_model, read_lora_file, write_lora
+from ..lora_files import BaseModel, ReadOptions, base_model, read_header, read_lora_file, write_lora
 from ..lora_files.aliases import file_names
 from ..lora_files.experts import by_expert
 from .diffusers_converters import by_loader
@@ -82,11 +81,10 @@ def loaded_components(pipeline: Any) -> list[str]:
     """The components for which the pipeline's own loader reads changes; of text encoders, only
     CLIP."""
     named: Sequence[str] = getattr(type(pipeline), "_lora_loadable_modules", ())
-    parts = {name: getattr(pipeline, name, None) for name in named}
     return [
         name
-        for name, part in parts.items()
-        if isinstance(part, nn.Module)
+        for name in named
+        if isinstance(part := getattr(pipeline, name, None), nn.Module)
         and (not name.startswith("text_encoder") or type(part).__name__.startswith("CLIPText"))
     ]
 
@@ -192,11 +190,8 @@ def single_file_pipeline(path: Path) -> Any:
     )
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    with safe_open(path, framework="pt") as file:
-        checkpoint = {
-            key: torch.empty(file.get_slice(key).get_shape(), device="meta")
-            for key in file.keys()  # noqa: SIM118
-        }
+    shapes, _ = read_header(path)
+    checkpoint = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     model_type = infer_diffusers_model_type(checkpoint)
     for known in architectures():
         if model_type in known.single_files:

@@ -39,13 +39,11 @@ def scale_of(
 ) -> float | None:
     """The scale in ``configs``, by component, of the module called ``site`` here and ``name`` in
     the file; None if its component has no config."""
-    for full in (site, name):
-        component, _, module = full.partition(".")
+    parts = [full.partition(".") for full in (site, name)]
+    for component, _, module in (*parts, ("", "", parts[0][2])):
         if component in configs:
-            return configured_scale(path, configs[component], [module], rank)
-    if "" not in configs:
-        return None
-    return configured_scale(path, configs[""], [site.partition(".")[2], name], rank)
+            return configured_scale(path, configs[component], [module, name], rank)
+    return None
 
 
 def configured_scale(

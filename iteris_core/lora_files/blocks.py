@@ -44,8 +44,8 @@ PRESETS: Mapping[str, str] = {
     "OUTALL": "1,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,1",
     "ALL0.5": _ALL.replace("1", "0.5"),
 }
-_SIDES = {"input_blocks": "IN", "output_blocks": "OUT", "double_blocks": "D", "single_blocks": "S"}
-_NUMBERED = re.compile(r"(input|output|double|single)_blocks\.(\d+)\.")
+_SIDES = {"input": "IN", "output": "OUT", "double": "D", "single": "S", "middle": "M"}
+_BLOCK = re.compile(r"(input|output|double|single|middle)_blocks?\.(\d+)\.")
 
 
 def weights_by_block(text: str) -> dict[str, float]:
@@ -77,11 +77,9 @@ def blocks_of(base: BaseModel) -> dict[str, str]:
     unet = any(name.startswith("middle_block.") for name in names)
     found: dict[str, str] = {}
     for name, alias in names.items():
-        numbered = _NUMBERED.match(name)
-        if numbered is not None:
-            block = f"{_SIDES[f'{numbered[1]}_blocks']}{int(numbered[2]):02}"
-        elif name.startswith("middle_block."):
-            block = "M00"
+        if numbered := _BLOCK.match(name):
+            number = 0 if numbered[1] == "middle" else int(numbered[2])
+            block = f"{_SIDES[numbered[1]]}{number:02}"
         elif not unet and ("_in." in f"{name}." or name.startswith("final_layer.")):
             block = "OUT" if name.startswith("final_layer.") else "IN"
         else:

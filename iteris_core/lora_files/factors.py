@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,24 +44,41 @@ def store_all(
 ) -> dict[str, Factors]:
     """Every site's factors in ``dtype``, by component: exact with scale 1 if possible for all,
     otherwise with the scales that were folded in (one scale in components of ``one_alpha``),
-    otherwise rounded. With ``even``, rounded factors share one alpha in components of
-    ``one_alpha``."""
+    otherwise rounded. With ``even``, components of ``one_alpha`` have one alpha each."""
     stored: dict[str, Factors] = {}
     for component in {site.partition(".")[0]: None for site in lora.sites}:
         sites = {s: c for s, c in lora.sites.items() if s.startswith(f"{component}.")}
         scales = {site: lora.scales.get(site, 1.0) for site in sites}
-        plain = {site: _exactly(change, 1.0, dtype) for site, change in sites.items()}
+        exact = {site: _exactly(change, 1.0, dtype) for site, change in sites.items()}
         together = component not in one_alpha or len(set(scales.values())) == 1
-        if together and not all(plain.values()):
+        if together and not all(exact.values()):
             scaled = {site: _exactly(c, scales[site], dtype) for site, c in sites.items()}
-            plain = scaled if all(scaled.values()) else plain
-        if even and component in one_alpha and not all(plain.values()):
-            alpha = max(change.rank for change in sites.values())
-            if any(change.rank != alpha for change in sites.values()):
-                stored |= {s: _rounded(s, c, dtype, alpha / c.rank) for s, c in sites.items()}
-                continue
-        stored |= {site: plain[site] or _rounded(site, c, dtype) for site, c in sites.items()}
+            exact = scaled if all(scaled.values()) else exact
+        alpha = max(change.rank for change in sites.values())
+        evened = even and component in one_alpha
+        if evened and not all(exact.values()) and any(c.rank != alpha for c in sites.values()):
+            stored |= {s: _rounded(s, c, dtype, alpha / c.rank) for s, c in sites.items()}
+            continue
+        own = {site: exact[site] or _rounded(site, c, dtype) for site, c in sites.items()}
+        stored |= _even_out(own, alpha) if evened else own
     return stored
+
+
+def _even_out(modules: Mapping[str, Factors], alpha: int) -> dict[str, Factors]:
+    """The same changes with one alpha: scaled by a power of two, or padded with zeros."""
+    if all(math.isclose(module.scale * module.rank, alpha) for module in modules.values()):
+        return dict(modules)
+    even: dict[str, Factors] = {}
+    for name, module in modules.items():
+        scale, down = module.scale * alpha / module.rank, module.down
+        up = (module.up.float() * (module.rank / alpha)).to(module.up.dtype)
+        if not torch.equal(up.float() * (alpha / module.rank), module.up.float()):
+            missing = alpha - module.rank
+            up = torch.nn.functional.pad(module.up, (0, missing))
+            down = torch.nn.functional.pad(module.down, (0, 0, 0, missing))
+            scale = module.scale
+        even[name] = Factors(up, down, scale, module.kernel)
+    return even
 
 
 def _exactly(change: LowRank, scale: float, dtype: torch.dtype) -> Factors | None:

@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Literal
 
 from ..architectures import Architecture
-from ..architectures.row_mapping import Alias, Shapes, whole
+from ..architectures.row_mapping import Shapes, whole
 from ..errors import LoraFileError
 from ..lora import Lora
 from .aliases import BaseModel
 from .embeddings import split_embeddings
-from .parts import split_key
+from .parts import modules_of
 from .read import ReadOptions, read_lora_file
 from .tensors import read_header, read_tensors
 
 _COMPONENTS = {
-    **{f"lora_{name}_": "text_encoder" for name in ("te", "te1")},
-    **{"lora_te2_": "text_encoder_2", "lora_te3_": "text_encoder_3"},
+    **dict.fromkeys(("lora_te", "lora_te1"), "text_encoder"),
+    **{"lora_te2": "text_encoder_2", "lora_te3": "text_encoder_3"},
 }
 """Kohya's prefixes of text encoders; everything else is the denoiser."""
 _RECORD = Architecture("file", "the file", one_alpha=("unet", *_COMPONENTS.values()))
@@ -44,26 +44,24 @@ def check_by_own_names(path: Path) -> None:
 
 def _base_of(path: Path, shapes_in_file: Shapes) -> BaseModel:
     """A base made from the file's modules, with names to write if they are kohya's."""
-    modules: dict[str, dict[str, tuple[int, ...]]] = {}
     kohya = any(key.endswith(".lora_down.weight") for key in shapes_in_file)
-    vectors: dict[str, Alias] = {}
-    for key, shape in shapes_in_file.items():
-        split = split_key(key, ())
-        if kohya and len(shape) == 1 and key.endswith((".diff", ".diff_b")):
-            vectors[key] = whole(key, shapes_in_file)
-        elif split is not None:
-            modules.setdefault(split[0], {})[split[1]] = shape
+    vectors = {
+        key: whole(key, shapes_in_file)
+        for key, shape in shapes_in_file.items()
+        if kohya and len(shape) == 1 and key.endswith((".diff", ".diff_b"))
+    }
+    modules = modules_of(key for key in shapes_in_file if key not in vectors)
     if not modules:
         raise LoraFileError(f"{path} changes no weight; it is not a LoRA file.")
-    shapes = {name: _shape(path, name, parts) for name, parts in modules.items()}
-    components = {
-        name: next((c for prefix, c in _COMPONENTS.items() if name.startswith(prefix)), "unet")
-        for name in modules
-    }
-    sites = {name: f"{components[name]}.{name}" if kohya else name for name in modules}
-    by_site = {sites[name]: shape for name, shape in shapes.items()}
-    names = {name: whole(site, by_site) for name, site in sites.items()}
-    return BaseModel(_RECORD, by_site, names, names if kohya else {}, vectors)
+    shapes: dict[str, tuple[int, ...]] = {}
+    sites: dict[str, str] = {}
+    for name, parts in modules.items():
+        component = _COMPONENTS.get("_".join(name.split("_")[:2]), "unet")
+        sites[name] = f"{component}.{name}" if kohya else name
+        own = {part: shapes_in_file[key] for part, key in parts.items()}
+        shapes[sites[name]] = _shape(path, name, own)
+    names = {name: whole(site, shapes) for name, site in sites.items()}
+    return BaseModel(_RECORD, shapes, names, names if kohya else {}, vectors)
 
 
 def _shape(path: Path, name: str, parts: Shapes) -> tuple[int, ...]:

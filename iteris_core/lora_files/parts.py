@@ -67,6 +67,15 @@ def split_key(key: str, modules: Container[str]) -> tuple[str, str] | None:
     return next((split for split in splits if split[0] in modules), splits[0] if splits else None)
 
 
+def modules_of(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Module name → part → its key, for ``keys`` with a leaf."""
+    modules: dict[str, dict[str, str]] = {}
+    for key in keys:
+        if split := split_key(key, ()):
+            modules.setdefault(split[0], {})[split[1]] = key
+    return modules
+
+
 def is_lora(keys: Iterable[str]) -> bool:
     """True if one of a file's ``keys`` ends like a part of a module's change; no model has such
     keys."""
@@ -78,8 +87,7 @@ def refusal(key: str) -> str | None:
     return next((what for leaves, what in REFUSED.items() if key.endswith(leaves)), None)
 
 
-def layout_of(key: str) -> str:
-    """The layout of a key."""
+def _layout_of(key: str) -> str:
     for prefixes, name in _LAYOUTS.items():
         if key.startswith(prefixes):
             return name
@@ -98,10 +106,10 @@ def layout_of(key: str) -> str:
 
 def layouts_of(keys: Iterable[str]) -> list[str]:
     """All layouts in a file, the most common first."""
-    return [name for name, _ in Counter(layout_of(key) for key in keys).most_common()]
+    return [name for name, _ in Counter(_layout_of(key) for key in keys).most_common()]
 
 
 def kinds_of(keys: Iterable[str]) -> dict[str, int]:
     """The number of modules per parametrisation; a DoRA also counts as its underlying kind."""
-    parts = [split[1] for split in (split_key(key, ()) for key in keys) if split is not None]
+    parts = [part for parts in modules_of(keys).values() for part in parts]
     return dict(Counter(_KINDS[part] for part in parts if part in _KINDS))

@@ -50,10 +50,8 @@ def read_adapter(folder: Path, shapes: Shapes, layers: str = "") -> Lora:
 
     Raises :class:`LoraFileError` for another kind of adapter, or one for another base model.
     """
-    config, tensors = _read_folder(folder)
+    config, factors, heads = _read_folder(folder)
     _check_plain(folder, config)
-    heads = [name for name in tensors if _is_apart(name, config)]
-    factors = {name: tensor for name, tensor in tensors.items() if name not in heads}
     aliases = {site.removeprefix("model."): whole(site, shapes) for site in shapes}
     base = BaseModel(Architecture("transformers", "transformers"), shapes, aliases, {})
     lora = lora_of(folder / _WEIGHTS, factors, {"": config}, base, None, ReadOptions(layers=layers))
@@ -90,17 +88,11 @@ def read_heads(folder: str | Path) -> dict[str, Tensor]:
     Parameter name in the base model → tensor; load it with ``strict=False``. A merge does not
     change them: every task keeps its own.
     """
-    config, tensors = _read_folder(Path(folder))
-    return {name: tensor for name, tensor in tensors.items() if _is_apart(name, config)}
+    return _read_folder(Path(folder))[2]
 
 
-def _is_apart(name: str, config: Mapping[str, Any]) -> bool:
-    heads = config.get("modules_to_save") or []
-    return any(f".{head}." in f".{name}." for head in heads)
-
-
-def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration, and the tensors by parameter name in the base model."""
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """The configuration; and the tensors by parameter name in the base model, factors and heads."""
     config_file, weights = folder / "adapter_config.json", folder / _WEIGHTS
     if not config_file.is_file() or not weights.is_file():
         raise LoraFileError(
@@ -111,8 +103,13 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise LoraFileError(f"{config_file} is not valid JSON ({error}).") from error
-    tensors, _ = read_tensors(weights)
-    return config, {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
+    factors: dict[str, Tensor] = {}
+    heads: dict[str, Tensor] = {}
+    for key, tensor in read_tensors(weights)[0].items():
+        name = key.removeprefix(_PREFIX)
+        apart = any(f".{head}." in f".{name}." for head in config.get("modules_to_save") or [])
+        (heads if apart else factors)[name] = tensor
+    return config, factors, heads
 
 
 def check_folder(folder: str | Path) -> Path:

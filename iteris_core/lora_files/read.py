@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,19 +19,18 @@ from ..architectures import architecture_of_file
 from ..architectures.row_mapping import Alias, Piece, file_rows
 from ..errors import LoraFileError, SettingsError
 from ..linalg.lowrank import extract
-from ..lora import Lora, LowRank, concatenate
+from ..lora import Lora, LowRank, in_one
 from .aliases import BaseModel, released_base
 from .alphas import adapter_configs, scale_of
 from .blocks import check_layers, filtered, weights_by_block
 from .embeddings import split_embeddings
-from .formulas import Parts, Rebuilt
-from .of_weight import needs_weight
+from .formulas import Parts, Rebuilt, needs_weight
 from .parts import refusal, split_key
 from .rebuild import rebuild
-from .tensors import all_finite, file_digest, read_header, read_tensors
+from .tensors import file_digest, read_header, read_tensors
 from .vectors import vectors_of_file
 
-_NO_MODULE = "matches no module of the base model"
+_NO_MODULE, _UNKNOWN = "matches no module of the base model", "is of an unknown kind"
 
 Weight = Callable[[str], Tensor]
 """The base's weight at a site; only called if a change depends on it (DoRA, OFT, GLoRA)."""
@@ -152,14 +152,15 @@ def lora_of(
     for key in places.keys() & tensors.keys():
         vectors |= vectors_of_file(f"{path}: {key}", tensors[key], places[key])
     tensors = {key: tensor for key, tensor in tensors.items() if key not in places}
-    groups, left_out = _group(path, tensors, base)
-    if left_out and not (options.allow_partial and groups):
-        raise LoraFileError(_complaint(path, left_out, len(tensors), len(groups)))
-    if not groups:
+    modules, left_out = _modules(path, tensors, base)
+    if left_out and not (options.allow_partial and modules):
+        raise LoraFileError(f"{path}: {_complaint(left_out, tensors, whole=not modules)}")
+    if not modules:
         raise LoraFileError(f"{path} changes no weight; it is not a LoRA file.")
     counts: Counter[str] = Counter()
+    taken: dict[str, list[tuple[Piece, str]]] = {}
     pieces: dict[str, list[tuple[LowRank, float]]] = {}
-    for alias, (name, parts) in groups.items():
+    for alias, (name, parts) in modules.items():
         place = f"{path}: {name}"
         scale = None
         if "down" in parts and parts["down"].ndim >= 2:
@@ -175,18 +176,20 @@ def lora_of(
             parts = plain
         known = partial(_base_weight, alias, shape, weight, place, parts)
         change = rebuild(parts, shape, scale, place, known)
+        scale = 1.0 if isinstance(change, Tensor) else change.scale
         for piece in alias:
-            part = _part_of(change, piece, base.shapes[piece.site], options.energy)
+            others = taken.setdefault(piece.site, [])
+            if other := next((name for other, name in others if other.overlaps(piece)), None):
+                raise LoraFileError(
+                    f"{path}: {other} and {name} both change {piece.site}; remove one of them, "
+                    "because loaders differ in which one they use."
+                )
+            others.append((piece, name))
+            part = _part_of(change, piece, base.shapes[piece.site], options.energy, place)
             if part is None:
                 counts["zero"] += 1
                 continue
-            if _largest(part.up) * _largest(part.down) * part.rank > _TOO_LARGE:
-                raise LoraFileError(
-                    f"{place} contains values whose sums overflow; the file is broken, or its "
-                    "training diverged."
-                )
             counts["extracted"] += isinstance(change, Tensor)
-            scale = 1.0 if isinstance(change, Tensor) else change.scale
             pieces.setdefault(piece.site, []).append((part, scale))
     texts = {
         "extracted": "were not low rank and were extracted at "
@@ -195,12 +198,18 @@ def lora_of(
         "unseen": "are OFT, BOFT or GLoRA, which are unknown without the base's weights",
         "zero": "have a change of exactly zero and are left out",
     }
-    more = f"{len(vectors)} changes of biases and normalisations, which a merge does not support"
+    notes = [
+        f"left out: {f'{len(keys)} tensors, such as ' * (len(keys) > 1)}"
+        f"{_named(keys[0], tensors)} {why}"
+        for why, keys in left_out.items()
+    ]
+    notes += [f"{counts[kind]} sites {text}" for kind, text in texts.items() if counts[kind]]
+    if vectors:
+        notes.append(
+            f"{len(vectors)} changes of biases and normalisations, which a merge does not support"
+        )
     lora = Lora(
-        {
-            site: parts[0][0] if len(parts) == 1 else concatenate([change for change, _ in parts])
-            for site, parts in pieces.items()
-        },
+        {site: in_one([change for change, _ in parts]) for site, parts in pieces.items()},
         path.stem,
         source=path.name,
         sha256=file_digest(path),
@@ -210,22 +219,16 @@ def lora_of(
             for site, parts in pieces.items()
             if len({scale for _, scale in parts}) == 1
         },
-        left_out=len(left_out),
-        notes=_left_out(left_out)
-        + [f"{counts[kind]} sites {text}" for kind, text in texts.items() if counts[kind]]
-        + ([more] if vectors else []),
+        left_out=sum(map(len, left_out.values())),
+        notes=notes,
         reading={"allow_partial": options.allow_partial, "energy": options.energy},
         vectors={name: vector for name, vector in vectors.items() if bool(vector.any())},
     )
     return filtered(lora, options.blocks, options.layers)
 
 
-def _largest(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor.float(), float("inf")))
-
-
 def _part_of(
-    change: Rebuilt, piece: Piece, shape: tuple[int, ...], energy: float
+    change: Rebuilt, piece: Piece, shape: tuple[int, ...], energy: float, place: str
 ) -> LowRank | None:
     """The rows of ``change`` that belong to ``piece``, as a change of its whole site with a weight
     of ``shape``; None if they are zero."""
@@ -234,7 +237,7 @@ def _part_of(
         dense = piece.of_file(change)
         if not bool(dense.any()):
             return None
-        _check_finite(piece, dense)
+        _check_size(place, 1, dense)
         low = extract(dense, energy, kernel)[0]
         up, down = low.up, low.down
     else:
@@ -244,102 +247,72 @@ def _part_of(
             up, down = up[:, used], down[used]
     if not bool(up.any()) or not bool(down.any()):
         return None
-    _check_finite(piece, up, down)
+    _check_size(place, up.shape[1], up, down)
     around = (0, 0, piece.start, shape[0] - piece.start - piece.length)
     return LowRank(torch.nn.functional.pad(up, around), down, kernel)
 
 
-def _check_finite(piece: Piece, *tensors: Tensor) -> None:
-    if not all(map(all_finite, tensors)):
+def _check_size(place: str, rank: int, *factors: Tensor) -> None:
+    largest = (torch.linalg.vector_norm(factor.float(), float("inf")) for factor in factors)
+    if not rank * math.prod(map(float, largest)) <= _TOO_LARGE:  # which a NaN is not either
         raise LoraFileError(
-            f"Site {piece.site}: the product of scale and factors overflows float32."
+            f"{place}: its change overflows float32; the file is broken, or its training diverged."
         )
 
 
-def _group(
+def _modules(
     path: Path, tensors: Mapping[str, Tensor], base: BaseModel
-) -> tuple[dict[Alias, tuple[str, dict[str, Tensor]]], dict[str, str]]:
-    """Parts by module, with the module's name in the file; and unrecognised keys → why."""
-    aliases = base.aliases
-    groups: dict[Alias, tuple[str, dict[str, Tensor]]] = {}
-    left_out: dict[str, str] = {}
+) -> tuple[dict[Alias, tuple[str, dict[str, Tensor]]], dict[str, list[str]]]:
+    """Parts by module, with the module's name in the file; and why keys are not recognised → these
+    keys."""
+    modules: dict[Alias, tuple[str, dict[str, Tensor]]] = {}
+    left_out: dict[str, list[str]] = {}
     for key, tensor in tensors.items():
-        split = split_key(key, aliases)
-        if split is None or split[0] not in aliases:
+        name, part = split_key(key, base.aliases) or ("", "")
+        if name not in base.aliases:
             # Some trainers save zeros as changes of biases and normalisations.
             if not key.endswith((".diff_b", ".lora_B.bias")) or bool(tensor.float().any()):
-                left_out[key] = _describe(key, tensor, has_leaf=split is not None)
+                what, known = refusal(key), _NO_MODULE if part else _UNKNOWN
+                why = f"is {what}, which is not supported as a change of a weight"
+                left_out.setdefault(why if what else known, []).append(key)
             continue
-        name, part = split
-        known, parts = groups.setdefault(aliases[name], (name, {}))
-        if name != known and part not in parts:
+        known, parts = modules.setdefault(base.aliases[name], (name, {}))
+        if name != known or part in parts:
             raise LoraFileError(
-                f"{path}: key {key} is a part of the module that other keys call {known}; use one "
-                "name for all parts of a module, because loaders combine only some of them."
-            )
-        if part in parts:
-            raise LoraFileError(
-                f"{path}: key {key} duplicates another key of {known}; remove one of them, because "
-                "loaders differ in which one they use."
+                f"{path}: key {key} is a part of the module that other keys call {known}; give "
+                "every part of a module once and under one name, because loaders differ in which "
+                "ones they use."
             )
         parts[part] = tensor
-    takers: dict[str, list[tuple[Piece, str]]] = {}
-    for alias, (name, _) in groups.items():
-        for piece in alias:
-            for other, known in takers.setdefault(piece.site, []):
-                stop = min(piece.start + piece.length, other.start + other.length)
-                if max(piece.start, other.start) < stop:
-                    raise LoraFileError(
-                        f"{path}: {known} and {name} both change {piece.site}; remove one of them, "
-                        "because loaders differ in which one they use."
-                    )
-            takers[piece.site].append((piece, name))
-    return groups, left_out
+    return modules, left_out
 
 
-def _describe(key: str, tensor: Tensor, *, has_leaf: bool) -> str:
-    what = refusal(key)
-    if what is not None:
-        what = f"is {what}, which is not supported as a change of a weight"
-    else:
-        what = _NO_MODULE if has_leaf else "is of an unknown kind"
-    return f"{key} {tuple(tensor.shape)} {what}"
+def _named(key: str, tensors: Mapping[str, Tensor]) -> str:
+    return f"{key} {tuple(tensors[key].shape)}"
 
 
-def _left_out(what: Mapping[str, str]) -> list[str]:
-    """A note for each reason why tensors were left out, with one of them."""
-    by_reason: dict[str, list[str]] = {}
-    for text in what.values():
-        by_reason.setdefault(text.rpartition(") ")[2], []).append(text)
-    counts = [(f"{len(some)} tensors, such as " * (len(some) > 1), some[0])
-              for some in by_reason.values()]  # fmt: skip
-    return [f"left out: {count}{first}" for count, first in counts]
-
-
-def _complaint(path: Path, left_out: Mapping[str, str], total: int, understood: int) -> str:
-    first = "; ".join(list(left_out.values())[:3])
-    unknown = [text for text in left_out.values() if text.endswith(_NO_MODULE)]
-    plain = not any(_LORA_PART.search(key.lower()) for key in left_out)
-    if understood == 0 and plain and len(left_out) > _FEW:
+def _complaint(
+    left_out: Mapping[str, list[str]], tensors: Mapping[str, Tensor], *, whole: bool
+) -> str:
+    """What is left out, and what to do; ``whole``: that is all of the file."""
+    keys = [key for some in left_out.values() for key in some]
+    named = [f"{_named(key, tensors)} {why}" for why, some in left_out.items() for key in some]
+    rest = "; to merge the rest of it, allow a partial reading (--allow-partial)."
+    if whole and len(keys) > _FEW and not any(_LORA_PART.search(key.lower()) for key in keys):
         advice = (
             "This is a whole model (a checkpoint), not a LoRA; give the LoRA's own file, or "
             "extract one from the model first."
         )
-    elif understood == 0 and any(map(refusal, left_out)) and not unknown:
+    elif whole and _NO_MODULE not in left_out and left_out.keys() - {_UNKNOWN}:
         advice = "Nothing in it is a low-rank change of a layer, so there is nothing to merge."
-    elif understood == 0:
+    elif whole:
         advice = "This LoRA was made for another base model, or it is not a LoRA."
-    elif len(unknown) == len(left_out):
-        advice = (
-            "This LoRA was made for another base model, or for one with more parts; to merge the "
-            "rest of it, allow a partial reading (--allow-partial)."
-        )
+    elif set(left_out) == {_NO_MODULE}:
+        advice = f"This LoRA was made for another base model, or for one with more parts{rest}"
     else:
-        advice = (
-            "Nothing is skipped silently; to merge the rest of it, allow a partial reading "
-            "(--allow-partial)."
-        )
-    return f"{path}: {len(left_out)} of {total} tensors cannot be read: {first}. {advice}"
+        advice = f"Nothing is skipped silently{rest}"
+    first = "; ".join(named[:3])
+    return f"{len(keys)} of {len(tensors)} tensors cannot be read: {first}. {advice}"
 
 
 def _base_weight(

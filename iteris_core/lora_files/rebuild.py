@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..errors import LoraFileError
-from .formulas import (
-    LOHA,
-    Misfit,
-    Parts,
-    Rebuilt,
-    ScaleAt,
-    Shape,
-    difference,
-    is_whole_lokr,
-    loha,
-    lokr,
-    lora,
-)
-from .of_weight import GLORA, fold_magnitude, glora, rotation
-from .parts import split_key
+from .formulas import FORMULAS, Misfit, Module, Parts, Rebuilt
+from .parts import modules_of
 
-_MAGNITUDES = {"magnitude", "output_magnitude"}
+_BESIDE = {"alpha", "magnitude", "output_magnitude"}
+"""Parts beside those that form the change: its scale and magnitudes."""
 
 
 def rebuild(
-    parts: Parts, shape: Shape, scale: float | None, place: str, weight: Callable[[], Tensor]
+    parts: Parts,
+    shape: tuple[int, ...],
+    scale: float | None,
+    place: str,
+    weight: Callable[[], Tensor],
 ) -> Rebuilt:
     """The change of a weight of ``shape``.
 
@@ -38,68 +31,37 @@ def rebuild(
     change depends on it. Raises :class:`LoraFileError`, starting with ``place``, if parts are
     missing or do not fit.
     """
-    floats = {name: _as_float(parts[name], name, place) for name in _factors(parts)}
-    build = _formula(floats, place, parts, weight)
+    _check_parts(parts, place)
+    floats = {name: _as_float(parts[name], name, place) for name in sorted(parts.keys() - _BESIDE)}
     try:
-        change = build(floats, shape, lambda rank: _scale(parts, scale, rank, place))
+        module = Module(floats, shape, _alpha(parts, place), scale, weight)
+        change = FORMULAS[frozenset(floats)](module)
     except Misfit:
         sizes = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in floats.items())
         raise LoraFileError(
             f"{place} has {sizes}, but the base model's weight there is {tuple(shape)}; this LoRA "
             "was made for another base model."
         ) from None
-    if not parts.keys() & _MAGNITUDES:
+    if parts.keys() <= floats.keys() | {"alpha"}:
         return change
     dense = change if isinstance(change, Tensor) else change.dense()
-    return fold_magnitude(dense, weight(), parts, place)
+    return _fold_magnitude(dense, weight(), parts, place)
 
 
-def check_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def check_whole(path: Path, keys: Iterable[str]) -> None:
     """Raise :class:`LoraFileError` for a module of the file ``path`` with missing parts."""
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        split = split_key(key, ())
-        if split is not None:
-            modules.setdefault(split[0], {})[split[1]] = tensor
-    for name, parts in modules.items():
-        if factors := {part: parts[part] for part in _factors(parts)}:
-            _formula(factors, f"{path}: {name}", parts, Tensor)
+    for name, parts in modules_of(keys).items():
+        if parts.keys() - _BESIDE:
+            _check_parts(parts, f"{path}: {name}")
 
 
-def _factors(parts: Parts) -> list[str]:
-    """The parts that form the change, without its scale and magnitudes."""
-    return sorted(set(parts) - {"alpha"} - _MAGNITUDES)
-
-
-def _formula(
-    floats: Parts, place: str, parts: Parts, weight: Callable[[], Tensor]
-) -> Callable[[Parts, Shape, ScaleAt], Rebuilt]:
-    """The formula for exactly these parts."""
-    names = set(floats)
-    if names in ({"down", "up"}, {"down", "mid", "up"}):
-        return lora
-    if names == {"diff"}:
-        return difference
-    if names in (LOHA, LOHA | {"hada_t1", "hada_t2"}):
-        return loha
-    if names and all(name.startswith("lokr_") for name in names) and is_whole_lokr(floats):
-        return lokr
-    if names in ({"oft_blocks"}, {"oft_blocks", "rescale"}):
-        return lambda f, shape, scale: rotation(f, weight(), _alpha(parts, place) or 0.0)
-    if names == GLORA:
-        return lambda f, shape, scale: glora(f, shape, scale, weight())
-    raise LoraFileError(
-        f"{place} has only the parts {', '.join(sorted(parts))}, which are not a complete change; "
-        "its other half is missing. Save or download the file again."
-    )
-
-
-def _scale(parts: Parts, configured: float | None, rank: int, place: str) -> float:
-    """alpha / rank, or the scale from the configuration."""
-    alpha = _alpha(parts, place)
-    if alpha is None:
-        return 1.0 if configured is None else configured
-    return alpha / rank
+def _check_parts(parts: Collection[str], place: str) -> None:
+    """Raise :class:`LoraFileError`, starting with ``place``, if a module has only these parts."""
+    if frozenset(parts) - _BESIDE not in FORMULAS:
+        raise LoraFileError(
+            f"{place} has only the parts {', '.join(sorted(parts))}, which are not a complete "
+            "change; its other half is missing. Save or download the file again."
+        )
 
 
 def _alpha(parts: Parts, place: str) -> float | None:
@@ -122,3 +84,29 @@ def _as_float(tensor: Tensor, name: str, place: str) -> Tensor:
             f"{place}: {name} is empty, {tuple(tensor.shape)}: rank 0; the file is broken."
         )
     return tensor.float()
+
+
+def _fold_magnitude(change: Tensor, weight: Tensor, parts: Parts, place: str) -> Tensor:
+    """W' − W for DoRA, W' = m · (W + ΔW) / ‖W + ΔW‖; ``change``, ``weight`` are (out, in·kh·kw).
+
+    m is the part ``output_magnitude`` (peft's ``lora_magnitude_vector``; one number per output, the
+    norm over everything else) or ``magnitude`` (``dora_scale`` in LyCORIS and kohya; its shape
+    gives the axis: (out, 1, …) outputs, (1, in, …) inputs). Source: arXiv 2402.09353, eq. 5. Raises
+    :class:`LoraFileError`, starting with ``place``, if it does not fit.
+    """
+    moved = weight + change
+    outputs, width = moved.shape
+    by_output = "output_magnitude" in parts
+    scale = parts["output_magnitude" if by_output else "magnitude"].float()
+    size = scale.numel()
+    by_input = not by_output and scale.ndim >= 2 and scale.shape[0] == 1 and outputs > 1
+    if (size != scale.shape[1] or width % size) if by_input else size != outputs:
+        raise LoraFileError(
+            f"{place}: the magnitude of this DoRA has shape {tuple(scale.shape)}, but the base "
+            f"model's weight there is {tuple(moved.shape)}; it was made for another base model."
+        )
+    # (outputs, inputs, kernel), or (outputs, 1, all the rest)
+    cube = moved.reshape(outputs, size if by_input else 1, -1)
+    norm = cube.norm(dim=(0, 2) if by_input else (1, 2), keepdim=True)
+    new = cube * (scale.reshape(norm.shape) / (norm + torch.finfo(torch.float32).eps))
+    return new.reshape(outputs, width) - weight

@@ -21,8 +21,6 @@ _BASES = {"sd_v1": "SD 1.5", "sd_v2": "SD 2.1", "sdxl_base_v1-0": "SDXL 1.0", "f
 
 _ENDINGS = (".metadata.json", ".civitai.info", ".rgthree-info.json", ".json")
 _NAMES = ("trainedWords", "trigger_words")
-_ACTIVATION = "activation text"
-"""The words as one text, in Automatic1111's notes."""
 
 
 class FoundPhrases(NamedTuple):
@@ -49,7 +47,8 @@ def sidecar_phrases(file: Path) -> FoundPhrases:
     """The trigger words from the first file beside ``file`` that has any."""
     for path in sidecars(file):
         if phrases := _phrases(path):
-            return FoundPhrases(tuple(phrases), _ending(path))
+            ending = next(end for end in _ENDINGS if path.name.endswith(end))
+            return FoundPhrases(tuple(phrases), ending)
     return FoundPhrases()
 
 
@@ -101,10 +100,6 @@ def write_sidecar(file: Path, metadata: Mapping[str, str]) -> Path:
     return path
 
 
-def _ending(path: Path) -> str:
-    return next(end for end in _ENDINGS if path.name.endswith(end))
-
-
 def _content(path: Path) -> dict[str, Any]:
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -118,7 +113,7 @@ def _phrases(path: Path) -> list[str]:
     tables = [content, content.get("civitai")]
     lists = [table.get(name) for table in tables if isinstance(table, dict) for name in _NAMES]
     words = [word for some in lists if isinstance(some, list) for word in some]
-    words.append(content.get(_ACTIVATION))
+    words.append(content.get("activation text"))  # Automatic1111's, the words as one text
     texts = [word.get("word") if isinstance(word, dict) else word for word in words]
     phrases = [cleaned(text) for text in texts if isinstance(text, str)]
     return list(dict.fromkeys(phrase for phrase in phrases if phrase))

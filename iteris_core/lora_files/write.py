@@ -27,7 +27,6 @@ from torch import Tensor
 
 from ..architectures import architecture
 from ..architectures.row_mapping import Alias, file_rows
-from ..architectures.text import text_component
 from ..errors import OutputError
 from ..lora import Lora
 from ..saving import check_new, together
@@ -191,18 +190,11 @@ def _kohya(base: BaseModel, stored: Mapping[str, Factors]) -> dict[str, Factors]
             f'{base.architecture.title}; write layout="peft", or read the LoRAs through a host, '
             "which says what base it has."
         )
-    components: dict[str, dict[str, Factors]] = {}
-    for name, alias in names.items():
-        component = alias[0].site.partition(".")[0]
-        whole = len(alias) == 1 and len(alias[0].rows) == 1
-        module = stored[alias[0].site] if whole else _fuse(name, alias, stored)
-        components.setdefault(component, {})[name] = module
     modules: dict[str, Factors] = {}
-    for component, named in components.items():
-        modules |= _even_out(named) if component in base.architecture.one_alpha else named
-        if component.startswith("text_encoder"):
-            modules |= _recognisable({name: modules[name] for name in named})
-    return modules
+    for name, alias in names.items():
+        whole = len(alias) == 1 and len(alias[0].rows) == 1
+        modules[name] = stored[alias[0].site] if whole else _fuse(name, alias, stored)
+    return modules | _recognisable(modules)
 
 
 def _fuse(name: str, alias: Alias, stored: Mapping[str, Factors]) -> Factors:
@@ -226,46 +218,30 @@ def _fuse(name: str, alias: Alias, stored: Mapping[str, Factors]) -> Factors:
     return Factors(up, down, first.scale, first.kernel)
 
 
-def _even_out(modules: Mapping[str, Factors]) -> dict[str, Factors]:
-    """The same changes with one alpha."""
-    alpha = max(module.rank for module in modules.values())
-    if all(math.isclose(module.scale * module.rank, alpha) for module in modules.values()):
-        return dict(modules)
-    even: dict[str, Factors] = {}
-    for name, module in modules.items():
-        scale, down = module.scale * alpha / module.rank, module.down
-        up = (module.up.float() * (module.rank / alpha)).to(module.up.dtype)
-        if not torch.equal(up.float() * (alpha / module.rank), module.up.float()):
-            missing = alpha - module.rank
-            up = torch.nn.functional.pad(module.up, (0, missing))
-            down = torch.nn.functional.pad(module.down, (0, 0, 0, missing))
-            scale = module.scale
-        even[name] = Factors(up, down, scale, module.kernel)
-    return even
-
-
-def _recognisable(text: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Zero factors for an ``out_proj`` if the text encoder of these modules needs them. Only CLIP
-    does: language models name that layer differently, and no loader looks for it."""
-    inputs = ("_q_proj", "_k_proj", "_v_proj")
-    attention = [name for name in text if "_text_model_" in name and name.endswith(inputs)]
-    if not attention or any(name.endswith("_out_proj") for name in text):
-        return {}
-    like = text[attention[0]]
-    name = attention[0].rpartition("_")[0].rpartition("_")[0] + "_out_proj"
-    return {name: _zeros(like.down.shape[1], like)}
+def _recognisable(modules: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Zero factors for an ``out_proj`` of each text encoder that needs them. Only CLIP does:
+    language models name that layer differently, and no loader looks for it."""
+    known = {name.partition("_text_model_")[0] for name in modules if name.endswith("_out_proj")}
+    added: dict[str, Factors] = {}
+    for name, like in modules.items():
+        encoder, of_clip, _ = name.partition("_text_model_")
+        stem, attention, _ = name.rpartition("_self_attn_")
+        if of_clip and attention and encoder not in known:
+            known.add(encoder)
+            added[f"{stem}_self_attn_out_proj"] = _zeros(like.down.shape[1], like)
+    return added
 
 
 def _recognisable_to_peft(stored: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Zero factors for an ``out_proj`` of each text encoder without attention sites."""
+    """Zero factors for an ``out_proj`` of each CLIP text encoder without attention sites."""
+    known = {site.partition(".text_model.")[0] for site in stored if ".self_attn." in site}
     added: dict[str, Factors] = {}
-    for component in {s.partition(".")[0] for s in stored if text_component(s) is not None}:
-        clip = [site for site in stored if site.startswith(f"{component}.text_model.")]
-        mlps = [site for site in clip if site.endswith((".fc1", ".fc2"))]
-        if mlps and not any(".self_attn." in site for site in clip):
-            like = stored[mlps[0]]
-            width = like.down.shape[1] if mlps[0].endswith(".fc1") else like.up.shape[0]
-            name = f"{component}.text_model.encoder.layers.0.self_attn.out_proj"
+    for site, like in stored.items():
+        encoder, of_clip, _ = site.partition(".text_model.")
+        if of_clip and site.endswith((".fc1", ".fc2")) and encoder not in known:
+            known.add(encoder)
+            width = like.down.shape[1] if site.endswith(".fc1") else like.up.shape[0]
+            name = f"{encoder}.text_model.encoder.layers.0.self_attn.out_proj"
             added[name] = _zeros(width, like)
     return added
 

@@ -340,7 +340,7 @@ def test_sites_without_a_change_are_left_out_and_said_so(tmp_path):
 def test_one_module_under_two_names_is_an_error(tmp_path):
     tensors, _ = train("locon", LINEAR, lora_dim=4, alpha=2)
     again = {k.replace("lora_unet_", "lycoris_"): v for k, v in tensors.items()}
-    with pytest.raises(LoraFileError, match="duplicates another key"):
+    with pytest.raises(LoraFileError, match="once and under one name"):
         read(tmp_path, {**tensors, **again})
 
 
@@ -352,5 +352,5 @@ def test_parts_of_a_module_under_two_names_are_an_error(tmp_path):
         for k, v in tensors.items()
     }
     assert mixed.keys() != tensors.keys()
-    with pytest.raises(LoraFileError, match="use one name for all parts of a module"):
+    with pytest.raises(LoraFileError, match="once and under one name"):
         read(tmp_path, mixed)

@@ -71,7 +71,7 @@ def test_a_new_architecture_is_read_and_written(toy, tmp_path):
 
 
 def test_a_file_of_this_package_is_found(monkeypatch, tmp_path):
-    """What adding one takes: a module with an ``ARCHITECTURE`` in the package's folder."""
+    """What adding one takes: a module with an ``Architecture`` in the package's folder."""
     (tmp_path / "pebble.py").write_text(
         "from iteris_core.architectures.record import Architecture\n"
         'ARCHITECTURE = Architecture("pebble", "Pebble")\n'
@@ -82,7 +82,7 @@ def test_a_file_of_this_package_is_found(monkeypatch, tmp_path):
     known = [known.name for known in architectures.architectures()]
     sys.modules.pop("iteris_core.architectures.pebble")
     del iteris_core.architectures.pebble
-    assert known == ["flux", "sd1", "sd2", "sd3", "sdxl", "pebble"]
+    assert known == ["flux", "sd3", "sd1", "sd2", "sdxl", "pebble"]
 
 
 def test_a_name_that_is_taken_changes_nothing(toy):
