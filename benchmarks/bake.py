@@ -18,7 +18,7 @@ from protocol.toybox import ToyboxWorld
 from torch import Tensor
 
 from iteris_core import Lora
-from iteris_core.edit.rounding import FP8, scaled_fp8
+from iteris_core.edit.bake import FP8, scaled_fp8
 
 NAMES = ("sks1", "sks2", "sks3")
 LATENTS = 8

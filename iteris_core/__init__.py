@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .lora import Lora, LowRank
     from .lora_files import write_lora
     from .lora_files.peft_folder import read_heads, write_adapter
-    from .merge import MergeResult, Runtime, merge_loras
+    from .merge import MergeResult, merge_loras
     from .methods import all_methods
     from .methods.iteris import IterisSettings
     from .progress import Progress
@@ -29,7 +29,7 @@ _MODULES = {
     "lora": "Lora LowRank",
     "lora_files": "write_lora",
     "lora_files.peft_folder": "read_heads write_adapter",
-    "merge": "MergeResult Runtime merge_loras",
+    "merge": "MergeResult merge_loras",
     "methods": "all_methods",
     "methods.iteris": "IterisSettings",
     "progress": "Progress",
@@ -51,7 +51,6 @@ __all__ = [
     "MergeReport",
     "MergeResult",
     "Progress",
-    "Runtime",
     "SettingsError",
     "SolveError",
     "TransformersHost",

@@ -91,10 +91,9 @@ class BaseError(IterisError, code="IT-09"):
 
 
 class DeviceError(IterisError, code="IT-10"):
-    """The device does not exist, or there are too few rows for the number of processes.
+    """The device does not exist.
 
-    Omit `--device` to use the best available; `iteris doctor` shows it. Start fewer processes, or
-    increase `--samples`.
+    Omit `--device` to use the best available; `iteris doctor` shows it.
     """
 
 

@@ -13,7 +13,6 @@ from typing import Any, Literal, cast
 
 import torch
 
-from .activations.processes import ALONE, Processes
 from .composites import Composite
 from .concept_config import ConceptConfig
 from .concepts import Calibration, Concept
@@ -55,21 +54,6 @@ from .solve.choose import POLICY, Policy
 from .solve.problem import Solution
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Settings for a launcher or an experiment.
-
-    ``processes`` that call :func:`merge_loras` with the same arguments share the rows and get the
-    same result. ``policy`` holds the thresholds for choosing a way of solving.
-    """
-
-    processes: Processes = ALONE
-    policy: Policy = POLICY
-
-
-_RUNTIME = Runtime()
 
 
 @dataclass(frozen=True)
@@ -125,7 +109,7 @@ def merge_loras(
     unmergeable: Unmergeable = "refuse",
     on_progress: OnProgress | None = None,
     memory_budget: int | Literal["free"] | None = "free",
-    runtime: Runtime = _RUNTIME,
+    policy: Policy = POLICY,
 ) -> MergeResult:
     """Merge the LoRAs of ``concepts`` into one.
 
@@ -149,7 +133,7 @@ def merge_loras(
     :param memory_budget: bytes that the merge may use beyond the model (``"free"``: what is free;
         None: no limit). It decides how many rows run at once and, if necessary, how many run at
         all. The report's plan shows this.
-    :param runtime: the processes that share the rows, and the thresholds for solving.
+    :param policy: the thresholds for choosing a way of solving; experiments set others.
     :returns: the merged LoRA and a report on every site.
     :raises IterisError: for input that cannot be merged; :class:`SettingsError` for a setting out
         of range.
@@ -161,7 +145,7 @@ def merge_loras(
     settings, calibration = settings_over(preset, method, settings, calibration)
     host = None if host is None else host_of(host)
     concepts = _read(host, concepts)
-    job, always = begun(host, concepts, chosen, calibration, on_progress, memory_budget, runtime)
+    job, always = begun(host, concepts, chosen, calibration, on_progress, memory_budget, policy)
     if always and not job.concepts:  # as they are, side by side
         made = _Made([], Merged({}, RunLog()), [], [], {})
     elif host is None or not chosen.needs_host:
@@ -184,7 +168,7 @@ def begun(
     calibration: Calibration,
     on_progress: OnProgress | None,
     memory_budget: Budget,
-    runtime: Runtime,
+    policy: Policy,
 ) -> tuple[Job, list[Concept]]:
     """A job with its concepts and no changes yet, and the concepts that are always on."""
     if method.needs_host and host is not None and host.pictures:
@@ -200,9 +184,8 @@ def begun(
         calibration,
         generator,
         eta.forecast.tick,
-        processes=runtime.processes,
         memory_budget=memory_budget,
-        policy=runtime.policy,
+        policy=policy,
         eta=eta,
     )
     return job, always_on(counting)

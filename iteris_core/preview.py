@@ -12,7 +12,7 @@ from .config import Unmergeable
 from .errors import UsageError
 from .hosts.learned import embedding_triggers
 from .hosts.protocol import Host
-from .merge import Runtime, begun, prepared
+from .merge import begun, prepared
 from .methods import find_method
 from .methods.registry import settings_over
 from .passes.changes import changes_of, switched_on
@@ -64,8 +64,7 @@ def preview_merge(
     """
     chosen = find_method(method)
     chosen_settings, calibration = settings_over(preset, method, settings, calibration)
-    runtime = Runtime(policy=policy)
-    job, always = begun(host, concepts, chosen, calibration, on_progress, memory_budget, runtime)
+    job, always = begun(host, concepts, chosen, calibration, on_progress, memory_budget, policy)
     if always and not job.concepts:
         return Preview(["every LoRA is always on: their sum, without rows"])
     if not chosen.needs_host:

@@ -23,7 +23,7 @@ from ..iteris_core.lora_files import ReadOptions, to_tensors
 from ..iteris_core.lora_files.embeddings import bundled
 from ..iteris_core.lora_files.experts import split_experts
 from ..iteris_core.lora_files.tensors import content_hash
-from ..iteris_core.merge import MergeResult, Runtime, merge_loras
+from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
 from ..iteris_core.report.provenance import is_ordered
 from ..iteris_core.settings import declared_settings
@@ -96,7 +96,7 @@ def merge_on(
             **replace(config, settings=settings).choices,
             on_progress=progress,
             memory_budget=memory_budget,
-            runtime=Runtime(policy=policy),
+            policy=policy,
         )
     _log.info("IterIS: merged with %s on %d rows", config.method, result.report.rows)
     return result

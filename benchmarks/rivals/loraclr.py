@@ -116,9 +116,6 @@ class _Pairs(Reduction):
                     self._apart[i, j] += (gap**2).sum()
         self._count += count
 
-    def sums(self) -> list[Tensor]:
-        return [self._grams, self._crossed, self._apart, self._count]
-
     def solve(self, fit: RegressionSpec) -> Solution:
         with full_precision(self._grams.device):
             return self._descended(fit)

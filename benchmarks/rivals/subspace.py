@@ -12,7 +12,6 @@ E_i placing concept i's rows, and the pull, α ‖Z̃_iᵀZ̃_i‖_F, going towa
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from iteris_core.linalg.precision import full_precision
 from iteris_core.lora import SiteChanges
@@ -57,9 +56,6 @@ class Subspace(Reduction):
             reference = tokens.reference.float()
             down = self.changes.present[tokens.concept].down.to(reference)
             cross.addmm_((reference @ down.mT).mT, merged)
-
-    def sums(self) -> list[Tensor]:
-        return [*self._own, *self._cross.values(), self._counts]
 
     def solve(self, fit: RegressionSpec) -> Solution:
         """Row spaces may overlap: the least-norm solution where the matrix is singular."""

@@ -17,23 +17,18 @@ from torch import Tensor
 from ..errors import SiteError
 from ..lora import SiteChanges
 from ..solve.inputs import InputMoments
-from ..solve.moments import MomentReduction
 from ..solve.problem import Reduction, SiteContext, StageSolver
-from .processes import ALONE, Processes
 from .tokens import ConceptTokens, Group, Observation
 
 
 class Collector:
     """Holds the sites' reductions until :meth:`take`, and adds tokens to them as they arrive.
 
-    Sites that receive the same tensor in the same geometry share their input moments. With
-    ``processes``, each observes its part of the rows, and the result covers all.
+    Sites that receive the same tensor in the same geometry share their input moments.
     """
 
-    def __init__(
-        self, changes: Mapping[str, SiteChanges], solver: StageSolver, processes: Processes = ALONE
-    ) -> None:
-        self._changes, self._solver, self._processes = changes, solver, processes
+    def __init__(self, changes: Mapping[str, SiteChanges], solver: StageSolver) -> None:
+        self._changes, self._solver = changes, solver
         self._inputs = solver.inputs or {}
         self._shared: dict[tuple[Group, Hashable], InputMoments] = {}
         self._order: dict[tuple[str, int], Group] = {}
@@ -61,7 +56,7 @@ class Collector:
 
     def take(self, site: str) -> Reduction:
         """Hand over a site's reduction, ready to be solved, and forget it."""
-        return self._ready(self._reductions.pop(site))
+        return self._reductions.pop(site)
 
     def _keep(self, shown: Observation) -> None:
         if shown.name not in self._reductions:
@@ -98,7 +93,6 @@ class Collector:
                 changes if inputs is None else changes.at(inputs),
                 shown.inputs.device,
                 share,
-                agree=self._processes.first,
                 sample=sample,
             )
         )
@@ -108,38 +102,27 @@ class Collector:
         for tokens in shown.of_concepts(self._changes[shown.name], self._solver.dtype, inputs):
             reduction.add(tokens)
 
-    def _ready(self, reduction: Reduction) -> Reduction:
-        """Sums over all processes; data shared between sites is added once."""
-        if self._processes.size > 1:
-            sums = reduction.sums()
-            if isinstance(reduction, MomentReduction) and not reduction.inputs.summed:
-                sums += reduction.inputs.sums()
-                reduction.inputs.summed = True
-            self._processes.add_up(sums)
-        return reduction
-
 
 class SweepCollector(Collector):
     """Keeps a site's observed tensors until the site is taken, and reduces them then.
 
     ``sampled`` are the rows from which targets are sampled (None: all). ``narrow`` keeps copies of
-    the tokens that count instead of the model's own tensors. With ``rows``, the number of this
-    process's rows, nothing waits once all of ``sampled`` have been observed: later tensors are
-    reduced immediately, within the context ``aside()``. Rows with masked tokens always wait.
+    the tokens that count instead of the model's own tensors. With ``rows``, the number of
+    all rows, nothing waits once all of ``sampled`` have been observed: later tensors are reduced
+    immediately, within the context ``aside()``. Rows with masked tokens always wait.
     """
 
     def __init__(
         self,
         changes: Mapping[str, SiteChanges],
         solver: StageSolver,
-        processes: Processes = ALONE,
         *,
         sampled: Set[int] | None = None,
         narrow: bool = False,
         rows: int | None = None,
         aside: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        super().__init__(changes, solver, processes)
+        super().__init__(changes, solver)
         self._sampled, self._narrow = sampled, narrow
         self._rows, self._aside = rows, aside
         self._waiting: dict[str, list[Observation]] = {}
@@ -194,16 +177,9 @@ class SweepCollector(Collector):
         row."""
         of_rows = [(shown, row) for shown in waiting for row in self._sample_of(shown)]
         # Some of a row's selectable tokens are masked.
-        sizes = torch.tensor(
-            [
-                len(of_rows),
-                sum(shown.unmasked().count(row, row + 1) for shown, row in of_rows),
-                sum(shown.count(row, row + 1) for shown, row in of_rows),
-            ]
-        )
-        self._processes.add_up([sizes])
-        rows, offered, counted = sizes.tolist()
-        few = math.ceil(tokens / max(rows, 1) * offered / max(counted, 1))
+        offered = sum(shown.unmasked().count(row, row + 1) for shown, row in of_rows)
+        counted = sum(shown.count(row, row + 1) for shown, row in of_rows)
+        few = math.ceil(tokens / max(len(of_rows), 1) * offered / max(counted, 1))
         changes, shown = self._changes[site], waiting[0]
         none = shown.outputs.new_zeros(0, changes.shape[0], dtype=self._solver.dtype)
         sample = [[none] for _ in range(len(changes))]
@@ -213,4 +189,4 @@ class SweepCollector(Collector):
                 concept = next(c for c, start, stop in shown.spans if start <= row < stop)
                 tokens_of = ConceptTokens(part, changes, concept, row, row + 1, self._solver.dtype)
                 sample[concept].append(tokens_of.target)
-        return [self._processes.gather(torch.cat(parts)) for parts in sample]
+        return [torch.cat(parts) for parts in sample]

@@ -29,7 +29,6 @@ from .activation_offload import ActivationOffload
 from .conditions import added, by_row, under_conditions
 from .micro_batch import MicroBatch
 from .modes import Modes
-from .processes import ALONE, Processes
 from .replay import Barriers, ReplayDone, replay_hook
 from .site import Site, site_of
 from .streams import Source, Stream, sources_of
@@ -41,8 +40,8 @@ class Lockstep:
 
     ``changes[site][i]`` is concept i's change of that site, scaled by its strength, or None.
     ``merged`` holds the changes that are active on merged rows. ``streams`` come from
-    :meth:`..hosts.protocol.Host.streams`. ``processes`` assigns rows to this process. The inputs of
-    ``joined`` sites are the rows' tokens one row after another, in any shape.
+    :meth:`..hosts.protocol.Host.streams`. The inputs of ``joined`` sites are the rows' tokens one
+    row after another, in any shape.
     """
 
     def __init__(
@@ -50,10 +49,8 @@ class Lockstep:
         modules: Mapping[str, nn.Module],
         changes: Mapping[str, SiteChanges],
         streams: Mapping[str, Stream] | None = None,
-        processes: Processes = ALONE,
         joined: Set[str] = frozenset(),
     ) -> None:
-        self.processes = processes
         self.changes = {name: SiteChanges.of(some) for name, some in changes.items()}
         self._modules = modules
         self._streams = streams or {}

@@ -10,9 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from ..concept_config import ConceptConfig
-from ..edit.bake import Precision, places_in, weight_in
+from ..edit.bake import FP8, Precision, places_in, weight_in
 from ..edit.bake import bake as bake_model
-from ..edit.rounding import FP8
 from ..errors import BaseError, OutputError, UsageError
 from ..lora_files import DTYPES, ReadOptions, check_target, read_lora_file
 from ..lora_files.peft_folder import check_folder

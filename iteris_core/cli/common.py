@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from ..activations.processes import ALONE, Processes
 from ..concepts import Concept
 from ..hosts.protocol import Host
-from ..merge import MergeResult, Runtime, merge_loras
+from ..merge import MergeResult, merge_loras
 from ..preview import Preview, preview_merge
 from ..progress import OnProgress, Progress
 from .base import device_of
@@ -114,24 +111,6 @@ def progress_bars(*, visible: bool = True) -> Generator[OnProgress]:
         yield on_progress
 
 
-@contextmanager
-def processes(device: str | None) -> Generator[tuple[Processes, str]]:
-    """This process's part in a merge over all processes that ``accelerate launch`` or ``torchrun``
-    started, and its device."""
-    device = device_of(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        yield ALONE, device
-        return
-    from accelerate import PartialState
-
-    state = PartialState(cpu=device == "cpu")
-    rank_device = torch.device("cpu" if state.device is None else state.device)
-    try:
-        yield Processes(state.process_index, state.num_processes, rank_device), str(rank_device)
-    finally:
-        state.destroy_process_group()
-
-
 Loaded = tuple[Host | None, Sequence[Concept]]
 Load = Callable[[str], Loaded]
 """The base on a device (None: not needed), and the concepts with their LoRAs."""
@@ -139,17 +118,11 @@ Load = Callable[[str], Loaded]
 
 def run_merge(
     device: str | None, load: Load, options: Mapping[str, Any], *, quiet: bool = False
-) -> MergeResult | None:
-    """Merge what ``load(device)`` returns, with :func:`..merge.merge_loras`'s ``options``. With
-    several processes, the first writes the result; the others return None."""
-    with (
-        processes(device) as (group, own_device),
-        progress_bars(visible=group.rank == 0 and not quiet) as on_progress,
-    ):
-        loaded, runtime = _loaded(load, own_device, on_progress), Runtime(processes=group)
-        result = merge_loras(*loaded, on_progress=on_progress, runtime=runtime, **options)
-        group.wait()
-    return None if group.rank else result
+) -> MergeResult:
+    """Merge what ``load(device)`` returns, with :func:`..merge.merge_loras`'s ``options``."""
+    with progress_bars(visible=not quiet) as on_progress:
+        loaded = _loaded(load, device_of(device), on_progress)
+        return merge_loras(*loaded, on_progress=on_progress, **options)
 
 
 def foresee(

@@ -27,7 +27,7 @@ NEEDS = {
     "diffusers": "image bases: merge, compare",
     "transformers": "text encoders and language models: merge, compare",
     "peft": "loading a merged LoRA: compare, demo; adapters of language models",
-    "accelerate": "--offload, and merging with several processes",
+    "accelerate": "--offload",
     "open_clip_torch": "CLIP scores: score, compare, demo",
     "matplotlib": "--plot, and plots of the nodes",
     "psutil": "planning memory on a CPU",

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..edit.extract import Extracted, check_alike, extract_lora
+from ..edit.extract import check_alike, extract_lora
 from ..errors import InputFileError
 from ..lora_files import check_target, read_header
-from ..solve.ranks import Target
 from .base import check_base, device_of, load_base
 from .common import progress_bars
 from .options import command, given_by, read_prompts
@@ -42,19 +40,31 @@ class ExtractOptions(Sizing):
 @command(ExtractOptions)
 def extract(context: typer.Context, options: ExtractOptions) -> None:
     """Extract a LoRA from a fine-tune and its base, and compare it with the fine-tune."""
-    target, how = options.target, options.run
+    from ..hosts.diffusers import DiffusersHost
+    from ..hosts.diffusers_lora import base_of
+
+    target, how, bases = options.target, options.run, (options.base, options.tuned)
     check_target(options.output, options.layout, options.dtype, options.overwrite)
     device = device_of(options.device)
-    for base in (options.base, options.tuned):
+    for base in bases:
         check_base(base)
-    one, two = (_header(Path(base)) for base in (options.base, options.tuned))
+    one, two = (_header(Path(base)) for base in bases)
     if one and two:
         check_alike(one, two)
     if options.prompts is not None:
         how["prompts"] = read_prompts(options.prompts)
         if not how["prompts"]:
             raise InputFileError(f"{options.prompts} has no prompts; write one per line.")
-    _write(_extracted(options, target, device, how), options)
+    pipelines = [load_base(base, device, dtype=options.base_dtype) for base in bases]
+    of_base, of_tuned = map(DiffusersHost, pipelines)
+    with progress_bars(visible=not options.quiet) as on_progress:
+        kind = base_of(pipelines[0], of_base.sites())
+        found = extract_lora(
+            of_base, of_tuned, target, kind, layout=options.layout, on_progress=on_progress, **how
+        )
+    report = options.save(found, options.output, options.layout, Path(options.tuned))
+    if options.as_json:
+        typer.echo(json.dumps(report))
 
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
@@ -66,34 +76,3 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
     shapes = {key: shape for file in files for key, shape in read_header(file)[0].items()}
     inner = {key: shape for key, shape in shapes.items() if key.startswith(_PREFIX)}
     return inner or shapes
-
-
-def _extracted(
-    options: ExtractOptions, target: Target, device: str, how: Mapping[str, Any]
-) -> Extracted:
-    from ..hosts.diffusers import DiffusersHost
-    from ..hosts.diffusers_lora import base_of
-
-    pipelines = [
-        load_base(base, device, dtype=options.base_dtype) for base in (options.base, options.tuned)
-    ]
-    base, tuned = map(DiffusersHost, pipelines)
-    with progress_bars(visible=not options.quiet) as on_progress:
-        kind = base_of(pipelines[0], base.sites())
-        return extract_lora(
-            base, tuned, target, kind, layout=options.layout, on_progress=on_progress, **how
-        )
-
-
-def _write(found: Extracted, options: ExtractOptions) -> None:
-    path = options.save(found.lora, options.output, options.layout)
-    if options.as_json:
-        report = {"path": str(path), "error": found.error, "kept": found.kept,
-                "ranks": found.ranks, "exact": sorted(found.lora.vectors),
-                "left": list(found.left)}  # fmt: skip
-        typer.echo(json.dumps(report))
-        return
-    if options.quiet:
-        return
-    typer.echo(found.summary())
-    typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")

@@ -87,11 +87,10 @@ def merge(context: typer.Context, options: MergeOptions) -> None:
             typer.echo("\n".join([*preview.lines(), "Nothing was merged or written."]))
         return
     result = run_merge(options.device, load, how, quiet=options.quiet)
-    if result is not None:
-        if not adapter:
-            lora = with_run(result.lora, config.base, config.unmergeable)
-            result = replace(result, lora=cut_again(config.cut, lora))
-        _write(result, config, adapter, options)
+    if not adapter:
+        lora = with_run(result.lora, config.base, config.unmergeable)
+        result = replace(result, lora=cut_again(config.cut, lora))
+    _write(result, config, adapter, options)
 
 
 def _check_adapters(config: MergeConfig, options: MergeOptions) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from ..concept_config import ConceptConfig
 from ..concepts import Concept
@@ -65,13 +64,7 @@ def resize(context: typer.Context, options: ResizeOptions) -> None:
         concept, layout = _read(config, host, reading)
         with progress_bars(visible=not options.quiet) as on_progress:
             found = resize_lora(concept, target, host, on_progress=on_progress, **how)
-        written = options.save(found.lora, path, options.layout or layout)
-        sizes = [file.stat().st_size / 1e6 for file in (config.files[0], written)]
-        if not options.as_json and not options.quiet:
-            typer.echo(escape(found.summary()))
-            typer.echo(f"Wrote {written} ({sizes[0]:.3g} → {sizes[1]:.3g} MB).")
-        report = {"kept": found.kept, "ranks": found.ranks, "by_weights": list(found.by_weights)}
-        reports.append({"path": str(written), "megabytes": sizes, **report})
+        reports.append(options.save(found, path, options.layout or layout, config.files[0]))
     if options.as_json:
         typer.echo(json.dumps({"files": reports}))
 

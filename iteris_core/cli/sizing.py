@@ -8,8 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import typer
+from rich.markup import escape
+
 from ..concepts import Calibration
-from ..lora import Lora
+from ..edit.reduced import Reduced
 from ..lora_files import DTYPES, Layout
 from ..solve.ranks import Target
 from .common import CALIBRATION, RESULT, BaseDtype, Device, Memory, bytes_of, option
@@ -58,7 +61,15 @@ class Sizing:
             "memory_budget": bytes_of(self.memory),
         }
 
-    def save(self, lora: Lora, path: Path, layout: Layout | None) -> Path:
-        """Write ``lora``, or keep it elsewhere if that fails; returns its path."""
-        write = partial(save_lora, lora, self.overwrite)
-        return save_or_keep(path, write, layout, self.dtype)[0]
+    def save(
+        self, made: Reduced, path: Path, layout: Layout | None, source: Path
+    ) -> dict[str, Any]:
+        """Write the LoRA that was made of ``source``, or keep it elsewhere if that fails; says so,
+        and returns the report for JSON."""
+        write = partial(save_lora, made.lora, self.overwrite)
+        path = save_or_keep(path, write, layout, self.dtype)[0]
+        sizes = [file.stat().st_size / 1e6 for file in (source, path) if file.is_file()]
+        if not self.as_json and not self.quiet:
+            typer.echo(escape(made.summary()))
+            typer.echo(f"Wrote {path} ({' → '.join(f'{size:.3g}' for size in sizes)} MB).")
+        return {"path": str(path), "megabytes": sizes, **made.to_dict()}

@@ -1,10 +1,13 @@
-"""Adds LoRAs to the weights in a model's files, whose names stay the same."""
+"""Adds LoRAs to the weights in a model's files, whose names stay the same.
+
+Weights are rounded to the nearest value, or stochastically, which preserves the mean.
+"""
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +16,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..architectures import Architecture, architecture_of_sites
-from ..architectures.row_mapping import Alias, Piece, Shapes, whole
+from ..architectures.row_mapping import Alias, Shapes, whole
 from ..errors import BaseError, OutputError
 from ..lora import LowRank
 from ..lora_files import BaseModel, base_model, read_header
 from ..lora_files.tensors import save_tensors
 from ..saving import atomically
-from .rounding import FP8, rounded, scaled_fp8
 
+FP8 = torch.float8_e4m3fn
+_DIGITS = {torch.float16: (10, -14), torch.bfloat16: (7, -126), FP8: (3, -6)}
+"""dtype → mantissa bits, and the smallest exponent of a normal number."""
 _DENOISER = ("model.diffusion_model.", "diffusion_model.", "")
 _TEXTS = (
     *("cond_stage_model.transformer.", "conditioner.embedders.{}.transformer."),
@@ -30,14 +35,15 @@ _OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.{}.model.")
 """Before the names of a part in single files: of the denoiser, of text encoders with transformers'
 names, and of those with open_clip's, where {} is their number."""
 _LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)")
+_QUANTISED = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8")
 _OWN = {"out_proj": "attn.out_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
 
 
 @dataclass(frozen=True)
 class Precision:
-    """``dtype`` of the written weights (None: unchanged). With :data:`.rounding.FP8`, the
-    denoiser's linear layers get one scale each and everything else is float16. ``seed`` enables
-    stochastic rounding (None: to the nearest)."""
+    """``dtype`` of the written weights (None: unchanged). With :data:`FP8`, the denoiser's linear
+    layers get one scale each and everything else is float16. ``seed`` enables stochastic rounding
+    (None: to the nearest)."""
 
     dtype: torch.dtype | None = None
     seed: int | None = None
@@ -164,18 +170,31 @@ def _baked(
     precision: Precision,
     tick: Callable[[int, int], None],
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of one file with ``changes``."""
     seed = precision.seed
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     with safe_open(source, framework="pt") as file:
-        metadata = dict(file.metadata() or {})
-        keys = list(file.keys())
-        _check_plain(source, keys)
+        metadata, keys = dict(file.metadata() or {}), list(file.keys())
+        if scaled := next((key for key in keys if key.endswith(_QUANTISED)), None):
+            raise BaseError(
+                f"{source} is already quantised (it has {scaled}); bake into the unquantised file, "
+                "and pass --dtype fp8."
+            )
         for done, key in enumerate(keys, 1):
-            tensor = file.get_tensor(key)
-            own = [piece for piece in places.get(key, ()) if piece.site in changes]
-            moved = _with_changes(source, key, tensor, changes, own) if own else tensor
-            tensors |= _stored(key, moved, tensor.dtype, precision, generator, places)
+            tensor, pieces = file.get_tensor(key), places.get(key, ())
+            own = tensor.dtype
+            for piece in pieces:
+                if piece.site in changes:
+                    if not own.is_floating_point:
+                        raise BaseError(
+                            f"{source}: {key} has dtype {own}, to which nothing can be added."
+                        )
+                    delta = tensor.new_zeros(tensor.flatten(1).shape, dtype=torch.float32)
+                    piece.place(changes[piece.site].dense().float(), delta)
+                    tensor = tensor.float() + delta.reshape(tensor.shape)
+            linear = any(not piece.site.startswith("text_encoder") for piece in pieces)
+            tensors |= _stored(key, tensor, own, precision.dtype, generator, linear)
             tick(done, len(keys))
     if any(key.endswith(".scale_weight") for key in tensors):
         # These two entries make ComfyUI multiply in full precision on every card.
@@ -184,49 +203,46 @@ def _baked(
     return tensors, metadata
 
 
-def _check_plain(source: Path, keys: list[str]) -> None:
-    marks = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8")
-    scaled = next((key for key in keys if key.endswith(marks)), None)
-    if scaled is not None:
-        raise BaseError(
-            f"{source} is already quantised (it has {scaled}); bake into the unquantised file, and "
-            "pass --dtype fp8."
-        )
-
-
-def _with_changes(
-    source: Path, key: str, tensor: Tensor, changes: Mapping[str, LowRank], pieces: Sequence[Piece]
-) -> Tensor:
-    """The tensor in float32, with the changes of its pieces added."""
-    if not tensor.is_floating_point():
-        raise BaseError(f"{source}: {key} has dtype {tensor.dtype}, to which nothing can be added.")
-    flat = tensor.float().flatten(1).clone()
-    for piece in pieces:
-        delta = torch.zeros_like(flat)
-        piece.place(changes[piece.site].dense().float(), delta)
-        flat += delta
-    return flat.reshape(tensor.shape)
-
-
 def _stored(
     key: str,
     tensor: Tensor,
     own: torch.dtype,
-    precision: Precision,
+    wanted: torch.dtype | None,
     generator: torch.Generator | None,
-    places: Mapping[str, Alias],
+    linear: bool,
 ) -> dict[str, Tensor]:
+    """``tensor`` in the dtype that is ``wanted``, or in its ``own``; ``linear`` marks weights of
+    the denoiser's layers, which get a scale with float8."""
     if not tensor.is_floating_point():
         return {key: tensor}
-    dtype = precision.dtype or own
-    if dtype == FP8:
-        pieces = places.get(key, ())  # known linear layers of the denoiser
-        if tensor.ndim == 2 and any(not p.site.startswith("text_encoder") for p in pieces):
-            exact = tensor, torch.ones(())  # what nothing changed keeps its bytes
-            stored, scale = exact if tensor.dtype == FP8 else scaled_fp8(tensor.float(), generator)
-            return {key: stored, f"{key.removesuffix('.weight')}.scale_weight": scale}
-        if precision.dtype is not None or tensor.dtype != FP8:
-            dtype = torch.float16
+    dtype = wanted or own
+    if dtype == FP8 and linear and tensor.ndim == 2:
+        exact = tensor, torch.ones(())  # what nothing changed keeps its bytes
+        stored, scale = exact if tensor.dtype == FP8 else scaled_fp8(tensor.float(), generator)
+        return {key: stored, f"{key.removesuffix('.weight')}.scale_weight": scale}
+    if dtype == FP8 and (wanted is not None or tensor.dtype != FP8):
+        dtype = torch.float16
     if dtype == tensor.dtype:
         return {key: tensor}
     return {key: rounded(tensor.float(), dtype, generator)}
+
+
+def rounded(weight: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+    """``weight``, float32, rounded to ``dtype``: to the nearest value without a ``generator``;
+    stochastically with one, so that the expectation is the weight itself. Values too large for
+    ``dtype`` become its largest number."""
+    largest = torch.finfo(dtype).max
+    if generator is not None and dtype in _DIGITS:
+        bits, least = _DIGITS[dtype]
+        exponent = torch.frexp(weight).exponent.sub(1).clamp(min=least)
+        step = torch.ldexp(torch.ones_like(weight), exponent - bits)
+        chance = torch.rand(weight.shape, generator=generator)
+        weight = torch.floor(weight / step + chance) * step
+    return weight.clamp(-largest, largest).to(dtype)
+
+
+def scaled_fp8(weight: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """(float8_e4m3fn, scale) for a float32 ``weight``; their product approximates it. The scale
+    maps its largest entry to the largest number of the type."""
+    scale = weight.abs().max().clamp(min=1e-12) / torch.finfo(FP8).max
+    return rounded(weight / scale, FP8, generator), scale.reshape(())

@@ -31,7 +31,15 @@ def convert_lora(
     if lora.base is None:
         raise OutputError("This LoRA's base is unknown; read it for a base.")
     if names == "peft":
-        return write_adapter(_denoiser_alone(lora, lora.base), path, dtype=DTYPES[dtype])
+        prefix = f"{lora.base.architecture.denoiser}."
+        others = sorted(site for site in lora.sites if not site.startswith(prefix))
+        if others:
+            raise OutputError(
+                f"A peft folder is for one model, but this LoRA changes {len(others)} layers "
+                f"outside the denoiser, such as {others[0]}; write --layout diffusers."
+            )
+        sites = {site.removeprefix(prefix): change for site, change in lora.sites.items()}
+        return write_adapter(replace(lora, sites=sites), path, dtype=DTYPES[dtype])
     if names == "comfyui":
         lora = replace(lora, base=replace(lora.base, written=comfyui_names(lora.base)))
     layout = "peft" if names == "diffusers" else "kohya"
@@ -49,18 +57,6 @@ def comfyui_names(base: BaseModel) -> dict[str, Alias]:
         )
     texts = {n: alias for n, alias in base.aliases.items() if n.startswith("text_encoders.")}
     return {f"diffusion_model.{name}": alias for name, alias in original.items()} | texts
-
-
-def _denoiser_alone(lora: Lora, base: BaseModel) -> Lora:
-    prefix = f"{base.architecture.denoiser}."
-    others = sorted(site for site in lora.sites if not site.startswith(prefix))
-    if others:
-        raise OutputError(
-            f"A peft folder is for one model, but this LoRA changes {len(others)} layers outside "
-            f"the denoiser, such as {others[0]}; write --layout diffusers."
-        )
-    sites = {site.removeprefix(prefix): change for site, change in lora.sites.items()}
-    return replace(lora, sites=sites)
 
 
 def largest_error(one: Lora, other: Lora) -> float:

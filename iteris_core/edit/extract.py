@@ -2,64 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..activations.site import Site, site_of
+from ..activations.lockstep import Lockstep
+from ..activations.site import site_of
 from ..architectures.sites import weight_shape
 from ..calibration_prompts import CAPTIONS
 from ..concepts import Calibration, Concept
 from ..errors import MismatchError, SolveError
-from ..hosts.protocol import Host
+from ..hosts.protocol import Host, Tick
 from ..lora import Lora, LowRank, SiteChanges
 from ..lora_files import BaseModel, Layout
 from ..lora_files.vectors import placed
-from ..passes.eta import Eta
-from ..passes.job import Job
+from ..passes.held_out import FinalOutputs, error_of, held_out
 from ..passes.preflight import unmergeable_sites
 from ..progress import OnProgress
-from ..solve.ranks import Components, Target, kept, share_out, span
-from .held import output_error
-from .moments import Seen, calibration_of, look
-from .resize import fitted
+from ..solve.ranks import Components, Target, kept, share_out
+from .moments import Seen, look
+from .reduced import Reduced, calibration_of, fitted, job_of
 from .vectors import other_differences, with_vectors
 
 _LEAST, _MOST = 64, 256
 """The smallest and largest number of components of a change to consider."""
 _NAME = "extracted"
-
-
-@dataclass(frozen=True)
-class Extracted:
-    """``error`` is the share of the fine-tune's effect that the LoRA lacks: ‖f_LoRA − f_tuned‖ /
-    ‖f_base − f_tuned‖ of final outputs, on rows to which nothing was fitted. ``kept`` is the share
-    of the change's worth at its layers' outputs. ``left`` are differing parameters without a place
-    in the file: embeddings, and in many layouts biases and normalisations."""
-
-    lora: Lora
-    ranks: Mapping[str, int]
-    kept: float
-    error: float
-    left: tuple[str, ...] = ()
-
-    def summary(self) -> str:
-        used = [rank for rank in self.ranks.values() if rank]
-        exact = len(self.lora.vectors)
-        beside = f", {exact} biases and normalisations exactly" if exact else ""
-        text = (
-            f"{len(used)} layers at {span(used)}{beside}; error "
-            f"{self.error:.1%} of what the fine-tune changes."
-        )
-        if not self.left:
-            return text
-        return (
-            f"{text} {len(self.left)} differing parameters have no place in the file (biases, "
-            f"normalisations, embeddings), such as {self.left[0]}."
-        )
+_SAMPLES, _TIMESTEPS = 8, 2  # of the final comparison
 
 
 def extract_lora(
@@ -74,7 +46,7 @@ def extract_lora(
     itemsize: int = 2,
     on_progress: OnProgress | None = None,
     memory_budget: int | Literal["free"] | None = "free",
-) -> Extracted:
+) -> Reduced:
     """The LoRA that turns ``base`` into ``tuned``, reduced to ``target``.
 
     The fine-tune runs on ``prompts`` (None: captions), and each layer's weight change is cut
@@ -86,9 +58,8 @@ def extract_lora(
     Raises :class:`MismatchError`, naming the first key, if the architectures differ;
     :class:`SolveError` if the LoRA is no nearer to the fine-tune than the base is.
     """
-    eta = Eta(on_progress)
-    tick = eta.forecast.tick
-    check_alike(_shapes(base.sites()), _shapes(tuned.sites()))
+    base_sites, tuned_sites = base.sites(), tuned.sites()
+    check_alike(_shapes(base_sites), _shapes(tuned_sites))
     dense = differences(base, tuned)
     if not dense:
         raise MismatchError(
@@ -98,57 +69,15 @@ def extract_lora(
     # As the writer chooses by default
     keys = kind.vectors if kind is not None and kind.written and layout != "peft" else {}
     vectors = {name: others[name] for name in sorted(placed(others, keys))}
-    sites = {name: site_of(name, tuned.sites()[name]) for name in dense}
-    chosen = calibration_of(calibration)
-    nothing = Lora({name: site.zero(1) for name, site in sites.items()}, _NAME)
-    concept = Concept(nothing, prompts=prompts or CAPTIONS, trigger=_NAME)
-
-    def job_on(host: Host, changes: Mapping[str, LowRank]) -> Job:
-        generator = torch.Generator().manual_seed(chosen.seed)
-        of = {name: SiteChanges((change,)) for name, change in changes.items()}
-        return Job(host, [concept], of, chosen, generator, tick,
-                   memory_budget=memory_budget, eta=eta)  # fmt: skip
-
-    size = itemsize * sum(vector.numel() for vector in vectors.values()) / 1e6
     if target.megabytes is not None and vectors:
+        size = itemsize * sum(vector.numel() for vector in vectors.values()) / 1e6
         target = replace(target, megabytes=target.megabytes - size)
-    job = _seen(job_on(tuned, nothing.sites))
-    found = _components(job, dense, sites, target)
-    ranks = share_out(found, target, itemsize)
-    cut = {name: one.at(ranks[name]) for name, one in found.items() if ranks[name]}
-    whole = {name: LowRank.whole(dense[name], sites[name].kernel) for name in dense}
-    job = replace(job_on(base, whole), joined=job.joined)
-    with with_vectors(base, vectors), job.run() as run:
-        cut |= fitted(job, run, {name: ranks[name] for name in cut})
-    made = Lora(cut, _NAME, base=kind, vectors=vectors)
-    error = output_error(base, tuned, concept, made, chosen, tick)
-    if not error < 1:
-        raise SolveError(
-            f"The LoRA is no nearer to the fine-tune than the base is (error {error:.2f}); use a "
-            "larger rank, or prompts that show what it was tuned for."
-        )
-    left = tuple(name for name in others if name not in vectors)
-    return Extracted(made, ranks, kept(found, ranks), error, left)
-
-
-def _components(
-    job: Job, dense: Mapping[str, Tensor], sites: Mapping[str, Site], target: Target
-) -> dict[str, Components]:
-    found: dict[str, Components] = {}
-    most = _MOST if target.rank is None else min(_MOST, max(_LEAST, 4 * target.rank))
-
-    def visit(name: str, seen: Seen) -> None:
-        kernel = sites[name].kernel
-        found[name] = Components.of_dense(dense[name], seen.root, seen.output, most, kernel)
-
-    with job.run() as run:
-        look(run, visit)
-    return found
-
-
-def _seen(job: Job) -> Job:
-    """``job``, after checking that all its layers can be observed. Raises :class:`MismatchError`,
-    naming one that cannot."""
+    sites = {name: site_of(name, tuned_sites[name]) for name in dense}
+    nothing = {name: site.zero(1) for name, site in sites.items()}
+    concept = Concept(Lora(nothing, _NAME), prompts=prompts or CAPTIONS, trigger=_NAME)
+    chosen = calibration_of(calibration)
+    unchanged = {name: SiteChanges((change,)) for name, change in nothing.items()}
+    job = job_of(tuned, concept, unchanged, chosen, on_progress, memory_budget)
     looked = unmergeable_sites(job, sweep=True)
     if looked.refused:
         first = min(looked.refused)
@@ -156,7 +85,52 @@ def _seen(job: Job) -> Job:
             f"{len(looked.refused)} layers cannot be observed, such as {first}: it "
             f"{looked.refused[first]}."
         )
-    return replace(job, joined=looked.joined)
+    job = replace(job, joined=looked.joined)
+    most = _MOST if target.rank is None else min(_MOST, max(_LEAST, 4 * target.rank))
+
+    def components(name: str, seen: Seen) -> Components:
+        kernel = sites[name].kernel
+        return Components.of_dense(dense[name], seen.root, seen.output, most, kernel)
+
+    with job.run() as run:
+        found = look(run, components)
+    ranks = share_out(found, target, itemsize)
+    whole = {
+        name: SiteChanges((LowRank.whole(change, sites[name].kernel),))
+        for name, change in dense.items()
+    }
+    job = replace(job, host=base, changes=whole)
+    job.generator.manual_seed(chosen.seed)
+    with with_vectors(base, vectors), job.run() as run:
+        cut = fitted(job, run, {name: rank for name, rank in ranks.items() if rank})
+    made = Lora(cut, _NAME, base=kind, vectors=vectors)
+    error = output_error(base, tuned, concept, made, chosen, job.tick)
+    if not error < 1:
+        raise SolveError(
+            f"The LoRA is no nearer to the fine-tune than the base is (error {error:.2f}); use a "
+            "larger rank, or prompts that show what it was tuned for."
+        )
+    left = tuple(name for name in others if name not in vectors)
+    return Reduced(made, ranks, kept(found, ranks), error=error, left=left)
+
+
+def output_error(
+    base: Host, tuned: Host, concept: Concept, lora: Lora, calibration: Calibration, tick: Tick
+) -> float:
+    """‖f_LoRA − f_tuned‖ / ‖f_base − f_tuned‖ of final outputs, on rows that ``tuned`` denoised
+    from prompts of ``concept`` with another seed: 0 for a perfect LoRA, 1 for the base."""
+    separate = held_out(calibration, _SAMPLES, _TIMESTEPS)
+    generator = torch.Generator().manual_seed(separate.seed)
+    sites = set(lora.sites)
+    with torch.no_grad(), Lockstep({}, {}) as lockstep:
+        samples = tuned.samples([concept], sites, separate, lockstep, generator, tick)
+        final = FinalOutputs.of(tuned, samples, sites)
+        wanted = final.under({})
+        final = replace(final, host=base)
+        before = final.under({})
+        with with_vectors(base, lora.vectors):
+            after = final.under(lora.sites)
+    return math.sqrt(error_of(after, before, wanted))
 
 
 def check_alike(base: Mapping[str, tuple[int, ...]], tuned: Mapping[str, tuple[int, ...]]) -> None:

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..concepts import Calibration
 from ..passes.batches import REFERENCE, ExecutionConfig
 from ..passes.job import Run
 from ..passes.sweep import solve_sites
 from ..solve.inputs import InputMoments
 from ..solve.problem import Bytes, Reduction, SiteContext, Solution, StageSolver, Tokens
 
+_T = TypeVar("_T")
 _SPREAD = 0.1
 """Share of the mean input energy added to every direction of a layer's inputs, so that directions
 without data still count a little. Chosen on two of the toybox's own concepts."""
-
-
-def calibration_of(given: Calibration | Mapping[str, Any] | None) -> Calibration:
-    """The calibration for one LoRA at its strength: a whole one, or the defaults with the ``given``
-    values by name."""
-    whole = given if isinstance(given, Calibration) else Calibration.from_mapping(given or {})
-    return replace(whole, conditions=0.0).settled(1)
 
 
 @dataclass(frozen=True)
@@ -67,18 +60,21 @@ class _Moments(Reduction):
         return Seen(torch.linalg.cholesky(moment), output)
 
 
-def look(run: Run, visit: Callable[[str, Seen], None]) -> None:
-    """Run the rows of one concept under its LoRA, and ``visit`` every site of its changes with its
-    moments."""
+def look(run: Run, of: Callable[[str, Seen], _T]) -> dict[str, _T]:
+    """Run the rows of one concept under its LoRA; returns what ``of`` makes of the moments of every
+    site of its changes."""
+    found: dict[str, _T] = {}
 
     def solve(site: str, reduction: Reduction) -> Solution:
         assert isinstance(reduction, _Moments)
-        visit(site, reduction.seen())
+        found[site] = of(site, reduction.seen())
         return Solution(reduction.changes.like)
 
     def size(site: str, sweep: bool) -> Bytes:
         square = run.lockstep.changes[site].shape[1] ** 2
         return Bytes(4 * square, 16 * square, 0, 4 * square)
 
-    solver = StageSolver(begin=_Moments, solve=solve, bytes=size)
-    solve_sites(run, lambda _: solver, ExecutionConfig(32), REFERENCE)
+    if run.lockstep.changes:
+        solver = StageSolver(begin=_Moments, solve=solve, bytes=size)
+        solve_sites(run, lambda _: solver, ExecutionConfig(32), REFERENCE)
+    return found

@@ -3,54 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
-
-import torch
 
 from ..calibration_prompts import CAPTIONS
 from ..concepts import Calibration, Concept
 from ..errors import MismatchError
 from ..hosts.learned import embedding_triggers
 from ..hosts.protocol import Host
-from ..lora import Lora, LowRank
-from ..passes.batches import ExecutionConfig
+from ..lora import Lora
 from ..passes.changes import changes_of, check_sites
-from ..passes.eta import Eta
-from ..passes.job import Job, Run
+from ..passes.job import Job
 from ..passes.preflight import unmergeable_sites
-from ..passes.sweep import solve_sites
 from ..progress import OnProgress
-from ..solve.choose import POLICY
-from ..solve.problem import RegressionSpec, Solution, StageSolver
-from ..solve.ranks import Components, Target, kept, share_out, span
-from .moments import Seen, calibration_of, look
+from ..solve.ranks import Components, Target, kept, share_out
+from .moments import Seen, look
+from .reduced import Reduced, calibration_of, fitted, job_of
 from .vectors import with_vectors
 
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """Metadata that describe the original file's tensors."""
-
-
-@dataclass(frozen=True)
-class Resized:
-    """``ranks`` by site, 0 if it is left out; ``kept`` is the share that remains of the LoRA's
-    worth at its layers' outputs; ``by_weights`` are sites whose inputs were not observed."""
-
-    lora: Lora
-    ranks: Mapping[str, int]
-    kept: float
-    by_weights: tuple[str, ...] = ()
-
-    def summary(self) -> str:
-        used = [rank for rank in self.ranks.values() if rank]
-        gone = len(self.ranks) - len(used)
-        text = (
-            f"{self.lora.name}: {span(used)} in {len(used)} layers"
-            + (f", {gone} left out" if gone else "")
-            + f"; {self.kept:.1%} of its effect on their outputs kept"
-        )
-        more = f" ({len(self.by_weights)} layers by weights alone)" if self.by_weights else ""
-        return f"{text}{more}."
 
 
 def resize_lora(
@@ -62,7 +34,7 @@ def resize_lora(
     itemsize: int = 2,
     on_progress: OnProgress | None = None,
     memory_budget: int | Literal["free"] | None = "free",
-) -> Resized:
+) -> Reduced:
     """Reduce a LoRA to ``target``, with ranks shared out over its layers by worth.
 
     With a ``host``, worths (:class:`..solve.ranks.Components`) come from the layers' inputs while
@@ -82,80 +54,47 @@ def resize_lora(
         raise MismatchError("There is no LoRA to resize: the concept has none.")
     if host is None:
         found = {site: Components.of(change) for site, change in lora.sites.items()}
-        ranks = share_out(found, target, itemsize)
-        cut = {site: one.at(ranks[site]) for site, one in found.items() if ranks[site]}
-        return Resized(_with(lora, cut), ranks, kept(found, ranks))
+        return _reduced(lora, found, share_out(found, target, itemsize))
     if not concept.phrases and concept.prompts is None and concept.inputs is None:
         concept = replace(concept, prompts=CAPTIONS)
-
     concept = replace(concept, strength=1.0, text_strength=None, weight=1.0)
     chosen = calibration_of(calibration)
     if len(concept.phrases) > 1:
         chosen = replace(chosen, samples=2 * chosen.samples)
-    generator = torch.Generator().manual_seed(chosen.seed)
-    eta = Eta(on_progress)
-    tick = eta.forecast.tick
-    job = Job(host, [concept], changes_of([concept]), chosen, generator, tick,
-              memory_budget=memory_budget, eta=eta)  # fmt: skip
+    job = job_of(host, concept, changes_of([concept]), chosen, on_progress, memory_budget)
     check_sites(host, job.changes)
-    return _resized(job, lora, target, itemsize)
+    return _by_outputs(job, lora, target, itemsize)
 
 
-def _resized(job: Job, lora: Lora, target: Target, itemsize: int) -> Resized:
-    host, concept, every = job.host, job.concepts[0], job.changes
-    looked = unmergeable_sites(job, sweep=True)
-    found: dict[str, Components] = {}
+def _by_outputs(job: Job, lora: Lora, target: Target, itemsize: int) -> Reduced:
+    looked, host = unmergeable_sites(job, sweep=True), job.host
+    seen_sites = {site: some for site, some in job.changes.items() if site not in looked.refused}
+    job = replace(job, changes=seen_sites, joined=looked.joined)
 
-    def visit(site: str, seen: Seen) -> None:
-        found[site] = Components.of(lora.sites[site], seen.root, seen.output)
+    def components(site: str, seen: Seen) -> Components:
+        return Components.of(lora.sites[site], seen.root, seen.output)
 
-    kept_sites = {site: some for site, some in every.items() if site not in looked.refused}
-    job = replace(job, changes=kept_sites, joined=looked.joined)
-    triggers = [embedding_triggers(concept, host.learned)]
+    triggers = [embedding_triggers(job.concepts[0], host.learned)]
     with with_vectors(host, lora.vectors), host.activate(triggers), job.run() as run:
-        if job.changes:
-            look(run, visit)
-        unseen = {site: Components.of(lora.sites[site]) for site in every if site not in found}
-        found |= _as_worthy(unseen, found)
+        found = look(run, components)
+        # Sites without observed inputs have the mean worth of the others.
+        mean = sum(one.total for one in found.values()) / len(found) if found else 1.0
+        unseen = {s: Components.of(lora.sites[s]) for s in lora.sites if s not in found}
+        for site, one in unseen.items():
+            worths = one.worths * (mean / max(one.total, 1e-30))
+            found[site] = replace(one, worths=worths, total=mean)
         ranks = share_out(found, target, itemsize)
-        cut = {site: one.at(ranks[site]) for site, one in found.items() if ranks[site]}
+        made = _reduced(lora, found, ranks)
         at = {site: rank for site, rank in ranks.items() if rank and site not in unseen}
         if at and any(rank < lora.sites[site].rank for site, rank in ranks.items()):
-            cut |= fitted(job, run, at)
-    return Resized(_with(lora, cut), ranks, kept(found, ranks), tuple(unseen))
+            sites = {**made.lora.sites, **fitted(job, run, at)}
+            made = replace(made, lora=replace(made.lora, sites=sites))
+    return replace(made, by_weights=tuple(unseen))
 
 
-def _as_worthy(
-    unseen: Mapping[str, Components], found: Mapping[str, Components]
-) -> dict[str, Components]:
-    """Components of sites without observed inputs, at the mean worth of the other sites."""
-    mean = sum(one.total for one in found.values()) / len(found) if found else 1.0
-    return {
-        site: replace(one, worths=one.worths * (mean / max(one.total, 1e-30)), total=mean)
-        for site, one in unseen.items()
-    }
-
-
-def fitted(job: Job, run: Run, ranks: Mapping[str, int]) -> dict[str, LowRank]:
-    """The sites in ``ranks``, fitted at these ranks to their whole output under all of the job's
-    changes, in a sweep on inputs that passed through earlier sites; other sites keep no change."""
-    size = job.calibration.samples, job.calibration.rows_each, 1
-    fit = RegressionSpec(job.weights, POLICY.ridge_for(*size), residuals=False)
-    fits = {site: replace(fit, rank=rank) for site, rank in ranks.items()}
-    solver = StageSolver(
-        begin=lambda opening: POLICY.choose(opening, fit, "output", torch.float32),
-        solve=lambda site, reduction: (
-            reduction.solve(fits[site])
-            if site in fits
-            else Solution(reduction.changes.like.scaled(0))
-        ),
-        bytes=lambda site, sweep: POLICY.bytes(job.changes[site], fit, "output", 4, sweep=sweep),
-    )
-    batching = ExecutionConfig(32, "enough", job.calibration.seed)
-    solutions, _ = solve_sites(run, lambda _: solver, batching)
-    return {site: solutions[site].change for site in ranks}
-
-
-def _with(lora: Lora, sites: Mapping[str, LowRank]) -> Lora:
+def _reduced(lora: Lora, found: Mapping[str, Components], ranks: Mapping[str, int]) -> Reduced:
+    """``lora`` with the first components of every site, and metadata that are still true."""
+    sites = {site: one.at(ranks[site]) for site, one in found.items() if ranks[site]}
     metadata = {key: value for key, value in lora.metadata.items() if key not in STALE}
-    return replace(lora, sites=sites, metadata=metadata, scales={})
+    made = replace(lora, sites=sites, metadata=metadata, scales={})
+    return Reduced(made, ranks, kept(found, ranks))

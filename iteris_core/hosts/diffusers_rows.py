@@ -78,8 +78,7 @@ def record_rows(
     step gets the first step's noise."""
     generators = list(_generators(len(prompts), arguments.numbers, generator))
     picks = drawn_steps(len(prompts), calibration, arguments.steps, generator)
-    mine = lockstep.processes.mine(len(prompts))
-    runs = list(_runs(mine, owners, _BATCH if arguments.alike else 1))
+    runs = list(_runs(owners, _BATCH if arguments.alike else 1))
     steps = [len(rows) * int(picks[rows].max()) for rows in runs]  # the last step does not run
     noise = calibration.latents == "noise"
 
@@ -103,7 +102,7 @@ def record_rows(
         run = partial(denoise, rows, sum(steps[:number]))
         lockstep.run(MicroBatch(run, [owners[rows[0]]], 1, of_one=True))
     report(sum(steps))
-    return record.rows(lockstep)
+    return record.rows()
 
 
 def _generators(count: int, numbers: int, generator: torch.Generator) -> Iterator[torch.Generator]:
@@ -116,9 +115,9 @@ def _generators(count: int, numbers: int, generator: torch.Generator) -> Iterato
         yield own
 
 
-def _runs(rows: Sequence[int], owners: Sequence[int], most: int) -> Iterator[list[int]]:
-    """``rows`` of one concept in groups of at most that size."""
-    for _, own in groupby(rows, key=owners.__getitem__):
+def _runs(owners: Sequence[int], most: int) -> Iterator[list[int]]:
+    """The rows of one concept in groups of at most that size."""
+    for _, own in groupby(range(len(owners)), key=owners.__getitem__):
         some = list(own)
         yield from (some[start : start + most] for start in range(0, len(some), most))
 
@@ -179,9 +178,6 @@ class _Record:
                     self._kept[path][row, slot] = value
                 self._ran[row, slot] = self._names.index(name)
 
-    def rows(self, lockstep: Lockstep) -> RecordedRows:
-        """The rows that all processes recorded."""
-        paths = sorted(self._kept)
-        lockstep.processes.add_up([*(self._kept[path] for path in paths), self._ran])
-        moving = {path: self._kept[path].flatten(0, 1) for path in paths}
+    def rows(self) -> RecordedRows:
+        moving = {path: kept.flatten(0, 1) for path, kept in sorted(self._kept.items())}
         return RecordedRows(self._picks.shape[1], moving, self._ran.flatten(), self._names)

@@ -126,8 +126,7 @@ class Host(Protocol):
         generator: torch.Generator,
         tick: Tick,
     ) -> Any:
-        """Make the rows on which features are collected; opaque outside the host. With
-        ``lockstep.processes`` the work may be shared, but every process needs all rows."""
+        """Make the rows on which features are collected; opaque outside the host."""
         ...
 
     def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from ..hosts.protocol import Stage
 from ..lora import SiteChanges
@@ -65,9 +64,6 @@ class _WithOutputs(Weigher):
     def add(self, tokens: Tokens) -> None:
         self._inner.add(tokens)
         self.outputs.add(tokens)
-
-    def sums(self) -> list[Tensor]:
-        return [*self._inner.sums(), *self.outputs.sums()]
 
     def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]:
         return self._inner.values(changes, inputs)

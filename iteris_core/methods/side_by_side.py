@@ -82,7 +82,7 @@ def drawn_pairs(job: Job, merged: Mapping[str, LowRank], rows: int) -> Pairs | N
     def tick(what: str, done: int, total: int) -> None:
         job.tick(SHOWING if what == DENOISING else what, done, total)
 
-    with Lockstep(job.host.sites(), changes, processes=job.processes) as lockstep:
+    with Lockstep(job.host.sites(), changes) as lockstep:
         samples = job.host.samples(
             concepts, set(merged), calibration, lockstep, job.generator, tick
         )

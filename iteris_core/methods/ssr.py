@@ -51,9 +51,6 @@ class Router(Reduction):
             self._guide[rows].addmm_(z[:, rows].mT, z)
         self._count += len(reference)
 
-    def sums(self) -> list[Tensor]:
-        return [self._gram, self._guide, self._count]
-
     def solve(self, fit: RegressionSpec) -> Solution:
         """``fit.ridge`` is λ, absolute, as in the source."""
         if len(self._rows) < 2:

@@ -12,7 +12,6 @@ from typing import Literal
 from torch import Tensor
 
 from ..activations.micro_batch import MicroBatch, Observer
-from ..activations.processes import ALONE, Processes
 from ..activations.saliency import Saliency
 from ..activations.token_sampling import TokenSampling
 from ..hosts.protocol import Stage
@@ -60,21 +59,14 @@ def micro_batches(
     copies: int,
     observer: Observer | None,
     batching: ExecutionConfig,
-    processes: Processes = ALONE,
     first: Set[int] = frozenset(),
 ) -> Iterator[MicroBatch]:
-    """This process's rows of a stage, grouped by kind and in order within each, ``batching.rows``
-    at a time. If a later stage needs all rows, those of other processes follow, unobserved. Rows in
-    ``first`` come before all others."""
-    if not stage.sites:
-        yield from _of(stage, range(len(stage.concept_ids)), copies, None, batching)
-        return
-    mine = processes.mine(len(stage.concept_ids))
-    firsts = [row for row in mine if row in first]
-    for part in (firsts, [row for row in mine if row not in first]):
-        yield from _of(stage, part, copies, observer, batching)
-    if stage.feeds_next:
-        yield from _of(stage, processes.others(len(stage.concept_ids)), copies, None, batching)
+    """The rows of a stage, grouped by kind and in order within each, ``batching.rows`` at a time.
+    Rows in ``first`` come before all others."""
+    rows = range(len(stage.concept_ids))
+    firsts = [row for row in rows if row in first]
+    for part in (firsts, [row for row in rows if row not in first]):
+        yield from _of(stage, part, copies, observer if stage.sites else None, batching)
 
 
 def sampled_rows(stage: Stage, policy: Policy) -> Set[int] | None:

@@ -62,7 +62,6 @@ class Passes:
     changes: Mapping[str, SiteChanges]
     batching: ExecutionConfig
     schedule: Schedule = SWEEP
-    processes: int = 1
 
 
 class Eta:
@@ -107,7 +106,7 @@ class Eta:
             self.forecast.expect(_STAGES, {"": 1.0}, known=False)
         pictures = [seen.a_row for seen in self._seen.values() if seen.stage.spatial]
         if pictures and denoised:
-            seconds = denoised / passes.processes * sum(pictures) / len(pictures)
+            seconds = denoised * sum(pictures) / len(pictures)
             self.forecast.expect(DENOISING, {"": seconds}, FORWARDS)
         for seen in self._seen.values():
             self._expect(seen)
@@ -140,11 +139,7 @@ class Eta:
         """A part is (pass, site), or (pass, "") for forwards in which no site waits."""
         passes, stage = self._passes, seen.stage
         assert passes is not None
-        rows = (
-            len(stage.concept_ids)
-            if stage.feeds_next
-            else -(-len(stage.concept_ids) // passes.processes)
-        )
+        rows = len(stage.concept_ids)
         limit = limit_of(stage, passes.batching)
         forwards: dict[Hashable, float] = {}
         solves: dict[Hashable, float] = {}

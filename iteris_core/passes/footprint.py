@@ -7,9 +7,8 @@ solved. Otherwise the moments of all sites exist at once, and no row waits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ..activations.processes import Processes
 from ..hosts.protocol import Stage
 from ..solve.problem import Bytes
 from .measure import Cost, Step
@@ -27,9 +26,9 @@ class MemoryLimits:
 @dataclass(frozen=True)
 class Footprint:
     """The memory of ``stage`` beyond the model with a ``strategy``: ``fixed`` bytes, ``sites`` for
-    moments and solves, and a ``cost`` per row of this process, or ``parked`` for a row that waits
-    in host memory. ``waits`` says that all rows wait (a sweep). With ``sampled``, only that many
-    rows wait with their observed tensors; the others are reduced as they run."""
+    moments and solves, and a ``cost`` per row, or ``parked`` for a row that waits in host memory.
+    ``waits`` says that all rows wait (a sweep). With ``sampled``, only that many rows wait with
+    their observed tensors; the others are reduced as they run."""
 
     stage: Stage
     strategy: Strategy
@@ -37,37 +36,31 @@ class Footprint:
     parked: Cost | None
     sites: Mapping[str, Bytes]
     fixed: int = 0
-    processes: Processes = field(default_factory=Processes)
     waits: bool = True
     sampled: int = 0
 
-    def mine(self, rows: int) -> int:
-        """This process's part."""
-        return rows if self.stage.feeds_next else -(-rows // self.processes.size)
-
     def bytes_of(self, rows: int, at_once: int, on_device: int | None = None) -> int:
-        """Bytes for ``rows`` rows over all processes, ``at_once`` per forward, with that many of
-        this process's rows waiting on the device (None: all)."""
-        mine = self.mine(rows)
-        at_once = min(at_once, mine)
-        peaks = self._swept(mine, at_once, on_device) if self.waits else self._streamed(at_once)
+        """Bytes for ``rows`` rows, ``at_once`` per forward, with that many of the rows waiting on
+        the device (None: all)."""
+        at_once = min(at_once, rows)
+        peaks = self._swept(rows, at_once, on_device) if self.waits else self._streamed(at_once)
         return self.fixed + max(peaks)
 
     def host_bytes(self, rows: int, on_device: int | None) -> int:
         """Bytes of host memory for the rows that do not wait on the device."""
         if self.parked is None or on_device is None:
             return 0
-        away = self.mine(rows) - on_device
+        away = rows - on_device
         shown = max(sum(s.shown for s in level) for level in self._of_barriers(self.cost.steps))
         return away * self.parked.waiting + min(self.sampled, away) * shown
 
-    def _swept(self, mine: int, at_once: int, on_device: int | None) -> Iterator[int]:
+    def _swept(self, rows: int, at_once: int, on_device: int | None) -> Iterator[int]:
         """Bytes at every moment that may be the peak. Running rows may or may not have left the
         previous barrier. Observed tensors of ``sampled`` rows wait at their level; those of other
         rows are reduced while they run."""
-        there = mine if on_device is None else on_device
+        there = rows if on_device is None else on_device
         parked = self.cost if on_device is None or self.parked is None else self.parked
-        sampled = min(-(-self.sampled // self.processes.size), mine)
+        sampled = min(self.sampled, rows)
         before = left = 0
         levels = map(self._of_barriers, (self.cost.steps, parked.steps))
         for steps, offs in zip(*levels, strict=True):
@@ -84,17 +77,17 @@ class Footprint:
                 if there >= at_once:
                     rest = others * (there - at_once) // there
                     yield rest + at_once * step.running + step.forward + left + extra
-                if there < mine:
+                if there < rows:
                     yield others + at_once * off.running + off.forward + left + extra
             before, waiting = step.waiting, there * step.waiting
             if sampled and sites:
-                waiting += sampled * shown if sampled == mine else 0
+                waiting += sampled * shown if sampled == rows else 0
                 shared = self._beside(step)
                 yield waiting + kept + max(site.solve for _, site in sites) + shared
                 left = max(site.left for _, site in sites) + shared
                 continue
             for some, site in sites:
-                read, shared = at_once * some.shown if there < mine else 0, self._beside(some)
+                read, shared = at_once * some.shown if there < rows else 0, self._beside(some)
                 most = max(at_once * some.reduced, site.solve)
                 yield waiting + read + site.kept + most + shared
                 left = site.left + shared

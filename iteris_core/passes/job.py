@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 
 from ..activations.lockstep import Lockstep
-from ..activations.processes import ALONE, Processes
 from ..activations.streams import Stream
 from ..calibration_prompts import samples_of
 from ..concepts import Calibration, Concept
@@ -46,9 +45,9 @@ class Job:
     are the LoRAs' changes there, at their strength; ``streams`` are the residual streams to include
     in targets, ``found_streams`` those that a forward showed.
 
-    ``processes`` assigns rows to this process. ``policy`` holds the thresholds. ``tick`` reports
-    progress, and ``eta`` the time left. ``joined``: see :class:`~.preflight.Looked`. With
-    ``only_plans``, :func:`~.sweep.solve_sites` raises :class:`~.plan.Planned` once it has planned.
+    ``policy`` holds the thresholds. ``tick`` reports progress, and ``eta`` the time left.
+    ``joined``: see :class:`~.preflight.Looked`. With ``only_plans``, :func:`~.sweep.solve_sites`
+    raises :class:`~.plan.Planned` once it has planned.
     """
 
     host: Host
@@ -58,7 +57,6 @@ class Job:
     generator: torch.Generator
     tick: Callable[..., None]
     streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
-    processes: Processes = ALONE
     memory_budget: Budget = None
     policy: Policy = POLICY
     eta: Eta = field(default_factory=Eta)
@@ -87,9 +85,7 @@ class Job:
     @contextmanager
     def run(self) -> Generator[Run]:
         """The model with the changes applied by hooks."""
-        with Lockstep(
-            self.host.sites(), self.changes, self.streams, self.processes, self.joined
-        ) as lockstep:
+        with Lockstep(self.host.sites(), self.changes, self.streams, self.joined) as lockstep:
             yield Run(self, lockstep)
 
 

@@ -72,22 +72,21 @@ def plan_stage(footprints: Sequence[Footprint], limits: MemoryLimits, most: int)
     If none fits, rows are left out evenly over the concepts, except in a stage that a later one
     needs in full. Raises :class:`OutOfMemory` if even one row per concept does not fit.
     """
-    stage, size = footprints[0].stage, footprints[0].processes.size
+    stage = footprints[0].stage
     offered = len(stage.concept_ids)
     found = _first(footprints, limits, stage, most)
     if found is None:
         concepts = len(set(stage.concept_ids))
 
         def left(share: int) -> Stage:
-            return fewer(stage, share * concepts // size * size)
+            return fewer(stage, share * concepts)
 
         def fits(share: int) -> bool:
             return _first(footprints, limits, left(share), 1) is not None
 
-        fewest = -(-size // concepts)
-        share = None if stage.feeds_next else _largest(fits, fewest, offered // concepts)
+        share = None if stage.feeds_next else _largest(fits, 1, offered // concepts)
         if share is None:
-            raise _too_much(footprints, limits, offered if stage.feeds_next else fewest * concepts)
+            raise _too_much(footprints, limits, offered if stage.feeds_next else concepts)
         found = _first(footprints, limits, left(share), most)
         assert found is not None
     return replace(found, offered=offered)
@@ -103,8 +102,7 @@ def _first(
 def _plan_of(footprint: Footprint, limits: MemoryLimits, stage: Stage, most: int) -> Plan | None:
     """With one strategy: as many rows at once as fit, with as many as possible waiting there."""
     rows = len(stage.concept_ids)
-    mine = footprint.mine(rows)
-    most = min(most, mine)
+    most = min(most, rows)
 
     def plan(at_once: int, on_device: int | None = None) -> Plan:
         return Plan(
@@ -125,7 +123,7 @@ def _plan_of(footprint: Footprint, limits: MemoryLimits, stage: Stage, most: int
         kept = _largest(
             lambda kept: footprint.bytes_of(rows, count, kept) <= limits.device,  # noqa: B023
             0,
-            mine - 1,
+            rows - 1,
         )
         if kept is None:
             continue

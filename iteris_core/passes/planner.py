@@ -82,15 +82,12 @@ def _fitting(
         None,
         {site: solver.bytes(site, sweep) for site in stage.sites},
         changes_bytes(lockstep.changes, cost.device) + lockstep.cast_bytes,
-        lockstep.processes,
         sweep,
     )
     wanted = footprint.bytes_of(len(stage.concept_ids), batching.rows)
     available = budget
     if available == "free":
-        sharing = 1 if is_apart(cost.device) else lockstep.processes.size
-        # All processes must leave out the same rows.
-        available = lockstep.processes.least(room(wanted) // sharing)
+        available = room(wanted)
     else:
         room(min(wanted, available))
     limits, footprints = MemoryLimits(available), [footprint]
@@ -98,8 +95,7 @@ def _fitting(
         with ExitStack() as stack:
             place = None
             if is_apart(cost.device):
-                host = lockstep.processes.least(free_host(lockstep.processes))
-                limits = MemoryLimits(available, host)
+                limits = MemoryLimits(available, free_host())
                 place = HostPool(cost.device, limits.host)
                 stack.callback(place.close)
             footprints += others(footprint, measure, place, batching)
@@ -139,7 +135,7 @@ def attempts(plan: Plan, lockstep: Lockstep, policy: Policy, *, sweep: bool) -> 
         for strategy in _further(plan, lockstep, policy):
             host = plan.host_limit
             if strategy.offloads is not None and not host:
-                host = free_host(lockstep.processes)
+                host = free_host()
             plan = replace(plan, strategy=strategy, on_device=0, host_limit=host)
             yield plan
     rows = min(plan.at_once, plan.rows)

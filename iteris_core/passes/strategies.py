@@ -20,7 +20,6 @@ from ..activations.lockstep import Lockstep
 from ..activations.meter import free_memory, is_apart, usable
 from ..activations.micro_batch import MicroBatch
 from ..activations.packing import PackedPlace
-from ..activations.processes import Processes
 from ..activations.replay import Barriers
 from ..hosts.protocol import Stage
 from ..solve.choose import POLICY, Policy
@@ -95,9 +94,9 @@ def replayable(
     return with_replayable(barriers, lockstep, _first_row(stage), policy.replay_error)
 
 
-def free_host(processes: Processes) -> int:
-    """Bytes of host memory that each process may use."""
-    return usable(free_memory(torch.device("cpu"))) // processes.size
+def free_host() -> int:
+    """Bytes of host memory that a merge may use."""
+    return usable(free_memory(torch.device("cpu")))
 
 
 def _first_row(stage: Stage) -> MicroBatch:

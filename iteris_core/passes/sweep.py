@@ -53,10 +53,8 @@ def solve_sites(
         if turn:
             convergence.append(_largest_change(solutions, latest))
         solutions = latest
-        if schedule.tolerance is not None and turn:
-            settled = convergence[-1] <= schedule.tolerance
-            if run.lockstep.processes.least(int(settled)):
-                break
+        if schedule.tolerance is not None and turn and convergence[-1] <= schedule.tolerance:
+            break
     if schedule.passes > 1:
         run.job.tick("iterations", schedule.passes, schedule.passes)
     if missed := sorted(run.lockstep.changes.keys() - solutions.keys()):
@@ -87,8 +85,7 @@ class _Passes:
         """One pass, number ``turn``."""
         schedule, self._turn, self._solutions = self._schedule, turn, {}
         if not turn:
-            changes, size = self._lockstep.changes, self._lockstep.processes.size
-            expected = Passes(changes, self._batching, schedule, size)
+            expected = Passes(self._lockstep.changes, self._batching, schedule)
             self._job.eta.expect(expected, self._job.denoised)
             self._plan_ahead()
             _ = self._run.samples
@@ -147,11 +144,11 @@ class _Passes:
     def _stream(self, solver: StageSolver, stage: Stage, batching: ExecutionConfig) -> None:
         """Run all rows, then solve the sites. Before the first solve there is no merged model: X̃ =
         X (Algorithm 1, initial)."""
-        job, turn, processes = self._job, self._turn, self._lockstep.processes
+        job, turn = self._job, self._turn
         several = self._schedule.passes > 1
-        collector = Collector(self._lockstep.changes, solver, processes)
+        collector = Collector(self._lockstep.changes, solver)
         copies = 2 if turn else 1
-        batches = list(micro_batches(stage, copies, collector, batching, processes))
+        batches = list(micro_batches(stage, copies, collector, batching))
         if not turn:
             job.eta.begin(stage, 1.0)
         for done, batch in enumerate(batches, 1):
@@ -174,16 +171,13 @@ class _Passes:
             place = HostPool(strategy.offloads, plan.host_limit)
             modules = list(job.host.sites().values())
             offload = ActivationOffload(strategy.place(place), modules=modules)
-        processes = lockstep.processes
-        mine = processes.mine(len(stage.concept_ids)) if stage.sites else ()
         sampled = sampled_rows(stage, batching.policy)
         collector = SweepCollector(
             lockstep.changes,
             solver,
-            processes,
-            sampled=None if sampled is None else sampled & set(mine),
+            sampled=sampled,
             narrow=strategy.barriers is not None,
-            rows=len(mine) if strategy.by_blocks else None,
+            rows=plan.rows if strategy.by_blocks else None,
             aside=nullcontext if offload is None else offload.aside,
         )
 
@@ -194,7 +188,7 @@ class _Passes:
             return change
 
         # With every strategy, so that all give the same result.
-        batches = list(micro_batches(stage, 2, collector, batching, processes, sampled or set()))
+        batches = list(micro_batches(stage, 2, collector, batching, sampled or set()))
         last = set[str]() if stage.feeds_next else set(stage.sites)
         with ExitStack() as stack:
             stack.enter_context(lockstep.in_barriers(strategy.barriers or Barriers()))

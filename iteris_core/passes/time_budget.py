@@ -41,5 +41,5 @@ def _seconds(job: Job, seen: Sequence[Seen], samples: int) -> float:
     for one in seen:
         job.eta.saw(one, job.concepts, job.calibration)
     batching = ExecutionConfig(1, "enough", policy=job.policy)
-    job.eta.expect(Passes(job.changes, batching, processes=job.processes.size), job.denoised)
+    job.eta.expect(Passes(job.changes, batching), job.denoised)
     return job.eta.forecast.left() or 0.0

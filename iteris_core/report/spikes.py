@@ -8,11 +8,11 @@ outputs, so the direction counts once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
+from ..linalg.lowrank import cut_factors
 from ..lora import Lora, LowRank
 
 DOMINATES = 0.5
@@ -22,22 +22,10 @@ SAME = 0.9
 spikes."""
 
 
-class Spike(NamedTuple):
-    """The first singular vectors of a change, left (out,) and right (in,), float64."""
-
-    left: Tensor
-    right: Tensor
-
-
-def spike_of(change: LowRank) -> Spike | None:
-    """The spike of a change, if it has one."""
-    left, upper = torch.linalg.qr(change.up.double())
-    right, lower = torch.linalg.qr(change.down.double().mT)
-    u, s, vt = torch.linalg.svd(upper @ lower.mT)
-    squares = s**2
-    if float(squares[0]) <= DOMINATES * float(squares.sum()):
-        return None
-    return Spike(left @ u[:, 0], right @ vt[0])
+def spike_of(change: LowRank) -> LowRank | None:
+    """The spike of a change, as a change of rank 1 in float64, if it has one."""
+    first, lost = cut_factors(change.to(torch.float64), 1)
+    return first if lost < 1 - DOMINATES else None
 
 
 def shared_spikes(first: Lora, second: Lora) -> list[str]:
@@ -50,7 +38,8 @@ def shared_spikes(first: Lora, second: Lora) -> list[str]:
         one, two = spike_of(change), spike_of(other)
         if one is None or two is None:
             continue
-        if float((one.left @ two.left) * (one.right @ two.right)) >= SAME:
+        left = cosine_similarity(one.up, two.up, dim=0)
+        if float(left * cosine_similarity(one.down, two.down, dim=1)) >= SAME:
             found.append(site)
     return found
 

@@ -45,10 +45,6 @@ class _LowRankTargets(MomentReduction):
         if self._outputs is not self.weigher:
             self._outputs.add(tokens)
 
-    def sums(self) -> list[Tensor]:
-        shared = self._outputs is self.weigher
-        return [*super().sums(), *([] if shared else self._outputs.sums())]
-
     @classmethod
     def bytes(cls, changes: SiteChanges, itemsize: int = 4) -> Bytes:
         """The solve needs M and a piece of a moment in float64, right-hand sides and their

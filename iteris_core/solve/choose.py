@@ -115,7 +115,7 @@ class Policy:
         targets = opening.sample(self.tokens_a_direction * count)
         if not all(bool(torch.isfinite(rows).all()) for rows in targets):
             return None  # the solve reports it
-        return opening.agree(find_directions(opening.changes, targets, count))
+        return find_directions(opening.changes, targets, count)
 
     def row_tokens(self, width: int, rows: int) -> int:
         """The number of tokens per row, of a concept's ``rows``, that suffices for ``width``

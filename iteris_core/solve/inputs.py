@@ -40,7 +40,6 @@ class InputMoments:
         shape = (concepts, width, width)
         self.own = list(torch.zeros(shape, dtype=dtype, device=device))
         self.tokens = torch.zeros(concepts, dtype=torch.float64)
-        self.summed = False
         self._whole = True
         self._factors: dict[tuple[object, ...], Factor | None] = {}
 
@@ -73,10 +72,6 @@ class InputMoments:
                 rows = slice(stop - block, stop)
                 own[stop:, rows] = own[rows, stop:].mT
         self._whole = True
-
-    def sums(self) -> list[Tensor]:
-        """The tensors that several processes must add up, once."""
-        return [*self.own, self.tokens]
 
     def forget_factor(self) -> None:
         """Drop the factor; the next site computes it again."""
@@ -144,9 +139,6 @@ class CrossMoments(InputMoments):
     def add_cross(self, concept: int, reference: Tensor, merged: Tensor) -> None:
         """``reference`` X and ``merged`` X̃ are (tokens, in) of the same samples."""
         self.cross[concept].addmm_(reference.mT, merged)
-
-    def sums(self) -> list[Tensor]:
-        return [*super().sums(), *self.cross]
 
 
 def _block(width: int, device: torch.device) -> int:

@@ -35,9 +35,6 @@ class MomentReduction(Reduction):
             self.weigher.add(tokens)
             self._add_targets(tokens)
 
-    def sums(self) -> list[Tensor]:
-        return self.weigher.sums()
-
     def solve(self, fit: RegressionSpec) -> Solution:
         """See :class:`.problem.Reduction`; a share of energy as rank refers to the solution at Σ
         r_i.

@@ -44,9 +44,6 @@ class OutputMoments(MomentReduction):
         self.energies[tokens.concept] += energy(target)
         self.targets[tokens.concept].addmm_(self.directions.of(target).mT, tokens.merged)
 
-    def sums(self) -> list[Tensor]:
-        return [*super().sums(), *self.targets, self.energies]
-
     def _energies(self) -> list[float]:
         return self.energies.tolist()
 

@@ -149,15 +149,13 @@ class SiteContext:
     ``changes`` are the LoRAs', restricted to the inputs that count. ``share(kind)`` returns the
     input moments, shared by sites that receive the same tensor, and whether this site should add to
     them. ``sample(n)`` returns about n of all targets T by concept, (tokens, out); None if tokens
-    are streamed and unknown until the end. ``agree(x)`` returns the first process's ``x`` on all
-    processes.
+    are streamed and unknown until the end.
     """
 
     changes: SiteChanges
     device: torch.device
     share: Callable[[type[Any]], tuple[Any, bool]]
     sample: Callable[[int], list[Tensor]] | None = None
-    agree: Callable[[Any], Any] = lambda value: value
 
 
 @dataclass(frozen=True)
@@ -181,11 +179,6 @@ class Reduction(ABC):
     @abstractmethod
     def add(self, tokens: Tokens) -> None:
         """Add tokens of one concept's rows, in any number of pieces."""
-
-    def sums(self) -> list[Tensor]:
-        """The tensors that several processes must add up before the solve, except shared
-        moments."""
-        return []
 
     @abstractmethod
     def solve(self, fit: RegressionSpec) -> Solution:

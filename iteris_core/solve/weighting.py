@@ -21,9 +21,6 @@ class Weigher(ABC):
         """Add the tokens of one concept's rows."""
         return
 
-    def sums(self) -> list[Tensor]:
-        return []
-
     @abstractmethod
     def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]: ...
 
@@ -63,9 +60,6 @@ class ByAdapter(Weigher):
             hidden = reference @ change.down.to(reference).mT
             self._grams[tokens.concept].addmm_(hidden.mT, hidden)
 
-    def sums(self) -> list[Tensor]:
-        return list(self._grams.values())
-
     def energy(self, concept: int) -> float:
         """‖X_i ΔW_iᵀ‖²_F; 0 if the LoRA does not change the site."""
         change = self._changes[concept]
@@ -91,9 +85,6 @@ class ByOutput(Weigher):
 
     def add(self, tokens: Tokens) -> None:
         self.energies[tokens.concept] += energy(tokens.output)
-
-    def sums(self) -> list[Tensor]:
-        return [self.energies]
 
     def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]:
         return [_inverse(1.0, value) for value in self.energies.tolist()]

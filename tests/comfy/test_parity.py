@@ -83,7 +83,7 @@ class Sides:
             [spec.concept(host.read_lora(spec.file)) for spec in self.concepts(files)],
             settings=self.settings,
             calibration=self.calibration,
-            runtime=self.core.Runtime(policy=self.policy),
+            policy=self.policy,
         )
         return {site: change.dense().double() for site, change in merged.lora.sites.items()}
 

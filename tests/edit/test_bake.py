@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from iteris_core import IterisError
 from iteris_core.architectures.row_mapping import whole
-from iteris_core.edit.bake import Precision, bake, places_in
-from iteris_core.edit.rounding import FP8, rounded, scaled_fp8
+from iteris_core.edit.bake import FP8, Precision, bake, places_in, rounded, scaled_fp8
 
 
 def single_file(kind: str = "sd1") -> dict[str, torch.Tensor]:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, IterisError, Lora, write_lora
-from iteris_core.edit.moments import calibration_of, look
+from iteris_core.edit.moments import look
+from iteris_core.edit.reduced import calibration_of
 from iteris_core.edit.resize import resize_lora
 from iteris_core.lora_files.own_names import read_by_own_names
 from iteris_core.passes.changes import changes_of
@@ -56,12 +57,12 @@ def test_what_layers_see_is_what_passes_through_them(host):
     job = Job(host, [concept], changes_of([concept]), calibration_of(SHORT),
               torch.Generator().manual_seed(0), lambda *_: None)  # fmt: skip
     site = next(s for s in concept.lora.sites if ".attn1.to_q" in s)
-    shown, found = [], {}
+    shown = []
     handle = host.sites()[site].register_forward_hook(
         lambda module, args, output: shown.append((args[0], output.clone()))
     )
     with job.run() as run:
-        look(run, lambda name, seen: found.setdefault(name, seen))
+        found = look(run, lambda name, seen: seen)
     handle.remove()
     del shown[:-1]  # what the host tried before
     assert found.keys() == concept.lora.sites.keys()

@@ -9,7 +9,7 @@ import torch
 from reductions import by_moments, solver_of
 from tiny import random_lora, two_concepts
 
-from iteris_core import Calibration, Concept, Runtime, merge_loras
+from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations.collect import SweepCollector
 from iteris_core.activations.site import site_of
 from iteris_core.activations.token_sampling import TokenSampling
@@ -146,7 +146,7 @@ def test_a_merge_in_directions_is_the_same_for_any_micro_batch(host64, micro_bat
             concepts,
             settings=settings,
             calibration=calibration,
-            runtime=Runtime(policy=policy),
+            policy=policy,
         ).lora.sites
 
     dense = merge(2, POLICY)
@@ -221,4 +221,4 @@ def test_nan_is_said_where_targets_are_in_directions(host64):
     ]
     calibration = Calibration(samples=2, timesteps=1, latents="noise", latent_size=4)
     with pytest.raises(IterisError, match="NaN"):
-        merge_loras(host64, concepts, calibration=calibration, runtime=Runtime(policy=Few()))
+        merge_loras(host64, concepts, calibration=calibration, policy=Few())

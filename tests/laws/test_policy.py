@@ -7,11 +7,9 @@ import re
 import pytest
 import torch
 from language_bases import make_t5
-from oracle import ModuleHost, Net, make_data, make_lora
 from tiny import random_lora, two_concepts
 
-from iteris_core import Calibration, Concept, Lora, LowRank, Runtime, merge_loras
-from iteris_core.activations.processes import Processes
+from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
 from iteris_core.activations.token_sampling import TokenSampling
 from iteris_core.hosts.transformers import TransformersHost
 from iteris_core.passes.job import Job
@@ -58,7 +56,7 @@ def ridges_of(host, concepts, **more) -> set[float]:
             asked.add(samples)
             return super().ridge_for(samples, *more)
 
-    merge_loras(host, concepts, runtime=Runtime(policy=Watches()), **more)
+    merge_loras(host, concepts, policy=Watches(), **more)
     return asked
 
 
@@ -130,22 +128,3 @@ def test_a_choice_of_tokens_is_the_same_on_any_machine():
     """Seeds come from a digest, not from Python's hash of a tuple."""
     choice = TokenSampling([7], lambda width: 4, seed=3)
     assert choice.indices(50, 0, 1, width=1).tolist() == [2, 12, 26, 38]
-
-
-def test_processes_take_the_first_ones_directions():
-    """Eigenvectors of unlike machines differ in sign, and would spoil the sum of DᵀTᵀX̃."""
-    agreed = []
-
-    class Unlike(Processes):
-        def first(self, value):
-            agreed.append(value)
-            return value
-
-    class Few(Policy):
-        def directions(self, out, width, rank):
-            return min(out, rank + 1)
-
-    host = ModuleHost(Net(), make_data())
-    concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
-    merge_loras(host, concepts, runtime=Runtime(Unlike(), Few()), memory_budget=None)
-    assert len(agreed) == len(host.sites())

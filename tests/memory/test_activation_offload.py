@@ -10,7 +10,7 @@ from oracle import ModuleHost, Net, hooks_on, make_data, make_lora
 from tiny import two_concepts
 from torch import nn
 
-from iteris_core import Calibration, Concept, Runtime, merge_loras
+from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations import host_pool
 from iteris_core.activations.activation_offload import IDLE_PAUSES, ActivationOffload
 from iteris_core.activations.collect import SweepCollector
@@ -250,7 +250,7 @@ def merge(host, memory, policy=POLICY, **settings):
         settings={"precision": "float64", **settings},
         calibration=CALIBRATION,
         memory_budget=memory,
-        runtime=Runtime(policy=policy),
+        policy=policy,
     )
 
 

@@ -13,7 +13,6 @@ from tiny import make_pipeline, random_lora
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations.meter import MemoryMeter, free_memory
-from iteris_core.activations.processes import Processes
 from iteris_core.errors import IterisError, OutOfMemory
 from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import LowRank, SiteChanges
@@ -150,12 +149,6 @@ def test_what_cannot_fit_is_said():
     needs = needs_of(stage_of([0, 1]), parked())
     with pytest.raises(OutOfMemory, match=r"host memory.* lower samples, timesteps or latent_size"):
         plan_stage(needs, MemoryLimits(102, 10**9), 8)
-
-
-def test_processes_share_the_rows_that_wait():
-    stage = stage_of([0] * 10 + [1] * 10)
-    made = plan_stage(needs_of(stage, processes=Processes(0, 2)), MemoryLimits(10**9), 8)
-    assert made.bytes == 100 + 2 * 1 + 8 * 3
 
 
 def merge(host, **more):

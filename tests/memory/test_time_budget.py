@@ -10,13 +10,14 @@ from bases import make_lora, tiny
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.merge import Runtime, begun, prepared
+from iteris_core.merge import begun, prepared
 from iteris_core.methods import find_method
 from iteris_core.methods.regmean import RegMeanSettings
 from iteris_core.passes import time_budget
 from iteris_core.passes.job import Job
 from iteris_core.passes.time_budget import LEAST, within_time
 from iteris_core.preview import preview_merge
+from iteris_core.solve.choose import POLICY
 
 
 def job(**values):
@@ -48,7 +49,7 @@ def test_rows_of_more_phrases_than_samples_are_foreseen():
         Concept(make_lora("sd1", (site,), 1), trigger="zwx", class_word="dog"),
     ]
     calibration = Calibration(samples=3, timesteps=2, denoising_steps=2, latent_size=8)
-    begun_job, _ = begun(host, concepts, find_method("iteris"), calibration, None, None, Runtime())
+    begun_job, _ = begun(host, concepts, find_method("iteris"), calibration, None, None, POLICY)
     job, *_ = prepared(begun_job, [], find_method("regmean"), RegMeanSettings(), "refuse")
     owners = job.eta._seen["unet"].stage.concept_ids
     result = merge_loras(host, concepts, "regmean", calibration=calibration)

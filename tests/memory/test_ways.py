@@ -6,7 +6,7 @@ import pytest
 import torch
 from pipelines import PIPELINES, write_lora
 
-from iteris_core import Calibration, Concept, Runtime, merge_loras
+from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations.host_pool import HostPool
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.passes import sweep
@@ -62,7 +62,7 @@ def test_all_ways_agree_on_every_class(name, tmp_path, monkeypatch):
             host,
             concepts,
             settings={"micro_batch": 5, **reduced.settings},
-            runtime=Runtime(policy=Policy(sample_rows=3)),
+            policy=Policy(sample_rows=3),
             calibration=Calibration(samples=6, timesteps=2, denoising_steps=3, seed=3),
             unmergeable="skip",
         ).lora.sites

@@ -120,9 +120,8 @@ def test_code_is_code_and_names_exist(page):
 def test_every_option_that_is_named_is_one(page):
     known = {option for command in COMMANDS.values() for p in command.params for option in p.opts}
     known |= {"--help", "--install-completion", "--markdown", "--version"}
-    others = {"--multi_gpu", "--nproc-per-node"}  # of accelerate and torchrun
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", page.read_text()))
-    assert not named - known - others
+    assert not named - known
 
 
 @pytest.mark.parametrize(
