@@ -18,10 +18,9 @@ from ..hosts.protocol import Host
 from ..lora import Lora, LowRank, SiteChanges
 from ..lora_files import BaseModel, Layout
 from ..lora_files.vectors import placed
-from ..passes.eta import Eta
 from ..passes.job import Job
 from ..passes.preflight import unmergeable_sites
-from ..progress import OnProgress
+from ..progress import Forecast, OnProgress
 from ..solve.ranks import Components, Target, kept, share_out, span
 from .held import output_error
 from .moments import Seen, calibration_of, look
@@ -86,8 +85,8 @@ def extract_lora(
     Raises :class:`MismatchError`, naming the first key, if the architectures differ;
     :class:`SolveError` if the LoRA is no nearer to the fine-tune than the base is.
     """
-    eta = Eta(on_progress)
-    tick = eta.forecast.tick
+    eta = Forecast(on_progress)
+    tick = eta.tick
     check_alike(_shapes(base.sites()), _shapes(tuned.sites()))
     dense = differences(base, tuned)
     if not dense:

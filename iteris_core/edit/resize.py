@@ -16,11 +16,10 @@ from ..hosts.protocol import Host
 from ..lora import Lora, LowRank
 from ..passes.batches import ExecutionConfig
 from ..passes.changes import changes_of, check_sites
-from ..passes.eta import Eta
 from ..passes.job import Job, Run
 from ..passes.preflight import unmergeable_sites
 from ..passes.sweep import solve_sites
-from ..progress import OnProgress
+from ..progress import Forecast, OnProgress
 from ..solve.choose import POLICY
 from ..solve.problem import RegressionSpec, Solution, StageSolver
 from ..solve.ranks import Components, Target, kept, share_out, span
@@ -93,8 +92,8 @@ def resize_lora(
     if len(concept.phrases) > 1:
         chosen = replace(chosen, samples=2 * chosen.samples)
     generator = torch.Generator().manual_seed(chosen.seed)
-    eta = Eta(on_progress)
-    tick = eta.forecast.tick
+    eta = Forecast(on_progress)
+    tick = eta.tick
     job = Job(host, [concept], changes_of([concept]), chosen, generator, tick,
               memory_budget=memory_budget, eta=eta)  # fmt: skip
     check_sites(host, job.changes)
