@@ -40,12 +40,11 @@ from .passes.changes import (
     switched_on,
     with_wordless_on,
 )
-from .passes.eta import Eta
 from .passes.held_out import WHAT, expect_held_out, kept
 from .passes.job import Budget, Job, RunLog
-from .passes.time_budget import within_time
+from .passes.workload import within_time
 from .presets import PresetName
-from .progress import OnProgress
+from .progress import Forecast, OnProgress
 from .report.provenance import join_embeddings, lacks_of, merge_metadata, notes_of
 from .report.report import MergeReport, SiteReport
 from .saving import rescued
@@ -157,7 +156,7 @@ def merge_loras(
     zero = "left out of the merge: its strength or weight is 0"
     made.noted[:0] = [(concept.name, [zero]) for concept in concepts if not concept.counts]
     seconds = time.perf_counter() - started
-    job.eta.forecast.end()
+    job.eta.end()
     return _result(made, always, chosen, settings, calibration, seconds)
 
 
@@ -176,14 +175,14 @@ def begun(
     counting = [concept for concept in concepts if concept.counts]
     merged = always_on(counting, "no")
     calibration = calibration.settled(sum(concept.lora is not None for concept in merged))
-    eta, generator = Eta(on_progress), torch.Generator().manual_seed(calibration.seed)
+    eta, generator = Forecast(on_progress), torch.Generator().manual_seed(calibration.seed)
     job = Job(
         cast(Host, host),
         merged,
         {},
         calibration,
         generator,
-        eta.forecast.tick,
+        eta.tick,
         memory_budget=memory_budget,
         policy=policy,
         eta=eta,
@@ -237,16 +236,15 @@ def prepared(
     found = looked.refused
     if (found and unmergeable == "refuse") or job.changes.keys() <= found.keys():
         raise SiteError(preflight.complaint(found, concepts))
-    job.eta.rounds = max(sweeps, 1)
+    job = replace(job, joined=looked.joined, found_streams=looked.streams, seen=looked.stages)
+    for seen in looked.stages:
+        job.eta.did(seen.products, seen.seconds)
+    job = within_time(job, max(sweeps, 1))
     expect_held_out(job)
-    job = replace(job, joined=looked.joined, found_streams=looked.streams)
-    job = within_time(job, looked.stages)
     if job.calibration.samples < wanted:
         job = _with_added(job, concepts, method)
     others = {site: job.changes[site] for site in found}
     kept = {site: some for site, some in job.changes.items() if site not in found}
-    for seen in looked.stages:
-        job.eta.saw(seen, job.concepts, job.calibration)
     added = job.concepts[len(concepts) :]
     noted = [(one.name, [_added_note(one, concepts, always)]) for one in added]
     if job.calibration.samples < wanted:

@@ -83,7 +83,7 @@ def preview_merge(
             return Preview(
                 [str(plan) for plan in made],
                 job.denoised if any(plan.stage.spatial for plan in made) else 0,
-                job.eta.forecast.left(),
+                job.eta.left(),
                 [f"{name}: {note}" for name, notes in noted for note in notes],
             )
     raise UsageError(f"{method} does not plan its memory.")

@@ -1,14 +1,12 @@
-"""Progress of a merge, and an estimate of the time left from measurements as it runs."""
+"""Progress of a merge, and an estimate of the time left: work done over the time that it took."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-_FIRST = (
-    0.005  # seconds per kind of work: until this much is measured, the expectation counts as well
-)
+_FIRST = 0.05  # share of a phase until which the rate of all work counts as well
 
 
 @dataclass(frozen=True)
@@ -51,28 +49,31 @@ def duration(seconds: float) -> str:
 
 
 @dataclass
-class _Kind:
-    """Work of one kind: the expected seconds of each of its remaining ``parts``, how many are done,
-    how long these were expected to take (``ahead``), and how long they ``took``. Kinds in one
-    ``family`` share the ratio between actual and expected time."""
+class _Phase:
+    """The work of each of its ``steps``, in order, the ``share`` of them that is done, and the
+    seconds that this ``took``."""
 
-    family: Hashable = None
-    parts: dict[Hashable, float] = field(default_factory=dict[Hashable, float])
-    ahead: float = 0.0
+    steps: Sequence[float]
+    share: float = 0.0
     took: float = 0.0
-    known: bool = True
 
     @property
-    def to_come(self) -> float:
-        return sum(self.parts.values())
+    def done(self) -> float:
+        whole, part = divmod(self.share * len(self.steps), 1)
+        return sum(self.steps[: int(whole)]) + part * sum(self.steps[int(whole) : int(whole) + 1])
+
+    def left(self, rate: float) -> float:
+        """Seconds, at this phase's own rate as far as that is known."""
+        total, done = sum(self.steps), self.done
+        before = _FIRST * total
+        return (total - done) * (self.took + rate * before) / (done + before) if total else 0.0
 
 
 class Forecast:
-    """Estimates the time that a run has left, by kinds of work.
+    """Reports every step of a run to ``on_progress``, with the time left: what is left of the
+    expected work, at the rate at which work was done.
 
-    Each part has an expected time, in seconds or, unless ``known``, in any unit. The time that
-    finished parts took corrects the estimate for the remaining ones. ``on_progress`` gets every
-    step with the time left.
+    Work has any unit, such as multiply-adds.
     """
 
     def __init__(
@@ -80,52 +81,30 @@ class Forecast:
     ) -> None:
         self.clock, self._on_progress = clock, on_progress
         self._began = self._mark = clock()
-        self._kinds: dict[Hashable, _Kind] = {}
-        self._phase, self._phase_began, self._share = "", 0.0, 0.0
+        self._phases: dict[str, _Phase] = {}
+        self._done = self._took = self._share = 0.0
         self._last: Progress | None = None
 
-    def expect(
-        self,
-        kind: Hashable,
-        parts: Mapping[Hashable, float],
-        family: Hashable = None,
-        *,
-        known: bool = True,
-    ) -> None:
-        """Set the expected seconds of the remaining ``parts``, replacing earlier expectations."""
-        found = self._kinds.setdefault(kind, _Kind())
-        found.parts.update(parts)
-        found.known, found.family = known, family
+    def did(self, work: float, seconds: float) -> None:
+        """Record work that belongs to no phase, such as a trial."""
+        self._done, self._took = self._done + work, self._took + seconds
 
-    def drop(self, kind: Hashable) -> None:
-        """Expect no more work of this kind."""
-        if kind in self._kinds:
-            self._kinds[kind].parts.clear()
-
-    def mark(self) -> None:
-        """Start timing the work that :meth:`spent` reports next."""
-        self._mark = self.clock()
-
-    def spent(self, kind: Hashable, part: Hashable, share: float = 1.0) -> None:
-        """Record that this ``share`` of a part was done since the last mark; mark again."""
-        now = self.clock()
-        found = self._kinds.get(kind)
-        if found is not None and found.parts.get(part):
-            amount = found.parts[part] * share
-            found.parts[part] -= amount
-            found.ahead += amount
-            found.took += now - self._mark
-        self._mark = now
+    def expect(self, what: str, steps: Sequence[float]) -> None:
+        """Expect the phase ``what``, with this work in each of its steps; without steps, no more of
+        it. A phase that has begun stays where it is."""
+        self._phases.setdefault(what, _Phase(steps)).steps = steps
 
     def tick(self, what: str, done: int, total: int, plan: str = "") -> None:
-        """Report ``done`` of ``total`` for ``what``. It counts as a kind of work if it was
-        expected, or if nothing else is known."""
+        """Report ``done`` of ``total`` for ``what``. It counts as work if it was expected, or if
+        nothing was."""
         now = self.clock()
-        if what != self._phase and total:
-            self._end_phase()
-            self._phase, self._phase_began = what, now
-        if total and (what in self._kinds or not self._kinds):
-            self._part_done(what, done / total, now - self._phase_began)
+        if total and (what in self._phases or not self._phases):
+            phase = self._phases.setdefault(what, _Phase([1.0]))
+            before, phase.share = phase.done, done / total
+            if done:
+                phase.took += now - self._mark
+                self.did(phase.done - before, now - self._mark)
+        self._mark = now
         seconds, left = now - self._began, self.left()
         if left is not None and seconds + left > 0:
             self._share = max(self._share, min(seconds / (seconds + left), 1.0))
@@ -139,34 +118,13 @@ class Forecast:
             seconds = self.clock() - self._began
             self._on_progress(replace(self._last, seconds=seconds, left=0.0, share=1.0, plan=""))
 
+    @property
+    def rate(self) -> float | None:
+        """Seconds per unit of work so far; None before any is done."""
+        return self._took / self._done if self._done > 0 else None
+
     def left(self) -> float | None:
-        """Seconds; None if some of the work is unknown, or nothing is expected."""
-        found = [self.left_of(kind) for kind, some in self._kinds.items() if some.to_come]
-        return None if not found or None in found else sum(filter(None, found))
-
-    def left_of(self, kind: Hashable) -> float | None:
-        """Seconds for one kind; None if unknown."""
-        found = self._kinds.get(kind, _Kind())
-        if not found.known:
-            return found.to_come * found.took / found.ahead if found.ahead else None
-        weight = _FIRST * (found.ahead + found.to_come)
-        rate = self._rate_of(found.family)
-        return found.to_come * (found.took + rate * weight) / max(found.ahead + weight, 1e-30)
-
-    def _rate_of(self, family: Hashable) -> float:
-        """Actual seconds per expected second over all kinds of a family; 1 before any is done."""
-        some = [kind for kind in self._kinds.values() if kind.known and kind.family == family]
-        ahead, took = (sum(getattr(kind, of) for kind in some) for of in ("ahead", "took"))
-        weight = _FIRST * (ahead + sum(kind.to_come for kind in some))
-        return (took + weight) / (ahead + weight) if family and weight else 1.0
-
-    def _part_done(self, what: str, share: float, seconds: float) -> None:
-        kind = self._kinds.setdefault(what, _Kind(parts={"": 1.0}, known=False))
-        whole = kind.ahead + kind.to_come
-        kind.ahead, kind.took, kind.parts = whole * share, seconds, {"": whole * (1 - share)}
-
-    def _end_phase(self) -> None:
-        kind = self._kinds.get(self._phase)
-        if kind is not None:
-            kind.ahead += kind.to_come
-            kind.parts.clear()
+        """Seconds; None before any work is done, or if none is expected."""
+        if self.rate is None or not self._phases:
+            return None
+        return sum(phase.left(self.rate) for phase in self._phases.values())

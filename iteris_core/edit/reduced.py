@@ -12,10 +12,9 @@ from ..concepts import Calibration, Concept
 from ..hosts.protocol import Host
 from ..lora import Lora, LowRank, SiteChanges
 from ..passes.batches import ExecutionConfig
-from ..passes.eta import Eta
 from ..passes.job import Budget, Job, Run
 from ..passes.sweep import solve_sites
-from ..progress import OnProgress
+from ..progress import Forecast, OnProgress
 from ..solve.choose import POLICY
 from ..solve.problem import RegressionSpec, Solution, StageSolver
 from ..solve.ranks import span
@@ -82,14 +81,14 @@ def job_of(
     memory_budget: Budget,
 ) -> Job:
     """A job that runs the rows of one ``concept`` on a ``host`` with its ``changes``."""
-    eta, generator = Eta(on_progress), torch.Generator().manual_seed(calibration.seed)
+    eta, generator = Forecast(on_progress), torch.Generator().manual_seed(calibration.seed)
     return Job(
         host,
         [concept],
         changes,
         calibration,
         generator,
-        eta.forecast.tick,
+        eta.tick,
         memory_budget=memory_budget,
         eta=eta,
     )

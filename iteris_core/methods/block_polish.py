@@ -30,6 +30,7 @@ from ..lora import LowRank
 from ..passes.batches import ExecutionConfig, chunks, micro_batches
 from ..passes.job import Job, Run
 from ..passes.strategies import find
+from ..passes.workload import forward_work
 from .segments import (
     ByRow,
     Segment,
@@ -58,14 +59,14 @@ class BlockSteps:
 
 
 def expect_block_polish(job: Job, how: BlockSteps) -> None:
-    """Register its expected time: each of several segments takes part of a forward."""
-    rows = _row_count(job)
+    """Expect its work: each of several segments takes part of a forward."""
+    rows, forward = _row_count(job), forward_work(job)
     forwards = STEP * how.steps * job.policy.polish_at_once + 2 * 3 * rows
     if how.pairs and (pairs := pairs_of(job, rows)):
         samples = len(pairs) * samples_each(job, pairs, rows)
-        job.eta.later(SHOWING, samples * job.calibration.denoising_steps)
+        job.eta.expect(SHOWING, [forward * samples * job.calibration.denoising_steps])
         forwards += samples * job.calibration.rows_each * 3 * 3
-    job.eta.later(WHAT, forwards)
+    job.eta.expect(WHAT, [forward * forwards])
 
 
 def polish_blocks(
@@ -90,6 +91,7 @@ def polish_blocks(
             config = ExecutionConfig(job.policy.polish_at_once)
             for batch in micro_batches(stage, 2, None, config):
                 lockstep.run(batch)
+    job.eta.expect(WHAT, [])
     polished = {s: lockstep.merged[s].to(change.up.dtype) for s, change in merged.items()}
     return polished, notes
 

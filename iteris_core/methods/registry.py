@@ -139,7 +139,7 @@ def _entries(
     """A pass over all sites: their entries by concept."""
 
     def sites() -> Iterator[dict[int, Tensor]]:
-        job.eta.forecast.expect(_MERGING, {"": 1.0}, known=False)
+        job.eta.expect(_MERGING, [1.0])
         for done, changes in enumerate(job.changes.values(), 1):
             at = AtSite(changes, job.weights, job.generator)
             yield dict(zip(changes.present, trims(at), strict=True))

@@ -50,7 +50,7 @@ def shared_ranks(
 
         return replace(solver, begin=begin, solve=solve)
 
-    solve_sites(run, weighed, batching)
+    solve_sites(run, weighed, batching, sweeps=2)
     return share_numbers(found, numbers, least=1)
 
 

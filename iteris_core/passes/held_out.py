@@ -18,6 +18,7 @@ from ..lora import LowRank
 from .batches import chunks
 from .changes import added, beside
 from .job import Job
+from .workload import forward_work
 
 _SAMPLES, _TIMESTEPS, _BATCH = 2, 2, 8
 _SEED = 1 << 20
@@ -92,12 +93,13 @@ class FinalOutputs:
 
 
 def expect_held_out(job: Job) -> None:
-    """Register the expected time of :func:`kept` after the sites."""
+    """Expect the work of :func:`kept`."""
     if job.host.pictures:
         calibration = held_out(job.calibration, _SAMPLES, _TIMESTEPS)
         rows = job.loras * calibration.samples * calibration.rows_each
         denoised = job.loras * calibration.samples * calibration.denoising_steps
-        job.eta.later(WHAT, denoised + rows * (2 + 2 * (len(STRENGTHS) + 1)))
+        forwards = denoised + rows * (2 + 2 * (len(STRENGTHS) + 1))
+        job.eta.expect(WHAT, [forward_work(job) * forwards])
 
 
 def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:

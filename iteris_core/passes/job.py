@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,8 +17,8 @@ from ..calibration_prompts import samples_of
 from ..concepts import Calibration, Concept
 from ..hosts.protocol import Host, Stage
 from ..lora import SiteChanges
+from ..progress import Forecast
 from ..solve.choose import POLICY, Policy
-from .eta import Eta
 
 Budget = int | Literal["free"] | None
 """Bytes beyond the model (``"free"``: what is free; None: no limit)."""
@@ -40,14 +41,44 @@ class RunLog:
 
 
 @dataclass(frozen=True)
+class Reached:
+    """A site in a forward: (out, in), and ``tokens`` per row."""
+
+    shape: tuple[int, int]
+    tokens: int
+
+    @property
+    def products(self) -> int:
+        """A row's multiply-adds."""
+        return self.tokens * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A ``stage`` made with a ``calibration`` after a forward: the sites that it reached, in order,
+    and its ``seconds`` per row."""
+
+    stage: Stage
+    calibration: Calibration
+    sites: Mapping[str, Reached]
+    seconds: float
+    device: torch.device
+
+    @property
+    def products(self) -> int:
+        """A row's multiply-adds."""
+        return sum(reached.products for reached in self.sites.values())
+
+
+@dataclass(frozen=True)
 class Job:
     """A merge of ``concepts`` on a ``host``, which a method on weights ignores. ``changes[site]``
     are the LoRAs' changes there, at their strength; ``streams`` are the residual streams to include
     in targets, ``found_streams`` those that a forward showed.
 
-    ``policy`` holds the thresholds. ``tick`` reports progress, and ``eta`` the time left.
-    ``joined``: see :class:`~.preflight.Looked`. With ``only_plans``, :func:`~.sweep.solve_sites`
-    raises :class:`~.plan.Planned` once it has planned.
+    ``policy`` holds the thresholds. ``tick`` reports progress, and ``eta`` estimates the time left
+    by the stages ``seen``. ``joined``: see :class:`~.preflight.Looked`. With ``only_plans``,
+    :func:`~.sweep.solve_sites` raises :class:`~.plan.Planned` once it has planned.
     """
 
     host: Host
@@ -59,7 +90,8 @@ class Job:
     streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
     memory_budget: Budget = None
     policy: Policy = POLICY
-    eta: Eta = field(default_factory=Eta)
+    eta: Forecast = field(default_factory=Forecast)
+    seen: Sequence[Seen] = ()
     joined: frozenset[str] = frozenset()
     found_streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
     only_plans: bool = False
@@ -79,8 +111,12 @@ class Job:
         calibration = self.calibration
         if calibration.latents == "noise":
             return 0
-        samples = sum(samples_of(one, calibration) for one in self.concepts if one.lora is not None)
-        return samples * calibration.denoising_steps * (2 if calibration.guidance > 1 else 1)
+        steps = calibration.denoising_steps * (2 if calibration.guidance > 1 else 1)
+        return self.samples_of(calibration) * steps
+
+    def samples_of(self, calibration: Calibration) -> int:
+        """The number of samples of all concepts with a LoRA."""
+        return sum(samples_of(one, calibration) for one in self.concepts if one.lora is not None)
 
     @contextmanager
     def run(self) -> Generator[Run]:

@@ -11,6 +11,7 @@ from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
 from .batches import fewer, selected
 from .footprint import Footprint, MemoryLimits
+from .job import Seen
 from .strategies import Strategy
 
 
@@ -18,8 +19,8 @@ from .strategies import Strategy
 class Plan:
     """The plan of a stage: ``at_once`` rows at a time out of ``offered``, with a ``strategy``,
     using ``bytes`` of the ``budget`` beyond the model. If the strategy offloads, ``on_device`` rows
-    wait on the device and the others in ``host_bytes`` of host memory, limited to
-    ``host_limit``."""
+    wait on the device and the others in ``host_bytes`` of host memory, limited to ``host_limit``.
+    The measurement has ``seen`` a row."""
 
     stage: Stage
     at_once: int
@@ -30,6 +31,7 @@ class Plan:
     on_device: int = 0
     host_bytes: int = 0
     host_limit: int = 0
+    seen: Seen | None = None
 
     @property
     def rows(self) -> int:

@@ -26,9 +26,8 @@ from ..lora import SiteChanges
 from ..solve.choose import Policy
 from ..solve.problem import StageSolver
 from .batches import ExecutionConfig, Schedule, limit_of, sampled_rows
-from .eta import Reached, Seen
 from .footprint import Footprint, MemoryLimits
-from .job import Run
+from .job import Reached, Run, Seen
 from .measure import Cost, Measure, streams
 from .plan import Plan, plan_stage
 from .strategies import ON_DEVICE, Strategy, free_host, ladder
@@ -45,19 +44,17 @@ def planned(
         strategy = ON_DEVICE if schedule.sweep else Strategy()
         return Plan(stage, batching.rows, strategy, len(stage.concept_ids))
     made, cost = _fitting(run, stage, solver, batching, schedule, budget)
-    made = replace(made, offered=len(stage.concept_ids))
-    changes = run.lockstep.changes
-    steps = (step for step in cost.steps if step.site)
-    reached = {s.site: Reached(changes[s.site].shape, s.length, s.shares) for s in steps}
-    seen = Seen(made.stage, reached, cost.seconds, cost.device)
-    run.job.eta.measured(seen, made.strategy.slower)
+    job, steps = run.job, (step for step in cost.steps if step.site)
+    reached = {s.site: Reached(job.changes[s.site].shape, s.length) for s in steps}
+    seen = Seen(made.stage, job.calibration, reached, cost.seconds, cost.device)
+    made = replace(made, offered=len(stage.concept_ids), seen=seen)
     if made.rows < made.offered:
         _log.warning(
             "Not enough memory for all rows: %s; lower samples, timesteps or latent_size (ComfyUI: "
             "image_size), or allow more memory",
             made,
         )
-    run.job.tick(f"plan: {made}", 0, 0, str(made))
+    job.tick(f"plan: {made}", 0, 0, str(made))
     return made
 
 

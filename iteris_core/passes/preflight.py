@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
@@ -24,8 +23,7 @@ from ..activations.streams import Stream, find_streams
 from ..architectures.sites import weight_shape
 from ..concepts import Concept
 from ..hosts.protocol import Stage
-from .eta import Reached, Seen
-from .job import Job
+from .job import Job, Reached, Seen
 from .joined_rows import joined_rows
 
 UNREACHED = "is reached by no forward"
@@ -72,12 +70,12 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Looked:
             samples = host.samples(job.concepts, sites, some, lockstep, generator, quiet)
             for stage in host.stages(samples, sites):
                 every_kind = some is every_prompt
-                why, mixed, stage_seen = _look(stage, modules, every_kind=every_kind, sweep=sweep)
+                why, mixed, calls = _look(stage, modules, every_kind=every_kind, sweep=sweep)
                 if mixed - joined:
                     joined |= joined_rows(stage, {site: modules[site] for site in mixed - joined})
                 found |= why | dict.fromkeys(mixed - joined, MIXED)
                 if not every_kind:
-                    seen.append(stage_seen)
+                    seen.append(Seen(stage, some, calls.reached, calls.seconds, calls.device))
                     streams |= _streams(stage, modules)
             if sites <= found.keys() and MIXED not in found.values():
                 break
@@ -87,16 +85,15 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Looked:
 
 def _look(
     stage: Stage, modules: Mapping[str, nn.Module], *, every_kind: bool, sweep: bool
-) -> tuple[dict[str, str | None], set[str], Seen]:
+) -> tuple[dict[str, str | None], set[str], _Calls]:
     """The sites that ``stage`` reaches with its first row, or with the first row of every kind, why
-    they cannot be merged, and those that get a different number of rows."""
+    they cannot be merged, those that get a different number of rows, and the last row's calls."""
     kinds = stage.batch_keys if stage.batch_keys and every_kind else [None] * len(stage.concept_ids)
     firsts = {kind: row for row, kind in reversed(list(enumerate(kinds)))}.values()
     calls = _Calls(set(stage.sites))
     count: Counter[str] = Counter()
     mixed: set[str] = set()
     repeated: set[str] = set()
-    took = 0.0
     with ExitStack() as stack:
         for site, module in modules.items():
             stack.enter_context(module.register_forward_hook(calls.hook(site)))
@@ -106,7 +103,7 @@ def _look(
                 started = time.perf_counter()
                 stage.run([row, row], 1)
                 wait_for(calls.device)
-                took = time.perf_counter() - started
+                calls.seconds = (time.perf_counter() - started) / 2
             count.update(calls.rows.keys())
             mixed |= {site for site, rows in calls.rows.items() if set(rows) != {2}}
             repeated |= {site for site, rows in calls.rows.items() if len(rows) > 1}
@@ -116,7 +113,7 @@ def _look(
     if sweep:
         why |= {site: PARTLY for site, reached in count.items() if reached < len(firsts)}
         why |= dict.fromkeys(repeated, REPEATED)
-    return why, mixed, Seen(stage, calls.reached, took / 2, calls.device)
+    return why, mixed, calls
 
 
 def _streams(stage: Stage, modules: Mapping[str, nn.Module]) -> dict[str, Stream]:
@@ -129,26 +126,22 @@ def _streams(stage: Stage, modules: Mapping[str, nn.Module]) -> dict[str, Stream
 
 
 class _Calls:
-    """The calls of a forward: every site that it ``reached``, and the ``rows`` of each call for the
-    selected sites."""
+    """The calls of a forward: every site that it ``reached``, the ``rows`` of each call for the
+    selected sites, and its ``seconds`` per row."""
 
     def __init__(self, wanted: Set[str]) -> None:
         self.rows: dict[str, list[int]] = {}
         self.reached: dict[str, Reached] = {}
-        self.device = torch.device("cpu")
+        self.device, self.seconds = torch.device("cpu"), 0.0
         self._wanted = wanted
-        self._before: Callable[[], Tensor | None] = lambda: None
 
     def hook(self, site: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             out, *rest = weight_shape(module)
-            shares = False
             if site in self._wanted:
                 self.rows.setdefault(site, []).append(len(args[0]))
-                shares = self._before() is args[0]
-                self._before = weakref.ref(args[0])
             tokens = output.numel() // max(out * len(output), 1)
-            self.reached[site] = Reached((out, math.prod(rest)), tokens, shares)
+            self.reached[site] = Reached((out, math.prod(rest)), tokens)
             self.device = output.device
 
         return hook

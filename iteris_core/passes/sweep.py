@@ -28,23 +28,28 @@ from ..hosts.protocol import DENOISING, Stage
 from ..lora import LowRank, concatenate
 from ..solve.problem import Reduction, Solution, StageSolver
 from .batches import SWEEP, ExecutionConfig, Schedule, micro_batches, sampled_rows
-from .eta import FORWARDS, SITES, Passes
 from .job import Run, RunLog
 from .plan import Plan, Planned
 from .planner import attempts, complaint, planned
+from .workload import FEATURES, ITERATIONS, SOLVING, denoising_work, expect_sites
 
 Solutions = dict[str, Solution]
 SolverOf = Callable[[Stage], StageSolver]
 
 
 def solve_sites(
-    run: Run, solver_of: SolverOf, batching: ExecutionConfig, schedule: Schedule = SWEEP
+    run: Run,
+    solver_of: SolverOf,
+    batching: ExecutionConfig,
+    schedule: Schedule = SWEEP,
+    sweeps: int = 1,
 ) -> tuple[Solutions, RunLog]:
-    """Every site's solution, in execution order. A site that no forward reaches is an error."""
+    """Every site's solution, in execution order; the first of so many ``sweeps``. A site that no
+    forward reaches is an error."""
     if schedule.sweep:
         greenlets()  # before samples are made
     run.lockstep.merged = {}
-    passes = _Passes(run, solver_of, batching, schedule)
+    passes = _Passes(run, solver_of, batching, schedule, sweeps)
     solutions: Solutions = {}
     convergence: list[float] = []
     for turn in range(schedule.passes):
@@ -56,7 +61,7 @@ def solve_sites(
         if schedule.tolerance is not None and turn and convergence[-1] <= schedule.tolerance:
             break
     if schedule.passes > 1:
-        run.job.tick("iterations", schedule.passes, schedule.passes)
+        run.job.tick(ITERATIONS, schedule.passes, schedule.passes)
     if missed := sorted(run.lockstep.changes.keys() - solutions.keys()):
         raise SiteError(
             f"{len(missed)} sites were never reached by a forward, such as {missed[0]}; "
@@ -72,11 +77,17 @@ class _Passes:
     """``made`` are the plans of all stages, as before any out-of-memory retry."""
 
     def __init__(
-        self, run: Run, solver_of: SolverOf, batching: ExecutionConfig, schedule: Schedule
+        self,
+        run: Run,
+        solver_of: SolverOf,
+        batching: ExecutionConfig,
+        schedule: Schedule,
+        sweeps: int,
     ) -> None:
         self.made: list[Plan] = []
         self._run, self._job, self._lockstep = run, run.job, run.lockstep
         self._solver_of, self._batching, self._schedule = solver_of, batching, schedule
+        self._sweeps, self._seen = sweeps, list(run.job.seen)
         self._plans: dict[str, Plan] = {}
         self._solutions: Solutions = {}
         self._turn = 0
@@ -85,15 +96,15 @@ class _Passes:
         """One pass, number ``turn``."""
         schedule, self._turn, self._solutions = self._schedule, turn, {}
         if not turn:
-            expected = Passes(self._lockstep.changes, self._batching, schedule)
-            self._job.eta.expect(expected, self._job.denoised)
+            self._job.eta.expect(DENOISING, [denoising_work(self._job)])
+            self._expect()
             self._plan_ahead()
             _ = self._run.samples
-            self._job.eta.forecast.drop(DENOISING)  # made in an earlier round, or cached
+            self._job.eta.expect(DENOISING, [])  # some may have been cached
         if schedule.sweep:
-            self._job.tick("solving sites", 0, len(self._lockstep.changes))
+            self._job.tick(SOLVING, 0, len(self._lockstep.changes))
         if schedule.passes > 1:
-            self._job.tick("iterations", turn, schedule.passes)
+            self._job.tick(ITERATIONS, turn, schedule.passes)
         for stage in self._run.stages():
             made = self._plans.get(stage.name)
             plan = self._planned(stage) if made is None else made.of(stage)
@@ -126,7 +137,18 @@ class _Passes:
         solver = self._solver_of(stage)
         plan = planned(self._run, stage, solver, self._batching, schedule=self._schedule)
         self.made.append(plan)
+        seen = plan.seen
+        if seen is not None and all(other.stage.name != stage.name for other in self._seen):
+            self._seen.append(seen)
+            self._job.eta.did(seen.products, seen.seconds)
+        self._expect()
         return plan
+
+    def _expect(self) -> None:
+        """Expect the passes over the stages that are known, with the strategies planned so far."""
+        slower = {plan.stage.name: plan.strategy.slower for plan in self.made}
+        job, schedule = self._job, self._schedule
+        expect_sites(job, self._seen, self._batching, schedule, slower, self._sweeps)
 
     def _attempt(self, solver: StageSolver, plan: Plan) -> None:
         for site in self._solutions.keys() & set(
@@ -149,19 +171,16 @@ class _Passes:
         collector = Collector(self._lockstep.changes, solver)
         copies = 2 if turn else 1
         batches = list(micro_batches(stage, copies, collector, batching))
-        if not turn:
-            job.eta.begin(stage, 1.0)
         for done, batch in enumerate(batches, 1):
             self._lockstep.run(batch)
-            job.eta.done(FORWARDS, stage, (turn, ""), 1 / (len(batches) - done + 1))
             if several:
-                job.tick("iterations", turn, self._schedule.passes)
+                job.tick(ITERATIONS, turn, self._schedule.passes)
             else:
-                job.tick(f"features of the {stage.name}", done, len(batches))
+                job.tick(FEATURES.format(stage.name), done, len(batches))
         for site in collector.sites:
             self._solve(solver, stage, site, collector.take(site))
             if not several:
-                job.tick("solving sites", len(self._solutions), len(self._lockstep.changes))
+                job.tick(SOLVING, len(self._solutions), len(self._lockstep.changes))
 
     def _sweep(self, solver: StageSolver, plan: Plan, batching: ExecutionConfig) -> None:
         """Run rows in step; they wait at each site until it is solved."""
@@ -182,9 +201,8 @@ class _Passes:
         )
 
         def solve(site: str) -> LowRank:
-            job.eta.done(FORWARDS, stage, (0, site))
             change = self._solve(solver, stage, site, collector.take(site))
-            job.tick("solving sites", len(self._solutions), len(lockstep.changes))
+            job.tick(SOLVING, len(self._solutions), len(lockstep.changes))
             return change
 
         # With every strategy, so that all give the same result.
@@ -197,12 +215,10 @@ class _Passes:
                 offload.stay = _first(batches, plan.on_device)
                 stack.enter_context(offload)
             stack.callback(collector.forget)  # otherwise everything it holds would be put back
-            job.eta.begin(stage, strategy.slower)
             lockstep.sweep(batches, solve, last, offload)
 
     def _solve(self, solver: StageSolver, stage: Stage, site: str, reduction: Reduction) -> LowRank:
         self._solutions[site] = solver.solved(site, reduction)
-        self._job.eta.done(SITES, stage, (self._turn, site))
         return self._solutions[site].change
 
 

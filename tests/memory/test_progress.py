@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import rivals  # noqa: F401 (registers them)
 import torch
@@ -11,9 +13,10 @@ from tiny import random_lora, two_concepts
 
 from iteris_core import Calibration, Concept, LowRank, Progress, merge_loras
 from iteris_core.hosts.protocol import Stage
-from iteris_core.lora import SiteChanges
-from iteris_core.passes.batches import ExecutionConfig
-from iteris_core.passes.eta import FORWARDS, SITES, Eta, Passes, Reached, Seen
+from iteris_core.lora import Lora, SiteChanges
+from iteris_core.passes.batches import SWEEP, ExecutionConfig
+from iteris_core.passes.job import Job, Reached, Seen
+from iteris_core.passes.workload import denoising_work, expect_sites, forward_work, sites_work
 from iteris_core.progress import Forecast, duration
 
 
@@ -43,58 +46,65 @@ class Watched(Forecast):
 
 
 @pytest.mark.parametrize("slower", [0.5, 1.0, 4.0])
-def test_what_is_measured_corrects_what_was_expected(clock: Clock, slower: float):
-    """Sites of very different size, every kind of work so much slower than expected."""
+def test_what_is_left_takes_as_long_as_what_was_done(clock: Clock, slower: float):
+    """Steps of very different size, all so much slower than the trial."""
     forecast = Watched(clock)
-    sites = [(float(size), 10.0 / size) for size in (1, 20, 3, 3, 40, 1, 1, 30)]
-    for kind in range(2):
-        forecast.expect(kind, {site: parts[kind] for site, parts in enumerate(sites)})
-    assert forecast.left() == pytest.approx(sum(map(sum, sites)))
-    whole = slower * sum(a for a, _ in sites) + 2 * slower * sum(b for _, b in sites)
-    forecast.mark()
-    for site, (first, second) in enumerate(sites):
-        clock.now += slower * first
-        forecast.spent(0, site)
-        clock.now += 2 * slower * second
-        forecast.spent(1, site)
-        progress = forecast.tick("solving sites", site + 1, len(sites))
-        if progress.seconds > whole / 10 and site + 1 < len(sites):
-            assert progress.left == pytest.approx(whole - progress.seconds, rel=0.3)
-    assert forecast.left() is None, "nothing is expected any more"
+    sites = [1.0, 20.0, 3.0, 3.0, 40.0, 1.0, 1.0, 30.0]
+    forecast.expect("solving sites", sites)
+    assert forecast.tick("solving sites", 0, len(sites)).left is None, "nothing was done yet"
+    forecast.did(0.5, 0.5)
+    assert forecast.left() == pytest.approx(sum(sites))
+    for done, site in enumerate(sites, 1):
+        clock.now += slower * site
+        progress = forecast.tick("solving sites", done, len(sites))
+        if progress.seconds > slower * sum(sites) / 5:
+            assert progress.left == pytest.approx(slower * sum(sites[done:]), rel=0.3)
+    assert forecast.left() == 0
 
 
-def test_a_phase_is_measured_by_its_count(clock: Clock):
-    """Denoising takes thrice as long as expected, and so will forwards behind it."""
+def test_every_phase_has_its_own_speed(clock: Clock):
+    """The sweep turns out to be slower than denoising; what is behind both is as fast as both."""
     forecast = Watched(clock)
-    forecast.expect("denoising steps", {"": 10.0}, "forwards")
-    forecast.expect("sites", {"a": 10.0}, "forwards")
+    forecast.expect("denoising steps", [10.0])
+    forecast.expect("solving sites", [5.0] * 4)
+    forecast.expect("held-out rows", [10.0])
     shares: list[float] = []
-    for step in range(1, 31):
-        clock.now += 1.0
-        progress = forecast.tick("denoising steps", step, 30)
-        shares.append(progress.share)
-        if step > 3:
-            assert progress.left == pytest.approx(60 - step, rel=0.3)
-    assert progress.left == pytest.approx(30.0, rel=0.06)
+    for step in range(31):
+        clock.now += 1.0 if step else 0.0
+        shares.append(forecast.tick("denoising steps", step, 30).share)
+    assert forecast.left() == pytest.approx(90.0)
     assert shares == sorted(shares)
-    assert shares[-1] == pytest.approx(0.5, abs=0.02)
-    forecast.tick("solving sites", 0, 4)
-    left = forecast.left()
-    assert left == pytest.approx(30.0, rel=0.06), "what a phase had left is not there any more"
+    assert shares[-1] == pytest.approx(0.25)
+    forecast.tick("planning", 0, 0)
+    for site in range(1, 3):
+        clock.now += 30.0
+        progress = forecast.tick("solving sites", site, 4)
+    assert progress.left == pytest.approx(60.0 + 10 * 90 / 20, rel=0.06)
+    forecast.expect("solving sites", [])
+    assert forecast.left() == pytest.approx(10 * 90 / 20)
 
 
-def test_what_is_not_known_is_not_told(clock: Clock):
+def test_what_is_expected_anew_goes_on_where_it_was(clock: Clock):
+    """A plan makes the rest of the sweep twice as slow; memory runs out, and a site is undone."""
     forecast = Watched(clock)
-    forecast.expect("stages", {"": 1.0}, known=False)
+    forecast.expect("solving sites", [1.0] * 4)
+    clock.now += 1.0
+    assert forecast.tick("solving sites", 1, 4).left == pytest.approx(3.0)
+    forecast.expect("solving sites", [1.0, 2.0, 2.0, 2.0])
+    assert forecast.left() == pytest.approx(6.0)
+    clock.now += 2.0
+    assert forecast.tick("solving sites", 2, 4).left == pytest.approx(4.0)
+    assert forecast.tick("solving sites", 1, 4).left > 6.0
+    assert forecast.told[-1].share == forecast.told[-2].share
+
+
+def test_what_is_not_expected_does_not_count(clock: Clock):
+    forecast = Watched(clock)
+    forecast.expect("solving sites", [1.0])
     clock.now += 5
-    assert forecast.tick("generating", 1, 4).left is None
-    forecast.drop("stages")
-    forecast.expect("forwards", {"a": 1.0, "b": 3.0}, known=False)
-    forecast.mark()
-    assert forecast.tick("solving sites", 0, 2).left is None
+    assert forecast.tick("generating", 4, 4).left is None
     clock.now += 2
-    forecast.spent("forwards", "a")
-    assert forecast.tick("solving sites", 1, 2).left == pytest.approx(6.0)
+    assert forecast.tick("solving sites", 1, 4).left == pytest.approx(6.0)
 
 
 def test_all_that_there_is_may_be_one_count(clock: Clock):
@@ -121,62 +131,49 @@ def test_it_is_told_in_words():
     ]  # fmt: skip
 
 
-def test_kinds_of_a_family_are_as_much_slower(clock: Clock):
-    """Forwards of a stage to come take as much longer as those of the one before."""
-    forecast = Watched(clock)
-    for stage, seconds in (("text", 10.0), ("unet", 30.0)):
-        forecast.expect(("forwards", stage), {"a": seconds, "b": seconds}, "forwards")
-    forecast.mark()
-    clock.now += 20.0
-    forecast.spent(("forwards", "text"), "a")
-    assert forecast.left() == pytest.approx(20.0 + 120.0, rel=0.03)
-
-
-def test_a_site_weighs_by_its_shapes(clock: Clock):
-    """A stage of two rows, of which a forward takes ten seconds: of a site four times as wide four
-    times as much; moments of inputs that a site before has are not made again."""
-    eta = Eta(clock=clock)
+def _job(**calibration) -> Job:
     changes = {
         name: SiteChanges((LowRank(torch.ones(out, 1), torch.ones(1, 64)),))
-        for name, out in (("a", 64), ("b", 256), ("c", 64))
+        for name, out in (("a", 64), ("c", 256))
     }
-    stage = Stage("unet", list(changes), [0, 0], lambda rows, copies: None)
-    eta.expect(Passes(changes, ExecutionConfig(2)), 0)
-    reached = {name: Reached(some.shape, 50, name == "c") for name, some in changes.items()}
-    eta.measured(Seen(stage, reached, 10.0))
-    assert eta.forecast.left() == pytest.approx(2 * 2 * 10.0, rel=0.05)
-    eta.begin(stage, 1.5)
-    assert eta.forecast.left() == pytest.approx(1.5 * 2 * 2 * 10.0, rel=0.05)
-    eta.begin(stage, 1.0)
-    parts = {kind: eta.forecast._kinds[kind, "unet"].parts for kind in (FORWARDS, SITES)}
-    assert parts[FORWARDS][0, "b"] == pytest.approx(4 * parts[FORWARDS][0, "a"])
-    assert parts[SITES][0, "c"] < parts[SITES][0, "a"] <= parts[SITES][0, "b"]
-    clock.now += 7.0
-    eta.done(FORWARDS, stage, (0, "a"))
-    assert eta.forecast._kinds[FORWARDS, "unet"].took == 7.0
+    concepts = [Concept(Lora({}, "one"), prompts=["one"])]
+    given = Calibration(**{"timesteps": 2, "denoising_steps": 4, **calibration})
+    return Job(None, concepts, changes, given, None, lambda *_: None, seen=[_seen()])
 
 
-def test_a_second_sweep_is_expected_from_the_start(clock: Clock):
-    """Of two rounds the first leaves as much as it takes itself; what it took corrects the rest."""
-    changes = {"a": SiteChanges((LowRank(torch.ones(64, 1), torch.ones(1, 64)),))}
-    stage = Stage("unet", ["a"], [0, 0], lambda rows, copies: None)
-    passes = Passes(changes, ExecutionConfig(2))
-    left: dict[int, list[float]] = {}
-    for rounds in (1, 2):
-        eta = Eta(clock=clock, rounds=rounds)
-        left[rounds] = []
-        for turn in range(rounds):
-            eta.expect(passes, 0)
-            if not turn:
-                eta.measured(Seen(stage, {"a": Reached((64, 64), 50)}, 10.0))
-            eta.begin(stage, 1.0)
-            left[rounds].append(eta.forecast.left() or 0.0)
-            clock.now += 60.0  # half as long again as expected
-            eta.done(FORWARDS, stage, (0, "a"))
-            eta.done(SITES, stage, (0, "a"))
-            left[rounds].append(eta.forecast.left() or 0.0)
-    assert left[1] == pytest.approx([40.0, 0.0], rel=0.02)
-    assert left[2] == pytest.approx([80.0, 60.0, 60.0, 0.0], rel=0.02)
+def _seen() -> Seen:
+    """One sample at each of four steps; ``b`` has no change."""
+    stage = Stage("unet", ["a", "c"], [0] * 4, lambda rows, copies: None, spatial=True)
+    reached = {name: Reached((out, 64), 50) for name, out in (("a", 64), ("b", 64), ("c", 256))}
+    short = Calibration(samples=1, timesteps=4, denoising_steps=4)
+    return Seen(stage, short, reached, 10.0, torch.device("cpu"))
+
+
+def test_work_is_counted_by_shapes():
+    job = _job(samples=6)
+    row = 50 * 64 * (64 + 64 + 256)
+    assert (forward_work(job), denoising_work(job)) == (row, 6 * 4 * row)
+    (a, solve), (c, wider) = sites_work(job, _seen(), ExecutionConfig(2))
+    assert a + c == 2 * 6 * 2 * row, "two copies of two rows for each sample"
+    assert c == 5 * a, "of b and c, which is four times as wide"
+    assert solve == wider, "of inputs as wide, and of as many directions"
+    (slow, same), _ = sites_work(job, _seen(), ExecutionConfig(2), slower=1.5)
+    assert (slow, same) == (1.5 * a, solve)
+
+
+@pytest.mark.parametrize(("sweeps", "times"), [(1, 1), (2, 2)])
+def test_a_second_sweep_is_expected_from_the_start(clock: Clock, sweeps: int, times: int):
+    job = replace(_job(samples=6), eta=Forecast(clock=clock))
+    work = sum(map(sum, sites_work(job, _seen(), ExecutionConfig(2))))
+    job.eta.did(1.0, 1.0)
+    for first in (True, False)[:times]:
+        again = sweeps if first else 1
+        expect_sites(job, job.seen, ExecutionConfig(2), SWEEP, {}, again)
+        job.eta.tick("solving sites", 0, 2)
+        assert job.eta.left() == pytest.approx(again * work)
+        job.eta.tick("solving sites", 2, 2)
+        job.eta.did(0.0, work)
+        assert (job.eta.left() == 0) == (again == 1)
 
 
 def test_every_step_of_a_merge_is_told(host):
