@@ -32,7 +32,7 @@ ITERIS = (
 )  # fmt: skip
 """Excludes the number of rows per forward, which memory decides, the rate of the polish, and the
 bound."""
-RIVALS: Mapping[str, str] = {
+OTHERS: Mapping[str, str] = {
     "density": "Other methods: share of each LoRA's entries to keep.",
     "scale": "Other methods: factor on the merged change.",
 }
@@ -79,11 +79,11 @@ class Request:
         )
 
     def _settings(self, method: str) -> dict[str, Any]:
-        """Settings of the method; methods other than iteris use rank and :data:`RIVALS`, if they
+        """Settings of the method; methods other than iteris use rank and :data:`OTHERS`, if they
         have them."""
         if method != _DEFAULT_METHOD:
             known = declared_settings(find_method(method).settings)
-            given = {n: self.values.get(n) for n in ("rank", *RIVALS)}
+            given = {n: self.values.get(n) for n in ("rank", *OTHERS)}
             return {n: v for n, v in given.items() if v and n in known}
         values = {name: self.values[name] for name in ITERIS if name in self.values}
         return changed(IterisSettings, values)
@@ -118,7 +118,7 @@ class Request:
         return is_fast(self.files) if self.values.get("empty_prompts", "auto") == "auto" else ""
 
 
-def rival_input(name: str) -> Any:
+def other_input(name: str) -> Any:
     """A setting of some other methods, each with its own default."""
     declared = {
         method.name: known[name]
@@ -133,7 +133,7 @@ def rival_input(name: str) -> Any:
         max=1.0 if all(one.high == 1 for one in declared.values()) else 10.0,
         step=0.05,
         optional=True,
-        tooltip=f"{RIVALS[name]} 0: the method's default ({defaults}).",
+        tooltip=f"{OTHERS[name]} 0: the method's default ({defaults}).",
     )
 
 
@@ -148,7 +148,7 @@ def _all_inputs() -> Iterable[Any]:
     )
     yield io.Float.Input("memory", default=0.0, min=0.0, max=1024.0, step=0.1, optional=True)
     yield from (setting_input(IterisSettings, name) for name in ITERIS)
-    yield from map(rival_input, RIVALS)
+    yield from map(other_input, OTHERS)
 
 
 class IterisMergeSettings(io.ComfyNode):

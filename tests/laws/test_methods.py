@@ -51,6 +51,8 @@ def test_every_method_is_listed_with_a_summary():
         *("iteris", "iteris-subspace"),
     }
     assert all(len(method.summary) > 10 for method in all_methods())
+    with pytest.raises(SettingsError, match=r"no method 'k-lora'.* are in benchmarks/rivals"):
+        merge(LORAS, "k-lora")
 
 
 def test_linear_ones_agree_with_peft():
