@@ -110,7 +110,7 @@ def _resized(job: Job, lora: Lora, target: Target, itemsize: int) -> Resized:
 
     kept_sites = {site: some for site, some in every.items() if site not in looked.refused}
     job = replace(job, changes=kept_sites, joined=looked.joined)
-    triggers = [embedding_triggers(concept, host.learned)]
+    triggers = [embedding_triggers(concept)]
     with with_vectors(host, lora.vectors), host.activate(triggers), job.run() as run:
         if job.changes:
             look(run, visit)
