@@ -263,8 +263,6 @@ def renamed_in(concept: Concept, renames: Sequence[str]) -> Concept:
     renamed = {names[name]: parts for name, parts in lora.embeddings.items()}
     lora = replace(lora, embeddings=renamed, reading={**lora.reading, "rename": list(renames)})
     words = embedding_triggers(concept)
-    if words.by_trigger:
-        return replace(concept, lora=lora)
 
     def of(texts: Sequence[str]) -> list[str]:
         return [words.renamed(text, names) for text in texts]

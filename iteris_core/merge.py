@@ -277,7 +277,7 @@ def _by_features(
 ) -> _Made:
     concepts = job.concepts
     job, others, noted = prepared(job, always, method, settings, unmergeable)
-    calls = [embedding_triggers(concept, job.host.learned) for concept in job.concepts]
+    calls = [embedding_triggers(concept) for concept in job.concepts]
     with job.host.activate(calls) as in_force:
         noted += _learned(job.concepts, calls, in_force)
         merged = method.merge(job, settings)

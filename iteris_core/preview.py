@@ -74,7 +74,7 @@ def preview_merge(
         raise UsageError(f"Method {method!r} runs the base model; pass a host.")
     with switched_on(host, always):
         job, _, noted = prepared(job, always, chosen, chosen_settings, unmergeable)
-        triggers = [embedding_triggers(concept, host.learned) for concept in job.concepts]
+        triggers = [embedding_triggers(concept) for concept in job.concepts]
         try:
             with host.activate(triggers):
                 chosen.merge(replace(job, only_plans=True), chosen_settings)

@@ -131,9 +131,6 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
             )
         return self._low.read_lora(path, options)
 
-    def learned(self, prompt: str) -> Set[str]:
-        return self._texts.learned(prompt)
-
     def activate(
         self, triggers: Sequence[EmbeddingTriggers]
     ) -> AbstractContextManager[Sequence[Set[str]]]:

@@ -8,7 +8,6 @@ returns the stored outputs. Word weights, pooled outputs and masks stay ComfyUI'
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
@@ -82,17 +81,6 @@ class TextEncoders:
         tokenizer = next(iter(tokenizers(self._clip.tokenizer)), None)
         known = getattr(tokenizer, "inv_vocab", {})
         return [piece for piece in known.values() if isinstance(piece, str)]
-
-    def learned(self, prompt: str) -> set[str]:
-        """The names after ``embedding:`` in a prompt for which ComfyUI finds files."""
-        names = re.findall(r"embedding:([^\s,;:()]+)", prompt)
-        return {name for name in names if self._holds_vectors(f"embedding:{name}")}
-
-    def _holds_vectors(self, prompt: str) -> bool:
-        """True if some token of the prompt is an embedding vector instead of a number."""
-        tokenized = self._clip.tokenize(prompt).values()
-        tokens = [token for sections in tokenized for section in sections for token, *_ in section]
-        return any(isinstance(token, Tensor) for token in tokens)
 
     def batches(
         self,

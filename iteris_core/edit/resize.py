@@ -74,7 +74,7 @@ def _by_outputs(job: Job, lora: Lora, target: Target, itemsize: int) -> Reduced:
     def components(site: str, seen: Seen) -> Components:
         return Components.of(lora.sites[site], seen.root, seen.output)
 
-    triggers = [embedding_triggers(job.concepts[0], host.learned)]
+    triggers = [embedding_triggers(job.concepts[0])]
     with with_vectors(host, lora.vectors), host.activate(triggers), job.run() as run:
         found = look(run, components)
         # Sites without observed inputs have the mean worth of the others.

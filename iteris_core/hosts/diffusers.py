@@ -139,11 +139,6 @@ class DiffusersHost:
     def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:
         return added_concepts(concepts, calibration, self._vocabulary)
 
-    def learned(self, prompt: str) -> Set[str]:
-        tokenizer = self._tokenizers[0]
-        added = set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
-        return added & set(tokenizer.tokenize(prompt))
-
     @contextmanager
     def activate(self, triggers: Sequence[EmbeddingTriggers]) -> Generator[Sequence[Set[str]]]:
         try:

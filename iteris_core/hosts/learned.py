@@ -17,49 +17,25 @@ Parts = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class EmbeddingRef:
-    """``name`` is the embedding to which a word refers; ``vector`` selects one of its vectors
-    (None: all)."""
-
-    name: str
-    vector: int | None = None
-
-    def of(self, vectors: Tensor) -> Tensor:
-        """The part of ``vectors`` to which the word refers."""
-        return vectors if self.vector is None else vectors[self.vector : self.vector + 1]
-
-
-@dataclass(frozen=True)
 class EmbeddingTriggers:
-    """The triggers of one concept. ``embeddings`` are those to which its words refer; ``words`` are
-    in lower case.
+    """The triggers of one concept: ``words``, in lower case, each with the name of the embedding to
+    which it refers; these ``embeddings``; and those that are ``uncalled``, because no prompt names
+    them."""
 
-    ``loaded`` are embeddings that the user already loaded into the text encoders; they stay as they
-    are. ``uncalled`` are those that no prompt uses. ``by_trigger`` is the trigger, if it stands for
-    the only embedding because no prompt names that.
-    """
-
-    words: Mapping[str, EmbeddingRef] = field(default_factory=dict[str, EmbeddingRef])
+    words: Mapping[str, str] = field(default_factory=dict[str, str])
     embeddings: Mapping[str, Parts] = field(default_factory=dict[str, Parts])
-    loaded: Sequence[str] = field(default_factory=list[str])
-    uncalled: Sequence[str] = field(default_factory=list[str])
-    by_trigger: str = ""
+    uncalled: Sequence[str] = ()
 
-    def replaced(self, prompt: str, say: Callable[[str, EmbeddingRef], str]) -> str:
-        """``prompt`` with every word that refers to an embedding replaced by ``say(word,
-        call)``."""
-        if not self.words:
-            return prompt
-        return _any_of(self.words).sub(lambda m: say(m[0], self.words[m[0].lower()]), prompt)
+    def replaced(self, prompt: str, say: Callable[[str], str]) -> str:
+        """``prompt`` with every word that refers to an embedding replaced by ``say(word)``."""
+        return _any_of(self.words).sub(lambda m: say(m[0]), prompt) if self.words else prompt
 
     def renamed(self, phrase: str, names: Mapping[str, str]) -> str:
         """``phrase`` with the embeddings' new ``names``, as in a merged file."""
-        others = self.replaced(phrase, lambda word, call: "")
+        others = self.replaced(phrase, lambda word: "")
 
-        def say(word: str, call: EmbeddingRef) -> str:
-            name = names[call.name]
-            if call.vector is not None:
-                return word
+        def say(word: str) -> str:
+            name = names[self.words[word.lower()]]
             return f"<{name}>" if _said([name.lower()], [others]) else name  # "<cat> cat"
 
         return self.replaced(phrase, say)
@@ -68,81 +44,48 @@ class EmbeddingTriggers:
         """Notes for the report; the host activated the embeddings ``in_force``."""
         notes: list[str] = []
         for name in in_force:
-            words = [word for word, call in self.words.items() if call.name == name]
-            said = " or ".join(map(repr, words))
-            why = ", which its prompts never name" if self.by_trigger else ""
-            notes.append(f"{said} calls for its embedding {name}{why}")
-        return [*notes, *(f"its embedding {name} is in the base already" for name in self.loaded)]
+            words = [repr(word) for word, called in self.words.items() if called == name]
+            notes.append(f"{' or '.join(words)} calls for its embedding {name}")
+        return notes
 
     def warnings(self, in_force: Set[str]) -> list[str]:
         """Warnings about inactive embeddings: without its embedding a LoRA does not behave as
         trained, and its features are wrong."""
-        warnings: list[str] = []
         odd = [name for name in self.embeddings if name not in in_force]
-        if odd:
-            widths = {part: v.shape[1] for name in odd for part, v in self.embeddings[name].items()}
-            warnings.append(
-                f"its embedding {', '.join(odd)} is NOT IN FORCE, so this concept is merged "
-                f"without what its trigger has learned: no text encoder of the base takes {widths} "
-                "(text encoder: width of the vectors); the file is for another base model"
-            )
-        if self.uncalled:
-            names = ", ".join(self.uncalled)
-            warnings.append(
-                f"its embedding {names} is NOT IN FORCE, so this concept is merged without what "
-                "its trigger has learned: no prompt calls for it. Say its name in the trigger or "
-                f"the prompts, such as {' or '.join(map(repr, _spellings(self.uncalled[0])[:2]))}"
-            )
-        return warnings
+        widths = {part: v.shape[1] for name in odd for part, v in self.embeddings[name].items()}
+        why = (
+            f"no text encoder of the base takes {widths} (text encoder: width of the vectors); the "
+            "file is for another base model"
+        )
+        how = " or ".join(repr(word) for name in self.uncalled[:1] for word in _spellings(name)[:2])
+        unsaid = f"no prompt names it. Say its name in the trigger or the prompts, such as {how}"
+        return [
+            f"its embedding {', '.join(names)} is NOT IN FORCE, so this concept is merged without "
+            f"what its trigger has learned: {because}"
+            for names, because in ((odd, why), (self.uncalled, unsaid))
+            if names
+        ]
 
 
-def embedding_triggers(
-    concept: Concept, learned: Callable[[str], Set[str]] = lambda _: set()
-) -> EmbeddingTriggers:
-    """How prompts of ``concept`` refer to its file's embeddings: by name, as ``<name>`` or as
-    ``embedding:name``. The tokens ``<s0><s1>…`` of pivotal tuning refer to the vectors of a single
-    embedding. If no prompt names a single embedding, the trigger stands for it.
-
-    ``learned`` comes from the host: embeddings in a prompt that the text encoders already know.
-    """
+def embedding_triggers(concept: Concept) -> EmbeddingTriggers:
+    """How prompts of ``concept`` refer to its file's embeddings: by name, as ``<name>``, or as
+    ``embedding:name``. A single embedding is also called by the tokens of pivotal tuning for its
+    vectors, ``<s0><s1>…``."""
     brought = concept.lora.embeddings if concept.lora is not None else {}
-    if not brought:
-        return EmbeddingTriggers()
     texts = list(concept.phrases if concept.prompts is None else concept.prompts)
-    known = {name for text in texts for name in learned(text)}
-    # A class word is a common noun; a file of the same name does not own it.
-    kind = {word.lower() for word in concept.class_word.split()}
-    words: dict[str, EmbeddingRef] = {}
-    loaded: list[str] = []
-    uncalled: list[str] = []
+    words: dict[str, str] = {}
     for name, parts in brought.items():
-        count = max(len(vectors) for vectors in parts.values()) if len(brought) == 1 else 0
-        forms = {word: EmbeddingRef(name) for word in _spellings(name) if word not in kind}
-        if count:
-            forms |= {
-                join.join(f"<s{i}>" for i in range(count)): EmbeddingRef(name) for join in ("", " ")
-            }
-        forms |= {f"<s{i}>": EmbeddingRef(name, i) for i in range(count) if count > 1}
-        spelled = _said(forms, texts)
-        said = {word: forms[word] for word in spelled}
+        forms = _spellings(name)
+        if len(brought) == 1:
+            tokens = [f"<s{i}>" for i in range(max(map(len, parts.values())))]
+            forms += ["".join(tokens), " ".join(tokens)]
+        said = _said(forms, texts)
         core = name.strip("<>").lower()
-        if core in said and len(said) > 1:  # "<cat> cat"
-            del said[core]
-        by_hand = [word for word in said if learned(spelled[word])]
-        if by_hand or (not said and len(known) >= len(brought)):
-            loaded.append(name)
-        elif said:
-            words |= said
-        else:
-            uncalled.append(name)
-    trigger = concept.trigger.strip().lower()
-    trigger = "" if trigger.startswith("embedding:") else trigger  # names another embedding
-    taken = len(brought) == 1 == len(uncalled) and trigger and _said([trigger], texts)
-    if taken and not known:
-        return EmbeddingTriggers({trigger: EmbeddingRef(uncalled[0])}, brought, by_trigger=trigger)
-    called = {call.name for call in words.values()}
-    used = {name: parts for name, parts in brought.items() if name in called}
-    return EmbeddingTriggers(words, used, loaded, uncalled)
+        if core in said and (len(said) > 1 or core in concept.class_word.lower().split()):
+            said.remove(core)  # "<cat> cat": a common noun, which no file owns
+        words |= dict.fromkeys(said, name)
+    called = {name: parts for name, parts in brought.items() if name in words.values()}
+    return EmbeddingTriggers(words, called, [name for name in brought if name not in called])
 
 
 @dataclass
@@ -192,11 +135,10 @@ class Placeholders:
         self.in_force: list[set[str]] = [set() for _ in triggers]
         words = [(owner, word) for owner, one in enumerate(triggers) for word in one.words]
         for number, (owner, word) in enumerate(words):
-            call, mark = triggers[owner].words[word], placeholder(number)
-            brought = triggers[owner].embeddings[call.name]
-            if give(encoders, mark, {part: call.of(some) for part, some in brought.items()}):
+            name, mark = triggers[owner].words[word], placeholder(number)
+            if give(encoders, mark, triggers[owner].embeddings[name]):
                 self._marks[owner, word] = mark
-                self.in_force[owner].add(call.name)
+                self.in_force[owner].add(name)
         self.words = {mark: word for (_, word), mark in self._marks.items()}
 
     def __call__(self, owner: int, prompt: str, spell: Callable[[str], str] = str) -> str:
@@ -204,7 +146,7 @@ class Placeholders:
         if owner >= len(self._triggers):
             return prompt
 
-        def say(word: str, _: EmbeddingRef) -> str:
+        def say(word: str) -> str:
             mark = self._marks.get((owner, word.lower()))
             return word if mark is None else spell(mark)
 
@@ -219,15 +161,10 @@ def _spellings(name: str) -> list[str]:
     return [word for word in dict.fromkeys(words) if word.removeprefix("embedding:").strip()]
 
 
-def _said(words: Iterable[str], texts: Sequence[str]) -> dict[str, str]:
-    """The ``words`` that occur in the texts, in their first spelling there; if one is part of
-    another, the longer one wins."""
+def _said(words: Iterable[str], texts: Sequence[str]) -> list[str]:
+    """The ``words`` that occur in the texts; if one is part of another, the longer one wins."""
     pattern = _any_of(words)
-    spellings: dict[str, str] = {}
-    for text in texts:
-        for match in pattern.finditer(text):
-            spellings.setdefault(match[0].lower(), match[0])
-    return spellings
+    return list(dict.fromkeys(m[0].lower() for text in texts for m in pattern.finditer(text)))
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str]:

@@ -139,11 +139,6 @@ class Host(Protocol):
         """The model's final output for rows of ``samples``, rows first."""
         ...
 
-    def learned(self, prompt: str) -> Set[str]:
-        """Names in a prompt that refer to embeddings in the text encoders' vocabulary (textual
-        inversion)."""
-        return set()
-
     def activate(
         self, triggers: Sequence[EmbeddingTriggers]
     ) -> AbstractContextManager[Sequence[Set[str]]]:

@@ -1,13 +1,12 @@
 """Embeddings that come with a LoRA: bundled (``bundle_emb.NAME.…``) or beside it.
 
-Beside ``<stem>.safetensors`` they are called ``<stem>_emb.safetensors`` (pivotal tuning),
-``<stem>_embedding.safetensors`` (textual inversion), or ``<stem>_<name>_emb.safetensors``, the
-names that :func:`embedding_targets` gives those of a merged LoRA.
+Beside ``<stem>.safetensors`` it is called ``<stem>_emb.safetensors`` (pivotal tuning) or
+``<stem>_embedding.safetensors`` (textual inversion). A merged LoRA lists its embeddings, and
+:func:`embedding_targets` says where each is.
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,16 +45,21 @@ def split_embeddings(
     """The embeddings of a LoRA file, bundled and beside it; the other tensors; and notes on
     embeddings that ``metadata`` name but that are missing."""
     embeddings, rest = unbundled(path, tensors)
-    names = parse_object(metadata.get("iteris")).get("embeddings")  # for a merged file
-    listed = [str(name) for name in names] if isinstance(names, list) else []
-    for file in _beside(path, None if names is None else listed):
-        for name, parts in _embeddings_of(file, path.stem).items():
-            if name in embeddings:
-                raise LoraFileError(f"{path} and {file} both contain an embedding {name!r}.")
-            embeddings[name] = parts
-    order = (*(name for name in listed if name in embeddings), *embeddings)
-    embeddings = {name: embeddings[name] for name in order}
-    return embeddings, rest, [_missing(path, name) for name in listed if name not in embeddings]
+    names = parse_object(metadata.get("iteris")).get("embeddings")
+    if isinstance(names, list):  # a merged file
+        files = embedding_targets(path, [str(name) for name in names], overwrite=True)
+        for name, file in files.items():
+            if name not in embeddings and file.is_file():
+                embeddings |= _embeddings_of(file, name)
+        missing = [_missing(name, file) for name, file in files.items() if name not in embeddings]
+        return {name: embeddings[name] for name in files if name in embeddings}, rest, missing
+    for end in _ENDS:
+        file = path.with_name(f"{path.stem}_{end}.safetensors")
+        found = _embeddings_of(file, path.stem) if file.is_file() else {}
+        if both := found.keys() & embeddings.keys():
+            raise LoraFileError(f"{path} and {file} both contain an embedding {min(both)!r}.")
+        embeddings |= found
+    return embeddings, rest, []
 
 
 def unbundled(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Embeddings, dict[str, Tensor]]:
@@ -97,7 +101,7 @@ def to_file(name: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[ANY]} if list(tensors) == [ANY] else tensors
 
 
-def embedding_targets(path: Path, names: list[str], overwrite: bool) -> dict[str, Path]:
+def embedding_targets(path: Path, names: Sequence[str], overwrite: bool) -> dict[str, Path]:
     """The files for the embeddings of the LoRA ``path``, beside it: ``<stem>_emb.safetensors`` for
     a single one, ``<stem>_<name>_emb.safetensors`` for each of several. If they were bundled,
     diffusers could not load the LoRA. Raises :class:`IterisError` if a file exists."""
@@ -125,24 +129,6 @@ def file_names(names: Iterable[str]) -> dict[str, str]:
 def file_name(name: str) -> str:
     """An embedding's name without characters that file names cannot contain."""
     return re.sub(r"[^\w.-]+", "_", name)[:80].strip("._") or "embedding"
-
-
-def _beside(path: Path, listed: Sequence[str] | None) -> list[Path]:
-    """The embedding files beside a LoRA. For a merged file, only those that it lists: others may be
-    left over from an earlier merge of that name."""
-    files = [path.with_name(f"{path.stem}_{end}.safetensors") for end in _ENDS]
-    names = {file: _name_in(file) for file in files if file.is_file()}
-    for file in sorted(path.parent.glob(f"{glob.escape(path.stem)}_*_emb.safetensors")):
-        middle = file.name[len(path.stem) + 1 : -len("_emb.safetensors")]
-        of_another = path.with_name(f"{path.stem}_{middle}.safetensors").exists()
-        name = "" if of_another else _name_in(file)
-        if name and re.fullmatch(rf"{re.escape(file_name(name))}(-\d+)?", middle):
-            names[file] = name
-    return [file for file, name in names.items() if listed is None or not name or name in listed]
-
-
-def _name_in(file: Path) -> str:
-    return read_tensors(file)[1].get("name", "")
 
 
 def _embeddings_of(file: Path, stem: str) -> Embeddings:
@@ -188,9 +174,8 @@ def _no_embedding(path: Path, key: str, tensor: Tensor) -> LoraFileError:
     )
 
 
-def _missing(path: Path, name: str) -> str:
+def _missing(name: str, file: Path) -> str:
     return (
-        f"its embedding {name} IS MISSING: it was written with this file, but neither "
-        f"{path.stem}_emb.safetensors nor {path.stem}_{file_name(name)}_emb.safetensors is beside "
-        "it; copy it there, otherwise its trigger words have no effect"
+        f"its embedding {name} IS MISSING: it was written with this file as {file.name}; copy that "
+        "beside it, otherwise its trigger words have no effect"
     )

@@ -102,7 +102,7 @@ def compare_methods(
     )
     prompts, labels = measure.prompts, measure.labels
     seeds = [drawing.seed + index for index in range(drawing.images_per_prompt)]
-    calls = [embedding_triggers(concept, host.learned) for concept in concepts]
+    calls = [embedding_triggers(concept) for concept in concepts]
     columns: dict[str, dict[str, Tensor]] = {}
     comparison = Comparison({}, {}, prompts, {}, labels, made={"drawing": asdict(drawing)})
     how: dict[str, Any] = {
@@ -160,7 +160,7 @@ def own_references(
     references: list[list[Image.Image]] = []
     for concept in always_on(concepts, "no"):
         result = merge_loras(host, [concept, *always], "sum")
-        calls = [embedding_triggers(concept, host.learned)]
+        calls = [embedding_triggers(concept)]
         with _loaded(pipeline, result), in_force(pipeline, calls) as phrases:
             (prompt,) = fill_prompts(["a photo of a {1}"], [concept], phrases)
             pairs = [(prompt, seed) for seed in seeds]

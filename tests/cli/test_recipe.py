@@ -323,7 +323,7 @@ def test_bundled_embeddings_and_those_beside_a_file_are_kept(host, tmp_path):
 
 
 def test_an_embedding_that_is_not_in_force_is_said_aloud(caplog):
-    """One that the trigger stands for, one that no prompt calls for, and one that was loaded."""
+    """One that no prompt calls for, whatever the base has loaded."""
     pipeline = make_pipeline()
     host = DiffusersHost(pipeline)
     vector = torch.ones(1, pipeline.text_encoder.config.hidden_size)
@@ -340,13 +340,11 @@ def test_an_embedding_that_is_not_in_force_is_said_aloud(caplog):
         assert said == ("its embedding l is NOT IN FORCE" in caplog.text)
         return report.summary()
 
-    calls = "'<new>' calls for its embedding l, which its prompts never name"
-    assert calls in summary(trigger="<new>")
+    assert "'<l>' calls for its embedding l" in summary(trigger="<l>")
+    assert "NOT IN FORCE" in summary(trigger="<new>", class_word="dog")
     assert "NOT IN FORCE" in summary(prompts=["a photo of a dog"])
-    pipeline.load_textual_inversion({"<new>": vector[0]}, token="<new>")
-    loaded = "its embedding l is in the base already"
-    assert loaded in summary(trigger="<new>", class_word="dog")
-    assert loaded in summary(prompts=["a photo of a <new>, sharp"])
+    pipeline.load_textual_inversion({"<l>": vector[0]}, token="<l>")
+    assert "'<l>' calls for its embedding l" in summary(trigger="<l>", class_word="dog")
     assert "NOT IN FORCE" in summary(prompts=["a photo of a dog"])
     assert "NOT IN FORCE" not in summary("sum", prompts=["a dog"])  # collects no features
 

@@ -68,7 +68,7 @@ def test_in_force_is_what_a_file_in_embeddings_is(
     found = merged(kit, with_embedding("<s0><s1>"))
     assert "'<s0><s1>' calls for its embedding toy" in found.report.summary()
     wanted = merged(kit, with_embedding("embedding:other"))
-    assert "toy is in the base already" in wanted.report.summary()
+    assert "its embedding toy is NOT IN FORCE" in wanted.report.summary()
     for site, change in wanted.lora.sites.items():
         assert torch.equal(found.lora.sites[site].dense(), change.dense())
     assert kit.clip.tokenizer is tokenizer
