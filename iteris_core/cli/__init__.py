@@ -18,22 +18,26 @@ from .demo import demo
 from .doctor import PACKAGE, doctor, version_of
 from .explain import explain
 from .extract import extract
-from .help import Command, Group
 from .init import init
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
-from .options import is_setting
+from .options import CONCEPT_FORMS, is_setting
 from .resize import resize
 from .score import score
 
 _HELP = {"help_option_names": ["-h", "--help"]}
-app = typer.Typer(cls=Group, pretty_exceptions_enable=False, context_settings=_HELP)
+app = typer.Typer(
+    pretty_exceptions_enable=False,
+    context_settings=_HELP,
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,  # plain text for a pipe
+)
 for command in (
     *(merge, init, inspect, compare, score, resize, extract, convert, bake),
     *(methods, explain, demo, doctor),
 ):
-    app.command(cls=Command, context_settings=_HELP)(command)
+    forms = CONCEPT_FORMS if command in (merge, compare) else None
+    app.command(context_settings=_HELP, epilog=forms)(command)
 
 _CANCELLED = 130
 """The exit status after Ctrl-C, which typer returns."""

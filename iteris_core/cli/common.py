@@ -22,7 +22,7 @@ from ..preview import Preview, preview_merge
 from ..progress import OnProgress, Progress
 from .base import device_of
 
-console = Console(stderr=True)
+console = Console(stderr=True, emoji=False)  # "sks:dog:" is no picture of a dog
 
 
 def option(help: str, *names: str, panel: str | None = None, **limits: Any) -> Any:

@@ -122,7 +122,13 @@ class CompareOptions:
 @command(CompareOptions)
 def compare(context: typer.Context, options: CompareOptions) -> None:
     """Merge with several methods, draw the same prompts with each, and score the results side by
-    side."""
+    side.
+
+    \b
+    iteris compare BASE -o results --methods base,alone,average,iteris \\
+      --concept cat.safetensors:sks:cat --refs pictures/cat \\
+      --concept dog.safetensors:zwx:dog --refs pictures/dog
+    """
     from ..hosts.diffusers import DiffusersHost
     from ..score import ClipScorer, DinoScorer
 

@@ -41,7 +41,11 @@ def convert(
     overwrite: Overwrite = False,
     as_json: Annotated[bool, option("Print the report as JSON", "--json")] = False,
 ) -> None:
-    """Rename a LoRA for another tool; LoHa, LoKr, LoCon and DoRA become a plain LoRA."""
+    """Rename a LoRA for another tool; LoHa, LoKr, LoCon and DoRA become a plain LoRA.
+
+    \b
+    iteris convert cat.safetensors --layout comfyui -o cat-comfyui.safetensors
+    """
     if layout == "peft":
         check_folder(output)
     else:

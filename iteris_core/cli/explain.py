@@ -26,7 +26,11 @@ def explain(
     ] = None,
     markdown: Annotated[bool, option("Print the page docs/errors/index.md", "--markdown")] = False,
 ) -> None:
-    """Explain an error code and what to do about it."""
+    """Explain an error code and what to do about it.
+
+    \b
+    iteris explain IT-09
+    """
     if markdown:
         typer.echo(errors_page(), nl=False)
         return

@@ -41,7 +41,11 @@ class ExtractOptions(Sizing):
 
 @command(ExtractOptions)
 def extract(context: typer.Context, options: ExtractOptions) -> None:
-    """Extract a LoRA from a fine-tune and its base, and compare it with the fine-tune."""
+    """Extract a LoRA from a fine-tune and its base, and compare it with the fine-tune.
+
+    \b
+    iteris extract BASE TUNED --rank 32 -o tuned.safetensors
+    """
     target, how = options.target, options.run
     check_target(options.output, options.layout, options.dtype, options.overwrite)
     device = device_of(options.device)

@@ -51,7 +51,13 @@ _ASKED = (
 
 @command(MergeOptions)
 def merge(context: typer.Context, options: MergeOptions) -> None:
-    """Merge LoRAs into one, on a diffusers pipeline or a transformers model."""
+    """Merge LoRAs into one, on a diffusers pipeline or a transformers model.
+
+    \b
+    iteris merge BASE --concept cat.safetensors:sks:cat \\
+      --concept dog.safetensors:zwx:dog -o both.safetensors
+    iteris merge merge.yaml --preset best -o both.safetensors
+    """
     console.quiet = options.quiet
     file = context.obj if isinstance(context.obj, MergeFile) else None
     config, adapter = requested(file, options)

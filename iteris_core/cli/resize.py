@@ -44,7 +44,13 @@ class ResizeOptions(Sizing):
 
 @command(ResizeOptions)
 def resize(context: typer.Context, options: ResizeOptions) -> None:
-    """Reduce LoRAs to a lower rank, size or share of energy, with ranks shared out over layers."""
+    """Reduce LoRAs to a lower rank, size or share of energy, with ranks shared out over layers.
+
+    \b
+    iteris resize cat.safetensors:sks:cat --base BASE --rank 8 \\
+      -o cat-8.safetensors
+    iteris resize cat.safetensors dog.safetensors --size 20 -o smaller
+    """
     target, how = options.target, options.run
     reading = ReadOptions(options.allow_partial, vectors=True)
     configs = [

@@ -251,7 +251,7 @@ CASES = [
         "B --concept https://civitai.com/models/1:s1:dog",
         "https:/civitai.com/models/1 does not exist or is not a file",
     ),
-    ("B --concept s1:dog:{one}", "s1🐶{one} does not exist or is not a file"),
+    ("B --concept s1:dog:{one}", "s1:dog:{one} does not exist or is not a file"),
     (
         'B --concept "{one} s1 dog"',
         "--concept '{one} s1 dog' is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or",
