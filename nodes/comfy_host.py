@@ -127,6 +127,8 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
     ) -> list[int]:
         return self._texts.token_counts(prompts, owners)
 
+    experts = DENOISER
+
     def read_low(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         """Read the file for low noise; its sites are named as for the other model."""
         if self._low is None:

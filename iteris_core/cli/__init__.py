@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from ..errors import IterisError, UsageError
 from .bake import bake
-from .common import console
+from .common import console, spelled
 from .compare import compare
 from .convert import convert
 from .demo import demo
@@ -67,7 +67,7 @@ class _Warnings(logging.Handler):
     """Shows modules' warnings like the program's own."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        console.print(escape(self.format(record)), style="yellow", highlight=False)
+        console.print(escape(spelled(self.format(record))), style="yellow", highlight=False)
 
 
 def main() -> None:
@@ -81,7 +81,7 @@ def main() -> None:
             _stop(f"cancelled{'' if keeps else '; nothing was written'}.", status=_CANCELLED)
         sys.exit(status)
     except IterisError as error:
-        _stop(str(error), error.code)
+        _stop(spelled(str(error)), error.code)
     except _TyperError as error:
         where = error.ctx.command_path if error.ctx is not None else "iteris"
         message = _of_a_setting(error) or error.format_message()

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..concept_config import ConceptConfig
+from ..config import ConceptConfig
 from ..edit.bake import Precision, places_in, weight_in
 from ..edit.bake import bake as bake_model
 from ..edit.rounding import FP8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
@@ -29,6 +30,12 @@ def option(help: str, *names: str, panel: str | None = None, **limits: Any) -> A
     """A typer option. Its ``names`` default to the parameter's; ``panel`` is its heading in the
     help."""
     return typer.Option(*names, help=help, rich_help_panel=panel, **limits)
+
+
+def spelled(text: str) -> str:
+    """``text`` of the core with its options as on this command line: "option allow_partial" is
+    --allow-partial."""
+    return re.sub(r"\boption ([a-z_]+)", lambda m: "--" + m[1].replace("_", "-"), text)
 
 
 BASE, CALIBRATION, READING = "Base", "Calibration: prompts and latents", "LoRA files"

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..concept_config import ConceptConfig
+from ..config import ConceptConfig
 from ..edit.convert import Names, convert_lora, largest_error
 from ..lora import Lora
 from ..lora_files import DTYPES, ReadOptions, check_target, read_lora_file

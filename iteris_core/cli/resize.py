@@ -11,13 +11,14 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..concept_config import ConceptConfig
 from ..concepts import Concept
+from ..config import ConceptConfig
 from ..edit.resize import resize_lora
 from ..errors import OutputError, UsageError
 from ..hosts.protocol import Host
 from ..lora_files import Layout, ReadOptions, check_target
 from ..lora_files.own_names import check_by_own_names, read_by_own_names
+from ..reading import read_concept
 from .base import load_base
 from .checks import check_apart, check_concepts
 from .common import Offload, progress_bars
@@ -115,6 +116,6 @@ def _read(
     config: ConceptConfig, host: Host | None, reading: ReadOptions
 ) -> tuple[Concept, Layout | None]:
     if host is not None:
-        return config.read(host, reading), None
+        return read_concept(config, host, reading), None
     lora, layout = read_by_own_names(config.files[0], reading)
     return config.concept(lora), layout

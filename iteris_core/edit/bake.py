@@ -189,8 +189,8 @@ def _check_plain(source: Path, keys: list[str]) -> None:
     scaled = next((key for key in keys if key.endswith(marks)), None)
     if scaled is not None:
         raise BaseError(
-            f"{source} is already quantised (it has {scaled}); bake into the unquantised file, and "
-            "pass --dtype fp8."
+            f"{source} is already quantised (it has {scaled}); bake into the unquantised file, "
+            "with option dtype fp8."
         )
 
 

@@ -45,7 +45,7 @@ def comfyui_names(base: BaseModel) -> dict[str, Alias]:
     if not original:
         raise OutputError(
             f"ComfyUI's names for {base.architecture.title} are unknown; ComfyUI also reads "
-            "diffusers' names (--layout diffusers)."
+            "diffusers' names (option layout diffusers)."
         )
     texts = {n: alias for n, alias in base.aliases.items() if n.startswith("text_encoders.")}
     return {f"diffusion_model.{name}": alias for name, alias in original.items()} | texts
@@ -57,7 +57,7 @@ def _denoiser_alone(lora: Lora, base: BaseModel) -> Lora:
     if others:
         raise OutputError(
             f"A peft folder is for one model, but this LoRA changes {len(others)} layers outside "
-            f"the denoiser, such as {others[0]}; write --layout diffusers."
+            f"the denoiser, such as {others[0]}; give option layout diffusers."
         )
     sites = {site.removeprefix(prefix): change for site, change in lora.sites.items()}
     return replace(lora, sites=sites)

@@ -49,13 +49,15 @@ class ReadOptions:
     ``energy`` is the share of ‖ΔW‖² to keep when a change that is not low rank (full differences,
     DoRA, OFT, large LoHa and LoKr) is made low rank. Without ``of_weight``, for inspecting a file
     without its base, DoRA is read as its plain kind, and OFT, BOFT and GLoRA are left out; a note
-    says so. ``blocks`` and ``layers`` are as in :func:`.blocks.filtered`. With ``vectors``, changes
+    says so. Without ``text``, a host for which a text encoder may be missing ignores its changes.
+    ``blocks`` and ``layers`` are as in :func:`.blocks.filtered`. With ``vectors``, changes
     of biases and normalisations are read too; a merge does not use them.
     """
 
     allow_partial: bool = False
     energy: float = 0.999
     of_weight: bool = True
+    text: bool = True
     blocks: str = ""
     layers: str = ""
     vectors: bool = False
@@ -119,7 +121,7 @@ class ReleasedBases:
         except LoraFileError as error:
             raise LoraFileError(
                 f"{error} If it is a DoRA, or its base differs in shape from the released models, "
-                "name its base: BASE for merge, --base BASE for other commands, a host in Python."
+                "name its base: BASE for merge, option base BASE for others, a host in Python."
             ) from error
 
 
@@ -332,12 +334,12 @@ def _complaint(path: Path, left_out: Mapping[str, str], total: int, understood: 
     elif len(unknown) == len(left_out):
         advice = (
             "This LoRA was made for another base model, or for one with more parts; to merge the "
-            "rest of it, allow a partial reading (--allow-partial)."
+            "rest of it, allow a partial reading (option allow_partial)."
         )
     else:
         advice = (
             "Nothing is skipped silently; to merge the rest of it, allow a partial reading "
-            "(--allow-partial)."
+            "(option allow_partial)."
         )
     return f"{path}: {len(left_out)} of {total} tensors cannot be read: {first}. {advice}"
 

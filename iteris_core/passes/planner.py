@@ -53,8 +53,8 @@ def planned(
     run.job.eta.measured(seen, made.strategy.slower)
     if made.rows < made.offered:
         _log.warning(
-            "Not enough memory for all rows: %s; lower samples, timesteps or latent_size (ComfyUI: "
-            "image_size), or allow more memory",
+            "Not enough memory for all rows: %s; lower samples, timesteps or latent_size, or allow "
+            "more memory",
             made,
         )
     run.job.tick(f"plan: {made}", 0, 0, str(made))
@@ -169,7 +169,7 @@ def complaint(said: str, tried: Sequence[Plan]) -> str:
     ]
     return (
         f"Out of memory in the {tried[0].stage.name} ({said}). Tried: {'; '.join(named)}. Lower "
-        "samples or timesteps (fewer rows), or latent_size (smaller ones; ComfyUI: image_size), "
+        "samples or timesteps (fewer rows), or latent_size (smaller ones), "
         "or free memory elsewhere. The model is unchanged."
     )
 
