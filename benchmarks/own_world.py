@@ -26,11 +26,12 @@ from iteris_core.cli.concept_options import concept_of
 from iteris_core.cli.merge_file import MergeFile, read_mapping
 from iteris_core.cli.options import check_settings
 from iteris_core.cli.pictures import open_images
-from iteris_core.concept_config import ConceptConfig
+from iteris_core.config import ConceptConfig
 from iteris_core.errors import ConceptError, MergeFileError, did_you_mean
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora import Lora
 from iteris_core.passes.changes import changes_always, switched_on
+from iteris_core.reading import read_concept
 from iteris_core.score import ClipScorer, DinoScorer, without_tokens
 from iteris_core.score.drawing import Drawing, draw, find_scheduler
 
@@ -66,7 +67,7 @@ class OwnWorld:
 
     def __init__(self, path: Path) -> None:
         data = checked(read_mapping(path), path)
-        self._file = MergeFile(path, data)
+        self._file = MergeFile(path)
         self._known = dict(map(self._subject, data["concepts"]))
         self.subjects = tuple(self._known)
         if len(self.subjects) < max(2, len(data["concepts"])):
@@ -145,7 +146,7 @@ class OwnWorld:
 
     def _read(self, config: ConceptConfig) -> Concept:
         """The concept with its strength in the LoRA."""
-        concept = config.read(self.host)
+        concept = read_concept(config, self.host)
         lora = concept.lora
         assert lora is not None
         if lora.embeddings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .errors import ConceptError, SettingsError
 from .lora import Lora
@@ -37,17 +37,47 @@ PRESERVE_WEIGHT = 0.2
 """Weight of prompts on which the base model should not change; a large one weakens the concepts."""
 
 
-_C = TypeVar("_C", bound="Concept")
-
-
 class LoraReader(Protocol):
     """The part of a host that reads LoRA files."""
 
     def read_lora(self, path: str | Path) -> Lora: ...
 
 
+class Phrased:
+    """The words and the weight of a concept, whether its LoRA is read or still in a file."""
+
+    if TYPE_CHECKING:  # each declares its own
+        trigger: Any
+        class_word: Any
+        subjects: Any
+        strength: Any
+        text_strength: Any
+        weight: Any
+
+    @property
+    def phrases(self) -> Sequence[str]:
+        """The concept's trigger words with its class word; usually one phrase."""
+        one = f"{self.trigger} {self.class_word}".strip()
+        return self.subjects or ([one] if one else [])
+
+    @property
+    def subject(self) -> str:
+        """All phrases of the concept in one prompt."""
+        return " and ".join(self.phrases)
+
+    @property
+    def counts(self) -> bool:
+        """False for weight 0, or strength 0 everywhere: the concept is left out of the merge."""
+        return self.weight > 0 and (self.preserves or any((self.strength, self.text_strength)))
+
+    @property
+    def preserves(self) -> bool:
+        """True if there is no LoRA, only prompts on which the base should not change."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Concept(Settings):
+class Concept(Phrased, Settings):
     """One LoRA, its trigger words and its weight.
 
     ``prompts`` are used as they are; on others the merge keeps only a part of the LoRA. Without
@@ -117,24 +147,13 @@ class Concept(Settings):
         return cls(lora, **values)
 
     @classmethod
-    def preserve(cls: type[_C], prompts: Sequence[str], weight: float = PRESERVE_WEIGHT) -> _C:
+    def preserve(cls, prompts: Sequence[str], weight: float = PRESERVE_WEIGHT) -> Concept:
         """Prompts on which the base model should not change."""
         return cls(None, prompts, trigger="preserve", weight=weight)
 
     @property
     def name(self) -> str:
         return self.trigger or (self.lora.name if self.lora is not None else "") or "base"
-
-    @property
-    def phrases(self) -> Sequence[str]:
-        """The concept's trigger words with its class word; usually one phrase."""
-        one = f"{self.trigger} {self.class_word}".strip()
-        return self.subjects or ([one] if one else [])
-
-    @property
-    def subject(self) -> str:
-        """All phrases of the concept in one prompt."""
-        return " and ".join(self.phrases)
 
     def strength_at(self, site: str) -> float:
         """The factor by which the LoRA's change of ``site`` is multiplied."""
@@ -143,13 +162,7 @@ class Concept(Settings):
         return self.strength
 
     @property
-    def counts(self) -> bool:
-        """False for weight 0, or strength 0 everywhere: the concept is left out of the merge."""
-        return self.weight > 0 and (self.preserves or any((self.strength, self.text_strength)))
-
-    @property
     def preserves(self) -> bool:
-        """True if there is no LoRA, only prompts on which the base should not change."""
         return self.lora is None
 
 

@@ -1,78 +1,267 @@
-"""A merge as one value: its concepts, method, settings and outputs.
+"""A merge as one value: its concepts, method and settings.
 
-The command line, a merge file, the recipe in a merged file and the nodes all build one.
+The command line, a merge file, the recipe in a merged file, Python and the nodes all build one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
-from .concept_config import ConceptConfig
-from .errors import MergeFileError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .concepts import PRESERVE_WEIGHT, AlwaysOn, Concept, Phrased, PromptKind, words_in
+from .errors import ConceptError, IterisError, MergeFileError, did_you_mean
+from .lora import Lora
+from .lora_files import ReadOptions
+from .lora_files.sidecars import find_phrases
 from .presets import PresetName
 
 Unmergeable = Literal["refuse", "skip", "mean"]
+_Kind = TypeVar("_Kind", bound="Config")
 
-_MAPPINGS = ("settings", "calibration", "cut")
-_WORDS = {"preset": get_args(PresetName), "unmergeable": get_args(Unmergeable)}
-_TEXTS = ("base", "method", *_WORDS)
-_KINDS = {**dict.fromkeys(_MAPPINGS, dict), **dict.fromkeys(_TEXTS, str), "concepts": list}
-_CALLED = {dict: "a mapping of names to values", str: "text", list: "a list"}
-KEYS = ("base", "concepts", *_MAPPINGS)
-"""Keys that are not options of ``iteris merge``."""
+_EXPECTED = {
+    **dict.fromkeys(("string_type", "path_type"), "text"),
+    **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "a number"),
+    "tuple_type": "a list",
+    **dict.fromkeys(("dict_type", "mapping_type"), "a mapping of names to values"),
+    "greater_than_equal": "at least {ge:g}",
+    "literal_error": "one of {expected}",
+    "value_error": "{error}",
+}
+"""pydantic's kind of error → what the value must be."""
 
 
-@dataclass(frozen=True)
-class MergeConfig:
+class Config(BaseModel):
+    """A part of a merge. Raises ``failure`` for an unknown key, and for a value of the wrong type
+    or out of range."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False
+    )
+    failure: ClassVar[type[IterisError]] = MergeFileError
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise self.failure(self._mistake(cast(dict[str, Any], error.errors()[0]))) from None
+
+    @classmethod
+    def _mistake(cls, error: Mapping[str, Any]) -> str:
+        key, kind = error["loc"][0], error["type"]
+        if kind == "extra_forbidden":
+            known = cls.key_names()
+            return (
+                f"there is no key {key!r}{did_you_mean(key, known)} The keys are "
+                f"{', '.join(known)}."
+            )
+        words = dict(error.get("ctx", {}))
+        if kind == "literal_error":
+            words["expected"] = words["expected"].replace("'", "").replace(" or ", ", ")
+        expected = _EXPECTED.get(kind, "{msg}").format(**words, msg=error["msg"])
+        return f"{key} must be {expected}, not {error['input']!r}."
+
+    @classmethod
+    def key_names(cls) -> tuple[str, ...]:
+        """The keys of :meth:`to_dict`."""
+        known = cls.model_fields.items()
+        return tuple(one.serialization_alias or name for name, one in known if not one.exclude)
+
+    @classmethod
+    def of_mapping(cls: type[_Kind], values: Mapping[Any, Any], where: str) -> _Kind:
+        """One with ``values``, without those that are None. Error messages use ``where`` to name
+        them."""
+        try:
+            return cls(**{str(key): value for key, value in values.items() if value is not None})
+        except cls.failure as error:
+            raise cls.failure(f"{where}: {error}") from None
+
+
+_NUMBERS = ("strength", "text_strength", "weight")
+
+
+class ConceptConfig(Phrased, Config):
+    """A concept whose LoRA is still in a file. Without ``file`` the base should not change.
+
+    ``low`` is the file for the second of two experts. ``blocks`` and ``layers`` select the part
+    that counts, as in :func:`.lora_files.blocks.filtered`. ``samples`` are the inputs for a
+    transformers model. A recipe records ``sha256`` (of ``file``, or of both joined by a plus) and
+    ``reading``. ``source`` says where the words come from, as in
+    :class:`.lora_files.metadata.FoundPhrases`. ``changed`` is a time stamp of the files, so that a
+    cache treats a rewritten file as another concept. The other fields are those of
+    :class:`.concepts.Concept`.
+    """
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+    failure = ConceptError
+
+    file: Path | None = None
+    trigger: str = ""
+    class_word: str = Field(default="", validation_alias="class", serialization_alias="class")
+    kind: PromptKind = "subject"
+    always_on: AlwaysOn = "no"
+    strength: float = 1.0
+    text_strength: float | None = None
+    weight: float = Field(default=1.0, ge=0)
+    blocks: str = ""
+    layers: str = ""
+    prompts: tuple[str, ...] | None = None
+    samples: Path | None = None
+    subjects: tuple[str, ...] = ()
+    sha256: str = ""
+    reading: dict[str, Any] = {}
+    low: Path | None = Field(default=None, exclude=True)
+    source: str = Field(default="", exclude=True)
+    changed: int = Field(default=0, exclude=True)
+
+    @field_validator(*_NUMBERS, mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("a number")
+        return value
+
+    @field_validator("always_on", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return {"False": "no", "True": "yes"}.get(str(value), value)  # what YAML makes of them
+
+    @field_validator("blocks", "layers", mode="before")
+    @classmethod
+    def _part(cls, value: Any) -> Any:
+        """A string, or a list of its parts."""
+        return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+    @field_validator("reading")
+    @classmethod
+    def _reading(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(value.get("energy", 1.0), int | float):
+            raise ValueError("a mapping whose energy is a number")
+        return value
+
+    @classmethod
+    def of(cls, concept: Concept) -> ConceptConfig:
+        """``concept`` with the recorded name, hash and reading of its LoRA's file."""
+        lora = concept.lora or Lora({})
+        file, low = split_files(lora.source) if lora.source else (None, None)
+        shared = {name: getattr(concept, name) for name in _SHARED}
+        return cls(file=file, low=low, sha256=lora.sha256, reading=dict(lora.reading), **shared)
+
+    @classmethod
+    def preserve(cls, prompts: Sequence[str], weight: float = PRESERVE_WEIGHT) -> ConceptConfig:
+        """Prompts on which the base model should not change."""
+        return cls(prompts=tuple(prompts), trigger="preserve", weight=weight)
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str) -> ConceptConfig:
+        """The inverse of :meth:`to_dict`. Error messages use ``where`` to name ``values``.
+
+        Raises :class:`ConceptError` for an unknown key or a value of the wrong type.
+        """
+        if not isinstance(values, Mapping):
+            raise ConceptError(f"{where} must be a mapping, not {values!r}.")
+        given = {key: v for key, v in values.items() if v != "" or key in _NUMBERS}
+        if isinstance(given.get("file"), str):
+            given["file"], given["low"] = split_files(given["file"])
+        elif given.get("prompts") is not None:
+            given = {"weight": PRESERVE_WEIGHT, "trigger": "preserve", **given}
+        config = cls.of_mapping(given, where)
+        if config.file is None and config.prompts is None:
+            raise ConceptError(f"{where} has neither a file nor prompts that preserve the base.")
+        try:
+            ReadOptions(blocks=config.blocks, layers=config.layers)
+        except ConceptError as error:
+            raise ConceptError(f"{where}: {error}") from None
+        return config
+
+    def to_dict(self, name: Callable[[Path], str] = str, *, usual: bool = True) -> dict[str, Any]:
+        """All :meth:`key_names`; ``name`` formats file names. Unless ``usual``, defaults are left
+        out."""
+        data = self.model_dump(mode="json", by_alias=True, exclude_defaults=not usual)
+        if self.file is not None:
+            data["file"] = "+".join(map(name, self.files))
+        if self.samples is not None:
+            data["samples"] = name(self.samples)
+        return data | ({"weight": self.weight} if self.preserves else {})
+
+    @property
+    def renames(self) -> list[str]:
+        """How a recipe's merge renamed embeddings."""
+        return [str(text) for text in self.reading.get("rename") or ()]
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for file in (self.file, self.low) if file is not None]
+
+    @property
+    def name(self) -> str:
+        return str(self.file) if self.file is not None else self.trigger
+
+    @property
+    def preserves(self) -> bool:
+        return self.file is None
+
+    def concept(self, lora: Lora | None = None) -> Concept:
+        return Concept(lora, **{name: getattr(self, name) for name in _SHARED})
+
+    def called(self, phrases: Sequence[str], source: str = "") -> ConceptConfig:
+        """A copy with ``phrases`` as trigger words."""
+        return self.model_copy(update={**words_in(phrases), "source": source})
+
+    def with_found_words(self, metadata: Mapping[str, str]) -> ConceptConfig:
+        """A copy with trigger words from the file's ``metadata`` or the notes beside it, if it has
+        none yet."""
+        if self.file is None or self.phrases or self.always_on != "no":
+            return self
+        return self.called(*find_phrases(self.file, metadata))
+
+
+_SHARED = [name for name in ConceptConfig.model_fields if name in Concept.__dataclass_fields__]
+
+
+def split_files(text: str) -> tuple[Path, Path | None]:
+    """FILE, or HIGH+LOW for a model with two experts."""
+    high, plus, low = text.partition(".safetensors+")
+    return (Path(f"{high}.safetensors"), Path(low)) if plus else (Path(text), None)
+
+
+class MergeConfig(Config):
     """A complete merge request. ``settings`` belong to the ``method``, ``calibration`` controls how
     features are collected; both override the ``preset``.
 
     ``base`` is the model's folder, file or hub name. ``unmergeable`` is as in
     :func:`.merge.merge_loras`. ``cut`` records later changes to the merged LoRA: ``rank`` and
     ``ordered`` of :func:`.report.provenance.cut_lora`, and ``strength`` of
-    :func:`.report.provenance.scaled_lora`. ``outputs`` are the other options of ``iteris merge`` by
-    name: how the base is loaded, and how the result is written.
+    :func:`.report.provenance.scaled_lora`.
     """
 
-    concepts: Sequence[ConceptConfig] = ()
+    base: str = ""
     method: str = "iteris"
     preset: PresetName = "default"
-    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    calibration: Mapping[str, Any] = field(default_factory=dict[str, Any])
     unmergeable: Unmergeable = "refuse"
-    base: str = ""
-    cut: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    outputs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    concepts: tuple[ConceptConfig, ...] = ()
+    settings: Mapping[str, Any] = {}
+    calibration: Mapping[str, Any] = {}
+    cut: Mapping[str, Any] = {}
 
     @classmethod
-    def from_dict(
-        cls,
-        data: Mapping[str, Any],
-        where: str,
-        concept: Callable[[Any, str], ConceptConfig] = ConceptConfig.from_dict,
-    ) -> MergeConfig:
-        """The inverse of :meth:`to_dict`. Error messages use ``where`` to name ``data``;
-        ``concept`` builds a concept from an entry and from the entry's name in messages.
+    def from_dict(cls, data: Mapping[str, Any], where: str) -> MergeConfig:
+        """The inverse of :meth:`to_dict`. Error messages use ``where`` to name ``data``.
 
-        Raises :class:`MergeFileError` for a value of the wrong type.
+        Raises :class:`MergeFileError` for an unknown key or a value of the wrong type, and
+        :class:`ConceptError` for a concept.
         """
-        given = {key: value for key, value in data.items() if value is not None}
-        for name in _KINDS.keys() & given.keys():
-            kind, value, words = _KINDS[name], given[name], _WORDS.get(name, ())
-            if not isinstance(value, kind) or (words and value not in words):
-                what = f"one of {', '.join(words)}" if words else _CALLED[kind]
-                raise MergeFileError(f"{where}: {name} must be {what}, not {value!r}.")
-        entries: list[Any] = given.pop("concepts", [])
-        if "strength" in given:
-            given["cut"] = {**given.get("cut", {}), "strength": given.pop("strength")}
-        fields = {key: given.pop(key) for key in (*_MAPPINGS, *_TEXTS) if key in given}
-        concepts = tuple(
-            concept(entry, f"{where}: concept {number}") for number, entry in enumerate(entries, 1)
-        )
-        return cls(concepts, **fields, outputs=given)
+        given = dict(data)
+        if isinstance(given.get("concepts"), list):
+            given["concepts"] = [
+                ConceptConfig.from_dict(entry, f"{where}: concept {number}")
+                for number, entry in enumerate(given["concepts"], 1)
+            ]
+        if given.get("strength") is not None:  # of a file that was only scaled
+            given["cut"] = {**(given.get("cut") or {}), "strength": given.pop("strength")}
+        return cls.of_mapping(given, where)
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -82,12 +271,8 @@ class MergeConfig:
 
     def to_dict(self, name: Callable[[Path], str] = str, *, usual: bool = True) -> dict[str, Any]:
         """The configuration in built-in types only; ``name`` and ``usual`` are as in
-        :meth:`.concept_config.ConceptConfig.to_dict`."""
-        data = {
-            **{key: getattr(self, key) for key in _TEXTS},
-            **self.outputs,
-            "concepts": [concept.to_dict(name, usual=usual) for concept in self.concepts],
-            **{key: dict(getattr(self, key)) for key in _MAPPINGS},
-        }
+        :meth:`ConceptConfig.to_dict`."""
+        concepts = [concept.to_dict(name, usual=usual) for concept in self.concepts]
+        data = {key: getattr(self, key) for key in self.key_names()} | {"concepts": concepts}
         default = {"base": "", "preset": "default", "cut": {}}
         return {key: v for key, v in data.items() if usual or v != default.get(key)}

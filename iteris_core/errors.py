@@ -52,16 +52,16 @@ class ConceptError(IterisError, code="IT-04"):
 class MergeFileError(IterisError, code="IT-05"):
     """A merge file cannot be read, or has a wrong key or value.
 
-    The message names the file and the key. Every long option of `iteris merge` is a key, with
-    underscores; `iteris init FOLDER` writes a valid file.
+    The message names the file and the key. The long names of `iteris merge`'s options are keys,
+    with underscores; `iteris init FOLDER` writes a valid file.
     """
 
 
 class RecipeError(IterisError, code="IT-06"):
     """The recipe in a merged file is missing or broken, or its files cannot be found.
 
-    Pass `--from` a file that IterIS wrote and no other tool has saved since, the folder of its
-    LoRAs with `--loras`, and the base first. The LoRAs must be the same files, byte for byte.
+    Pass `option from` a file that IterIS wrote and no other tool has saved since, the folder of its
+    LoRAs with `option loras`, and the base first. The LoRAs must be the same files, byte for byte.
     """
 
 
@@ -77,7 +77,7 @@ class LoraFileError(IterisError, code="IT-08"):
     """A LoRA file cannot be read, or does not fit the base model.
 
     If the file is truncated, a web page or a Git LFS pointer, download it again. `iteris inspect
-    FILE` shows for which base it was made. `--allow-partial` leaves out the parts that a LoRA
+    FILE` shows for which base it was made. `option allow_partial` leaves out the parts that a LoRA
     cannot represent, and lists them.
     """
 
@@ -93,7 +93,7 @@ class BaseError(IterisError, code="IT-09"):
 class DeviceError(IterisError, code="IT-10"):
     """The device does not exist.
 
-    Omit `--device` to use the best available; `iteris doctor` shows it.
+    Omit `option device` to use the best available; `iteris doctor` shows it.
     """
 
 
@@ -115,33 +115,33 @@ class MismatchError(IterisError, code="IT-12"):
 class SiteError(IterisError, code="IT-13"):
     """A layer cannot be merged by its features.
 
-    `--unmergeable skip` continues without these layers and lists them; `--unmergeable mean` gives
-    them the mean of the LoRAs.
+    `option unmergeable skip` continues without these layers and lists them; `option unmergeable
+    mean` gives them the mean of the LoRAs.
     """
 
 
 class SolveError(IterisError, code="IT-14"):
     """A site has no usable solution (NaN inputs, a singular system).
 
-    Look for a LoRA with broken values, use more prompts (`--samples`), or more ridge (`--set
-    ridge=0.001`; above that most of a merge is lost). A float16 base may overflow: use
-    `--base-dtype bfloat16`.
+    Look for a LoRA with broken values, use more prompts (`option samples`), or more ridge
+    (`ridge=0.001`; above that most of a merge is lost). A float16 base may overflow: use `option
+    base_dtype bfloat16`.
     """
 
 
 class OutOfMemory(IterisError, code="IT-15"):
     """The device or the host ran out of memory, in spite of retries.
 
-    Try `--offload model`, `--base-dtype bfloat16`, a smaller `--latent-size` or fewer `--frames`.
-    `--plan` shows how much memory a merge needs before it runs.
+    Try `option offload model`, `option base_dtype bfloat16`, a smaller `option latent_size` or
+    fewer `option frames`. `option plan` shows how much memory a merge needs before it runs.
     """
 
 
 class OutputError(IterisError, code="IT-16"):
     """The result cannot be written to that path, or not in that form.
 
-    Choose another name or folder, or use `--overwrite`. A result is a .safetensors file, or a
-    folder for a transformers model. Values that do not fit in float16 need `--dtype float32`.
+    Choose another name or folder, or use `option overwrite`. A result is a .safetensors file, or a
+    folder for a transformers model. Values that do not fit in float16 need `option dtype float32`.
     """
 
 

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 
 from .composites import Composite
-from .concept_config import ConceptConfig
 from .concepts import Calibration, Concept
 from .config import Unmergeable
 from .errors import IterisError, SettingsError, SiteError
-from .hosts.diffusers_lora import load_adapter
 from .hosts.learned import EmbeddingTriggers, embedding_triggers
 from .hosts.of_model import host_of
 from .hosts.protocol import Host
 from .hosts.rows import CLASSES
-from .lora import Lora, SiteChanges
-from .lora_files import Layout, ReleasedBases
-from .lora_files.experts import write_by_expert
+from .lora import SiteChanges
+from .merge_result import Made, MergeResult, Notes, result_of
 from .methods import Method, find_method
 from .methods.registry import Merged, settings_over
 from .methods.repair import notes_on, sizes_of, streams_of
 from .passes import preflight
 from .passes.changes import (
     always_on,
-    beside,
-    changes_always,
     changes_of,
     check_sites,
     means_of,
@@ -45,56 +38,12 @@ from .passes.job import Budget, Job, RunLog
 from .passes.workload import within_time
 from .presets import PresetName
 from .progress import Forecast, OnProgress
-from .report.provenance import join_embeddings, lacks_of, merge_metadata, notes_of
-from .report.report import MergeReport, SiteReport
-from .saving import rescued
+from .reading import read_concepts
 from .settings import Settings
 from .solve.choose import POLICY, Policy
 from .solve.problem import Solution
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class MergeResult:
-    lora: Lora
-    report: MergeReport
-
-    def save(
-        self,
-        path: str | Path,
-        *,
-        layout: Layout | None = None,
-        dtype: str | torch.dtype = "float16",
-        overwrite: bool = False,
-    ) -> Path:
-        """Write the merged LoRA; see :func:`.lora_files.write_lora`. If that fails, the error says
-        where the merge is instead, as float32. One for two experts becomes two files,
-        ``<stem>_high_noise`` and ``<stem>_low_noise``; returns the first."""
-        with self._rescued():
-            return write_by_expert(
-                self.lora, Path(path), layout=layout, dtype=dtype, overwrite=overwrite
-            )[0]
-
-    def load_into(self, pipeline: Any, adapter_name: str = "iteris") -> None:
-        """Load the merged LoRA into a diffusers pipeline, just like its file, as the only active
-        adapter; an earlier one of that name is replaced.
-
-        ``pipeline.unload_lora_weights()`` removes it. Embeddings that came with the LoRAs are not
-        loaded; to use them, save the LoRA. Raises :class:`OutputError` if the pipeline cannot load
-        all of it, which also says in which file the merge is.
-        """
-        with self._rescued():
-            load_adapter(pipeline, self.lora, adapter_name)
-
-    @contextmanager
-    def _rescued(self) -> Generator[None]:
-        """Context whose errors say in which file the merge is."""
-        try:
-            yield
-        except IterisError as error:
-            write = partial(write_by_expert, self.lora, dtype="float32")
-            raise rescued(write, "merged.safetensors", error) from error
 
 
 def merge_loras(
@@ -143,10 +92,10 @@ def merge_loras(
         raise SettingsError(f"Method {method!r} runs the base model; pass a host.")
     settings, calibration = settings_over(preset, method, settings, calibration)
     host = None if host is None else host_of(host)
-    concepts = _read(host, concepts)
+    concepts = read_concepts(host, concepts)
     job, always = begun(host, concepts, chosen, calibration, on_progress, memory_budget, policy)
     if always and not job.concepts:  # as they are, side by side
-        made = _Made([], Merged({}, RunLog()), [], [], {})
+        made = Made([], Merged({}, RunLog()), [], [], {})
     elif host is None or not chosen.needs_host:
         made = _by_weights(job, chosen, settings)
     else:
@@ -157,7 +106,7 @@ def merge_loras(
     made.noted[:0] = [(concept.name, [zero]) for concept in concepts if not concept.counts]
     seconds = time.perf_counter() - started
     job.eta.end()
-    return _result(made, always, chosen, settings, calibration, seconds)
+    return result_of(made, always, chosen, settings, calibration, seconds)
 
 
 def begun(
@@ -188,25 +137,6 @@ def begun(
         eta=eta,
     )
     return job, always_on(counting)
-
-
-Notes = list[tuple[str, list[str]]]
-"""Notes by the name of what they are on, for the report."""
-
-
-@dataclass(frozen=True)
-class _Made:
-    """The ``merged`` LoRA of the ``concepts``, and notes on each by name; ``samples`` is the number
-    that the time allowed, ``sizes`` the norms of the LoRAs' changes together, and ``kept`` what
-    held-out rows keep."""
-
-    concepts: Sequence[Concept]
-    merged: Merged
-    calls: Sequence[EmbeddingTriggers]
-    noted: Notes
-    sizes: Mapping[str, float]
-    samples: int = 0
-    kept: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
 
 
 def prepared(
@@ -274,7 +204,7 @@ def _by_features(
     method: Method,
     settings: Settings,
     unmergeable: Unmergeable,
-) -> _Made:
+) -> Made:
     concepts = job.concepts
     job, others, noted = prepared(job, always, method, settings, unmergeable)
     calls = [embedding_triggers(concept) for concept in job.concepts]
@@ -292,102 +222,16 @@ def _by_features(
         solved = {site: Solution(change) for site, change in means.items()}
         merged = replace(merged, sites={**merged.sites, **solved})
     own = calls[: len(concepts)]
-    return _Made(concepts, merged, own, noted, sizes, job.calibration.samples, shares)
+    return Made(concepts, merged, own, noted, sizes, job.calibration.samples, shares)
 
 
-def _by_weights(job: Job, method: Method, settings: Settings) -> _Made:
+def _by_weights(job: Job, method: Method, settings: Settings) -> Made:
     """Drop concepts without a LoRA: a method on weights makes no use of prompts."""
     concepts = [concept for concept in job.concepts if concept.lora is not None]
     job = replace(job, concepts=concepts, changes=changes_of(concepts))
     merged = method.merge(job, settings)
     calls = [embedding_triggers(concept) for concept in concepts]
-    return _Made(concepts, merged, calls, [], sizes_of(job.changes))
-
-
-def _result(
-    made: _Made,
-    always: Sequence[Concept],
-    method: Method,
-    settings: Settings,
-    calibration: Calibration,
-    seconds: float,
-) -> MergeResult:
-    """The result, including the changes of ``always`` on LoRAs that belong in the file."""
-    log, concepts, every = made.merged.log, made.concepts, [*made.concepts, *always]
-    solved, repairs = made.merged.sites, made.merged.repairs
-    merged = {site: solution.change for site, solution in solved.items()}
-    sites = beside(merged, changes_always(always_on(always, "include")))
-    loras = [concept.lora for concept in every if concept.lora is not None]
-    joined = join_embeddings(every)
-    notes = notes_of(every)
-    where = {"include": "part of the merged LoRA", "outside": "load it beside the merged LoRA"}
-    noted = [
-        (c.name, [f"{_why(c)}on while the others were merged; {where[c.always_on]}"])
-        for c in always
-    ]
-    of_all = ("sites", log.notes), ("embeddings", joined.warnings)
-    for name, more in (*made.noted, *noted, *of_all):
-        if more:
-            notes.setdefault(name, []).extend(more)
-    report = MergeReport(
-        method=method.name,
-        concepts=[concept.name for concept in concepts],
-        sites={
-            site: SiteReport.of(
-                replace(solved[site], change=change) if site in solved else Solution(change),
-                len(concepts),
-                repair=site in repairs,
-                size=made.sizes.get(site, 0.0),
-            )
-            for site, change in sites.items()
-        },
-        seconds=seconds,
-        settings=asdict(settings),
-        calibration=asdict(calibration) if method.needs_host else {},
-        notes=notes,
-        rows=log.rows,
-        plan=list(log.plan),
-        short=list(log.short),
-        convergence=list(log.convergence),
-        preserved=[concept.name for concept in concepts if concept.lora is None],
-        lacks=lacks_of(every),
-        kept=made.kept,
-    )
-    lora = Lora(
-        sites,
-        "merged",
-        merge_metadata(every, report, joined, [*made.calls, *map(embedding_triggers, always)]),
-        base=next((lora.base for lora in loras if lora.base is not None), None),
-        embeddings=joined.embeddings,
-    )
-    return MergeResult(lora, report)
-
-
-def _read(host: Host | None, concepts: Any) -> list[Concept]:
-    """``concepts`` with their LoRAs. Raises :class:`SettingsError` for anything but a list of
-    concepts."""
-    if isinstance(concepts, str | Path | Concept):
-        what = "a single Concept" if isinstance(concepts, Concept) else repr(str(concepts))
-        raise SettingsError(f"concepts must be a list, not {what}; put it in brackets: [...].")
-    read: list[Concept] = []
-    for one in concepts:
-        if isinstance(one, str | Path):
-            one = ConceptConfig(file=Path(one))
-        if isinstance(one, ConceptConfig):
-            one = one.read(host or ReleasedBases())
-        if not isinstance(one, Concept):
-            raise SettingsError(
-                f"concepts must be a list of Concept, not of {type(one).__name__}; pass "
-                "[Concept(host.read_lora(file), trigger=…), …]."
-            )
-        if one.lora is None and one.always_on != "no":
-            raise SettingsError(f"{one.name}: only a concept with a LoRA can be always on.")
-        read.append(one)
-    return read
-
-
-def _why(concept: Concept) -> str:
-    return "" if concept.phrases else "no trigger word, so it acts on every prompt: "
+    return Made(concepts, merged, calls, [], sizes_of(job.changes))
 
 
 def _added_note(added: Concept, concepts: Sequence[Concept], always: Sequence[Concept]) -> str:

@@ -122,6 +122,8 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         }
         return {**self._found.modules, **second}
 
+    experts = DENOISER
+
     def read_low(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         """Read the file for low noise; its sites are named as for the other model."""
         if self._low is None:

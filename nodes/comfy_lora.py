@@ -89,19 +89,16 @@ class ComfySites:
         )
         self.base = BaseModel(kind, shapes, aliases, written, vectors)
 
-    def read_lora(
-        self, path: str | Path, options: ReadOptions | None = None, *, text: bool = True
-    ) -> Lora:
+    def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         """Read any file that ComfyUI reads, and diffusers files that it reads only in part.
 
-        Anything that would be left out is an error; with ``allow_partial`` it is a note. Without
-        ``text``, changes of text encoders are ignored.
+        Anything that would be left out is an error; with ``allow_partial`` it is a note.
         """
         path, options = Path(path), options or ReadOptions()
 
         def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             of_text = [key for key in tensors if _TEXT.match(key)]
-            if not text:
+            if not options.text:
                 tensors = {key: t for key, t in tensors.items() if not _TEXT.match(key)}
             elif of_text and self._clip is None and not options.allow_partial:
                 raise LoraFileError(

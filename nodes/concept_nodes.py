@@ -7,8 +7,8 @@ from typing import Any, get_args
 
 from comfy_api.latest import io
 
-from ..iteris_core.concept_config import ConceptConfig
 from ..iteris_core.concepts import PRESERVE_WEIGHT, PromptKind, lines_of
+from ..iteris_core.config import ConceptConfig
 from ..iteris_core.errors import IterisError
 from .concept_specs import ALWAYS, Kind, changed, make_spec
 from .lora_stacks import lora_path, specs_of

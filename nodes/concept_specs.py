@@ -5,16 +5,13 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
-from ..iteris_core.concept_config import ConceptConfig
-from ..iteris_core.concepts import Concept, PromptKind, lines_of
+from ..iteris_core.concepts import PromptKind, lines_of
+from ..iteris_core.config import ConceptConfig
 from ..iteris_core.errors import IterisError
-from ..iteris_core.lora import Lora
-from ..iteris_core.lora_files import ReadOptions, read_header
-from ..iteris_core.lora_files.experts import joined_experts
+from ..iteris_core.lora_files import read_header
 from ..iteris_core.lora_files.sidecars import sidecars
 
 DENOISER = "unet"
@@ -28,25 +25,6 @@ none."""
 
 _PROMPTS = ".prompts.txt"
 _BETWEEN = re.compile(r",\s*,|[;|\n]")
-
-
-class Reader(Protocol):
-    def read_lora(
-        self, path: str | Path, options: ReadOptions | None = None, *, text: bool = True
-    ) -> Lora: ...
-
-    def read_low(self, path: str | Path, options: ReadOptions | None = None) -> Lora: ...
-
-
-def read(spec: ConceptConfig, reader: Reader, options: ReadOptions | None = None) -> Concept:
-    """The concept with its LoRA."""
-    # At 0 the file may be for another text encoder, or there may be none.
-    options = spec.reading_options(options or ReadOptions())
-    text = spec.strength if spec.text_strength is None else spec.text_strength
-    lora = reader.read_lora(spec.file, options, text=text != 0) if spec.file else None
-    if lora is not None and spec.low is not None:
-        lora = joined_experts(lora, reader.read_low(spec.low, options), DENOISER)
-    return spec.concept(lora)
 
 
 def make_spec(
@@ -68,14 +46,14 @@ def make_spec(
     newest = max(map(changed, files))
     spec = ConceptConfig(file=file, kind=made_for, source="you", changed=newest, **fields)
     if kind == ALWAYS:
-        return replace(spec, always_on="include")
+        return spec.model_copy(update={"always_on": "include"})
     if not spec.phrases:
         spec = (
             spec.called(phrases, "you") if phrases else spec.with_found_words(read_header(file)[1])
         )
     if embedding:
-        spec = replace(spec, trigger=f"embedding:{embedding}", subjects=())
-    return replace(spec, prompts=filled(lines, spec.phrases, file) or None)
+        spec = spec.model_copy(update={"trigger": f"embedding:{embedding}", "subjects": ()})
+    return spec.model_copy(update={"prompts": filled(lines, spec.phrases, file) or None})
 
 
 def filled(lines: Sequence[str], phrases: Sequence[str], file: Path) -> tuple[str, ...]:

@@ -14,12 +14,12 @@ from ..iteris_core.edit.resize import resize_lora
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
+from ..iteris_core.reading import read_concept
 from ..iteris_core.solve.ranks import Target
 from .comfy_host import ComfyHost
 from .comfy_lora import apply_lora
 from .comfy_runtime import NodeProgress, files_behind, show_text
 from .comfy_state import ready_for_merge
-from .concept_specs import read
 from .lora_stacks import specs_of
 from .merge_settings import Request
 from .merging import LoraModel as TensorsOfLora
@@ -118,7 +118,7 @@ class ResizeLora(io.ComfyNode):
             raise IterisError(f"Resize LoRA takes one LoRA, but {len(specs)} are connected and on.")
         reading = ReadOptions(allow_partial=edit.request.config((), "iteris").unmergeable == "skip")
         with ready_for_merge(clip), ComfyHost(model, clip, **edit.request.base) as host:
-            concept = read(specs[0], host, reading)
+            concept = read_concept(specs[0], host, reading)
             found = resize_lora(concept, target, host if by == "outputs" else None, **edit.run)
         return edit.output(found.lora, [found.summary(), *found.lora.notes])
 

@@ -11,12 +11,12 @@ from comfy_api.latest import io
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.preview import preview_merge
+from ..iteris_core.reading import read_concept
 from ..iteris_core.report.inspection import describe, interference, numbered, to_table
 from ..iteris_core.report.plots import plot_loras
 from .comfy_host import ComfyHost
 from .comfy_runtime import NodeProgress, files_behind, show_text
 from .comfy_state import ready_for_merge
-from .concept_specs import read
 from .lora_stacks import specs_of
 from .merge_settings import Request
 from .pictures import figure_image
@@ -48,7 +48,7 @@ class InspectLoras(io.ComfyNode):
         specs = specs_of(concepts)
         with ready_for_merge(clip), ComfyHost(model, clip, **request.base) as host:
             reading = ReadOptions(allow_partial=True, vectors=True)
-            loaded = [read(spec, host, reading) for spec in specs]
+            loaded = [read_concept(spec, host, reading) for spec in specs]
             loras = numbered([replace(c.lora, name=c.name) for c in loaded if c.lora is not None])
             if not loras:
                 raise IterisError("No LoRA is connected; connect at least one.")

@@ -8,7 +8,7 @@ from typing import Any
 
 import folder_paths
 
-from ..iteris_core.concept_config import ConceptConfig
+from ..iteris_core.config import ConceptConfig
 from ..iteris_core.errors import IterisError
 from .concept_specs import make_spec, phrases_in
 from .schema import NONE

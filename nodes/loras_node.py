@@ -8,7 +8,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..iteris_core.concept_config import ConceptConfig
+from ..iteris_core.config import ConceptConfig
 from ..iteris_core.errors import IterisError
 from .comfy_runtime import show_text
 from .concept_specs import KINDS, changed, make_spec, phrases_in

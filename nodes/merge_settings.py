@@ -9,9 +9,8 @@ from typing import Any, Literal, get_args
 
 from comfy_api.latest import io
 
-from ..iteris_core.concept_config import ConceptConfig
 from ..iteris_core.concepts import Calibration
-from ..iteris_core.config import MergeConfig, Unmergeable
+from ..iteris_core.config import ConceptConfig, MergeConfig, Unmergeable
 from ..iteris_core.lora_files.metadata import is_fast
 from ..iteris_core.methods import all_methods, find_method
 from ..iteris_core.methods.iteris import IterisSettings
@@ -70,12 +69,12 @@ class Request:
         if size := self.values.get("image_size", 0):
             calibration["latent_size"] = max(1, round(size / self.pixels))
         return MergeConfig(
-            tuple(concepts),
-            method,
-            self.preset,
-            self._settings(method),
-            calibration,
-            self.values.get("cannot_merge", "refuse"),
+            concepts=tuple(concepts),
+            method=method,
+            preset=self.preset,
+            settings=self._settings(method),
+            calibration=calibration,
+            unmergeable=self.values.get("cannot_merge", "refuse"),
         )
 
     def _settings(self, method: str) -> dict[str, Any]:

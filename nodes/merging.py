@@ -14,10 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..iteris_core.concept_config import ConceptConfig
 from ..iteris_core.concepts import Calibration
-from ..iteris_core.config import MergeConfig
-from ..iteris_core.errors import IterisError
+from ..iteris_core.config import ConceptConfig, MergeConfig
+from ..iteris_core.errors import IterisError, OutOfMemory
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions, to_tensors
 from ..iteris_core.lora_files.embeddings import bundled
@@ -25,6 +24,7 @@ from ..iteris_core.lora_files.experts import split_experts
 from ..iteris_core.lora_files.tensors import content_hash
 from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
+from ..iteris_core.reading import read_concept
 from ..iteris_core.report.provenance import is_ordered
 from ..iteris_core.settings import declared_settings
 from ..iteris_core.solve.choose import POLICY, Policy
@@ -34,7 +34,7 @@ from .comfy_rows import ComfySamples
 from .comfy_runtime import NodeProgress
 from .comfy_sampling import Denoised
 from .comfy_state import ready_for_merge
-from .concept_specs import DENOISER, read
+from .concept_specs import DENOISER
 from .merge_settings import Request
 
 _ROWS = 32
@@ -87,17 +87,20 @@ def merge_on(
         _RememberingHost(model, clip, rows, show=progress.preview, **base) as host,
     ):
         host.recipe = tuple(
-            replace(concept, weight=float(concept.weight > 0), source="")
+            concept.model_copy(update={"weight": float(concept.weight > 0), "source": ""})
             for concept in config.concepts
         )  # what rows depend on; weights only matter in the solve
-        result = merge_loras(
-            host,
-            [read(concept, host, reading) for concept in config.concepts],
-            **replace(config, settings=settings).choices,
-            on_progress=progress,
-            memory_budget=memory_budget,
-            policy=policy,
-        )
+        try:
+            result = merge_loras(
+                host,
+                [read_concept(concept, host, reading) for concept in config.concepts],
+                **{**config.choices, "settings": settings},
+                on_progress=progress,
+                memory_budget=memory_budget,
+                policy=policy,
+            )
+        except OutOfMemory as error:  # the node has an input in pixels
+            raise OutOfMemory(str(error).replace("latent_size", "image_size")) from error
     _log.info("IterIS: merged with %s on %d rows", config.method, result.report.rows)
     return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 from PIL import Image
 
-from ..iteris_core.concept_config import ConceptConfig
+from ..iteris_core.config import ConceptConfig
 from ..iteris_core.errors import IterisError
 from ..toybox import BASE, TEMPLATES, ToyConcept, load_clip, pivotal_concepts
 from ..toybox import concepts as toy_concepts

@@ -11,29 +11,33 @@ from rich.markup import escape
 
 from ..errors import IterisError, UsageError
 from .bake import bake
-from .common import console
+from .common import console, spelled
 from .compare import compare
 from .convert import convert
 from .demo import demo
 from .doctor import PACKAGE, doctor, version_of
 from .explain import explain
 from .extract import extract
-from .help import Command, Group
 from .init import init
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
-from .options import is_setting
+from .options import CONCEPT_FORMS, is_setting
 from .resize import resize
 from .score import score
 
 _HELP = {"help_option_names": ["-h", "--help"]}
-app = typer.Typer(cls=Group, pretty_exceptions_enable=False, context_settings=_HELP)
+app = typer.Typer(
+    pretty_exceptions_enable=False,
+    context_settings=_HELP,
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,  # plain text for a pipe
+)
 for command in (
     *(merge, init, inspect, compare, score, resize, extract, convert, bake),
     *(methods, explain, demo, doctor),
 ):
-    app.command(cls=Command, context_settings=_HELP)(command)
+    forms = CONCEPT_FORMS if command in (merge, compare) else None
+    app.command(context_settings=_HELP, epilog=forms)(command)
 
 _CANCELLED = 130
 """The exit status after Ctrl-C, which typer returns."""
@@ -63,7 +67,7 @@ class _Warnings(logging.Handler):
     """Shows modules' warnings like the program's own."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        console.print(escape(self.format(record)), style="yellow", highlight=False)
+        console.print(escape(spelled(self.format(record))), style="yellow", highlight=False)
 
 
 def main() -> None:
@@ -77,7 +81,7 @@ def main() -> None:
             _stop(f"cancelled{'' if keeps else '; nothing was written'}.", status=_CANCELLED)
         sys.exit(status)
     except IterisError as error:
-        _stop(str(error), error.code)
+        _stop(spelled(str(error)), error.code)
     except _TyperError as error:
         where = error.ctx.command_path if error.ctx is not None else "iteris"
         message = _of_a_setting(error) or error.format_message()

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..concept_config import ConceptConfig
 from ..concepts import Concept
+from ..config import ConceptConfig
 from ..errors import BaseError, ConceptError, UsageError, brief
 from ..hosts.protocol import Host
 from ..lora_files import read_header, read_tensors

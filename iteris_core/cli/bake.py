@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..concept_config import ConceptConfig
+from ..config import ConceptConfig
 from ..edit.bake import FP8, Precision, places_in, weight_in
 from ..edit.bake import bake as bake_model
 from ..errors import BaseError, OutputError, UsageError
@@ -48,7 +48,11 @@ def bake(
     overwrite: Overwrite = False,
     quiet: Annotated[bool, option("Show only warnings and errors", "--quiet", "-q")] = False,
 ) -> None:
-    """Add LoRAs to a model's weights; names in its files stay the same."""
+    """Add LoRAs to a model's weights; names in its files stay the same.
+
+    \b
+    iteris bake model.safetensors --lora cat.safetensors:0.8 -o baked.safetensors
+    """
     source = Path(located(base))
     configs = [_parsed(text) for text in lora]
     _check(source, base, output, configs, dtype, overwrite=overwrite)

@@ -7,14 +7,15 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..concept_config import ConceptConfig, parse_rename
 from ..concepts import Concept
+from ..config import ConceptConfig
 from ..errors import ConceptError, LoraFileError, OutputError, UsageError
 from ..lora import Lora
 from ..lora_files import is_lora, read_header, read_tensors
 from ..lora_files.blocks import weights_by_block
 from ..lora_files.embeddings import split_embeddings
 from ..lora_files.rebuild import check_whole
+from ..reading import parse_rename, renamed_in
 from ..report.provenance import shared_triggers
 from ..saving import check_new
 
@@ -36,7 +37,8 @@ def check_concepts(
     read: list[Concept] = []
     for option in concepts:
         loras = [_checked_lora(file) for file in option.files]
-        read += [option.renamed(option.concept(lora), renames) for lora in loras[:1]]
+        named = [*option.renames, *renames]
+        read += [renamed_in(option.concept(lora), named) for lora in loras[:1]]
         if option.blocks and not any(weights_by_block(option.blocks).values()):
             raise ConceptError(
                 f"{option.name}: blocks={option.blocks!r} leaves nothing of it; leave it out, or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
@@ -19,13 +20,19 @@ from ..preview import Preview, preview_merge
 from ..progress import OnProgress, Progress
 from .base import device_of
 
-console = Console(stderr=True)
+console = Console(stderr=True, emoji=False)  # "sks:dog:" is no picture of a dog
 
 
 def option(help: str, *names: str, panel: str | None = None, **limits: Any) -> Any:
     """A typer option. Its ``names`` default to the parameter's; ``panel`` is its heading in the
     help."""
     return typer.Option(*names, help=help, rich_help_panel=panel, **limits)
+
+
+def spelled(text: str) -> str:
+    """``text`` of the core with its options as on this command line: "option allow_partial" is
+    --allow-partial."""
+    return re.sub(r"\boption ([a-z_]+)", lambda m: "--" + m[1].replace("_", "-"), text)
 
 
 BASE, CALIBRATION, READING = "Base", "Calibration: prompts and latents", "LoRA files"

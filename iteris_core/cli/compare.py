@@ -12,12 +12,13 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..concept_config import ConceptConfig
 from ..concepts import Calibration
+from ..config import ConceptConfig
 from ..errors import UsageError
 from ..methods import find_method
 from ..methods.registry import settings_over
 from ..presets import PresetName
+from ..reading import read_concept
 from ..score.compare import (
     ALONE,
     BASE,
@@ -122,7 +123,13 @@ class CompareOptions:
 @command(CompareOptions)
 def compare(context: typer.Context, options: CompareOptions) -> None:
     """Merge with several methods, draw the same prompts with each, and score the results side by
-    side."""
+    side.
+
+    \b
+    iteris compare BASE -o results --methods base,alone,average,iteris \\
+      --concept cat.safetensors:sks:cat --refs pictures/cat \\
+      --concept dog.safetensors:zwx:dog --refs pictures/dog
+    """
     from ..hosts.diffusers import DiffusersHost
     from ..score import ClipScorer, DinoScorer
 
@@ -134,7 +141,7 @@ def compare(context: typer.Context, options: CompareOptions) -> None:
             options.base, device, dtype=options.base_dtype, offload=options.offload
         )
         host = DiffusersHost(pipeline)
-        concepts = [one.read(host) for one in listed]
+        concepts = [read_concept(one, host) for one in listed]
         if options.refs is None:
             references = own_references(pipeline, host, concepts, config.drawing, on_progress)
         scorer = ClipScorer.load(options.clip, options.clip_weights, device=device)
@@ -195,8 +202,9 @@ def _checked(options: CompareOptions) -> tuple[CompareConfig, list[ConceptConfig
     check_results_folder(options.output, overwrite=options.overwrite)
     references = [open_images(folder)[1] for folder in options.refs or []]
     templates = PROMPT_LISTS.get(options.prompts) or read_lines(Path(options.prompts))
-    fill_prompts(templates, [replace(one, trigger=one.trigger or "x") for one in compared])
-    compositions(concepts, references or compared, options.together)
+    named = [replace(one.concept(), trigger=one.trigger or "x") for one in compared]
+    fill_prompts(templates, named)
+    compositions([one.concept() for one in concepts], references or named, options.together)
     if options.scheduler is not None:
         find_scheduler(options.scheduler)
     check_base(options.base)

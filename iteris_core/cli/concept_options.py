@@ -1,4 +1,4 @@
-"""Concepts from the command line: parses them, finds their files and reads their LoRAs."""
+"""Concepts from the command line and merge files: parses them, and finds their files."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, cast
 
-from ..concept_config import KEYS, WORDS, ConceptConfig
-from ..errors import ConceptError, LoraFileError, RecipeError, did_you_mean
+from ..config import ConceptConfig
+from ..errors import ConceptError, LoraFileError, MergeFileError, RecipeError, did_you_mean
 from ..lora_files.tensors import file_digest
 from .options import read_prompts
 
 Find = Callable[[str], Path]
 """File name → path."""
 
+_KEYS = ConceptConfig.key_names()[:-3]
+"""Only recipes contain the last three."""
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 # A path may contain colons, as in C:\loras\cat.safetensors:sks:cat.
 _SHORT = re.compile(f"(.+?):([^:]*):([^:]*)(?::({_NUMBER})(?:/({_NUMBER}))?)?")
-_KEY = re.compile(rf",\s*(?=(?:{'|'.join(KEYS[:-3])})=)")
+_KEY = re.compile(rf",\s*(?=(?:{'|'.join(_KEYS)})=)")
 _UNKNOWN_KEY = re.compile(r",\s*([A-Za-z_]\w*)=")
 
 
@@ -33,10 +34,9 @@ def parse_concept(text: str, find: Find = Path, *, adapter: bool = False) -> Con
     head = head.removeprefix(",")
     for part in (head, *pairs):
         if unknown := _UNKNOWN_KEY.search(part):  # otherwise it would become part of the words
-            known = KEYS[:-3]
             raise ConceptError(
-                f"{where}: there is no key {unknown[1]!r}{did_you_mean(unknown[1], known)} The "
-                f"keys are {', '.join(known)}. Words with a comma and an = must go into a merge "
+                f"{where}: there is no key {unknown[1]!r}{did_you_mean(unknown[1], _KEYS)} The "
+                f"keys are {', '.join(_KEYS)}. Words with a comma and an = must go into a merge "
                 "file."
             )
     split = [pair.partition("=") for pair in pairs]
@@ -66,7 +66,7 @@ def _short(text: str, alone: bool) -> dict[str, Any]:
         )
     parts = _SHORT.fullmatch(text)
     if parts is not None:
-        keys = ("file", *WORDS[:2], "strength", "text_strength")
+        keys = ("file", "trigger", "class", "strength", "text_strength")
         return {k: value for k, value in zip(keys, parts.groups(), strict=True) if value}
     if alone and not named:
         return {"file": text}
@@ -91,13 +91,21 @@ def _adapter(text: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value}
 
 
-def concept_of(values: Mapping[str, Any], where: str, find: Find = Path) -> ConceptConfig:
-    """Like :meth:`ConceptConfig.from_dict`; ``find`` locates samples and prompt files."""
+def concept_of(
+    entry: Any, where: str, find: Find = Path, *, adapter: bool = False
+) -> ConceptConfig:
+    """The concept of a merge file's ``entry``, a text as for :func:`parse_concept` or a mapping;
+    ``find`` locates samples and prompt files."""
+    if isinstance(entry, str):
+        return parse_concept(entry, find, adapter=adapter)
+    if not isinstance(entry, Mapping):
+        raise MergeFileError(f"{where} must be FILE:TRIGGER:CLASS or a mapping, not {entry!r}.")
+    values = dict(cast(Mapping[str, Any], entry))
     prompts, samples = values.get("prompts"), values.get("samples")
     if isinstance(prompts, str):
-        values = {**values, "prompts": read_prompts(find(prompts))}
+        values["prompts"] = read_prompts(find(prompts))
     if isinstance(samples, str):
-        values = {**values, "samples": str(find(samples))}
+        values["samples"] = str(find(samples))
     return ConceptConfig.from_dict(values, where)
 
 
@@ -106,7 +114,7 @@ def found_in(folders: Sequence[Path], concept: ConceptConfig) -> ConceptConfig:
     digests = concept.sha256.split("+")
     pairs = itertools.zip_longest(concept.files, digests, fillvalue="")
     files = [find_file(folders, str(name), digest) for name, digest in pairs if name]
-    return replace(concept, **dict(zip(("file", "low"), files, strict=False)))
+    return concept.model_copy(update=dict(zip(("file", "low"), files, strict=False)))
 
 
 def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..concept_config import ConceptConfig
+from ..config import ConceptConfig
 from ..edit.convert import Names, convert_lora, largest_error
 from ..lora import Lora
 from ..lora_files import DTYPES, ReadOptions, check_target, read_lora_file
@@ -41,7 +41,11 @@ def convert(
     overwrite: Overwrite = False,
     as_json: Annotated[bool, option("Print the report as JSON", "--json")] = False,
 ) -> None:
-    """Rename a LoRA for another tool; LoHa, LoKr, LoCon and DoRA become a plain LoRA."""
+    """Rename a LoRA for another tool; LoHa, LoKr, LoCon and DoRA become a plain LoRA.
+
+    \b
+    iteris convert cat.safetensors --layout comfyui -o cat-comfyui.safetensors
+    """
     if layout == "peft":
         check_folder(output)
     else:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import KINDS, IterisError, UsageError, remedy_of
-from .common import option
+from .common import option, spelled
 
 _PAGE = """\
 # Index of errors
@@ -26,7 +26,11 @@ def explain(
     ] = None,
     markdown: Annotated[bool, option("Print the page docs/errors/index.md", "--markdown")] = False,
 ) -> None:
-    """Explain an error code and what to do about it."""
+    """Explain an error code and what to do about it.
+
+    \b
+    iteris explain IT-09
+    """
     if markdown:
         typer.echo(errors_page(), nl=False)
         return
@@ -39,14 +43,14 @@ def explain(
     name = f"IT-{int(number[1]):02d}" if number is not None else code
     if name not in codes:
         raise UsageError(f"There is no error {code!r}; the codes are {', '.join(codes)}.")
-    remedy = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", remedy_of(codes[name])).replace("`", "")
-    typer.echo(f"{name}  {_what(codes[name])}\n{remedy}")
+    remedy = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", spelled(remedy_of(codes[name])))
+    typer.echo(f"{name}  {_what(codes[name])}\n{remedy.replace('`', '')}")
 
 
 def errors_page() -> str:
     """The content of ``docs/errors/index.md``."""
     entries = [f"## {k.code}\n\n`{k.__name__}`: {_what(k)}\n\n{remedy_of(k)}\n" for k in KINDS]
-    return "\n".join([_PAGE, *entries])
+    return spelled("\n".join([_PAGE, *entries]))
 
 
 def _what(kind: type[IterisError]) -> str:

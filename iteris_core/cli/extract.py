@@ -39,7 +39,11 @@ class ExtractOptions(Sizing):
 
 @command(ExtractOptions)
 def extract(context: typer.Context, options: ExtractOptions) -> None:
-    """Extract a LoRA from a fine-tune and its base, and compare it with the fine-tune."""
+    """Extract a LoRA from a fine-tune and its base, and compare it with the fine-tune.
+
+    \b
+    iteris extract BASE TUNED --rank 32 -o tuned.safetensors
+    """
     from ..hosts.diffusers import DiffusersHost
     from ..hosts.diffusers_lora import base_of
 

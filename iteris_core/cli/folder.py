@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..architectures import architecture_of_file
 from ..architectures.record import said_base
-from ..concept_config import ConceptConfig
+from ..config import ConceptConfig
 from ..errors import InputFileError, LoraFileError
 from ..lora_files import is_lora, read_header
 from ..lora_files.metadata import parse_object
@@ -113,7 +113,7 @@ def _pairs(loras: Sequence[FoundLora]) -> list[FoundLora]:
     for name, one in by_name.items():
         if low_of[name] in lows and name not in lows:
             low = by_name[low_of[name]].option.file
-            joined.append(replace(one, option=replace(one.option, low=low)))
+            joined.append(replace(one, option=one.option.model_copy(update={"low": low})))
         elif name not in lows:
             joined.append(one)
     return joined

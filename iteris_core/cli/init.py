@@ -36,6 +36,10 @@ def init(
     Trigger words come from the files' metadata and from the notes that download helpers leave
     beside them; the base model is guessed from the names in the files. In a terminal you can accept
     or change every guess.
+
+    \b
+    iteris init loras
+    iteris init loras --base models/sdxl -o people.yaml --yes
     """
     loras, left_out = loras_in(folder)
     check_merge_file(output, overwrite=overwrite)

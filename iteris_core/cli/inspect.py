@@ -40,7 +40,11 @@ def inspect(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Show what LoRA files contain, and where two of them will interfere."""
+    """Show what LoRA files contain, and where two of them will interfere.
+
+    \b
+    iteris inspect cat.safetensors dog.safetensors
+    """
     check_plot(plot, overwrite=overwrite)
     options = ReadOptions(allow_partial=True, of_weight=False, vectors=True)
     read = lora_reader(base)

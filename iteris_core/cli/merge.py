@@ -20,13 +20,14 @@ from ..lora_files.peft_folder import check_folder, write_adapter
 from ..merge import MergeResult
 from ..methods import find_method
 from ..methods.registry import settings_over
+from ..reading import read_concept
 from ..report.card import card_files, write_card
 from ..report.provenance import check_cut, cut_again, with_run
 from ..saving import atomically, check_new
 from .adapters import check_adapters, load_adapters
 from .base import check_base, load_base
 from .checks import check_apart, check_concepts, check_plot, room_warnings, warnings_of
-from .common import Load, bytes_of, console, foresee, run_merge
+from .common import Load, bytes_of, console, foresee, run_merge, spelled
 from .merge_file import (
     SUFFIXES,
     MergeFile,
@@ -51,7 +52,13 @@ _ASKED = (
 
 @command(MergeOptions)
 def merge(context: typer.Context, options: MergeOptions) -> None:
-    """Merge LoRAs into one, on a diffusers pipeline or a transformers model."""
+    """Merge LoRAs into one, on a diffusers pipeline or a transformers model.
+
+    \b
+    iteris merge BASE --concept cat.safetensors:sks:cat \\
+      --concept dog.safetensors:zwx:dog -o both.safetensors
+    iteris merge merge.yaml --preset best -o both.safetensors
+    """
     console.quiet = options.quiet
     file = context.obj if isinstance(context.obj, MergeFile) else None
     config, adapter = requested(file, options)
@@ -143,7 +150,7 @@ def _loading(config: MergeConfig, adapter: bool, options: MergeOptions) -> Load:
             how = {"dtype": options.base_dtype, "offload": options.offload}
             host = DiffusersHost(load_base(config.base, device, **how), **call)
         reader, renames = host or ReleasedBases(), options.rename or []
-        concepts = [one.read(reader, reading, renames) for one in config.concepts]
+        concepts = [read_concept(one, reader, reading, renames) for one in config.concepts]
         check_embeddings(concepts, options.output, options.layout, overwrite=options.overwrite)
         return host, concepts
 
@@ -163,7 +170,7 @@ def _write(result: MergeResult, config: MergeConfig, adapter: bool, options: Mer
         more = {"paths": [str(path) for path in paths]} if len(paths) > 1 else {}
         typer.echo(json.dumps({"path": str(paths[0]), **more, **result.report.to_dict()}))
     elif in_words:
-        typer.echo(result.report.summary())
+        typer.echo(spelled(result.report.summary()))
         for path in paths:
             typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
         for line in lines_of_embeddings(result.lora, paths[0]):

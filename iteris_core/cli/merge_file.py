@@ -7,32 +7,31 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import typer
 import yaml
 
-from ..concept_config import ConceptConfig
-from ..config import KEYS, MergeConfig
+from ..config import MergeConfig
 from ..errors import MergeFileError, OutputError, brief, did_you_mean
 from ..saving import atomically, check_new
 from .base import BUNDLED
 from .concept_options import first_name
 
 SUFFIXES = (".yaml", ".yml")
+KEYS = ("base", "concepts", "settings", "calibration", "cut")
+"""Keys that are not options of ``iteris merge``."""
 _TARGETS = ("output", "plot")
 
 
 @dataclass(frozen=True)
 class MergeFile:
-    """The keys of a merge file except base and options, which become those of the command line."""
+    """A merge file without its base and options, which become those of the command line.
+    ``entries`` are its concepts."""
 
     path: Path
-    data: Mapping[str, Any]
-
-    @property
-    def entries(self) -> Sequence[Any]:
-        return self.data.get("concepts") or []
+    entries: Sequence[Any] = ()
+    config: MergeConfig = MergeConfig()
 
     def find(self, name: str) -> Path:
         """The path of a file: beside the merge file, otherwise relative to the current folder."""
@@ -58,12 +57,13 @@ def use_merge_file(context: typer.Context, base: str | None) -> str | None:
         return base
     path = Path(base)
     data = read_mapping(path)
-    file = MergeFile(path, {key: data[key] for key in KEYS[1:] if key in data})
-    MergeConfig.from_dict(file.data, str(path), lambda entry, where: ConceptConfig())
+    own = {key: data.pop(key) for key in KEYS if key in data}
+    name, entries = own.pop("base", None), own.pop("concepts", None) or []
+    if not isinstance(entries, list):
+        raise MergeFileError(f"{path}: concepts must be a list, not {entries!r}.")
+    file = MergeFile(path, cast(list[Any], entries), MergeConfig.from_dict(own, str(path)))
     context.obj = file
-    options = {key: value for key, value in data.items() if key not in KEYS}
-    context.default_map = _defaults(context, file, options)
-    name = data.get("base")
+    context.default_map = _defaults(context, file, data)
     return None if name is None else file.place(str(name))
 
 

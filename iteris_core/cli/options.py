@@ -34,6 +34,21 @@ CONCEPT_HELP = (
     "A LoRA and its words, as cat.safetensors:sks:cat; repeat for each LoRA. All forms are listed "
     "below"
 )
+CONCEPT_FORMS = """\
+\b
+A concept:
+  FILE                      a LoRA with its trigger words in its metadata
+  FILE:TRIGGER:CLASS        cat.safetensors:sks:cat, in prompts "sks cat"
+  FILE:TRIGGER:CLASS:0.8    at strength 0.8; 0.8/0.5: model and text encoders
+  HIGH+LOW:TRIGGER:CLASS    two files, for a base with two experts
+  FOLDER:SAMPLES[:0.8]      a peft adapter for a transformers model
+  ,weight=2                 how much it counts in the merge (1)
+  ,prompts=FILE             its own prompts, one per line, not templates
+  ,kind=style               templates for a style; also tags, video (subject)
+  ,always_on=include        a speed LoRA: on in every merge, and in the file
+  ,blocks= ,layers=*attn2*  a part of it: block weights, or names of layers
+  ,trigger= ,class= ,strength= ,text_strength= ,samples=   the same by name
+"""
 
 
 def method_names(incomplete: str) -> list[tuple[str, str]]:
@@ -64,8 +79,9 @@ def _setting_option(kind: type[Settings], panel: str, declared: Setting) -> Any:
     """The hint of a setting's option. Words such as ``none`` are parsed later."""
     help = f"{declared.explained()} Default: {declared.shown(declared.default)}."
     if declared.optional:
-        number = "INTEGER" if declared.kind is int else "FLOAT"
-        return Annotated[str | None, option(help, panel=panel, metavar=number)]
+        return Annotated[
+            str | None, option(help, panel=panel, metavar=f"<{declared.kind.__name__}>")
+        ]
     return Annotated[get_type_hints(kind)[declared.name] | None, option(help, panel=panel)]
 
 

@@ -4,23 +4,20 @@ a merged file."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path, PureWindowsPath
-from typing import Any, cast
+from typing import Any
 
-from ..concept_config import KEYS as CONCEPT_KEYS
-from ..concept_config import ConceptConfig
 from ..concepts import Calibration
-from ..config import MergeConfig
-from ..errors import IterisError, MergeFileError, RecipeError, SettingsError, UsageError
+from ..config import ConceptConfig, MergeConfig
+from ..errors import ConceptError, MergeFileError, RecipeError, SettingsError, UsageError
 from ..lora_files import read_tensors
 from ..lora_files.metadata import parse_object
 from ..methods import find_method
 from ..report.provenance import check_cut
 from .adapters import is_model
 from .base import BUNDLED
-from .concept_options import concept_of, first_name, found_in, parse_concept
-from .merge_file import MergeFile, relative_name
+from .concept_options import concept_of, first_name, found_in
+from .merge_file import KEYS, MergeFile, relative_name
 from .merge_options import MergeOptions
 from .options import check_settings, given, parse_settings, read_lines, read_prompts
 
@@ -40,17 +37,15 @@ def requested(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfi
     calibration |= options.calibration
     if options.templates:
         calibration["templates"] = read_lines(options.templates)
-    config = replace(
-        config,
-        settings={**config.settings, **settings},
-        calibration={**config.calibration, **calibration},
-        unmergeable=options.unmergeable or config.unmergeable,
-        preset=options.preset or config.preset,
-    )
+    changes: dict[str, Any] = {
+        "settings": {**config.settings, **settings},
+        "calibration": {**config.calibration, **calibration},
+        **given(unmergeable=options.unmergeable, preset=options.preset),
+    }
     if options.preserve and not adapter:
         kept = ConceptConfig.preserve(read_prompts(options.preserve), options.preserve_weight)
-        config = replace(config, concepts=[*config.concepts, kept])
-    return config, adapter
+        changes["concepts"] = (*config.concepts, kept)
+    return config.model_copy(update=changes), adapter
 
 
 def _written(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig, bool]:
@@ -70,20 +65,21 @@ def _written(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig
     names = of_file.folders() if of_file else [first_name(text) for text in entries]
     adapter = options.base is not None and is_model(options.base, names)
 
-    def concept(entry: Any, where: str) -> ConceptConfig:
-        find = of_file.find if of_file else Path
-        if isinstance(entry, str):
-            one = parse_concept(entry, find, adapter=adapter)
-        elif isinstance(entry, Mapping):
-            one = concept_of(cast(Mapping[str, Any], entry), where, find)
-        else:
-            raise MergeFileError(f"{where} must be FILE:TRIGGER:CLASS or a mapping, not {entry!r}.")
-        return found_in(_folders(options.loras, of_file.path), one) if of_file else one
-
-    data = {**(file.data if file else {}), "concepts": entries}
-    config = MergeConfig.from_dict(data, str(file.path) if file else "--concept", concept)
-    config = replace(config, base=options.base or "", method=options.method or config.method)
-    return _checked(config, str(file.path)) if file else config, adapter
+    where, find = (str(of_file.path), of_file.find) if of_file else ("--concept", Path)
+    concepts = [
+        concept_of(entry, f"{where}: concept {number}", find, adapter=adapter)
+        for number, entry in enumerate(entries, 1)
+    ]
+    if of_file:
+        folders = _folders(options.loras, of_file.path)
+        concepts = [found_in(folders, concept) for concept in concepts]
+    config = _checked(file.config, str(file.path)) if file else MergeConfig()
+    changes = {
+        "concepts": tuple(concepts),
+        "base": options.base or "",
+        **given(method=options.method),
+    }
+    return config.model_copy(update=changes), adapter
 
 
 def _again(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig, bool]:
@@ -107,45 +103,43 @@ def _again(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig, 
     if not base and (config.base or find_method(config.method).needs_host):
         base = _base_in(folders, config.base)
     check_cut(config.cut)
-    concepts = [found_in(folders, concept) for concept in config.concepts]
-    return replace(config, base=base, concepts=concepts), False
+    concepts = tuple(found_in(folders, concept) for concept in config.concepts)
+    return config.model_copy(update={"base": base, "concepts": concepts}), False
 
 
 def read_recipe(path: Path) -> MergeConfig:
     """The recipe in a merged file. Raises :class:`IterisError` if there is none or it is broken."""
     recorded = parse_object(read_tensors(path)[1].get("iteris"))
     missing = [name for name in _WHOLE if recorded.get(name) is None]
+    known = ConceptConfig.key_names()
     try:
         if missing:
             raise MergeFileError(f"it has no {missing[0]}")
         data = {name: recorded[name] for name in (*_WHOLE, *_AFTER) if name in recorded}
-        return MergeConfig.from_dict(data, str(path), _recorded)
-    except MergeFileError as error:
+        if isinstance(data["concepts"], list):
+            data["concepts"] = [
+                {key: entry[key] for key in entry if key in known}
+                if isinstance(entry, dict)
+                else entry
+                for entry in data["concepts"]
+            ]
+        return MergeConfig.from_dict(data, "recipe")
+    except (MergeFileError, ConceptError) as error:
         raise RecipeError(
             f"{path} has no complete merge recipe in its metadata ({error}); it was not written "
             "by iteris merge, or another tool saved it without its metadata."
         ) from error
 
 
-def _recorded(entry: Any, where: str) -> ConceptConfig:
-    if not isinstance(entry, Mapping):
-        raise MergeFileError(f"{where} must be a mapping")
-    try:
-        known = {key: value for key, value in entry.items() if key in CONCEPT_KEYS}
-        return ConceptConfig.from_dict(known, "it")
-    except IterisError as error:
-        raise RecipeError(f"The recipe has a broken concept {dict(entry)}: {error}") from error
-
-
 def _checked(config: MergeConfig, where: str) -> MergeConfig:
     """``config`` from a file, with its settings checked; strings among them are parsed as on the
     command line."""
-    kind = find_method(config.method).settings
-    return replace(
-        config,
-        settings=check_settings(kind, config.settings, f"{where}: settings"),
-        calibration=check_settings(Calibration, config.calibration, f"{where}: calibration"),
-    )
+    kinds = {"settings": find_method(config.method).settings, "calibration": Calibration}
+    changes = {
+        name: check_settings(kind, getattr(config, name), f"{where}: {name}")
+        for name, kind in kinds.items()
+    }
+    return config.model_copy(update=changes)
 
 
 def _folders(loras: Path | None, file: Path) -> list[Path]:
@@ -175,6 +169,7 @@ def merge_file_of(
     def name(path: Path) -> str:
         return relative_name(path, output.parent)
 
-    outputs = {"output": output.stem + ending, **others}
-    config = replace(config, base=config.base and name(Path(config.base)), outputs=outputs)
-    return config.to_dict(name, usual=False)
+    base = config.base and name(Path(config.base))
+    data = config.model_copy(update={"base": base}).to_dict(name, usual=False)
+    last = {key: data.pop(key) for key in KEYS[1:] if key in data}
+    return {**data, "output": output.stem + ending, **others, **last}

@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ..concept_config import ConceptConfig
 from ..concepts import Concept
+from ..config import ConceptConfig
 from ..edit.resize import resize_lora
 from ..errors import OutputError, UsageError
 from ..hosts.protocol import Host
 from ..lora_files import Layout, ReadOptions, check_target
 from ..lora_files.own_names import check_by_own_names, read_by_own_names
+from ..reading import read_concept
 from .base import load_base
 from .checks import check_apart, check_concepts
 from .common import Offload, progress_bars
@@ -43,7 +44,13 @@ class ResizeOptions(Sizing):
 
 @command(ResizeOptions)
 def resize(context: typer.Context, options: ResizeOptions) -> None:
-    """Reduce LoRAs to a lower rank, size or share of energy, with ranks shared out over layers."""
+    """Reduce LoRAs to a lower rank, size or share of energy, with ranks shared out over layers.
+
+    \b
+    iteris resize cat.safetensors:sks:cat --base BASE --rank 8 \\
+      -o cat-8.safetensors
+    iteris resize cat.safetensors dog.safetensors --size 20 -o smaller
+    """
     target, how = options.target, options.run
     reading = ReadOptions(options.allow_partial, vectors=True)
     configs = [
@@ -102,6 +109,6 @@ def _read(
     config: ConceptConfig, host: Host | None, reading: ReadOptions
 ) -> tuple[Concept, Layout | None]:
     if host is not None:
-        return config.read(host, reading), None
+        return read_concept(config, host, reading), None
     lora, layout = read_by_own_names(config.files[0], reading)
     return config.concept(lora), layout

@@ -31,7 +31,11 @@ def score(
     device: Device = None,
     as_json: Annotated[bool, option("Print JSON", "--json")] = False,
 ) -> None:
-    """Measure CLIP image and text alignment of images: raw cosine and the CLIPScore scale."""
+    """Measure CLIP image and text alignment of images: raw cosine and the CLIPScore scale.
+
+    \b
+    iteris score pictures --refs references --prompts prompts.txt
+    """
     from ..score import ClipScorer, DinoScorer, clip_score
 
     if refs is None and prompts is None:

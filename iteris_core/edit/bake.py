@@ -179,7 +179,7 @@ def _baked(
         if scaled := next((key for key in keys if key.endswith(_QUANTISED)), None):
             raise BaseError(
                 f"{source} is already quantised (it has {scaled}); bake into the unquantised file, "
-                "and pass --dtype fp8."
+                "with option dtype fp8."
             )
         for done, key in enumerate(keys, 1):
             tensor, pieces = file.get_tensor(key), places.get(key, ())

@@ -36,7 +36,7 @@ def convert_lora(
         if others:
             raise OutputError(
                 f"A peft folder is for one model, but this LoRA changes {len(others)} layers "
-                f"outside the denoiser, such as {others[0]}; write --layout diffusers."
+                f"outside the denoiser, such as {others[0]}; give option layout diffusers."
             )
         sites = {site.removeprefix(prefix): change for site, change in lora.sites.items()}
         return write_adapter(replace(lora, sites=sites), path, dtype=DTYPES[dtype])
@@ -53,7 +53,7 @@ def comfyui_names(base: BaseModel) -> dict[str, Alias]:
     if not original:
         raise OutputError(
             f"ComfyUI's names for {base.architecture.title} are unknown; ComfyUI also reads "
-            "diffusers' names (--layout diffusers)."
+            "diffusers' names (option layout diffusers)."
         )
     texts = {n: alias for n, alias in base.aliases.items() if n.startswith("text_encoders.")}
     return {f"diffusion_model.{name}": alias for name, alias in original.items()} | texts

@@ -55,14 +55,14 @@ def by_loader(
     if text:
         raise LoraFileError(
             f"{path}: {text[0]} changes a text encoder, which diffusers' loader of {name} ignores. "
-            "Allow partial reading (--allow-partial) to merge without it."
+            "Allow partial reading (option allow_partial) to merge without it."
         )
     lost = next((lost for _, _, lost in tried if lost), None)
     if lost and len(lost) < len(tensors):
         raise LoraFileError(
             f"{path}: diffusers' loader of {name} would leave out {len(lost)} of {len(tensors)} "
-            f"tensors, such as {', '.join([*lost][:3])}. Allow partial reading (--allow-partial) "
-            "to go on without them."
+            f"tensors, such as {', '.join([*lost][:3])}. Allow partial reading (option "
+            "allow_partial) to go on without them."
         )
     key, why = unknown[0], f" ({brief(error)})" if error is not None else ""
     raise LoraFileError(

@@ -104,6 +104,6 @@ def _rounded(site: str, change: LowRank, dtype: torch.dtype, scale: float = 1.0)
     if not bool(torch.isfinite(stored.up).all() and torch.isfinite(stored.down).all()):
         raise OutputError(
             f"Site {site}: values are too large for {str(dtype).removeprefix('torch.')}; write "
-            'float32 (--dtype float32, dtype="float32").'
+            "float32 (option dtype float32)."
         )
     return stored

@@ -49,13 +49,15 @@ class ReadOptions:
     ``energy`` is the share of ‖ΔW‖² to keep when a change that is not low rank (full differences,
     DoRA, OFT, large LoHa and LoKr) is made low rank. Without ``of_weight``, for inspecting a file
     without its base, DoRA is read as its plain kind, and OFT, BOFT and GLoRA are left out; a note
-    says so. ``blocks`` and ``layers`` are as in :func:`.blocks.filtered`. With ``vectors``, changes
+    says so. Without ``text``, a host for which a text encoder may be missing ignores its changes.
+    ``blocks`` and ``layers`` are as in :func:`.blocks.filtered`. With ``vectors``, changes
     of biases and normalisations are read too; a merge does not use them.
     """
 
     allow_partial: bool = False
     energy: float = 0.999
     of_weight: bool = True
+    text: bool = True
     blocks: str = ""
     layers: str = ""
     vectors: bool = False
@@ -119,7 +121,7 @@ class ReleasedBases:
         except LoraFileError as error:
             raise LoraFileError(
                 f"{error} If it is a DoRA, or its base differs in shape from the released models, "
-                "name its base: BASE for merge, --base BASE for other commands, a host in Python."
+                "name its base: BASE for merge, option base BASE for others, a host in Python."
             ) from error
 
 
@@ -297,7 +299,7 @@ def _complaint(
     """What is left out, and what to do; ``whole``: that is all of the file."""
     keys = [key for some in left_out.values() for key in some]
     named = [f"{_named(key, tensors)} {why}" for why, some in left_out.items() for key in some]
-    rest = "; to merge the rest of it, allow a partial reading (--allow-partial)."
+    rest = "; to merge the rest of it, allow a partial reading (option allow_partial)."
     if whole and len(keys) > _FEW and not any(_LORA_PART.search(key.lower()) for key in keys):
         advice = (
             "This is a whole model (a checkpoint), not a LoRA; give the LoRA's own file, or "

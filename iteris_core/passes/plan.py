@@ -152,7 +152,7 @@ def _too_much(footprints: Sequence[Footprint], limits: MemoryLimits, fewest: int
     return OutOfMemory(
         f"The {smallest.stage.name} needs at least {_size(least(smallest))} beyond the model for "
         f"{what}{tried}, but only {_size(limits.device)} may be used; lower samples, timesteps or "
-        "latent_size (ComfyUI: image_size), or allow more memory."
+        "latent_size, or allow more memory."
     )
 
 

@@ -50,8 +50,8 @@ def planned(
     made = replace(made, offered=len(stage.concept_ids), seen=seen)
     if made.rows < made.offered:
         _log.warning(
-            "Not enough memory for all rows: %s; lower samples, timesteps or latent_size (ComfyUI: "
-            "image_size), or allow more memory",
+            "Not enough memory for all rows: %s; lower samples, timesteps or latent_size, or allow "
+            "more memory",
             made,
         )
     job.tick(f"plan: {made}", 0, 0, str(made))
@@ -162,7 +162,7 @@ def complaint(said: str, tried: Sequence[Plan]) -> str:
     ]
     return (
         f"Out of memory in the {tried[0].stage.name} ({said}). Tried: {'; '.join(named)}. Lower "
-        "samples or timesteps (fewer rows), or latent_size (smaller ones; ComfyUI: image_size), "
+        "samples or timesteps (fewer rows), or latent_size (smaller ones), "
         "or free memory elsewhere. The model is unchanged."
     )
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..concept_config import ConceptConfig
-from ..concepts import Concept
-from ..config import MergeConfig
+from ..concepts import Concept, Phrased
+from ..config import ConceptConfig, MergeConfig
 from ..errors import RecipeError
 from ..hosts.learned import EmbeddingTriggers
 from ..linalg.lowrank import at_rank
@@ -98,8 +97,8 @@ def recipe(
     """Everything that ``iteris merge --from`` needs to repeat the merge, and each concept's trigger
     phrases (``called``) in the result."""
     config = MergeConfig(
-        [ConceptConfig.of(concept) for concept in concepts],
-        report.method,
+        concepts=tuple(ConceptConfig.of(concept) for concept in concepts),
+        method=report.method,
         settings=report.settings,
         calibration=report.calibration,
     )
@@ -207,7 +206,7 @@ def lacks_of(concepts: Sequence[Concept]) -> list[str]:
     return lacks
 
 
-def shared_triggers(concepts: Sequence[Concept]) -> list[list[str]]:
+def shared_triggers(concepts: Sequence[Phrased]) -> list[list[str]]:
     """For each concept, a sentence about each earlier one that prompts for either invoke too."""
     return [
         [told for other in concepts[:at] if (told := _clash(other, concept))]
@@ -215,7 +214,7 @@ def shared_triggers(concepts: Sequence[Concept]) -> list[list[str]]:
     ]
 
 
-def _clash(one: Concept, two: Concept) -> str:
+def _clash(one: Phrased, two: Phrased) -> str:
     if one.preserves or two.preserves:
         return ""
     if both := _triggers(one) & _triggers(two):
@@ -234,7 +233,7 @@ def _clash(one: Concept, two: Concept) -> str:
     return ""
 
 
-def _triggers(concept: Concept) -> set[str]:
+def _triggers(concept: Phrased) -> set[str]:
     """In lower case, whole and by the word that is not common: "sks dog" and "sks cat" share it."""
     texts = map(_in_lower_case, [concept.trigger] if concept.trigger else concept.subjects)
     return {word for text in texts for word in (text, parted(text)[1])} - {""}
@@ -284,7 +283,7 @@ def join_embeddings(concepts: Sequence[Concept]) -> Joined:
                     joined_name += "-2"
                 warnings.append(
                     f"two LoRAs have an embedding {name!r}; the one from {lora.name} is saved as "
-                    f"{joined_name!r}. To choose the name: --rename {lora.name}:{name}=NEW"
+                    f"{joined_name!r}. To choose the name: option rename {lora.name}:{name}=NEW"
                 )
             joined[joined_name] = parts
             own_names[name] = joined_name

@@ -73,7 +73,8 @@ def check_results_folder(folder: Path, *, overwrite: bool) -> None:
         raise SaveError(f"{folder} cannot be created: {there} is not a writable folder.")
     if not overwrite and (folder / _FIGURES).exists():
         raise OutputError(
-            f"{folder} has the results of a comparison; give another folder, or --overwrite."
+            f"{folder} has the results of a comparison; give another folder, or overwrite them "
+            "(option overwrite)."
         )
 
 

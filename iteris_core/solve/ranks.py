@@ -36,7 +36,7 @@ class Target:
         given = [value for value in (self.rank, self.megabytes, self.energy) if value is not None]
         if len(given) != 1:
             raise SettingsError(
-                "Give exactly one of rank, size and energy (--rank 8, --size 20, --energy 0.95)."
+                "Give exactly one of rank, size and energy, such as rank 8, size 20 or energy 0.95."
             )
         if self.rank is not None and self.rank < 1:
             raise SettingsError(f"rank must be at least 1, not {self.rank}.")

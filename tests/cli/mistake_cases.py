@@ -190,7 +190,7 @@ CASES = [
     ),
     (
         "B --concept {one}:s1:dog,weight=-1",
-        "--concept '{one}:s1:dog,weight=-1': weight must be at least 0, not -1",
+        "--concept '{one}:s1:dog,weight=-1': weight must be at least 0, not '-1'",
     ),
     (
         "B --concept {one}:s1:dog,weight=nan",
@@ -251,7 +251,7 @@ CASES = [
         "B --concept https://civitai.com/models/1:s1:dog",
         "https:/civitai.com/models/1 does not exist or is not a file",
     ),
-    ("B --concept s1:dog:{one}", "s1🐶{one} does not exist or is not a file"),
+    ("B --concept s1:dog:{one}", "s1:dog:{one} does not exist or is not a file"),
     (
         'B --concept "{one} s1 dog"',
         "--concept '{one} s1 dog' is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or",
@@ -781,7 +781,7 @@ CASES = [
     ),
     (
         "init {world} -o {tmp}/mine.yaml",
-        "{tmp}/mine.yaml exists already; choose another name, or overwrite it (option overwrite)",
+        "{tmp}/mine.yaml exists already; choose another name, or overwrite it (--overwrite)",
     ),
     # resize
     ("resize {one} -o {out}", "Give exactly one of rank, size and energy"),

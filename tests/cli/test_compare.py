@@ -390,7 +390,10 @@ def test_what_was_finished_is_kept(world, monkeypatch, capsys, references, tmp_p
     assert list(json.loads((out / "comparison.json").read_text())["methods"]) == ["sum"]
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert code == 2
-    assert "has the results of a comparison; give another folder, or --overwrite" in err
+    assert (
+        "has the results of a comparison; give another folder, or overwrite them (--overwrite)"
+        in err
+    )
     monkeypatch.setattr(compare_module, "merge_loras", merge)
     code, _, err = run(monkeypatch, capsys, *arguments, "--overwrite")
     assert code == 0, err

@@ -12,23 +12,23 @@ from tiny import random_lora
 
 from iteris_core import Calibration, Concept, IterisError, cli, merge_loras
 from iteris_core.cli.request import read_recipe
-from iteris_core.concept_config import ConceptConfig
-from iteris_core.config import MergeConfig
+from iteris_core.config import ConceptConfig, MergeConfig
 from iteris_core.methods.registry import settings_over
 from iteris_core.settings import declared_settings
 
 CONFIG = MergeConfig(
-    (
+    concepts=(
         ConceptConfig(
-            None, ("a sks cat",), "sks", "cat", file=Path("high.safetensors"), kind="style",
-            strength=0.8, text_strength=0.0, weight=2.0, low=Path("low.safetensors"), sha256="1+2",
-            reading={"energy": 0.5},
+            file=Path("high.safetensors"), prompts=("a sks cat",), trigger="sks", class_word="cat",
+            kind="style", strength=0.8, text_strength=0.0, weight=2.0, sha256="1+2",
+            low=Path("low.safetensors"), reading={"energy": 0.5},
         ),
         ConceptConfig(file=Path("joy"), samples=Path("joy.txt"), subjects=("one", "two")),
         ConceptConfig.preserve(("a street",)),
     ),
-    "ties", "fast", {"rank": 3, "density": 0.3}, {"samples": 4, "templates": ["a {}"]}, "skip",
-    "base", {"rank": 2, "ordered": True, "strength": 0.5}, {"layout": "peft"},
+    method="ties", preset="fast", settings={"rank": 3, "density": 0.3}, unmergeable="skip",
+    calibration={"samples": 4, "templates": ["a {}"]}, base="base",
+    cut={"rank": 2, "ordered": True, "strength": 0.5},
 )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def test_a_config_comes_back_from_its_dictionary(usual):
 def test_without_the_usual_a_dictionary_has_what_a_user_writes():
     one = ConceptConfig(file=Path("cat.safetensors"), trigger="sks", class_word="cat")
     assert one.to_dict(usual=False) == {"file": "cat.safetensors", "trigger": "sks", "class": "cat"}
-    assert MergeConfig([one]).to_dict(usual=False) == {
+    assert MergeConfig(concepts=(one,)).to_dict(usual=False) == {
         "method": "iteris", "unmergeable": "refuse", "concepts": [one.to_dict(usual=False)],
         "settings": {}, "calibration": {},
     }  # fmt: skip

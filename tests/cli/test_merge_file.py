@@ -13,8 +13,7 @@ from command_line import QUICK, make_world, recipe_of, run
 from safetensors.torch import load_file, save_file
 
 from iteris_core import cli
-from iteris_core.cli.merge_file import _parameters
-from iteris_core.config import KEYS
+from iteris_core.cli.merge_file import KEYS, _parameters
 
 
 @pytest.fixture(scope="module")

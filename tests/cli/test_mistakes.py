@@ -95,7 +95,7 @@ def no_base(monkeypatch):
         (["--preserve={tmp}/latin.txt"], "latin.txt is not text in UTF-8 (byte 3)"),
         (["--preserve={tmp}/zeros.txt"], "zeros.txt is not a text file"),
         (["-o", "{tmp}/lora.safetensors"], "lora.safetensors exists already; choose another name, "
-         "or overwrite it (option overwrite)"),
+         "or overwrite it (--overwrite)"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_found_before_the_base_is_loaded(
@@ -354,7 +354,7 @@ def test_far_too_many_prompts_are_thinned_out(world, tmp_path, monkeypatch, caps
 def test_inspect_says_how_to_name_another_base(world, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, "inspect", world / "lora1.safetensors")
     assert code == 2
-    assert "--base BASE for other commands" in err
+    assert "--base BASE for others" in err
     files = [world / f"lora{number}.safetensors" for number in (1, 2)]
     code, text, err = run(monkeypatch, capsys, "inspect", *files, "--base", world / "base")
     assert code == 0, err

@@ -27,11 +27,11 @@ from iteris_core import (
 )
 from iteris_core.cli.checks import check_concepts
 from iteris_core.cli.concept_options import find_file, parse_concept
-from iteris_core.concept_config import renamed_in
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import read_lora_file
 from iteris_core.lora_files.metadata import merge_tag_frequency, trigger_words
 from iteris_core.lora_files.peft_folder import write_adapter
+from iteris_core.reading import read_concept, renamed_in
 from iteris_core.report.provenance import with_recipe, with_run
 
 
@@ -214,8 +214,11 @@ def test_recipes_that_cannot_be_followed(world, tmp_path, monkeypatch, capsys):
             {"concepts": [{**concept, "file": "/nowhere/a.safetensors"}]},
             "is not in any of the folders",
         ),
-        ({"concepts": [{**concept, "strength": "much"}]}, "broken concept"),
-        ({"concepts": [{**concept, "sha256": "", "reading": 3}]}, "broken concept"),
+        (
+            {"concepts": [{**concept, "strength": "much"}]},
+            "concept 1: strength must be a number, not 'much'",
+        ),
+        ({"concepts": [{**concept, "sha256": "", "reading": 3}]}, "reading must be a mapping of"),
         ({"method": "magic"}, "There is no method"),
         ({"settings": {"magic": 1}}, "magic"),
         (
@@ -257,7 +260,7 @@ def test_shared_triggers_and_embeddings_are_warned_of(tmp_path):
     result = merge_loras(None, concepts, "sum")
     text = result.report.summary()
     assert "another concept has the trigger 'sks' too" in text
-    assert "--rename l1:word=NEW" in text
+    assert "option rename l1:word=NEW" in text
     assert json.loads(result.lora.metadata["iteris"])["notes"] == result.report.notes
     path = result.save(tmp_path / "merged.safetensors")
     names = sorted(p.name for p in tmp_path.iterdir())
@@ -543,7 +546,7 @@ def test_a_renaming_that_fits_nothing_is_refused(tmp_path):
     option = parse_concept(f"{write_lora(lora, tmp_path / 'one.safetensors')}:sks:dog")
     renames = ["one:<toy>=bear"]
     for concept in (
-        option.read(host, renames=renames),
+        read_concept(option, host, renames=renames),
         *check_concepts([option], renames=renames),
     ):
         assert list(concept.lora.embeddings) == ["bear"]

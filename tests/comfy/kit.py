@@ -33,8 +33,8 @@ def merge_on(
 ) -> Any:
     """A merge by ``merging``, the pack's module of that name."""
     config = merging.MergeConfig(
-        tuple(concepts), method, settings=settings, calibration=asdict(calibration),
-        unmergeable=unmergeable,
+        concepts=tuple(concepts), method=method, settings=settings,
+        calibration=asdict(calibration), unmergeable=unmergeable,
     )  # fmt: skip
     return merging.merge_on(model, clip, config, **options)
 
@@ -50,6 +50,7 @@ class Kit:
         self.host, self.sampling = module("nodes.comfy_host"), module("nodes.comfy_sampling")
         self.denoiser, self.text = module("nodes.comfy_denoiser"), module("nodes.comfy_text")
         self.lora, self.specs = module("nodes.comfy_lora"), module("nodes.concept_specs")
+        self.read_concept = module("iteris_core.reading").read_concept
         self.model, self.clip = thin
         self.loras = models / "models" / "loras"
         self.calibration = self.core.Calibration(

@@ -65,7 +65,7 @@ def test_a_lora_of_a_lower_rank_than_it_says_is_resized_without_loss(
     assert lora.lora.ranks == {2}
     assert "100.0% of its effect on their outputs kept" in report
     host = kit.host.ComfyHost(kit.model, kit.clip)
-    assert distance(lora.lora, kit.specs.read(spec, host).lora) < 1e-4
+    assert distance(lora.lora, kit.read_concept(spec, host).lora) < 1e-4
     wanted = drawn(kit, *on_model(kit, "twice.safetensors"))
     plain = drawn(kit, kit.model, kit.clip)
     ours = drawn(kit, model, clip)
@@ -101,7 +101,7 @@ def test_a_lora_on_a_model_is_extracted_from_it(kit: Kit, edits: Edits, clips: s
         "ExtractLora", kit.model, ours[0], kit.clip, ours[1], rank=4
     )
     host = kit.host.ComfyHost(kit.model, kit.clip)
-    wanted = kit.specs.read(kit.concepts()[0], host).lora
+    wanted = kit.read_concept(kit.concepts()[0], host).lora
     sites = {s: c for s, c in wanted.sites.items() if clips == "two" or s.startswith("unet")}
     assert set(lora.lora.sites) == set(sites)
     for site, change in sites.items():

@@ -255,4 +255,4 @@ def test_a_lora_with_norms_merges_with_skip(bench: Bench, kit: Kit) -> None:
     result = merge("skip")
     assert "left out" in result.report.summary()
     host = kit.host.ComfyHost(kit.model, kit.clip)
-    assert set(kit.specs.read(specs[1], host).lora.sites) <= set(result.lora.sites)
+    assert set(kit.read_concept(specs[1], host).lora.sites) <= set(result.lora.sites)

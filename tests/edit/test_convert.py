@@ -51,7 +51,7 @@ def test_a_folder_of_peft_is_loaded_by_peft(pipeline, host, tmp_path):
         layer = model.base_model.model.get_submodule(site.removeprefix("unet."))
         assert torch.allclose(layer.get_delta_weight("default"), change.dense(), atol=2e-3)
     both = make_lora("sd1")
-    with pytest.raises(IterisError, match="write --layout diffusers"):
+    with pytest.raises(IterisError, match="give option layout diffusers"):
         convert_lora(both, tmp_path / "other", "peft")
 
 

@@ -206,7 +206,7 @@ def test_what_only_a_base_can_read_is_refused_at_once(world, tmp_path, monkeypat
     code, _, err = run(monkeypatch, capsys, "resize", tmp_path / "loha.safetensors", "-o",
                        tmp_path / "out.safetensors", "--rank", 2)  # fmt: skip
     assert code == 2
-    assert "pass --base BASE" in err
+    assert "give --base BASE" in err
 
 
 def test_no_hook_stays_behind(host):

@@ -12,7 +12,7 @@ from oracle import SITES, ModuleHost, Net, difference, make_data, make_lora
 from tiny import random_lora
 
 from iteris_core import Concept, SettingsError, merge_loras
-from iteris_core.concept_config import KEYS, ConceptConfig
+from iteris_core.config import ConceptConfig
 from iteris_core.errors import ConceptError, MismatchError
 from iteris_core.lora import Lora
 from iteris_core.preview import preview_merge
@@ -98,7 +98,7 @@ def test_the_report_and_the_recipe_say_so():
         assert note in result.report.notes["fast"][-1]
         recipe = json.loads(result.lora.metadata["iteris"])
         assert [c.get("always_on", "no") for c in recipe["concepts"]] == ["no", "no", on]
-        entry = {key: recipe["concepts"][-1][key] for key in KEYS}
+        entry = {key: recipe["concepts"][-1][key] for key in ConceptConfig.key_names()}
         assert ConceptConfig.from_dict(entry, "x").always_on == on
         assert ("fast" in result.lora.metadata["modelspec.merged_from"]) == (on == "include")
         assert "fast" not in result.lora.metadata.get("modelspec.trigger_phrase", "")

@@ -1,0 +1,114 @@
+"""Reads concepts: the LoRA in a file, with its words, its part and its embeddings' names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .concepts import Concept
+from .config import ConceptConfig
+from .errors import ConceptError, SettingsError, UsageError
+from .hosts.learned import embedding_triggers
+from .hosts.protocol import Host
+from .lora_files import ReadOptions, ReleasedBases
+from .lora_files.experts import joined_experts
+
+
+def read_concepts(host: Host | None, concepts: Any) -> list[Concept]:
+    """``concepts`` with their LoRAs; a file has its words in its metadata or in a note beside it.
+    Raises :class:`SettingsError` for anything but a list of concepts."""
+    if isinstance(concepts, str | Path | Concept):
+        what = "a single Concept" if isinstance(concepts, Concept) else repr(str(concepts))
+        raise SettingsError(f"concepts must be a list, not {what}; put it in brackets: [...].")
+    read: list[Concept] = []
+    for one in concepts:
+        if isinstance(one, str | Path):
+            one = ConceptConfig(file=Path(one))
+        if isinstance(one, ConceptConfig):
+            one = read_concept(one, host or ReleasedBases())
+        if not isinstance(one, Concept):
+            raise SettingsError(
+                f"concepts must be a list of Concept, not of {type(one).__name__}; pass "
+                "[Concept(host.read_lora(file), trigger=…), …]."
+            )
+        if one.lora is None and one.always_on != "no":
+            raise SettingsError(f"{one.name}: only a concept with a LoRA can be always on.")
+        read.append(one)
+    return read
+
+
+def read_concept(
+    config: ConceptConfig,
+    host: Host | ReleasedBases,
+    options: ReadOptions | None = None,
+    renames: Sequence[str] = (),
+) -> Concept:
+    """The concept with its LoRA, or with those of two experts as one.
+
+    ``options`` apply unless a recipe recorded others; ``renames`` come after the recipe's own.
+    Raises :class:`IterisError` for a file that does not fit ``host``.
+    """
+    if config.file is None:
+        return config.concept()
+    options = _options(config, options or ReadOptions())
+    lora = host.read_lora(config.file, options)
+    if config.low is not None:
+        experts = getattr(host, "experts", None)
+        if not experts:
+            raise ConceptError(
+                f"{config.low}: the base has one denoiser; give one file per concept."
+            )
+        read_low = getattr(host, "read_low", host.read_lora)
+        lora = joined_experts(lora, read_low(config.low, options), experts)
+    named = config if config.prompts is not None else config.with_found_words(lora.metadata)
+    return renamed_in(named.concept(lora), [*config.renames, *renames])
+
+
+def _options(config: ConceptConfig, given: ReadOptions) -> ReadOptions:
+    """The options that a recipe recorded, or else those ``given``, with the part of the LoRA that
+    counts. At strength 0 its text encoders may be those of another base, or missing."""
+    text = config.strength if config.text_strength is None else config.text_strength
+    recorded = config.reading
+    return ReadOptions(
+        allow_partial=bool(recorded.get("allow_partial")) or given.allow_partial,
+        energy=recorded.get("energy", given.energy),
+        text=text != 0,
+        blocks=config.blocks or recorded.get("blocks", ""),
+        layers=config.layers or recorded.get("layers", ""),
+    )
+
+
+def parse_rename(text: str) -> tuple[str, str, str]:
+    """Split ``[LORA:]NAME=NEW`` into the LoRA (empty: every one), an embedding's name and its new
+    name. Raises :class:`IterisError` for any other text."""
+    left, _, new = text.partition("=")
+    owner, _, old = left.rpartition(":")
+    if not old or not new:
+        raise UsageError(f"option rename {text!r} is not LORA:NAME=NEW or NAME=NEW.")
+    return owner, old, new
+
+
+def renamed_in(concept: Concept, renames: Sequence[str]) -> Concept:
+    """``concept`` with the embeddings of its LoRA renamed, and with them the words that call for
+    them; ``renames`` are LORA:NAME=NEW, or NAME=NEW for every LoRA."""
+    lora = concept.lora
+    if not renames or lora is None:
+        return concept
+    names = {name: name for name in lora.embeddings}
+    for owner, old, new in map(parse_rename, renames):
+        if old in names and owner in ("", lora.name):
+            names[old] = new
+    if len(set(names.values())) < len(names):
+        raise UsageError(f"{lora.name}: two embeddings would get the same name: {names}.")
+    renamed = {names[name]: parts for name, parts in lora.embeddings.items()}
+    lora = replace(lora, embeddings=renamed, reading={**lora.reading, "rename": list(renames)})
+    words = embedding_triggers(concept)
+
+    def of(texts: Sequence[str]) -> list[str]:
+        return [words.renamed(text, names) for text in texts]
+
+    prompts = None if concept.prompts is None else of(concept.prompts)
+    trigger, subjects = of([concept.trigger])[0], of(concept.subjects)
+    return replace(concept, lora=lora, prompts=prompts, trigger=trigger, subjects=subjects)
