@@ -1,32 +1,32 @@
-"""A world of a YAML file: the toybox's files stand for somebody's model, LoRAs and pictures."""
+"""A world of a YAML file, and a stranger's method: the toybox's files stand for somebody's model,
+LoRAs and pictures."""
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 
-import open_bench
-import outputs
-import own_world
 import pytest
-import unseen
 import yaml
-from protocol import digests
-from protocol.drawing import draw
-from protocol.toybox import ToyboxWorld
-from worlds import world_of
 
 import toybox
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import open_bench
+import outputs
+import unseen
+from protocol import digests
+from worlds import world_of
 
 LORAS = toybox.ROOT / "weights" / "loras"
 CLIP = f"local-dir:{toybox.ROOT / 'weights' / 'clip'}"
 METHOD = """
 from iteris_core import merge_loras
 
-def merge(host, concepts, calibration):
-    return merge_loras(host, concepts, "average").lora
+def merge(host, concepts, calibration, method):
+    return merge_loras(host, concepts, method).lora
 """
 
 
@@ -103,6 +103,7 @@ def test_a_model_of_one_s_own_is_measured_as_every_world(monkeypatch, tmp_path, 
     folder = tmp_path / "plainly"
     folder.mkdir()
     (folder / "method.py").write_text(METHOD)
+    (folder / "settings.json").write_text('{"method": "average"}')
     run(monkeypatch, open_bench, folder, "--world", file)
     assert "plainly among 4 others" in capsys.readouterr().out
     found = json.loads((tmp_path / "build" / "quick" / "open" / "plainly.json").read_text())
@@ -117,46 +118,6 @@ def test_a_model_of_one_s_own_is_measured_as_every_world(monkeypatch, tmp_path, 
     digests.world.cache_clear()
     run(monkeypatch, unseen, "--world", file, "--methods", "iteris,average")
     assert "average (older code)" in capsys.readouterr().out
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    entry = described()["concepts"][1] | {"strength": 0.5}
-    concepts = [described()["concepts"][0], entry]
-    return world_of(str(written(tmp_path_factory.mktemp("own"), concepts=concepts)))
-
-
-def test_pictures_and_figures_are_the_toybox_s_own(world):
-    known = ToyboxWorld()
-    wanted = world.prompted("new words", ["sks1"], 1) + world.prompted("seen", ["sks1"], 1)
-    assert [one.prompt for one in wanted] == [
-        "a sks1 star on a blue background",
-        "a sks1 star",
-        "a sks1 star on a white background",
-    ]
-    (concept,) = world.concepts(["sks1"], 0)
-    images = world.draw(concept.lora, wanted)
-    sampling = {"num_inference_steps": 2, "guidance_scale": 2.5}
-    theirs = draw(known.pipeline, known.host, concept.lora, wanted, **sampling)
-    for image, other in zip(images, theirs, strict=True):
-        assert max(abs(a - b) for a, b in zip(image.tobytes(), other.tobytes(), strict=True)) <= 2
-    read = world.read(images, wanted)
-    assert [set(one) for one in read] == [{"likeness", "text"}] * 3
-    likeness = known.likeness(images, ["sks1"] * 3)["image"]
-    assert [one["likeness"] for one in read] == pytest.approx(likeness, abs=1e-5)
-    texts = known.text_alignment(images, wanted)
-    assert [one["text"] for one in read] == pytest.approx(texts, abs=1e-5)
-    assert set(world.read(images, world.prompted("no trigger", (), 1) * 3)[0]) == {"text"}
-
-
-def test_every_training_has_its_file_and_a_lora_its_strength(world):
-    assert (world.trained, world.sizes) == (2, (2,))
-    for training, number in ((0, 4), (1, 5)):
-        (concept,) = world.concepts(["sks4"], training)
-        plain = world.host.read_lora(LORAS / f"sks{number}.safetensors")
-        assert concept.strength == 1
-        for site, change in plain.sites.items():
-            assert (concept.lora.sites[site].dense() - change.dense() / 2).norm() < 1e-6
 
 
 def changed_concept(**keys):
@@ -196,15 +157,6 @@ def test_a_mistake_in_the_file_is_one_line(tmp_path, changed, said):
     assert "\n" not in str(found.value)
 
 
-def test_the_file_of_the_page_has_every_key_in_its_place():
-    page = (Path(open_bench.__file__).parent / "open" / "README.md").read_text()
-    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    data = own_world.checked(yaml.safe_load(text), Path("my_world.yaml"))
-    assert set(own_world.KEYS) - set(data) == {"offload", "clip_weights"}
-    drawn = own_world.drawing_of(data["drawing"], "drawing")
-    assert (drawn.size, drawn.images_per_prompt) == ((1024, 1024), 2)
-
-
 def test_a_file_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(SystemExit, match=r"none\.yaml does not exist"):
         world_of(str(tmp_path / "none.yaml"))
@@ -213,3 +165,11 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path):
     concepts = changed_concept(file="sks1.safetensors")
     with pytest.raises(SystemExit, match=r"sks1\.safetensors"):
         world_of(str(written(tmp_path, concepts=concepts)))
+
+
+def test_a_folder_without_a_method_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"method\.py is missing"):
+        open_bench.loaded(tmp_path)
+    (tmp_path / "method.py").write_text("merged = 1")
+    with pytest.raises(SystemExit, match="no function merge"):
+        open_bench.loaded(tmp_path)

@@ -1,31 +1,29 @@
-"""The protocol: its statistics, its plan, the search for settings, and the reported concepts."""
+"""The protocol: its statistics, its plan, runs that resume, and the search for settings."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
-import reported_concepts
 from new_words import FakeWorld
 from PIL import Image
-from protocol.figures import stat
-from protocol.plan import sets_of, styled_pairs
-from protocol.runs import Runs
-from search_settings import search, searched
 
-import toybox
+from iteris_core.methods import find_method
 from iteris_core.score.row_scores import collapse_rate
+from iteris_core.settings import declared_settings
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 
-def test_a_mean_hides_what_the_collapse_rate_shows():
-    alike, one_lost = [0.65, 0.65, 0.65, 0.65], [0.8, 0.8, 0.8, 0.2]
-    assert sum(alike) == pytest.approx(sum(one_lost))
-    assert collapse_rate(alike, 0.6) == 0
-    assert collapse_rate(one_lost, 0.6) == 0.25
-    assert collapse_rate([0.6], 0.6) == 0  # below, not at
-    assert collapse_rate([0.5, math.nan], 0.6) == 1  # only of what is judged
-    assert math.isnan(collapse_rate([math.nan], 0.6))
+import reported_concepts  # noqa: E402
+from protocol.digests import digests_of  # noqa: E402
+from protocol.figures import against, figures, row, rows_of_size, stat  # noqa: E402
+from protocol.plan import BASE, SINGLE, Plan, Variant, sets_of  # noqa: E402
+from protocol.runs import Runs  # noqa: E402
+from search_settings import GRIDS, search, searched  # noqa: E402
 
 
 def test_intervals_are_students_over_sets():
@@ -37,6 +35,39 @@ def test_intervals_are_students_over_sets():
     assert stat([0.6]) == {"mean": 0.6, "se": None, "interval": None, "n": 1}
 
 
+def test_differences_are_paired_by_set():
+    """Sets differ by far more than the methods do in each of them."""
+    sets = [(0, ("a", "b")), (0, ("c", "d")), (1, ("a", "c"))]
+    ours = dict(zip(sets, (0.1, 0.5, 0.9), strict=True))
+    theirs = dict(zip(sets, (0.08, 0.47, 0.88), strict=True)) | {(1, ("b", "d")): 0.0}
+    found = against(ours, theirs, less=False)
+    assert (found["n"], found["verdict"]) == (3, "first")
+    assert found["mean"] == pytest.approx(0.07 / 3)
+    # Student's t of two degrees of freedom, 4.303, times the standard error .01 / 3.
+    assert found["interval"][1] - found["mean"] == pytest.approx(4.303 * 0.01 / 3, rel=1e-3)
+    assert against(ours, theirs, less=True)["verdict"] == "behind"
+    wide = against(ours, dict(zip(sets, (0.5, 0.1, 0.9), strict=True)), less=False)
+    assert wide["verdict"] == "level"
+    assert against(ours, {sets[0]: 0.0}, less=False)["verdict"] == "unknown"
+
+
+def test_a_mean_hides_what_the_collapse_rate_shows():
+    assert collapse_rate([0.65] * 4, 0.6) == 0
+    assert collapse_rate([0.8, 0.8, 0.8, 0.2], 0.6) == 0.25
+    assert collapse_rate([0.6], 0.6) == 0  # below, not at
+    assert collapse_rate([0.5, math.nan], 0.6) == 1  # only of what is judged
+
+
+def test_a_row_has_what_is_kept_of_each_lora_alone():
+    def of(likeness: float) -> dict:
+        return {"new words": [["a", {"likeness": likeness, "scene": 1.0}]]}
+
+    found = row(of(0.6), of(0.8), of(0.4), ("new words",))
+    assert found["new words"]["likeness kept"] == pytest.approx(0.5)
+    unlearned = row(of(0.6), of(0.42), of(0.4), ("new words",))
+    assert "likeness kept" not in unlearned["new words"]
+
+
 @pytest.mark.parametrize(("size", "count"), [(2, 5), (3, 3), (5, 2), (7, 2), (10, 1)])
 def test_sets_are_disjoint_as_far_as_there_are(size, count):
     subjects = [f"s{i}" for i in range(10)]
@@ -45,25 +76,62 @@ def test_sets_are_disjoint_as_far_as_there_are(size, count):
     assert len({frozenset(some) for some in sets}) == count
     if size * count <= 10:
         assert len({name for some in sets for name in some}) == size * count
-    if size > 1:
-        assert sets != sets_of(subjects, size, 1)
+    assert sets == sets_of(subjects, size, 0)
+    assert size == 10 or sets != sets_of(subjects, size, 1)
 
 
-def test_every_subject_of_a_styled_pair_is_there_once():
-    subjects, styles = [f"s{i}" for i in range(10)], ["flat", "shaded"]
-    pairs = styled_pairs(subjects, styles, 0)
-    assert sorted(subject for subject, _ in pairs) == subjects
-    assert [style for _, style in pairs] == styles * 5
-    assert styled_pairs(subjects, [], 0) == []
+def test_a_variant_has_settings_of_its_own_and_is_calibrated_on_the_half(host, tmp_path):
+    found = Variant.parsed("ssr@searched:ridge=1e-4:samples=20:latents=noise")
+    assert (found.method, found.searched) == ("ssr", True)
+    assert found.calibration == {"samples": 20, "latents": "noise"}
+    trial = found.unit(("s0", "s1"), 3, 0, lambda *_: {"ridge": 1.0, "micro_batch": 8})
+    assert trial.settings == {"ridge": 1e-4, "micro_batch": 8}
+    plain = Variant.parsed("ssr").unit(("s0", "s1"), 3, 0, lambda *_: {"ridge": 1.0})
+    assert plain.settings == {}
+    assert plain.key != trial.key
+    runs = Runs(FakeWorld(host), tmp_path / "runs.jsonl")
+    calibration = runs.calibration(trial)
+    assert calibration.templates == ("a {}",)
+    assert (calibration.samples, calibration.seed) == (20, 3)
 
 
-def test_settings_are_kept_by_number(tmp_path):
-    file = tmp_path / "settings.json"
-    file.write_text('{"ties": {"default": {"2": {"density": 0.8}, "5": {"density": 0.5}}}}')
-    assert searched("ties", 5, file) == {"density": 0.5}
-    assert searched("ties", 3, file) == {}
-    assert searched("ties", 7, file) == {"density": 0.5}, "of the most that were searched"
-    assert searched("iteris", 5, file) == {}
+def test_a_run_of_the_plan_goes_on_where_it_stopped(host, tmp_path):
+    world = FakeWorld(host)
+    variants = [Variant.parsed(label) for label in ("iteris", "average", "iteris:samples=1")]
+    plan = Plan(world, variants, [2], 1, lambda *_: {})
+    alone = Runs(world, tmp_path / "alone.jsonl")
+    merged = Runs(world, tmp_path / "runs.jsonl")
+    assert alone.run(plan.references())
+    assert merged.run(trial for _, trial in plan.merges())
+    drawn = len(world.drawn)
+    again = Runs(world, tmp_path / "runs.jsonl")
+    assert again.run(trial for _, trial in plan.merges())
+    assert len(world.drawn) == drawn
+    found = json.loads(json.dumps(figures(rows_of_size(plan, 2, alone, again), "iteris")))
+    rows = found["rows"]
+    assert list(rows) == [SINGLE, BASE, "iteris", "average", "iteris:samples=1"]
+    assert rows["iteris"]["new words"]["likeness kept"]["mean"] == pytest.approx(0.5)
+    assert rows["iteris"]["new words"]["likeness kept"]["n"] == 2
+    assert rows[BASE]["no trigger"]["pixels"]["mean"] == 0
+    assert found["against"][BASE]["new words"]["likeness"]["verdict"] == "first"
+    assert found["against"][BASE]["no trigger"]["pixels"]["verdict"] == "behind"
+    assert found["against"]["average"]["seen"]["judge"]["verdict"] == "level"
+
+
+def test_rows_of_different_code_are_not_mixed(host, tmp_path):
+    world = FakeWorld(host)
+    plan = Plan(world, [Variant.parsed("average")], [2], 1, lambda *_: {})
+    units = [unit for _, unit in plan.merges()]
+    runs = Runs(world, tmp_path / "runs.jsonl")
+    assert runs.run(units)
+    assert runs.stale(units) == []
+    older = {**digests_of("average", ()), "core": "0" * 12}
+    runs.known[units[0].key]["code"] = older
+    with pytest.raises(SystemExit, match="rows of average were made with different code"):
+        runs.stale(units)
+    for unit in units:
+        runs.known[unit.key]["code"] = older
+    assert runs.stale(units) == ["average"]
 
 
 class ScaledWorld(FakeWorld):
@@ -89,24 +157,20 @@ def test_a_search_keeps_what_it_finds_and_goes_on(host, tmp_path):
     assert search(runs, file, ["task-arithmetic"])
     found = {k: searched("task-arithmetic", k, file)["scale"] for k in world.sizes}
     assert found == {2: 0.55, 4: 0.55}
+    assert searched("task-arithmetic", 7, file) == {"scale": 0.55}, "of the most that were searched"
     measured = len(runs.known)
     assert search(runs, file, ["task-arithmetic"])
     assert len(runs.known) == measured
 
 
+@pytest.mark.parametrize("method", GRIDS)
+def test_a_grid_is_of_the_method_s_settings(method):
+    declared = declared_settings(find_method(method).settings)
+    for name, values in GRIDS[method].items():
+        for value in values:
+            declared[name].check(value)
+
+
 def test_the_reported_concepts_are_what_the_rule_gives():
     entries = reported_concepts.reported()
     assert json.loads((reported_concepts.ROOT / "world.json").read_text())["concepts"] == entries
-    classes = [entry["class_word"] for entry in entries]
-    assert classes.count("star") >= 3
-    assert classes.count("circle") >= 2
-    own = {c.thing for c in (toybox.concepts() | toybox.pivotal_concepts()).values()}
-    reported = {c.thing for c in toybox.concepts(reported_concepts.ROOT).values()}
-    assert len(own | reported) == len(own) + len(reported)
-
-
-def test_reported_concepts_have_their_files():
-    for token, concept in toybox.concepts(reported_concepts.ROOT).items():
-        assert len(concept.references) == 6
-        assert concept.lora.stat().st_size < 300_000
-        assert concept.lora.read_bytes() != toybox.concepts()[token].lora.read_bytes()

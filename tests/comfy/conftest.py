@@ -26,25 +26,7 @@ COMFYUI = os.environ.get("COMFYUI_PATH", "")
 _REDUCED = f"""
 import sys
 
-import torch
-
 sys.path.append({str(Path(__file__).parent)!r})
-
-
-class ReducedExperts:
-    CATEGORY, FUNCTION, RETURN_TYPES = "test", "make", ("MODEL", "MODEL", "CLIP")
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {{"required": {{}}}}
-
-    def make(self):
-        import reduced_models
-
-        (high, clip), (low, _) = reduced_models.wan(), reduced_models.wan()
-        for weight in low.model.diffusion_model.parameters():
-            weight.mul_(0.9)
-        return high, low, clip
 
 
 class ReducedModel:
@@ -70,8 +52,7 @@ class ReducedClip(ReducedModel):
     PART = 1
 
 
-_CLASSES = (ReducedExperts, ReducedModel, ReducedClip)
-NODE_CLASS_MAPPINGS = {{found.__name__: found for found in _CLASSES}}
+NODE_CLASS_MAPPINGS = {{"ReducedModel": ReducedModel, "ReducedClip": ReducedClip}}
 """
 """Custom nodes for the server: no checkpoint of a reduced Wan can be detected."""
 
@@ -97,8 +78,8 @@ def library() -> None:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory, library: None) -> Path:
     """ComfyUI's base directory: this pack among the custom nodes, thin checkpoints and LoRAs."""
-    from kit import EXPERTS
     from reduced_models import write_lora
+    from reduced_models.wan import SITES
     from thin_models import write_models
 
     base = tmp_path_factory.mktemp("comfyui")
@@ -109,7 +90,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, library: None) -> Path:
     write_models(base / "models")
     (base / "models" / "loras" / "experts").mkdir()
     for seed, name in enumerate(("a_high", "a_low", "b_high", "b_low")):
-        write_lora(base / "models" / "loras" / "experts" / f"{name}.safetensors", EXPERTS, seed)
+        write_lora(base / "models" / "loras" / "experts" / f"{name}.safetensors", SITES, seed)
     return base
 
 
@@ -171,14 +152,7 @@ def pack(library: None) -> ModuleType:
 
 
 @pytest.fixture
-def thin(models: Path, pack: ModuleType) -> tuple[Any, Any]:
-    from thin_models import load_thin
-
-    return load_thin(models)
-
-
-@pytest.fixture
-def kit(pack: ModuleType, thin: tuple[Any, Any], models: Path) -> Any:
+def kit(pack: ModuleType, tmp_path: Path) -> Any:
     from kit import Kit
 
-    return Kit(pack, thin, models)
+    return Kit(pack, tmp_path)

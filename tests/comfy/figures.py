@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -11,9 +10,8 @@ from typing import Any
 
 import torch
 from architecture_results import drift_in
-from kit import merge_on
-from reduced_models import RANK, Reduced
-from safetensors.torch import save_file
+from kit import merge_on, part
+from reduced_models import Reduced, write_lora
 from torch import Tensor, nn
 
 LONG = "a photo of a sks cat with a red hat on a wooden table beside an open window, " * 8
@@ -22,92 +20,104 @@ QUOTED = 'a sks cat with a sign that says "cat"'
 PROMPTS = ("", "a sks cat", "a sks dog", "a sks hat", QUOTED, LONG)
 UNREACHED = (".visual.", ".vision_model.", ".multi_modal_projector.", ".lm_head")
 """Layers of a text encoder that only pictures reach, or that make words of its states."""
+BOUNDARY = 0.9
+"""Of the experts' noise levels."""
 
 
 class Trial:
     """One architecture's MODEL and CLIP, and two LoRAs of theirs under the names that ComfyUI has
-    for every class."""
+    for every class. With two experts, also the MODEL for low noise, and two files a LoRA; those for
+    high noise change the text encoder too."""
 
     def __init__(self, pack: ModuleType, reduced: Reduced, folder: Path) -> None:
-        def module(name: str) -> Any:
-            return importlib.import_module(f"{pack.__name__}.{name}")
-
-        self.core = module("iteris_core")
-        self.merging, self.lora = module("nodes.merging"), module("nodes.comfy_lora")
-        self.conds = module("nodes.comfy_conds")
-        self.tensors, self.specs = (
-            module("iteris_core.lora_files.tensors"),
-            module("nodes.concept_specs"),
-        )
+        self.core, self.specs = part(pack, "iteris_core"), part(pack, "nodes.concept_specs")
+        self.merging, self.lora = part(pack, "nodes.merging"), part(pack, "nodes.comfy_lora")
+        self.tensors = part(pack, "iteris_core.lora_files.tensors")
+        self.conds = part(pack, "nodes.comfy_conds")
         self.reduced, self.folder, self.drift = reduced, folder, ""
         self.model, self.clip = reduced.make()
-        self.paths = [self.write_lora(seed) for seed in (1, 2)]
+        self.models = [self.model]
+        self.paths = [[self.write_lora(seed)] for seed in (1, 2)]
+        if reduced.experts:
+            self.models.append(reduced.make()[0])
+            with torch.inference_mode():
+                for weight in self.models[1].model.diffusion_model.parameters():
+                    weight.mul_(0.9)
+            for number, files in enumerate(self.paths, 3):
+                files.append(self.write_lora(number, "diffusion_model."))
+        self.steps = 4 if reduced.experts else 3
         self.calibration = self.core.Calibration(
-            samples=len(PROMPTS), timesteps=2, denoising_steps=3, latent_size=reduced.side
+            samples=len(PROMPTS), timesteps=2, denoising_steps=self.steps, latent_size=reduced.side
         )
+        self.base = *self.models, self.clip
+        self.plain = self.draw(*self.base)
 
-    def merge(self, count: int, rows: int = 32, **settings: Any) -> Any:
-        """Of the first ``count`` LoRAs; ``rows`` is the most in a forward."""
-        concepts = self.concepts(count)
+    def merge(self, count: int, rows: int = 32, memory: Any = "free", **settings: Any) -> Any:
+        """Of the first ``count`` LoRAs; ``rows`` is the most in a forward. Nothing may be left
+        out."""
+        given = [[torch.zeros(1, 1, 1), self.reduced.entries]]
+        options = {"references": self.conds.References.of(given), "unmergeable": "refuse"}
+        if self.reduced.experts:
+            options |= {"low": self.models[1], "boundary": BOUNDARY}
         return merge_on(
             self.merging,
             self.model,
             self.clip,
-            concepts,
+            self.concepts(count),
             "iteris",
             {**self.reduced.settings, **settings},
             self.calibration,
             rows=rows,
-            **self.options(),
+            memory_budget=memory,
+            **options,
         )
 
-    def options(self) -> dict[str, Any]:
-        """How else it is merged: nothing may be left out."""
-        given = [[torch.zeros(1, 1, 1), self.reduced.entries]]
-        return {"references": self.conds.References.of(given), "unmergeable": "refuse"}
-
     def concepts(self, count: int) -> list[Any]:
-        make = self.specs.make_spec
-        specs = [make(path, trigger="sks", class_word="cat") for path in self.paths[:count]]
+        specs = [
+            self.specs.make_spec(files[0], trigger="sks", class_word="cat", low=low)
+            for files in self.paths[:count]
+            for low in (files[1:] or [None])
+        ]
         return [dataclasses.replace(spec, prompts=PROMPTS) for spec in specs]
 
     def alone(self) -> float:
         """How far a merge of one LoRA is from that LoRA, as a share of what it does."""
-        found = self.draw(*self.node(self.merge(1)))
-        wanted, plain = self.draw(*self.stock(*self.files(0))), self.draw(*self.base)
-        return relative(found - wanted, plain - wanted)
+        found, wanted = self.draw(*self.node(self.merge(1))), self.draw(*self.stock(self.paths[0]))
+        return relative(found - wanted, self.plain - wanted)
 
     def rows_and_file(self) -> tuple[float, float]:
-        """The site at which merges with many and with few rows in a forward differ most, and how
-        far the saved file is from what the node gives."""
+        """The largest difference of a site between merges with many and with few rows in a forward,
+        and how far the saved file is from what the node gives."""
         many, few = self.merge(2), self.merge(2, rows=5)
         self.drift = drift_in(many.report.notes)
-        apart = {
-            site: relative(few.lora.sites[site].dense() - change.dense(), change.dense())
-            for site, change in many.lora.sites.items()
-        }
-        found, plain = self.draw(*self.node(many)), self.draw(*self.base)
-        saved = self.draw(*self.stock(*self.save(many)))
-        return max(apart.values()), relative(saved - found, plain - found)
+        found = self.draw(*self.node(many))
+        files = [self.saved(lora, f"m{i}") for i, lora in enumerate(self.loras(many))]
+        saved = self.draw(*self.stock(files))
+        return furthest(few, many), relative(saved - found, self.plain - found)
 
-    @property
-    def base(self) -> tuple[Any, ...]:
-        """What is drawn with."""
-        return self.model, self.clip
+    def unchanged(self) -> bool:
+        """Whether the base draws what it drew at first, bit by bit, and nothing is left on it."""
+        roots = [*(model.model for model in self.models), self.clip.cond_stage_model]
+        modules = [module for root in roots for module in root.modules()]
+        hooks = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        return not hooks and torch.equal(self.draw(*self.base), self.plain)
 
-    def files(self, number: int) -> tuple[Path, ...]:
-        return (self.paths[number],)
+    def loras(self, result: Any) -> list[Any]:
+        """What the merge node hands on beside its models."""
+        if self.reduced.experts:
+            return self.merging.as_lora_models(result, "float32")
+        return [self.merging.as_lora_model(result, "float32")]
 
     def node(self, result: Any) -> tuple[Any, ...]:
-        """What the merge node hands on."""
-        tensors = self.merging.as_lora_model(result, "float32")
-        return self.lora.apply_lora(self.model, self.clip, tensors)
+        """The models and the CLIP that the merge node hands on."""
+        loras = zip(self.models, self.loras(result), strict=True)
+        applied = [self.lora.apply_lora(model, self.clip, lora) for model, lora in loras]
+        return *(model for model, _ in applied), applied[0][1]
 
-    def save(self, result: Any) -> tuple[Path, ...]:
-        return (self.saved(self.merging.as_lora_model(result, "float32"), "merged"),)
-
-    def stock(self, *files: Path) -> tuple[Any, ...]:
-        return self.loaded(self.model, files[0])
+    def stock(self, files: list[Path]) -> tuple[Any, ...]:
+        """The models and the CLIP with these files by ComfyUI's own loader."""
+        loaded = [self.loaded(*pair) for pair in zip(self.models, files, strict=True)]
+        return *(model for model, _ in loaded), loaded[0][1]
 
     def saved(self, tensors: Any, name: str) -> Path:
         """As the node that saves does it."""
@@ -116,7 +126,6 @@ class Trial:
         return path
 
     def loaded(self, model: Any, path: Path) -> tuple[Any, Any]:
-        """MODEL and CLIP by ComfyUI's own loader."""
         import comfy.sd
         import comfy.utils
 
@@ -126,36 +135,49 @@ class Trial:
         assert len(model.patches) + len(clip.patcher.patches) == modules
         return model, clip
 
-    def draw(self, model: Any, clip: Any) -> Tensor:
-        import comfy.samplers
+    def draw(self, *parts: Any) -> Tensor:
+        """The models in turn, as nodes KSampler (Advanced) one after the other do it."""
+        import comfy.sample
 
-        # Keys and values that ComfyUI keeps by the text alone would be those of another LoRA.
-        getattr(model.model.diffusion_model, "clear_kv_cache", lambda: None)()
+        *models, clip = parts
+        for model in models:
+            # Keys and values that ComfyUI keeps by the text alone would be those of another LoRA.
+            getattr(model.model.diffusion_model, "clear_kv_cache", lambda: None)()
         with torch.inference_mode():
-            noise, empty = self.latents()
-            sampler = comfy.samplers.KSampler(
-                model, 3, model.load_device, "euler", "simple", model_options=model.model_options
-            )
+            latent = self.empty()
+            noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(3))
             texts = self.text(clip, LONG), self.text(clip, "")
-            drawn = sampler.sample(
-                noise, *texts, cfg=2.0, latent_image=empty, disable_pbar=True, seed=0
-            )
-        return drawn.clone()
+            spans = [(0, 2), (2, self.steps)] if self.reduced.experts else [(0, self.steps)]
+            for model, (start, end) in zip(models, spans, strict=True):
+                latent = comfy.sample.sample(
+                    model,
+                    noise if start == 0 else torch.zeros_like(noise),
+                    self.steps,
+                    2.0,
+                    "euler",
+                    "simple",
+                    *texts,
+                    latent,
+                    disable_noise=start > 0,
+                    start_step=start,
+                    last_step=end,
+                    force_full_denoise=end == self.steps,
+                    disable_pbar=True,
+                    seed=0,
+                )
+        return latent.clone()
 
     def text(self, clip: Any, prompt: str) -> Any:
         found = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
         return [[states, {**own, **self.reduced.entries}] for states, own in found]
 
-    def latents(self) -> tuple[Tensor, Tensor]:
-        """Noise, and what is empty."""
+    def empty(self) -> Tensor:
         import comfy.sample
 
         side = self.reduced.side
         empty = torch.zeros(self.reduced.shape or (1, 4, side, side))
         empty = comfy.sample.fix_empty_latent_channels(self.model, empty)
-        if self.reduced.video:
-            empty = empty.repeat_interleave(3, dim=2)
-        return torch.randn(empty.shape, generator=torch.Generator().manual_seed(3)), empty
+        return empty.repeat_interleave(3, dim=2) if self.reduced.video else empty
 
     def layers(self) -> Mapping[str, nn.Linear]:
         """Name in a file → layer: all that are linear, of the denoiser and the text encoders."""
@@ -174,18 +196,15 @@ class Trial:
 
     def write_lora(self, seed: int, root: str = "") -> Path:
         """Of the layers whose names begin with ``root``."""
-        generator = torch.Generator().manual_seed(seed)
-        tensors: dict[str, Tensor] = {}
-        layers = {n: layer for n, layer in self.layers().items() if n.startswith(root)}
-        for name, layer in layers.items():
-            out, width = layer.weight.shape
-            down = torch.randn(RANK, width, generator=generator) / width**0.5
-            tensors[f"{name}.lora_A.weight"] = down
-            tensors[f"{name}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) / 8
-        path = self.folder / f"{seed}.safetensors"
-        save_file(tensors, path)
-        return path
+        sites = {n: (*m.weight.shape,) for n, m in self.layers().items() if n.startswith(root)}
+        return write_lora(self.folder / f"{seed}.safetensors", sites, seed, size=0.125)
 
 
 def relative(gap: Tensor, whole: Tensor) -> float:
     return float(gap.double().norm() / whole.double().norm())
+
+
+def furthest(found: Any, wanted: Any) -> float:
+    """The largest relative difference of a site between two merges."""
+    pairs = [(found.lora.sites[s].dense(), c.dense()) for s, c in wanted.lora.sites.items()]
+    return max(relative(ours - theirs, theirs) for ours, theirs in pairs)

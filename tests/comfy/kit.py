@@ -1,22 +1,45 @@
-"""A MODEL and CLIP, with helpers for the host's tests."""
+"""The pack's modules, and a reduced SD 1.5 with two LoRAs for them."""
 
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
-EXPERTS = {
-    f"diffusion_model.blocks.{block}.{layer}": (96, 96)
-    for block in range(2)
-    for layer in ("self_attn.q", "self_attn.v", "self_attn.o", "cross_attn.k", "cross_attn.o")
-}
-"""What a LoRA of the reduced Wan changes."""
+SETTINGS = {"image_size": 64, "timesteps": 2, "denoising_steps": 4}
+"""What a merge node is given, for a merge in a moment."""
+
+
+def part(pack: ModuleType, name: str) -> Any:
+    """The pack's module of this name."""
+    return importlib.import_module(f"{pack.__name__}.{name}")
+
+
+def node(pack: ModuleType, file: str, name: str) -> Any:
+    """A node's class, as ComfyUI runs it: with what it is told beside its inputs."""
+    found = getattr(part(pack, f"nodes.{file}"), name)
+    return type(name, (found,), {"hidden": SimpleNamespace(unique_id=None, prompt=None)})
+
+
+def use_folders(monkeypatch: pytest.MonkeyPatch, folder: Path, *kinds: str) -> None:
+    """ComfyUI in this process has its models of these ``kinds`` below ``folder``."""
+    import folder_paths
+
+    for kind in kinds:
+        (folder / kind).mkdir(exist_ok=True)
+        known = folder_paths.folder_names_and_paths[kind][1]
+        monkeypatch.setitem(
+            folder_paths.folder_names_and_paths, kind, ([str(folder / kind)], known)
+        )
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
 
 
 def merge_on(
@@ -40,22 +63,26 @@ def merge_on(
 
 
 class Kit:
-    """The pack's modules, a MODEL and CLIP, and the usual merge on them."""
+    """A MODEL and CLIP, and the usual merge of a.safetensors and b.safetensors on them."""
 
-    def __init__(self, pack: ModuleType, thin: tuple[Any, Any], models: Path) -> None:
-        def module(name: str) -> Any:
-            return importlib.import_module(f"{pack.__name__}.{name}")
+    def __init__(self, pack: ModuleType, folder: Path, **reduced: Any) -> None:
+        from reduced_models.unets import sd15
 
-        self.core, self.merging = module("iteris_core"), module("nodes.merging")
-        self.host, self.sampling = module("nodes.comfy_host"), module("nodes.comfy_sampling")
-        self.denoiser, self.text = module("nodes.comfy_denoiser"), module("nodes.comfy_text")
-        self.lora, self.specs = module("nodes.comfy_lora"), module("nodes.concept_specs")
-        self.read_concept = module("iteris_core.reading").read_concept
-        self.model, self.clip = thin
-        self.loras = models / "models" / "loras"
+        self.pack, self.folder, self.loras = pack, folder, folder / "loras"
+        self.core, self.merging = part(pack, "iteris_core"), part(pack, "nodes.merging")
+        self.host, self.lora = part(pack, "nodes.comfy_host"), part(pack, "nodes.comfy_lora")
+        self.specs = part(pack, "nodes.concept_specs")
+        self.read_concept = part(pack, "iteris_core.reading").read_concept
+        self.model, self.clip = sd15(**reduced)
+        self.loras.mkdir()
+        write_loras(self.model, self.clip, self.loras)
         self.calibration = self.core.Calibration(
             samples=4, timesteps=2, denoising_steps=4, latent_size=8
         )
+        self.merging.forget()
+
+    def node(self, file: str, name: str) -> Any:
+        return node(self.pack, file, name)
 
     def concepts(self) -> list[Any]:
         make = self.specs.make_spec
@@ -65,46 +92,79 @@ class Kit:
         ]
 
     def merge(self, settings: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        self.merging._RememberingHost._last = ()
-        model, clip = kwargs.pop("on", (self.model, self.clip))
-        settings = {"precision": "float64", **(settings or {})}
-        on = (self.merging, model, clip)
-        return merge_on(*on, self.concepts(), "iteris", settings, self.calibration, **kwargs)
+        on = kwargs.pop("on", (self.model, self.clip))
+        concepts = kwargs.pop("concepts", None) or self.concepts()
+        method = kwargs.pop("method", "iteris")
+        if method == "iteris":
+            settings = {"precision": "float64", **(settings or {})}
+        return merge_on(
+            self.merging, *on, concepts, method, settings or {}, self.calibration, **kwargs
+        )
 
-    def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What MODEL and CLIP give, through ComfyUI's own sampler."""
-        import comfy.sample
+    def stock(self, file: str | Path, strength: float = 1.0) -> tuple[Any, Any]:
+        """MODEL and CLIP with a file on them, by ComfyUI's own loader."""
+        import comfy.sd
+        import comfy.utils
+
+        tensors = comfy.utils.load_torch_file(str(self.loras / file))
+        with torch.inference_mode():
+            return comfy.sd.load_lora_for_models(self.model, self.clip, tensors, strength, strength)
+
+    def draw(self, model: Any, clip: Any) -> Tensor:
+        return self.outputs(model, clip)[1]
+
+    def outputs(self, model: Any = None, clip: Any = None) -> tuple[Tensor, Tensor]:
+        """A text and a picture of MODEL and CLIP, by ComfyUI's own sampler."""
         import comfy.samplers
 
+        model, clip = model or self.model, clip or self.clip
         with torch.inference_mode():
-            text = self.clip.encode_from_tokens_scheduled(self.clip.tokenize("a (sks:1.2) cat"))
+            text = clip.encode_from_tokens_scheduled(clip.tokenize("a (sks:1.2) cat"))
             noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
             sampler = comfy.samplers.KSampler(
-                self.model,
-                2,
-                self.model.load_device,
-                "euler",
-                "normal",
-                1.0,
-                self.model.model_options,
+                model, 2, model.load_device, "euler", "normal", 1.0, model.model_options
             )
             drawn = sampler.sample(
                 noise, text, text, cfg=3.0, latent_image=torch.zeros_like(noise), disable_pbar=True
             )
         return text[0][0].clone(), drawn.clone()
 
-    def hooks(self) -> int:
+    def unchanged(self, before: tuple[Tensor, Tensor]) -> bool:
+        """Whether the model gives bit by bit what it gave ``before``, and nothing is left on it."""
         roots = (self.model.model, self.clip.cond_stage_model)
         modules = [module for root in roots for module in root.modules()]
-        stray = sum("encode" in module.__dict__ for module in modules)
-        return stray + sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+        clean = not any(
+            "encode" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in modules
+        )
+        return clean and all(
+            torch.equal(*pair) for pair in zip(self.outputs(), before, strict=True)
+        )
+
+
+def write_loras(model: Any, clip: Any, folder: Path) -> None:
+    """a.safetensors and b.safetensors, of attention, as kohya's trainer writes them; the first one
+    was trained on a folder that names its words."""
+    import comfy.lora
+    from reduced_models import write_lora
+
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
+    weights = {**model.model.state_dict(), **clip.cond_stage_model.state_dict()}
+    sites = {name: tuple(weights[key].shape) for name, key in keys.items() if _is_trained(name)}
+    words = {"ss_dataset_dirs": json.dumps({"10_sks cat": {"n_repeats": 10}})}
+    write_lora(folder / "a.safetensors", sites, 1, alpha=8.0, metadata=words)
+    write_lora(folder / "b.safetensors", sites, 2, alpha=4.0)
+
+
+def _is_trained(name: str) -> bool:
+    if name.startswith("lora_te_"):
+        return "_layers_0_self_attn_" in name and name.endswith(("q_proj", "v_proj"))
+    ends = ("_to_q", "_to_k", "_to_v", "_to_out_0")
+    return name.startswith("lora_unet_") and "_attentions_" in name and name.endswith(ends)
 
 
 def distance(found: Any, wanted: Any) -> float:
     """Largest relative difference of a site."""
     assert set(found.sites) == set(wanted.sites)
-    return max(
-        float((found.sites[s].dense().double() - w.dense().double()).norm()
-              / w.dense().double().norm())
-        for s, w in wanted.sites.items()
-    )  # fmt: skip
+    pairs = [(found.sites[s].dense().double(), w.dense().double()) for s, w in wanted.sites.items()]
+    return max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,12 +10,12 @@ import pytest
 import reduced_models
 import torch
 from architecture_results import record_kind
+from kit import part
 from safetensors.torch import save_file
 from torch import Tensor
 
 LINEAR = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"  # (64, 256)
 CONV = "mid_block.resnets.0.conv1"  # (64, 64, 3, 3)
-EXACT = {"energy": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +24,9 @@ def sdxl(pack: ModuleType) -> tuple[Any, Any]:
 
 
 def tensors(seed: int = 0, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: 0.2 * torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
-
-
-def dotted(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.replace("__", "."): part for name, part in parts.items()}
+    draw = torch.Generator().manual_seed(seed)
+    named = {name.replace("__", "."): shape for name, shape in shapes.items()}
+    return {name: 0.2 * torch.randn(*shape, generator=draw) for name, shape in named.items()}
 
 
 ALPHA = {"alpha": torch.tensor(2.0)}
@@ -101,22 +97,24 @@ def both(
 
     name = f"lora_unet_{site.replace('.', '_')}"
     file = tmp_path / "lora.safetensors"
-    save_file({f"{name}.{part}": t.contiguous() for part, t in dotted(parts).items()}, file)
-    comfy_lora: Any = importlib.import_module(f"{pack.__name__}.nodes.comfy_lora")
-    core: Any = importlib.import_module(f"{pack.__name__}.iteris_core.lora_files")
-    sites = comfy_lora.ComfySites(*sdxl)
-    ours = sites.read_lora(file, core.ReadOptions(**EXACT)).sites[f"unet.{site}"].dense()
+    named = {f"{name}.{of}": t.contiguous() for of, t in parts.items()}
+    save_file(named, file)
+    options = part(pack, "iteris_core.lora_files").ReadOptions(energy=1.0)
+    sites = part(pack, "nodes.comfy_lora").ComfySites(*sdxl)
+    ours = sites.read_lora(file, options).sites[f"unet.{site}"].dense()
 
     key = next(key for key, found in sites.names.items() if found == f"unet.{site}")
     patched = sdxl[0].clone()
-    loaded = comfy.lora.load_lora(
-        {f"{name}.{part}": t for part, t in dotted(parts).items()}, sites.key_map
-    )
-    assert patched.add_patches(loaded)
+    assert patched.add_patches(comfy.lora.load_lora(named, sites.key_map))
     (weight, _), *patches = patched.get_key_patches(key)[key]
     base = weight.float().clone()
     moved = comfy.lora.calculate_weight(patches, base.clone(), key)
     return ours, (moved - base).flatten(1).detach()
+
+
+def weight_of(pack: ModuleType, sdxl: tuple[Any, Any], site: str) -> Tensor:
+    modules = part(pack, "nodes.comfy_lora").ComfySites(*sdxl).modules
+    return modules[f"unet.{site}"].weight.detach().float().flatten(1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -145,8 +143,7 @@ def test_dora(pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path, site: str
     scale = 1 + tensors(seed=1, m=(64, 1, *rest))["m"].abs()
     ours, theirs = both(pack, sdxl, tmp_path, site, parts | {"dora_scale": scale})
     change, _ = both(pack, sdxl, tmp_path, site, parts)
-    sites: Any = importlib.import_module(f"{pack.__name__}.nodes.comfy_lora").ComfySites(*sdxl)
-    base = sites.modules[f"unet.{site}"].weight.detach().float().flatten(1)
+    base = weight_of(pack, sdxl, site)
     moved = base + change
     rows = scale.reshape(-1, 1)
     wanted = rows * moved / moved.norm(dim=1, keepdim=True) - base
@@ -167,8 +164,7 @@ def test_of_oft_lycoris_is_followed_where_comfyui_differs(
     assert float((theirs - plain).norm() / plain.norm()) > 0.1
     scale = 1 + tensors(seed=1, m=(64, 1))["m"].abs()
     ours, theirs = both(pack, sdxl, tmp_path, LINEAR, blocks | {"rescale": scale})
-    sites: Any = importlib.import_module(f"{pack.__name__}.nodes.comfy_lora").ComfySites(*sdxl)
-    base = sites.modules[f"unet.{LINEAR}"].weight.detach().float()
+    base = weight_of(pack, sdxl, LINEAR)
     assert torch.allclose(ours, scale * (base + plain) - base, atol=1e-5)
     assert torch.allclose(theirs, plain, atol=1e-5)
 
@@ -176,6 +172,5 @@ def test_of_oft_lycoris_is_followed_where_comfyui_differs(
 def test_what_no_lora_can_say_is_refused(
     pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    core: Any = importlib.import_module(f"{pack.__name__}.iteris_core")
-    with pytest.raises(core.LoraFileError, match="OFT in a form"):
+    with pytest.raises(part(pack, "iteris_core").LoraFileError, match="OFT in a form"):
         both(pack, sdxl, tmp_path, LINEAR, tensors(oft_diag=(8, 8, 8)) | ALPHA)

@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from kit import Kit, merge_on
+from kit import Kit, part, use_folders
 from safetensors.torch import load_file, save_file
 
 
 class Bench:
-    """The node, with a folder of LoRAs of its own, and what it shows."""
+    """The node, with LoRAs in the kit's folder, and what it shows."""
 
-    def __init__(
-        self, pack: ModuleType, models: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        import folder_paths
-
-        self.pack, self.folder, self.shown = pack, folder, list[str]()
-        known = folder_paths.folder_names_and_paths["loras"][1]
-        monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(folder)], known))
-        monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-        for name in ("a", "b"):
-            theirs = models / "models" / "loras" / f"{name}.safetensors"
-            (folder / theirs.name).write_bytes(theirs.read_bytes())
-        save_file({"lora_unet_x.alpha": torch.ones(1)}, folder / "mute.safetensors")
+    def __init__(self, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kit, self.folder, self.shown = kit, kit.loras, list[str]()
+        use_folders(monkeypatch, kit.folder, "loras")
+        save_file({"lora_unet_x.alpha": torch.ones(1)}, self.folder / "mute.safetensors")
         node = self.module("loras_node")
         monkeypatch.setattr(node, "show_text", lambda text, _: self.shown.append(text))
-        hidden = type("Hidden", (), {"unique_id": None})
-        monkeypatch.setattr(node.IterisLoras, "hidden", hidden, raising=False)
+        self.node, self.error = kit.node("loras_node", "IterisLoras"), kit.core.IterisError
 
     def module(self, name: str) -> Any:
-        return importlib.import_module(f"{self.pack.__name__}.nodes.{name}")
+        return part(self.kit.pack, f"nodes.{name}")
 
     def run(self, **values: Any) -> tuple[tuple[Any, ...], str]:
-        return self.module("loras_node").IterisLoras.execute(**values).result
+        return self.node.execute(**values).result
 
     def stack(self, *entries: Any) -> Any:
         """Both with words."""
@@ -52,8 +39,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(pack: ModuleType, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    return Bench(pack, models, tmp_path, monkeypatch)
+def bench(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(kit, monkeypatch)
 
 
 def test_rows_are_on_or_off_at_their_strengths(bench: Bench) -> None:
@@ -99,9 +86,9 @@ def test_words_come_from_beside_the_file_or_from_the_user(bench: Bench) -> None:
         return list(spec.phrases)
 
     assert phrases() == ["sks cat"]
-    before = bench.module("loras_node").IterisLoras.fingerprint_inputs(lora_1="a.safetensors")
+    before = bench.node.fingerprint_inputs(lora_1="a.safetensors")
     bench.beside("a", "tok girl, red hair", "other")
-    after = bench.module("loras_node").IterisLoras.fingerprint_inputs(lora_1="a.safetensors")
+    after = bench.node.fingerprint_inputs(lora_1="a.safetensors")
     assert before != after
     assert phrases() == ["tok girl, red hair", "other"]
     assert "(from .civitai.info)" in bench.shown[-1]
@@ -123,8 +110,7 @@ def test_words_of_other_nodes(bench: Bench) -> None:
     assert bench.shown[-1].endswith("mute at 1: no words: it acts on every prompt")
     assert phrases("one,, two, red,, three") == [["one"], ["two, red"], ["three"]]
     assert phrases("sks cat,, tok, hat") == [["sks cat"], ["zwx"], ["tok, hat"]]
-    core = importlib.import_module(f"{bench.pack.__name__}.iteris_core")
-    with pytest.raises(core.IterisError, match="one phrase per LoRA"):
+    with pytest.raises(bench.error, match="one phrase per LoRA"):
         bench.run(trigger_words="one; two; three; four; five", lora_4="mute.safetensors", **rows)
 
 
@@ -140,12 +126,11 @@ def test_prompts_of_the_user(bench: Bench) -> None:
     assert twice == ("x by the sea", "y by the sea", "a house")
     (bench.folder / "a.prompts.txt").write_text("a {} with a hat\n")
     assert prompts(prompts_1="file") == ("a sks cat with a hat",)
-    core = importlib.import_module(f"{bench.pack.__name__}.iteris_core")
-    with pytest.raises(core.IterisError, match="lines is empty"):
+    with pytest.raises(bench.error, match="lines is empty"):
         prompts(prompts_1="lines")
-    with pytest.raises(core.IterisError, match=r"no file b\.prompts\.txt beside b"):
+    with pytest.raises(bench.error, match=r"no file b\.prompts\.txt beside b"):
         bench.run(lora_1="b.safetensors", prompts_1="file")
-    with pytest.raises(core.IterisError, match=r"mute\.safetensors contain \{\}"):
+    with pytest.raises(bench.error, match=r"mute\.safetensors contain \{\}"):
         bench.run(lora_1="mute.safetensors", prompts_1="lines", lines="{} here")
 
 
@@ -175,41 +160,29 @@ def test_stacks_of_other_packs(bench: Bench, kind: str) -> None:
     more, _ = bench.run(concepts=STACKS[kind], lora_1="b.safetensors")
     assert more[:2] == specs
     assert len(more) == 3
+    # A row of ComfyUI's own stack, a DynamicGroup, with a gap.
+    row = {"lora_name": "a.safetensors", "strength": 0.8}
+    (one,) = stacks.specs_of([row, None, {"lora_name": "none", "strength": 1.0}])
+    assert (one.file.name, one.strength, one.text_strength) == ("a.safetensors", 0.8, None)
     (alone,) = stacks.specs_of([{"name": "b", "strength": 0.3, "clip_strength": None}])
     assert (alone.strength, alone.text_strength) == (0.3, None)
 
 
-def test_rows_of_comfyui_s_own_stack(bench: Bench) -> None:
-    """As a DynamicGroup gives them: a dictionary for a row, None for a gap."""
-    rows = [{"lora_name": "a.safetensors", "strength": 0.8}, None,
-            {"lora_name": "none", "strength": 1.0}]  # fmt: skip
-    (spec,) = bench.module("lora_stacks").specs_of(rows)
-    assert (spec.file.name, spec.strength, spec.text_strength) == ("a.safetensors", 0.8, None)
-
-
 def test_entries_that_are_not_known_are_refused(bench: Bench) -> None:
-    core = importlib.import_module(f"{bench.pack.__name__}.iteris_core")
     for entry in (7, "a.safetensors", {"strength": 1.0}, ("a.safetensors", "much")):
-        with pytest.raises(core.IterisError, match="LORA_STACK has an entry"):
+        with pytest.raises(bench.error, match="LORA_STACK has an entry"):
             bench.module("lora_stacks").specs_of([entry])
-    with pytest.raises(core.IterisError, match="no LoRA gone"):
+    with pytest.raises(bench.error, match="no LoRA gone"):
         bench.module("lora_stacks").specs_of([("gone", 1.0)])
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [("a.safetensors", 1.0, 0.0), {"name": "a", "strength": 1.0, "clip_strength": 0.0}],
-)
-def test_a_stack_at_clip_0_leaves_the_text_encoders_alone(
-    bench: Bench, kit: Kit, entry: Any
-) -> None:
+def test_a_stack_at_clip_0_leaves_the_text_encoders_alone(bench: Bench, kit: Kit) -> None:
     def components(entry: Any) -> set[str]:
         specs = bench.module("lora_stacks").specs_of([entry])
-        result = merge_on(kit.merging, kit.model, kit.clip, specs, "iteris", {}, kit.calibration)
-        return {site.partition(".")[0] for site in result.lora.sites}
+        return {site.partition(".")[0] for site in kit.merge(concepts=specs).lora.sites}
 
     assert components(("a.safetensors", 1.0)) == {"text_encoder", "unet"}
-    assert components(entry) == {"unet"}
+    assert components({"name": "a", "strength": 1.0, "clip_strength": 0.0}) == {"unet"}
 
 
 def test_without_a_clip(bench: Bench, kit: Kit) -> None:
@@ -217,16 +190,16 @@ def test_without_a_clip(bench: Bench, kit: Kit) -> None:
 
     def merge(method: str, clip: float) -> Any:
         specs = bench.stack(("a", 1.0, clip), ("b", 0.5, clip))
-        return merge_on(kit.merging, kit.model, None, specs, method, {}, kit.calibration)
+        return kit.merge(on=(kit.model, None), concepts=specs, method=method)
 
     result = merge("average", 0.0)
     assert {site.partition(".")[0] for site in result.lora.sites} == {"unet"}
     model, clip = kit.lora.apply_lora(kit.model, None, kit.merging.as_lora_model(result))
     assert clip is None
     assert model.patches.keys() - kit.model.patches.keys()
-    with pytest.raises(kit.core.IterisError, match=r"a\.safetensors changes the text encoder"):
+    with pytest.raises(bench.error, match=r"a\.safetensors changes the text encoder"):
         merge("average", 1.0)
-    with pytest.raises(kit.core.IterisError, match="prompts need one"):
+    with pytest.raises(bench.error, match="prompts need one"):
         merge("iteris", 0.0)
 
 
@@ -236,23 +209,6 @@ def test_a_lora_with_norms_merges_with_skip(bench: Bench, kit: Kit) -> None:
     named = {f"{norm.removesuffix('.weight')}.diff": torch.ones(32)}
     save_file(tensors | named, bench.folder / "norms.safetensors")
     specs = bench.stack(("norms", 1.0), ("b", 0.7))
-
-    def merge(unmergeable: str) -> Any:
-        settings, calibration = {"repair": False}, kit.calibration
-        return merge_on(
-            kit.merging,
-            kit.model,
-            kit.clip,
-            specs,
-            "iteris",
-            settings,
-            calibration,
-            unmergeable=unmergeable,
-        )
-
-    with pytest.raises(kit.core.IterisError, match=r"norms\.safetensors"):
-        merge("refuse")
-    result = merge("skip")
-    assert "left out" in result.report.summary()
-    host = kit.host.ComfyHost(kit.model, kit.clip)
-    assert set(kit.read_concept(specs[1], host).lora.sites) <= set(result.lora.sites)
+    with pytest.raises(bench.error, match=r"norms\.safetensors"):
+        kit.merge(concepts=specs, unmergeable="refuse")
+    assert "left out" in kit.merge(concepts=specs, unmergeable="skip").report.summary()

@@ -3,7 +3,6 @@ are in the stock loader's, also where sd-scripts has none."""
 
 from __future__ import annotations
 
-import importlib
 import random
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import reduced_models
 import torch
+from kit import part
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,10 +26,6 @@ WAN = {
 }
 
 
-def part(pack: ModuleType, name: str) -> Any:
-    return importlib.import_module(f"{pack.__name__}.{name}")
-
-
 def added(model: Any, clip: Any, key: str) -> Tensor:
     """What the patches on a MODEL and CLIP add to a weight."""
     import comfy.lora
@@ -39,29 +35,6 @@ def added(model: Any, clip: Any, key: str) -> Tensor:
     base = weight.detach().float().clone()
     moved = comfy.lora.calculate_weight(patches, base.clone(), key)
     return (moved - base).flatten(1).detach()
-
-
-def test_an_encoder_without_kohya_names(pack: ModuleType, tmp_path: Path) -> None:
-    """UMT5, which the stock key map has under ComfyUI's generic names only."""
-    core, comfy_lora = part(pack, "iteris_core"), part(pack, "nodes.comfy_lora")
-    files = part(pack, "iteris_core.lora_files")
-    model, clip = reduced_models.wan()
-    sites = comfy_lora.ComfySites(model, clip)
-    path = reduced_models.write_lora(tmp_path / "a.safetensors", WAN, 1)
-    lora = sites.read_lora(path)
-    assert len(lora.sites) == len(WAN)
-    assert lora.notes == []
-    result = core.merge_loras(None, [core.Concept(lora), core.Concept(lora)], "sum")
-    tensors, metadata = files.to_tensors(result.lora, dtype="float32")
-    assert "ss_base_model_version" not in metadata
-    names = {key.partition(".lora_")[0].removesuffix(".alpha") for key in tensors}
-    assert {n for n in names if not n.startswith("lora_unet_")} == {n for n in WAN if "umt5" in n}
-    with torch.inference_mode():
-        patched = comfy_lora.apply_lora(model, clip, tensors)
-    for key, site in sites.names.items():
-        if site in lora.sites:
-            expected = 2 * lora.sites[site].dense()
-            torch.testing.assert_close(added(*patched, key), expected, atol=1e-5, rtol=1e-4)
 
 
 def any_names(sites: Any, stock: dict[str, Any], draw: random.Random) -> dict[str, tuple[str, int]]:
@@ -134,11 +107,8 @@ def test_slices_of_a_fused_weight(pack: ModuleType, tmp_path: Path, name: str) -
     comfy_lora, files = part(pack, "nodes.comfy_lora"), part(pack, "iteris_core.lora_files")
     sites = comfy_lora.ComfySites(model, clip)
     rows = {"linear1": 448, "linear1_qkv": 192, "to_q": 64}[name]
-    module = {
-        "linear1": "diffusion_model.single_blocks.0.linear1",
-        "linear1_qkv": "diffusion_model.single_blocks.0.linear1_qkv",
-        "to_q": "transformer.single_transformer_blocks.0.attn.to_q",
-    }[name]
+    root = "diffusion_model.single_blocks.0."
+    module = {"to_q": "transformer.single_transformer_blocks.0.attn.to_q"}.get(name, root + name)
     draw = torch.Generator().manual_seed(0)
     up, down = torch.randn(rows, 3, generator=draw), torch.randn(3, 64, generator=draw)
     factors = {f"{module}.lora_up.weight": up, f"{module}.lora_down.weight": down}
@@ -173,25 +143,6 @@ def test_parts_of_a_fused_weight_keep_their_ranks(pack: ModuleType, tmp_path: Pa
         "lora_unet_double_blocks_0_img_attn_qkv": 15,
         "lora_unet_double_blocks_0_img_mlp_2": 5,
     }
-
-
-def test_swaps_columns_and_unknown_functions(pack: ModuleType) -> None:
-    comfy_names = part(pack, "nodes.comfy_names")
-    shapes = {"s": (6, 4)}
-
-    def swap(weight: Tensor) -> Tensor:
-        shift, scale = weight.chunk(2, dim=0)
-        return torch.cat([scale, shift])
-
-    ((piece),) = comfy_names.alias_of("s", shapes, ("s.weight", None, swap))
-    matrix = torch.randn(6, 4)
-    assert torch.equal(piece.of_file(matrix), swap(matrix))
-    ((piece),) = comfy_names.alias_of("s", shapes, ("s.weight", (0, 2, 4), swap))
-    assert (piece.start, piece.length) == (2, 4)
-    assert torch.equal(piece.of_file(matrix[:4]), swap(matrix[:4]))
-    assert "columns 1 to 3" in comfy_names.alias_of("s", shapes, ("s.weight", (1, 1, 2)))
-    for function in (lambda w: w * 2, lambda w: w[:, :2] @ w, lambda w: w[:3]):
-        assert "function" in comfy_names.alias_of("s", shapes, ("s.weight", None, function))
 
 
 def test_weights_that_no_lora_is_of(pack: ModuleType, tmp_path: Path) -> None:

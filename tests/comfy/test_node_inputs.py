@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from kit import Kit, merge_on
+import torch
+from kit import Kit, part
 from safetensors.torch import load_file, save_file
 
 GRAPH = {
@@ -24,10 +24,6 @@ GRAPH = {
 }
 
 
-def module(kit: Kit, name: str) -> Any:
-    return importlib.import_module(kit.merging.__name__.replace("merging", name))
-
-
 @pytest.mark.parametrize(
     ("node", "files", "distilled"),
     [
@@ -40,9 +36,9 @@ def test_a_speed_lora_on_model_counts_as_the_base(
     kit: Kit, node: str, files: list[str], distilled: bool | None
 ) -> None:
     hidden = SimpleNamespace(prompt=GRAPH, unique_id=node)
-    found = module(kit, "comfy_runtime").files_behind(hidden, "model")
+    found = part(kit.pack, "nodes.comfy_runtime").files_behind(hidden, "model")
     assert found == files
-    request = module(kit, "merge_settings").Request
+    request = part(kit.pack, "nodes.merge_settings").Request
     assert request(files=found).distilled is distilled
     assert (files[0] in request(files=found).note) == bool(distilled)
     assert request(files=found, values={"empty_prompts": "yes"}).distilled is False
@@ -56,9 +52,9 @@ def test_the_size_of_pictures_is_in_pixels(kit: Kit) -> None:
     flux = SimpleNamespace(get_model_object=lambda _: Flux2())
     for model, size, wanted in ((kit.model, 64, 8), (kit.model, 500, 62), (flux, 512, 32)):
         values = {"settings": {"image_size": size}}
-        request = module(kit, "merge_settings").Request.of(values, [], model)
+        request = part(kit.pack, "nodes.merge_settings").Request.of(values, [], model)
         assert request.config((), "iteris").calibration["latent_size"] == wanted
-    request = module(kit, "merge_settings").Request.of({}, [], kit.model)
+    request = part(kit.pack, "nodes.merge_settings").Request.of({}, [], kit.model)
     assert "latent_size" not in request.config((), "iteris").calibration
 
 
@@ -74,7 +70,7 @@ def test_empty_prompts(kit: Kit) -> None:
         concept = kit.core.Concept(lora, trigger="sks", class_word="cat")
         calibration = kit.core.Calibration(samples=20, latents="noise", latent_size=8)
         sites = {"unet.mid_block.attentions.0.proj_in"}
-        generator = importlib.import_module("torch").Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         found = host.samples([concept], sites, calibration, None, generator, lambda *_: None)
         return sum(found.text.texts[row] == "" for row in found.text.text_rows)
 
@@ -94,20 +90,8 @@ def test_what_the_model_does_not_know_is_left_out_or_refused(kit: Kit) -> None:
     save_file(tensors, file)
     specs = [kit.specs.make_spec(file, trigger="sks", class_word="cat"), kit.concepts()[1]]
 
-    def merge(unmergeable: str) -> Any:
-        return merge_on(
-            kit.merging,
-            kit.model,
-            kit.clip,
-            specs,
-            "average",
-            {},
-            kit.calibration,
-            unmergeable=unmergeable,
-        )
-
     with pytest.raises(kit.core.IterisError, match="attentions_9"):
-        merge("refuse")
-    result = merge("skip")
+        kit.merge(concepts=specs, method="average", unmergeable="refuse")
+    result = kit.merge(concepts=specs, method="average", unmergeable="skip")
     assert "attentions_9" in result.report.summary()
     assert not any("attentions.9" in site for site in result.lora.sites)

@@ -4,8 +4,6 @@ timesteps give the same change at every site. Each side makes its own latents an
 from __future__ import annotations
 
 import dataclasses
-import importlib
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,9 +11,9 @@ from typing import Any
 import pytest
 import reduced_models
 import torch
-from kit import merge_on
+from kit import merge_on, part
 from reduced_pipelines import flux_parts, flux_pipeline, sdxl_pipeline
-from thin_models import thin_pipeline
+from thin_models import load_thin, thin_pipeline
 
 SDXL = {
     "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (64, 64),
@@ -42,14 +40,10 @@ class Sides:
     """Both merges of the same files."""
 
     def __init__(self, pack: ModuleType) -> None:
-        def module(name: str) -> Any:
-            return importlib.import_module(f"{pack.__name__}.{name}")
-
-        self.core, self.merging = module("iteris_core"), module("nodes.merging")
-        self.choose = module("iteris_core.solve.choose")
-        self.policy = self.choose.POLICY
-        self.make_spec = module("nodes.concept_specs").make_spec
-        self.host = module("iteris_core.hosts.diffusers").DiffusersHost
+        self.core, self.merging = part(pack, "iteris_core"), part(pack, "nodes.merging")
+        self.policy = part(pack, "iteris_core.solve.choose").POLICY
+        self.make_spec = part(pack, "nodes.concept_specs").make_spec
+        self.host = part(pack, "iteris_core.hosts.diffusers").DiffusersHost
         self.calibration = self.core.Calibration(
             samples=4, timesteps=2, denoising_steps=4, latent_size=8
         )
@@ -62,16 +56,9 @@ class Sides:
                 for f, s, w in zip(files, (1.0, 0.7), words, strict=True)]  # fmt: skip
 
     def in_comfyui(self, model: Any, clip: Any, files: list[Path]) -> dict[str, torch.Tensor]:
-        merged = merge_on(
-            self.merging,
-            model,
-            clip,
-            self.concepts(files),
-            "iteris",
-            self.settings,
-            self.calibration,
-            policy=self.policy,
-        )
+        on = self.merging, model, clip, self.concepts(files)
+        how = self.settings, self.calibration
+        merged = merge_on(*on, "iteris", *how, policy=self.policy)
         return {site: change.dense().double() for site, change in merged.lora.sites.items()}
 
     def in_diffusers(
@@ -103,12 +90,12 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
     assert not apart, "\n".join(f"{s} {e:.1e}" for s, e in apart.items())
 
 
-def test_sd15(sides: Sides, thin: tuple[Any, Any], models: Path) -> None:
+def test_sd15(sides: Sides, models: Path) -> None:
     """In all directions of the output: the principal ones of targets that hold little but drift, as
     of random LoRAs, round with it. SDXL and FLUX below have theirs."""
     sides.policy = dataclasses.replace(sides.policy, small_target=1 << 62)
     files = [models / "models" / "loras" / f"{name}.safetensors" for name in "ab"]
-    found = sides.in_comfyui(*thin, files)
+    found = sides.in_comfyui(*load_thin(models), files)
     assert len(found) == 62  # 28 of them repair
     assert_same(found, sides.in_diffusers(thin_pipeline(), files))
 
@@ -128,7 +115,7 @@ def test_sdxl(sides: Sides, tmp_path: Path) -> None:
 def test_flux(sides: Sides, tmp_path: Path) -> None:
     """ComfyUI solves fused weights in one; at full rank that is the same as solving their parts.
     A bound is on the whole there, and phantoms are seeded by the names of sites."""
-    sides.calibration = replace(sides.calibration, conditions=0.0)
+    sides.calibration = dataclasses.replace(sides.calibration, conditions=0.0)
     sides.settings["bound"] = 0.0
     model, clip = reduced_models.flux()
     files = [reduced_models.write_lora(tmp_path / f"{n}.safetensors", FLUX, n, rank=32)

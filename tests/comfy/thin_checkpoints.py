@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reduced_models import write_lora
 from safetensors.torch import save_file
 from thin_models import _checkpoint, _fill, thin_pipeline
 from torch import Tensor
@@ -38,8 +39,8 @@ NODE_CLASS_MAPPINGS = {{}}
 
 _ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 _FLUX = {
-    "double_blocks.0.img_attn.qkv": (9216, 3072),
-    "double_blocks.0.txt_attn.proj": (3072, 3072),
+    "lora_unet_double_blocks_0_img_attn_qkv": (9216, 3072),
+    "lora_unet_double_blocks_0_txt_attn_proj": (3072, 3072),
 }
 
 
@@ -190,26 +191,14 @@ def _write_flux(folder: Path, clip_l: dict[str, Tensor]) -> None:
     save_file(half, folder / "text_encoders" / "t5xxl_fp8_e4m3fn.safetensors")
     save_file(_autoencoder(16), folder / "vae" / "ae.safetensors")
     for seed, name in enumerate(("flux_cat", "flux_dog"), 1):
-        _write_lora(folder / "loras" / f"{name}.safetensors", _FLUX, "lora_unet_", seed)
+        write_lora(folder / "loras" / f"{name}.safetensors", _FLUX, seed, alpha=4.0)
 
 
 def _write_unet_loras(unet: Any, folder: Path, *names: str) -> None:
-    shapes = {
-        name: tuple(module.weight.shape)
+    sites = {
+        f"lora_unet_{name.replace('.', '_')}": tuple(module.weight.shape)
         for name, module in unet.named_modules()
         if name.endswith(_ATTENTION)
     }
     for seed, name in enumerate(names, 1):
-        _write_lora(folder / f"{name}.safetensors", shapes, "lora_unet_", seed)
-
-
-def _write_lora(path: Path, shapes: dict[str, Any], prefix: str, seed: int, rank: int = 4) -> None:
-    """As kohya's trainer writes it."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, Tensor] = {}
-    for site, (out, fan) in shapes.items():
-        key = prefix + site.replace(".", "_")
-        tensors[f"{key}.lora_down.weight"] = torch.randn(rank, fan, generator=generator) / fan**0.5
-        tensors[f"{key}.lora_up.weight"] = torch.randn(out, rank, generator=generator) / 4
-        tensors[f"{key}.alpha"] = torch.tensor(float(rank))
-    save_file({key: t.half() for key, t in tensors.items()}, path)
+        write_lora(folder / f"{name}.safetensors", sites, seed, alpha=4.0)

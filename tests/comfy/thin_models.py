@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reduced_models import write_lora
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-RANK, ALPHA = 4, 8
 _KINDS = (".to_q", ".to_k", ".to_v", ".to_out.0")
 _TEXT = "text_encoder.text_model.encoder.layers.0.self_attn."
 
@@ -145,22 +145,13 @@ def _write_loras(pipeline: Any, folder: Path) -> None:
         if name.endswith(_KINDS)
     }
     shapes |= {f"{_TEXT}{kind}": (768, 768) for kind in ("q_proj", "v_proj")}
-    generator = torch.Generator().manual_seed(1)
-    kohya: dict[str, Tensor] = {}
-    theirs: dict[str, Tensor] = {}
-    for site, (out, width) in shapes.items():
-        name = site.replace("text_encoder.", "lora_te.").replace("unet.", "lora_unet.")
-        name = name.replace(".", "_")
-        kohya[f"{name}.lora_down.weight"] = torch.randn(RANK, width, generator=generator) / 30
-        kohya[f"{name}.lora_up.weight"] = torch.randn(out, RANK, generator=generator) / 4
-        kohya[f"{name}.alpha"] = torch.tensor(float(ALPHA))
-        name = site.replace(".text_model.", ".")
-        theirs[f"{name}.lora_A.weight"] = torch.randn(RANK, width, generator=generator) / 30
-        theirs[f"{name}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) / 4
+    kohya = {f"lora_{site.replace('text_encoder.', 'te.').replace('.', '_')}": shape
+             for site, shape in shapes.items()}  # fmt: skip
+    theirs = {site.replace(".text_model.", "."): shape for site, shape in shapes.items()}
     config = {f"{part}.{key}": value for part in ("unet", "text_encoder")
-              for key, value in {"r": RANK, "lora_alpha": ALPHA}.items()}  # fmt: skip
+              for key, value in {"r": 4, "lora_alpha": 8}.items()}  # fmt: skip
     targets = {"unet.target_modules": ["to_q"], "text_encoder.target_modules": ["q_proj"]}
     metadata = {"lora_adapter_metadata": json.dumps(config | targets)}
     dirs = {"ss_dataset_dirs": json.dumps({"10_sks cat": {"n_repeats": 10}})}
-    save_file({k: v.half() for k, v in kohya.items()}, folder / "a.safetensors", dirs)
-    save_file({k: v.half() for k, v in theirs.items()}, folder / "b.safetensors", metadata)
+    write_lora(folder / "a.safetensors", kohya, 1, alpha=8.0, metadata=dirs)
+    write_lora(folder / "b.safetensors", theirs, 2, metadata=metadata)

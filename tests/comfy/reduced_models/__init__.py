@@ -11,7 +11,7 @@ from .cosmos import COSMOS
 from .dits import DITS
 from .flux import FLUX, flux
 from .later import LATER
-from .parts import RANK, write_lora
+from .parts import write_lora
 from .pictures import PICTURES, qwen, zimage
 from .reduced import Reduced
 from .sounds import SOUNDS
@@ -21,7 +21,6 @@ from .wan import WAN, wan
 
 __all__ = [
     "ARCHITECTURES",
-    "RANK",
     "Reduced",
     "flux",
     "qwen",

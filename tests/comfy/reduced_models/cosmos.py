@@ -43,15 +43,6 @@ def _predict2(kind: str, **other: Any) -> tuple[Any, Any]:
     return model, texts.t5xxl("cosmos", "CosmosT5Tokenizer", "te")
 
 
-def cosmos_predict2() -> tuple[Any, Any]:
-    return _predict2("CosmosT2IPredict2")
-
-
-def cosmos_predict2_video() -> tuple[Any, Any]:
-    """A mask of the frames that are there already beside the latents."""
-    return _predict2("CosmosI2VPredict2", in_channels=17)
-
-
 def anima() -> tuple[Any, Any]:
     """Tokens of T5 besides, for layers of the denoiser that rewrite the text."""
     ldm = pytest.importorskip("comfy.ldm.anima.model")
@@ -65,9 +56,13 @@ def anima() -> tuple[Any, Any]:
 
 
 COSMOS = {
-    "Cosmos Predict2": Reduced(cosmos_predict2),
+    "Cosmos Predict2": Reduced(lambda: _predict2("CosmosT2IPredict2")),
     "Cosmos Predict2 I2V": Reduced(
-        cosmos_predict2_video, video=True, entries=given.first_frame(16, 3), slow=True
+        # A mask of the frames that are there already beside the latents.
+        lambda: _predict2("CosmosI2VPredict2", in_channels=17),
+        video=True,
+        entries=given.first_frame(16, 3),
+        slow=True,
     ),
     "Anima": Reduced(anima, slow=True),
 }

@@ -37,18 +37,9 @@ def flux() -> tuple[Any, Any]:
     return model_of_class("Flux", **config(vec_in_dim=768)), texts.flux(texts.FULL_CLIP)
 
 
-def flux_narrow() -> tuple[Any, Any]:
+def flux_narrow(kind: str = "Flux", **other: Any) -> tuple[Any, Any]:
     """FLUX.1 dev; Kontext is of the same class, and is given reference latents."""
-    return model_of_class("Flux", **config()), texts.flux()
-
-
-def flux_schnell() -> tuple[Any, Any]:
-    return model_of_class("FluxSchnell", **config(guidance_embed=False)), texts.flux()
-
-
-def flux_fill() -> tuple[Any, Any]:
-    """A picture and a mask of 8 × 8 pixels a latent beside the latents."""
-    return model_of_class("FluxInpaint", **config(in_channels=96)), texts.flux()
+    return model_of_class(kind, **config(**other)), texts.flux()
 
 
 def flux2() -> tuple[Any, Any]:
@@ -139,9 +130,13 @@ def chroma_radiance() -> tuple[Any, Any]:
 
 FLUX = {
     "FLUX.1": Reduced(flux_narrow),
-    "FLUX.1 schnell": Reduced(flux_schnell, slow=True),
+    "FLUX.1 schnell": Reduced(lambda: flux_narrow("FluxSchnell", guidance_embed=False), slow=True),
     "FLUX.1 Kontext": Reduced(flux_narrow, entries=given.edited(16, 6, 6)),
-    "FLUX.1 Fill": Reduced(flux_fill, entries=given.inpainted(16)),
+    "FLUX.1 Fill": Reduced(
+        # A picture and a mask of 8 × 8 pixels a latent beside the latents.
+        lambda: flux_narrow("FluxInpaint", in_channels=96),
+        entries=given.inpainted(16),
+    ),
     "FLUX.2": Reduced(flux2),
     "FLUX.2 with references": Reduced(flux2, entries=given.edited(128, 6, 6), slow=True),
     "Chroma": Reduced(chroma),

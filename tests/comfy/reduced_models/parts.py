@@ -15,13 +15,13 @@ from torch import Tensor, nn
 RANK = 4
 
 
-def model_of(config: Any, weights: Mapping[str, Tensor]) -> Any:
+def model_of(config: Any, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Any:
     """The MODEL of a configuration of ``comfy.supported_models``, as its loader makes it;
-    ``weights`` are those of a checkpoint that are not the network's."""
+    ``weights`` are those of a checkpoint that are not the network's. It computes in float32."""
     import comfy.model_management as memory
     import comfy.model_patcher
 
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
     with torch.inference_mode():
         model = made(config, weights)
         fill(model.diffusion_model)
@@ -46,6 +46,7 @@ def model_of_class(
     kind: str,
     extra: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
     **config: Any,
 ) -> Any:
     """The MODEL of a class of ``comfy.supported_models``; ``extra`` are other values of what the
@@ -56,7 +57,9 @@ def model_of_class(
         pytest.skip(f"this ComfyUI has no {kind}")
     plain = getattr(comfy.supported_models, kind)
     values = {**plain.unet_extra_config, **(extra or {})}
-    return model_of(type(kind, (plain,), {"unet_extra_config": values})(config), weights or {})
+    return model_of(
+        type(kind, (plain,), {"unet_extra_config": values})(config), weights or {}, dtype
+    )
 
 
 def clip_of(
@@ -95,15 +98,27 @@ def fill(module: nn.Module) -> None:
 
 
 def write_lora(
-    file: Path, sites: Mapping[str, tuple[int, int]], seed: int, rank: int = RANK
+    file: Path,
+    sites: Mapping[str, tuple[int, ...]],
+    seed: int,
+    rank: int = RANK,
+    *,
+    size: float = 0.25,
+    alpha: float | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """A LoRA with the module names of ``sites``, each (out, in)."""
+    """A LoRA with the module names of ``sites``, each (out, in), and numbers of the ``size`` in the
+    second factors; with an ``alpha``, as kohya's trainer writes it."""
     generator = torch.Generator().manual_seed(seed)
+    up, down = ("lora_B", "lora_A") if alpha is None else ("lora_up", "lora_down")
     tensors: dict[str, Tensor] = {}
     for name, (out, width) in sites.items():
-        tensors[f"{name}.lora_A.weight"] = (
-            torch.randn(rank, width, generator=generator) / width**0.5
-        )
-        tensors[f"{name}.lora_B.weight"] = torch.randn(out, rank, generator=generator) / 4
-    save_file(tensors, file)
+        small = torch.randn(rank, width, generator=generator) / width**0.5
+        tensors[f"{name}.{down}.weight"] = small
+        tensors[f"{name}.{up}.weight"] = size * torch.randn(out, rank, generator=generator)
+        if alpha is not None:
+            tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    if alpha is not None:
+        tensors = {name: tensor.half() for name, tensor in tensors.items()}
+    save_file(tensors, file, dict(metadata or {}))
     return file

@@ -40,20 +40,19 @@ def unet(kind: str, extra: Mapping[str, Any] | None = None, **config: Any) -> An
     return model_of_class(kind, {**heads, **(extra or {})}, **{**_UNET, **config})
 
 
-def sd15() -> tuple[Any, Any]:
-    return unet("SD15", context_dim=64, use_linear_in_transformer=False), _clip_l()
+def sd15(
+    kind: str = "SD15", widths: Mapping[str, int] = texts.CLIP, **other: Any
+) -> tuple[Any, Any]:
+    """``widths`` are those of its text encoder."""
+    config = {"context_dim": widths.get("hidden_size", 768), "use_linear_in_transformer": False}
+    options = {"clip_l_model_config": widths}
+    clip = texts.clip("comfy.sd1_clip", "SD1Tokenizer", "SD1ClipModel", **options)
+    return unet(kind, **config, **other), clip
 
 
 def sd15_inpainting() -> tuple[Any, Any]:
     """A mask and a picture beside the latents."""
-    model = unet("SD15", context_dim=64, use_linear_in_transformer=False, in_channels=9)
-    return model, _clip_l()
-
-
-def sd15_instructpix2pix() -> tuple[Any, Any]:
-    """The picture to be edited beside the latents."""
-    kind = "SD15_instructpix2pix"
-    return unet(kind, context_dim=64, use_linear_in_transformer=False, in_channels=8), _clip_l()
+    return sd15(in_channels=9)
 
 
 def sd2() -> tuple[Any, Any]:
@@ -85,29 +84,8 @@ def sdxl() -> tuple[Any, Any]:
     return unet("SDXL", **_SDXL), _two_clips(texts.FULL_CLIP)
 
 
-def sdxl_narrow() -> tuple[Any, Any]:
-    return unet("SDXL", **_SDXL_NARROW), _two_clips(texts.CLIP)
-
-
-def sdxl_inpainting() -> tuple[Any, Any]:
-    return unet("SDXL", **_SDXL_NARROW, in_channels=9), _two_clips(texts.CLIP)
-
-
-def sdxl_instructpix2pix() -> tuple[Any, Any]:
-    return unet("SDXL_instructpix2pix", **_SDXL_NARROW, in_channels=8), _two_clips(texts.CLIP)
-
-
-def ssd1b() -> tuple[Any, Any]:
-    """Without attention in the middle."""
-    depths = {"transformer_depth": [0, 2], "transformer_depth_output": [0, 0, 1, 2]}
-    config = {**_SDXL_NARROW, **depths, "transformer_depth_middle": -1}
-    return unet("SSD1B", **config), _two_clips(texts.CLIP)
-
-
-def koala() -> tuple[Any, Any]:
-    """Without a block in the middle."""
-    config = {**_SDXL_NARROW, "transformer_depth_middle": -2}
-    return unet("KOALA_700M", **config), _two_clips(texts.CLIP)
+def sdxl_narrow(kind: str = "SDXL", **other: Any) -> tuple[Any, Any]:
+    return unet(kind, **{**_SDXL_NARROW, **other}), _two_clips(texts.CLIP)
 
 
 def sdxl_refiner() -> tuple[Any, Any]:
@@ -145,11 +123,6 @@ def cascade_b() -> tuple[Any, Any]:
     return model_of_class("Stable_Cascade_B", **config), _cascade_clip()
 
 
-def _clip_l() -> Any:
-    options = {"clip_l_model_config": texts.CLIP}
-    return texts.clip("comfy.sd1_clip", "SD1Tokenizer", "SD1ClipModel", **options)
-
-
 def _clip_h() -> Any:
     options = {"clip_h_model_config": texts.CLIP}
     return texts.clip("comfy.text_encoders.sd2_clip", "SD2Tokenizer", "SD2ClipModel", **options)
@@ -166,21 +139,34 @@ def _cascade_clip() -> Any:
     return texts.clip("comfy.sdxl_clip", *name, **options)
 
 
+_SSD = {
+    "transformer_depth": [0, 2],
+    "transformer_depth_output": [0, 0, 1, 2],
+    "transformer_depth_middle": -1,  # no attention; KOALA has no block there at all
+}
 UNETS = {
     "SD 1.5": Reduced(sd15),
     "SD 1.5 inpainting": Reduced(sd15_inpainting, entries=given.inpainted(4), slow=True),
-    "InstructPix2Pix": Reduced(sd15_instructpix2pix, entries=given.beside(4), slow=True),
+    "InstructPix2Pix": Reduced(
+        lambda: sd15("SD15_instructpix2pix", in_channels=8), entries=given.beside(4), slow=True
+    ),
     "SD 2": Reduced(sd2, slow=True),
     "SD 2.1 unCLIP": Reduced(sd21_unclip, entries=given.unclip(768), slow=True),
     "SD x4 upscaler": Reduced(
         sd_x4_upscaler, entries={"concat_image": given.picture(3, 8, 8)}, slow=True
     ),
     "SDXL": Reduced(sdxl_narrow),
-    "SDXL inpainting": Reduced(sdxl_inpainting, entries=given.inpainted(4), slow=True),
-    "SDXL InstructPix2Pix": Reduced(sdxl_instructpix2pix, entries=given.beside(4), slow=True),
+    "SDXL inpainting": Reduced(
+        lambda: sdxl_narrow(in_channels=9), entries=given.inpainted(4), slow=True
+    ),
+    "SDXL InstructPix2Pix": Reduced(
+        lambda: sdxl_narrow("SDXL_instructpix2pix", in_channels=8),
+        entries=given.beside(4),
+        slow=True,
+    ),
     "SDXL refiner": Reduced(sdxl_refiner, slow=True),
-    "SSD-1B": Reduced(ssd1b, slow=True),
-    "KOALA": Reduced(koala, slow=True),
+    "SSD-1B": Reduced(lambda: sdxl_narrow("SSD1B", **_SSD), slow=True),
+    "KOALA": Reduced(lambda: sdxl_narrow("KOALA_700M", transformer_depth_middle=-2), slow=True),
     "Stable Cascade C": Reduced(cascade_c),
     "Stable Cascade B": Reduced(
         cascade_b, side=16, entries=given.prior(), settings={"schedule": "jacobi"}, slow=True

@@ -34,20 +34,8 @@ _HUNYUAN = {
 }
 
 
-def hunyuan_video() -> tuple[Any, Any]:
-    return model_of_class("HunyuanVideo", **_HUNYUAN), texts.hunyuan_video()
-
-
-def hunyuan_video_i2v() -> tuple[Any, Any]:
-    """The first frame and its mask beside the latents."""
-    model = model_of_class("HunyuanVideoI2V", **{**_HUNYUAN, "in_channels": 33})
-    return model, texts.hunyuan_video()
-
-
-def skyreels_i2v() -> tuple[Any, Any]:
-    """The first frame without a mask."""
-    model = model_of_class("HunyuanVideoSkyreelsI2V", **{**_HUNYUAN, "in_channels": 32})
-    return model, texts.hunyuan_video()
+def hunyuan_video(kind: str = "HunyuanVideo", **other: Any) -> tuple[Any, Any]:
+    return model_of_class(kind, **{**_HUNYUAN, **other}), texts.hunyuan_video()
 
 
 def hunyuan_video15() -> tuple[Any, Any]:
@@ -144,10 +132,13 @@ def kandinsky5_video() -> tuple[Any, Any]:
 VIDEOS = {
     "HunyuanVideo": Reduced(hunyuan_video, video=True),
     "HunyuanVideo I2V": Reduced(
-        hunyuan_video_i2v, video=True, entries=given.first_frame(16, 3), slow=True
+        lambda: hunyuan_video("HunyuanVideoI2V", in_channels=33),
+        video=True,
+        entries=given.first_frame(16, 3),
+        slow=True,
     ),
     "SkyReels I2V": Reduced(
-        skyreels_i2v,
+        lambda: hunyuan_video("HunyuanVideoSkyreelsI2V", in_channels=32),  # without a mask
         video=True,
         entries={"concat_latent_image": given.picture(16, 3, 8, 8)},
         slow=True,

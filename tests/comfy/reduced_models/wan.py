@@ -32,6 +32,14 @@ def _wan(kind: str, model_type: str = "t2v", **other: Any) -> tuple[Any, Any]:
     return model_of_class(kind, **config), texts.umt5()
 
 
+SITES = {
+    f"diffusion_model.blocks.{block}.{layer}": (96, 96)
+    for block in range(2)
+    for layer in ("self_attn.q", "self_attn.v", "self_attn.o", "cross_attn.k", "cross_attn.o")
+}
+"""What a LoRA of it changes."""
+
+
 def wan() -> tuple[Any, Any]:
     """Also either of the two experts of Wan 2.2 14B."""
     return _wan("WAN21_T2V")
@@ -40,53 +48,6 @@ def wan() -> tuple[Any, Any]:
 def wan_i2v() -> tuple[Any, Any]:
     """The first frame beside the latents, and as CLIP sees it beside the text."""
     return _wan("WAN21_I2V", "i2v", in_dim=36)
-
-
-def wan22_5b() -> tuple[Any, Any]:
-    return _wan("WAN22_T2V", in_dim=48, out_dim=48)
-
-
-def wan_fun_control() -> tuple[Any, Any]:
-    """A control video and a first frame beside the latents."""
-    return _wan("WAN21_FunControl2V", "i2v", in_dim=48)
-
-
-def wan_camera() -> tuple[Any, Any]:
-    """The camera's rays, pixel by pixel."""
-    return _wan("WAN21_Camera", "camera", in_dim=32)
-
-
-def wan22_camera() -> tuple[Any, Any]:
-    return _wan("WAN22_Camera", "camera_2.2", in_dim=36)
-
-
-def wan_vace() -> tuple[Any, Any]:
-    """Blocks of their own for a control video and its mask."""
-    return _wan("WAN21_Vace", "vace", vace_layers=2, vace_in_dim=96)
-
-
-def wan_humo() -> tuple[Any, Any]:
-    """Sound, sixteen tokens a frame."""
-    return _wan("WAN21_HuMo", "humo")
-
-
-def wan22_s2v() -> tuple[Any, Any]:
-    """Sound, a pose video and a reference picture."""
-    return _wan("WAN22_S2V", "s2v", audio_dim=32, audio_inject_layers=[0, 1])
-
-
-def wan22_animate() -> tuple[Any, Any]:
-    """A pose video, and a first frame as CLIP sees it. Its face blocks follow every fifth block."""
-    return _wan("WAN22_Animate", "animate", in_dim=36, num_layers=5)
-
-
-def wan_scail() -> tuple[Any, Any]:
-    """A pose video of half the size and a reference picture, as frames of the video."""
-    return _wan("WAN21_SCAIL", "scail", in_dim=20)
-
-
-def wan_causal() -> tuple[Any, Any]:
-    return _wan("WAN21_CausalAR_T2V", causal_ar=True)
 
 
 _FRAMES = 3
@@ -98,9 +59,9 @@ WAN = {
     "Wan 2.1 T2V": Reduced(wan, video=True),
     "Wan 2.1 I2V": Reduced(wan_i2v, video=True, entries=_FROM_A_PICTURE),
     "Wan 2.2 14B": Reduced(wan, video=True, experts=True),
-    "Wan 2.2 5B": Reduced(wan22_5b, video=True, slow=True),
+    "Wan 2.2 5B": Reduced(lambda: _wan("WAN22_T2V", in_dim=48, out_dim=48), video=True, slow=True),
     "Wan 2.1 Fun Control": Reduced(
-        wan_fun_control,
+        lambda: _wan("WAN21_FunControl2V", "i2v", in_dim=48),  # a control video and a first frame
         video=True,
         entries={
             "concat_latent_image": given.picture(32, _FRAMES, 8, 8),
@@ -109,7 +70,7 @@ WAN = {
         slow=True,
     ),
     "Wan 2.1 Camera": Reduced(
-        wan_camera,
+        lambda: _wan("WAN21_Camera", "camera", in_dim=32),  # its rays, pixel by pixel
         video=True,
         entries={
             "concat_latent_image": given.picture(16, _FRAMES, 8, 8),
@@ -119,11 +80,19 @@ WAN = {
         slow=True,
     ),
     "Wan 2.2 Camera": Reduced(
-        wan22_camera, video=True, entries={**given.first_frame(16, _FRAMES), **_RAYS}, slow=True
+        lambda: _wan("WAN22_Camera", "camera_2.2", in_dim=36),
+        video=True,
+        entries={**given.first_frame(16, _FRAMES), **_RAYS},
+        slow=True,
     ),
-    "Wan 2.1 VACE": Reduced(wan_vace, video=True, entries=given.controlled(_FRAMES)),
+    "Wan 2.1 VACE": Reduced(
+        # Blocks of their own for a control video and its mask.
+        lambda: _wan("WAN21_Vace", "vace", vace_layers=2, vace_in_dim=96),
+        video=True,
+        entries=given.controlled(_FRAMES),
+    ),
     "Wan 2.1 HuMo": Reduced(
-        wan_humo,
+        lambda: _wan("WAN21_HuMo", "humo"),  # sound, sixteen tokens a frame
         video=True,
         entries={"audio_embed": given.picture(_FRAMES, 8, 5, 1280)},
         apart=("audio_proj.",),
@@ -131,7 +100,7 @@ WAN = {
         slow=True,
     ),
     "Wan 2.2 S2V": Reduced(
-        wan22_s2v,
+        lambda: _wan("WAN22_S2V", "s2v", audio_dim=32, audio_inject_layers=[0, 1]),
         video=True,
         entries={
             "audio_embed": given.picture(25, 32, 4 * _FRAMES),
@@ -141,7 +110,8 @@ WAN = {
         slow=True,
     ),
     "Wan 2.2 Animate": Reduced(
-        wan22_animate,
+        # Its face blocks follow every fifth block.
+        lambda: _wan("WAN22_Animate", "animate", in_dim=36, num_layers=5),
         video=True,
         entries={**_FROM_A_PICTURE, **_POSE},
         apart=("face_adapter.", "face_encoder."),
@@ -149,7 +119,8 @@ WAN = {
         slow=True,
     ),
     "Wan 2.1 SCAIL": Reduced(
-        wan_scail,
+        # A pose video of half the size and a reference picture, as frames of the video.
+        lambda: _wan("WAN21_SCAIL", "scail", in_dim=20),
         video=True,
         entries={
             "pose_video_latent": given.picture(16, _FRAMES, 4, 4),
@@ -158,5 +129,7 @@ WAN = {
         },
         slow=True,
     ),
-    "Wan 2.1 causal": Reduced(wan_causal, video=True, slow=True),
+    "Wan 2.1 causal": Reduced(
+        lambda: _wan("WAN21_CausalAR_T2V", causal_ar=True), video=True, slow=True
+    ),
 }

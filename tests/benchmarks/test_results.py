@@ -1,0 +1,141 @@
+"""The pages' figures match ``benchmarks/results``, and these match what the scripts produce."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+SCRIPTS = sorted(file.stem for file in BENCHMARKS.glob("*.py"))
+IMPORTS = """
+import importlib, sys
+broken, path = [], list(sys.path)
+for name in sys.argv[1:]:
+    sys.path[:] = path
+    sys.modules.pop("conftest", None)
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        broken.append(f"{name}: {error}")
+sys.exit("\\n".join(broken) or 0)
+"""
+
+sys.path.append(str(BENCHMARKS))
+
+import markdown_tables  # noqa: E402
+import results_page  # noqa: E402
+import tables  # noqa: E402
+
+MADE_ELSEWHERE = {
+    "architectures.md",  # tests/hosts/test_architecture_page.py
+    "layouts.md",
+    "results.md",  # below
+    "settings.md",  # tests/cli/test_settings.py
+}
+NOT_FROM_A_FILE = {
+    "| path | what | parameters |",  # toybox/README.md: the sizes of what is there
+    "| step | threads | time | result |",  # toybox/README.md: what its training says
+    "| setting | affects | default | change it when |",
+    "| method | repository | largest relative difference |",  # decisions.md: what a test finds
+}
+"""The first lines of tables with numbers that no JSON has."""
+
+
+def python(code: str, *arguments: str, **environment: str) -> str:
+    """What another Python prints that runs ``code`` among the scripts."""
+    path = os.pathsep.join(map(str, (BENCHMARKS, BENCHMARKS / "speed", ROOT)))
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return ran.stdout
+
+
+def test_every_page_is_what_its_figures_make():
+    assert tables.renew(write=False) == []
+    assert results_page.stale(write=False) == []
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in tables.PAGES if p.name not in MADE_ELSEWHERE], ids=lambda page: page.name
+)
+def test_every_table_of_figures_is_made_from_a_json(page):
+    found = re.findall(r"(?:^ *\|.*\|\n)+", tables.outside(page.read_text()), re.MULTILINE)
+    by_hand = [table for table in found if is_of_figures(table)]
+    assert not [t for t in by_hand if t.splitlines()[0].strip() not in NOT_FROM_A_FILE]
+
+
+def is_of_figures(table: str) -> bool:
+    """Whether a cell behind the first begins with a number."""
+    rows = [line.strip().strip("|").split("|")[1:] for line in table.splitlines()[2:]]
+    return any(re.match(r"\s*[*+-]*\.?\d", cell) for row in rows for cell in row)
+
+
+def test_every_script_imports():
+    """This finds names that the code no longer has."""
+    python(IMPORTS, *SCRIPTS)
+
+
+@pytest.mark.parametrize("quick", ["", "1"])
+def test_what_is_a_part_is_written_beside(quick):
+    code = (
+        'import outputs as o; print(o.result_file("a.json"), o.result_file("a.json", whole=False))'
+    )
+    beside = str(ROOT / "build" / "quick" / "a.json")
+    whole = beside if quick else str(BENCHMARKS / "results" / "a.json")
+    assert python(code, QUICK=quick).split() == [whole, beside]
+
+
+def test_the_ratios_are_those_of_the_figures():
+    data = json.loads((BENCHMARKS / "results" / "speed.json").read_text())
+    code = (
+        "import json, run; print(json.dumps(run.ratios(json.loads(run.FILE.read_text())['raw'])))"
+    )
+    assert json.loads(python(code)) == data["ratios"]
+    for entry in (entry for part, entry in data["raw"].items() if part.startswith("floor")):
+        assert entry["floor"] == entry["merge"] / entry["bare"]
+
+
+def figure(mean: float) -> dict:
+    return {"mean": mean, "interval": [mean - 0.02, mean + 0.02], "n": 3}
+
+
+def of_size() -> dict:
+    """IterIS .7 in likeness; Chain of Merges .6, and before it in attributes; the average .4; a
+    variant of IterIS .9."""
+    names = {"iteris": 0.7, "chain-of-merges": 0.6, "average": 0.4, "sum": 0.1, "base": 0.8}
+    names["iteris:block_steps=120"] = 0.9
+    columns = ("likeness", "judge", "likeness kept")
+    rows = {name: {"new words": dict.fromkeys(columns, figure(of))} for name, of in names.items()}
+    behind = {**figure(-0.05), "verdict": "behind"}
+    against = {
+        name: {"new words": {"likeness": {**figure(0.7 - of), "verdict": "first"}, "judge": behind}}
+        for name, of in names.items()
+        if name != "iteris"
+    }
+    return {"rows": rows, "against": against}
+
+
+def test_a_verdict_is_against_the_likest_rival_and_has_its_interval_and_n(tmp_path, monkeypatch):
+    """Neither the base nor a variant of ours is a rival."""
+    for file in (BENCHMARKS / "results").glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    data = {"default": "iteris", "sizes": {"3": of_size(), "10": of_size()}}
+    (tmp_path / "unseen_reported.json").write_text(json.dumps(data))
+    monkeypatch.setattr(markdown_tables, "RESULTS", tmp_path)
+    row = "| 3 LoRAs | Chain of Merges | first (+.100 ± .020) | behind (-.050 ± .020) | 3 |"
+    assert row in results_page.verdicts()
+    lines = list(results_page.behind())
+    attributes = next(line for line in lines if line.startswith("**Attributes**"))
+    assert "Chain of Merges by .050 at 3, .050 at 10" in attributes
+    assert "base" not in attributes
