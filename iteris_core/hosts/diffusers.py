@@ -21,12 +21,7 @@ from ..activations.conditions import PLAIN, Condition
 from ..activations.lockstep import Lockstep
 from ..activations.meter import free_memory, usable
 from ..architectures import text as text_wirings
-from ..architectures.sites import (
-    in_changed_parts,
-    plain_parameter,
-    plain_weight,
-    residual_streams,
-)
+from ..architectures.sites import in_changed_parts, residual_streams
 from ..calibration_prompts import whole_words
 from ..concepts import Calibration, Concept
 from ..lora import Lora
@@ -44,7 +39,7 @@ from .diffusers_lora import (
 from .diffusers_rows import RecordedRows, record_rows
 from .learned import EmbeddingTriggers
 from .learned_tokens import Placeholders, in_force
-from .protocol import Stage, Tick, check_model, check_ready
+from .protocol import Host, Stage, Tick, check_model, check_ready
 from .recorded import Call, entries, joined, kind, size
 from .rows import SamplePrompts, TextRows, added_concepts
 
@@ -63,7 +58,7 @@ class DiffusionSamples:
     recorded: RecordedRows | None = None
 
 
-class DiffusersHost:
+class DiffusersHost(Host):
     """Merges on a pipeline whose class loads LoRAs; ``call`` are extra arguments for it, such as
     the image for an editing or inpainting pipeline.
 
@@ -84,6 +79,7 @@ class DiffusersHost:
             check_model(model)
         self._direct = {site for site in self._sites if self._sees_text_only(site)}
         self._placeholders: Placeholders | None = None
+        self._studied: dict[Any, Arguments] = {}
 
     @property
     def denoiser(self) -> Any:
@@ -106,18 +102,12 @@ class DiffusersHost:
     def sites(self) -> Mapping[str, nn.Module]:
         return self._sites
 
-    def weight(self, site: str) -> Tensor:
-        return plain_weight(site, self._sites[site], "An extraction")
-
     def parameters(self) -> Mapping[str, nn.Module]:
         return self._parameters
 
     @cached_property
     def _parameters(self) -> Mapping[str, nn.Module]:
         return pipeline_parameters(self.pipeline)
-
-    def parameter(self, name: str) -> Tensor:
-        return plain_parameter(name, self._parameters[name])
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         return read_lora(self.pipeline, self._sites, Path(path), options)
@@ -146,6 +136,7 @@ class DiffusersHost:
                 yield self._placeholders.in_force
         finally:
             self._placeholders = None
+            self._studied.clear()  # the pipeline may change after a merge
             self._loop.free()
 
     def _said(self, owners: Sequence[int], prompts: Sequence[str]) -> list[str]:
@@ -166,7 +157,7 @@ class DiffusersHost:
         for model in self._models():
             check_ready(model)
         denoises = any(not site.startswith(OF_TEXT) for site in sites - self._direct)
-        arguments = study(self._loop, calibration, denoises=denoises)
+        arguments = self._study(calibration, denoises=denoises)
         share = calibration.empty_share if self._loop.empty_prompts else 0.0
         drawn = SamplePrompts.drawn(
             concepts, calibration, self._vocabulary, generator, share, denoises=denoises
@@ -179,6 +170,14 @@ class DiffusersHost:
             )
         text = drawn.texts(None if recorded is None else recorded.each)
         return DiffusionSamples(text, arguments, drawn.worth(text), recorded)
+
+    def _study(self, calibration: Calibration, *, denoises: bool) -> Arguments:
+        """:func:`.diffusers_arguments.study`, once in a merge for what it reads."""
+        read = calibration.denoising_steps, calibration.latent_size, calibration.frames
+        key = (*read, denoises, getattr(self.pipeline, "scheduler", None))
+        if key not in self._studied:
+            self._studied[key] = study(self._loop, calibration, denoises=denoises)
+        return self._studied[key]
 
     def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
         text, recorded = samples.text, samples.recorded

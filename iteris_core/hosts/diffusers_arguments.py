@@ -151,7 +151,7 @@ def _one_and_two(loop: PipelineLoop, size: Mapping[str, int]) -> tuple[Call, Cal
     if loop.draws_several:
         with suppress(Exception):
             return one, loop.first_call([_SHORT], size, seed=1, pictures=2), False
-    if loop.can_give_each and not loop.one_each:
+    if loop.each and not loop.one_each:
         loop.one_each = True
         return _one_and_two(loop, size)
     two = _joined(loop, one, loop.first_call([_SHORT], size, seed=1))

@@ -59,12 +59,7 @@ class PipelineLoop:
         self.one_each = False
 
     @property
-    def can_give_each(self) -> bool:
-        """True if it accepts the lists that :attr:`one_each` makes."""
-        return bool(self._each)
-
-    @property
-    def _each(self) -> dict[str, Any]:
+    def each(self) -> dict[str, Any]:
         """The arguments for which some pipelines need a list with one item per prompt."""
         values = {n: self._call.get(n, self.names[n].default) for n in _EACH if n in self.names}
         return {name: value for name, value in values.items() if value is not None}
@@ -127,7 +122,7 @@ class PipelineLoop:
 
     def _given(self, count: int) -> dict[str, Any]:
         """The arguments beside ``count`` prompts."""
-        each = self._each if self.one_each else {}
+        each = self.each if self.one_each else {}
         return {**self._call, **{name: [value] * count for name, value in each.items()}}
 
     def _guidance(self, scale: float, count: int) -> dict[str, Any]:
