@@ -27,7 +27,7 @@ class Piece:
         return sum(stop - start for start, stop in self.rows)
 
     def overlaps(self, other: Piece) -> bool:
-        """True if both contain one row of a site."""
+        """True if both contain the same row of a site."""
         end = min(self.start + self.length, other.start + other.length)
         return self.site == other.site and max(self.start, other.start) < end
 

@@ -176,14 +176,14 @@ def lora_of(
             plain = {name: part for name, part in parts.items() if "magnitude" not in name}
             counts["undone"] += plain.keys() != parts.keys()
             parts = plain
-        known = partial(_base_weight, alias, shape, weight, place, parts)
-        change = rebuild(parts, shape, scale, place, known)
+        of_base = partial(_base_weight, alias, shape, weight, place, parts)
+        change = rebuild(parts, shape, scale, place, of_base)
         scale = 1.0 if isinstance(change, Tensor) else change.scale
         for piece in alias:
             others = taken.setdefault(piece.site, [])
-            if other := next((name for other, name in others if other.overlaps(piece)), None):
+            if known := next((known for other, known in others if other.overlaps(piece)), None):
                 raise LoraFileError(
-                    f"{path}: {other} and {name} both change {piece.site}; remove one of them, "
+                    f"{path}: {known} and {name} both change {piece.site}; remove one of them, "
                     "because loaders differ in which one they use."
                 )
             others.append((piece, name))

@@ -41,7 +41,7 @@ def in_memory(draw, kind: str) -> tuple[Lora, str]:
     sites = draw(st.one_of(few, st.sampled_from(selected)))
     dtype = draw(st.sampled_from(sorted(DTYPES)))
     ranks = draw(st.lists(st.integers(1, 8), min_size=1, max_size=4))
-    size = draw(st.sampled_from([1e-4, 0.02, 0.5, 8.0]))
+    size = draw(st.sampled_from([1e-4, 0.02, 0.5, 2.0]))
     zero = draw(st.sets(st.sampled_from(sites), max_size=len(sites) - 1))
     return lora_of(kind, zero, sites=sites, ranks=ranks, size=size, dtype=DTYPES[dtype]), dtype
 
@@ -95,7 +95,7 @@ def check(lora: Lora, own: str, kind: str, layout: Layout, dtype: str) -> None:
             pipeline = copy.deepcopy(tiny(kind))
             pipeline.load_lora_weights(str(path))
             truth = outputs(kind, with_changes(kind, again))
-            assert furthest(outputs(kind, pipeline), truth) < 1e-4
+            assert furthest(outputs(kind, pipeline), truth) < 1e-3
 
 
 def law(kind: str, loras: st.SearchStrategy, examples: int, *more: tuple[Lora, str]) -> None:
