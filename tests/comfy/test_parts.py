@@ -38,10 +38,10 @@ def test_words_of_a_file(
     specs = part(pack, "nodes.concept_specs")
     spec = specs.make_spec(tmp_path / "lora.safetensors")
     assert (spec.trigger, spec.class_word, spec.subjects) == words
-    core = module(pack, "iteris_core")
+    core = part(pack, "iteris_core")
     reader = type("Reader", (), {"read_lora": lambda *_: core.Lora({})})()
     phrases = list(words[2]) or [w for w in [f"{words[0]} {words[1]}".strip()] if w]
-    read = module(pack, "iteris_core.reading").read_concept
+    read = part(pack, "iteris_core.reading").read_concept
     assert list(read(spec, reader).phrases) == phrases
 
 
