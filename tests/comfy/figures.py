@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,7 +68,7 @@ class Trial:
     def concepts(self, count: int) -> list[Any]:
         make = self.specs.make_spec
         specs = [make(path, trigger="sks", class_word="cat") for path in self.paths[:count]]
-        return [dataclasses.replace(spec, prompts=PROMPTS) for spec in specs]
+        return [spec.model_copy(update={"prompts": PROMPTS}) for spec in specs]
 
     def alone(self) -> float:
         """How far a merge of one LoRA is from that LoRA, as a share of what it does."""

@@ -62,7 +62,7 @@ def test_another_strength_does_not_merge_again(
     assert "strength" not in json.loads(whole.metadata["iteris"])
     # Another weight merges again, on the samples that are there.
     specs = desk.kit.concepts()
-    heavy = [desk.kit.specs.replace(specs[0], weight=3.0), specs[1]]
+    heavy = [specs[0].model_copy(update={"weight": 3.0}), specs[1]]
     desk.merge(tuple(heavy))
     desk.merge(settings={"ridge": 0.01})
     assert caplog.text.count("IterIS: merged with") == 3

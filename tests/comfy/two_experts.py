@@ -38,7 +38,7 @@ class Experts(Trial):
 
     def concepts(self, count: int) -> list[Any]:
         pairs = zip(super().concepts(count), self.low_paths, strict=False)
-        return [dataclasses.replace(spec, low=path) for spec, path in pairs]
+        return [spec.model_copy(update={"low": path}) for spec, path in pairs]
 
     def files(self, number: int) -> tuple[Path, ...]:
         return self.paths[number], self.low_paths[number]
