@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -78,7 +77,7 @@ class Trial:
             for files in self.paths[:count]
             for low in (files[1:] or [None])
         ]
-        return [dataclasses.replace(spec, prompts=PROMPTS) for spec in specs]
+        return [spec.model_copy(update={"prompts": PROMPTS}) for spec in specs]
 
     def alone(self) -> float:
         """How far a merge of one LoRA is from that LoRA, as a share of what it does."""

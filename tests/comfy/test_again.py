@@ -41,7 +41,7 @@ def test_another_strength_does_not_merge_again(kit: Kit, desk: Any) -> None:
     assert "strength" not in json.loads(whole.metadata["iteris"])
     # Another weight merges again, on the samples that are there.
     specs = kit.concepts()
-    desk((kit.specs.replace(specs[0], weight=3.0), specs[1]))
+    desk((specs[0].model_copy(update={"weight": 3.0}), specs[1]))
     desk(settings={"rank": 2})
     assert (desk.merges(), desk.latents()) == (3, 2)  # of the fit, and held out
     desk()

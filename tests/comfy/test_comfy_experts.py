@@ -3,7 +3,6 @@ two files per concept give two files. What they draw is with that of every archi
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,10 +23,11 @@ class Pair(Trial):
     def merged(self, *concepts: tuple[str, str], **options: Any) -> Any:
         """Of concepts with a file for high and one for low noise, or none."""
         specs = [
-            dataclasses.replace(
-                self.concepts(1)[0],
-                file=self.folder / high,
-                low=self.folder / low if low else None,
+            self.concepts(1)[0].model_copy(
+                update={
+                    "file": self.folder / high,
+                    "low": self.folder / low if low else None,
+                }
             )
             for high, low in concepts
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -52,7 +51,7 @@ def test_what_does_not_fit_and_what_is_alike(kit: Kit, inspect: Any) -> None:
 
 
 def test_what_would_stop_a_merge(kit: Kit, inspect: Any) -> None:
-    mute = dataclasses.replace(kit.concepts()[0], trigger="", class_word="")
+    mute = kit.concepts()[0].model_copy(update={"trigger": "", "class_word": ""})
     assert "no trigger words and no prompts" in inspect(mute)
     table = inspect(kit.concepts()[0], settings={**SETTINGS, "memory": 1e-6})
     assert "A merge would fail: " in table
