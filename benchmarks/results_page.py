@@ -160,18 +160,21 @@ def verdicts() -> list[str]:
     return table(("on new words", "best rival", *MEASURES.values(), "n"), rows, labels=2)
 
 
+def rivals(found: Mapping[str, Any]) -> list[str]:
+    """The methods that are compared with ours; variants of ours are none."""
+    return [r for r in found["against"] if r not in REFERENCES and not r.startswith("iteris")]
+
+
 def _verdict(regime: str, found: Mapping[str, Any]) -> list[str]:
-    rivals = [name for name in found["against"] if name not in REFERENCES]
-    best = max(rivals, key=lambda name: found["rows"][name][NEW]["likeness"]["mean"])
+    best = max(rivals(found), key=lambda name: found["rows"][name][NEW]["likeness"]["mean"])
     against = found["against"][best][NEW]
     cells = [difference(against[name]) for name in MEASURES]
     return [regime, label_of(best), *cells, str(against["likeness"]["n"])]
 
 
 def _single(regime: str, found: Mapping[str, Any], kind: str, name: str) -> list[str]:
-    """Of a figure that only counts attributes; variants of ours are no rivals."""
-    rivals = [r for r in found["against"] if r not in REFERENCES and not r.startswith("iteris")]
-    best = max(rivals, key=lambda rival: found["rows"][rival][kind][name]["mean"])
+    """Of a figure that only counts attributes."""
+    best = max(rivals(found), key=lambda rival: found["rows"][rival][kind][name]["mean"])
     of = found["against"][best][kind][name]
     return [regime, label_of(best), "", difference(of), str(of["n"])]
 

@@ -127,8 +127,9 @@ def run_merge(
     device: str | None, load: Load, options: Mapping[str, Any], *, quiet: bool = False
 ) -> MergeResult:
     """Merge what ``load(device)`` returns, with :func:`..merge.merge_loras`'s ``options``."""
+    chosen = device_of(device)
     with progress_bars(visible=not quiet) as on_progress:
-        loaded = _loaded(load, device_of(device), on_progress)
+        loaded = _loaded(load, chosen, on_progress)
         return merge_loras(*loaded, on_progress=on_progress, **options)
 
 
@@ -136,13 +137,14 @@ def foresee(
     device: str | None, load: Load, options: Mapping[str, Any], *, quiet: bool = False
 ) -> Preview:
     """Preview this merge; nothing is merged. The caller prints the plan."""
+    chosen = device_of(device)
     with progress_bars(visible=not quiet) as show:
 
         def on_progress(progress: Progress) -> None:
             if not progress.plan:
                 show(progress)
 
-        loaded = _loaded(load, device_of(device), on_progress)
+        loaded = _loaded(load, chosen, on_progress)
         return preview_merge(*loaded, on_progress=on_progress, **options)
 
 

@@ -177,7 +177,7 @@ def test_ctrl_c_says_that_nothing_was_written(world, tmp_path, monkeypatch, caps
     out = tmp_path / "out.safetensors"
     for extra in ([], ["--quiet"]):
         code, text, err = run(monkeypatch, capsys, *merge(world, out, *extra))
-        assert (code, text) == (130, "")
+        assert (code, text) == (130, ""), err
         assert "iteris: cancelled; nothing was written." in err
     assert not list(tmp_path.iterdir())
 

@@ -87,6 +87,6 @@ def test_with_too_little_it_is_said_what_was_tried_and_what_to_change():
     assert [way.partition(",")[0] for way in tried[-4:]] == [
         *("12 rows at once", "6 rows at once", "3 rows at once", "one row at once"),
     ]
-    assert "Lower samples or timesteps (fewer rows), or latent_size (smaller ones; ComfyUI" in said
+    assert "Lower samples or timesteps (fewer rows), or latent_size (smaller ones), or free" in said
     assert found["same"]
     assert found["hooks"] == 0

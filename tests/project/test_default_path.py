@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from default_path import default_merge
 
-BOUNDS = {"modules": 90, "functions": 640, "classes": 72, "two-way pairs": 23}
+BOUNDS = {"modules": 89, "functions": 625, "classes": 74, "two-way pairs": 22}
 """The issue on the core's size wants 45 modules, 300 functions and 4 pairs."""
 
 
