@@ -51,7 +51,7 @@ class Trial:
         self.base = *self.models, self.clip
         self.plain = self.draw(*self.base)
 
-    def merge(self, count: int, rows: int = 32, memory: Any = "free", **settings: Any) -> Any:
+    def merge(self, count: int, rows: int = 32, **settings: Any) -> Any:
         """Of the first ``count`` LoRAs; ``rows`` is the most in a forward. Nothing may be left
         out."""
         given = [[torch.zeros(1, 1, 1), self.reduced.entries]]
@@ -67,7 +67,6 @@ class Trial:
             {**self.reduced.settings, **settings},
             self.calibration,
             rows=rows,
-            memory_budget=memory,
             **options,
         )
 

@@ -128,6 +128,20 @@ def test_what_this_comfyui_lacks_is_not_made_up(pack: ModuleType) -> None:
         internals.optional("comfy.model_management.something_else")
 
 
+def test_g7_what_comfyui_has_pinned_is_not_pinned_twice(
+    pack: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as memory
+
+    state, pool = part(pack, "nodes.comfy_state"), part(pack, "iteris_core.activations.host_pool")
+    monkeypatch.setattr(pool, "total_memory", lambda: 100 * GIB)
+    monkeypatch.setattr(memory, "MAX_PINNED_MEMORY", 30 * GIB)
+    for taken, left in ((10 * GIB, 20 * GIB), (40 * GIB, 0)):
+        monkeypatch.setattr(memory, "TOTAL_PINNED_MEMORY", taken)
+        with state.ready_for_merge():
+            assert pool.HostPool(torch.device("cuda"), 90 * GIB)._pinnable == left
+
+
 def test_g13_a_dora_on_bytes_of_a_gguf_is_refused(kit: Kit) -> None:
     tensors = load_file(kit.loras / "a.safetensors")
     down = next(key for key in tensors if key.startswith("lora_unet") and "lora_down" in key)

@@ -91,7 +91,7 @@ def test_a_dora_is_of_the_weight_that_the_pack_makes_of_its_bytes(
 ) -> None:
     trial = Trial(pack, Reduced(lambda: gguf_flux(loader, tmp_path, "Q8_0")), tmp_path)
     layer = trial.model.model.diffusion_model.double_blocks[0].img_mlp[0]
-    tensors = {k: t for k, t in load_file(trial.paths[0]).items() if k.startswith(f"{SITE}.")}
+    tensors = {k: t for k, t in load_file(trial.paths[0][0]).items() if k.startswith(f"{SITE}.")}
     scale = 1 + torch.rand(256, 1, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "dora.safetensors"
     save_file({**tensors, f"{SITE}.dora_scale": scale}, path)

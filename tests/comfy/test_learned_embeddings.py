@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +28,7 @@ def with_embedding(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> Any:
     use_folders(monkeypatch, kit.folder, "loras", "embeddings")
     own = [str(kit.folder / "embeddings")]
     monkeypatch.setattr(kit.clip.tokenizer.clip_l, "embedding_directory", own)
-    (kit.loras / "a.safetensors").rename(kit.loras / "toy.safetensors")
+    shutil.copy(kit.loras / "a.safetensors", kit.loras / "toy.safetensors")
     vectors = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
     save_file({"clip_l": vectors}, kit.loras / "toy_emb.safetensors")
     save_file({"clip_l": vectors}, kit.folder / "embeddings" / "other.safetensors")
