@@ -71,7 +71,8 @@ def _options(config: ConceptConfig, given: ReadOptions) -> ReadOptions:
     counts. At strength 0 its text encoders may be those of another base, or missing."""
     text = config.strength if config.text_strength is None else config.text_strength
     recorded = config.reading
-    return ReadOptions(
+    return replace(
+        given,
         allow_partial=bool(recorded.get("allow_partial")) or given.allow_partial,
         energy=recorded.get("energy", given.energy),
         text=text != 0,

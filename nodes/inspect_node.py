@@ -84,4 +84,4 @@ class InspectLoras(io.ComfyNode):
                 lines.append(f"A merge would fail: {error}")
         table = "\n".join(lines)
         show_text(table, node_id)
-        return io.NodeOutput(figure_image(plot_loras(facts, pairs)), table)
+        return io.NodeOutput(figure_image(plot_loras(facts)), table)

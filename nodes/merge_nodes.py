@@ -12,7 +12,6 @@ from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files.embeddings import bundled
 from ..iteris_core.merge import MergeResult
 from ..iteris_core.methods import all_methods, find_method
-from ..iteris_core.report.plots import plot_residuals
 from ..iteris_core.report.provenance import scaled_lora
 from .comfy_host import BOUNDARY
 from .comfy_lora import apply_lora
@@ -21,7 +20,6 @@ from .lora_folders import how_to_call
 from .lora_stacks import specs_of
 from .merge_settings import Request
 from .merging import as_lora_model, as_lora_models, merged
-from .pictures import figure_image, text_image
 from .schema import (
     GRAPH,
     MERGED,
@@ -34,8 +32,6 @@ from .schema import (
     strength_input,
 )
 
-_SHOWN = ("plot", "trigger_words")
-
 
 class IterisMerge(io.ComfyNode):
     @classmethod
@@ -44,7 +40,7 @@ class IterisMerge(io.ComfyNode):
             "IterisMerge",
             ["merge loras", "lora merger", "combine loras", "multi concept", "merge styles"],
             inputs=[*model_inputs(), *method_inputs(strength_input("strength", optional=True))],
-            outputs=(*MERGED, *_SHOWN),
+            outputs=(*MERGED, "trigger_words"),
             hidden=GRAPH,
         )
 
@@ -52,7 +48,7 @@ class IterisMerge(io.ComfyNode):
     def execute(cls, model: Any, concepts: Any, clip: Any = None, **values: Any) -> io.NodeOutput:
         result, report = _merge(cls.hidden, model, clip, concepts, values)
         lora = as_lora_model(result)
-        return io.NodeOutput(*apply_lora(model, clip, lora), lora, report, *_shown(result))
+        return io.NodeOutput(*apply_lora(model, clip, lora), lora, report, _words(result))
 
 
 class IterisMergeExperts(io.ComfyNode):
@@ -70,7 +66,7 @@ class IterisMergeExperts(io.ComfyNode):
                 io.Float.Input("boundary", default=BOUNDARY, min=0.0, max=1.0, step=0.005),
                 *method_inputs(strength_input("strength", optional=True)),
             ],
-            outputs=("MODEL", "MODEL low", "CLIP", "lora", "lora low", "report", *_SHOWN),
+            outputs=("MODEL", "MODEL low", "CLIP", "lora", "lora low", "report", "trigger_words"),
             hidden=GRAPH,
         )
 
@@ -89,7 +85,7 @@ class IterisMergeExperts(io.ComfyNode):
         high, low = as_lora_models(result)
         model, clip_out = apply_lora(model, clip, high)
         model_low, _ = apply_lora(model_low, clip, low)
-        return io.NodeOutput(model, model_low, clip_out, high, low, report, *_shown(result))
+        return io.NodeOutput(model, model_low, clip_out, high, low, report, _words(result))
 
 
 def _merge(
@@ -115,14 +111,6 @@ def _merge(
 
 def _words(result: MergeResult) -> str:
     return result.lora.metadata.get("modelspec.trigger_phrase", "")
-
-
-def _shown(result: MergeResult) -> tuple[Any, str]:
-    """The plot, and the trigger words."""
-    if not result.report.blocks():
-        text = f"{result.report.method} looks at weights only: no output errors."
-        return text_image(text), _words(result)
-    return figure_image(plot_residuals(result.report)), _words(result)
 
 
 _BASE = "base"

@@ -36,15 +36,6 @@ def figure_image(figure: Any) -> Tensor:
     return to_image([Image.open(buffer)])
 
 
-def text_image(text: str) -> Tensor:
-    """A sentence in place of a plot."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 1.2))
-    figure.text(0.5, 0.5, text, ha="center", va="center", wrap=True)
-    return figure_image(figure)
-
-
 def save_thumbnail(batch: Tensor, path: Path) -> None:
     """Save the first image, scaled down, as a PNG without metadata; it appears only when
     complete."""

@@ -20,8 +20,6 @@ from ..methods.registry import settings_over
 from ..presets import PresetName
 from ..reading import read_concept
 from ..score.compare import (
-    ALONE,
-    BASE,
     CompareConfig,
     Comparison,
     compare_methods,
@@ -31,6 +29,7 @@ from ..score.compare import (
 from ..score.drawing import Drawing, find_scheduler
 from ..score.judged import PROMPT_LISTS, fill_prompts
 from ..score.results import check_results_folder, mean_rows, write_results
+from ..score.row_scores import ALONE, BASE
 from ..score.statistics import markdown_table
 from .base import check_base, device_of, load_base
 from .checks import check_concepts, warnings_of

@@ -29,7 +29,7 @@ NEEDS = {
     "peft": "loading a merged LoRA: compare, demo; adapters of language models",
     "accelerate": "--offload",
     "open_clip_torch": "CLIP scores: score, compare, demo",
-    "matplotlib": "--plot, and plots of the nodes",
+    "matplotlib": "inspect --plot, and plots of the nodes",
     "psutil": "planning memory on a CPU",
     "PyYAML": "merge files",
 }

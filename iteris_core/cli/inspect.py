@@ -20,7 +20,7 @@ from .checks import check_plot
 from .common import option, print_table
 from .sizing import Overwrite
 
-_HEADINGS = ("pair", "block", "row spaces", "column spaces", "conflict")
+_HEADINGS = ("pair", "row spaces", "column spaces", "conflict")
 _BLOCK_HEADINGS = ("block", "layers", "norm", "share of energy")
 _COLUMNS = (
     "0: disjoint; 1: identical. Row spaces: the inputs that two LoRAs read from a layer. Column "
@@ -35,9 +35,7 @@ def inspect(
         str | None, option("The base, if its shape differs from SD 1.5, XL, 3 or FLUX")
     ] = None,
     as_json: Annotated[bool, option("Print everything as JSON", "--json")] = False,
-    plot: Annotated[
-        Path | None, option("Write a PNG of each block's content and the interference")
-    ] = None,
+    plot: Annotated[Path | None, option("Write a PNG of each block's content")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Show what LoRA files contain, and where two of them will interfere.
@@ -57,7 +55,7 @@ def inspect(
         from ..report.plots import plot_loras
 
         with atomically(plot) as unfinished:
-            plot_loras(facts, pairs).savefig(unfinished)
+            plot_loras(facts).savefig(unfinished)
     if as_json:
         data = {"files": [asdict(f) for f in facts], "interference": [asdict(p) for p in pairs]}
         typer.echo(json.dumps(data))
@@ -105,8 +103,6 @@ def _pair_rows(pairs: Sequence[Interference]) -> Iterator[Sequence[str]]:
     for pair in pairs:
         name = f"{pair.first} / {pair.second}: {pair.shared or 'no'} shared sites"
         if not pair.shared:
-            yield name, "", "", "", ""
+            yield name, "", "", ""
             continue
-        for block, figures in pair.rated.items():
-            yield name, block, *(f"{figure:.3f}" for figure in figures)
-            name = ""
+        yield name, *(f"{figure:.3f}" for figure in (pair.rows, pair.columns, pair.conflict))

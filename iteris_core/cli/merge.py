@@ -18,15 +18,14 @@ from ..lora_files import DTYPES, Layout, ReadOptions, ReleasedBases, check_targe
 from ..lora_files.experts import expert_files
 from ..lora_files.peft_folder import check_folder, write_adapter
 from ..merge import MergeResult
-from ..methods import find_method
 from ..methods.registry import settings_over
 from ..reading import read_concept
 from ..report.card import card_files, write_card
 from ..report.provenance import check_cut, cut_again, with_run
-from ..saving import atomically, check_new
+from ..saving import check_new
 from .adapters import check_adapters, load_adapters
 from .base import check_base, load_base
-from .checks import check_apart, check_concepts, check_plot, room_warnings, warnings_of
+from .checks import check_apart, check_concepts, room_warnings, warnings_of
 from .common import Load, bytes_of, console, foresee, run_merge, spelled
 from .merge_file import (
     SUFFIXES,
@@ -102,7 +101,7 @@ def merge(context: typer.Context, options: MergeOptions) -> None:
 
 def _check_adapters(config: MergeConfig, options: MergeOptions) -> None:
     """Raise :class:`IterisError` if a merge of peft adapters could not run or be written."""
-    names = ("templates", "plot", "card", "image", "base_dtype", "offload", "mask_image")
+    names = ("templates", "card", "image", "base_dtype", "offload", "mask_image")
     _refuse(_ONLY.format(config.base), options, *names)
     _refuse("files; give another folder, or move the old one.", options, "overwrite")
     check_folder(options.output)
@@ -117,20 +116,15 @@ def _check_pipeline(config: MergeConfig, options: MergeOptions) -> None:
     )
     _refuse(only, options, "generate", "model_class")
     check_target(options.output, options.layout, options.dtype, options.overwrite)
-    check_plot(options.plot, overwrite=options.overwrite)
     if config.base:
         check_base(config.base)
     else:
         why = "merges on a base; name it before the LoRAs."
         _refuse(why, options, "image", "mask_image", "base_dtype", "offload")
-    runs = find_method(config.method).needs_host
     read = check_concepts(config.concepts, renames=options.rename or [])
     low = any(one.low for one in config.concepts)
     beside = expert_files(options.output)[0] if low else options.output
     check_embeddings(read, beside, options.layout, overwrite=options.overwrite)
-    if not runs:
-        why = f"methods that run the base; {config.method} looks at weights only."
-        _refuse(why, options, "plot")
 
 
 def _loading(config: MergeConfig, adapter: bool, options: MergeOptions) -> Load:
@@ -180,13 +174,6 @@ def _write(result: MergeResult, config: MergeConfig, adapter: bool, options: Mer
             written = write_card(path, result.report)
             if in_words:
                 typer.echo(f"Wrote {' and '.join(map(str, written))}.")
-    if options.plot is not None:
-        from ..report.plots import plot_residuals
-
-        with atomically(options.plot) as unfinished:
-            plot_residuals(result.report).savefig(unfinished)
-        if in_words:
-            typer.echo(f"Wrote {options.plot}.")
 
 
 def _refuse(why: str, options: MergeOptions, *names: str) -> None:

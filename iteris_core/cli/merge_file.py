@@ -21,7 +21,6 @@ from .concept_options import first_name
 SUFFIXES = (".yaml", ".yml")
 KEYS = ("base", "concepts", "settings", "calibration", "cut")
 """Keys that are not options of ``iteris merge``."""
-_TARGETS = ("output", "plot")
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]
         except typer.BadParameter as error:
             raise MergeFileError(f"{file.path}: {key}: {error.message}") from error
         if isinstance(converted, Path):
-            target = parameter.name in _TARGETS
+            target = parameter.name == "output"
             beside = file.path.parent / os.path.expanduser(converted)
             converted = beside if target else file.find(str(converted))
         defaults[parameter.name] = converted

@@ -146,4 +146,3 @@ class MergeOptions:
         panel=RESULT,
         default=False,
     )
-    plot: Path | None = given_by("Write a PNG of the output errors per block", panel=RESULT)

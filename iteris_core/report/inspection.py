@@ -23,7 +23,6 @@ from ..lora_files.blocks import LISTS, blocks_of
 from ..lora_files.metadata import trigger_words
 from ..lora_files.parts import kinds_of, layouts_of
 from ..lora_files.tensors import dtypes_of
-from .report import block_of
 from .spikes import shared_spikes, spike_note
 
 
@@ -60,9 +59,8 @@ class LoraFacts:
 
 @dataclass(frozen=True)
 class Interference:
-    """Two LoRAs: how many sites they share, and the means over each block's sites, weighted by
-    ‖ΔW_1‖ ‖ΔW_2‖: {block: (rows, columns, conflict)}. ``spikes`` are the sites where both have the
-    same spike (:mod:`.spikes`)."""
+    """Two LoRAs: how many sites they share, and the means over these, weighted by ‖ΔW_1‖ ‖ΔW_2‖.
+    ``spikes`` are the sites where both have the same spike (:mod:`.spikes`)."""
 
     first: str
     second: str
@@ -70,13 +68,7 @@ class Interference:
     rows: float
     columns: float
     conflict: float
-    blocks: Mapping[str, tuple[float, float, float]]
     spikes: Sequence[str] = ()
-
-    @property
-    def rated(self) -> dict[str, tuple[float, float, float]]:
-        """The figures over all blocks, under ``all``, and per block."""
-        return {"all": (self.rows, self.columns, self.conflict), **self.blocks}
 
 
 def block_facts(lora: Lora) -> dict[str, BlockFacts]:
@@ -90,6 +82,21 @@ def block_facts(lora: Lora) -> dict[str, BlockFacts]:
         block: BlockFacts(len(some), math.sqrt(sum(some)), sum(some) / total)
         for block, some in sorted(squares.items(), key=lambda item: _place(item[0]))
     }
+
+
+def block_of(site: str) -> str:
+    """``up_blocks.1`` for a UNet site, ``text_encoder.layers.3`` for a text encoder's; for a
+    transformers model the whole path, which distinguishes encoder and decoder."""
+    component, *parts = site.split(".")
+    prefix = [] if component in ("unet", "transformer") else [component]
+    for index, part in enumerate(parts):
+        if part.isdigit() and component == "model":
+            return ".".join(parts[: index + 1])
+        if part.isdigit():
+            return ".".join([*prefix, *parts[max(0, index - 1) : index + 1]])
+        if part == "mid_block":
+            return part
+    return ".".join([*prefix, *parts[:-1]]) or site
 
 
 def _place(block: str) -> int:
@@ -132,22 +139,17 @@ def describe(lora: Lora, tensors: Mapping[str, Tensor] | None = None) -> LoraFac
 
 def interference(first: Lora, second: Lora) -> Interference:
     """The interference of two LoRAs at the sites that they share."""
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
+    total = torch.zeros(4, dtype=torch.float64)
     shared = [site for site in first.sites if site in second.sites]
     for site in shared:
         one, two = first.sites[site], second.sites[site]
         if one.shape == two.shape:
             *figures, weight = site_interference(one, two)
-            weighted = weight * torch.tensor([*figures, 1.0], dtype=torch.float64)
-            sums[""] += weighted
-            sums[block_of(site)] += weighted
+            total += weight * torch.tensor([*figures, 1.0], dtype=torch.float64)
     # If nothing has any weight, every figure is zero.
-    means = {block: (s[:3] / s[3].clamp(min=1e-300)).tolist() for block, s in sums.items()}
-    rows, columns, conflict = means.pop("", (0.0, 0.0, 0.0))
-    blocks = {block: (a, b, c) for block, (a, b, c) in means.items()}
+    rows, columns, conflict = (total[:3] / total[3].clamp(min=1e-300)).tolist()
     spikes = shared_spikes(first, second)
-    names = first.name, second.name
-    return Interference(*names, len(shared), rows, columns, conflict, blocks, spikes)
+    return Interference(first.name, second.name, len(shared), rows, columns, conflict, spikes)
 
 
 def site_interference(one: LowRank, two: LowRank) -> tuple[float, float, float, float]:
@@ -198,11 +200,10 @@ def to_table(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> str:
         )
         lines.append(f"{lora.name:24} {lora.sites:6} {ranks:>8} {size:8.2f}")
     for pair in pairs:
-        if pair.blocks:
-            worst = max(pair.blocks, key=lambda block: pair.blocks[block][0])
+        if pair.shared:
             lines.append(
-                f"{pair.first} and {pair.second}: overlap {pair.rows:.0%}, most in {worst} "
-                f"({pair.blocks[worst][0]:.0%}); conflict {pair.conflict:.0%}"
+                f"{pair.first} and {pair.second}: overlap {pair.rows:.0%}, conflict "
+                f"{pair.conflict:.0%}"
             )
         if pair.spikes:
             lines.append(spike_note(pair.spikes, pair.first, pair.second))

@@ -115,17 +115,8 @@ class MergeReport:
 
     def residuals(self) -> list[tuple[float, float]]:
         """(before, after) for every concept: root mean square over the sites."""
-        return self._errors([site for site in self.sites.values() if site.after])
+        sites = [site for site in self.sites.values() if site.after]
 
-    def blocks(self) -> dict[str, list[tuple[float, float]]]:
-        """Block → (before, after) for every concept: root mean square over the block's sites."""
-        groups: dict[str, list[SiteReport]] = {}
-        for name, site in self.sites.items():
-            if site.after:
-                groups.setdefault(block_of(name), []).append(site)
-        return {block: self._errors(sites) for block, sites in groups.items()}
-
-    def _errors(self, sites: Sequence[SiteReport]) -> list[tuple[float, float]]:
         def mean(errors: Sequence[float]) -> float:
             return math.hypot(*errors) / math.sqrt(len(errors)) if errors else math.nan
 
@@ -260,18 +251,3 @@ def _in_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_in_json(one) for one in value]  # pyright: ignore
     return value
-
-
-def block_of(site: str) -> str:
-    """``up_blocks.1`` for a UNet site, ``text_encoder.layers.3`` for a text encoder's; for a
-    transformers model the whole path, which distinguishes encoder and decoder."""
-    component, *parts = site.split(".")
-    prefix = [] if component in ("unet", "transformer") else [component]
-    for index, part in enumerate(parts):
-        if part.isdigit() and component == "model":
-            return ".".join(parts[: index + 1])
-        if part.isdigit():
-            return ".".join([*prefix, *parts[max(0, index - 1) : index + 1]])
-        if part == "mid_block":
-            return part
-    return ".".join([*prefix, *parts[:-1]]) or site

@@ -21,10 +21,9 @@ from ..merge import MergeResult, merge_loras
 from ..passes.changes import always_on
 from ..presets import PresetName
 from ..progress import OnProgress
-from .compare_progress import ALONE, BASE, CompareProgress
 from .drawing import Drawing, draw
 from .judged import PROMPT_LISTS, fill_prompts, judged_prompts
-from .row_scores import Measure, add_shares, stats_of
+from .row_scores import ALONE, BASE, Measure, add_shares, stats_of
 from .scorers import ClipScorer, DinoScorer
 from .statistics import Stat
 
@@ -108,19 +107,16 @@ def compare_methods(
     how: dict[str, Any] = {
         name: getattr(config, name) for name in ("calibration", "preset", "memory_budget")
     }
-    wanted_rows = rows_of(config.methods, labels)
-    progress_of = CompareProgress(
-        {name: method for name, (method, _) in wanted_rows.items()}, on_progress, title
-    )
-    for name, (method, merged) in wanted_rows.items():
-        of_method, drawn = progress_of.of(name), range(len(prompts))
+    for name, (method, merged) in rows_of(config.methods, labels).items():
+        of_row = _prefixed(on_progress, f"{title}: {name}" if title else name)
+        drawn = range(len(prompts))
         if name.startswith(f"{ALONE} "):
             drawn = measure.judged[merged[0]]
         result = None
         if method != BASE:
             parts = [*(concepts[index] for index in merged), *always]
             how["settings"] = config.settings.get(name)
-            result = merge_loras(host, parts, method, on_progress=of_method, **how)
+            result = merge_loras(host, parts, method, on_progress=of_row, **how)
             report = result.report
             made = {"calibration": report.calibration} if report.calibration else {}
             comparison = replace(
@@ -133,7 +129,7 @@ def compare_methods(
         with _loaded(pipeline, result), in_force(pipeline, called) as phrases:
             texts = fill_prompts(config.templates, concepts, phrases)
             pairs = [(texts[index], seed) for index in drawn for seed in seeds]
-            images = draw(pipeline, pairs, drawing, of_method)
+            images = draw(pipeline, pairs, drawing, of_row)
         queue = iter(images)
         shown = [
             next(queue) if index in drawn else None for index in range(len(prompts)) for _ in seeds
@@ -166,6 +162,11 @@ def own_references(
             pairs = [(prompt, seed) for seed in seeds]
             references.append(draw(pipeline, pairs, drawing, on_progress))
     return references
+
+
+def _prefixed(on_progress: OnProgress, part: str) -> OnProgress:
+    """``on_progress`` for one ``part`` of the comparison, which its reports name."""
+    return lambda progress: on_progress(replace(progress, what=f"{part}: {progress.what}"))
 
 
 @contextmanager

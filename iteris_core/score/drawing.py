@@ -15,7 +15,6 @@ from ..errors import ScoreError, brief
 from ..hosts.diffusers_modular import is_modular
 from ..progress import Forecast, OnProgress
 from ..settings import Settings, setting
-from .compare_progress import DRAWING
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def draw(
     """Draw one image for each (prompt, seed)."""
     images: list[Image.Image] = []
     forecast = Forecast(on_progress)
-    forecast.tick(DRAWING, 0, len(prompts))
+    forecast.tick("drawing", 0, len(prompts))
     size: dict[str, int] = dict(zip(("width", "height"), drawing.size or (), strict=False))
     with _settled(pipeline, drawing):
         for start in range(0, len(prompts), drawing.batch):
@@ -55,7 +54,7 @@ def draw(
                 raise ScoreError(
                     f"{type(pipeline).__name__} cannot draw with these settings ({brief(error)})."
                 ) from error
-            forecast.tick(DRAWING, len(images), len(prompts))
+            forecast.tick("drawing", len(images), len(prompts))
     return images
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from ..errors import OutputError, SaveError, brief
 from ..saving import together
 from .compare import Comparison
-from .compare_progress import ALONE, BASE
 from .page import html_details, html_gallery, html_page, html_table, picture_bytes
+from .row_scores import ALONE, BASE
 from .sheet import contact_sheet
 from .statistics import Rows, Stat, columns_of, csv_table, markdown_table, over_compositions
 

@@ -13,10 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..concepts import Concept
-from .compare_progress import ALONE
 from .judged import labels_of
 from .scorers import ClipScorer, DinoScorer, without_tokens
 from .statistics import Stat, over_seeds
+
+BASE, ALONE = "base", "alone"
+"""Rows without a LoRA, and with each LoRA by itself."""
 
 
 @dataclass(frozen=True)

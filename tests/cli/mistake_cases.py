@@ -414,17 +414,6 @@ CASES = [
     ("M --image {tmp}/lines.txt", "{tmp}/lines.txt is not a readable image"),
     ("M --mask-image {tmp}/none.png", "{tmp}/none.png is not a readable image"),
     ("M --loras {tmp}", "--loras is for --from; --concept already names the LoRA files"),
-    ("M --plot {pic}", "{pic} exists already; choose another name, or overwrite it"),
-    (
-        "M --plot {tmp}/plot.xyz",
-        "--plot {tmp}/plot.xyz: the name must end in one of .png, .svg, .pdf, .jpg, .jpeg, .webp",
-    ),
-    ("M --plot {tmp}/none/plot.png", "The folder {tmp}/none does not exist; create it first"),
-    (
-        "M --plot {tmp}",
-        "--plot {tmp}: the name must end in one of .png, .svg, .pdf, .jpg, .jpeg, .webp",
-    ),
-    ("M --method average --plot {tmp}/plot.png", "--plot is for methods that run the base"),
     # outputs
     ("M -o {tmp}", "{tmp} must end in .safetensors."),
     ("M -o out", "out must end in .safetensors."),

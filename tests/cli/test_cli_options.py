@@ -67,10 +67,10 @@ def test_options_of_the_calibration(world, tmp_path, monkeypatch, capsys):
 
 
 def test_options_of_the_merge(world, tmp_path, monkeypatch, capsys):
-    out, plot = tmp_path / "out.safetensors", tmp_path / "plot.png"
+    out = tmp_path / "out.safetensors"
     out.write_text("old")
     more = ["--method=regmean", "--set=rank=2", "--layout=peft", "--dtype=float32", "--overwrite",
-            f"--plot={plot}", "--unmergeable=skip", "--energy=0.9", "--allow-partial",
+            "--unmergeable=skip", "--energy=0.9", "--allow-partial",
             "--memory=0.5", "--card"]  # fmt: skip
     code, text, err = run(monkeypatch, capsys, *merge(world, out, *more))
     assert code == 0, err
@@ -82,7 +82,6 @@ def test_options_of_the_merge(world, tmp_path, monkeypatch, capsys):
     assert all(key.endswith(("lora_A.weight", "lora_B.weight")) for key in tensors)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert {t.shape[0] for key, t in tensors.items() if "lora_A" in key} == {2}
-    assert Image.open(plot).size[0] > 300
     recipe = recipe_of(out)
     assert (recipe["method"], recipe["unmergeable"]) == ("regmean", "skip")
     assert recipe["concepts"][0]["reading"] == {"allow_partial": True, "energy": 0.9}
@@ -245,25 +244,6 @@ def test_what_the_base_does_not_take_is_refused(
     assert code == 2
     assert message in err
     assert not out.exists()
-
-
-def test_a_plot_of_what_is_not_measured_is_refused_first(world, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out.safetensors"
-    extra = ["--method=ties", f"--plot={tmp_path}/plot.png"]
-    code, _, err = run(monkeypatch, capsys, *merge(world, out, *extra))
-    assert code == 2
-    assert "--plot is for methods that run the base; ties looks at weights" in err
-    assert not out.exists()
-
-
-def test_the_folder_of_a_plot_is_asked_for_first(world, tmp_path, monkeypatch, capsys):
-    plot = tmp_path / "none" / "plot.png"
-    code, _, err = run(
-        monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", f"--plot={plot}")
-    )
-    assert code == 2
-    assert "none does not exist" in err
-    assert not list(tmp_path.iterdir())
 
 
 TESTS = Path(__file__).parent

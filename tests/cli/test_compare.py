@@ -17,11 +17,10 @@ from tiny import make_pipeline, random_lora
 import iteris_core.score.compare as compare_module
 import iteris_core.score.drawing as drawing_module
 import toybox
-from iteris_core import Concept, IterisError, Lora, Progress, merge_loras
+from iteris_core import Concept, IterisError, Lora, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.presets import PRESETS
 from iteris_core.score.compare import own_references
-from iteris_core.score.compare_progress import DRAWING, CompareProgress
 from iteris_core.score.drawing import Drawing, draw
 from iteris_core.score.judged import fill_prompts, judged_prompts
 from iteris_core.score.page import html_table
@@ -114,7 +113,7 @@ def test_likeness_leaves_out_pictures_that_name_other_concepts(monkeypatch):
         return [Image.new("RGB", (8, 8), colours.get(prompt, "#00f")) for prompt, _ in wanted]
 
     monkeypatch.setattr(compare_module, "draw", draw)
-    rows = []
+    rows, parts = [], set()
     found = compare_module.compare_methods(
         host.pipeline, host, concepts,
         [[Image.new("RGB", (8, 8), "#f00")], [Image.new("RGB", (8, 8), "#0f0")]],
@@ -122,8 +121,10 @@ def test_likeness_leaves_out_pictures_that_name_other_concepts(monkeypatch):
             ["alone", "average"], ["{all}", "a {each}"],
             drawing_module.Drawing(images_per_prompt=2),
         ),
-        Colours(), on_row=rows.append,
+        Colours(), on_row=rows.append, title="s1 + s2",
+        on_progress=lambda progress: parts.add(progress.what.rpartition(": ")[0]),
     )  # fmt: skip
+    assert parts == {"s1 + s2: alone s1", "s1 + s2: alone s2", "s1 + s2: average"}
     assert found.rows["average"]["image s1"].mean == 1
     assert found.rows["average"]["image s2"].mean == 1
     assert found.rows["average"]["share"].mean == 1
@@ -132,24 +133,6 @@ def test_likeness_leaves_out_pictures_that_name_other_concepts(monkeypatch):
         False
     ] * 2 + [True] * 2
     assert [list(row.rows) for row in rows][:2] == [["alone s1"], ["alone s1", "alone s2"]]
-
-
-def test_the_time_left_is_that_of_all_methods():
-    """Two merges of a minute, and four drawings of ten seconds."""
-    seen: list[Progress] = []
-    told = CompareProgress(
-        {name: name for name in ("base", "iteris", "ssr", "average")}, seen.append
-    )
-
-    def tell(name, what, seconds, left):
-        told.of(name)(Progress(what, 1, 2, seconds, left))
-        return seen[-1]
-
-    assert tell("base", DRAWING, 5, 5.0).left is None, "no merge has been seen yet"
-    assert tell("iteris", "solving sites", 20, 40.0).left == 40 + 3 * 10 + 60
-    assert tell("iteris", "solving sites", 60, None).left is None
-    last = tell("ssr", DRAWING, 1, 9.0)
-    assert (last.what, last.left) == ("ssr: drawing", 9 + 10)
 
 
 def test_methods_are_listed(monkeypatch, capsys):

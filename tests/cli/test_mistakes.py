@@ -91,7 +91,6 @@ def no_base(monkeypatch):
         (["--samples=0"], "samples must be at least 1"),
         (["--set=rank=-1"], "rank must be at least 1"),
         (["--templates={tmp}/lines.txt"], "templates must hold"),
-        (["--plot={tmp}/plot.xyz"], "the name must end in one of .png"),
         (["--preserve={tmp}/latin.txt"], "latin.txt is not text in UTF-8 (byte 3)"),
         (["--preserve={tmp}/zeros.txt"], "zeros.txt is not a text file"),
         (["-o", "{tmp}/lora.safetensors"], "lora.safetensors exists already; choose another name, "

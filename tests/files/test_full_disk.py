@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import make_pipeline, random_lora
@@ -194,18 +193,3 @@ def test_a_link_stays_one_and_its_file_is_replaced(tmp_path):
     write_lora(lora(32), link, overwrite=True)
     assert link.is_symlink()
     assert {len(t) for t in load_file(kept).values() if t.ndim} == {4, 32}
-
-
-def test_a_plot_that_does_not_fit_is_one_line_and_the_lora_is_there(
-    world, small_disk, tmp_path, monkeypatch, capsys
-):
-    out, plot, lines = tmp_path / "merged.safetensors", small_disk / "plot.png", []
-    (small_disk / "full").write_bytes(bytes(60 << 10))
-    more = ["--method=iteris", "--samples=2", "--timesteps=1", "--latents=noise", "--device=cpu"]
-    monkeypatch.setattr(typer, "echo", lines.append)
-    code, said = command(world, out, monkeypatch, capsys, *more, f"--plot={plot}")
-    assert code == 2
-    assert f"Wrote {out}" in "".join(map(str, lines))
-    assert f"{plot} cannot be written (No space left on device" in said
-    assert files_in(small_disk) == ["full"]
-    assert len(load_file(out)) > 30

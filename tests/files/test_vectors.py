@@ -12,8 +12,10 @@ from command_line import run
 from safetensors.torch import load_file, save_file
 
 from iteris_core import IterisError, write_lora
+from iteris_core.config import ConceptConfig
 from iteris_core.edit.convert import convert_lora, largest_error
-from iteris_core.lora_files import ReadOptions, read_lora_file
+from iteris_core.lora_files import ReadOptions, ReleasedBases, read_lora_file
+from iteris_core.reading import read_concept
 
 WITH = ReadOptions(vectors=True)
 
@@ -95,3 +97,20 @@ def test_a_file_that_is_resized_keeps_them(tmp_path, monkeypatch, capsys):
     kept = {key for key in before if key.endswith((".diff", ".diff_b"))}
     assert kept
     assert all(torch.equal(before[key], after[key]) for key in kept)
+
+
+def test_a_concept_is_read_with_every_given_option(tmp_path):
+    """As ``resize --base`` and the node that inspects LoRAs read one."""
+    asked = []
+
+    class Host(ReleasedBases):
+        def read_lora(self, path, options=None):
+            asked.append(options)
+            return read_lora_file(path, tiny_base("sd1"), options=options)
+
+    lora = with_vectors("sd1")
+    config = ConceptConfig(file=write_lora(lora, tmp_path / "in.safetensors"), blocks="ALL")
+    options = ReadOptions(allow_partial=True, of_weight=False, vectors=True)
+    read = read_concept(config, Host(), options).lora
+    assert read.vectors.keys() == lora.vectors.keys()
+    assert asked == [replace(options, blocks="ALL")]
