@@ -1,7 +1,6 @@
 """Layers that cannot be merged are found before any work: refused, left out, or averaged."""
 
 from contextlib import suppress
-from dataclasses import replace
 
 import pytest
 import rivals  # noqa: F401 (registers them)
@@ -155,23 +154,6 @@ def test_rows_that_stand_in_another_dimension_are_told_apart(model, schedule):
         torch.testing.assert_close(found[site].dense(), change.dense())
 
 
-@pytest.mark.parametrize("repeats", [False, True])
-def test_what_is_alike_for_all_rows_may_not_repeat_itself(repeats):
-    """A row that repeats itself hides the order of the rows."""
-    model = Joined()
-    given = torch.randn(12 // (1 + repeats), 12, generator=torch.Generator().manual_seed(4))
-    given = given.repeat(1 + repeats, 1).double()
-    forward = model.forward
-    model.forward = lambda x: forward(given.expand(len(x), -1, -1)) + x.sum()
-    some = [Concept(make_lora(i, sites=("up",)), prompts=["unused"]) for i in (1, 2)]
-    host = PictureHost(model, make_data())
-    if repeats:
-        with pytest.raises(IterisError, match="mixed or split"):
-            merge_loras(host, some)
-    else:
-        assert set(merge_loras(host, some).lora.sites) == {"up"}
-
-
 def test_nothing_is_left_of_it():
     some = [Concept(make_lora(1, sites=("up",)), prompts=["unused"])]
     with pytest.raises(IterisError, match="is reached by no forward"):
@@ -184,45 +166,6 @@ class Twice(Net):
     def forward(self, x):
         x = self.q(x)
         return self.up(x) + self.up(-x)
-
-
-class JoinedAndChosen(Joined):
-    """``up`` as in :class:`Joined`, and ``down`` as in :class:`Chosen`."""
-
-    def forward(self, x):
-        x = super().forward(x)
-        return self.down(x[x.sum(dim=2) > 0])
-
-
-class UnlikeRows(PictureHost):
-    """No two of its rows may share a forward, but for those of the first pass."""
-
-    def stages(self, samples, sites):
-        for stage in super().stages(samples, sites):
-            apart = self.asked[-1].samples > 1
-            yield replace(stage, batch_keys=range(len(stage.concept_ids)) if apart else None)
-
-
-def test_what_one_pass_has_told_apart_stays_so():
-    """The second one, which another layer wants, has no rows to compare."""
-    some = [Concept(make_lora(i, sites=("up", "down")), prompts=["unused"]) for i in (1, 2)]
-    host = UnlikeRows(JoinedAndChosen(), make_data())
-    result = merge_loras(host, some, unmergeable="skip", settings={"micro_batch": 1})
-    assert len(host.asked) == 5  # two passes, the plan, the merge, and held-out rows
-    assert set(result.lora.sites) == {"up"}
-
-
-class JoinedTwice(Joined):
-    """As :class:`Joined`, two times in a forward."""
-
-    def forward(self, x):
-        return super().forward(x) + super().forward(-x)
-
-
-def test_rows_that_are_told_apart_do_not_hide_a_repeated_layer():
-    host = PictureHost(JoinedTwice(), make_data())
-    with pytest.raises(IterisError, match="more than once"):
-        merge_loras(host, [Concept(make_lora(1, sites=("up",)), prompts=["unused"])])
 
 
 @pytest.mark.parametrize("method", [method.name for method in all_methods() if method.needs_host])
@@ -249,3 +192,33 @@ def test_the_preview_of_a_method_that_sweeps_finds_a_repeated_site():
     with pytest.raises(SiteError, match=r"up \(in lora-1, lora-2\): it is called more than once"):
         preview_merge(PictureHost(Twice(), make_data()), concepts(), "regmean++")
     assert preview_merge(PictureHost(Twice(), make_data()), concepts(), "regmean").plan
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_what_is_alike_for_all_rows_may_not_repeat_itself(repeats):
+    """A row that repeats itself hides the order of the rows."""
+    model = Joined()
+    given = torch.randn(12 // (1 + repeats), 12, generator=torch.Generator().manual_seed(4))
+    given = given.repeat(1 + repeats, 1).double()
+    forward = model.forward
+    model.forward = lambda x: forward(given.expand(len(x), -1, -1)) + x.sum()
+    some = [Concept(make_lora(i, sites=("up",)), prompts=["unused"]) for i in (1, 2)]
+    host = PictureHost(model, make_data())
+    if repeats:
+        with pytest.raises(IterisError, match="mixed or split"):
+            merge_loras(host, some)
+    else:
+        assert set(merge_loras(host, some).lora.sites) == {"up"}
+
+
+class JoinedTwice(Joined):
+    """As :class:`Joined`, two times in a forward."""
+
+    def forward(self, x):
+        return super().forward(x) + super().forward(-x)
+
+
+def test_rows_that_are_told_apart_do_not_hide_a_repeated_layer():
+    host = PictureHost(JoinedTwice(), make_data())
+    with pytest.raises(IterisError, match="more than once"):
+        merge_loras(host, [Concept(make_lora(1, sites=("up",)), prompts=["unused"])])
