@@ -144,21 +144,6 @@ def test_all_composites_weigh_as_one_for_each_lora_of_the_larger_side(
     assert min(times) > 0
 
 
-@pytest.mark.parametrize("count", [5, 15])
-def test_composites_copy_no_factors(count):
-    concepts = subjects_and_styles(count, count, lambda seed: make_lora(seed + 20))
-    composites = made(concepts, rows=1)
-    wanted, changes = changes_of(concepts), changes_of([*concepts, *composites])
-    for site, at in changes.items():
-        assert len(at) == 2 * count + len(composites)
-        assert len(at.by_concept) == 2 * count
-        for number, composite in enumerate(composites, 2 * count):
-            parts = [n for n, concept in enumerate(concepts) if composite.has(concept)]
-            assert all(a is at.own[b] for a, b in zip(at.parts(number), parts, strict=True))
-            both = sum(wanted[site][part].dense() for part in parts)
-            assert torch.allclose(at[number].dense(), both)
-
-
 @pytest.mark.parametrize(
     ("concepts", "values"),
     [

@@ -244,15 +244,6 @@ def same(one, other, most=1e-9) -> bool:
     )
 
 
-def test_without_a_plan_fewer_rows_at_once_are_tried():
-    """Where no row waits, the rows of one forward are what takes memory."""
-    host = ModuleHost(Net(), make_data(rows=20))
-    options = {"schedule": "jacobi", "iterations": 2}
-    free = Card(float("inf"))
-    wanted = merge_on(free, host, **options)
-    assert same(merge_on(Card(0.6 * free.peak), host, **options), wanted)
-
-
 def test_without_a_plan_rows_wait_in_host_memory_when_memory_runs_out(whole, apart, places):
     """There is a third of what all rows take while they wait."""
     result, peak = whole

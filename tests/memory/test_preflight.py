@@ -1,7 +1,5 @@
 """Layers that cannot be merged are found before any work: refused, left out, or averaged."""
 
-from contextlib import suppress
-
 import pytest
 import rivals  # noqa: F401 (registers them)
 import torch
@@ -10,7 +8,6 @@ from oracle import ModuleHost, Net, hooks_on, make_data, make_lora
 from iteris_core import Calibration, Concept, IterisError, merge_loras
 from iteris_core.errors import SiteError
 from iteris_core.linalg.lowrank import cut_factors
-from iteris_core.methods.registry import all_methods
 from iteris_core.preview import preview_merge
 from iteris_core.report.provenance import cut_lora, is_ordered
 
@@ -166,26 +163,6 @@ class Twice(Net):
     def forward(self, x):
         x = self.q(x)
         return self.up(x) + self.up(-x)
-
-
-@pytest.mark.parametrize("method", [method.name for method in all_methods() if method.needs_host])
-def test_a_method_declares_whether_it_sweeps(method, monkeypatch):
-    """Those that sweep refuse a repeated site beforehand, and no others do."""
-    swept = []
-
-    def noting(*arguments):
-        swept.append(arguments)
-        raise IterisError("swept")
-
-    monkeypatch.setattr("iteris_core.passes.sweep._Passes._sweep", noting)
-    with suppress(IterisError):
-        merge_loras(PictureHost(Net(), make_data()), concepts(), method)
-    sweeps, said = bool(swept), ""
-    try:
-        merge_loras(PictureHost(Twice(), make_data()), concepts(), method)
-    except IterisError as error:
-        said = str(error)
-    assert ("up (in lora-1, lora-2): it is called more than once" in said) == sweeps
 
 
 def test_the_preview_of_a_method_that_sweeps_finds_a_repeated_site():

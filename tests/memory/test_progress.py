@@ -76,29 +76,6 @@ def test_every_phase_has_its_own_speed(clock: Clock):
     assert forecast.left() == pytest.approx(10 * 90 / 20)
 
 
-def test_what_is_expected_anew_goes_on_where_it_was(clock: Clock):
-    """A plan makes the rest of the sweep twice as slow; memory runs out, and a site is undone."""
-    forecast = Watched(clock)
-    forecast.expect("solving sites", [1.0] * 4)
-    clock.now += 1.0
-    assert forecast.tick("solving sites", 1, 4).left == pytest.approx(3.0)
-    forecast.expect("solving sites", [1.0, 2.0, 2.0, 2.0])
-    assert forecast.left() == pytest.approx(6.0)
-    clock.now += 2.0
-    assert forecast.tick("solving sites", 2, 4).left == pytest.approx(4.0)
-    assert forecast.tick("solving sites", 1, 4).left > 6.0
-    assert forecast.told[-1].share == forecast.told[-2].share
-
-
-def test_what_is_not_expected_does_not_count(clock: Clock):
-    forecast = Watched(clock)
-    forecast.expect("solving sites", [1.0])
-    clock.now += 5
-    assert forecast.tick("generating", 4, 4).left is None
-    clock.now += 2
-    assert forecast.tick("solving sites", 1, 4).left == pytest.approx(6.0)
-
-
 def test_it_is_told_in_words():
     assert str(Progress("solving sites", 3, 9, left=170.0)) == (
         "solving sites 3 of 9, about 3 min left"
