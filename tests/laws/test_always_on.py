@@ -165,17 +165,3 @@ def test_words_are_not_searched_for():
     config = ConceptConfig(file=Path("fast.safetensors"), always_on="include")
     assert config.with_found_words({"modelspec.trigger_phrase": "sks dog"}).phrases == []
     assert ConceptConfig.from_dict(config.to_dict(usual=False), "x") == config
-
-
-def test_a_preview_has_it_on():
-    net, seen = Net(), []
-    net.get_submodule("q").register_forward_hook(
-        lambda module, args, output: seen.append(len(module._forward_hooks))
-    )
-    concepts = [
-        Concept(make_lora(1), prompts=["unused"]),
-        Concept(make_lora(7), always_on="include"),
-    ]
-    assert preview_merge(ModuleHost(net, make_data(1)), concepts).plan
-    assert not seen or min(seen) > 1
-    assert len(net.get_submodule("q")._forward_hooks) == 1

@@ -10,11 +10,9 @@ from tiny import random_lora
 from torch import nn
 
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
-from iteris_core.activations.barriers import Found
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.linalg.whitening import Whitening
-from iteris_core.methods import block_polish, segments
-from iteris_core.methods.segments import segments_of
+from iteris_core.methods import block_polish
 
 WIDTH = 12
 
@@ -108,29 +106,6 @@ def test_whitening_is_the_root_of_the_moments(count):
     assert torch.allclose(found.inverse_root(found.root(rows)), rows, atol=1e-4)
 
 
-def test_whitening_of_nothing_is_the_floor():
-    found = Whitening.of(torch.zeros(5, 4), 0.25)
-    assert torch.equal(found.root(torch.eye(4)), 0.5 * torch.eye(4))
-
-
-def test_segments_are_the_largest_parts_below_half_of_the_sites():
-    model = Blocks()
-    inside = {
-        site: (model, model.get_submodule(site.rpartition(".")[0]), model.get_submodule(site))
-        for site in SITES[:-1]
-    } | {"last": (model, model.last)}
-    calls = dict.fromkeys(model.modules(), 1)
-    found = Found(SITES, set(), inside, calls)
-    segments = segments_of(found, 0.5)
-    assert [segment.module for segment in segments] == list(model.blocks)
-    assert [list(segment.sites) for segment in segments] == [SITES[i : i + 4] for i in (0, 4, 8)]
-    calls[model.blocks[1]] = 2  # what is called twice is no segment
-    assert [segment.module for segment in segments_of(found, 0.5)] == [
-        model.blocks[0],
-        model.blocks[2],
-    ]
-
-
 def test_polish_lowers_the_error_and_leaves_the_base_as_it_was():
     loras, data, model = loras_of(), data_of(), Blocks()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -159,20 +134,24 @@ def test_polish_is_the_same_again_and_never_ends_worse():
         assert torch.equal(wild.sites[site].up, plain.sites[site].up)
 
 
-def test_without_memory_fewer_rows_go_at_once_and_then_a_block_stays(monkeypatch):
-    loras, data = loras_of(), data_of()
-    whole, sizes = segments.SegmentForward.__call__, set()
+class Scarce(Attention):
+    """Has no memory for gradients of more than ``most`` rows."""
 
-    def scarce(self, passage):
-        sizes.add(len(passage.rows))
-        if len(passage.rows) > 4 or self.segment.sites[0] == "blocks.1.q":
+    most = 4
+
+    def forward(self, x: torch.Tensor, scale: float = 4.0) -> torch.Tensor:
+        if torch.is_grad_enabled() and len(x) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(self, passage)
+        return super().forward(x, scale)
 
-    monkeypatch.setattr(segments.SegmentForward, "__call__", scarce)
-    result = merged(Blocks(), data, loras, block_steps=5)
-    plain = merged(Blocks(), data, loras).lora
-    assert sizes == {16, 8, 4, 2, 1}
+
+def test_without_memory_fewer_rows_go_at_once_and_then_a_block_stays():
+    loras, data, model = loras_of(), data_of(), Blocks()
+    plain = merged(model, data, loras).lora
+    model.blocks = nn.ModuleList(Scarce() for _ in range(3)).double()
+    model.load_state_dict(Blocks().state_dict())
+    model.blocks[1].most = 0
+    result = merged(model, data, loras, block_steps=5)
     assert torch.equal(result.lora.sites["blocks.1.q"].up, plain.sites["blocks.1.q"].up)
     assert not torch.equal(result.lora.sites["blocks.0.q"].up, plain.sites["blocks.0.q"].up)
     assert "blocks.1.q to blocks.1.out are not polished, for lack of memory" in said(result)
@@ -211,34 +190,6 @@ def test_what_a_block_changes_in_place_has_gradients():
     ]
     assert set(moved) == set(SITES[:-1])
     assert not result.report.notes
-
-
-class Masked(Attention):
-    def forward(self, x, scale=4.0, mask=None):
-        given = super().forward(x, scale)
-        return given if mask is None else x + mask * (given - x)
-
-
-class Padded(Blocks):
-    """Brings its blocks a mask by row, but not where there is one row alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Masked() for _ in range(3)).double()
-
-    def forward(self, x):
-        mask = (x[:, :1, :1] > 0).to(x) if len(x) > 2 else None
-        for block in self.blocks:
-            x = block(x, scale=0.3, mask=mask)
-        return self.last(x)
-
-
-def test_what_one_row_alone_does_not_bring_is_told_by_its_length():
-    loras, data = loras_of(), data_of()
-    plain, result = (merged(Padded(), data, loras, block_steps=steps) for steps in (0, 20))
-    assert not result.report.notes
-    for site in SITES[:-1]:
-        assert not torch.equal(plain.lora.sites[site].up, result.lora.sites[site].up)
 
 
 class Unknown(torch.autograd.Function):
@@ -328,3 +279,20 @@ def test_gradient_checkpointing_changes_nothing(pipeline):
     assert found.report.notes == plain.report.notes
     for site, change in plain.lora.sites.items():
         assert torch.equal(change.up, found.lora.sites[site].up), site
+
+
+def test_polish_of_a_bfloat16_model_moves_float32_factors():
+    """Changes are converted to the model's type anew in every step."""
+    loras = [
+        Lora({site: c.to(torch.float32) for site, c in lora.sites.items()}, lora.name)
+        for lora in loras_of()
+    ]
+    model, data = Blocks().bfloat16(), [rows.bfloat16() for rows in data_of()]
+    plain, polished = (merged(model, data, loras, block_steps=steps) for steps in (0, 20))
+    moved = [
+        site
+        for site, change in plain.lora.sites.items()
+        if not torch.equal(change.up, polished.lora.sites[site].up)
+    ]
+    assert set(moved) >= set(SITES[:4])
+    assert {change.up.dtype for change in polished.lora.sites.values()} == {torch.float32}

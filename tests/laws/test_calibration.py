@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bases import make_lora, tiny
 
-from iteris_core import Calibration, Concept, IterisError, Lora, SettingsError, merge_loras
+from iteris_core import Calibration, Concept, IterisError, Lora, SettingsError
 from iteris_core.calibration_prompts import (
-    CAPTIONS,
     Wording,
     calling_words,
     concept_prompts,
@@ -18,7 +16,6 @@ from iteris_core.calibration_prompts import (
 )
 from iteris_core.concepts import KINDS, TEMPLATES, words_in
 from iteris_core.errors import ConceptError
-from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.rows import (
     SamplePrompts,
     TextRows,
@@ -156,12 +153,6 @@ def test_the_words_may_stand_beside_the_file(tmp_path):
     assert Concept.from_file(Reader(), tmp_path / "cat.safetensors", trigger="x").class_word == ""
 
 
-@pytest.mark.parametrize("weight", [-1, float("inf"), float("nan")])
-def test_a_weight_that_cannot_be_is_an_error(weight):
-    with pytest.raises(ConceptError, match="base: weight must be at least 0, not"):
-        Concept(None, prompts=["a"], weight=weight)
-
-
 @pytest.mark.parametrize("name", ["strength", "text_strength"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_strength_that_is_not_finite_is_an_error(name, value):
@@ -213,12 +204,6 @@ def test_no_concept_has_only_empty_prompts():
         assert set(said(rows)[4:]) & {"c", "d"}
 
 
-def test_a_share_of_the_rows_has_the_empty_prompt():
-    generator = torch.Generator().manual_seed(0)
-    rows = said(texts([0] * 500, ["a"] * 500, 2, 0.2, generator))
-    assert rows.count("") / len(rows) == pytest.approx(0.2, abs=0.04)
-
-
 def test_a_share_of_the_rows_carries_further_words():
     generator = torch.Generator().manual_seed(0)
     rows = said(texts([0] * 400, ["a sks dog"] * 400, 1, 0.2, generator, PAIR[:1], contexts=0.5))
@@ -226,20 +211,6 @@ def test_a_share_of_the_rows_carries_further_words():
     assert len(more) / sum(map(bool, rows)) == pytest.approx(0.5, abs=0.06)
     assert len(set(more)) > 100
     assert all("a sks dog" in text and text.count("sks") == 1 for text in more)
-
-
-def test_few_own_prompts_carry_further_words_more_often():
-    """Eight samples read a prompt as it is; a share that is given counts as it is."""
-    generator = torch.Generator().manual_seed(0)
-    few = [Concept(Lora({}), prompts=["a sks dog", "the sks dog"])]
-
-    def share(contexts):
-        rows = said(texts([0] * 400, few[0].prompts * 200, 1, 0.0, generator, few, contexts))
-        return sum(text not in few[0].prompts for text in rows) / len(rows)
-
-    assert share(None) == pytest.approx(1 - 8 * 2 / 50, abs=0.06)
-    assert share(0.25) == pytest.approx(0.25, abs=0.06)
-    assert share(0.0) == 0
 
 
 def test_from_six_loras_on_half_of_the_rows_carry_further_words():
@@ -269,19 +240,6 @@ def test_from_five_loras_on_a_sample_has_six_timesteps():
     assert Calibration().rows_each == 4
 
 
-def test_a_merge_of_five_runs_six_rows_a_sample():
-    host = DiffusersHost(tiny("sd1"))
-    site = next(site for site in host.sites() if site.endswith("attn1.to_q"))
-    given = {"samples": 2, "denoising_steps": 6, "generic": 0.0, "latent_size": 8}
-    for loras, rows in ((4, 2 * 4 * 4), (5, 2 * 5 * 6)):
-        concepts = [
-            Concept(make_lora("sd1", (site,), n), trigger=f"s{n}", class_word="dog")
-            for n in range(loras)
-        ]
-        result = merge_loras(host, concepts, calibration=given)
-        assert f"unet: {rows} rows" in result.report.plan[-1]
-
-
 def test_a_prompt_that_comes_often_is_denoised_with_further_words():
     """From the seventeenth time on: latents of one prompt are of one kind."""
     one = [Concept(Lora({}), prompts=["a sks dog"])]
@@ -293,13 +251,6 @@ def test_a_prompt_that_comes_often_is_denoised_with_further_words():
 
     assert [prompt == "a sks dog" for prompt in drawn()] == [True] * 16 + [False] * 34
     assert set(drawn(contexts=0.0)) == {"a sks dog"}
-
-
-def test_a_long_prompt_gets_no_context():
-    """What is too long for a text encoder is cut, with the trigger in it."""
-    wording = Wording(WORDS, PAIR, torch.Generator().manual_seed(0))
-    prompt = "word " * 31 + "sks dog"
-    assert {wording.in_context(prompt) for _ in range(20)} == {prompt}
 
 
 def test_rows_without_a_lora_have_latents_of_others():
@@ -344,31 +295,6 @@ def test_class_words_alone_keep_one_lora_to_its_trigger():
     assert len(added_concepts([wordless], calibration, WORDS)) == 1
 
 
-def test_captions_are_of_words_that_the_text_encoder_knows():
-    assert Wording([], PAIR, torch.Generator()).generic(3)  # no vocabulary: any caption
-    known = {word for caption in CAPTIONS[:5] for word in caption.replace(",", "").split()}
-    wording = Wording(sorted(known), PAIR, torch.Generator().manual_seed(0))
-    captions = set(wording.generic(300)) & set(CAPTIONS)
-    assert set(CAPTIONS[:5]) <= captions
-    assert len(captions) < 20
-    nothing = Wording(["apple"], PAIR, torch.Generator().manual_seed(0)).generic(50)
-    assert {word for prompt in nothing for word in prompt.split()} == {"apple"}
-
-
-@pytest.mark.parametrize(
-    ("concept", "words"),
-    [
-        (Concept(Lora({}), trigger="sks man", class_word="dog"), {"sks", "man"}),
-        (Concept(Lora({}), class_word="dog"), {"dog"}),
-        (Concept(Lora({}), subjects=["sks dog", "zwx cat"]), {"sks", "dog", "zwx", "cat"}),
-        (Concept(Lora({}), prompts=["a red Ohwx hat", "the ohwx hat"]), {"ohwx", "hat"}),
-        (Concept.preserve(["a dog"]), set()),
-    ],
-)
-def test_words_that_call_for_a_concept(concept, words):
-    assert calling_words([concept]) == words
-
-
 @pytest.mark.parametrize(
     "pieces",
     [
@@ -380,6 +306,13 @@ def test_words_that_call_for_a_concept(concept, words):
 )
 def test_whole_words_of_a_vocabulary(pieces):
     assert whole_words(pieces) == ["cat", "dog"]
+
+
+def test_a_long_prompt_gets_no_context():
+    """What is too long for a text encoder is cut, with the trigger in it."""
+    wording = Wording(WORDS, PAIR, torch.Generator().manual_seed(0))
+    prompt = "word " * 31 + "sks dog"
+    assert {wording.in_context(prompt) for _ in range(20)} == {prompt}
 
 
 def test_what_samples_are_worth():

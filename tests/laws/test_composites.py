@@ -12,8 +12,7 @@ from tiny import random_lora
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.calibration_prompts import Wording
 from iteris_core.composites import Composite, composites_of
-from iteris_core.hosts.rows import SamplePrompts, added_concepts
-from iteris_core.lora import SiteChanges
+from iteris_core.hosts.rows import SamplePrompts
 from iteris_core.methods import find_method
 from iteris_core.passes.changes import changes_of
 
@@ -89,13 +88,6 @@ def test_rivals_that_take_targets_have_the_same_rows(method):
     assert max(with_it.lora.ranks) == 5
 
 
-def test_methods_in_the_space_of_the_loras_have_no_composites():
-    loras, data = [make_lora(1), make_lora(2, rank=3)], make_data(3)
-    assert not find_method("ssr").sums
-    found = merged(loras, data[:2], 1.0, "ssr")  # no rows of a third concept
-    assert set(found.lora.sites) == set(SITES)
-
-
 def test_the_parts_strengths_count():
     loras = [make_lora(1), make_lora(2, rank=3)]
     concepts = [
@@ -107,18 +99,6 @@ def test_the_parts_strengths_count():
         wanted = 0.5 * loras[0].sites[site].dense() - 2 * loras[1].sites[site].dense()
         assert torch.allclose(at[2].dense(), wanted)
         assert (at.rank, at.listed_rank, set(at.own)) == (5, 10, {0, 1})
-
-
-def test_a_sum_counts_neither_in_the_mean_nor_when_all_are_stacked():
-    one, two = (make_lora(seed).sites["q"] for seed in (1, 2))
-    plain = SiteChanges((one, two))
-    more = SiteChanges((one, two), ((0, 1),))
-    assert torch.equal(more[2].dense(), plain.stacked().dense())
-    weights = [1.0, 2.0, 5.0]
-    assert torch.equal(more.stacked().dense(), plain.stacked().dense())
-    means = more.mean(weights, torch.float64), plain.mean(weights[:2], torch.float64)
-    assert torch.equal(means[0].dense(), means[1].dense())
-    assert more.to(torch.float32).sums == more.at(torch.tensor([0, 2])).sums == more.sums
 
 
 def made(concepts, rows=40, **values):
@@ -164,31 +144,6 @@ def test_all_composites_weigh_as_one_for_each_lora_of_the_larger_side(
     assert min(times) > 0
 
 
-def test_the_seed_chooses_among_many_pairs():
-    def chosen(seed):
-        concepts = subjects_and_styles(5, 5)
-        wording = Wording(WORDS, concepts, torch.Generator().manual_seed(seed))
-        return [one.name for one in composites_of(concepts, Calibration(), wording, 4)]
-
-    assert chosen(0) == chosen(0)
-    assert set(chosen(0)) != set(chosen(1))
-
-
-@pytest.mark.parametrize("count", [5, 15])
-def test_composites_copy_no_factors(count):
-    concepts = subjects_and_styles(count, count, lambda seed: make_lora(seed + 20))
-    composites = made(concepts, rows=1)
-    wanted, changes = changes_of(concepts), changes_of([*concepts, *composites])
-    for site, at in changes.items():
-        assert len(at) == 2 * count + len(composites)
-        assert len(at.by_concept) == 2 * count
-        for number, composite in enumerate(composites, 2 * count):
-            parts = [n for n, concept in enumerate(concepts) if composite.has(concept)]
-            assert all(a is at.own[b] for a, b in zip(at.parts(number), parts, strict=True))
-            both = sum(wanted[site][part].dense() for part in parts)
-            assert torch.allclose(at[number].dense(), both)
-
-
 @pytest.mark.parametrize(
     ("concepts", "values"),
     [
@@ -215,13 +170,6 @@ def test_own_prompts_of_the_subject_stay():
     subject = Concept(Lora({}), prompts=["sks by the sea", "a sks"])
     (composite,) = made([subject, STYLE])
     assert all("sks by the sea" in p or "a sks" in p for p in composite.prompts)
-
-
-def test_a_host_with_prompts_adds_generic_ones_and_then_composites():
-    generic, composite = added_concepts([SUBJECT, STYLE], Calibration(), WORDS)
-    assert not isinstance(generic, Composite)
-    assert isinstance(composite, Composite)
-    assert composite.lora is generic.lora is None
 
 
 def test_rows_of_a_composite_have_latents_of_its_parts():

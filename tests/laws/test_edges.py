@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,17 +15,11 @@ from oracle import (
     make_data,
     make_lora,
 )
-from reductions import by_adapter, by_moments, opening
-from rivals.subspace import Subspace
 from small_merge import merge
 
 from iteris_core import Concept, Lora, LowRank, merge_loras
 from iteris_core.errors import IterisError
-from iteris_core.linalg.lowrank import at_rank, cut_factors
-from iteris_core.lora import SiteChanges
 from iteris_core.methods.registry import all_methods
-from iteris_core.methods.ssr import Router
-from iteris_core.solve.problem import RegressionSpec
 
 WIDE = 1000  # a rank beyond every site's size: nothing is truncated
 
@@ -53,41 +46,6 @@ def test_all_zero_inputs_give_the_mean(objective, weighting):
     assert difference(ours.lora, {s: (first[s] + second[s]) / 2 for s in first}) < 1e-9
 
 
-def test_float32_statistics_agree_with_the_converged_iteration():
-    loras = [make_lora(1), make_lora(2)]
-    for objective in ("adapter", "output"):
-        sweep = merge(loras, objective=objective, precision="float32")
-        converged = merge(
-            loras, objective=objective, precision="float32", schedule="jacobi", iterations=8
-        )
-        assert difference(sweep.lora, dense_changes(converged.lora)) < 1e-5
-
-
-@pytest.mark.parametrize("objective", ["adapter", "output"])
-def test_lower_matmul_precision_and_autocast_do_not_reach_the_moments(objective):
-    """Under bfloat16 autocast and "medium" products the statistics of given inputs stay exact."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(64, 48, generator=generator)
-    change = LowRank(torch.zeros(48, 2), torch.zeros(2, 48))
-
-    def collect():
-        if objective == "adapter":
-            moments = by_adapter([change], [x], [x]).inputs
-            return moments.own[0], moments.cross[0]
-        reduction = by_moments([change], [x], [2 * x - x])
-        return reduction.inputs.own[0], reduction.targets[0]
-
-    wanted = collect()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            found = collect()
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
-
-
 @pytest.mark.parametrize("method", [method.name for method in all_methods() if method.needs_host])
 def test_every_method_merges_under_autocast(method):
     model = Net().float()
@@ -101,38 +59,6 @@ def test_every_method_merges_under_autocast(method):
     with torch.autocast("cpu", torch.bfloat16):
         lora = merge_loras(host, concepts, method).lora
     assert difference(lora, dense_changes(plain)) < 0.1
-
-
-def test_a_site_without_inputs_is_cut_to_a_rank_at_its_best():
-    data = [torch.zeros(2, 12, 12, dtype=torch.float64) for _ in range(2)]
-    whole = merge([make_lora(1), make_lora(2)], data).lora.sites["q"]
-    assert whole.rank == 4
-    first = at_rank(whole, 2, ordered=True)
-    torch.testing.assert_close(first.dense(), cut_factors(whole, 2)[0].dense())
-
-
-@pytest.mark.parametrize("kind", [Router, Subspace])
-def test_autocast_does_not_reach_the_small_moments(kind):
-    generator = torch.Generator().manual_seed(0)
-    changes = SiteChanges(
-        tuple(LowRank(torch.ones(48, 4), torch.randn(4, 48, generator=generator)) for _ in range(2))
-    )
-    tokens = torch.randn(64, 48, generator=generator)
-
-    def observed():
-        reduction = kind(opening(changes))
-        for concept in range(2):
-            reduction.add(SimpleNamespace(concept=concept, merged=tokens, reference=tokens))
-        return reduction
-
-    wanted = observed()
-    with torch.autocast("cpu", torch.bfloat16):
-        found = observed()
-    solved = [
-        reduction.solve(RegressionSpec([1.0, 1.0], 1e-3)).change.dense()
-        for reduction in (found, wanted)
-    ]
-    assert torch.equal(*solved)
 
 
 def test_nan_in_the_base_is_an_error_that_names_the_site():

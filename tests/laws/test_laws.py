@@ -24,7 +24,7 @@ WIDE = 1000  # a rank beyond every site's size: nothing is truncated
 
 
 @pytest.mark.parametrize("weighting", ["adapter", "tokens", "full", "none"])
-@pytest.mark.parametrize("iterations", [1, 2, 5])
+@pytest.mark.parametrize("iterations", [1, 5])
 @pytest.mark.parametrize("objective", ["adapter", "output"])
 def test_jacobi_is_the_papers_dense_algorithm(objective, iterations, weighting):
     loras = [make_lora(1), make_lora(2, rank=3)]
@@ -102,11 +102,6 @@ def test_sweep_is_the_converged_jacobi_iteration(objective, rank):
     assert difference(ours.lora, dense_changes(ours_jacobi.lora)) < 1e-9
 
 
-def test_adapter_rank_is_the_sum_of_ranks():
-    ours = merge([make_lora(1, rank=2), make_lora(2, rank=3)], objective="adapter")
-    assert ours.lora.ranks == {4, 5}  # the convolution has four outputs
-
-
 @pytest.mark.parametrize("schedule", ["sweep", "jacobi"])
 @pytest.mark.parametrize("objective", ["adapter", "output"])
 def test_one_lora_alone_gives_itself_back(objective, schedule):
@@ -136,7 +131,7 @@ def test_order_does_not_matter(objective):
 def test_micro_batch_size_does_not_matter(objective, schedule):
     loras = [make_lora(1), make_lora(2)]
     whole = merge(loras, objective=objective, schedule=schedule, iterations=3, micro_batch=100)
-    for size in (1, 4, 5, 7):
+    for size in (1, 5):
         part = merge(loras, objective=objective, schedule=schedule, iterations=3, micro_batch=size)
         assert difference(part.lora, dense_changes(whole.lora)) < 1e-9
 

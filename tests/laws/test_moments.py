@@ -10,14 +10,9 @@ from tiny import random_lora
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations.token_sampling import TokenSampling
 from iteris_core.errors import SolveError
-from iteris_core.hosts.protocol import Stage
 from iteris_core.linalg.cholesky import factorise
 from iteris_core.lora import LowRank
-from iteris_core.passes.batches import ExecutionConfig, micro_batches
-from iteris_core.solve.choose import POLICY
 from iteris_core.solve.inputs import InputMoments
-
-PER_INPUT, LEAST = POLICY.tokens_an_input, POLICY.least_row_tokens
 
 
 @pytest.mark.parametrize("width", [5, 128, 129, 300, 400])
@@ -44,19 +39,6 @@ def test_the_factor_is_of_the_sum_with_its_ridge(width):
     lower = factor.cholesky.lower
     torch.testing.assert_close(lower @ lower.mT, wanted)
     assert factor.norms[0] == pytest.approx(float(own.norm()))
-
-
-@pytest.mark.parametrize(("ridge", "alike"), [(1e-3, 1e-3), (1e-9, 1e-12)])
-def test_a_factor_in_single_precision_is_double_where_it_has_to_be(ridge, alike):
-    x = torch.randn(30, 60, generator=torch.Generator().manual_seed(0))  # fewer rows than inputs
-    made = {}
-    for dtype in (torch.float32, torch.float64):
-        inputs = moments_of([x])
-        made[dtype] = inputs.factor([1.0], ridge, 1.0, dtype)
-        assert inputs.factor([1.0], ridge, 1.0, dtype) is made[dtype]
-    single, double = (factor.cholesky.lower for factor in made.values())
-    assert single.dtype == (torch.float32 if ridge == 1e-3 else torch.float64)
-    assert (single - double).norm() <= alike * double.norm()
 
 
 @pytest.mark.parametrize(("ridge", "single"), [(1e-4, True), (1e-6, True), (1e-8, False)])
@@ -90,27 +72,6 @@ def test_a_solve_in_the_moments_precision_gives_the_same_outputs():
     }
     gap = (found[torch.float64] - found[torch.float32]) @ x.mT
     assert 0 < gap.norm() <= 1e-3 * (found[torch.float64] @ x.mT).norm()
-
-
-def test_tokens_enough_for_the_inputs_of_a_site():
-    def counted(tokens: int, width: int, *, rows: int = 6, places: bool = True, **settings) -> int:
-        stage = Stage("denoiser", ["a"], [0] * rows + [1] * rows, lambda *_: None, spatial=places)
-        batch = next(iter(micro_batches(stage, 2, None, ExecutionConfig(rows, **settings))))
-        chosen = batch.choice and batch.choice.indices(tokens, 0, rows, width=width)
-        return tokens if chosen is None else len(chosen) // rows
-
-    assert counted(4096, 320, row_tokens="enough") == -(-PER_INPUT * 320 // 6)
-    assert counted(4096, 320, rows=100, row_tokens="enough") == LEAST
-    assert counted(77, 768, rows=1000, row_tokens="enough") == 77
-    assert counted(4096, 320, places=False, row_tokens="enough") == 4096
-    assert counted(4096, 320, row_tokens=7, places=False) == 7
-    assert counted(4096, 320) == 4096
-
-
-def test_a_smaller_choice_is_part_of_a_larger():
-    choice = TokenSampling([5], lambda width: width, seed=0)
-    few, more = (set(choice.indices(100, 0, 1, width=w).tolist()) for w in (10, 30))
-    assert few < more
 
 
 def test_a_choice_of_tokens_depends_on_the_row_alone():

@@ -162,10 +162,3 @@ def test_a_merged_lora_merged_with_itself_stays_as_it_is(method):
     for site in SITES:
         gap = float((first[site] - second[site]).norm() / first[site].norm())
         assert gap < (1e-8 if method == "average" else 1e-3), site
-
-
-def test_one_lora_alone_stays_as_it_is():
-    lora = make_lora(1)
-    found = merged([lora], "iteris")
-    for site in SITES:
-        torch.testing.assert_close(found[site], lora.sites[site].dense(), rtol=1e-6, atol=1e-8)

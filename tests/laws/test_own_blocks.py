@@ -6,14 +6,11 @@ import copy
 
 import pytest
 import torch
-from bases import make_lora, tiny
 from oracle import ModuleHost, changed, dense_changes, difference, hooks_on, make_data
-from rivals import own_blocks
 from torch import nn
 from torch.nn import functional as F
 
 from iteris_core import Concept, Lora, LowRank, merge_loras
-from iteris_core.hosts.diffusers import DiffusersHost
 
 
 class Block(nn.Module):
@@ -100,38 +97,3 @@ def test_a_layer_is_fitted_on_each_loras_own_block(layers):
     plain = merge(base, loras, data, "regmean++", shrink=0.9)
     assert (difference(plain, wanted) < 1e-5) == (layers == 1)
     assert hooks_on(base) == 0
-
-
-LAYERS = {  # and what is in none
-    "sd1": ("CLIPEncoderLayer", "BasicTransformerBlock", "Conv2d"),
-    "flux": (
-        *("CLIPEncoderLayer", "T5Block", "FluxTransformerBlock", "FluxSingleTransformerBlock"),
-        "Linear",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", LAYERS)
-def test_blocks_are_the_layers_of_transformers(monkeypatch, kind):
-    """All that changes from row to row enters them as of merged rows; a site in none is a block."""
-    found, rows = [], {}
-    blocks_of, by_row = own_blocks.blocks_of, own_blocks._by_row
-    monkeypatch.setattr(
-        own_blocks, "blocks_of", lambda *a: found.append(blocks_of(*a)) or found[-1]
-    )
-    monkeypatch.setattr(own_blocks, "_by_row", lambda *a: rows.update(by_row(*a)) or rows)
-    host = DiffusersHost(copy.deepcopy(tiny(kind)))
-    parts = ("q_proj", "fc1", ".q", ".wo", "to_q", "to_out", "proj_out", "ff.net.2")
-    sites = tuple(site for site in host.sites() if site.endswith(parts) or "to_out" in site)
-    concepts = [
-        Concept(make_lora(kind, sites, seed), trigger=f"s{seed}", class_word="dog")
-        for seed in (1, 2)
-    ]
-    calibration = {"samples": 2, "timesteps": 1, "denoising_steps": 2, "latent_size": 8}
-    merged = merge_loras(host, concepts, "regmean++-blocks", calibration=calibration)
-    assert set(merged.lora.sites) == set(sites)
-    assert {type(block).__name__ for blocks in found for block in blocks} == set(LAYERS[kind])
-    names = {path.split("'")[1] if "'" in path else "first" for p in rows.values() for path in p}
-    assert names == {"first", "encoder_hidden_states"} | (
-        {"hidden_states", "temb"} if kind == "flux" else set()
-    )

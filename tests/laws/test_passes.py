@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import SITES, ModuleHost, Net, hooks_on, make_data, make_lora
+from oracle import SITES, ModuleHost, Net, make_data, make_lora
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
@@ -94,41 +94,6 @@ def test_only_rows_of_one_kind_share_a_forward_and_their_number_changes_nothing(
     for site in SITES:
         wanted = whole[site].dense()
         assert (small[site].dense() - wanted).norm() < 1e-6 * wanted.norm(), site
-
-
-class HeadedNet(Net):
-    """A site-less head behind the last site, which counts the rows that reach it."""
-
-    rows = 0
-
-    def forward(self, x):
-        y = super().forward(x)
-        self.rows += len(y)
-        return y
-
-
-class TwoStages(ModuleHost):
-    """The module as a stage that feeds another, which has no sites."""
-
-    def stages(self, samples, sites):
-        (stage,) = super().stages(samples, sites)
-        yield Stage(stage.name, stage.sites, stage.concept_ids, stage.run, feeds_next=True)
-        yield Stage("rest", [], [0], lambda rows, copies: None)
-
-
-def test_a_sweep_stops_behind_the_last_site_unless_a_later_stage_needs_the_output():
-    concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
-    settings = {"precision": "float64", "micro_batch": 5}
-    alone, feeding = (kind(HeadedNet(), make_data()) for kind in (ModuleHost, TwoStages))
-    first, second = (
-        merge_loras(host, concepts, settings=settings, memory_budget=None)
-        for host in (alone, feeding)
-    )
-    assert alone.model.rows == 0
-    assert feeding.model.rows == 2 * 12
-    assert hooks_on(alone.model) == 0
-    for site in SITES:
-        assert torch.equal(first.lora.sites[site].dense(), second.lora.sites[site].dense())
 
 
 @pytest.mark.parametrize("kept", [40, 50, 67, 100, 133, 150, 199, 200])

@@ -9,11 +9,8 @@ import torch
 from language_bases import make_t5
 from tiny import random_lora, two_concepts
 
-from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
-from iteris_core.activations.token_sampling import TokenSampling
+from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.hosts.transformers import TransformersHost
-from iteris_core.passes.job import Job
-from iteris_core.passes.measure import Measure
 from iteris_core.solve.choose import POLICY, Policy
 
 
@@ -84,47 +81,3 @@ def test_inputs_of_ones_own_count_for_the_ridge():
         for seed in (1, 2)
     ]
     assert ridges_of(host, concepts) == {6}
-
-
-def test_changes_that_were_cast_are_held_by_no_row():
-    """A bfloat16 model keeps at least as many rows within a budget as a float32 one."""
-
-    def kept(dtype):
-        torch.manual_seed(0)
-        model, targets = make_t5()
-        host = TransformersHost(model.to(dtype).eval())
-        ends = tuple(targets)
-        generator = torch.Generator().manual_seed(0)
-        changes = {}
-        for site, module in host.sites().items():
-            if site.endswith(ends):
-                out, width = module.weight.shape
-                down = torch.randn(64, width, generator=generator) / width
-                changes[site] = LowRank(torch.randn(out, 64, generator=generator), down)
-        ids = torch.randint(3, 20, (1, 6))
-        batch = {"input_ids": ids, "decoder_input_ids": ids}
-        concepts = [Concept(Lora(changes), inputs=[batch])]
-        job = Job(
-            host,
-            concepts,
-            {site: [change] for site, change in changes.items()},
-            Calibration(),
-            torch.Generator(),
-            lambda *_: None,
-        )
-        with job.run() as run:
-            (stage,) = run.stages()
-            cost = Measure(stage, run.lockstep, 2).row()
-            return cost, run.lockstep.cast_bytes
-
-    single, nothing = kept(torch.float32)
-    half, cast = kept(torch.bfloat16)
-    assert nothing == 0
-    assert cast > single.waiting  # else this would show nothing
-    assert half.waiting <= single.waiting
-
-
-def test_a_choice_of_tokens_is_the_same_on_any_machine():
-    """Seeds come from a digest, not from Python's hash of a tuple."""
-    choice = TokenSampling([7], lambda width: 4, seed=3)
-    assert choice.indices(50, 0, 1, width=1).tolist() == [2, 12, 26, 38]

@@ -68,14 +68,6 @@ def test_settings_are_full_within_and_as_they_were_behind(put, value):
     assert settings() == before
 
 
-def test_what_follows_the_setting_of_all_backends_still_does():
-    torch.backends.fp32_precision = "tf32"
-    with full_precision(CPU):
-        pass
-    torch.backends.fp32_precision = "ieee"
-    assert MATMUL.fp32_precision == "ieee"
-
-
 def test_a_merge_runs_under_the_newer_setting():
     MATMUL.fp32_precision = "tf32"
     concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]

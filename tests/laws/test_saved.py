@@ -69,6 +69,7 @@ def test_a_merge_of_some_layers_is_saved_in_every_layout(pair, settings, tmp_pat
     assert_saved(host, result, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids=named)
 def test_so_is_one_at_real_widths(pair, tmp_path):
     """There sites are solved in some directions alone, of which zero has none."""

@@ -12,7 +12,6 @@ from tiny import random_lora
 from iteris_core import Calibration, Concept, Lora, SettingsError, merge_loras
 from iteris_core.calibration_prompts import concept_prompts, pair_prompts
 from iteris_core.concepts import PAIR_TEMPLATES, TEMPLATES
-from iteris_core.hosts.diffusers_size import token_sides
 from iteris_core.hosts.protocol import Stage
 from iteris_core.methods import block_polish
 from iteris_core.methods.segments import ByRow, Segment
@@ -113,13 +112,6 @@ def test_styles_and_what_no_words_call_for_are_not_shown(host):
     assert "without images of two concepts; that takes" in str(result.report.notes)
 
 
-def test_where_places_are_not_known_it_is_said(host, monkeypatch):
-    monkeypatch.setattr("iteris_core.methods.side_by_side.compose_halves", lambda *_: None)
-    settings = {"block_steps": 2}
-    result = merge_loras(host, named(host), settings=settings, calibration=CALIBRATION)
-    assert "because it is unknown where in the image" in str(result.report.notes)
-
-
 def test_a_block_is_to_give_each_half_as_its_own_lora_gives_it(host):
     """Against forwards with the LoRAs added to the weights."""
     concepts = named(host)
@@ -208,27 +200,3 @@ def test_a_stage_knows_how_much_of_a_picture_a_token_covers(name, picture, patch
         stages = list(host.stages(samples, set(changes_of(concepts))))
     assert list(stages[-1].picture)[-1] == picture
     assert list(stages[-1].patches) == patches
-
-
-def test_of_a_unet_each_level_has_its_own(host):
-    assert set(token_sides(host.pipeline.unet)) == {1, 2}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["SD 3", "FLUX.1", "Wan 2.2 with two experts", "SDXL"])
-def test_pictures_of_two_on_other_architectures(name, tmp_path, monkeypatch):
-    host, concepts = two_concepts(PIPELINES[name](), tmp_path)
-    concepts = [
-        Concept(concept.lora, None, f"t{number}", "dog") for number, concept in enumerate(concepts)
-    ]
-    whole, kinds = SideBySide.passages, set()
-
-    def noting(self, *asked):
-        found = list(whole(self, *asked))
-        kinds.add(bool(found))
-        return found
-
-    monkeypatch.setattr(SideBySide, "passages", noting)
-    result = merge_loras(host, concepts, settings={"block_steps": 4}, calibration=CALIBRATION)
-    assert True in kinds, kinds
-    assert all(change.up.isfinite().all() for change in result.lora.sites.values())

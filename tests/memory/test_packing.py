@@ -13,11 +13,9 @@ from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations.host_pool import HostPool
 from iteris_core.activations.packing import FORMATS, PackedPlace, pack, unpack
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.passes import planner, strategies, sweep
-from iteris_core.passes.footprint import MemoryLimits
-from iteris_core.passes.plan import Plan, plan_stage
+from iteris_core.passes import strategies, sweep
+from iteris_core.passes.plan import Plan
 from iteris_core.passes.strategies import Strategy, find, replayable
-from iteris_core.preview import preview_merge
 
 
 def sd3():
@@ -30,7 +28,7 @@ def sd3():
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=map(str, FORMATS))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("count", [1, 128, 3 * 128 + 5, (1 << 22) + 7])
+@pytest.mark.parametrize("count", [1, 3 * 128 + 5])
 def test_a_value_is_off_by_half_a_step_of_its_group_at_most(form, dtype, count):
     torch.manual_seed(0)
     values = (torch.randn(count) * torch.logspace(-6, 3, count)).to(dtype)
@@ -50,44 +48,14 @@ def test_a_value_is_off_by_half_a_step_of_its_group_at_most(form, dtype, count):
     assert ((again.double() - found.double()).abs() <= 2 * rounding).all(), "packed twice as once"
 
 
-@pytest.mark.parametrize("form", FORMATS.values(), ids=map(str, FORMATS))
-def test_zeros_and_infinities(form):
-    zeros = [0.0] * (form.group + 1)
-    values = torch.tensor([*zeros, -torch.inf, torch.inf], dtype=torch.bfloat16)
-    found = torch.empty_like(values)
-    unpack(pack(values, form), found, form)
-    assert not found[:-2].any()
-    most = torch.finfo(torch.bfloat16).max
-    assert found[-2:].tolist() == pytest.approx([-most, most], rel=1e-2)
-
-
-@pytest.mark.parametrize(("bits", "packed", "most"), [(8, 0.516, 0.01), (4, 0.281, 0.12)])
-def test_only_large_tensors_in_half_precision_are_packed(bits, packed, most):
-    memory = HostPool(CPU, 1 << 20)
-    place = PackedPlace(memory, bits, least=1024)
-    torch.manual_seed(0)
-    kinds = (torch.bfloat16, 4096, packed), (torch.bfloat16, 256, 1), (torch.float32, 4096, 1)
-    for dtype, count, share in kinds:
-        tensor = torch.randn(count).to(dtype)
-        before, storage = tensor.clone(), tensor.untyped_storage()
-        slot = place.put(storage, dtype)
-        assert storage.nbytes() == 0
-        assert slot.nbytes == pytest.approx(share * before.nbytes, rel=0.02)
-        place.fill(storage, slot)
-        assert tensor.dtype is dtype
-        gap = (tensor - before).norm() / before.norm()
-        assert gap == 0 if share == 1 else 0 < gap < most
-        place.empty(storage)
-        place.free(slot)
-    assert all(slab._gaps == [(0, len(slab._memory))] for slab in memory._slabs)
-
-
 def packing_small_ones(monkeypatch):
     small = lambda place, bits: PackedPlace(place, bits, least=64)  # noqa: E731
     monkeypatch.setattr(strategies, "PackedPlace", small)
 
 
-@pytest.mark.parametrize(("bits", "moves", "most"), [(8, 0.7, 0.5), (4, 0.5, 0.8)])
+@pytest.mark.parametrize(
+    ("bits", "moves", "most"), [(8, 0.7, 0.5), pytest.param(4, 0.5, 0.8, marks=pytest.mark.slow)]
+)
 def test_a_merge_with_rows_at_few_bits_is_nearly_the_same(monkeypatch, bits, moves, most):
     host, concepts = sd3()
     packing_small_ones(monkeypatch)
@@ -120,31 +88,12 @@ def test_a_merge_with_rows_at_few_bits_is_nearly_the_same(monkeypatch, bits, mov
         assert 0 < gap < most, site
 
 
-def test_rows_are_packed_before_any_is_left_out(monkeypatch):
-    host, concepts = sd3()
-    for module in (planner, strategies):
-        monkeypatch.setattr(module, "is_apart", lambda device: True)
-    packing_small_ones(monkeypatch)
-    kept: list = []
-
-    def recorded(footprints, limits, most):
-        kept[:] = [list(footprints), limits, most]
-        return plan_stage(footprints, limits, most)
-
-    monkeypatch.setattr(planner, "plan_stage", recorded)
-    calibration = Calibration(samples=8, timesteps=2, denoising_steps=2, latent_size=8, seed=3)
-    preview_merge(host, concepts, calibration=calibration, memory_budget=3 << 20)
-    footprints, _, most = kept
-    assert [f.strategy.bits for f in footprints] == [None] * (len(footprints) - 2) + [8, 4]
-    *_, exact, eight, packed = [f for f in footprints if f.parked is not None]
-    assert packed.strategy.name == f"{exact.strategy.name}, at 4 bits"
-    assert packed.parked.waiting < 0.4 * exact.parked.waiting
-    rows = len(packed.stage.concept_ids)
-    little = (eight.host_bytes(rows, 0) + packed.host_bytes(rows, 0)) // 2
-    device = max(f.bytes_of(rows, 1, 0) for f in (eight, packed))
-    with_packing, without = (
-        plan_stage(some, MemoryLimits(device, little), most)
-        for some in (footprints, footprints[:-1])
-    )
-    assert (with_packing.rows, with_packing.strategy) == (rows, packed.strategy)
-    assert without.rows < rows
+@pytest.mark.parametrize("form", FORMATS.values(), ids=map(str, FORMATS))
+def test_zeros_and_infinities(form):
+    zeros = [0.0] * (form.group + 1)
+    values = torch.tensor([*zeros, -torch.inf, torch.inf], dtype=torch.bfloat16)
+    found = torch.empty_like(values)
+    unpack(pack(values, form), found, form)
+    assert not found[:-2].any()
+    most = torch.finfo(torch.bfloat16).max
+    assert found[-2:].tolist() == pytest.approx([-most, most], rel=1e-2)

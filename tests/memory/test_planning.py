@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -27,26 +26,12 @@ from iteris_core.solve.output import OutputMoments
 from iteris_core.solve.problem import Bytes, RegressionSpec
 
 CALIBRATION = Calibration(samples=6, timesteps=3, denoising_steps=3, latents="noise")
-MIB = 2**20
 CPU = torch.device("cpu")
 OFFLOADED = Strategy(IN_HOST, 1.4, offloads=CPU)
 
 
 def stage_of(owners, ran=None, **more) -> Stage:
     return Stage("denoiser", ["a", "b"], owners, lambda rows, copies: ran.append(rows), **more)
-
-
-def test_the_meter_counts_what_is_alive():
-    kept = torch.zeros(1000)
-    with MemoryMeter() as meter:
-        kept.view(10, 100).add_(1)
-        assert meter.live == 0  # nothing new
-        one = torch.ones(1000)
-        two = one * 2
-        assert meter.live == 8000
-        del one, two
-        assert meter.live == 0
-    assert meter.peak == 8000
 
 
 def cost_of(waiting: int, running: int) -> Cost:
@@ -63,14 +48,6 @@ def needs_of(stage, parked=None, **more) -> list[Footprint]:
 
 def parked() -> Cost:
     return cost_of(1, 3)
-
-
-def test_a_large_budget_changes_nothing():
-    stage = stage_of([0] * 10 + [1] * 10)
-    made = plan_stage(needs_of(stage), MemoryLimits(10**9), 8)
-    assert made.stage is stage
-    assert (made.rows, made.at_once, made.strategy) == (20, 8, ON_DEVICE)
-    assert made.bytes == 100 + 12 * 1 + 8 * 3
 
 
 def test_fewer_rows_at_once_before_rows_are_left_out():
@@ -106,41 +83,6 @@ def test_rows_wait_in_host_memory_before_any_is_left_out():
     assert made.host_bytes <= 8
 
 
-def test_the_first_way_that_fits_is_taken():
-    stage = stage_of([0] * 10 + [1] * 10)
-    (there,) = needs_of(stage)
-    other = replace(there, strategy=Strategy("other", 1.4))
-    assert plan_stage([there, other], MemoryLimits(10**9), 8).strategy == ON_DEVICE
-    more = replace(there, fixed=2 * 10**9)
-    assert plan_stage([more, other], MemoryLimits(10**9), 8).strategy.name == "other"
-
-
-def test_moments_count_where_they_are_while_rows_wait_there():
-    """The largest site's are not there where most rows wait, and what a site leaves is there while
-    rows run to the next."""
-    stage = stage_of([0] * 10)
-    steps = [Step("a", 5, 6, shown=2, reduced=4), Step("b", 1, 7, forward=30), Step("", 0, 0)]
-    sites = {"a": Bytes(10, 5), "b": Bytes(60, 20, left=50)}
-    need = Footprint(stage, ON_DEVICE, Cost(steps, CPU), Cost(steps, CPU), sites)
-    assert need.bytes_of(10, 1) == 90  # b: 10 * 1 + 60 + 20
-    assert need.bytes_of(10, 1, 0) == 80 + 2 * 0
-    assert need.bytes_of(10, 4, 0) == 80
-    assert need.bytes_of(100, 4) == 96 * 5 + 4 * 7 + 30
-    assert (
-        Footprint(stage, ON_DEVICE, Cost(steps, CPU), None, sites, waits=False).bytes_of(10, 2)
-        == 70 + 44
-    )
-
-
-def test_what_sampled_rows_show_waits_and_others_are_reduced_as_they_run():
-    cost = Cost([Step("a", 10, 20, shown=9, reduced=4), Step("", 0, 0)], CPU)
-    need = Footprint(stage_of([0] * 8), ON_DEVICE, cost, None, {"a": Bytes(0, 0)})
-    assert need.bytes_of(8, 1) == 7 * 10 + 20
-    streaming = replace(need, sampled=8)
-    assert streaming.bytes_of(8, 1) == 7 * 10 + 7 * 9 + 20  # while the last one runs
-    assert streaming.bytes_of(2, 1) == 10 + 9 + 20
-
-
 def test_what_cannot_fit_is_said():
     with pytest.raises(OutOfMemory, match=r"needs at least \d{3} bytes .* only 101 bytes may"):
         plan_stage(needs_of(stage_of([0, 1])), MemoryLimits(101), 8)
@@ -158,28 +100,9 @@ def merge(host, **more):
     return merge_loras(host, concepts, calibration=CALIBRATION, **more)
 
 
-class Runs:
-    cast_bytes = 0
-
-    def run(self, batch):
-        batch.run()
-
-    def in_barriers(self, barriers):
-        return nullcontext()
-
-
-def test_the_longest_row_is_measured_alone_and_twice():
-    lengths = {"a": [3, 5, 4], "b": [9, 1, 9]}
-
-    def mask(site, rows):
-        return torch.arange(9)[None] < torch.tensor([lengths[site][row] for row in rows])[:, None]
-
-    ran = []
-    Measure(stage_of([0, 0, 1], ran, mask=mask), Runs(), 2).row()
-    assert ran == [[2], [2, 2]]  # 4 + 9 tokens
-
-
-@pytest.mark.parametrize(("schedule", "share"), [("sweep", 0.8), ("jacobi", 0.6)])
+@pytest.mark.parametrize(
+    ("schedule", "share"), [("sweep", 0.8), pytest.param("jacobi", 0.6, marks=pytest.mark.slow)]
+)
 def test_the_budget_is_kept_and_the_result_is_the_same(host64, schedule, share):
     settings = {"schedule": schedule, "iterations": 2, "precision": "float64"}
     with MemoryMeter() as meter:
@@ -196,21 +119,12 @@ def test_the_budget_is_kept_and_the_result_is_the_same(host64, schedule, share):
         assert (other - change.dense()).norm() <= 1e-4 * change.dense().norm(), site
 
 
-def test_a_small_budget_leaves_rows_out_and_says_so(host):
-    with MemoryMeter() as meter:
-        merge(host, memory_budget=None)
-    result = merge(host, memory_budget=round(meter.peak * 0.45))
-    assert "do not fit" in result.report.summary()
-    with pytest.raises(IterisError, match="lower samples, timesteps or latent_size"):
-        merge(host, memory_budget=1000)
-
-
 @pytest.mark.parametrize(
     ("objective", "exact"), [("output", True), ("output", False), ("adapter", True)]
 )
 @pytest.mark.parametrize(
     ("out", "width", "count", "rank"),
-    [(128, 512, 2, 8), (128, 512, 10, 8), (320, 320, 8, 32), (640, 640, 2, 32), (640, 1280, 2, 16)],
+    [(128, 512, 10, 8), (320, 320, 8, 32), (640, 1280, 2, 16)],
 )
 def test_the_memory_of_a_solve_is_known(out, width, count, rank, objective, exact):
     generator = torch.Generator().manual_seed(0)
@@ -237,51 +151,6 @@ def test_the_memory_of_a_solve_is_known(out, width, count, rank, objective, exac
         reduction.solve(fit)
     assert meter.peak <= 1.1 * asked.solve
     assert asked.solve <= 1.8 * meter.peak
-
-
-def test_moments_of_earlier_stages_count_where_they_are_kept(host):
-    """RegMean solves at the end; its denoiser runs beside the text encoder's moments."""
-    concepts = [
-        Concept(random_lora(host, seed), trigger=f"sks{seed}", class_word="cat") for seed in (1, 2)
-    ]
-    with MemoryMeter() as meter:
-        merge_loras(host, concepts, "regmean", calibration=CALIBRATION, memory_budget=None)
-    budget = round(meter.peak * 0.8)
-    with MemoryMeter() as meter:
-        merge_loras(host, concepts, "regmean", calibration=CALIBRATION, memory_budget=budget)
-    assert meter.peak <= budget
-
-
-def test_free_memory_is_some():
-    assert free_memory(torch.device("cpu")) > MIB
-
-
-def test_free_memory_of_an_xpu_is_its_own(monkeypatch):
-    """A card that this machine need not have answers with what torch asks it."""
-    known = {"mem_get_info": (1000, 4000), "memory_reserved": 300, "memory_allocated": 100}
-    for name, value in known.items():
-        monkeypatch.setattr(torch.xpu, name, lambda device, value=value: value)
-    assert free_memory(torch.device("xpu", 0)) == 1200
-
-    def refused(device):
-        raise RuntimeError("doesn't support querying the available free memory")
-
-    monkeypatch.setattr(torch.xpu, "mem_get_info", refused)
-    assert free_memory(torch.device("xpu", 0)) > MIB
-
-
-def test_the_longest_row_is_what_the_host_says():
-    ran = []
-    Measure(stage_of([0, 0, 1], ran, lengths=[3, 9, 4]), Runs(), 2).row()
-    assert ran == [[1], [1, 1]]
-
-
-def test_rows_that_are_left_take_their_kinds_along():
-    stage = stage_of([0] * 4 + [1] * 4, batch_keys=list("abcdefgh"), lengths=list(range(8)))
-    kept = plan_stage(needs_of(stage), MemoryLimits(106), 8).stage
-    assert list(kept.concept_ids) == [0, 0, 1, 1]
-    assert kept.batch_keys == ["a", "d", "e", "h"]
-    assert kept.lengths == [0, 3, 4, 7]
 
 
 class Roomy(ModuleHost):
@@ -312,16 +181,6 @@ def test_the_host_is_asked_for_what_all_rows_take_and_its_answer_is_kept():
     assert "12 rows, 11 at once" in line
 
 
-def test_a_budget_is_what_the_host_is_asked_for_at_most():
-    host = Roomy(float("inf"))
-    merge_on(host, None)
-    assert not host.asked
-    merge_on(host, 10**12)
-    (wanted,) = host.asked
-    merge_on(host, wanted - 1)
-    assert host.asked[1] == wanted - 1
-
-
 def test_g6_what_a_plan_leaves_is_for_the_model_again():
     """All rows would take more than there is; what they do take is asked for before they run."""
     host = Roomy(float("inf"))
@@ -343,6 +202,8 @@ def test_rows_that_are_left_out_are_warned_of(caplog):
     assert "Not enough memory for all rows: model" in caplog.text
     assert "do not fit" in result.report.summary().splitlines()[1]
     assert result.report.rows < 12  # those that ran
+    with pytest.raises(IterisError, match="lower samples, timesteps or latent_size"):
+        merge_on(host, 1000)
 
 
 class Offload:
@@ -393,3 +254,39 @@ def test_what_is_offloaded_is_off_the_device_after_a_merge():
     offload = Offload(pipeline)
     merge(DiffusersHost(pipeline))
     assert not offload.there
+
+
+@pytest.mark.slow
+def test_moments_of_earlier_stages_count_where_they_are_kept(host):
+    """RegMean solves at the end; its denoiser runs beside the text encoder's moments."""
+    concepts = [
+        Concept(random_lora(host, seed), trigger=f"sks{seed}", class_word="cat") for seed in (1, 2)
+    ]
+    with MemoryMeter() as meter:
+        merge_loras(host, concepts, "regmean", calibration=CALIBRATION, memory_budget=None)
+    budget = round(meter.peak * 0.8)
+    with MemoryMeter() as meter:
+        merge_loras(host, concepts, "regmean", calibration=CALIBRATION, memory_budget=budget)
+    assert meter.peak <= budget
+
+
+def test_free_memory_of_an_xpu_is_its_own(monkeypatch):
+    """A card that this machine need not have answers with what torch asks it."""
+    known = {"mem_get_info": (1000, 4000), "memory_reserved": 300, "memory_allocated": 100}
+    for name, value in known.items():
+        monkeypatch.setattr(torch.xpu, name, lambda device, value=value: value)
+    assert free_memory(torch.device("xpu", 0)) == 1200
+
+    def refused(device):
+        raise RuntimeError("doesn't support querying the available free memory")
+
+    monkeypatch.setattr(torch.xpu, "mem_get_info", refused)
+    assert free_memory(torch.device("xpu", 0)) > 2**20
+
+
+def test_rows_that_are_left_take_their_kinds_along():
+    stage = stage_of([0] * 4 + [1] * 4, batch_keys=list("abcdefgh"), lengths=list(range(8)))
+    kept = plan_stage(needs_of(stage), MemoryLimits(106), 8).stage
+    assert list(kept.concept_ids) == [0, 0, 1, 1]
+    assert kept.batch_keys == ["a", "d", "e", "h"]
+    assert kept.lengths == [0, 3, 4, 7]

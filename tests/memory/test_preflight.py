@@ -1,8 +1,5 @@
 """Layers that cannot be merged are found before any work: refused, left out, or averaged."""
 
-from contextlib import suppress
-from dataclasses import replace
-
 import pytest
 import rivals  # noqa: F401 (registers them)
 import torch
@@ -11,7 +8,6 @@ from oracle import ModuleHost, Net, hooks_on, make_data, make_lora
 from iteris_core import Calibration, Concept, IterisError, merge_loras
 from iteris_core.errors import SiteError
 from iteris_core.linalg.lowrank import cut_factors
-from iteris_core.methods.registry import all_methods
 from iteris_core.preview import preview_merge
 from iteris_core.report.provenance import cut_lora, is_ordered
 
@@ -155,6 +151,26 @@ def test_rows_that_stand_in_another_dimension_are_told_apart(model, schedule):
         torch.testing.assert_close(found[site].dense(), change.dense())
 
 
+def test_nothing_is_left_of_it():
+    some = [Concept(make_lora(1, sites=("up",)), prompts=["unused"])]
+    with pytest.raises(IterisError, match="is reached by no forward"):
+        merge_loras(PictureHost(Half(), make_data()), some, unmergeable="skip")
+
+
+class Twice(Net):
+    """``up`` is called two times in a forward."""
+
+    def forward(self, x):
+        x = self.q(x)
+        return self.up(x) + self.up(-x)
+
+
+def test_the_preview_of_a_method_that_sweeps_finds_a_repeated_site():
+    with pytest.raises(SiteError, match=r"up \(in lora-1, lora-2\): it is called more than once"):
+        preview_merge(PictureHost(Twice(), make_data()), concepts(), "regmean++")
+    assert preview_merge(PictureHost(Twice(), make_data()), concepts(), "regmean").plan
+
+
 @pytest.mark.parametrize("repeats", [False, True])
 def test_what_is_alike_for_all_rows_may_not_repeat_itself(repeats):
     """A row that repeats itself hides the order of the rows."""
@@ -172,46 +188,6 @@ def test_what_is_alike_for_all_rows_may_not_repeat_itself(repeats):
         assert set(merge_loras(host, some).lora.sites) == {"up"}
 
 
-def test_nothing_is_left_of_it():
-    some = [Concept(make_lora(1, sites=("up",)), prompts=["unused"])]
-    with pytest.raises(IterisError, match="is reached by no forward"):
-        merge_loras(PictureHost(Half(), make_data()), some, unmergeable="skip")
-
-
-class Twice(Net):
-    """``up`` is called two times in a forward."""
-
-    def forward(self, x):
-        x = self.q(x)
-        return self.up(x) + self.up(-x)
-
-
-class JoinedAndChosen(Joined):
-    """``up`` as in :class:`Joined`, and ``down`` as in :class:`Chosen`."""
-
-    def forward(self, x):
-        x = super().forward(x)
-        return self.down(x[x.sum(dim=2) > 0])
-
-
-class UnlikeRows(PictureHost):
-    """No two of its rows may share a forward, but for those of the first pass."""
-
-    def stages(self, samples, sites):
-        for stage in super().stages(samples, sites):
-            apart = self.asked[-1].samples > 1
-            yield replace(stage, batch_keys=range(len(stage.concept_ids)) if apart else None)
-
-
-def test_what_one_pass_has_told_apart_stays_so():
-    """The second one, which another layer wants, has no rows to compare."""
-    some = [Concept(make_lora(i, sites=("up", "down")), prompts=["unused"]) for i in (1, 2)]
-    host = UnlikeRows(JoinedAndChosen(), make_data())
-    result = merge_loras(host, some, unmergeable="skip", settings={"micro_batch": 1})
-    assert len(host.asked) == 5  # two passes, the plan, the merge, and held-out rows
-    assert set(result.lora.sites) == {"up"}
-
-
 class JoinedTwice(Joined):
     """As :class:`Joined`, two times in a forward."""
 
@@ -223,29 +199,3 @@ def test_rows_that_are_told_apart_do_not_hide_a_repeated_layer():
     host = PictureHost(JoinedTwice(), make_data())
     with pytest.raises(IterisError, match="more than once"):
         merge_loras(host, [Concept(make_lora(1, sites=("up",)), prompts=["unused"])])
-
-
-@pytest.mark.parametrize("method", [method.name for method in all_methods() if method.needs_host])
-def test_a_method_declares_whether_it_sweeps(method, monkeypatch):
-    """Those that sweep refuse a repeated site beforehand, and no others do."""
-    swept = []
-
-    def noting(*arguments):
-        swept.append(arguments)
-        raise IterisError("swept")
-
-    monkeypatch.setattr("iteris_core.passes.sweep._Passes._sweep", noting)
-    with suppress(IterisError):
-        merge_loras(PictureHost(Net(), make_data()), concepts(), method)
-    sweeps, said = bool(swept), ""
-    try:
-        merge_loras(PictureHost(Twice(), make_data()), concepts(), method)
-    except IterisError as error:
-        said = str(error)
-    assert ("up (in lora-1, lora-2): it is called more than once" in said) == sweeps
-
-
-def test_the_preview_of_a_method_that_sweeps_finds_a_repeated_site():
-    with pytest.raises(SiteError, match=r"up \(in lora-1, lora-2\): it is called more than once"):
-        preview_merge(PictureHost(Twice(), make_data()), concepts(), "regmean++")
-    assert preview_merge(PictureHost(Twice(), make_data()), concepts(), "regmean").plan
