@@ -155,6 +155,7 @@ def test_a_quiet_merge_says_nothing_but_errors(world, tmp_path, monkeypatch, cap
     assert "exists already" in err
 
 
+@pytest.mark.slow
 def test_warnings_of_modules_have_the_program_s_form(world, tmp_path):
     """In a process of its own, since the tests have log handlers."""
     out = tmp_path / "out.safetensors"
@@ -207,29 +208,6 @@ def test_pictures_reach_the_base(world, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("concept", "message"),
-    [
-        ("{lora},weight=much", "weight must be a number, not 'much'"),
-        ("{lora}:sks:cat,weight=-1", "weight must be at least 0"),
-        ("{lora},strength=nan", "strength must be a number"),
-        ("{lora}:sks:cat,trigger=x", "gives trigger twice"),
-        ("{lora},weight=1,weight=2", "gives weight twice"),
-        ("{lora},prompts=none.txt", "none.txt does not exist"),
-        ("trigger=sks", "has neither a file nor prompts"),
-    ],
-)
-def test_a_concept_that_is_wrong(world, tmp_path, monkeypatch, capsys, concept, message):
-    out = tmp_path / "out.safetensors"
-    given = concept.format(lora=world / "lora1.safetensors")
-    code, _, err = run(
-        monkeypatch, capsys, "merge", world / "base", "-o", out, *QUICK, "--concept", given
-    )
-    assert code == 2
-    assert message in err
-    assert not out.exists()
-
-
-@pytest.mark.parametrize(
     ("extra", "message"),
     [
         ("--frames=5", "frames is for videos, and StableDiffusionPipeline draws none"),
@@ -245,25 +223,6 @@ def test_what_the_base_does_not_take_is_refused(
     assert code == 2
     assert message in err
     assert not out.exists()
-
-
-def test_a_plot_of_what_is_not_measured_is_refused_first(world, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out.safetensors"
-    extra = ["--method=ties", f"--plot={tmp_path}/plot.png"]
-    code, _, err = run(monkeypatch, capsys, *merge(world, out, *extra))
-    assert code == 2
-    assert "--plot is for methods that run the base; ties looks at weights" in err
-    assert not out.exists()
-
-
-def test_the_folder_of_a_plot_is_asked_for_first(world, tmp_path, monkeypatch, capsys):
-    plot = tmp_path / "none" / "plot.png"
-    code, _, err = run(
-        monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", f"--plot={plot}")
-    )
-    assert code == 2
-    assert "none does not exist" in err
-    assert not list(tmp_path.iterdir())
 
 
 TESTS = Path(__file__).parent
