@@ -6,7 +6,9 @@ import json
 import sys
 
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny import make_pipeline, random_lora
 
 from iteris_core import cli, write_lora
@@ -29,6 +31,12 @@ def recipe_of(path) -> dict:
         return json.loads(file.metadata()["iteris"])
 
 
+def same(one, two) -> bool:
+    """Whether two files have the same tensors."""
+    first, second = load_file(one), load_file(two)
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
 def make_world(folder):
     """``base``, ``lora1.safetensors`` and ``lora2.safetensors``, each under 100 kB."""
     pipeline = make_pipeline()
@@ -37,3 +45,15 @@ def make_world(folder):
     for seed in (1, 2):
         write_lora(random_lora(host, seed), folder / f"lora{seed}.safetensors")
     return folder
+
+
+def make_dino(folder):
+    """A tiny DINOv2 and what prepares its pictures."""
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    processor = BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor.save_pretrained(folder)

@@ -29,21 +29,21 @@ def make_mess(folder: Path) -> dict[str, str]:
         "page.safetensors": "<!DOCTYPE html><title>Log in</title>",
         "letter.safetensors": "this is not a LoRA, it is a letter to you all",
         "lines.txt": "a photo\na house\n", "empty.txt": "", "blank.txt": " \n\n",
-        "three.txt": "{} {} {}\n", "nine.txt": "a {9}\n", "mine.yaml": "mine",
+        "nine.txt": "a {9}\n", "mine.yaml": "mine",
     }  # fmt: skip
     data = {
         "cut.safetensors": good[: len(good) // 2],
         "huge.safetensors": struct.pack("<Q", 1 << 62) + b"{}",
-        "zero.safetensors": b"", "zeros.txt": b"a\0b\n", "zeros.yaml": b"a\0b\n",
+        "zeros.txt": b"a\0b\n",
         "latin.txt": "caf\xe9\n".encode("latin-1"), "latin.yaml": "b: caf\xe9\n".encode("latin-1"),
-        "pickle.safetensors": b"\x80\x04K\x01.", "pickle.ckpt": b"\x80\x04K\x01.",
+        "pickle.safetensors": b"\x80\x04K\x01.",
         "zip.safetensors": b"PK\3\4" + bytes(100),
     }  # fmt: skip
     for name, text in texts.items():
         (tmp / name).write_text(text)
     for name, content in data.items():
         (tmp / name).write_bytes(content)
-    for name in ("empty", "folder.yaml", "pics", "done", "adapter", "model", "others"):
+    for name in ("empty", "pics", "done", "adapter", "model", "others"):
         (tmp / name).mkdir()
     Image.new("RGB", (8, 8)).save(tmp / "pics" / "a.png")
     Image.new("RGB", (8, 8)).save(tmp / "pics" / "b.png")
@@ -85,18 +85,24 @@ def make_mess(folder: Path) -> dict[str, str]:
 FORMS = {
     "M": "merge {base} -o {out} --device cpu --concept {one}:s1:dog",
     "B": "merge {base} -o {out} --device cpu",
+    "L": "merge {base} -o {out} --device cpu --concept",
+    "F": "merge {base} -o {out} --loras {world} --from",
+    "T": "merge {tmp}/model -o {tmp}/new --concept",
     "C": "compare {base} -o {results} --device cpu --concept {one}:s1:dog --refs {pics}",
 }
 """What a case begins with, for short."""
 
+GOOD = 'base: {base}\nconcepts: ["{one}:s1:dog"]\n'
+"""What a merge file has before the lines of a case ``Z``."""
+
 
 def arguments_of(case: str, places: Mapping[str, str], folder: Path) -> list[str]:
-    """The words of the command line; what follows ``Y`` is a merge file."""
+    """The words of the command line; what follows ``Y`` is a merge file, ``Z`` the rest of one."""
     first, _, rest = case.partition(" ")
     out = folder / "out.safetensors"
     names = {**places, "out": str(out), "results": str(folder / "results")}
-    if first == "Y":
-        text = rest.removeprefix("|").replace("\\n", "\n").replace("\\t", "\t")
+    if first in "YZ":
+        text = (GOOD if first == "Z" else "") + rest.removeprefix("|").replace("\\n", "\n")
         (folder / "merge.yaml").write_text(filled(text, names))
         return ["merge", str(folder / "merge.yaml"), "-o", str(out)]
     return [filled(word, names) for word in shlex.split(f"{FORMS.get(first, first)} {rest}")]

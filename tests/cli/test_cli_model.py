@@ -4,43 +4,24 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from command_line import run
+from language_bases import make_bert, make_t5, tuned_folder
+from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
     PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
-from iteris_core import cli
 from iteris_core.hosts.transformers import TransformersHost
 
 _VOCABULARY = "[PAD] [END] [UNK] joy fear a of the is this day night good bad"
 WORDS = _VOCABULARY.split()
-
-
-def make_bert():
-    config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=24, max_position_embeddings=16, num_labels=3,
-    )  # fmt: skip
-    return BertForSequenceClassification(config), ["query", "value"], "SEQ_CLS"
-
-
-def make_t5():
-    config = T5Config(
-        vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2,
-        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    return T5ForConditionalGeneration(config), ["q", "v"], "SEQ_2_SEQ_LM"
+TRAINED = {make_bert: (["query", "value"], "SEQ_CLS"), make_t5: (["q", "v"], "SEQ_2_SEQ_LM")}
 
 
 def make_world(make, folder):
@@ -48,7 +29,7 @@ def make_world(make, folder):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     torch.manual_seed(0)
-    model, targets, task = make()
+    (model, _), (targets, task) = make(), TRAINED[make]
     model.eval().save_pretrained(folder / "base")
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -56,24 +37,10 @@ def make_world(make, folder):
         tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]"
     ).save_pretrained(folder / "base")
     for seed in (1, 2):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=2, target_modules=targets, task_type=task)
-        tuned = get_peft_model(copy.deepcopy(model), config)
-        for name, parameter in tuned.named_parameters():
-            if "lora_B" in name:
-                parameter.data = torch.randn_like(parameter)
-        tuned.save_pretrained(folder / f"a{seed}")
+        tuned_folder(model, targets, folder / f"a{seed}", seed, task_type=task)
         lines = ["this is a good day", "the night of fear", "joy", "bad day"][seed - 1 :]
         (folder / f"t{seed}.txt").write_text("\n\n".join(lines))
     return folder
-
-
-def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["iteris", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, " ".join(err.split())
 
 
 def arguments(world, out, *extra, samples=("t1.txt", "t2.txt")):
@@ -119,19 +86,14 @@ def test_features_while_generating_and_inputs_from_tensors(tmp_path, monkeypatch
         base = AutoModelForSeq2SeqLM.from_pretrained(world / "base")
         config = json.loads((out / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == "base"
-        assert len(TransformersHost(base).read_lora(out).sites) == 6
+        assert len(TransformersHost(base).read_lora(out).sites) == 12
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: [f"--concept={w}/a1"], "is not FOLDER:SAMPLES"),
-        (lambda w: [f"--concept={w}/a1:{w}/none.txt"], "does not exist"),
         (lambda w: [f"--concept={w}/base:{w}/t1.txt"], "not a peft adapter folder"),
-        (lambda w: [f"--concept={w}/a1:{w}/t1.txt:x"], "is not FOLDER:SAMPLES"),
-        (lambda w: ["--overwrite", f"--concept={w}/a1:{w}/t1.txt"], "--overwrite is for files"),
         (lambda w: ["--model-class=X", f"--concept={w}/a1:{w}/t1.txt"], "no class of that name"),
-        (lambda w: ["--preserve", f"{w}/t1.txt", f"--concept={w}/a1:{w}/t1.txt"], "--preserve"),
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, capsys, change, message):

@@ -154,6 +154,7 @@ def test_a_quiet_merge_says_nothing_but_errors(world, tmp_path, monkeypatch, cap
     assert "exists already" in err
 
 
+@pytest.mark.slow
 def test_warnings_of_modules_have_the_program_s_form(world, tmp_path):
     """In a process of its own, since the tests have log handlers."""
     out = tmp_path / "out.safetensors"
@@ -203,29 +204,6 @@ def test_pictures_reach_the_base(world, tmp_path, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", *options))
     assert code == 2
     assert "lines.txt is not a readable image" in err
-
-
-@pytest.mark.parametrize(
-    ("concept", "message"),
-    [
-        ("{lora},weight=much", "weight must be a number, not 'much'"),
-        ("{lora}:sks:cat,weight=-1", "weight must be at least 0"),
-        ("{lora},strength=nan", "strength must be a number"),
-        ("{lora}:sks:cat,trigger=x", "gives trigger twice"),
-        ("{lora},weight=1,weight=2", "gives weight twice"),
-        ("{lora},prompts=none.txt", "none.txt does not exist"),
-        ("trigger=sks", "has neither a file nor prompts"),
-    ],
-)
-def test_a_concept_that_is_wrong(world, tmp_path, monkeypatch, capsys, concept, message):
-    out = tmp_path / "out.safetensors"
-    given = concept.format(lora=world / "lora1.safetensors")
-    code, _, err = run(
-        monkeypatch, capsys, "merge", world / "base", "-o", out, *QUICK, "--concept", given
-    )
-    assert code == 2
-    assert message in err
-    assert not out.exists()
 
 
 @pytest.mark.parametrize(

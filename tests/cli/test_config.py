@@ -51,11 +51,8 @@ def test_without_the_usual_a_dictionary_has_what_a_user_writes():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"settings": [3]}, "it: settings must be a mapping of names to values, not"),
-        ({"concepts": "cat"}, "it: concepts must be a list, not 'cat'"),
         ({"base": 3}, "it: base must be text, not 3"),
         ({"unmergeable": "all"}, "it: unmergeable must be one of refuse, skip, mean, not 'all'"),
-        ({"concepts": [{}, {"weight": 1}]}, "it: concept 1 has neither a file nor prompts"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(data, message):

@@ -9,8 +9,8 @@ import pytest
 import torch
 import typer
 import yaml
-from command_line import QUICK, make_world, recipe_of, run
-from safetensors.torch import load_file, save_file
+from command_line import QUICK, make_world, recipe_of, run, same
+from safetensors.torch import save_file
 
 from iteris_core import cli
 from iteris_core.cli.merge_file import KEYS, _parameters
@@ -32,17 +32,11 @@ def write(path, **data):
     return path
 
 
-def same(one, two) -> bool:
-    first, second = load_file(one), load_file(two)
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
 CONCEPTS = [
     {"file": "lora1.safetensors", "trigger": "sks", "class": "cat", "strength": 0.8,
      "text_strength": 0.5, "weight": 2},
     {"file": "lora2.safetensors", "prompts": "own.txt"},
 ]  # fmt: skip
-OPTIONS = {"samples": 3, "timesteps": 1, "latents": "noise", "device": "cpu"}
 
 
 def test_a_merge_file_is_the_same_merge_as_the_options(place, monkeypatch, capsys):
@@ -180,51 +174,6 @@ def test_every_option_of_merge_is_a_key():
     # --concept is concepts, --set is settings and calibration.
     assert names - {"help", "set", "concept"} <= keys
     assert {"concepts", "settings", "calibration", "base", "output", "offload"} <= keys
-
-
-BAD = [
-    ("[1, 2]", "the file must be a mapping"),
-    ("base: [", "is not valid YAML"),
-    ({"bass": "x"}, "there is no key 'bass'; did you mean 'base'?"),
-    ({"concepts": "lora1.safetensors"}, "concepts must be a list"),
-    ({"concepts": [3]}, "concept 1 must be FILE:TRIGGER:CLASS or a mapping"),
-    ({"concepts": [{"lora": "x"}]}, "concept 1: there is no key 'lora'"),
-    ({"concepts": [{"weight": 1}]}, "concept 1 has neither a file nor prompts"),
-    ({"concepts": [{"file": "lora1.safetensors", "weight": "much"}]},
-     "concept 1: weight must be a number, not 'much'"),
-    ({"concepts": [{"file": "lora1.safetensors", "strength": True}]}, "strength must be a number"),
-    ({"concepts": [{"file": "lora1.safetensors", "trigger": ["a"]}]}, "trigger must be text"),
-    ({"concepts": [{"file": "lora1.safetensors", "prompts": 3}]}, "prompts must be a list"),
-    ({"concepts": [{"file": "lora1.safetensors", "reading": 3}]}, "reading must be a mapping"),
-    ({"concepts": [{"file": "none.safetensors"}]}, "is not in any of the folders"),
-    ({"settings": {"ranks": 3}}, "settings: there is no setting 'ranks'; did you mean 'rank'?"),
-    ({"settings": {"rank": -3}}, "settings: rank must be at least 1"),
-    ({"settings": [3]}, "settings must be a mapping"),
-    ({"calibration": {"samples": "many"}}, "calibration: samples must be a whole number"),
-    ({"calibration": {"templates": "{}"}}, "templates must be a list"),
-    ({"samples": "many"}, "merge.yaml: samples:"),
-    ({"offload": "all"}, "merge.yaml: offload:"),
-    ({"base": None}, "Name the base"),
-    ({"method": "magic"}, "There is no method 'magic'"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("change", "message"), BAD, ids=[m for _, m in BAD])
-def test_what_is_wrong_in_a_merge_file_is_one_line(
-    world, tmp_path, monkeypatch, capsys, change, message
-):
-    path = tmp_path / "merge.yaml"
-    good = {"base": str(world / "base"), "loras": str(world), "output": "out.safetensors",
-            "concepts": ["lora1.safetensors:sks:cat"], **OPTIONS}  # fmt: skip
-    if isinstance(change, str):
-        path.write_text(change)
-    else:
-        write(path, **{**good, **change})
-    code, _, err = run(monkeypatch, capsys, "merge", path)
-    assert code == 2
-    assert message in err
-    assert "Traceback" not in err
-    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_a_recipe_reads_no_file_that_it_names_and_fetches_no_base(place, monkeypatch, capsys):

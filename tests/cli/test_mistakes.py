@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,23 +27,6 @@ from iteris_core.errors import OutOfMemory
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import BaseModel
 from iteris_core.score import ClipScorer
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a.safetensors:sks:star,wieght=2", "no key 'wieght'; did you mean 'weight'"),
-        ("a.safetensors:sks:star,weight=2,colour=red", "no key 'colour'. The keys are"),
-        ("file=a.safetensors,trigger=sks,clas=cat", "no key 'clas'; did you mean 'class'"),
-        ("a.safetensors:sks:star:abc", "strength must be a number .*, not 'abc'"),
-        ("a.safetensors:sks:star:nan", "strength must be a number .*, not 'nan'"),
-        ("a.safetensors:sks:star:1:2", "strength must be a number .*, not '1:2'"),
-        ("a.safetensors:sks,weight=2", "is not FILE:TRIGGER:CLASS"),
-    ],
-)
-def test_a_slip_in_a_concept_is_named(text, message):
-    with pytest.raises(IterisError, match=message):
-        parse_concept(text)
 
 
 def test_a_blank_before_a_key_does_not_make_it_a_part_of_the_class():
@@ -77,44 +59,6 @@ def merge(world, out, *extra, words="s1:dog"):
     return ["merge", world / "base", "-o", out, "--device=cpu", one, *extra]
 
 
-def no_base(monkeypatch):
-    """From now on loading a base fails the test."""
-    monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "load_base", pytest.fail)
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--concept={tmp}/none.safetensors:a:b"], "none.safetensors does not exist"),
-        (["--concept={tmp}/pointer.safetensors:a:b"], "is a Git LFS pointer"),
-        (["--concept={tmp}/page.safetensors:a:b"], "is a web page"),
-        (["--samples=0"], "samples must be at least 1"),
-        (["--set=rank=-1"], "rank must be at least 1"),
-        (["--templates={tmp}/lines.txt"], "templates must hold"),
-        (["--preserve={tmp}/latin.txt"], "latin.txt is not text in UTF-8 (byte 3)"),
-        (["--preserve={tmp}/zeros.txt"], "zeros.txt is not a text file"),
-        (["-o", "{tmp}/lora.safetensors"], "lora.safetensors exists already; choose another name, "
-         "or overwrite it (--overwrite)"),
-    ],
-)  # fmt: skip
-def test_what_is_wrong_is_found_before_the_base_is_loaded(
-    world, tmp_path, monkeypatch, capsys, extra, message
-):
-    no_base(monkeypatch)
-    shutil.copy(world / "lora1.safetensors", tmp_path / "lora.safetensors")
-    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    (tmp_path / "page.safetensors").write_text("<!DOCTYPE html><title>Log in</title>")
-    (tmp_path / "lines.txt").write_text("a photo\n")
-    (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
-    (tmp_path / "zeros.txt").write_bytes(b"a\0b\n")
-    more = [text.format(tmp=tmp_path) for text in extra]
-    code, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", *more))
-    assert code == 2
-    assert message in err
-    assert "Traceback" not in err
-    assert not (tmp_path / "out.safetensors").exists()
-
-
 @pytest.mark.parametrize("data", [
     "\ufeffa cat\nÄ\n".encode(), "a cat\nÄ\n".encode("utf-16"), "a cat\r\n\r\nÄ".encode(),
 ])  # fmt: skip
@@ -123,47 +67,13 @@ def test_lines_are_read_without_marks_of_their_encoding(tmp_path, data):
     assert read_lines(tmp_path / "lines.txt") == ["a cat", "Ä"]
 
 
-def test_a_lora_is_not_overwritten_by_its_own_merge(world, tmp_path, monkeypatch, capsys):
-    folder = shutil.copytree(world, tmp_path / "copy")
-    before = (folder / "lora1.safetensors").read_bytes()
-    out = tmp_path / "copy" / ".." / "copy" / "lora1.safetensors"
-    code, _, err = run(monkeypatch, capsys, *merge(folder, out, "--overwrite", "--method=average"))
-    assert code == 2
-    assert "is one of the LoRAs to merge and would be lost" in err
-    assert (folder / "lora1.safetensors").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("base", "message"),
-    [
-        ("{tmp}/none", "does not exist: there is no such folder or file"),
-        ("none.safetensors", "does not exist"),
-        ("owner/none", "There is no folder or file of that name here"),
-        ("{tmp}", "has no model_index.json"),
-    ],
-)
-def test_a_base_that_is_not_there(world, tmp_path, monkeypatch, capsys, base, message):
+def test_a_base_that_may_be_on_the_hub_is_said_not_to_be_here(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     arguments = merge(world, tmp_path / "out.safetensors")
-    arguments[1] = base.format(tmp=tmp_path)
+    arguments[1] = "owner/none"
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert code == 2
-    assert message in err
-
-
-@pytest.mark.parametrize(
-    ("device", "message"),
-    [("cuda", "finds no cuda device here"), ("gpu", "--device 'gpu' is not a torch device")],
-)
-def test_a_device_that_is_not_there_is_not_blamed_on_the_base(
-    world, tmp_path, monkeypatch, capsys, device, message
-):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    no_base(monkeypatch)
-    arguments = merge(world, tmp_path / "out.safetensors", f"--device={device}")
-    code, _, err = run(monkeypatch, capsys, *arguments)
-    assert code == 2
-    assert message in err
+    assert "There is no folder or file of that name here" in err
 
 
 def huge(world, folder):
@@ -247,13 +157,6 @@ def test_what_is_probably_not_meant_is_said_before_the_merge(
     assert "None of" not in err
 
 
-def test_nothing_to_merge(world, tmp_path, monkeypatch, capsys):
-    arguments = merge(world, tmp_path / "out.safetensors", words="s1:dog:0")
-    code, _, err = run(monkeypatch, capsys, *arguments)
-    assert code == 2
-    assert "every concept has strength or weight 0" in err
-
-
 def test_a_concept_of_strength_0_is_in_the_notes(world):
     host = DiffusersHost(make_pipeline())
     concepts = [Concept(random_lora(host, 1), trigger="a")]
@@ -261,13 +164,6 @@ def test_a_concept_of_strength_0_is_in_the_notes(world):
     report = merge_loras(host, [*concepts, zero], "average").report
     assert report.notes["b"] == ["left out of the merge: its strength or weight is 0"]
     assert "b: left out of the merge" in report.summary()
-
-
-def test_a_key_twice_in_a_merge_file(world, tmp_path, monkeypatch, capsys):
-    (tmp_path / "merge.yaml").write_text("base: x\nsettings:\n  rank: 2\n  rank: 3\n")
-    code, _, err = run(monkeypatch, capsys, "merge", tmp_path / "merge.yaml")
-    assert code == 2
-    assert "the key 'rank' occurs twice" in err
 
 
 def test_a_file_is_no_host_and_a_lora_no_concept():
@@ -281,15 +177,6 @@ def test_a_file_is_no_host_and_a_lora_no_concept():
         Concept.from_file(pipeline, "a.safetensors")
     with pytest.raises(IterisError, match="'iteris' runs the base model; pass a host"):
         merge_loras(None, ["a.safetensors"])
-
-
-def test_a_checkpoint_is_called_one(world, tmp_path, monkeypatch, capsys):
-    weights = {f"model.diffusion_model.input_blocks.{i}.weight": torch.ones(2) for i in range(9)}
-    save_file(weights, tmp_path / "model.safetensors")
-    extra = f"--concept={tmp_path}/model.safetensors:a:b"
-    code, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", extra))
-    assert code == 2
-    assert "is a whole model (a checkpoint), not a LoRA" in err
 
 
 def test_memory_that_runs_out_in_the_first_prompt_is_named(monkeypatch):
@@ -338,16 +225,16 @@ def test_a_single_concept_is_not_a_list(given, message):
 def test_far_too_many_prompts_are_thinned_out(world, tmp_path, monkeypatch, capsys):
     """All of them would go into the file: 31 MB of metadata for a million."""
     lines = tmp_path / "lines.txt"
-    lines.write_text("".join(f"a s1 dog, {number}\n" for number in range(100_000)))
+    lines.write_text("".join(f"a s1 dog, {number}\n" for number in range(10_000)))
     out = tmp_path / "out.safetensors"
     code, _, err = run(
         monkeypatch, capsys, *merge(world, out, "--method=average", words=f"s1:dog,prompts={lines}")
     )
     assert code == 0, err
-    assert "has 100000 prompts; using 2000 of them, evenly spread" in err
+    assert "has 10000 prompts; using 2000 of them, evenly spread" in err
     prompts = recipe_of(out)["concepts"][0]["prompts"]
     assert len(prompts) == 2000
-    assert prompts[-1] == "a s1 dog, 99950"
+    assert prompts[-1] == "a s1 dog, 9995"
 
 
 def test_inspect_says_how_to_name_another_base(world, monkeypatch, capsys):
@@ -468,10 +355,6 @@ def test_a_mistake_is_one_line_and_nothing_is_lost(
     assert filled(message, mess) in err
     assert len(err) < 1500
     assert contents(Path(mess["tmp"]), Path(mess["world"]), tmp_path) == kept
-
-
-def test_there_are_two_hundred_cases_and_none_twice():
-    assert len(CASES) == len({case for case, _ in CASES}) > 200
 
 
 def test_the_embedding_of_two_experts_has_its_place_before_the_merge(tmp_path):

@@ -4,13 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 from oracle import ModuleHost, Net, make_data, make_lora
 
-from iteris_core import Concept, Lora, LowRank, merge_loras
+from iteris_core import Concept, Lora, merge_loras
 from iteris_core.report.inspection import block_of
 from iteris_core.report.report import MergeReport, SiteReport
-from iteris_core.solve.problem import Solution
 
 
 @pytest.mark.parametrize(
@@ -127,24 +125,6 @@ def test_a_lora_that_changes_nothing_or_was_read_in_part_is_named():
     assert merge_loras(None, concepts, "average").report.verdict() == (
         "Incomplete: the merge lacks 2 tensors of cat and all of dog, whose LoRA changes nothing."
     )
-
-
-def test_a_site_report_is_what_its_solution_says():
-    change = LowRank(torch.ones(3, 2), torch.ones(2, 4))
-    solution = Solution(change, (0.5, 0.5), (1.0, 0.9), (0.2, 0.3), 9.0, 0.1)
-    found = SiteReport.of(solution, 1, repair=True, size=2.0)
-    size = 48**0.5 / 2  # of twos, three by four
-    assert found == SiteReport(2, (0.5,), (1.0,), (0.2,), 9.0, 0.1, True, pytest.approx(size))
-
-
-def test_a_summary_is_loud_about_iterations_that_did_not_converge():
-    sites = {"unet.a": SiteReport(1, (1.0,), (1.0,), (0.1,))}
-    found = MergeReport("iteris", ["cat"], sites, 1.0)
-    assert "converge" not in found.summary()
-    assert "Not converged" in replace(found, convergence=(0.5, 0.031)).summary()
-    assert "Converged after 3" in replace(found, convergence=(0.5, 1e-4)).summary()
-    loose = replace(found, convergence=(0.5, 0.031), settings={"tolerance": 0.05})
-    assert loose.converged
 
 
 def test_what_was_not_measured_is_null_in_json():

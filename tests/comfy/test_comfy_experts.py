@@ -3,6 +3,7 @@ two files per concept give two files. What they draw is with that of every archi
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import ModuleType
 from typing import Any
