@@ -27,7 +27,7 @@ from iteris_core.edit.extract import differences, extract_lora, output_error
 from iteris_core.edit.vectors import other_differences, with_vectors
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.diffusers_lora import base_of
-from iteris_core.linalg.lowrank import cut_matrix
+from iteris_core.linalg.lowrank import truncate_matrix
 from iteris_core.solve.ranks import Target
 from toybox.pipeline import load
 from toybox.train.base import use_plain_attention
@@ -116,7 +116,7 @@ def _cut(site: str, dense: dict[str, torch.Tensor], host: DiffusersHost, rank: i
     weight = host.sites()[site].weight
     kernel = tuple(weight.shape[2:]) or None
     like = LowRank(torch.zeros(1, 1), torch.zeros(1, 1), kernel)
-    return cut_matrix(dense[site], min(rank, *dense[site].shape), like=like)[0]
+    return truncate_matrix(dense[site], min(rank, *dense[site].shape), like=like)[0]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from protocol.toybox import ToyboxWorld
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.edit.resize import resize_lora
-from iteris_core.linalg.lowrank import cut_factors
+from iteris_core.linalg.lowrank import truncate_factors
 from iteris_core.solve.ranks import Target
 
 FILE = result_file("resize.json")
@@ -67,7 +67,7 @@ class Bench:
     def small(self, concept: Concept, key: str) -> Lora:
         _, rank, way = key.split()
         if way == "svd":
-            sites = {s: cut_factors(c, int(rank))[0] for s, c in concept.lora.sites.items()}
+            sites = {s: truncate_factors(c, int(rank))[0] for s, c in concept.lora.sites.items()}
             return Lora(sites, base=concept.lora.base)
         host = self.world.host if way == "base" else None
         calibration = Calibration.from_mapping(self.calibration)

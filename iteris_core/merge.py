@@ -40,7 +40,7 @@ from .presets import PresetName
 from .progress import Forecast, OnProgress
 from .reading import read_concepts
 from .settings import Settings
-from .solve.choose import POLICY, Policy
+from .solve.choose import THRESHOLDS, Thresholds
 from .solve.problem import Solution
 
 _log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def merge_loras(
     unmergeable: Unmergeable = "refuse",
     on_progress: OnProgress | None = None,
     memory_budget: int | Literal["free"] | None = "free",
-    policy: Policy = POLICY,
+    thresholds: Thresholds = THRESHOLDS,
 ) -> MergeResult:
     """Merge the LoRAs of ``concepts`` into one.
 
@@ -81,7 +81,7 @@ def merge_loras(
     :param memory_budget: bytes that the merge may use beyond the model (``"free"``: what is free;
         None: no limit). It decides how many rows run at once and, if necessary, how many run at
         all. The report's plan shows this.
-    :param policy: the thresholds for choosing a way of solving; experiments set others.
+    :param thresholds: the thresholds for choosing a way of solving; experiments set others.
     :returns: the merged LoRA and a report on every site.
     :raises IterisError: for input that cannot be merged; :class:`SettingsError` for a setting out
         of range.
@@ -93,7 +93,7 @@ def merge_loras(
     settings, calibration = settings_over(preset, method, settings, calibration)
     host = None if host is None else host_of(host)
     concepts = read_concepts(host, concepts)
-    job, always = begun(host, concepts, chosen, calibration, on_progress, memory_budget, policy)
+    job, always = begun(host, concepts, chosen, calibration, on_progress, memory_budget, thresholds)
     if always and not job.concepts:  # as they are, side by side
         made = Made([], Merged({}, RunLog()), [], [], {})
     elif host is None or not chosen.needs_host:
@@ -116,7 +116,7 @@ def begun(
     calibration: Calibration,
     on_progress: OnProgress | None,
     memory_budget: Budget,
-    policy: Policy,
+    thresholds: Thresholds,
 ) -> tuple[Job, list[Concept]]:
     """A job with its concepts and no changes yet, and the concepts that are always on."""
     if method.needs_host and host is not None and host.pictures:
@@ -133,7 +133,7 @@ def begun(
         generator,
         eta.tick,
         memory_budget=memory_budget,
-        policy=policy,
+        thresholds=thresholds,
         eta=eta,
     )
     return job, always_on(counting)
@@ -161,7 +161,7 @@ def prepared(
         conditions = 0.0
     elif conditions is None:
         gated = any(stream.gate is not None for stream in looked.streams.values())
-        conditions = 0.0 if gated else job.policy.conditions
+        conditions = 0.0 if gated else job.thresholds.conditions
     job = replace(job, calibration=replace(job.calibration, conditions=conditions))
     found = looked.refused
     if (found and unmergeable == "refuse") or job.changes.keys() <= found.keys():

@@ -19,7 +19,7 @@ from .passes.changes import changes_of, switched_on
 from .passes.plan import Planned
 from .presets import PresetName
 from .progress import OnProgress, duration
-from .solve.choose import POLICY, Policy
+from .solve.choose import THRESHOLDS, Thresholds
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def preview_merge(
     unmergeable: Unmergeable = "refuse",
     on_progress: OnProgress | None = None,
     memory_budget: int | Literal["free"] | None = "free",
-    policy: Policy = POLICY,
+    thresholds: Thresholds = THRESHOLDS,
 ) -> Preview:
     """The plan of a merge of ``concepts``: its rows, how it stays within its memory budget, and
     about how long it takes.
@@ -64,7 +64,7 @@ def preview_merge(
     """
     chosen = find_method(method)
     chosen_settings, calibration = settings_over(preset, method, settings, calibration)
-    job, always = begun(host, concepts, chosen, calibration, on_progress, memory_budget, policy)
+    job, always = begun(host, concepts, chosen, calibration, on_progress, memory_budget, thresholds)
     if always and not job.concepts:
         return Preview(["every LoRA is always on: their sum, without rows"])
     if not chosen.needs_host:

@@ -85,12 +85,12 @@ class Denoiser:
             run_uncompiled(options)
             # Other nodes' patches and wrappers read the denoising progress there.
             options["transformer_options"]["sample_sigmas"] = schedule.to(model.load_device)
-        self.room(max(wanted, math.ceil(model.model.memory_required([rows, *shape[1:]]))))
+        self.free_memory(max(wanted, math.ceil(model.model.memory_required([rows, *shape[1:]]))))
         device, dtype = model.load_device, model.model_dtype()
         comfy.samplers.cast_to_load_options(self._options, device=device, dtype=dtype)
         model.pre_run()
 
-    def room(self, wanted: int) -> int:
+    def free_memory(self, wanted: int) -> int:
         """Free bytes besides the denoiser, after ComfyUI has freed ``wanted``: it evicts other
         models first, then the denoiser's own weights."""
         model = self.model

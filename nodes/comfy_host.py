@@ -295,11 +295,11 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
 
         return run, inputs
 
-    def room(self, wanted: int) -> int:
+    def free_memory(self, wanted: int) -> int:
         wanted = with_spare(wanted)
         # Kept for methods that run their stages again.
         self._wanted[self._running] = wanted
-        return usable(self._running.room(wanted))
+        return usable(self._running.free_memory(wanted))
 
     def _sites_of(self, number: int, sites: Set[str]) -> list[str]:
         """The ``sites`` of one denoiser."""

@@ -68,4 +68,6 @@ def comfy_samples(
         )
         for part, kept in zip(parts, kept_by, strict=False)  # empty without a denoiser
     ]
-    return ComfySamples(text, tokenize(text.text_owners, text.texts), drawn.worth(text), noisy)
+    return ComfySamples(
+        text, tokenize(text.text_owners, text.texts), drawn.effective_samples(text), noisy
+    )

@@ -122,7 +122,7 @@ def _denoise(
     if not left:
         return ended
     denoiser.close()  # sampling prepares the model again, and releases it
-    denoiser.room(0)  # some models compute inputs with their own weights
+    denoiser.free_memory(0)  # some models compute inputs with their own weights
     own = {id(text): text for pair in texts for text in pair}  # rows of one prompt share one
     made = {key: denoiser.inputs(text, shape) for key, text in own.items()}
     inputs = [[made[id(text)] for text in pair] for pair in texts]

@@ -111,10 +111,10 @@ class TextEncoders:
         model.reset_clip_options()
         if self._clip.layer_idx is not None:
             model.set_clip_options({"layer": self._clip.layer_idx})
-        self.room(wanted)
+        self.free_memory(wanted)
         model.set_clip_options({"execution_device": self._clip.patcher.load_device})
 
-    def room(self, wanted: int) -> int:
+    def free_memory(self, wanted: int) -> int:
         """Free bytes besides the text encoders, after ComfyUI has freed ``wanted``: it evicts other
         models first, then the encoders' own weights."""
         patcher = self._clip.patcher

@@ -27,7 +27,7 @@ from ..iteris_core.methods import find_method
 from ..iteris_core.reading import read_concept
 from ..iteris_core.report.provenance import is_ordered
 from ..iteris_core.settings import declared_settings
-from ..iteris_core.solve.choose import POLICY, Policy
+from ..iteris_core.solve.choose import THRESHOLDS, Thresholds
 from .comfy_conds import References, Same
 from .comfy_host import ComfyHost
 from .comfy_rows import ComfySamples
@@ -67,14 +67,14 @@ def merge_on(
     *,
     rows: int = _ROWS,
     memory_budget: int | Literal["free"] = "free",
-    policy: Policy = POLICY,
+    thresholds: Thresholds = THRESHOLDS,
     **base: Any,
 ) -> MergeResult:
     """Merge with at most ``rows`` rows per forward; halved whenever memory runs out.
 
     ``memory_budget`` is the memory in bytes that the merge may use beyond the model; by default
     ComfyUI's free memory. The node and the report show the resulting plan. Settings that the method
-    lacks are ignored; ``policy`` holds the thresholds; ``base`` are arguments of
+    lacks are ignored; ``thresholds`` holds the thresholds; ``base`` are arguments of
     :class:`.comfy_host.ComfyHost`. Raises :class:`IterisError` if the merge cannot fit.
     """
     known = declared_settings(find_method(config.method).settings)
@@ -97,7 +97,7 @@ def merge_on(
                 **{**config.choices, "settings": settings},
                 on_progress=progress,
                 memory_budget=memory_budget,
-                policy=policy,
+                thresholds=thresholds,
             )
         except OutOfMemory as error:  # the node has an input in pixels
             raise OutOfMemory(str(error).replace("latent_size", "image_size")) from error

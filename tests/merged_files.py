@@ -35,7 +35,7 @@ from iteris_core.lora_files.experts import split_experts
 from iteris_core.passes import sweep
 from iteris_core.passes.plan import Plan
 from iteris_core.passes.strategies import Strategy, find, replayable
-from iteris_core.solve.choose import POLICY
+from iteris_core.solve.choose import THRESHOLDS
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -67,8 +67,8 @@ ITERIS: Mapping[str, Mapping[str, Any]] = {
 PRESETS = ("fast", "paper")
 WAYS: Mapping[str, tuple[int, bool]] = {
     "in host memory": (0, True),
-    "small blocks": (POLICY.blocks[0], False),
-    "large blocks in host memory": (POLICY.blocks[1], True),
+    "small blocks": (THRESHOLDS.blocks[0], False),
+    "large blocks in host memory": (THRESHOLDS.blocks[1], True),
 }
 
 

@@ -65,7 +65,7 @@ class ModuleHost(Host):
     def streams(self, sites):
         return {}
 
-    def room(self, wanted):
+    def free_memory(self, wanted):
         return usable(free_memory(torch.device("cpu")))
 
     def stages(self, samples, sites):

@@ -11,7 +11,13 @@ from iteris_core.lora import SiteChanges
 from iteris_core.solve.adapter import AdapterMoments
 from iteris_core.solve.inputs import CrossMoments, InputMoments
 from iteris_core.solve.output import OutputMoments
-from iteris_core.solve.problem import Bytes, RegressionSpec, SiteContext, Solution, StageSolver
+from iteris_core.solve.problem import (
+    MemoryEstimate,
+    RegressionSpec,
+    SiteContext,
+    Solution,
+    StageSolver,
+)
 
 CPU = torch.device("cpu")
 
@@ -27,7 +33,7 @@ class Rows:
     output: Tensor | None = None
 
 
-def opening(changes, dtype=torch.float64, **known) -> SiteContext:
+def context(changes, dtype=torch.float64, **known) -> SiteContext:
     """Of a site that shares its inputs with none."""
     changes = SiteChanges.of(changes)
 
@@ -39,18 +45,18 @@ def opening(changes, dtype=torch.float64, **known) -> SiteContext:
 
 def solver_of(begin, **more) -> StageSolver:
     """One that begins reductions, which are solved elsewhere."""
-    return StageSolver(begin, lambda *_: Solution(None), lambda *_: Bytes(0, 0), **more)
+    return StageSolver(begin, lambda *_: Solution(None), lambda *_: MemoryEstimate(0, 0), **more)
 
 
 def by_moments(changes, inputs, targets, weighting="tokens", directions=None) -> OutputMoments:
     dtype = inputs[0].dtype
-    reduction = OutputMoments(opening(changes, dtype), weighting, dtype, directions)
+    reduction = OutputMoments(context(changes, dtype), weighting, dtype, directions)
     return filled(reduction, inputs, targets)
 
 
 def by_adapter(changes, inputs, references, weighting="tokens") -> AdapterMoments:
     dtype = inputs[0].dtype
-    reduction = AdapterMoments(opening(changes, dtype), weighting, dtype)
+    reduction = AdapterMoments(context(changes, dtype), weighting, dtype)
     for concept, (merged, reference) in enumerate(zip(inputs, references, strict=True)):
         reduction.add(Rows(concept, merged, reference))
     return reduction

@@ -23,7 +23,7 @@ from statistics import fmean, variance
 import torch
 from torch import Tensor
 
-from iteris_core.linalg.lowrank import cut_factors, cut_to
+from iteris_core.linalg.lowrank import cut_to, truncate_factors
 from iteris_core.lora import LowRank, concatenate
 from iteris_core.methods.registry import AtSite, on_weights, rank_setting
 from iteris_core.settings import Settings, setting
@@ -94,7 +94,9 @@ def _merged(changes: list[LowRank], settings: AceSettings) -> LowRank:
     own = torch.cat([down @ down.mT @ some for down, some in zip(downs, inner, strict=True)])
     residual = LowRank(torch.cat([c.up for c in changes], dim=1), own - mean, merged.kernel)
     count = max(1, int(settings.leading * len(stacked)))
-    return concatenate([merged, evened(cut_factors(concatenate([residual, merged]), count)[0])])
+    return concatenate(
+        [merged, evened(truncate_factors(concatenate([residual, merged]), count)[0])]
+    )
 
 
 def _over(right: Tensor, ridge: float, tall: Tensor, wide: Tensor) -> Tensor:

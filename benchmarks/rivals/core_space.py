@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iteris_core.linalg.lowrank import cut_factors
+from iteris_core.linalg.lowrank import truncate_factors
 from iteris_core.lora import LowRank
 from iteris_core.methods.registry import AtSite, on_weights, rank_setting
 from iteris_core.methods.ties import disjoint_mean
@@ -38,7 +38,7 @@ def core_space(at: AtSite, settings: CoreSpaceSettings) -> tuple[LowRank, float]
     left, cores, right = core_of([change.to(torch.float64) for change in at.weighted()])
     merged = elected(cores, settings.density) * settings.scale
     change = LowRank(left @ merged, right, at.changes.like.kernel)
-    change, lost = cut_factors(change, settings.rank or min(change.rank, *change.shape))
+    change, lost = truncate_factors(change, settings.rank or min(change.rank, *change.shape))
     change = evened(change) if settings.isotropic else change
     return change.to(at.changes.like.up.dtype), lost
 

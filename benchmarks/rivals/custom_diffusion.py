@@ -22,7 +22,7 @@ from iteris_core.activations.tokens import Observation
 from iteris_core.concepts import Concept
 from iteris_core.errors import BaseError, MismatchError
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.linalg.lowrank import cut_matrix
+from iteris_core.linalg.lowrank import truncate_matrix
 from iteris_core.lora import SiteChanges
 from iteris_core.methods.linear import LinearSettings, average
 from iteris_core.methods.registry import AtSite, Merged, micro_batch_setting, on_model
@@ -72,7 +72,7 @@ def custom_diffusion(job: Job, settings: CustomDiffusionSettings) -> Merged:
         changes = job.changes[site]
         dense = _constrained(changes, words[site], captions[site], settings.ridge)
         rank = min(sum(len(tokens) for tokens in words[site]), *changes.shape)
-        change, lost = cut_matrix(dense, rank, like=changes.like)
+        change, lost = truncate_matrix(dense, rank, like=changes.like)
         merged[site] = Solution(change, truncated=lost)
     return Merged(merged, RunLog(max(rows, more_rows)))
 

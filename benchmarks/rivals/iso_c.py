@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iteris_core.linalg.lowrank import cut_factors
+from iteris_core.linalg.lowrank import truncate_factors
 from iteris_core.lora import LowRank, concatenate
 from iteris_core.methods.registry import AtSite, on_weights, rank_setting
 from iteris_core.settings import Settings, setting
@@ -31,7 +31,7 @@ class IsoCSettings(Settings):
 def iso_c(at: AtSite, settings: IsoCSettings) -> tuple[LowRank, float]:
     """The sum of the changes with all singular values at their mean (Iso-C, ICML 2025)."""
     total = concatenate([change.to(torch.float64) for change in at.weighted()])
-    cut, lost = cut_factors(total, settings.rank or total.rank)
+    cut, lost = truncate_factors(total, settings.rank or total.rank)
     return evened(cut).scaled(settings.scale).to(at.changes.like.up.dtype), lost
 
 

@@ -28,7 +28,7 @@ from iteris_core.passes.job import Job
 from iteris_core.settings import Settings, setting
 from iteris_core.solve.inputs import NOT_FINITE
 from iteris_core.solve.problem import (
-    Bytes,
+    MemoryEstimate,
     Reduction,
     RegressionSpec,
     Solution,
@@ -68,13 +68,13 @@ def loraclr(job: Job, settings: LoraclrSettings) -> Merged:
     """Each concept near its own LoRA's outputs, off the nearest other's (LoRACLR, CVPR 2025)."""
     fit = RegressionSpec(job.weights, 0.0, "none", rank=settings.rank)
     solver = StageSolver(
-        begin=lambda opening: _Pairs(opening.changes, opening.device, settings),
+        begin=lambda context: _Pairs(context.changes, context.device, settings),
         solve=lambda _, reduced: reduced.solve(fit),
         bytes=lambda site, _: _Pairs.bytes(job.changes[site]),
     )
     # A sweep, so that the tokens of one site alone are there at a time; what it solves is not used.
     batching = ExecutionConfig(
-        settings.micro_batch, "enough", job.calibration.seed, policy=job.policy
+        settings.micro_batch, "enough", job.calibration.seed, thresholds=job.thresholds
     )
     return in_rounds(job, solver, batching, SWEEP)
 
@@ -168,10 +168,10 @@ class _Pairs(Reduction):
         return float(loss), gradient.sum(dim=0) + size * merged
 
     @staticmethod
-    def bytes(changes: SiteChanges) -> Bytes:
+    def bytes(changes: SiteChanges) -> MemoryEstimate:
         """Bytes of what is summed up; a step of AdamW has six matrices of the change's size, and
         six of every concept's and one of every two concepts'."""
         out, width = changes.shape
         concepts = len(changes)
         sums = 4 * concepts * width * (width + concepts * out)
-        return Bytes(sums, 4 * out * width * (6 + 6 * concepts + concepts**2))
+        return MemoryEstimate(sums, 4 * out * width * (6 + 6 * concepts + concepts**2))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from iteris_core.activations.barriers import Found
+from iteris_core.activations.barriers import ExecutionTrace
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.micro_batch import MicroBatch
 from iteris_core.activations.replay import tensors
@@ -62,7 +62,7 @@ class OwnBlocks:
             self._hooks.enter_context(hook)
 
 
-def blocks_of(found: Found, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
+def blocks_of(found: ExecutionTrace, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
     """The blocks in a forward, and the sites (``modules``) outside all blocks."""
     count = Counter(module for site in found.sites for module in found.inside[site])
     of_site = {site: _smallest(found.inside[site], count) for site in found.sites}

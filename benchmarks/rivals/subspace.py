@@ -17,7 +17,7 @@ from iteris_core.linalg.precision import full_precision
 from iteris_core.lora import SiteChanges
 from iteris_core.methods.ssr import routed, rows_of
 from iteris_core.solve.problem import (
-    Bytes,
+    MemoryEstimate,
     Reduction,
     RegressionSpec,
     SiteContext,
@@ -30,9 +30,9 @@ from iteris_core.solve.weighting import token_values
 class Subspace(Reduction):
     """Z̃ᵀZ̃, (Σ r_i, Σ r_i), of every concept, and HᵀZ̃, (r_i, Σ r_i), of those with a change."""
 
-    def __init__(self, opening: SiteContext) -> None:
-        super().__init__(opening.changes)
-        changes, device = opening.changes, opening.device
+    def __init__(self, context: SiteContext) -> None:
+        super().__init__(context.changes)
+        changes, device = context.changes, context.device
         self._stacked = changes.stacked()
         self._down = self._stacked.down.to(device, torch.float32)
         rank = changes.rank
@@ -77,8 +77,8 @@ class Subspace(Reduction):
         return routed(self._stacked, router)
 
     @staticmethod
-    def bytes(changes: SiteChanges) -> Bytes:
+    def bytes(changes: SiteChanges) -> MemoryEstimate:
         """Moments and A in float32; the solve has five matrices in float64."""
         rank = changes.rank
         kept = 4 * rank * ((len(changes) + 1) * rank + changes.shape[1])
-        return Bytes(kept, 40 * rank * rank)
+        return MemoryEstimate(kept, 40 * rank * rank)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iteris_core.linalg.lowrank import cut_factors, cut_to
+from iteris_core.linalg.lowrank import cut_to, truncate_factors
 from iteris_core.lora import LowRank
 from iteris_core.methods.registry import AtSite, on_weights, rank_setting
 from iteris_core.settings import Settings, setting
@@ -38,7 +38,7 @@ def tsv_m(at: AtSite, settings: TsvMSettings) -> tuple[LowRank, float]:
 def apart(changes: Sequence[LowRank]) -> LowRank:
     """U⊥ S V⊥ᵀ of ``changes`` in float64."""
     most = max(1, min(changes[0].shape) // len(changes))
-    parts = [by_svd(cut_factors(change, most)[0]) for change in changes]
+    parts = [by_svd(truncate_factors(change, most)[0]) for change in changes]
     lefts, values, rights = (list(some) for some in zip(*parts, strict=True))
     left, right = _nearest(torch.cat(lefts, dim=1)), _nearest(torch.cat(rights))
     return LowRank(left * torch.cat(values), right, changes[0].kernel)

@@ -30,7 +30,7 @@ from iteris_core.passes.strategies import (
     find,
     replayable,
 )
-from iteris_core.solve.choose import POLICY
+from iteris_core.solve.choose import THRESHOLDS
 from toybox import TEMPLATES
 
 WAYS = tuple(
@@ -53,7 +53,7 @@ def forced(way: str, host_bytes: int = 64 << 30) -> Iterator[None]:
             return Plan(stage, batching.rows, Strategy())
         barriers = offloads = None
         if way != ON_DEVICE.name:
-            most = dict(zip(BLOCKS, POLICY.blocks, strict=True)).get(size, 0)
+            most = dict(zip(BLOCKS, THRESHOLDS.blocks, strict=True)).get(size, 0)
             barriers = find(stage, run.lockstep).barriers(most)
         if size:
             barriers = replayable(stage, run.lockstep, barriers)

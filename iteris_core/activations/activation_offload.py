@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .host_pool import Place, Slot
+from .host_pool import OffloadStore, Slot
 from .meter import storage_of
 
 IDLE_PAUSES = 3
@@ -56,7 +56,7 @@ class ActivationOffload(TorchDispatchMode):
     """
 
     def __init__(
-        self, place: Place, stay: Set[int] = frozenset(), modules: Sequence[nn.Module] = ()
+        self, place: OffloadStore, stay: Set[int] = frozenset(), modules: Sequence[nn.Module] = ()
     ) -> None:
         super().__init__()
         self.left = 0

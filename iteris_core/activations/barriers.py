@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class Found:
+class ExecutionTrace:
     """The barriers found in the first forward: ``sites`` in order, those ``joined`` to the next
     one, and the modules around each call, outermost first. ``device`` is the device of their
     inputs."""
@@ -68,7 +68,7 @@ class Found:
         return {s: m for s, m in every if 2 <= count[m] <= most and self.calls[m] == 1}
 
 
-def watched(lockstep: Lockstep, batch: MicroBatch) -> Found:
+def watched(lockstep: Lockstep, batch: MicroBatch) -> ExecutionTrace:
     """The barriers of a forward of one row."""
     batch.observer = watch = _Watch()
     with watch, watch.modules():
@@ -92,7 +92,7 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found = Found()
+        self.found = ExecutionTrace()
         self._outputs: dict[int, Tensor] = {}
         self._given: dict[int, tuple[Tensor, int | None, Group | None]] = {}
         self._inside: list[nn.Module] = []

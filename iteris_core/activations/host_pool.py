@@ -48,7 +48,7 @@ def pinning_at_most(size: int | None) -> Generator[None]:
         _pinnable.reset(token)
 
 
-class Place(Protocol):
+class OffloadStore(Protocol):
     """A place where storages of ``device`` wait: a :class:`HostPool`, possibly with packing."""
 
     device: torch.device

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .host_pool import Place, Slot
+from .host_pool import OffloadStore, Slot
 from .meter import resize
 
 
@@ -49,7 +49,7 @@ class PackedPlace:
     """A place in which half-precision data wait at 8 or 4 ``bits``, and all other data
     unchanged."""
 
-    def __init__(self, place: Place, bits: int, least: int = _LEAST) -> None:
+    def __init__(self, place: OffloadStore, bits: int, least: int = _LEAST) -> None:
         self._place, self._format, self._least = place, FORMATS[bits], least
         self.device = place.device
 

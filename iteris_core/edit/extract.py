@@ -24,7 +24,7 @@ from ..passes.held_out import FinalOutputs, error_of, held_out
 from ..passes.preflight import unmergeable_sites
 from ..progress import OnProgress
 from ..solve.ranks import Components, Target, kept, share_out
-from .moments import Seen, look
+from .moments import LayerMoments, look
 from .reduced import Reduced, calibration_of, fitted, job_of
 from .vectors import other_differences, with_vectors
 
@@ -88,7 +88,7 @@ def extract_lora(
     job = replace(job, joined=looked.joined)
     most = _MOST if target.rank is None else min(_MOST, max(_LEAST, 4 * target.rank))
 
-    def components(name: str, seen: Seen) -> Components:
+    def components(name: str, seen: LayerMoments) -> Components:
         kernel = sites[name].kernel
         return Components.of_dense(dense[name], seen.root, seen.output, most, kernel)
 

@@ -15,7 +15,7 @@ from ..passes.batches import ExecutionConfig
 from ..passes.job import Budget, Job, Run
 from ..passes.sweep import solve_sites
 from ..progress import Forecast, OnProgress
-from ..solve.choose import POLICY
+from ..solve.choose import THRESHOLDS
 from ..solve.problem import RegressionSpec, Solution, StageSolver
 from ..solve.ranks import span
 
@@ -98,16 +98,18 @@ def fitted(job: Job, run: Run, ranks: Mapping[str, int]) -> dict[str, LowRank]:
     """The sites in ``ranks``, fitted at these ranks to their whole output under all of the job's
     changes, in a sweep on inputs that passed through earlier sites; other sites keep no change."""
     size = job.calibration.samples, job.calibration.rows_each, 1
-    fit = RegressionSpec(job.weights, POLICY.ridge_for(*size), residuals=False)
+    fit = RegressionSpec(job.weights, THRESHOLDS.ridge_for(*size), residuals=False)
     fits = {site: replace(fit, rank=rank) for site, rank in ranks.items()}
     solver = StageSolver(
-        begin=lambda opening: POLICY.choose(opening, fit, "output", torch.float32),
+        begin=lambda context: THRESHOLDS.choose(context, fit, "output", torch.float32),
         solve=lambda site, reduction: (
             reduction.solve(fits[site])
             if site in fits
             else Solution(reduction.changes.like.scaled(0))
         ),
-        bytes=lambda site, sweep: POLICY.bytes(job.changes[site], fit, "output", 4, sweep=sweep),
+        bytes=lambda site, sweep: THRESHOLDS.bytes(
+            job.changes[site], fit, "output", 4, sweep=sweep
+        ),
     )
     batching = ExecutionConfig(32, "enough", job.calibration.seed)
     solutions, _ = solve_sites(run, lambda _: solver, batching)

@@ -17,7 +17,7 @@ from ..passes.job import Job
 from ..passes.preflight import unmergeable_sites
 from ..progress import OnProgress
 from ..solve.ranks import Components, Target, kept, share_out
-from .moments import Seen, look
+from .moments import LayerMoments, look
 from .reduced import Reduced, calibration_of, fitted, job_of
 from .vectors import with_vectors
 
@@ -71,7 +71,7 @@ def _by_outputs(job: Job, lora: Lora, target: Target, itemsize: int) -> Reduced:
     seen_sites = {site: some for site, some in job.changes.items() if site not in looked.refused}
     job = replace(job, changes=seen_sites, joined=looked.joined)
 
-    def components(site: str, seen: Seen) -> Components:
+    def components(site: str, seen: LayerMoments) -> Components:
         return Components.of(lora.sites[site], seen.root, seen.output)
 
     triggers = [embedding_triggers(job.concepts[0])]

@@ -169,7 +169,7 @@ class DiffusersHost(Host):
                 self._loop, arguments, drawn.owners, said, calibration, lockstep, generator, tick
             )
         text = drawn.texts(None if recorded is None else recorded.each)
-        return DiffusionSamples(text, arguments, drawn.worth(text), recorded)
+        return DiffusionSamples(text, arguments, drawn.effective_samples(text), recorded)
 
     def _study(self, calibration: Calibration, *, denoises: bool) -> Arguments:
         """:func:`.diffusers_arguments.study`, once in a merge for what it reads."""
@@ -304,7 +304,7 @@ class DiffusersHost(Host):
         counts = [map(len, part(text=list(prompts)).input_ids) for part in self._tokenizers]
         return list(zip(*counts, strict=True))
 
-    def room(self, wanted: int) -> int:
+    def free_memory(self, wanted: int) -> int:
         return usable(free_memory(self.device))
 
     def _denoise(self, name: str, arguments: Arguments, calls: Sequence[Call]) -> Tensor:

@@ -60,7 +60,7 @@ class EmbeddingTriggers:
         how = " or ".join(repr(word) for name in self.uncalled[:1] for word in _spellings(name)[:2])
         unsaid = f"no prompt names it. Say its name in the trigger or the prompts, such as {how}"
         return [
-            f"its embedding {', '.join(names)} is NOT IN FORCE, so this concept is merged without "
+            f"its embedding {', '.join(names)} is not active, so this concept is merged without "
             f"what its trigger has learned: {because}"
             for names, because in ((odd, why), (self.uncalled, unsaid))
             if names

@@ -156,7 +156,7 @@ class Host(Protocol):
         """The stages that reach ``sites``. All rows of one must be run before the next."""
         ...
 
-    def room(self, wanted: int) -> int:
+    def free_memory(self, wanted: int) -> int:
         """Bytes that the most recent stage may use beyond the model. An application that keeps
         other data in memory first tries to free ``wanted`` bytes."""
         ...

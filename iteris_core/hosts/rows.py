@@ -232,7 +232,7 @@ class SamplePrompts:
             for prompt, more in zip(prompts, chosen, strict=True)
         ]
 
-    def worth(self, text: TextRows) -> int:
+    def effective_samples(self, text: TextRows) -> int:
         """The effective number of samples of the concept with a LoRA and the fewest distinct
         prompts; with new noise, a repeated prompt counts once more."""
         distinct = set(zip(text.text_owners, text.texts, strict=True))

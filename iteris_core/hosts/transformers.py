@@ -125,7 +125,7 @@ class TransformersHost(Host):
         fewest = min(Counter(samples.owners).values())
         yield Stage("model", sorted(sites), samples.owners, run, mask, samples=fewest)
 
-    def room(self, wanted: int) -> int:
+    def free_memory(self, wanted: int) -> int:
         return usable(free_memory(self.device))
 
     def forward(self, samples: ModelSamples, rows: Sequence[int]) -> Tensor:

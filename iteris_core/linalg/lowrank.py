@@ -1,6 +1,6 @@
 """Rank reduction of factors, of full matrices, and of solutions to normal equations.
 
-Precondition: finite matrices. Everything is float64, with two exceptions. :func:`cut_matrix`
+Precondition: finite matrices. Everything is float64, with two exceptions. :func:`truncate_matrix`
 searches for the leading directions in the input's precision, because their errors enter the kept
 energy only squared. A float32 matrix or metric is divided in float32. Without a metric, each is
 equivalent to ``torch.linalg.svd``, which takes ten times as long.
@@ -19,7 +19,9 @@ from .precision import full_precision
 _SMALL = 256  # up to here, all directions are cheaper than a search for the leading ones
 
 
-def cut_factors(change: LowRank, rank: Rank, metric: Tensor | None = None) -> tuple[LowRank, float]:
+def truncate_factors(
+    change: LowRank, rank: Rank, metric: Tensor | None = None
+) -> tuple[LowRank, float]:
     """The best change of rank at most ``rank``, and the share of energy lost.
 
     A ``rank`` between 0 and 1 is the share of energy to keep, in the same norm.
@@ -41,18 +43,18 @@ def cut_factors(change: LowRank, rank: Rank, metric: Tensor | None = None) -> tu
 
 
 def cut_to(change: LowRank, rank: Rank | None) -> tuple[LowRank, float]:
-    """Like :func:`cut_factors`, but returns ``change`` itself if ``rank`` is None or not
+    """Like :func:`truncate_factors`, but returns ``change`` itself if ``rank`` is None or not
     smaller."""
-    return (change, 0.0) if rank is None or rank >= change.rank else cut_factors(change, rank)
+    return (change, 0.0) if rank is None or rank >= change.rank else truncate_factors(change, rank)
 
 
 def cut_dense(changes: SiteChanges, dense: Tensor, rank: Rank | None) -> tuple[LowRank, float]:
     """``dense``, (out, in), usually of full rank, cut to ``rank`` by SVD (None: Σ r_i of the
     ``changes`` from which it was made), and the share of energy lost."""
     limit = rank if isinstance(rank, int) else changes.rank
-    change, lost = cut_matrix(dense, min(limit, *dense.shape), like=changes.like)
+    change, lost = truncate_matrix(dense, min(limit, *dense.shape), like=changes.like)
     if isinstance(rank, float):
-        change, more = cut_factors(change, rank)
+        change, more = truncate_factors(change, rank)
         lost = 1 - (1 - lost) * (1 - more)
     return change, lost
 
@@ -64,7 +66,7 @@ def at_rank(change: LowRank, rank: int, *, ordered: bool) -> LowRank:
         return change
     if ordered:
         return LowRank(change.up[:, :rank], change.down[:rank], change.kernel)
-    return cut_factors(change, rank)[0]
+    return truncate_factors(change, rank)[0]
 
 
 def extract(
@@ -79,7 +81,7 @@ def extract(
     return LowRank(up, down, kernel), _lost(s**2, keep)
 
 
-def cut_matrix(
+def truncate_matrix(
     matrix: Tensor,
     rank: Rank,
     metric: Tensor | None = None,
@@ -88,7 +90,7 @@ def cut_matrix(
     search: torch.dtype = torch.float64,
     elsewhere: float = 0.0,
 ) -> tuple[LowRank, float]:
-    """:func:`cut_factors` for a change that is not given by factors, as K = ΔW L Lᵀ, (out, in).
+    """:func:`truncate_factors` for a change without factors, K = ΔW L Lᵀ, (out, in).
 
     With L from a Cholesky factorisation of M, this solves ΔW M = K and cuts ΔW in one step; without
     a ``metric``, K is ΔW. ``like`` gives dtype and kernel of the result; ``elsewhere`` is energy
@@ -117,7 +119,7 @@ def cut_matrix(
 
 
 def searches(out: int, width: int, rank: int) -> bool:
-    """True if :func:`cut_matrix` searches for the leading directions instead of using all."""
+    """True if :func:`truncate_matrix` searches for the leading directions instead of using all."""
     shorter = min(out, width)
     return shorter > _SMALL and rank * 3 < shorter
 

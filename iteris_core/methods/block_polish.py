@@ -61,7 +61,7 @@ class BlockSteps:
 def expect_block_polish(job: Job, how: BlockSteps) -> None:
     """Expect its work: each of several segments takes part of a forward."""
     rows, forward = _row_count(job), forward_work(job)
-    forwards = STEP * how.steps * job.policy.polish_at_once + 2 * 3 * rows
+    forwards = STEP * how.steps * job.thresholds.polish_at_once + 2 * 3 * rows
     if how.pairs and (pairs := pairs_of(job, rows)):
         samples = len(pairs) * samples_each(job, pairs, rows)
         job.eta.expect(SHOWING, [forward * samples * job.calibration.denoising_steps])
@@ -85,10 +85,10 @@ def polish_blocks(
     for stage in run.stages():
         if stage.sites and not stage.feeds_next:
             shown = showing if showing and showing.advance(stage.name) else None
-            at_once = job.policy.polish_at_once
+            at_once = job.thresholds.polish_at_once
             notes += _StagePolish(job, lockstep, stage, how, shown, at_once).run()
         if stage.feeds_next:
-            config = ExecutionConfig(job.policy.polish_at_once)
+            config = ExecutionConfig(job.thresholds.polish_at_once)
             for batch in micro_batches(stage, 2, None, config):
                 lockstep.run(batch)
     job.eta.expect(WHAT, [])
@@ -97,7 +97,7 @@ def polish_blocks(
 
 
 def _row_count(job: Job) -> int:
-    return max(job.policy.polish_rows, job.policy.polish_rows_each * len(job.concepts))
+    return max(job.thresholds.polish_rows, job.thresholds.polish_rows_each * len(job.concepts))
 
 
 @dataclass
@@ -116,7 +116,7 @@ class _StagePolish:
 
     def run(self) -> list[str]:
         """Polish the stage; returns notes on what is not polished."""
-        share = self.job.policy.segment_share
+        share = self.job.thresholds.segment_share
         found = find(self.stage, self.lockstep)
         found.sites = [site for site in found.sites if site in self.lockstep.merged]
         segments = segments_of(found, share)
@@ -171,15 +171,17 @@ class _StagePolish:
 
         rows = self._rows()
         by_row = ByRow.of(segment, self.lockstep, self._batch(rows[:1]))
-        most = self.job.policy.polish_bytes // (1 if self.shown is None else 2)
+        most = self.job.thresholds.polish_bytes // (1 if self.shown is None else 2)
         singles = within(self._passages(segment, rows, by_row, tick), most, 4)
         pairs: list[SegmentBatch] = []
         if self.shown is not None:
             shown = self.shown.passages(segment, by_row, self.at_once, tick)
             pairs = within(shown, most, 1)
             self.paired |= bool(pairs)
-        checked = [p for some in (singles, pairs) for p in some[: self.job.policy.polish_checked]]
-        modules, policy = self.job.host.sites(), self.job.policy
+        checked = [
+            p for some in (singles, pairs) for p in some[: self.job.thresholds.polish_checked]
+        ]
+        modules, thresholds = self.job.host.sites(), self.job.thresholds
         mutations = torch.autograd.graph.allow_mutation_on_saved_tensors
         with (
             self.stage.gradients(),
@@ -187,11 +189,11 @@ class _StagePolish:
             mutations() if self.in_place else nullcontext(),
         ):
             runner = SegmentForward(self.lockstep, segment, weights, by_row)
-            tokens = sample_inputs(runner, modules, [*singles, *pairs], policy)
+            tokens = sample_inputs(runner, modules, [*singles, *pairs], thresholds)
             if tokens is None:
                 self._note(segment, "because they give a different result when run by themselves")
                 return False
-            factors = Factors.white(self.lockstep.merged, tokens, policy.polish_floor)
+            factors = Factors.white(self.lockstep.merged, tokens, thresholds.polish_floor)
             before = self._error(runner, checked)
             if not before:
                 return False

@@ -15,7 +15,7 @@ from ..lora import SiteChanges
 from ..passes.job import Job
 from ..settings import Settings, setting
 from ..solve.output import OutputMoments
-from ..solve.problem import Bytes, RegressionSpec, SiteContext
+from ..solve.problem import MemoryEstimate, RegressionSpec, SiteContext
 from .registry import micro_batch_setting, on_activations, rank_setting
 
 
@@ -41,11 +41,11 @@ class ChainOfMergesSettings(Settings):
 class _WholeOutputs(OutputMoments):
     """Moments of the inputs and of the whole outputs, with equal tokens."""
 
-    def __init__(self, opening: SiteContext) -> None:
-        super().__init__(opening, "none", torch.float32)
+    def __init__(self, context: SiteContext) -> None:
+        super().__init__(context, "none", torch.float32)
 
     @staticmethod
-    def bytes(changes: SiteChanges) -> Bytes:  # type: ignore[override]
+    def bytes(changes: SiteChanges) -> MemoryEstimate:  # type: ignore[override]
         return OutputMoments.bytes(changes, torch.float32.itemsize, None, torch.float64)
 
 

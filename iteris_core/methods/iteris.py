@@ -56,7 +56,7 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
         schedule = Schedule(False, settings.iterations, settings.tolerance)
     saliency = settings.saliency
     if saliency is None:
-        saliency = job.policy.saliency_for(job.loras)
+        saliency = job.thresholds.saliency_for(job.loras)
     changed = job.changes.keys() - repairs.keys()
     acting = changed & streams_of(job).keys() if saliency else set[str]()
 
@@ -64,8 +64,8 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
         return _solver(job, settings, stage, acting, repairs, ranks)
 
     tokens = None if settings.row_tokens == "all" else settings.row_tokens or "enough"
-    seed, policy = job.calibration.seed, job.policy
-    batching = ExecutionConfig(settings.micro_batch, tokens, seed, saliency, policy)
+    seed, thresholds = job.calibration.seed, job.thresholds
+    batching = ExecutionConfig(settings.micro_batch, tokens, seed, saliency, thresholds)
     with job.run() as run:
         if settings.share_ranks:
             solver_of = partial(solver_of, ranks=_shared(run, settings, acting, repairs, batching))
@@ -114,8 +114,8 @@ def _solver(
     ridge, pull = settings.ridge, settings.pull
     if ridge is None:
         ran = stage.samples or job.calibration.samples, job.calibration.rows_each, job.loras
-        ridge = job.policy.ridge_for(*ran)
-        pull = pull or job.policy.pull_for(*ran)
+        ridge = job.thresholds.ridge_for(*ran)
+        pull = pull or job.thresholds.pull_for(*ran)
     fit = RegressionSpec(
         job.weights,
         ridge,
@@ -147,9 +147,9 @@ def _solver(
         return changes.at(inputs[site]) if site in inputs else changes
 
     return StageSolver(
-        begin=lambda opening: job.policy.choose(opening, fit, settings.objective, dtype),
+        begin=lambda context: job.thresholds.choose(context, fit, settings.objective, dtype),
         solve=solve,
-        bytes=lambda site, sweep: job.policy.bytes(
+        bytes=lambda site, sweep: job.thresholds.bytes(
             used(site), fit_of(site), settings.objective, dtype.itemsize, sweep=sweep
         ),
         dtype=dtype,
@@ -169,7 +169,7 @@ def _bounds(job: Job, settings: IterisSettings) -> dict[str, float]:
     gated = {site.partition(".")[0] for site in free}
     plain = streams.keys() - free
     return {
-        site: job.policy.bound * size
+        site: job.thresholds.bound * size
         for site, size in sizes.items()
         if site in plain or site.partition(".")[0] not in gated
     }

@@ -37,14 +37,14 @@ Repairs = Mapping[str, Tensor | None]
 def with_repairs(job: Job, share: float | None = None) -> tuple[Job, Repairs]:
     """``job`` with the host's streams and repair sites, and these sites.
 
-    Repair sites with more inputs than outputs may use this ``share`` of their inputs (None: the
-    policy decides by the number of LoRAs). Each concept that changes a component gets a zero change
-    there, at its largest rank in that component. A single concept leaves no drift.
+    Repair sites with more inputs than outputs may use this ``share`` of their inputs (None: as
+    many as the thresholds say for so many LoRAs). Each concept that changes a component gets a zero
+    change there, at its largest rank in that component. A single concept leaves no drift.
     """
     if len(job.concepts) < 2:
         return job, {}
     if share is None:
-        share = job.policy.repair_inputs_for(job.loras, job.host.pictures)
+        share = job.thresholds.repair_inputs_for(job.loras, job.host.pictures)
     streams = streams_of(job)
     ranks = _largest_ranks(job.changes)
     modules = job.host.sites()
@@ -60,7 +60,7 @@ def with_repairs(job: Job, share: float | None = None) -> tuple[Job, Repairs]:
                 for rank in ranks[name.partition(".")[0]]
             )
             added[name] = SiteChanges(tuple(zeros), sums)
-            inputs[name] = _evenly(*site.shape, share, job.policy.repair_width)
+            inputs[name] = _evenly(*site.shape, share, job.thresholds.repair_width)
     return replace(job, changes={**job.changes, **added}, streams=streams), inputs
 
 

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree
 
-from ..activations.barriers import Found, alike
+from ..activations.barriers import ExecutionTrace, alike
 from ..activations.conditions import Condition
 from ..activations.lockstep import Lockstep
 from ..activations.meter import is_out_of_memory, tensors_in
 from ..activations.micro_batch import MicroBatch
 from ..activations.replay import tensors
 from ..activations.site import site_of
-from ..solve.choose import Policy
+from ..solve.choose import Thresholds
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class _Passed(BaseException):
     """Raised to leave a forward once the segment has run."""
 
 
-def segments_of(found: Found, share: float) -> list[Segment]:
+def segments_of(found: ExecutionTrace, share: float) -> list[Segment]:
     """The largest modules that are called once and contain two or more sites, but at most that
     ``share`` of all; in execution order. Some sites may be in no segment."""
     parts: dict[nn.Module, list[str]] = {}
@@ -223,13 +223,13 @@ def sample_inputs(
     runner: SegmentForward,
     modules: Mapping[str, nn.Module],
     passages: Sequence[SegmentBatch],
-    policy: Policy,
+    thresholds: Thresholds,
 ) -> dict[str, Tensor] | None:
     """Sampled inputs of every site in the segment, (tokens, in); None if the segment by itself does
     not reproduce its output within the model."""
     tokens: dict[str, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
-    each = -(-policy.polish_tokens // len(passages))
+    each = -(-thresholds.polish_tokens // len(passages))
 
     def noting(site: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -246,7 +246,7 @@ def sample_inputs(
         try:
             for passage in passages:
                 found = runner(passage)
-                if not found or not alike(found, passage.found, policy.segment_error):
+                if not found or not alike(found, passage.found, thresholds.segment_error):
                     return None
         except Exception as error:  # a row's share of an argument may be unknown
             if is_out_of_memory(error):

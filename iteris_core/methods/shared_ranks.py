@@ -37,10 +37,10 @@ def shared_ranks(
     def weighed(stage: Stage) -> StageSolver:
         solver = solver_of(stage)
 
-        def begin(opening: SiteContext) -> Reduction:
-            reduction = solver.begin(opening)
+        def begin(context: SiteContext) -> Reduction:
+            reduction = solver.begin(context)
             assert isinstance(reduction, OutputMoments)
-            reduction.weigher = _WithOutputs(reduction.weigher, opening)
+            reduction.weigher = _WithOutputs(reduction.weigher, context)
             return reduction
 
         def solve(site: str, reduction: Reduction) -> Solution:
@@ -57,9 +57,9 @@ def shared_ranks(
 class _WithOutputs(Weigher):
     """λ from ``inner``, plus the energy of the whole outputs."""
 
-    def __init__(self, inner: Weigher, opening: SiteContext) -> None:
+    def __init__(self, inner: Weigher, context: SiteContext) -> None:
         self._inner = inner
-        self.outputs = ByOutput(len(opening.changes), opening.device)
+        self.outputs = ByOutput(len(context.changes), context.device)
 
     def add(self, tokens: Tokens) -> None:
         self._inner.add(tokens)

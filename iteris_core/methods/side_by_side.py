@@ -118,7 +118,7 @@ class SideBySide:
             if stage.name != name and not stage.feeds_next:
                 return False
             if stage.feeds_next:
-                every, at_once = range(len(stage.concept_ids)), self._job.policy.polish_at_once
+                every, at_once = range(len(stage.concept_ids)), self._job.thresholds.polish_at_once
                 for rows in chunks(every, stage.batch_keys, at_once):
                     self._lockstep.run(self._batch(side, rows))
         return True

@@ -17,7 +17,7 @@ from ..linalg.precision import full_precision
 from ..lora import LowRank, SiteChanges
 from ..passes.job import Job
 from ..settings import Settings, setting
-from ..solve.problem import Bytes, Reduction, RegressionSpec, SiteContext, Solution, Tokens
+from ..solve.problem import MemoryEstimate, Reduction, RegressionSpec, SiteContext, Solution, Tokens
 from .registry import micro_batch_setting, on_activations
 
 
@@ -30,12 +30,12 @@ class SsrSettings(Settings):
 class Router(Reduction):
     """Σ z zᵀ and, by rows, Σ z_k zᵀ, (Σ r_i, Σ r_i) both, in float32."""
 
-    def __init__(self, opening: SiteContext) -> None:
-        super().__init__(opening.changes)
+    def __init__(self, context: SiteContext) -> None:
+        super().__init__(context.changes)
         rank = self.changes.rank
         self._stacked = self.changes.stacked()
-        self._down = self._stacked.down.to(opening.device, torch.float32)
-        self._gram = torch.zeros(rank, rank, device=opening.device)
+        self._down = self._stacked.down.to(context.device, torch.float32)
+        self._gram = torch.zeros(rank, rank, device=context.device)
         self._guide = torch.zeros_like(self._gram)
         self._count = torch.zeros((), dtype=torch.float64)
         self._rows = rows_of(self.changes)
@@ -61,10 +61,10 @@ class Router(Reduction):
         return routed(self._stacked, torch.linalg.solve(gram, guide.mT).mT)
 
     @staticmethod
-    def bytes(changes: SiteChanges) -> Bytes:
+    def bytes(changes: SiteChanges) -> MemoryEstimate:
         """Two float32 matrices and A; solving needs three of them in float64."""
         rank = changes.rank
-        return Bytes(8 * rank * rank + 4 * rank * changes.shape[1], 24 * rank * rank)
+        return MemoryEstimate(8 * rank * rank + 4 * rank * changes.shape[1], 24 * rank * rank)
 
 
 def rows_of(changes: SiteChanges) -> dict[int, slice]:

@@ -15,7 +15,7 @@ from ..activations.micro_batch import MicroBatch, Observer
 from ..activations.saliency import Saliency
 from ..activations.token_sampling import TokenSampling
 from ..hosts.protocol import Stage
-from ..solve.choose import POLICY, Policy
+from ..solve.choose import THRESHOLDS, Thresholds
 
 _GOLDEN = 0.618034
 
@@ -23,7 +23,7 @@ _GOLDEN = 0.618034
 @dataclass(frozen=True)
 class ExecutionConfig:
     """``rows`` per forward. At most ``row_tokens`` tokens of each row count (None: all; "enough":
-    for images the ``policy``'s number, for texts all), chosen at random by ``seed``.
+    for images the ``thresholds``'s number, for texts all), chosen at random by ``seed``.
 
     ``saliency`` is the share in :mod:`..activations.saliency`, for stages whose tokens are image
     positions.
@@ -33,7 +33,7 @@ class ExecutionConfig:
     row_tokens: int | Literal["enough"] | None = None
     seed: int = 0
     saliency: float = 0.0
-    policy: Policy = POLICY
+    thresholds: Thresholds = THRESHOLDS
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ def micro_batches(
         yield from _of(stage, part, copies, observer if stage.sites else None, batching)
 
 
-def sampled_rows(stage: Stage, policy: Policy) -> Set[int] | None:
+def sampled_rows(stage: Stage, thresholds: Thresholds) -> Set[int] | None:
     """The rows from which targets are sampled, evenly over each concept's rows. None: all, as for
     texts, whose rows have few tokens."""
     if stage.mask is not None:
         return None
-    return {row for rows in _by_concept(stage) for row in _evenly(rows, policy.sample_rows)}
+    return {row for rows in _by_concept(stage) for row in _evenly(rows, thresholds.sample_rows)}
 
 
 def chunks(
@@ -92,13 +92,13 @@ def chunks(
 
 def limit_of(stage: Stage, batching: ExecutionConfig) -> Callable[[int], int] | None:
     """The number of a row's tokens that count at a site with that many inputs; None: all."""
-    limit, policy = batching.row_tokens, batching.policy
+    limit, thresholds = batching.row_tokens, batching.thresholds
     if limit is None or (limit == "enough" and not stage.spatial):
         return None
     if limit != "enough":
         return lambda width: limit
     rows = max(Counter(stage.concept_ids).values())  # concepts without a LoRA have fewer
-    return lambda width: policy.row_tokens(width, rows)
+    return lambda width: thresholds.row_tokens(width, rows)
 
 
 def _of(

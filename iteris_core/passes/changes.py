@@ -18,7 +18,7 @@ from ..composites import Composite
 from ..concepts import Concept
 from ..errors import MismatchError
 from ..hosts.protocol import Host
-from ..linalg.lowrank import cut_factors
+from ..linalg.lowrank import truncate_factors
 from ..lora import LowRank, SiteChanges, concatenate
 
 
@@ -84,7 +84,7 @@ def means_of(concepts: Sequence[Concept], changes: Mapping[str, SiteChanges]) ->
     a later cut to a rank keeps the best ones."""
     weights = [0.0 if concept.lora is None else concept.weight for concept in concepts]
     means = {s: some.mean(weights, some.like.up.dtype) for s, some in changes.items()}
-    return {site: cut_factors(mean, mean.rank)[0] for site, mean in means.items()}
+    return {site: truncate_factors(mean, mean.rank)[0] for site, mean in means.items()}
 
 
 def with_wordless_on(concepts: Sequence[Concept]) -> list[Concept]:

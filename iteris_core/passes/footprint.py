@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..hosts.protocol import Stage
-from ..solve.problem import Bytes
+from ..solve.problem import MemoryEstimate
 from .measure import Cost, Step
 from .strategies import Strategy
 
@@ -34,7 +34,7 @@ class Footprint:
     strategy: Strategy
     cost: Cost
     parked: Cost | None
-    sites: Mapping[str, Bytes]
+    sites: Mapping[str, MemoryEstimate]
     fixed: int = 0
     waits: bool = True
     sampled: int = 0

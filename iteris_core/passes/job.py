@@ -18,7 +18,7 @@ from ..concepts import Calibration, Concept
 from ..hosts.protocol import Host, Stage
 from ..lora import SiteChanges
 from ..progress import Forecast
-from ..solve.choose import POLICY, Policy
+from ..solve.choose import THRESHOLDS, Thresholds
 
 Budget = int | Literal["free"] | None
 """Bytes beyond the model (``"free"``: what is free; None: no limit)."""
@@ -41,7 +41,7 @@ class RunLog:
 
 
 @dataclass(frozen=True)
-class Reached:
+class SiteCost:
     """A site in a forward: (out, in), and ``tokens`` per row."""
 
     shape: tuple[int, int]
@@ -54,13 +54,13 @@ class Reached:
 
 
 @dataclass(frozen=True)
-class Seen:
+class StageTiming:
     """A ``stage`` made with a ``calibration`` after a forward: the sites that it reached, in order,
     and its ``seconds`` per row."""
 
     stage: Stage
     calibration: Calibration
-    sites: Mapping[str, Reached]
+    sites: Mapping[str, SiteCost]
     seconds: float
     device: torch.device
 
@@ -76,8 +76,8 @@ class Job:
     are the LoRAs' changes there, at their strength; ``streams`` are the residual streams to include
     in targets, ``found_streams`` those that a forward showed.
 
-    ``policy`` holds the thresholds. ``tick`` reports progress, and ``eta`` estimates the time left
-    by the stages ``seen``. ``joined``: see :class:`~.preflight.Looked`. With ``only_plans``,
+    ``tick`` reports progress, and ``eta`` estimates the time left by the stages ``seen``.
+    ``joined``: see :class:`~.preflight.PreflightResult`. With ``only_plans``,
     :func:`~.sweep.solve_sites` raises :class:`~.plan.Planned` once it has planned.
     """
 
@@ -89,9 +89,9 @@ class Job:
     tick: Callable[..., None]
     streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
     memory_budget: Budget = None
-    policy: Policy = POLICY
+    thresholds: Thresholds = THRESHOLDS
     eta: Forecast = field(default_factory=Forecast)
-    seen: Sequence[Seen] = ()
+    seen: Sequence[StageTiming] = ()
     joined: frozenset[str] = frozenset()
     found_streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
     only_plans: bool = False

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..activations.activation_offload import ActivationOffload
-from ..activations.host_pool import Place, wait_for
+from ..activations.host_pool import OffloadStore, wait_for
 from ..activations.lockstep import Lockstep
 from ..activations.meter import MemoryMeter
 from ..activations.micro_batch import MicroBatch
@@ -74,7 +74,7 @@ class Measure:
     limit: Limit = None
     itemsize: int = 4
 
-    def row(self, barriers: Barriers | None = None, place: Place | None = None) -> Cost:
+    def row(self, barriers: Barriers | None = None, place: OffloadStore | None = None) -> Cost:
         """The cost of a row that waits on the device, or in ``place``, at the end of each of the
         ``barriers`` (None: at every site).
 
@@ -124,7 +124,11 @@ class _Run:
     pause."""
 
     def __init__(
-        self, measure: Measure, rows: Sequence[int], barriers: Barriers | None, place: Place | None
+        self,
+        measure: Measure,
+        rows: Sequence[int],
+        barriers: Barriers | None,
+        place: OffloadStore | None,
     ) -> None:
         self.steps: list[Step] = []
         self.device = torch.device("cpu") if place is None else place.device

@@ -11,7 +11,7 @@ from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
 from .batches import fewer, selected
 from .footprint import Footprint, MemoryLimits
-from .job import Seen
+from .job import StageTiming
 from .strategies import Strategy
 
 
@@ -31,7 +31,7 @@ class Plan:
     on_device: int = 0
     host_bytes: int = 0
     host_limit: int = 0
-    seen: Seen | None = None
+    seen: StageTiming | None = None
 
     @property
     def rows(self) -> int:

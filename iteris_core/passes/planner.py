@@ -17,17 +17,17 @@ from typing import Literal
 
 import torch
 
-from ..activations.host_pool import HostPool, Place
+from ..activations.host_pool import HostPool, OffloadStore
 from ..activations.lockstep import Lockstep
 from ..activations.meter import is_apart, is_out_of_memory
 from ..activations.oom_retry import halved
 from ..hosts.protocol import Stage
 from ..lora import SiteChanges
-from ..solve.choose import Policy
+from ..solve.choose import Thresholds
 from ..solve.problem import StageSolver
 from .batches import ExecutionConfig, Schedule, limit_of, sampled_rows
 from .footprint import Footprint, MemoryLimits
-from .job import Reached, Run, Seen
+from .job import Run, SiteCost, StageTiming
 from .measure import Cost, Measure, streams
 from .plan import Plan, plan_stage
 from .strategies import ON_DEVICE, Strategy, free_host, ladder
@@ -45,8 +45,8 @@ def planned(
         return Plan(stage, batching.rows, strategy, len(stage.concept_ids))
     made, cost = _fitting(run, stage, solver, batching, schedule, budget)
     job, steps = run.job, (step for step in cost.steps if step.site)
-    reached = {s.site: Reached(job.changes[s.site].shape, s.length) for s in steps}
-    seen = Seen(made.stage, job.calibration, reached, cost.seconds, cost.device)
+    reached = {s.site: SiteCost(job.changes[s.site].shape, s.length) for s in steps}
+    seen = StageTiming(made.stage, job.calibration, reached, cost.seconds, cost.device)
     made = replace(made, offered=len(stage.concept_ids), seen=seen)
     if made.rows < made.offered:
         _log.warning(
@@ -68,7 +68,7 @@ def _fitting(
 ) -> tuple[Plan, Cost]:
     """The plan for as many rows as fit, and the measured cost of one. With fewer rows, more tokens
     per row may count, so a reduced stage is measured again."""
-    lockstep, room, sweep = run.lockstep, run.job.host.room, schedule.sweep
+    lockstep, room, sweep = run.lockstep, run.job.host.free_memory, schedule.sweep
     limit, itemsize = limit_of(stage, batching), solver.dtype.itemsize
     measure = Measure(stage, lockstep, schedule.copies, limit, itemsize)
     cost = measure.row()
@@ -105,11 +105,11 @@ def _fitting(
 
 
 def others(
-    footprint: Footprint, measure: Measure, place: Place | None, batching: ExecutionConfig
+    footprint: Footprint, measure: Measure, place: OffloadStore | None, batching: ExecutionConfig
 ) -> Iterator[Footprint]:
     """``footprint`` with the other strategies; offloaded rows wait in ``place``."""
     stage, barriers, cost = footprint.stage, None, footprint.cost
-    for strategy in ladder(stage, measure.lockstep, batching.policy):
+    for strategy in ladder(stage, measure.lockstep, batching.thresholds):
         if strategy.barriers is not barriers:
             barriers = strategy.barriers
             cost = measure.row(barriers)
@@ -118,18 +118,20 @@ def others(
             parked = measure.row(barriers, strategy.place(place))
         sampled = None
         if barriers is not None and streams(stage, barriers):
-            sampled = sampled_rows(stage, batching.policy)
+            sampled = sampled_rows(stage, batching.thresholds)
         yield replace(
             footprint, strategy=strategy, cost=cost, parked=parked, sampled=len(sampled or ())
         )
 
 
-def attempts(plan: Plan, lockstep: Lockstep, policy: Policy, *, sweep: bool) -> Iterator[Plan]:
+def attempts(
+    plan: Plan, lockstep: Lockstep, thresholds: Thresholds, *, sweep: bool
+) -> Iterator[Plan]:
     """``plan``, followed by plans that use less in case memory runs out: in a sweep the other
     strategies (in host memory, if it is separate), then half as many rows at once, down to one."""
     yield plan
     if sweep:
-        for strategy in _further(plan, lockstep, policy):
+        for strategy in _further(plan, lockstep, thresholds):
             host = plan.host_limit
             if strategy.offloads is not None and not host:
                 host = free_host()
@@ -139,12 +141,12 @@ def attempts(plan: Plan, lockstep: Lockstep, policy: Policy, *, sweep: bool) -> 
     yield from (replace(plan, at_once=some) for some in halved(rows) if some < rows)
 
 
-def _further(plan: Plan, lockstep: Lockstep, policy: Policy) -> list[Strategy]:
+def _further(plan: Plan, lockstep: Lockstep, thresholds: Thresholds) -> list[Strategy]:
     """The footprints that can be measured: each needs a row to run, for which memory may be missing
     too."""
     strategies = [plan.strategy] if plan.on_device else []
     try:
-        for strategy in ladder(plan.stage, lockstep, policy):
+        for strategy in ladder(plan.stage, lockstep, thresholds):
             if strategy.slower > plan.strategy.slower:
                 strategies.append(strategy)
     except Exception as error:

@@ -23,7 +23,7 @@ from ..activations.streams import Stream, find_streams
 from ..architectures.sites import weight_shape
 from ..concepts import Concept
 from ..hosts.protocol import Stage
-from .job import Job, Reached, Seen
+from .job import Job, SiteCost, StageTiming
 from .joined_rows import joined_rows
 
 UNREACHED = "is reached by no forward"
@@ -33,18 +33,18 @@ REPEATED = 'is called more than once in a forward, which schedule="jacobi" of it
 
 
 @dataclass(frozen=True)
-class Looked:
+class PreflightResult:
     """``refused``: site of a job's changes → why its features cannot be collected; empty if all
     can. ``stages``: observations of every stage. ``joined``: sites whose inputs have the rows in
     another dimension than the first. ``streams``: what the denoisers' forwards show of them."""
 
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
-    stages: Sequence[Seen] = ()
+    stages: Sequence[StageTiming] = ()
     joined: frozenset[str] = frozenset()
     streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
 
 
-def unmergeable_sites(job: Job, *, sweep: bool) -> Looked:
+def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
     """Why sites of the job's changes cannot be merged, by a ``sweep`` or otherwise.
 
     A separate generator keeps the merge's random draws independent of this pass. Text models are
@@ -52,10 +52,10 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Looked:
     """
     host, calibration, sites = job.host, job.calibration, job.changes.keys()
     if not host.pictures:
-        return Looked()
+        return PreflightResult()
     short = replace(calibration, samples=1, timesteps=calibration.denoising_steps, latents="noise")
     generator = torch.Generator().manual_seed(calibration.seed)
-    modules, seen = host.sites(), list[Seen]()
+    modules, seen = host.sites(), list[StageTiming]()
 
     def quiet(what: str, done: int, total: int) -> None:
         job.tick("checking the sites", 0, 0)
@@ -75,12 +75,14 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Looked:
                     joined |= joined_rows(stage, {site: modules[site] for site in mixed - joined})
                 found |= why | dict.fromkeys(mixed - joined, MIXED)
                 if not every_kind:
-                    seen.append(Seen(stage, some, calls.reached, calls.seconds, calls.device))
+                    seen.append(
+                        StageTiming(stage, some, calls.reached, calls.seconds, calls.device)
+                    )
                     streams |= _streams(stage, modules)
             if sites <= found.keys() and MIXED not in found.values():
                 break
     why_not = {s: why for s in sites if (why := found.get(s, UNREACHED)) is not None}
-    return Looked(why_not, seen, frozenset(joined - why_not.keys()), streams)
+    return PreflightResult(why_not, seen, frozenset(joined - why_not.keys()), streams)
 
 
 def _look(
@@ -131,7 +133,7 @@ class _Calls:
 
     def __init__(self, wanted: Set[str]) -> None:
         self.rows: dict[str, list[int]] = {}
-        self.reached: dict[str, Reached] = {}
+        self.reached: dict[str, SiteCost] = {}
         self.device, self.seconds = torch.device("cpu"), 0.0
         self._wanted = wanted
 
@@ -141,7 +143,7 @@ class _Calls:
             if site in self._wanted:
                 self.rows.setdefault(site, []).append(len(args[0]))
             tokens = output.numel() // max(out * len(output), 1)
-            self.reached[site] = Reached((out, math.prod(rest)), tokens)
+            self.reached[site] = SiteCost((out, math.prod(rest)), tokens)
             self.device = output.device
 
         return hook

@@ -14,18 +14,18 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..activations.barriers import Found, watched, with_replayable
-from ..activations.host_pool import Place
+from ..activations.barriers import ExecutionTrace, watched, with_replayable
+from ..activations.host_pool import OffloadStore
 from ..activations.lockstep import Lockstep
 from ..activations.meter import free_memory, is_apart, usable
 from ..activations.micro_batch import MicroBatch
 from ..activations.packing import PackedPlace
 from ..activations.replay import Barriers
 from ..hosts.protocol import Stage
-from ..solve.choose import POLICY, Policy
+from ..solve.choose import THRESHOLDS, Thresholds
 
 BLOCKS = {"small blocks": 1.4, "large blocks": 2.1}
-"""Sizes of :attr:`..solve.choose.Policy.blocks`, and the measured slowdown of a sweep
+"""Sizes of :attr:`..solve.choose.Thresholds.blocks`, and the measured slowdown of a sweep
 (docs/decisions.md)."""
 _IN_HOST, _BLOCKS_IN_HOST = 1.4, 1.25  # times longer
 _PACKED = {8: 1.1, 4: 1.2}
@@ -44,7 +44,7 @@ class Strategy:
     offloads: torch.device | None = None
     bits: int | None = None
 
-    def place(self, place: Place) -> Place:
+    def place(self, place: OffloadStore) -> OffloadStore:
         """``place``, packed if this strategy packs rows."""
         return PackedPlace(place, self.bits) if self.bits else place
 
@@ -58,7 +58,7 @@ IN_HOST = "waiting in host memory"
 PACKED = ", at {} bits"
 
 
-def ladder(stage: Stage, lockstep: Lockstep, policy: Policy) -> Iterator[Strategy]:
+def ladder(stage: Stage, lockstep: Lockstep, thresholds: Thresholds) -> Iterator[Strategy]:
     """All strategies after the first, :data:`ON_DEVICE`; a row or two run to find them."""
     found = find(stage, lockstep)
     apart = is_apart(found.device)
@@ -66,8 +66,8 @@ def ladder(stage: Stage, lockstep: Lockstep, policy: Policy) -> Iterator[Strateg
     if apart:
         yield last
     before = None
-    for most, (size, slower) in zip(policy.blocks, BLOCKS.items(), strict=False):
-        barriers = replayable(stage, lockstep, found.barriers(most), policy)
+    for most, (size, slower) in zip(thresholds.blocks, BLOCKS.items(), strict=False):
+        barriers = replayable(stage, lockstep, found.barriers(most), thresholds)
         if not barriers.blocks or barriers.blocks == before:
             continue
         before = barriers.blocks
@@ -82,16 +82,16 @@ def ladder(stage: Stage, lockstep: Lockstep, policy: Policy) -> Iterator[Strateg
             yield replace(last, name=name, slower=slower * last.slower, bits=bits)
 
 
-def find(stage: Stage, lockstep: Lockstep) -> Found:
+def find(stage: Stage, lockstep: Lockstep) -> ExecutionTrace:
     """The barriers of a stage, found with its first row."""
     return watched(lockstep, _first_row(stage))
 
 
 def replayable(
-    stage: Stage, lockstep: Lockstep, barriers: Barriers, policy: Policy = POLICY
+    stage: Stage, lockstep: Lockstep, barriers: Barriers, thresholds: Thresholds = THRESHOLDS
 ) -> Barriers:
     """``barriers`` with the blocks that can be replayed."""
-    return with_replayable(barriers, lockstep, _first_row(stage), policy.replay_error)
+    return with_replayable(barriers, lockstep, _first_row(stage), thresholds.replay_error)
 
 
 def free_host() -> int:

@@ -109,8 +109,8 @@ class _Passes:
             made = self._plans.get(stage.name)
             plan = self._planned(stage) if made is None else made.of(stage)
             solver = self._solver_of(plan.stage)
-            policy = self._batching.policy
-            tried = attempts(plan, self._lockstep, policy, sweep=schedule.sweep)
+            thresholds = self._batching.thresholds
+            tried = attempts(plan, self._lockstep, thresholds, sweep=schedule.sweep)
             attempt = partial(self._attempt, solver)
             _, self._plans[stage.name] = with_less(tried, attempt, complaint)
         return self._solutions
@@ -190,7 +190,7 @@ class _Passes:
             place = HostPool(strategy.offloads, plan.host_limit)
             modules = list(job.host.sites().values())
             offload = ActivationOffload(strategy.place(place), modules=modules)
-        sampled = sampled_rows(stage, batching.policy)
+        sampled = sampled_rows(stage, batching.thresholds)
         collector = SweepCollector(
             lockstep.changes,
             solver,

@@ -1,8 +1,8 @@
 """The work of a merge, counted before it starts, in multiply-adds; and the samples for a time.
 
-Denoising, the sweep and the polish are forwards of so many rows, and a :class:`.job.Seen` says what
-one takes. A site's moments and solve follow from its shape. :class:`..progress.Forecast` turns work
-into time.
+Denoising, the sweep and the polish are forwards of so many rows, and a
+:class:`.job.StageTiming` says what one takes. A site's moments and solve
+follow from its shape. :class:`..progress.Forecast` turns work into time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import cycle, islice
 from ..activations.meter import is_apart
 from ..concepts import Calibration
 from .batches import SWEEP, ExecutionConfig, Schedule, limit_of
-from .job import Job, Reached, Seen
+from .job import Job, SiteCost, StageTiming
 
 SOLVING, ITERATIONS, FEATURES = "solving sites", "iterations", "features of the {}"
 LEAST = 12
@@ -40,7 +40,7 @@ def forward_work(job: Job) -> float:
 
 def expect_sites(
     job: Job,
-    seen: Sequence[Seen],
+    seen: Sequence[StageTiming],
     batching: ExecutionConfig,
     schedule: Schedule,
     slower: Mapping[str, float],
@@ -68,7 +68,7 @@ def expect_sites(
 
 def sites_work(
     job: Job,
-    seen: Seen,
+    seen: StageTiming,
     batching: ExecutionConfig,
     schedule: Schedule = SWEEP,
     slower: float = 1.0,
@@ -90,7 +90,7 @@ def sites_work(
     return work
 
 
-def _solve(reached: Reached, tokens: int, rank: int) -> float:
+def _solve(reached: SiteCost, tokens: int, rank: int) -> float:
     """The products for a site's moments and solve: X̃ᵀX̃ or, with fewer tokens than inputs, X̃X̃ᵀ;
     its factor; and the target in some output directions."""
     out, width = reached.shape
@@ -98,7 +98,7 @@ def _solve(reached: Reached, tokens: int, rank: int) -> float:
     return tokens * width * (few + 2 * rows) + _FACTORS * few * width * (few / 3 + rows)
 
 
-def _owners(job: Job, seen: Seen) -> list[int]:
+def _owners(job: Job, seen: StageTiming) -> list[int]:
     """The concept of each of a stage's rows, roughly: those seen, as often as there are more
     samples."""
 
@@ -121,7 +121,7 @@ def within_time(job: Job, sweeps: int) -> Job:
 
     def seconds(samples: int) -> float:
         of = replace(job, calibration=replace(calibration, samples=samples))
-        batching = ExecutionConfig(1, "enough", policy=job.policy)
+        batching = ExecutionConfig(1, "enough", thresholds=job.thresholds)
         sites = (sum(pair) for seen in job.seen for pair in sites_work(of, seen, batching))
         return rate * (denoising_work(of) + sweeps * sum(sites))
 

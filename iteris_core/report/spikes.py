@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import cosine_similarity
 
-from ..linalg.lowrank import cut_factors
+from ..linalg.lowrank import truncate_factors
 from ..lora import Lora, LowRank
 
 DOMINATES = 0.5
@@ -24,7 +24,7 @@ spikes."""
 
 def spike_of(change: LowRank) -> LowRank | None:
     """The spike of a change, as a change of rank 1 in float64, if it has one."""
-    first, lost = cut_factors(change.to(torch.float64), 1)
+    first, lost = truncate_factors(change.to(torch.float64), 1)
     return first if lost < 1 - DOMINATES else None
 
 

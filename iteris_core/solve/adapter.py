@@ -14,12 +14,12 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import cut_factors
+from ..linalg.lowrank import truncate_factors
 from ..linalg.precision import frobenius, pieces
 from ..lora import LowRank, SiteChanges
 from .inputs import CrossMoments, Factor, InputMoments, times
 from .moments import MomentReduction
-from .problem import Bytes, RegressionSpec, SiteContext, Solution, Tokens, Weighting
+from .problem import MemoryEstimate, RegressionSpec, SiteContext, Solution, Tokens, Weighting
 from .weighting import Alike, ByAdapter, ByTokens, Weigher, weigher
 
 _PIECE = 1 << 21  # bytes of a moment during conversion to float64, see linalg.precision.pieces
@@ -33,20 +33,20 @@ class _LowRankTargets(MomentReduction):
 
     def __init__(
         self,
-        opening: SiteContext,
+        context: SiteContext,
         inputs: type[InputMoments],
         by: Weigher | None,
         dtype: torch.dtype,
     ) -> None:
-        self._outputs = ByAdapter(opening.changes, dtype, opening.device)
-        super().__init__(opening, inputs, by or self._outputs)
+        self._outputs = ByAdapter(context.changes, dtype, context.device)
+        super().__init__(context, inputs, by or self._outputs)
 
     def _add_targets(self, tokens: Tokens) -> None:
         if self._outputs is not self.weigher:
             self._outputs.add(tokens)
 
     @classmethod
-    def bytes(cls, changes: SiteChanges, itemsize: int = 4) -> Bytes:
+    def bytes(cls, changes: SiteChanges, itemsize: int = 4) -> MemoryEstimate:
         """The solve needs M and a piece of a moment in float64, right-hand sides and their
         solution, and the factors of a cut, of rank Σ r_i."""
         out, width = changes.shape
@@ -55,7 +55,7 @@ class _LowRankTargets(MomentReduction):
         low = 18 * rank * (4 * width + 2 * out) + 32 * rank * rank
         solve = 8 * square + min(8 * square, _PIECE) + low
         kept = len(changes) * cls.moments * square * itemsize
-        return Bytes(kept, solve, kept + 8 * square, kept)
+        return MemoryEstimate(kept, solve, kept + 8 * square, kept)
 
     @abstractmethod
     def _cross(self, concept: int) -> Tensor:
@@ -87,7 +87,7 @@ class _LowRankTargets(MomentReduction):
         up = torch.cat([change.up for change in changes.present.values()], dim=1)
         up = up.to(torch.promote_types(up.dtype, torch.float32))
         exact = LowRank(up, down, changes.like.kernel)
-        return cut_factors(exact, rank, lower) if exact.rank > rank else (exact, 0.0)
+        return truncate_factors(exact, rank, lower) if exact.rank > rank else (exact, 0.0)
 
     def _wanted(self, concept: int, candidate: LowRank) -> tuple[float, Tensor]:
         change = self.changes[concept]
@@ -104,9 +104,9 @@ class AdapterMoments(_LowRankTargets):
 
     moments = 2
 
-    def __init__(self, opening: SiteContext, weighting: Weighting, dtype: torch.dtype) -> None:
-        by = None if weighting == "adapter" else weigher(weighting, opening, dtype)
-        super().__init__(opening, CrossMoments, by, dtype)
+    def __init__(self, context: SiteContext, weighting: Weighting, dtype: torch.dtype) -> None:
+        by = None if weighting == "adapter" else weigher(weighting, context, dtype)
+        super().__init__(context, CrossMoments, by, dtype)
 
     def _add_inputs(self, tokens: Tokens) -> None:
         super()._add_inputs(tokens)
@@ -122,8 +122,8 @@ class Gram(_LowRankTargets):
 
     moments = 1
 
-    def __init__(self, opening: SiteContext) -> None:
-        super().__init__(opening, InputMoments, Alike(), torch.float32)
+    def __init__(self, context: SiteContext) -> None:
+        super().__init__(context, InputMoments, Alike(), torch.float32)
 
     def solve(self, fit: RegressionSpec) -> Solution:
         """``fit.weighting`` is ``tokens`` or ``none``."""

@@ -1,8 +1,8 @@
 """Chooses how a site is solved, and holds every other threshold for a merge's decisions.
 
-A :class:`Policy` holds the numbers; docs/decisions.md gives the evidence for them. A merge uses
-:data:`POLICY` unless it is given another. Constants that are not decisions of a merge are defined
-where they are used: an algorithm's precision (:mod:`..linalg`), memory margins and pieces
+A :class:`Thresholds` holds the numbers; docs/decisions.md gives the evidence for them. A merge uses
+:data:`THRESHOLDS` unless it is given others. Constants that decide nothing are defined where they
+are used: an algorithm's precision (:mod:`..linalg`), memory margins and pieces
 (:mod:`..activations.meter`), and the rows' prompts and sizes (:mod:`..hosts.rows`).
 """
 
@@ -17,11 +17,11 @@ from ..lora import SiteChanges
 from .adapter import AdapterMoments
 from .directions import OTHERS, Directions, find_directions
 from .output import OutputMoments
-from .problem import Bytes, Objective, Pull, Reduction, RegressionSpec, SiteContext
+from .problem import MemoryEstimate, Objective, Pull, Reduction, RegressionSpec, SiteContext
 
 
 @dataclass(frozen=True)
-class Policy:
+class Thresholds:
     """Thresholds, and the choices based on them.
 
     TᵀX̃ is restricted to output directions, ``reserve`` times the rank plus ``more_directions``, if
@@ -75,13 +75,13 @@ class Policy:
     polish_floor: float = 1e-3
 
     def choose(
-        self, opening: SiteContext, fit: RegressionSpec, objective: Objective, dtype: torch.dtype
+        self, context: SiteContext, fit: RegressionSpec, objective: Objective, dtype: torch.dtype
     ) -> Reduction:
         """The reduction for a site; ``dtype`` is that of its moments."""
         if objective == "adapter":
-            return AdapterMoments(opening, fit.weighting, dtype)
-        directions = self._directions(opening, fit)
-        return OutputMoments(opening, fit.weighting, dtype, directions)
+            return AdapterMoments(context, fit.weighting, dtype)
+        directions = self._directions(context, fit)
+        return OutputMoments(context, fit.weighting, dtype, directions)
 
     def bytes(
         self,
@@ -91,7 +91,7 @@ class Policy:
         itemsize: int,
         *,
         sweep: bool,
-    ) -> Bytes:
+    ) -> MemoryEstimate:
         """Most bytes that :meth:`choose` uses at a site; ``itemsize`` is that of its moments."""
         if objective == "adapter":
             return AdapterMoments.bytes(changes, itemsize)
@@ -106,16 +106,16 @@ class Policy:
         gains = 2 * self.directions_gain * count * (out + width) <= 2 * out * width
         return count if out * width > self.small_target and gains else None
 
-    def _directions(self, opening: SiteContext, fit: RegressionSpec) -> Directions | None:
+    def _directions(self, context: SiteContext, fit: RegressionSpec) -> Directions | None:
         most = fit.rank if isinstance(fit.rank, int) else 0
-        rank = max(opening.changes.rank, most)
-        count = self.directions(*opening.changes.shape, rank)
-        if count is None or opening.sample is None:
+        rank = max(context.changes.rank, most)
+        count = self.directions(*context.changes.shape, rank)
+        if count is None or context.sample is None:
             return None
-        targets = opening.sample(self.tokens_a_direction * count)
+        targets = context.sample(self.tokens_a_direction * count)
         if not all(bool(torch.isfinite(rows).all()) for rows in targets):
             return None  # the solve reports it
-        return find_directions(opening.changes, targets, count)
+        return find_directions(context.changes, targets, count)
 
     def row_tokens(self, width: int, rows: int) -> int:
         """The number of tokens per row, of a concept's ``rows``, that suffices for ``width``
@@ -124,17 +124,17 @@ class Policy:
 
     def ridge_for(self, samples: int, timesteps: int, loras: int) -> float:
         """α for that many samples of each of that many LoRAs."""
-        few = max(1.0, self.enough_samples / self._worth(samples, timesteps, loras))
+        few = max(1.0, self.enough_samples / self._effective_samples(samples, timesteps, loras))
         return max(self.ridge, min(self.ridge * few**self.ridge_power, self.most_ridge))
 
     def pull_for(self, samples: int, timesteps: int, loras: int) -> Pull:
         """The pull for that many samples of each of that many LoRAs. With few samples the pull
         decides much of a merge, and the mean of unlike changes is too small."""
-        few = self._worth(samples, timesteps, loras) < self.enough_samples
+        few = self._effective_samples(samples, timesteps, loras) < self.enough_samples
         return "size" if few else "mean"
 
     @staticmethod
-    def _worth(samples: int, timesteps: int, loras: int) -> float:
+    def _effective_samples(samples: int, timesteps: int, loras: int) -> float:
         """The equivalent samples of each of two LoRAs at four timesteps: a site is fitted to the
         rows of all LoRAs, and rows of one sample are similar."""
         return samples * max(loras, 2) / 2 * (timesteps / 4) ** 0.25
@@ -150,9 +150,9 @@ class Policy:
     def __post_init__(self) -> None:
         if self.ridge < 0 or self.enough_samples < 1 or self.ridge_power < 0 or self.most_ridge < 0:
             raise SettingsError(
-                "A policy's ridge, ridge_power and most_ridge must be 0 or more, its "
+                "Of the thresholds, ridge, ridge_power and most_ridge must be 0 or more, and "
                 "enough_samples 1 or more."
             )
 
 
-POLICY = Policy()
+THRESHOLDS = Thresholds()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
-from ..linalg.lowrank import cut_factors
+from ..linalg.lowrank import truncate_factors
 from ..linalg.precision import full_precision, solve_device
 from ..lora import LowRank, SiteChanges
 from .inputs import NOT_FINITE, Factor, InputMoments, residuals_of
@@ -23,9 +23,9 @@ class MomentReduction(Reduction):
 
     inputs: InputMoments
 
-    def __init__(self, opening: SiteContext, inputs: type[InputMoments], weigher: Weigher) -> None:
-        super().__init__(opening.changes)
-        self.inputs, self._adds = opening.share(inputs)
+    def __init__(self, context: SiteContext, inputs: type[InputMoments], weigher: Weigher) -> None:
+        super().__init__(context.changes)
+        self.inputs, self._adds = context.share(inputs)
         self.weigher = weigher
 
     def add(self, tokens: Tokens) -> None:
@@ -51,7 +51,7 @@ class MomentReduction(Reduction):
             factor = self.inputs.factor(lambdas, fit.ridge, fit.shrink, fit.dtype)
             if factor is None:
                 mean = changes.mean(fit.weights, torch.float64)
-                change, lost = cut_factors(mean, rank)
+                change, lost = truncate_factors(mean, rank)
                 break
             with full_precision(device):
                 change, lost = self._change(changes, lambdas, factor, fit, rank)
@@ -61,7 +61,7 @@ class MomentReduction(Reduction):
             del factor, change  # before the next ones are made
             self.inputs.forget_factor()
         if isinstance(fit.rank, float):
-            change, more = cut_factors(change, fit.rank, factor and factor.cholesky.lower)
+            change, more = truncate_factors(change, fit.rank, factor and factor.cholesky.lower)
             lost = 1 - (1 - lost) * (1 - more)
         total = sum(lambdas)
         solution = Solution(

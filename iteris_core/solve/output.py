@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import cut_matrix, searches
+from ..linalg.lowrank import searches, truncate_matrix
 from ..linalg.precision import energy, energy_dtype, pieces
 from ..lora import LowRank, SiteChanges
 from .directions import Directions, every_direction
 from .inputs import Factor, InputMoments, times
 from .moments import MomentReduction
-from .problem import Bytes, RegressionSpec, SiteContext, Tokens, Weighting
+from .problem import MemoryEstimate, RegressionSpec, SiteContext, Tokens, Weighting
 from .weighting import weigher
 
 
@@ -26,14 +26,14 @@ class OutputMoments(MomentReduction):
 
     def __init__(
         self,
-        opening: SiteContext,
+        context: SiteContext,
         weighting: Weighting,
         dtype: torch.dtype,
         directions: Directions | None = None,
     ) -> None:
-        super().__init__(opening, InputMoments, weigher(weighting, opening, dtype))
+        super().__init__(context, InputMoments, weigher(weighting, context, dtype))
         self.directions = directions or every_direction(self.changes.shape[0])
-        count, device = len(self.changes), opening.device
+        count, device = len(self.changes), context.device
         shape = (count, self.directions.count, self.inputs.width)
         self.targets = list(torch.zeros(shape, dtype=self.inputs.dtype, device=device))
         self.energies = torch.zeros(count, dtype=energy_dtype(device), device=device)
@@ -62,11 +62,13 @@ class OutputMoments(MomentReduction):
             right += jitter * (self.directions.within(mean.up) @ mean.down)
         like, search = changes.like.to(torch.float64), self.inputs.dtype
         if not self.directions.some:
-            return cut_matrix(right, rank, lower, like=like, search=search)
+            return truncate_matrix(right, rank, lower, like=like, search=search)
         right, others = right.split(self.directions.split)
         rest = torch.linalg.solve_triangular(lower.mT, others, upper=True, left=False)
         elsewhere = float((rest**2).sum()) * self.directions.others_stand_for
-        change, lost = cut_matrix(right, rank, lower, like=like, search=search, elsewhere=elsewhere)
+        change, lost = truncate_matrix(
+            right, rank, lower, like=like, search=search, elsewhere=elsewhere
+        )
         up = self.directions.basis.to(change.up) @ change.up
         return LowRank(up, change.down, change.kernel), lost
 
@@ -96,7 +98,7 @@ class OutputMoments(MomentReduction):
     @staticmethod
     def bytes(
         changes: SiteChanges, itemsize: int, directions: int | None, dtype: torch.dtype
-    ) -> Bytes:
+    ) -> MemoryEstimate:
         """X̃ᵀX̃ and the targets for every concept. The float64 solve needs M and the right side. A
         search for the leading directions also needs M's factor and the right side in the moments'
         precision, and products of that size; using all directions needs six times the right side in
@@ -112,6 +114,6 @@ class OutputMoments(MomentReduction):
             dense = 12 * width * width + 16 * rows * width
             if not search:
                 dense = 8 * width * width + 48 * rows * width
-            return Bytes(kept, dense + 12 * low, left, shared)
+            return MemoryEstimate(kept, dense + 12 * low, left, shared)
         dense = 4 * width * width + (9 if search else 26) * rows * width
-        return Bytes(kept, dense + 6 * low, left, shared)
+        return MemoryEstimate(kept, dense + 6 * low, left, shared)

@@ -159,7 +159,7 @@ class SiteContext:
 
 
 @dataclass(frozen=True)
-class Bytes:
+class MemoryEstimate:
     """Bytes that a reduction keeps until solved (``kept``), that solving needs in addition, and
     that remain of both (``left``) until the next site: moments and factors that may be shared.
     Sites that receive the same tensor hold the ``shared`` part of ``kept`` only once."""
@@ -205,7 +205,7 @@ class StageSolver:
 
     begin: Callable[[SiteContext], Reduction]
     solve: Callable[[str, Reduction], Solution]
-    bytes: Callable[[str, bool], Bytes]
+    bytes: Callable[[str, bool], MemoryEstimate]
     dtype: torch.dtype = torch.float32
     acting: Set[str] = frozenset()
     inputs: Mapping[str, Tensor] | None = None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import SettingsError
-from ..linalg.lowrank import cut_factors, cut_matrix
+from ..linalg.lowrank import truncate_factors, truncate_matrix
 from ..lora import LowRank
 
 _HEADER = 400
@@ -61,7 +61,7 @@ class Components:
     def of(change: LowRank, root: Tensor | None = None, output: float = 1.0) -> Components:
         """For inputs with second moment L Lᵀ, where L is ``root``, (in, in); without it every input
         counts equally. ``output`` is the mean energy of the layer's whole outputs."""
-        ordered = cut_factors(change, min(change.rank, *change.shape), root)[0]
+        ordered = truncate_factors(change, min(change.rank, *change.shape), root)[0]
         return Components._ordered(ordered, root, output, 0.0)
 
     @staticmethod
@@ -77,7 +77,7 @@ class Components:
         matrix = dense.double()
         if root is not None:
             matrix = (matrix @ root.to(matrix)) @ root.to(matrix).mT
-        cut, lost = cut_matrix(matrix, min(most, *dense.shape), root, like=like)
+        cut, lost = truncate_matrix(matrix, min(most, *dense.shape), root, like=like)
         return Components._ordered(cut, root, output, lost)
 
     @staticmethod

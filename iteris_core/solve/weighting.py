@@ -90,12 +90,12 @@ class ByOutput(Weigher):
         return [_inverse(1.0, value) for value in self.energies.tolist()]
 
 
-def weigher(weighting: Weighting, opening: SiteContext, dtype: torch.dtype) -> Weigher:
+def weigher(weighting: Weighting, context: SiteContext, dtype: torch.dtype) -> Weigher:
     """The weigher of that name, for a site."""
     if weighting == "adapter":
-        return ByAdapter(opening.changes, dtype, opening.device)
+        return ByAdapter(context.changes, dtype, context.device)
     if weighting == "full":
-        return ByOutput(len(opening.changes), opening.device)
+        return ByOutput(len(context.changes), context.device)
     return ByTokens() if weighting == "tokens" else Alike()
 
 

@@ -102,7 +102,7 @@ def test_a_merge_by_blocks(
     def planned(run: Any, stage: Any, _: Any, batching: Any, **__: Any) -> Any:
         if not stage.sites:
             return plan.Plan(stage, batching.rows, strategies.Strategy())
-        barriers = strategies.find(stage, run.lockstep).barriers(strategies.POLICY.blocks[-1])
+        barriers = strategies.find(stage, run.lockstep).barriers(strategies.THRESHOLDS.blocks[-1])
         barriers = strategies.replayable(stage, run.lockstep, barriers)
         replayed.append(len(barriers.blocks))
         return plan.Plan(stage, batching.rows, strategies.Strategy(barriers=barriers))

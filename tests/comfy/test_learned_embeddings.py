@@ -55,12 +55,12 @@ def test_in_force_is_what_a_file_in_embeddings_is(kit: Kit, with_embedding: Any)
     found = merged(kit, with_embedding("<s0><s1>"))
     assert "'<s0><s1>' calls for its embedding toy" in found.report.summary()
     wanted = merged(kit, with_embedding("embedding:other"))
-    assert "its embedding toy is NOT IN FORCE" in wanted.report.summary()
+    assert "its embedding toy is not active" in wanted.report.summary()
     for site, change in wanted.lora.sites.items():
         assert torch.equal(found.lora.sites[site].dense(), change.dense())
     assert kit.clip.tokenizer is tokenizer
     assert kit.unchanged(before)
-    assert "toy is NOT IN FORCE" in merged(kit, with_embedding("embedding:no")).report.summary()
+    assert "toy is not active" in merged(kit, with_embedding("embedding:no")).report.summary()
 
 
 def test_the_merged_clip_and_the_saved_file_are_called_alike(kit: Kit, with_embedding: Any) -> None:

@@ -41,7 +41,7 @@ class Sides:
 
     def __init__(self, pack: ModuleType) -> None:
         self.core, self.merging = part(pack, "iteris_core"), part(pack, "nodes.merging")
-        self.policy = part(pack, "iteris_core.solve.choose").POLICY
+        self.thresholds = part(pack, "iteris_core.solve.choose").THRESHOLDS
         self.make_spec = part(pack, "nodes.concept_specs").make_spec
         self.host = part(pack, "iteris_core.hosts.diffusers").DiffusersHost
         self.calibration = self.core.Calibration(
@@ -58,7 +58,7 @@ class Sides:
     def in_comfyui(self, model: Any, clip: Any, files: list[Path]) -> dict[str, torch.Tensor]:
         on = self.merging, model, clip, self.concepts(files)
         how = self.settings, self.calibration
-        merged = merge_on(*on, "iteris", *how, policy=self.policy)
+        merged = merge_on(*on, "iteris", *how, thresholds=self.thresholds)
         return {site: change.dense().double() for site, change in merged.lora.sites.items()}
 
     def in_diffusers(
@@ -70,7 +70,7 @@ class Sides:
             [spec.concept(host.read_lora(spec.file)) for spec in self.concepts(files)],
             settings=self.settings,
             calibration=self.calibration,
-            policy=self.policy,
+            thresholds=self.thresholds,
         )
         return {site: change.dense().double() for site, change in merged.lora.sites.items()}
 
@@ -93,7 +93,7 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 def test_sd15(sides: Sides, models: Path) -> None:
     """In all directions of the output: the principal ones of targets that hold little but drift, as
     of random LoRAs, round with it. SDXL and FLUX below have theirs."""
-    sides.policy = dataclasses.replace(sides.policy, small_target=1 << 62)
+    sides.thresholds = dataclasses.replace(sides.thresholds, small_target=1 << 62)
     files = [models / "models" / "loras" / f"{name}.safetensors" for name in "ab"]
     found = sides.in_comfyui(*load_thin(models), files)
     assert len(found) == 62  # 28 of them repair

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracle import truncated
 
 from iteris_core.errors import IterisError
-from iteris_core.linalg.lowrank import cut_factors, cut_matrix
+from iteris_core.linalg.lowrank import truncate_factors, truncate_matrix
 from iteris_core.lora import LowRank, concatenate
 
 sizes = st.integers(1, 9)
@@ -35,7 +35,7 @@ def test_sums_norms_and_truncations(out, fan, rank, keep, seed):
     total = concatenate([a, b])
     assert torch.allclose(total.dense(), a.dense() + b.dense())
     assert total.squared_norm() == pytest.approx(float(total.dense().norm() ** 2), rel=1e-9)
-    cut, lost = cut_factors(total, keep)
+    cut, lost = truncate_factors(total, keep)
     u, s, vt = torch.linalg.svd(total.dense(), full_matrices=False)
     best = (u[:, :keep] * s[:keep]) @ vt[:keep]
     assert torch.allclose(cut.dense(), best, atol=1e-9)
@@ -49,8 +49,8 @@ def test_weighted_truncation_is_the_best_in_the_metric(out, fan, rank, keep, see
     change, moment = draw_change(out, fan, rank, seed), draw_moment(fan, seed)
     chol = torch.linalg.cholesky(moment)
     keep = min(keep, out, fan)
-    cut, _ = cut_factors(change, keep, chol)
-    dense_cut, _ = cut_matrix(change.dense() @ moment, keep, chol, like=change)
+    cut, _ = truncate_factors(change, keep, chol)
+    dense_cut, _ = truncate_matrix(change.dense() @ moment, keep, chol, like=change)
     best = truncated(change.dense(), moment, keep)
 
     def error(approximation):
@@ -59,7 +59,7 @@ def test_weighted_truncation_is_the_best_in_the_metric(out, fan, rank, keep, see
     scale = float((change.dense() @ chol).norm())
     assert error(cut.dense()) == pytest.approx(error(best), abs=1e-7 * scale)
     assert error(dense_cut.dense()) == pytest.approx(error(best), abs=1e-7 * scale)
-    plain, _ = cut_factors(change, keep)
+    plain, _ = truncate_factors(change, keep)
     assert error(cut.dense()) <= error(plain.dense()) + 1e-9 * scale
 
 
@@ -69,7 +69,7 @@ def test_the_randomised_svd_of_a_large_site_is_nearly_exact():
     weighted = signal + 0.05 * torch.randn(600, 700, dtype=torch.float64)
     like = LowRank(torch.ones(1, 1), torch.ones(1, 1)).to(torch.float64)
     before = torch.get_rng_state()
-    cut, lost = cut_matrix(weighted, 16, like=like)
+    cut, lost = truncate_matrix(weighted, 16, like=like)
     assert torch.equal(before, torch.get_rng_state())
     s = torch.linalg.svdvals(weighted)
     best = float((s[16:] ** 2).sum())
@@ -79,7 +79,7 @@ def test_the_randomised_svd_of_a_large_site_is_nearly_exact():
 
 def test_factors_of_a_weighted_cut_are_of_one_size():
     change, moment = draw_change(8, 9, 4, 3), 1e8 * draw_moment(9, 3)
-    cut, _ = cut_factors(change, 2, torch.linalg.cholesky(moment))
+    cut, _ = truncate_factors(change, 2, torch.linalg.cholesky(moment))
     assert float(cut.up.norm()) == pytest.approx(float(cut.down.norm()))
 
 
@@ -99,8 +99,8 @@ def test_a_share_of_energy_is_kept_at_the_least_rank(out, fan, rank, share, seed
         whole = weighted if metric is None else weighted @ metric.mT
         squares = torch.linalg.svdvals(weighted) ** 2
         for cut, lost in (
-            cut_factors(change, share, metric),
-            cut_matrix(whole, share, metric, like=change),
+            truncate_factors(change, share, metric),
+            truncate_matrix(whole, share, metric, like=change),
         ):
             off = change.dense() - cut.dense()
             off = off if metric is None else off @ metric

@@ -16,7 +16,7 @@ from iteris_core.activations.collect import Collector
 from iteris_core.activations.saliency import Saliency
 from iteris_core.passes.batches import ExecutionConfig, micro_batches
 from iteris_core.passes.job import Job
-from iteris_core.solve.choose import POLICY
+from iteris_core.solve.choose import THRESHOLDS
 from iteris_core.solve.problem import RegressionSpec
 
 FOCUS = 0.7
@@ -78,7 +78,7 @@ def test_moments_are_weighted_by_the_effects_so_far(host64):
         collector = Collector(
             run.lockstep.changes,
             solver_of(
-                lambda opening: POLICY.choose(opening, fit, "output", torch.float64),
+                lambda opening: THRESHOLDS.choose(opening, fit, "output", torch.float64),
                 dtype=torch.float64,
                 acting=acting,
             ),

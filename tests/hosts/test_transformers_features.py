@@ -56,7 +56,7 @@ def test_features_are_those_of_each_lora_generating(make, tmp_path):
     from iteris_core.passes.batches import REFERENCE, ExecutionConfig
     from iteris_core.passes.job import Job
     from iteris_core.passes.sweep import solve_sites
-    from iteris_core.solve.choose import POLICY
+    from iteris_core.solve.choose import THRESHOLDS
     from iteris_core.solve.problem import Bytes, RegressionSpec, Solution, StageSolver
 
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def test_features_are_those_of_each_lora_generating(make, tmp_path):
 
     fit = RegressionSpec([1.0, 1.0], 1e-6)
     solver = StageSolver(
-        begin=lambda opening: POLICY.choose(opening, fit, "output", torch.float32),
+        begin=lambda opening: THRESHOLDS.choose(opening, fit, "output", torch.float32),
         solve=keep,
         bytes=lambda site, sweep: Bytes(0, 0),
     )

@@ -13,7 +13,7 @@ from iteris_core.activations.micro_batch import MicroBatch
 from iteris_core.activations.replay import Barriers
 from iteris_core.errors import IterisError
 from iteris_core.lora import LowRank, SiteChanges
-from iteris_core.solve.choose import POLICY
+from iteris_core.solve.choose import THRESHOLDS
 
 
 class Attention(nn.Module):
@@ -79,7 +79,7 @@ def levels_of(model, lockstep, most) -> Barriers:
     x = torch.randn(1, 3, 8).double()
 
     found = watched(lockstep, batch_of(model, x.clone()))
-    error = POLICY.replay_error
+    error = THRESHOLDS.replay_error
     return with_replayable(found.barriers(most), lockstep, batch_of(model, x.clone()), error)
 
 

@@ -324,7 +324,7 @@ def test_what_samples_are_worth():
     def worth(samples):
         calibration, generator = Calibration(samples=samples), torch.Generator()
         wording = Wording(WORDS, concepts, generator)
-        return SamplePrompts([], [], concepts, calibration, wording).worth(rows)
+        return SamplePrompts([], [], concepts, calibration, wording).effective_samples(rows)
 
     assert worth(50) == 4
     assert worth(3) == 3

@@ -10,7 +10,7 @@ from tiny import random_lora, two_concepts
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.errors import IterisError
 from iteris_core.lora import LowRank, SiteChanges
-from iteris_core.solve.choose import POLICY, Policy
+from iteris_core.solve.choose import THRESHOLDS, Thresholds
 from iteris_core.solve.directions import find_directions as found_directions
 from iteris_core.solve.problem import RegressionSpec
 
@@ -21,7 +21,7 @@ def find_directions(changes, targets, count):
     return found_directions(SiteChanges.of(changes), targets, count)
 
 
-class Few(Policy):
+class Few(Thresholds):
     """Directions at every site, a few more than the rank."""
 
     def directions(self, out, width, rank):
@@ -96,7 +96,7 @@ def test_a_merge_in_directions_is_the_same_for_any_micro_batch(host64, micro_bat
     concepts = two_concepts(host64)
     calibration = Calibration(samples=3, timesteps=1, latents="noise", latent_size=4)
 
-    def merge(micro_batch, policy):
+    def merge(micro_batch, thresholds):
         settings = {
             "precision": "float64",
             "ridge": 1e-3,
@@ -108,10 +108,10 @@ def test_a_merge_in_directions_is_the_same_for_any_micro_batch(host64, micro_bat
             concepts,
             settings=settings,
             calibration=calibration,
-            policy=policy,
+            thresholds=thresholds,
         ).lora.sites
 
-    dense = merge(2, POLICY)
+    dense = merge(2, THRESHOLDS)
     wanted, found = merge(2, Few()), merge(micro_batch, Few())
     for site, change in wanted.items():
         assert (found[site].dense() - change.dense()).norm() <= 1e-5 * change.dense().norm(), site
@@ -131,4 +131,4 @@ def test_nan_is_said_where_targets_are_in_directions(host64):
     ]
     calibration = Calibration(samples=2, timesteps=1, latents="noise", latent_size=4)
     with pytest.raises(IterisError, match="NaN"):
-        merge_loras(host64, concepts, calibration=calibration, policy=Few())
+        merge_loras(host64, concepts, calibration=calibration, thresholds=Few())

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import SITES, ModuleHost, Net, make_data, make_lora
-from reductions import Rows, by_adapter, by_moments, opening, solved
+from reductions import Rows, by_adapter, by_moments, context, solved
 from torch import Tensor
 
 from iteris_core import Concept, Lora, LowRank, merge_loras
@@ -79,7 +79,7 @@ def test_the_papers_objective_has_no_slope_at_its_solution():
 def test_regmean_has_no_slope_at_its_solution():
     changes, inputs, _, _ = problem()
     changes, shrink = SiteChanges(changes.by_concept), 0.7
-    reduction = Gram(opening(changes, torch.float32))
+    reduction = Gram(context(changes, torch.float32))
     for concept, x in enumerate(inputs[:2]):
         reduction.add(Rows(concept, x.float(), x.float()))
 

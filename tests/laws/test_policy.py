@@ -11,49 +11,49 @@ from tiny import random_lora, two_concepts
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.hosts.transformers import TransformersHost
-from iteris_core.solve.choose import POLICY, Policy
+from iteris_core.solve.choose import THRESHOLDS, Thresholds
 
 
 def test_the_ridge_is_by_the_samples_that_ran():
-    assert POLICY.ridge_for(50, 4, 2) == POLICY.ridge_for(400, 4, 2) == 1e-6
-    assert POLICY.ridge_for(25, 4, 2) == POLICY.ridge_for(25, 4, 1) == pytest.approx(3.2e-5)
-    assert POLICY.ridge_for(1, 4, 2) == POLICY.ridge_for(6, 4, 2) == 1e-2
-    assert Policy(ridge=0.1).ridge_for(1, 4, 2) == 0.1
-    assert POLICY.pull_for(49, 4, 2) == "size"
-    assert POLICY.pull_for(50, 4, 2) == "mean"
+    assert THRESHOLDS.ridge_for(50, 4, 2) == THRESHOLDS.ridge_for(400, 4, 2) == 1e-6
+    assert THRESHOLDS.ridge_for(25, 4, 2) == THRESHOLDS.ridge_for(25, 4, 1) == pytest.approx(3.2e-5)
+    assert THRESHOLDS.ridge_for(1, 4, 2) == THRESHOLDS.ridge_for(6, 4, 2) == 1e-2
+    assert Thresholds(ridge=0.1).ridge_for(1, 4, 2) == 0.1
+    assert THRESHOLDS.pull_for(49, 4, 2) == "size"
+    assert THRESHOLDS.pull_for(50, 4, 2) == "mean"
 
 
 def test_of_more_loras_fewer_samples_are_enough():
     for samples, loras in ((20, 5), (10, 10)):
-        assert POLICY.ridge_for(samples, 4, loras) == 1e-6
-        assert POLICY.pull_for(samples, 4, loras) == "mean"
-        assert POLICY.ridge_for(samples - 1, 4, loras) > 1e-6
-        assert POLICY.pull_for(samples - 1, 4, loras) == "size"
-    assert POLICY.ridge_for(10, 4, 5) == POLICY.ridge_for(25, 4, 2)
+        assert THRESHOLDS.ridge_for(samples, 4, loras) == 1e-6
+        assert THRESHOLDS.pull_for(samples, 4, loras) == "mean"
+        assert THRESHOLDS.ridge_for(samples - 1, 4, loras) > 1e-6
+        assert THRESHOLDS.pull_for(samples - 1, 4, loras) == "size"
+    assert THRESHOLDS.ridge_for(10, 4, 5) == THRESHOLDS.ridge_for(25, 4, 2)
 
 
 def test_a_sample_at_one_timestep_is_worth_less():
-    assert POLICY.ridge_for(40, 1, 2) == pytest.approx(1e-6 * (50 / 40) ** 5 * 4**1.25)
-    assert POLICY.pull_for(70, 1, 2) == "size"
-    assert POLICY.pull_for(71, 1, 2) == "mean"
+    assert THRESHOLDS.ridge_for(40, 1, 2) == pytest.approx(1e-6 * (50 / 40) ** 5 * 4**1.25)
+    assert THRESHOLDS.pull_for(70, 1, 2) == "size"
+    assert THRESHOLDS.pull_for(71, 1, 2) == "mean"
 
 
 def test_other_choices_are_by_the_loras():
-    assert POLICY.saliency_for(2) == 0
-    assert POLICY.saliency_for(4) == 0.5
-    assert POLICY.repair_inputs_for(2, True) == 0.5
-    assert POLICY.repair_inputs_for(2, False) == POLICY.repair_inputs_for(3, True) == 1
+    assert THRESHOLDS.saliency_for(2) == 0
+    assert THRESHOLDS.saliency_for(4) == 0.5
+    assert THRESHOLDS.repair_inputs_for(2, True) == 0.5
+    assert THRESHOLDS.repair_inputs_for(2, False) == THRESHOLDS.repair_inputs_for(3, True) == 1
 
 
 def ridges_of(host, concepts, **more) -> set[float]:
     asked: set[int] = set()
 
-    class Watches(Policy):
+    class Watches(Thresholds):
         def ridge_for(self, samples, *more):
             asked.add(samples)
             return super().ridge_for(samples, *more)
 
-    merge_loras(host, concepts, policy=Watches(), **more)
+    merge_loras(host, concepts, thresholds=Watches(), **more)
     return asked
 
 

@@ -16,7 +16,7 @@ from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.meter import MemoryMeter
 from iteris_core.errors import OutOfMemory
 from iteris_core.passes import planner, strategies, sweep
-from iteris_core.solve.choose import POLICY, Policy
+from iteris_core.solve.choose import THRESHOLDS, Thresholds
 
 CPU = torch.device("cpu")
 CALIBRATION = Calibration(
@@ -136,14 +136,14 @@ def test_inference_tensors_wait_too():
         assert turns.turn(0, lambda: float(tensor.sum())) == 6
 
 
-def merge(host, memory, policy=POLICY, **settings):
+def merge(host, memory, thresholds=THRESHOLDS, **settings):
     return merge_loras(
         host,
         two_concepts(host),
         settings={"precision": "float64", **settings},
         calibration=CALIBRATION,
         memory_budget=memory,
-        policy=policy,
+        thresholds=thresholds,
     )
 
 
@@ -198,15 +198,15 @@ def test_the_planned_peak_is_the_measured_one(host, apart, monkeypatch):
 @pytest.mark.slow
 def test_host_memory_that_is_too_small_leaves_rows_out(host, apart, monkeypatch, caplog):
     monkeypatch.setattr(strategies, "free_memory", lambda device: 4 * 2**20)
-    policy = Policy(blocks=())
+    thresholds = Thresholds(blocks=())
     with caplog.at_level("WARNING"):
-        result = merge(host, 4 * 2**20, policy=policy, precision="float32")
+        result = merge(host, 4 * 2**20, thresholds=thresholds, precision="float32")
     line = result.report.plan[-1]
     assert "do not fit" in line
     assert "waiting in host memory" in line
     assert "lower samples, timesteps or latent_size" in caplog.text
     with pytest.raises(OutOfMemory, match=r"iB of host memory.*lower samples, timesteps or"):
-        merge(host, 2**19, policy=policy, precision="float32")
+        merge(host, 2**19, thresholds=thresholds, precision="float32")
 
 
 class Card(MemoryMeter):

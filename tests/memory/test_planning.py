@@ -23,7 +23,7 @@ from iteris_core.passes.plan import plan_stage
 from iteris_core.passes.strategies import IN_HOST, ON_DEVICE, Strategy
 from iteris_core.solve.adapter import AdapterMoments
 from iteris_core.solve.output import OutputMoments
-from iteris_core.solve.problem import Bytes, RegressionSpec
+from iteris_core.solve.problem import MemoryEstimate, RegressionSpec
 
 CALIBRATION = Calibration(samples=6, timesteps=3, denoising_steps=3, latents="noise")
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def cost_of(waiting: int, running: int) -> Cost:
 def needs_of(stage, parked=None, **more) -> list[Footprint]:
     """On the device, and in host memory at the cost ``parked``."""
     cost = cost_of(1, 3)
-    need = Footprint(stage, ON_DEVICE, cost, None, {"a": Bytes(0, 0)}, 100, **more)
+    need = Footprint(stage, ON_DEVICE, cost, None, {"a": MemoryEstimate(0, 0)}, 100, **more)
     return [need] if parked is None else [need, replace(need, parked=parked, strategy=OFFLOADED)]
 
 
@@ -160,7 +160,7 @@ class Roomy(ModuleHost):
         super().__init__(Net(), make_data())
         self.most, self.asked = most, []
 
-    def room(self, wanted):
+    def free_memory(self, wanted):
         assert self.copies_seen  # a row has been measured
         self.asked.append(wanted)
         self.forwards_at_last = len(self.copies_seen)

@@ -7,7 +7,7 @@ from oracle import ModuleHost, Net, hooks_on, make_data, make_lora
 
 from iteris_core import Calibration, Concept, IterisError, merge_loras
 from iteris_core.errors import SiteError
-from iteris_core.linalg.lowrank import cut_factors
+from iteris_core.linalg.lowrank import truncate_factors
 from iteris_core.preview import preview_merge
 from iteris_core.report.provenance import cut_lora, is_ordered
 
@@ -130,7 +130,7 @@ def test_a_mean_is_cut_to_a_rank_at_its_best():
     assert is_ordered(result.report)
     whole = result.lora.sites["up"]
     cut = cut_lora(result.lora, 2, ordered=True).sites["up"]
-    best = cut_factors(whole, 2)[0]
+    best = truncate_factors(whole, 2)[0]
     assert cut.rank == 2
     torch.testing.assert_close(cut.dense(), best.dense())
 

@@ -12,7 +12,7 @@ from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.passes import sweep
 from iteris_core.passes.plan import Plan
 from iteris_core.passes.strategies import Strategy, find, replayable
-from iteris_core.solve.choose import POLICY, Policy
+from iteris_core.solve.choose import THRESHOLDS, Thresholds
 
 CPU = torch.device("cpu")
 FAST = ("SD inpainting", "FLUX.1 Kontext", "Z-Image", "Wan 2.2 with two experts", "HunyuanVideo")
@@ -62,7 +62,7 @@ def test_all_ways_agree_on_every_class(name, tmp_path, monkeypatch):
             host,
             concepts,
             settings={"micro_batch": 5, **reduced.settings},
-            policy=Policy(sample_rows=3),
+            thresholds=Thresholds(sample_rows=3),
             calibration=Calibration(samples=6, timesteps=2, denoising_steps=3, seed=3),
             unmergeable="skip",
         ).lora.sites
@@ -71,8 +71,8 @@ def test_all_ways_agree_on_every_class(name, tmp_path, monkeypatch):
     sweeps = reduced.settings.get("schedule") != "jacobi"
     for most, offloads in (
         (0, CPU),
-        (POLICY.blocks[0], None),
-        (POLICY.blocks[1], CPU),
+        (THRESHOLDS.blocks[0], None),
+        (THRESHOLDS.blocks[1], CPU),
     ):
         places.clear()
         replayed.clear()
