@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import rivals  # noqa: F401 (registers them)
 import torch
 from oracle import (
     ModuleHost,

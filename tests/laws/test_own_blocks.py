@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import rivals  # noqa: F401 (registers them)
 import torch
 from oracle import ModuleHost, changed, dense_changes, difference, hooks_on, make_data
 from torch import nn

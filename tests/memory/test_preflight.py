@@ -1,7 +1,6 @@
 """Layers that cannot be merged are found before any work: refused, left out, or averaged."""
 
 import pytest
-import rivals  # noqa: F401 (registers them)
 import torch
 from oracle import ModuleHost, Net, hooks_on, make_data, make_lora
 
