@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import greenlet
 import pytest
 import torch
 from torch import nn
@@ -79,17 +78,4 @@ def test_whatever_ends_a_forward_the_model_is_as_it_was(net, error):
     before, net.during = own(net), stop
     with pytest.raises(error), with_vectors(Host(net), CHANGES):
         net(torch.randn(3, 4))
-    assert is_as_it_was(net, before)
-
-
-def test_forwards_that_wait_for_each_other_share_the_changes(net):
-    x, before = torch.randn(3, 4), own(net)
-    net.during = lambda: greenlet.getcurrent().parent.switch()
-    with torch.no_grad(), with_vectors(Host(net), CHANGES):
-        workers = [greenlet.greenlet(net) for _ in range(2)]
-        for worker in workers:
-            worker.switch(x)
-        first, second = (worker.switch() for worker in workers)
-    torch.testing.assert_close(first, second)
-    assert not torch.equal(first, net.get_submodule("0")(x) * net.scale)
     assert is_as_it_was(net, before)

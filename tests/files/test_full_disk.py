@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import make_world, run
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import make_pipeline, random_lora
 
-from iteris_core import IterisError, Lora, LowRank, cli, write_lora
+from iteris_core import IterisError, Lora, LowRank, write_lora
 from iteris_core.errors import SaveError
-from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import write_loras
 from iteris_core.lora_files.peft_folder import write_adapter
 from iteris_core.score.compare import Comparison
@@ -128,24 +127,12 @@ def test_the_files_of_a_comparison_are_all_there_or_none_of_them(tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    pipeline = make_pipeline()
-    pipeline.save_pretrained(folder / "base")
-    host = DiffusersHost(pipeline)
-    for seed in (1, 2):
-        write_lora(random_lora(host, seed), folder / f"lora{seed}.safetensors")
-    return folder
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
-def command(world, out, monkeypatch, capsys, *extra: str) -> tuple[int, str]:
+def command(world, out, *extra: str) -> list[str]:
     concepts = [f"--concept={world}/lora{seed}.safetensors:s{seed}:dog" for seed in (1, 2)]
-    base = str(world / "base")
-    monkeypatch.setattr(
-        sys, "argv", ["iteris", "merge", base, *concepts, "-o", str(out), "--method=sum", *extra]
-    )
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0), capsys.readouterr().err
+    return ["merge", world / "base", *concepts, "-o", out, "--method=sum", *extra]
 
 
 def test_the_command_keeps_a_merge_that_its_disk_does_not_take(
@@ -153,11 +140,11 @@ def test_the_command_keeps_a_merge_that_its_disk_does_not_take(
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     out = small_disk / "merged.safetensors"
-    code, said = command(world, out, monkeypatch, capsys, "--dtype=float32")
+    code, _, said = run(monkeypatch, capsys, *command(world, out, "--dtype=float32"))
     assert code == 2
     assert files_in(small_disk) == []
     room = r"its disk has 0\.1 MB free, and the LoRAs take 0\.\d MB"
-    assert re.search(room, " ".join(said.split()))
+    assert re.search(room, said)
     assert f"{out} cannot be written (No space left on device" in said
     kept = Path(said.partition("The merge is not lost: it is in ")[2].partition(". [")[0])
     assert kept.name == out.name
@@ -168,7 +155,7 @@ def test_the_command_says_so_where_no_disk_takes_it(world, tmp_path, monkeypatch
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     out = tmp_path / "merged.safetensors"
     with largest_file(16384):
-        code, said = command(world, out, monkeypatch, capsys)
+        code, _, said = run(monkeypatch, capsys, *command(world, out))
     assert code == 2
     assert f"{out} cannot be written (File too large" in said
     assert "not lost" not in said
@@ -180,7 +167,8 @@ def test_a_folder_without_writing_is_found_before_the_base_is_loaded(
 ):
     monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "load_base", pytest.fail)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    code, said = command(world, small_disk / "merged.safetensors", monkeypatch, capsys)
+    arguments = command(world, small_disk / "merged.safetensors")
+    code, _, said = run(monkeypatch, capsys, *arguments)
     assert code == 2
     assert "merged.safetensors cannot be written (Read-only file system)" in said
 

@@ -242,7 +242,7 @@ def test_the_good_files_are_taken(good, tmp_path):
 
 
 def test_some_hostile_files():
-    fuzz(150)
+    fuzz(60)
 
 
 @pytest.mark.fuzz

@@ -18,6 +18,13 @@ from iteris_core.lora_files import ReadOptions, write_lora
 
 OTHERS = [n for n in PIPELINES if not n.startswith(("SD", "FLUX.1", "InstructPix2Pix"))]
 """Pipelines that no record of ours is for."""
+FAST = {name for name, _ in LAYOUTS.values()} | {"SDXL", "SD 3", "FLUX.1", "Mochi"}
+
+
+def fast_first(names):
+    """Those that are not needed here otherwise are slow tests."""
+    slow = pytest.mark.slow
+    return [name if name in FAST else pytest.param(name, marks=slow) for name in names]
 
 
 @functools.cache
@@ -102,7 +109,7 @@ def test_a_file_for_another_model_is_refused(tmp_path):
         read(pipeline, tensors, tmp_path)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", fast_first(OTHERS))
 def test_what_is_written_is_what_the_loader_loads(name, tmp_path):
     pipeline = pipeline_of(name)
     lora = read(pipeline, lora_tensors(pipeline, rank=3), tmp_path)
@@ -121,7 +128,7 @@ def test_a_layout_without_names_is_refused_with_the_one_that_has_some(tmp_path):
         write_lora(lora, tmp_path / "b.safetensors", layout="kohya")
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", fast_first(PIPELINES))
 def test_architectures_are_told_by_the_denoisers_class(name):
     """FLUX.2, HunyuanVideo, Chroma and AuraFlow have sites of FLUX.1's names, Mochi SD 3's."""
     pipeline = pipeline_of(name)

@@ -55,7 +55,7 @@ def lost(kind: str, layout: str, alpha: float | None) -> tuple[str, str]:
 
 
 MATRIX = [
-    *((kind, "kohya", alpha) for kind in KINDS for alpha in (None, 4, 1, 3)),
+    *((kind, "kohya", alpha) for kind in KINDS for alpha in (None, 1)),
     ("sdxl", "kohya_sgm", None), ("sdxl", "kohya_sgm", 1),
     *((kind, "peft", alpha) for kind in KINDS for alpha in (None, 8)),
     *((kind, "peft_new", alpha) for kind in KINDS for alpha in (None, 8)),

@@ -116,12 +116,12 @@ Q = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize("kind", KINDS)
 def test_loras_in_every_layout(kind):
     only_q = lora_of(kind, set(), sites=[Q], ranks=[1]), "float32"
-    law(kind, in_memory(kind), 8, only_q)
+    law(kind, in_memory(kind), 4, only_q)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_of_trainers_in_every_layout(kind):
-    law(kind, of_trainers(kind), 8)
+    law(kind, of_trainers(kind), 4)
 
 
 @pytest.mark.fuzz

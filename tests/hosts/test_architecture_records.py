@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from bases import KINDS, tiny_base
 from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 from safetensors.torch import save_file
 
-import iteris_core
 from iteris_core import Concept, IterisError, Lora, LowRank, architectures, merge_loras, write_lora
 from iteris_core.architectures import (
     Architecture,
@@ -68,21 +66,6 @@ def test_a_new_architecture_is_read_and_written(toy, tmp_path):
     again = read_lora_file(path, toy)
     whole = torch.cat([again.sites[site].dense() for site in SHAPES])
     torch.testing.assert_close(whole, 2 * up @ down)
-
-
-def test_a_file_of_this_package_is_found(monkeypatch, tmp_path):
-    """What adding one takes: a module with an ``Architecture`` in the package's folder."""
-    (tmp_path / "pebble.py").write_text(
-        "from iteris_core.architectures.record import Architecture\n"
-        'ARCHITECTURE = Architecture("pebble", "Pebble")\n'
-    )
-    monkeypatch.setattr(architectures, "_registered", ())
-    monkeypatch.setattr(architectures, "__path__", [*architectures.__path__, str(tmp_path)])
-    architectures._discover()
-    known = [known.name for known in architectures.architectures()]
-    sys.modules.pop("iteris_core.architectures.pebble")
-    del iteris_core.architectures.pebble
-    assert known == ["flux", "sd3", "sd1", "sd2", "sdxl", "pebble"]
 
 
 def test_a_name_that_is_taken_changes_nothing(toy):

@@ -13,7 +13,6 @@ from tiny import is_attention, random_lora
 
 from iteris_core import Concept, merge_loras
 from iteris_core.activations.collect import Collector
-from iteris_core.activations.saliency import Saliency
 from iteris_core.passes.batches import ExecutionConfig, micro_batches
 from iteris_core.passes.job import Job
 from iteris_core.solve.choose import THRESHOLDS
@@ -24,23 +23,6 @@ FOCUS = 0.7
 
 def concepts_of(host, seeds=(1, 2, 3)):
     return [Concept(random_lora(host, s), prompts=PROMPTS, trigger=f"s{s}") for s in seeds]
-
-
-def test_weights_are_one_in_the_mean_and_rows_without_effect_have_no_focus():
-    focus = Saliency(FOCUS)
-    effect = torch.tensor([[1.0, 3.0, 0.0, 4.0], [0.0, 0.0, 0.0, 0.0]])
-    assert focus.weights(("unet", 1), {("unet", 1)}, 4) is None
-    focus.add(effect, rows=3, start=1)
-    assert focus.weights(("unet", 1), {("unet", 1)}, 4) is None  # sites that share it have shared
-    assert focus.weights(("unet", 2), set(), 5) is None
-    weights = focus.weights(("unet", 3), set(), 4)
-    wanted = torch.ones(3, 4)
-    wanted[1] = 1 - FOCUS + FOCUS * effect[0] / 2
-    torch.testing.assert_close(weights, wanted)
-    focus.add(torch.tensor([[5.0, 0.0, 0.0, 0.0]]), rows=3, start=1)
-    second = focus.weights(("unet", 4), set(), 4)
-    wanted[1] = 1 - FOCUS + FOCUS * (effect[0] / 2 + torch.tensor([4.0, 0, 0, 0])) / 2
-    torch.testing.assert_close(second, wanted)
 
 
 class Recorder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,7 @@ from command_line import make_world
 from diffusers import StableDiffusionPipeline
 from language_bases import CALIBRATION, MAKERS, largest_gap, logits, make_batches, make_bert
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import make_pipeline, random_lora
+from tiny import random_lora
 
 from iteris_core import (
     Concept,
@@ -285,31 +284,6 @@ def test_a_pipelines_adapters_are_as_before_when_its_merge_fails(loaded):
         merge_loaded(pipeline, {"cow": "a"})
     with pytest.raises(IterisError, match="'dog' is an adapter to merge"):
         merge_loaded(pipeline, {"cat": "a", "dog": "b"}, "dog")
-
-
-class Refusing(StableDiffusionPipeline):
-    def load_lora_weights(self, *given, **named):
-        if named["adapter_name"] == "merged":
-            raise AssertionError
-        super().load_lora_weights(*given, **named)
-
-
-def test_a_merge_that_is_not_loaded_is_in_a_file(loaded, tmp_path, monkeypatch):
-    pipeline, _ = loaded
-    pipeline.__class__ = Refusing
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    before = weights_of(pipeline)
-    with pytest.raises(IterisError, match="cannot load the LoRA") as failed:
-        merge_loaded(pipeline, {"cat": "sks cat", "dog": "zwx dog"}, calibration=FEW)
-    after = weights_of(pipeline)
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert pipeline.get_active_adapters() == ["cat", "dog"]
-    file = str(failed.value).partition("The merge is not lost: it is in ")[2].removesuffix(".")
-    found = DiffusersHost(make_pipeline()).read_lora(file)
-    assert set(found.metadata) >= {"iteris"}
-    pipeline.__class__ = StableDiffusionPipeline
-    ours = merge_loaded(pipeline, {"cat": "sks cat", "dog": "zwx dog"}, calibration=FEW)
-    assert largest_gap(ours.lora, found) < 1e-6
 
 
 def test_files_and_pipelines_are_taken_as_they_are(loaded, tmp_path):

@@ -38,12 +38,6 @@ def test_the_pipeline_is_as_it_was(tmp_path):
     assert torch.equal(draw(reduced), drawn)
 
 
-def test_text_conditioners_are_merged_too(tmp_path):
-    """Anima's runs between its text encoder and its denoiser."""
-    sites = merged(PIPELINES["Anima"](), tmp_path).sites
-    assert any(site.startswith("text_conditioner.") for site in sites)
-
-
 def test_the_guider_draws_at_the_calibrations_guidance():
     reduced = PIPELINES["Anima"]()
     loop = DiffusersHost(reduced.pipeline, **reduced.call)._loop

@@ -16,49 +16,12 @@ from iteris_core import Concept, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.recorded import (
     Recorders,
-    arguments_of,
-    batched_in,
-    entries,
-    joined,
-    kind,
 )
 
 
 class Denoiser(nn.Module):
     def forward(self, x, time, extra=None, **kwargs):
         return x + time
-
-
-def call(rows: int, length: int = 3) -> dict:
-    return {
-        "x": torch.arange(rows * 2.0).reshape(rows, 2),
-        "ids": torch.arange(3.0),
-        "text": [torch.full((length, 2), float(row)) for row in range(rows)],
-        "late": torch.arange(rows * 3.0).reshape(3, rows),
-        "extra.scale": torch.ones(rows),
-        "time": torch.tensor(5.0),
-    }
-
-
-def test_a_call_is_its_rows():
-    batched = batched_in(call(1), call(2))
-    assert batched == {"x": 0, "text": 0, "late": 1, "extra.scale": 0}
-    two = call(2)
-    again = joined([entries(two, batched, row) for row in (0, 1)], batched, {"text"}, "cpu")
-    assert again.keys() == two.keys()
-    for path in ("x", "ids", "late", "extra.scale", "time"):
-        assert torch.equal(again[path], two[path])
-    assert all(map(torch.equal, again["text"], two["text"]))
-    assert arguments_of(two)["extra"]["scale"] is two["extra.scale"]
-
-
-def test_rows_of_one_kind_have_equal_shapes_and_share_the_same():
-    batched = batched_in(call(1), call(2))
-    rows = [entries(call(2), batched, row) for row in (0, 1)]
-    assert kind(rows[0], batched) == kind(rows[1], batched)
-    longer = entries(call(1, length=4), batched, 0)
-    others = {**rows[0], "ids": torch.arange(3.0) + 1}
-    assert len({kind(row, batched) for row in (rows[0], longer, others)}) == 3
 
 
 def test_a_call_is_seen_with_the_names_of_its_arguments_and_the_forward_comes_back():

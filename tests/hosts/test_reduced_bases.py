@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from bases import outputs
-from host_cases import CALIBRATION, DENOISER, PIPELINES, DiffusersCase, two_concepts
+from host_cases import CALIBRATION, DENOISER, PIPELINES, DiffusersCase, make_case, two_concepts
 
 from iteris_core import Lora, merge_loras
 
@@ -57,10 +57,12 @@ def test_a_half_precision_base_merges_as_well(kind):
         assert float((merges[dtype] - merges[torch.float32]).norm() / moved) < apart
 
 
-@pytest.mark.parametrize("kind", ["sd1", "flux"])
+@pytest.mark.parametrize(
+    "kind", ["sd1", "decoder", "both", pytest.param("flux", marks=pytest.mark.slow)]
+)
 def test_weights_may_be_offloaded(kind):
     """accelerate brings each module's weights in when it runs; they are on no device until then."""
-    plain, away = DiffusersCase(kind, torch.float32), DiffusersCase(kind, torch.float32)
+    plain, away = make_case(kind), make_case(kind)
     for model in away.models():
         cpu_offload(model, torch.device("cpu"))
     assert next(away.last.parameters()).device.type == "meta"

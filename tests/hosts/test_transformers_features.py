@@ -180,6 +180,7 @@ def test_layers_wired_otherwise_have_no_streams():
         assert host.streams(set(host.sites())) == {}
 
 
+@pytest.mark.slow
 def test_a_repaired_sweep_is_the_converged_iteration(world):
     kind, host, folders = world
     settings = {"precision": "float64", "ridge": 1e-4}
