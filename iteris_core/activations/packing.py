@@ -31,7 +31,7 @@ class Format:
 
     @property
     def width(self) -> int:
-        """Bytes for a group's codes."""
+        """MemoryEstimate for a group's codes."""
         return self.group * self.bits // 8
 
 

@@ -52,7 +52,7 @@ def places(monkeypatch):
 
 
 def held(memory: HostPool) -> int:
-    """Bytes that are in use."""
+    """MemoryEstimate that are in use."""
     gaps = sum(stop - start for slab in memory._slabs for start, stop in slab._gaps)
     return memory.taken - gaps
 
