@@ -169,7 +169,7 @@ class _Pairs(Reduction):
 
     @staticmethod
     def bytes(changes: SiteChanges) -> MemoryEstimate:
-        """MemoryEstimate of what is summed up; a step of AdamW has six matrices of the change's size, and
+        """Bytes of what is summed up; a step of AdamW has six matrices of the change's size, and
         six of every concept's and one of every two concepts'."""
         out, width = changes.shape
         concepts = len(changes)

@@ -71,7 +71,7 @@ class ActivationOffload(TorchDispatchMode):
 
     @property
     def away(self) -> int:
-        """MemoryEstimate currently waiting off the device."""
+        """Bytes currently waiting off the device."""
         return sum(h.slot.nbytes for h in self._held.values() if h.away and h.slot is not None)
 
     def turn(self, forward: int) -> None:

@@ -86,7 +86,7 @@ class Lockstep:
 
     @property
     def cast_bytes(self) -> int:
-        """MemoryEstimate of changes that were cast to the model's dtype or moved to its device."""
+        """Bytes of changes that were cast to the model's dtype or moved to its device."""
         factors = (f for _, cast in self._cast.values() for f in (cast.up, cast.down))
         return sum(factor.numel() * factor.element_size() for factor in factors)
 

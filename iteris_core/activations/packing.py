@@ -31,7 +31,7 @@ class Format:
 
     @property
     def width(self) -> int:
-        """MemoryEstimate for a group's codes."""
+        """Bytes for a group's codes."""
         return self.group * self.bits // 8
 
 

@@ -17,7 +17,7 @@ from .strategies import Strategy
 
 @dataclass(frozen=True)
 class MemoryLimits:
-    """MemoryEstimate that may be used on the device, and additionally on the host."""
+    """Bytes that may be used on the device, and additionally on the host."""
 
     device: int
     host: int = 0
@@ -40,14 +40,14 @@ class Footprint:
     sampled: int = 0
 
     def bytes_of(self, rows: int, at_once: int, on_device: int | None = None) -> int:
-        """MemoryEstimate for ``rows`` rows, ``at_once`` per forward, with that many of the rows waiting on
+        """Bytes for ``rows`` rows, ``at_once`` per forward, with that many of the rows waiting on
         the device (None: all)."""
         at_once = min(at_once, rows)
         peaks = self._swept(rows, at_once, on_device) if self.waits else self._streamed(at_once)
         return self.fixed + max(peaks)
 
     def host_bytes(self, rows: int, on_device: int | None) -> int:
-        """MemoryEstimate of host memory for the rows that do not wait on the device."""
+        """Bytes of host memory for the rows that do not wait on the device."""
         if self.parked is None or on_device is None:
             return 0
         away = rows - on_device
@@ -55,7 +55,7 @@ class Footprint:
         return away * self.parked.waiting + min(self.sampled, away) * shown
 
     def _swept(self, rows: int, at_once: int, on_device: int | None) -> Iterator[int]:
-        """MemoryEstimate at every moment that may be the peak. Running rows may or may not have left the
+        """Bytes at every moment that may be the peak. Running rows may or may not have left the
         previous barrier. Observed tensors of ``sampled`` rows wait at their level; those of other
         rows are reduced while they run."""
         there = rows if on_device is None else on_device
@@ -93,7 +93,7 @@ class Footprint:
                 left = site.left + shared
 
     def _beside(self, step: Step) -> int:
-        """MemoryEstimate left over from sites whose inputs are still alive."""
+        """Bytes left over from sites whose inputs are still alive."""
         return sum(self.sites[site].left for site in step.beside if site in self.sites)
 
     def _of_barriers(self, steps: Sequence[Step]) -> list[list[Step]]:

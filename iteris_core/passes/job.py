@@ -21,7 +21,7 @@ from ..progress import Forecast
 from ..solve.choose import THRESHOLDS, Thresholds
 
 Budget = int | Literal["free"] | None
-"""MemoryEstimate beyond the model (``"free"``: what is free; None: no limit)."""
+"""Bytes beyond the model (``"free"``: what is free; None: no limit)."""
 
 
 @dataclass(frozen=True)

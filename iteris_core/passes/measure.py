@@ -165,7 +165,7 @@ class _Run:
 
     @property
     def left(self) -> int:
-        """MemoryEstimate that the forward made and that are still alive."""
+        """Bytes that the forward made and that are still alive."""
         return self._meter.live
 
     def observe(self, shown: Observation) -> None:

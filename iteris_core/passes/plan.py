@@ -157,7 +157,7 @@ def _too_much(footprints: Sequence[Footprint], limits: MemoryLimits, fewest: int
 
 
 def _size(count: float) -> str:
-    """MemoryEstimate as text, in the largest unit of which there is at least a tenth."""
+    """Bytes as text, in the largest unit of which there is at least a tenth."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
         if count >= unit / 10:
             return f"{count / unit:.2f} {name}"

@@ -95,7 +95,7 @@ def replayable(
 
 
 def free_host() -> int:
-    """MemoryEstimate of host memory that a merge may use."""
+    """Bytes of host memory that a merge may use."""
     return usable(free_memory(torch.device("cpu")))
 
 

@@ -160,7 +160,7 @@ class SiteContext:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """MemoryEstimate that a reduction keeps until solved (``kept``), that solving needs in addition, and
+    """Bytes that a reduction keeps until solved (``kept``), that solving needs in addition, and
     that remain of both (``left``) until the next site: moments and factors that may be shared.
     Sites that receive the same tensor hold the ``shared`` part of ``kept`` only once."""
 

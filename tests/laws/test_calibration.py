@@ -321,7 +321,7 @@ def test_what_samples_are_worth():
     owners = [0] * 6 + [1] * 6 + [2]
     rows = TextRows.of(owners, ["a", "b", "c", "d", "e", ""] + ["f", "g"] * 3 + ["x"])
 
-    def effective_samples(samples):
+    def worth(samples):
         calibration, generator = Calibration(samples=samples), torch.Generator()
         wording = Wording(WORDS, concepts, generator)
         return SamplePrompts([], [], concepts, calibration, wording).effective_samples(rows)

@@ -52,7 +52,7 @@ def places(monkeypatch):
 
 
 def held(memory: HostPool) -> int:
-    """MemoryEstimate that are in use."""
+    """Bytes that are in use."""
     gaps = sum(stop - start for slab in memory._slabs for start, stop in slab._gaps)
     return memory.taken - gaps
 
