@@ -230,6 +230,12 @@ def test_ssr_passes_sites_of_one_lora_through():
         assert torch.equal(ours.lora.sites[site].dense(), lora.sites[site].dense())
 
 
+def test_ssr_refuses_weights():
+    concepts = [Concept(lora, ["unused"], f"t{n}", weight=1.0 + n) for n, lora in enumerate(LORAS)]
+    with pytest.raises(SettingsError, match="cannot weigh its LoRAs, but t1"):
+        merge_loras(ModuleHost(Net(), make_data(3)), concepts, "ssr")
+
+
 def test_the_subspace_form_is_the_least_squares_router():
     """R against a plain lstsq of H_i on Z̃_i, weighed by 1 / tokens."""
     ours = merge(LORAS, "iteris-subspace", ridge=0.0)
