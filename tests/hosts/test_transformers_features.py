@@ -57,7 +57,7 @@ def test_features_are_those_of_each_lora_generating(make, tmp_path):
     from iteris_core.passes.job import Job
     from iteris_core.passes.sweep import solve_sites
     from iteris_core.solve.choose import THRESHOLDS
-    from iteris_core.solve.problem import Bytes, RegressionSpec, Solution, StageSolver
+    from iteris_core.solve.problem import MemoryEstimate, RegressionSpec, Solution, StageSolver
 
     torch.manual_seed(0)
     model, targets = make()
@@ -84,7 +84,7 @@ def test_features_are_those_of_each_lora_generating(make, tmp_path):
     solver = StageSolver(
         begin=lambda opening: THRESHOLDS.choose(opening, fit, "output", torch.float32),
         solve=keep,
-        bytes=lambda site, sweep: Bytes(0, 0),
+        bytes=lambda site, sweep: MemoryEstimate(0, 0),
     )
     with task.run() as run:
         solve_sites(run, lambda stage: solver, ExecutionConfig(8), REFERENCE)

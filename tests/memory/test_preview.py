@@ -69,14 +69,13 @@ def test_what_does_not_fit_is_refused_before_it_is_denoised():
 
 def test_the_time_includes_samples_and_polish():
     host, some = of_texts_and_pictures()
-    steps = {"latents": "noise"}, {}, {}
+    steps = {"latents": "noise"}, {"denoising_steps": 400}, {}
     polish = {}, {}, {"block_steps": 400}
     least, denoised, polished = (
         preview_merge(host, some, settings=settings, calibration={**QUICK, **more}).seconds
         for settings, more in zip(polish, steps, strict=True)
     )
-    assert least < denoised < polished
-    assert polished > 5 * least
+    assert min(denoised, polished) > 3 * least, (least, denoised, polished)
 
 
 @pytest.mark.parametrize(("model", "why"), CASES)
