@@ -214,7 +214,9 @@ class _Watch:
             return
         seen = self._sampled(source, tensor)
         if seen is not None and not any(
-            seen.tokens == one.tokens and torch.equal(seen.values, one.values)
+            seen.tokens == one.tokens
+            and seen.values.dtype == one.values.dtype
+            and torch.equal(seen.values, one.values)
             for one in self._streams
         ):
             self._streams.append(seen)
@@ -228,18 +230,17 @@ class _Watch:
         self._turn += 1
         self._noise = max(self._noise, torch.finfo(tensor.dtype).eps)
         step = max(1, tensor.shape[1] // _TOKENS)
-        return _Seen(source, tensor[:, ::step].float().clone(), tensor.shape[1], self._turn)
+        return _Seen(source, tensor[:, ::step].clone(), tensor.shape[1], self._turn)
 
     def _normed(self, y: Tensor) -> tuple[_Seen, Tensor] | None:
         """What an RMS norm returned for ``y``, and the norm's weight."""
         for given, seen in self._norms:
-            if given.shape != y.shape or not torch.equal(given, y):
+            if given.shape != y.shape or given.dtype != y.dtype or not torch.equal(given, y):
                 continue
+            y, wanted = y.float(), seen.values.float()
             even = y * (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-            norm = (seen.values * even).sum((0, 1)) / even.square().sum((0, 1)).clamp(min=1e-30)
-            if _off(norm * even, seen.values) <= max(1e-2, 2 * self._noise) * float(
-                seen.values.norm()
-            ):
+            norm = (wanted * even).sum((0, 1)) / even.square().sum((0, 1)).clamp(min=1e-30)
+            if _off(norm * even, wanted) <= max(1e-2, 2 * self._noise) * float(wanted.norm()):
                 return seen, norm
         return None
 
@@ -292,6 +293,7 @@ class _Watch:
 def _fitted(h: Tensor, z: Tensor, y: Tensor, noise: float) -> tuple[Tensor, float] | None:
     """g of z − h = g ⊙ y, (rows, channels), and the norm of its error; None if the two differ by
     anything else than rounding."""
+    h, z, y = h.float(), z.float(), y.float()
     added, energy = z - h, y.square().sum(1).clamp(min=1e-30)
     gate = (added * y).sum(1) / energy
     left, whole = float((added - gate[:, None] * y).norm()), float(added.norm())
