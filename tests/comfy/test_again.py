@@ -30,8 +30,8 @@ def desk(kit: Kit, caplog: pytest.LogCaptureFixture) -> Any:
 
 
 def test_another_strength_does_not_merge_again(kit: Kit, desk: Any) -> None:
-    _, _, whole, _, _, words = desk()
-    _, _, half, report, _, _ = desk(strength=0.5)
+    _, _, whole, _, words = desk()
+    _, _, half, report, _ = desk(strength=0.5)
     assert words == "sks cat, zwx dog"
     assert desk.merges() == 1
     sites = {site: change.scaled(0.5) for site, change in whole.lora.sites.items()}
