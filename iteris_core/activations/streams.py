@@ -24,6 +24,8 @@ _PARTS = 16
 """Most parts of a tensor without tokens, each as wide as the tensor's last dimension."""
 _MOST_LEFT = 0.7
 """Largest share of an addition, or of a gate, that may be rounding."""
+_ALIKE = 0.1
+"""Largest share of a gate that the rounding of alike tokens may be."""
 
 
 @dataclass(frozen=True)
@@ -300,8 +302,11 @@ def _fitted(h: Tensor, z: Tensor, y: Tensor, noise: float) -> tuple[Tensor, floa
     if left > 1e-3 * whole + 0.6 * noise * float(z.norm()) or left > _MOST_LEFT * whole:
         return None
     error = 4 * left * float((1 / energy).sum().sqrt()) / added.numel() ** 0.5
+    # Tokens that are alike, as padding, are rounded alike, and the fit hides it.
+    alike = noise / 2 * float((z.square().sum(1) / energy).sum().sqrt())
     size = float(gate.norm())
-    return (gate, error + 1e-3 * size) if error <= _MOST_LEFT * size else None
+    off = max(error, min(alike, _ALIKE * size)) + 1e-3 * size
+    return (gate, off) if error <= _MOST_LEFT * size else None
 
 
 def _off(one: Tensor, other: Tensor) -> float:
