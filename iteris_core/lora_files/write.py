@@ -221,26 +221,29 @@ def _fuse(name: str, alias: Alias, stored: Mapping[str, Factors]) -> Factors:
 def _recognisable(modules: Mapping[str, Factors]) -> dict[str, Factors]:
     """Zero factors for an ``out_proj`` of each text encoder that needs them. Only CLIP does:
     language models name that layer differently, and no loader looks for it."""
-    known = {name.partition("_text_model_")[0] for name in modules if name.endswith("_out_proj")}
+    known = {name.partition("_text_")[0] for name in modules if name.endswith("_out_proj")}
     added: dict[str, Factors] = {}
     for name, like in modules.items():
-        encoder, of_clip, _ = name.partition("_text_model_")
-        stem, attention, _ = name.rpartition("_self_attn_")
-        if of_clip and attention and encoder not in known:
+        encoder, _, layer = name.partition("_text_")
+        stem, attention, _ = layer.rpartition("_self_attn_")
+        stem = stem if attention else "model_encoder_layers_0"
+        needed = layer == "projection" or (layer.startswith("model_") and attention)
+        if needed and encoder not in known:
             known.add(encoder)
-            added[f"{stem}_self_attn_out_proj"] = _zeros(like.down.shape[1], like)
+            added[f"{encoder}_text_{stem}_self_attn_out_proj"] = _zeros(like.down.shape[1], like)
     return added
 
 
 def _recognisable_to_peft(stored: Mapping[str, Factors]) -> dict[str, Factors]:
     """Zero factors for an ``out_proj`` of each CLIP text encoder without attention sites."""
-    known = {site.partition(".text_model.")[0] for site in stored if ".self_attn." in site}
+    known = {site.partition(".")[0] for site in stored if ".self_attn." in site}
     added: dict[str, Factors] = {}
     for site, like in stored.items():
-        encoder, of_clip, _ = site.partition(".text_model.")
-        if of_clip and site.endswith((".fc1", ".fc2")) and encoder not in known:
+        encoder, _, layer = site.partition(".")
+        of_clip = layer == "text_projection" or layer.startswith("text_model.")
+        if of_clip and layer.endswith((".fc1", ".fc2", "projection")) and encoder not in known:
             known.add(encoder)
-            width = like.down.shape[1] if site.endswith(".fc1") else like.up.shape[0]
+            width = like.up.shape[0] if site.endswith(".fc2") else like.down.shape[1]
             name = f"{encoder}.text_model.encoder.layers.0.self_attn.out_proj"
             added[name] = _zeros(width, like)
     return added

@@ -131,7 +131,7 @@ def test_a_merged_file_writes_a_merge_file_that_merges_again(place, monkeypatch,
                        "--device=cpu")  # fmt: skip
     assert code == 0, err
     assert same(merged, again)
-    # A file that is not the one that was merged is told by its hash.
+    # The hash tells a file that was not merged from the one that was.
     shutil.copy(place / "lora2.safetensors", place / "lora1.safetensors")
     code, _, err = run(
         monkeypatch, capsys, "merge", place / "merge.yaml", "-o", place / "no.safetensors"

@@ -24,7 +24,7 @@ def part(pack: ModuleType, name: str) -> Any:
 
 
 def node(pack: ModuleType, file: str, name: str) -> Any:
-    """A node's class, as ComfyUI runs it: with what it is told beside its inputs."""
+    """A node's class, as ComfyUI runs it, with its hidden inputs set."""
     found = getattr(part(pack, f"nodes.{file}"), name)
     return type(name, (found,), {"hidden": SimpleNamespace(unique_id=None, prompt=None)})
 
