@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +44,7 @@ class LoraReader(Protocol):
     def read_lora(self, path: str | Path) -> Lora: ...
 
 
-class Phrased:
+class Phrased(ABC):
     """The words and the weight of a concept, whether its LoRA is read or still in a file."""
 
     if TYPE_CHECKING:  # each declares its own
@@ -71,9 +72,9 @@ class Phrased:
         return self.weight > 0 and (self.preserves or any((self.strength, self.text_strength)))
 
     @property
+    @abstractmethod
     def preserves(self) -> bool:
         """True if there is no LoRA, only prompts on which the base should not change."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
