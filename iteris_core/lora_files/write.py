@@ -19,16 +19,18 @@ import json
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..architectures import architecture
 from ..architectures.row_mapping import Alias, file_rows
 from ..errors import OutputError
-from ..lora import Lora
+from ..lora import Lora, LowRank
 from ..saving import check_new, together
 from .aliases import BaseModel, base_model
 from .alphas import lora_config
@@ -100,6 +102,7 @@ def to_tensors(
         raise OutputError("The merged LoRA changes no site; there is nothing to write.")
     base, layout = lora.base or _unknown_base(lora), layout or _own_layout(lora)
     one_alpha = base.architecture.one_alpha
+    lora = replace(lora, sites=_as_wide_as_projections(lora.sites))
     stored = store_all(lora, DTYPES[name_of(dtype)], one_alpha, even=layout == "kohya")
     metadata = {key: str(value) for key, value in lora.metadata.items()}
     metadata.pop("lora_adapter_metadata", None)
@@ -126,6 +129,20 @@ def to_tensors(
     if "modelspec.sai_model_spec" in metadata:
         metadata["modelspec.hash_sha256"] = "0x" + content_hash(tensors)
     return tensors, {**metadata, "format": "pt"}
+
+
+def _as_wide_as_projections(sites: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """All layers of a text encoder at one rank, filled up with zeros, if its projection is among
+    them: diffusers loads a projection at the rank of the other layers."""
+    padded = dict(sites)
+    for encoder in [s.partition(".")[0] for s in sites if s.endswith(".text_projection")]:
+        own = {s: change for s, change in sites.items() if s.partition(".")[0] == encoder}
+        widest = max(change.rank for change in own.values())
+        for site, change in own.items():
+            missing = widest - change.rank
+            up, down = pad(change.up, (0, missing)), pad(change.down, (0, 0, 0, missing))
+            padded[site] = LowRank(up, down, change.kernel) if missing else change
+    return padded
 
 
 def _own_layout(lora: Lora) -> Layout:

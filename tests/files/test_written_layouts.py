@@ -117,8 +117,10 @@ Q = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 def test_loras_in_every_layout(kind):
     only_q = lora_of(kind, set(), sites=[Q], ranks=[1]), "float32"
     projection = [s for s in tiny_base(kind).shapes if s.endswith("text_projection")][:1]
-    alone = [(lora_of(kind, set(), sites=projection, ranks=[1]), "float32")] if projection else []
-    law(kind, in_memory(kind), 4, only_q, *alone)
+    with_q = [projection[0].replace("text_projection", Q.partition(".")[2])] if projection else []
+    both = [(lora_of(kind, set(), sites=s, ranks=[2, 1]), "float32")
+            for s in (projection, [*with_q, *projection]) if s]  # fmt: skip
+    law(kind, in_memory(kind), 4, only_q, *both)
 
 
 @pytest.mark.parametrize("kind", KINDS)
