@@ -79,7 +79,7 @@ def _of(owner: str) -> str:
 
 def test_what_to_lower_is_said_where_nothing_fits(kit: Kit) -> None:
     before = kit.outputs()
-    with pytest.raises(kit.core.IterisError, match="lower samples, timesteps or latent_size"):
+    with pytest.raises(kit.core.IterisError, match="lower samples, timesteps or image_size"):
         kit.merge(memory_budget=1000)
     assert kit.unchanged(before)
 
