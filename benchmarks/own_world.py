@@ -23,9 +23,9 @@ from iteris_core.cli.base import check_base, device_of, load_base
 from iteris_core.cli.checks import check_concepts
 from iteris_core.cli.compare import picture_size
 from iteris_core.cli.concept_options import concept_of
+from iteris_core.cli.inputs import open_images
 from iteris_core.cli.merge_file import MergeFile, read_mapping
 from iteris_core.cli.options import check_settings
-from iteris_core.cli.pictures import open_images
 from iteris_core.config import ConceptConfig
 from iteris_core.errors import ConceptError, MergeFileError, did_you_mean
 from iteris_core.hosts.diffusers import DiffusersHost

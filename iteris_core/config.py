@@ -187,11 +187,6 @@ class ConceptConfig(Phrased, Config):
         return data | ({"weight": self.weight} if self.preserves else {})
 
     @property
-    def renames(self) -> list[str]:
-        """How a recipe's merge renamed embeddings."""
-        return [str(text) for text in self.reading.get("rename") or ()]
-
-    @property
     def files(self) -> list[Path]:
         return [file for file in (self.file, self.low) if file is not None]
 
@@ -269,10 +264,7 @@ class MergeConfig(Config):
         names = ("method", "preset", "settings", "calibration", "unmergeable")
         return {name: getattr(self, name) for name in names}
 
-    def to_dict(self, name: Callable[[Path], str] = str, *, usual: bool = True) -> dict[str, Any]:
-        """The configuration in built-in types only; ``name`` and ``usual`` are as in
-        :meth:`ConceptConfig.to_dict`."""
-        concepts = [concept.to_dict(name, usual=usual) for concept in self.concepts]
-        data = {key: getattr(self, key) for key in self.key_names()} | {"concepts": concepts}
-        default = {"base": "", "preset": "default", "cut": {}}
-        return {key: v for key, v in data.items() if usual or v != default.get(key)}
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration in built-in types only."""
+        concepts = [concept.to_dict() for concept in self.concepts]
+        return {key: getattr(self, key) for key in self.key_names()} | {"concepts": concepts}

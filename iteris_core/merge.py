@@ -23,7 +23,7 @@ from .lora import SiteChanges
 from .merge_result import Made, MergeResult, Notes, result_of
 from .methods import Method, find_method
 from .methods.registry import Merged, settings_over
-from .methods.repair import notes_on, sizes_of, streams_of
+from .methods.repair import notes_on, streams_of
 from .passes import preflight
 from .passes.changes import (
     always_on,
@@ -95,7 +95,7 @@ def merge_loras(
     concepts = read_concepts(host, concepts)
     job, always = begun(host, concepts, chosen, calibration, on_progress, memory_budget, thresholds)
     if always and not job.concepts:  # as they are, side by side
-        made = Made([], Merged({}, RunLog()), [], [], {})
+        made = Made([], Merged({}, RunLog()), [], [])
     elif host is None or not chosen.needs_host:
         made = _by_weights(job, chosen, settings)
     else:
@@ -216,13 +216,12 @@ def _by_features(
             shares = kept(job, {site: solution.change for site, solution in merged.sites.items()})
         except (IterisError, RuntimeError) as error:  # the merge is done
             noted.append((WHAT, [f"not measured: {error}"]))
-    sizes = sizes_of({**{site: SiteChanges(()) for site in merged.repairs}, **job.changes})
     if unmergeable == "mean":
         means = means_of(job.concepts, others)
         solved = {site: Solution(change) for site, change in means.items()}
         merged = replace(merged, sites={**merged.sites, **solved})
     own = calls[: len(concepts)]
-    return Made(concepts, merged, own, noted, sizes, job.calibration.samples, shares)
+    return Made(concepts, merged, own, noted, job.calibration.samples, shares)
 
 
 def _by_weights(job: Job, method: Method, settings: Settings) -> Made:
@@ -231,7 +230,7 @@ def _by_weights(job: Job, method: Method, settings: Settings) -> Made:
     job = replace(job, concepts=concepts, changes=changes_of(concepts))
     merged = method.merge(job, settings)
     calls = [embedding_triggers(concept) for concept in concepts]
-    return Made(concepts, merged, calls, [], sizes_of(job.changes))
+    return Made(concepts, merged, calls, [])
 
 
 def _added_note(added: Concept, concepts: Sequence[Concept], always: Sequence[Concept]) -> str:

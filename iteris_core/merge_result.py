@@ -77,14 +77,12 @@ Notes = list[tuple[str, list[str]]]
 @dataclass(frozen=True)
 class Made:
     """The ``merged`` LoRA of the ``concepts``, and notes on each by name; ``samples`` is the number
-    that the time allowed, ``sizes`` the norms of the LoRAs' changes together, and ``kept`` what
-    held-out rows keep."""
+    that the time allowed, ``kept`` what held-out rows keep."""
 
     concepts: Sequence[Concept]
     merged: Merged
     calls: Sequence[EmbeddingTriggers]
     noted: Notes
-    sizes: Mapping[str, float]
     samples: int = 0
     kept: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
 
@@ -122,7 +120,6 @@ def result_of(
                 replace(solved[site], change=change) if site in solved else Solution(change),
                 len(concepts),
                 repair=site in repairs,
-                size=made.sizes.get(site, 0.0),
             )
             for site, change in sites.items()
         },

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .concepts import Concept
 from .config import ConceptConfig
-from .errors import ConceptError, SettingsError, UsageError
-from .hosts.learned import embedding_triggers
+from .errors import ConceptError, SettingsError
 from .hosts.protocol import Host
 from .lora_files import ReadOptions, ReleasedBases
 from .lora_files.experts import joined_experts
@@ -43,12 +41,11 @@ def read_concept(
     config: ConceptConfig,
     host: Host | ReleasedBases,
     options: ReadOptions | None = None,
-    renames: Sequence[str] = (),
 ) -> Concept:
     """The concept with its LoRA, or with those of two experts as one.
 
-    ``options`` apply unless a recipe recorded others; ``renames`` come after the recipe's own.
-    Raises :class:`IterisError` for a file that does not fit ``host``.
+    ``options`` apply unless a recipe recorded others. Raises :class:`IterisError` for a file that
+    does not fit ``host``.
     """
     if config.file is None:
         return config.concept()
@@ -63,7 +60,7 @@ def read_concept(
         read_low = getattr(host, "read_low", host.read_lora)
         lora = joined_experts(lora, read_low(config.low, options), experts)
     named = config if config.prompts is not None else config.with_found_words(lora.metadata)
-    return renamed_in(named.concept(lora), [*config.renames, *renames])
+    return named.concept(lora)
 
 
 def _options(config: ConceptConfig, given: ReadOptions) -> ReadOptions:
@@ -79,37 +76,3 @@ def _options(config: ConceptConfig, given: ReadOptions) -> ReadOptions:
         blocks=config.blocks or recorded.get("blocks", ""),
         layers=config.layers or recorded.get("layers", ""),
     )
-
-
-def parse_rename(text: str) -> tuple[str, str, str]:
-    """Split ``[LORA:]NAME=NEW`` into the LoRA (empty: every one), an embedding's name and its new
-    name. Raises :class:`IterisError` for any other text."""
-    left, _, new = text.partition("=")
-    owner, _, old = left.rpartition(":")
-    if not old or not new:
-        raise UsageError(f"option rename {text!r} is not LORA:NAME=NEW or NAME=NEW.")
-    return owner, old, new
-
-
-def renamed_in(concept: Concept, renames: Sequence[str]) -> Concept:
-    """``concept`` with the embeddings of its LoRA renamed, and with them the words that call for
-    them; ``renames`` are LORA:NAME=NEW, or NAME=NEW for every LoRA."""
-    lora = concept.lora
-    if not renames or lora is None:
-        return concept
-    names = {name: name for name in lora.embeddings}
-    for owner, old, new in map(parse_rename, renames):
-        if old in names and owner in ("", lora.name):
-            names[old] = new
-    if len(set(names.values())) < len(names):
-        raise UsageError(f"{lora.name}: two embeddings would get the same name: {names}.")
-    renamed = {names[name]: parts for name, parts in lora.embeddings.items()}
-    lora = replace(lora, embeddings=renamed, reading={**lora.reading, "rename": list(renames)})
-    words = embedding_triggers(concept)
-
-    def of(texts: Sequence[str]) -> list[str]:
-        return [words.renamed(text, names) for text in texts]
-
-    prompts = None if concept.prompts is None else of(concept.prompts)
-    trigger, subjects = of([concept.trigger])[0], of(concept.subjects)
-    return replace(concept, lora=lora, prompts=prompts, trigger=trigger, subjects=subjects)

@@ -12,8 +12,13 @@ from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.preview import preview_merge
 from ..iteris_core.reading import read_concept
-from ..iteris_core.report.inspection import describe, interference, numbered, to_table
-from ..iteris_core.report.plots import plot_loras
+from ..iteris_core.report.inspection import (
+    describe,
+    interference,
+    numbered,
+    plot_loras,
+    to_table,
+)
 from .comfy_host import ComfyHost
 from .comfy_runtime import NodeProgress, files_behind, show_text
 from .comfy_state import ready_for_merge

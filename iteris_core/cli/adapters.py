@@ -14,7 +14,7 @@ from ..errors import BaseError, ConceptError, UsageError, brief
 from ..hosts.protocol import Host
 from ..lora_files import read_header, read_tensors
 from .base import INDEXES, loading
-from .options import read_lines
+from .inputs import read_lines
 
 _AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",

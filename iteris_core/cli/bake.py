@@ -19,8 +19,8 @@ from ..passes.changes import changes_always
 from ..progress import Progress
 from .base import check_base, known_base, located
 from .checks import check_concepts
-from .common import option, progress_bars
-from .sizing import Energy, Overwrite, Partial
+from .common import progress_bars
+from .options import Energy, Overwrite, Partial, option
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 _LORA = re.compile(rf"(.+\.safetensors)(?::({_NUMBER})(?:/({_NUMBER}))?)?")

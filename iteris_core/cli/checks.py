@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..concepts import Concept
 from ..config import ConceptConfig
-from ..errors import ConceptError, LoraFileError, OutputError, UsageError
+from ..errors import ConceptError, LoraFileError, OutputError
 from ..lora import Lora
-from ..lora_files import is_lora, read_header, read_tensors
+from ..lora_files import Layout, is_lora, read_header, read_tensors
 from ..lora_files.blocks import weights_by_block
-from ..lora_files.embeddings import split_embeddings
+from ..lora_files.embeddings import embedding_targets, split_embeddings
+from ..lora_files.experts import by_expert, expert_files
 from ..lora_files.rebuild import check_whole
-from ..reading import parse_rename, renamed_in
-from ..report.provenance import shared_triggers
-from ..saving import check_new
+from ..report.provenance import join_embeddings, shared_triggers
 
 _FEW = 8
 """Most tensors in a file of embeddings; a model has more."""
-_PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 
-def check_concepts(
-    concepts: Sequence[ConceptConfig], *, renames: Sequence[str] = ()
-) -> list[Concept]:
+def check_concepts(concepts: Sequence[ConceptConfig]) -> list[Concept]:
     """Raise :class:`IterisError` for a missing file, one that is not a LoRA or a broken one.
 
     Returns the concepts that have a file, with what needs no base of their LoRAs: metadata and
-    embeddings, renamed by ``renames``.
+    embeddings.
     """
     if concepts and not any(option.counts for option in concepts):
         raise ConceptError("There is nothing to merge: every concept has strength or weight 0.")
     read: list[Concept] = []
     for option in concepts:
         loras = [_checked_lora(file) for file in option.files]
-        named = [*option.renames, *renames]
-        read += [renamed_in(option.concept(lora), named) for lora in loras[:1]]
+        read += [option.concept(lora) for lora in loras[:1]]
         if option.blocks and not any(weights_by_block(option.blocks).values()):
             raise ConceptError(
                 f"{option.name}: blocks={option.blocks!r} leaves nothing of it; leave it out, or "
@@ -48,15 +41,6 @@ def check_concepts(
             raise ConceptError(f"{option.name}: samples are for transformers models; give prompts.")
         if option.prompts is not None and not option.prompts:
             raise ConceptError(f"{option.name}: its list of prompts is empty.")
-    for text in renames:
-        owner, _, new = parse_rename(text)
-        loras = [concept.lora for concept in read if concept.lora is not None]
-        if not any(new in lora.embeddings and owner in ("", lora.name) for lora in loras):
-            brought = [f"{lora.name}:{name}" for lora in loras for name in lora.embeddings]
-            raise UsageError(
-                f"--rename {text!r} matches no embedding of these LoRAs, which have "
-                f"{', '.join(brought) or 'none'}."
-            )
     return read
 
 
@@ -90,26 +74,20 @@ def check_apart(outputs: Sequence[Path], concepts: Sequence[ConceptConfig]) -> N
                     )
 
 
-def check_plot(path: Path | None, *, overwrite: bool) -> None:
-    """Raise :class:`IterisError` if a plot could not be drawn or written."""
-    if path is None:
-        return
-    if path.suffix.lower() not in _PLOTS:
-        raise OutputError(f"--plot {path}: the name must end in one of {', '.join(_PLOTS)}.")
-    check_new(path, overwrite=overwrite)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise OutputError("--plot needs matplotlib: pip install matplotlib")
-
-
-def room_warnings(output: Path, concepts: Sequence[ConceptConfig]) -> Iterator[str]:
-    """A sentence if the disk has less room than the LoRAs take; a merge is about as large."""
-    size = sum(file.stat().st_size for option in concepts for file in option.files)
-    free = shutil.disk_usage(output.resolve().parent).free
-    if free < size:
-        yield (
-            f"{output} may not fit: its disk has {free / 1e6:.1f} MB free, and the LoRAs take "
-            f"{size / 1e6:.1f} MB. A lower rank makes it smaller."
-        )
+def check_embeddings(
+    concepts: Sequence[Concept], output: Path, layout: Layout | None, *, overwrite: bool
+) -> None:
+    """Raise :class:`IterisError` before the merge if its embeddings cannot be written beside
+    ``output``, or its base has no names in ``layout``."""
+    loras = [concept.lora for concept in concepts if concept.lora is not None]
+    beside = expert_files(output)[0] if any(len(by_expert(lora)) > 1 for lora in loras) else output
+    embedding_targets(beside, list(join_embeddings(concepts).embeddings), overwrite)
+    for base in (lora.base for lora in loras):
+        if layout == "kohya" and base is not None and not base.written:
+            raise OutputError(
+                f"A base of {base.architecture.title} has no names in kohya layout; omit --layout, "
+                "or give peft."
+            )
 
 
 def warnings_of(concepts: Sequence[ConceptConfig]) -> Iterator[str]:

@@ -1,68 +1,34 @@
-"""Options, tables and progress bars that all commands share, and the run of a merge."""
+"""Messages, tables, progress bars and saving that commands share."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from pathlib import Path
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from ..concepts import Concept
-from ..hosts.protocol import Host
-from ..merge import MergeResult, merge_loras
-from ..preview import Preview, preview_merge
+from ..errors import IterisError, SaveError
+from ..lora_files import Layout
 from ..progress import OnProgress, Progress
-from .base import device_of
+from ..saving import rescued
 
 console = Console(stderr=True, emoji=False)  # "sks:dog:" is no picture of a dog
 
 
-def option(help: str, *names: str, panel: str | None = None, **limits: Any) -> Any:
-    """A typer option. Its ``names`` default to the parameter's; ``panel`` is its heading in the
-    help."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, **limits)
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    console.print(text, style="yellow", markup=False, highlight=False)
 
 
 def spelled(text: str) -> str:
     """``text`` of the core with its options as on this command line: "option allow_partial" is
     --allow-partial."""
     return re.sub(r"\boption ([a-z_]+)", lambda m: "--" + m[1].replace("_", "-"), text)
-
-
-BASE, CALIBRATION, READING = "Base", "Calibration: prompts and latents", "LoRA files"
-RESULT, TEXT_MODELS, PICTURES = "Result", "Transformers models", "Pictures"
-METHOD, AGAIN = "Method and settings", "Repeat a merge, or use a merge file"
-"""Headings of the help."""
-
-Device = Annotated[str | None, option("cpu, cuda, …; default: the best available", panel=BASE)]
-BaseDtype = Annotated[
-    Literal["float16", "bfloat16", "float32"] | None,
-    option(
-        "Type of the base; on a GPU bfloat16, or float16 for a UNet, otherwise float32", panel=BASE
-    ),
-]
-Offload = Annotated[
-    Literal["model", "sequential"] | None,
-    option(
-        "Keep the base in host memory; only the running model, or only its running layer, is on "
-        "the GPU",
-        panel=BASE,
-    ),
-]
-Memory = Annotated[
-    float | None,
-    option("GiB a merge may use beyond the model; default: all free memory", panel=BASE, min=0),
-]
-
-
-def bytes_of(memory: float | None) -> int | Literal["free"]:
-    return "free" if memory is None else round(memory * 2**30)
 
 
 def print_table(
@@ -84,72 +50,52 @@ def progress_bars(*, visible: bool = True) -> Generator[OnProgress]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.fields[count]}", justify="right"),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}", justify="right"),
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}", style="progress.remaining"),
     )
-    tasks: dict[str, Any] = {}
-    last = ""
+    said = set[str]()
     with Bars(*columns, console=console, disable=not visible) as bars:
 
         def on_progress(progress: Progress) -> None:
-            nonlocal last
-            what = progress.what
+            what, active = progress.what, bars.tasks[-1] if bars.tasks else None
             if not progress.total:
-                if what not in tasks:
-                    tasks[what] = None
-                    if visible:
-                        bars.console.print(what, style="dim", highlight=False)
+                if what not in said and visible:
+                    bars.console.print(what, style="dim", highlight=False)
+                said.add(what)
                 return
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=progress.total, count="", left="")
-            if last and last != what:
-                bars.update(tasks[last], left="")
-                bars.stop_task(tasks[last])
-            last = what
-            bars.update(
-                tasks[what],
-                completed=progress.done,
-                total=progress.total,
-                count=f"{progress.done}/{progress.total}",
-                left="" if progress.done == progress.total else progress.time_left,
-            )
+            if active is None or active.description != what:
+                if active is not None:
+                    bars.update(active.id, left="")
+                    bars.stop_task(active.id)
+                bars.add_task(what, total=progress.total, left="")
+            left = "" if progress.done == progress.total else progress.time_left
+            bars.update(bars.task_ids[-1], completed=progress.done, total=progress.total, left=left)
 
         yield on_progress
 
 
-Loaded = tuple[Host | None, Sequence[Concept]]
-Load = Callable[[str], Loaded]
-"""The base on a device (None: not needed), and the concepts with their LoRAs."""
+Write = Callable[[Path, Layout | None, str], Sequence[Path]]
+"""``write(path, layout, dtype)`` returns what it wrote."""
 
 
-def run_merge(
-    device: str | None, load: Load, options: Mapping[str, Any], *, quiet: bool = False
-) -> MergeResult:
-    """Merge what ``load(device)`` returns, with :func:`..merge.merge_loras`'s ``options``."""
-    chosen = device_of(device)
-    with progress_bars(visible=not quiet) as on_progress:
-        loaded = _loaded(load, chosen, on_progress)
-        return merge_loras(*loaded, on_progress=on_progress, **options)
+def save_or_keep(path: Path, write: Write, layout: Layout | None, dtype: str) -> Sequence[Path]:
+    """Call ``write`` so that hours of merging are not lost; return the paths.
 
-
-def foresee(
-    device: str | None, load: Load, options: Mapping[str, Any], *, quiet: bool = False
-) -> Preview:
-    """Preview this merge; nothing is merged. The caller prints the plan."""
-    chosen = device_of(device)
-    with progress_bars(visible=not quiet) as show:
-
-        def on_progress(progress: Progress) -> None:
-            if not progress.plan:
-                show(progress)
-
-        loaded = _loaded(load, chosen, on_progress)
-        return preview_merge(*loaded, on_progress=on_progress, **options)
-
-
-def _loaded(load: Load, device: str, on_progress: OnProgress) -> Loaded:
-    on_progress(Progress("loading the base", 0, 1))
-    base_and_concepts = load(device)
-    on_progress(Progress("loading the base", 1, 1))
-    return base_and_concepts
+    Values that do not fit in ``dtype`` are written as float32. If ``path`` or ``layout`` cannot be
+    written at all, the merge goes into the system's folder for temporary files, in the base's own
+    layout as float32, and the error says where it is.
+    """
+    try:
+        return write(path, layout, dtype)
+    except IterisError as error:
+        failed = error
+    if dtype != "float32" and not isinstance(failed, SaveError):
+        try:
+            paths = write(path, layout, "float32")
+        except IterisError as error:
+            failed = error
+        else:
+            warn(f"Written as float32, not {dtype}: {failed}")
+            return paths
+    raise rescued(lambda other: write(other, None, "float32"), path.name, failed) from failed

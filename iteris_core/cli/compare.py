@@ -3,110 +3,103 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from ..concepts import Calibration
 from ..config import ConceptConfig
 from ..errors import UsageError
 from ..methods import find_method
 from ..methods.registry import settings_over
-from ..presets import PresetName
 from ..reading import read_concept
-from ..score.compare import (
-    CompareConfig,
-    Comparison,
-    compare_methods,
-    compositions,
-    own_references,
-)
+from ..score.compare import CompareConfig, Comparison, compare_methods, own_references
 from ..score.drawing import Drawing, find_scheduler
 from ..score.judged import PROMPT_LISTS, fill_prompts
-from ..score.results import check_results_folder, mean_rows, write_results
+from ..score.results import check_results_folder, write_results
 from ..score.row_scores import ALONE, BASE
 from ..score.statistics import markdown_table
 from .base import check_base, device_of, load_base
 from .checks import check_concepts, warnings_of
-from .common import (
+from .common import progress_bars, warn
+from .concept_options import parse_concept
+from .inputs import open_images, read_lines
+from .options import (
     CALIBRATION,
+    CONCEPT_HELP,
     PICTURES,
     BaseDtype,
     Device,
     Memory,
     Offload,
+    Overwrite,
+    Preset,
     bytes_of,
-    console,
-    progress_bars,
-)
-from .concept_options import parse_concept
-from .options import (
-    CONCEPT_HELP,
-    PRESET_HELP,
     command,
     given,
-    given_by,
-    parse_by_method,
-    read_lines,
+    option,
+    parse_settings,
     setting_names,
-    settings_of,
 )
-from .pictures import open_images
 from .score import ClipName, ClipWeights, DinoName
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CompareOptions:
     """One field per option, with the option's name."""
 
     base: Annotated[str, typer.Argument(help="A diffusers pipeline, as for merge")]
-    output: Path = given_by("A folder for the results", "--output", "-o", default=MISSING)
-    concept: list[str] = given_by(CONCEPT_HELP, default=MISSING)
-    refs: list[Path] | None = given_by(
-        "A folder of reference images for each --concept; default: images by each LoRA alone"
-    )
-    methods: str = given_by(
-        "Comma-separated names. base: no LoRA. alone: each LoRA by itself; the other rows then "
-        "show their share of it",
-        default="base,sum,average,iteris",
-    )
-    setting: list[str] | None = given_by(
-        "[METHOD.]NAME=VALUE, such as ties.density=0.3 or samples=25: for one method, for every "
-        "method with that setting, or for the calibration",
-        "--set",
-        autocompletion=setting_names,
-    )
-    preset: PresetName | None = given_by(PRESET_HELP)
-    together: int | None = given_by(
-        "Merge every combination of N concepts, and give means over these"
-    )
-    prompts: str = given_by(
-        "composition, objects, animals, or a text file of prompts with {each}, {all}, or {1}, "
-        "{2} …, for the concepts. A concept's likeness is measured on prompts that name only that "
-        "concept",
-        panel=PICTURES,
-        default="composition",
-    )
-    drawing: Mapping[str, Any] = settings_of(Drawing, PICTURES)
-    scheduler: str | None = given_by(
-        "Scheduler for the images: a diffusers class, such as DDIM or EulerDiscrete", panel=PICTURES
-    )
-    size: str | None = given_by(
-        "Image size in pixels: 512, or 768x512 for width x height", panel=PICTURES
-    )
-    templates: Path | None = given_by(
-        "A text file of prompt templates, with {} for the concept", panel=CALIBRATION
-    )
-    calibration: Mapping[str, Any] = settings_of(Calibration, CALIBRATION, "samples", "latent_size")
-    collapse_below: float | None = given_by(
-        "Also report the share of concepts and images whose image alignment is below this",
-        panel=PICTURES,
-    )
+    output: Annotated[Path, option("A folder for the results", "--output", "-o")]
+    concept: Annotated[list[str], option(CONCEPT_HELP)]
+    refs: Annotated[
+        list[Path] | None,
+        option(
+            "A folder of reference images for each --concept; default: images by each LoRA alone"
+        ),
+    ] = None
+    methods: Annotated[
+        str,
+        option(
+            "Comma-separated names. base: no LoRA. alone: each LoRA by itself; the other rows then "
+            "show their share of it"
+        ),
+    ] = "base,sum,average,iteris"
+    setting: Annotated[
+        list[str] | None,
+        option(
+            "[METHOD.]NAME=VALUE, such as ties.density=0.3 or samples=25: for one method, for "
+            "every method with that setting, or for the calibration",
+            "--set",
+            autocompletion=setting_names,
+        ),
+    ] = None
+    preset: Preset = None
+    prompts: Annotated[
+        str,
+        option(
+            "composition, objects, animals, or a text file of prompts with {each}, {all}, or {1}, "
+            "{2} …, for the concepts. A concept's likeness is measured on prompts that name only "
+            "that concept",
+            panel=PICTURES,
+        ),
+    ] = "composition"
+    scheduler: Annotated[
+        str | None,
+        option(
+            "Scheduler for the images: a diffusers class, such as DDIM or EulerDiscrete",
+            panel=PICTURES,
+        ),
+    ] = None
+    size: Annotated[
+        str | None,
+        option("Image size in pixels: 512, or 768x512 for width x height", panel=PICTURES),
+    ] = None
+    templates: Annotated[
+        Path | None,
+        option("A text file of prompt templates, with {} for the concept", panel=CALIBRATION),
+    ] = None
     clip: ClipName = "ViT-L-14"
     clip_weights: ClipWeights = None
     dino: DinoName = None
@@ -114,13 +107,11 @@ class CompareOptions:
     base_dtype: BaseDtype = None
     offload: Offload = None
     memory: Memory = None
-    overwrite: bool = given_by(
-        "Replace the results of another comparison", "--overwrite", default=False
-    )
+    overwrite: Overwrite = False
 
 
-@command(CompareOptions)
-def compare(context: typer.Context, options: CompareOptions) -> None:
+@command(CompareOptions, Drawing, PICTURES)
+def compare(context: typer.Context, options: CompareOptions, drawing: dict[str, Any]) -> None:
     """Merge with several methods, draw the same prompts with each, and score the results side by
     side.
 
@@ -132,59 +123,55 @@ def compare(context: typer.Context, options: CompareOptions) -> None:
     from ..hosts.diffusers import DiffusersHost
     from ..score import ClipScorer, DinoScorer
 
-    config, listed, references = _checked(options)
+    config, listed, references = _checked(options, drawing)
     device = device_of(options.device)
-    done: list[Comparison] = []
-    with progress_bars() as on_progress, _said_where_it_stopped(options.output, done):
-        pipeline = load_base(
-            options.base, device, dtype=options.base_dtype, offload=options.offload
-        )
-        host = DiffusersHost(pipeline)
-        concepts = [read_concept(one, host) for one in listed]
-        if options.refs is None:
-            references = own_references(pipeline, host, concepts, config.drawing, on_progress)
-        scorer = ClipScorer.load(options.clip, options.clip_weights, device=device)
-        other = DinoScorer.load(options.dino, device=device) if options.dino else None
+    done: list[str] = []
 
-        for composed, pictures in compositions(concepts, references, options.together):
-            before = list(done)
-            title = " + ".join(one.name for one in composed if one.always_on == "no")
+    def keep(comparison: Comparison) -> None:
+        write_results(comparison, options.output)
+        done[:] = comparison.rows
 
-            def keep(comparison: Comparison, before: Sequence[Comparison] = before) -> None:
-                done[:] = [*before, comparison]
-                write_results(done, options.output)
-
-            compare_methods(
+    try:
+        with progress_bars() as on_progress:
+            pipeline = load_base(
+                options.base, device, dtype=options.base_dtype, offload=options.offload
+            )
+            host = DiffusersHost(pipeline)
+            concepts = [read_concept(one, host) for one in listed]
+            if options.refs is None:
+                references = own_references(pipeline, host, concepts, config.drawing, on_progress)
+            comparison = compare_methods(
                 pipeline,
                 host,
-                composed,
-                pictures,
+                concepts,
+                references,
                 config,
-                scorer,
-                dino=other,
+                ClipScorer.load(options.clip, options.clip_weights, device=device),
+                dino=DinoScorer.load(options.dino, device=device) if options.dino else None,
                 on_progress=on_progress,
                 on_row=keep,
-                title=title if len(composed) < len(concepts) else "",
             )
-    written = write_results(done, options.output)
-    typer.echo(markdown_table(mean_rows(done)))
-    typer.echo(f"Wrote {', '.join(path.name for path in written)} into {options.output}.")
+    except BaseException:
+        if done:
+            warn(f"Stopped early; {options.output} has what was finished: {', '.join(done)}.")
+        raise
+    typer.echo(markdown_table(comparison.rows))
+    typer.echo(f"Wrote comparison.json and .md, index.html and sheet.png into {options.output}.")
 
 
-def _checked(options: CompareOptions) -> tuple[CompareConfig, list[ConceptConfig], list[list[Any]]]:
+def _checked(
+    options: CompareOptions, pictures: Mapping[str, Any]
+) -> tuple[CompareConfig, list[ConceptConfig], list[list[Any]]]:
     """The comparison, its concepts, and the reference images of each. Raises :class:`IterisError`
     for any mistake before a base is loaded."""
     names = [name.strip() for name in options.methods.split(",") if name.strip()]
     if not names:
         raise UsageError("--methods is empty; give names, such as base,alone,average,iteris.")
     kinds = {name: find_method(name).settings for name in names if name not in (BASE, ALONE)}
-    drawing = Drawing(
-        **options.drawing, scheduler=options.scheduler, size=picture_size(options.size)
-    )
-    settings, calibration = parse_by_method(kinds, options.setting or [])
+    drawing = Drawing(**pictures, scheduler=options.scheduler, size=picture_size(options.size))
+    settings, calibration = parse_settings(kinds, options.setting or [])
     lines = read_lines(options.templates) if options.templates else None
-    calibration = {"seed": drawing.seed, **calibration, **options.calibration}
-    calibration |= given(templates=lines)
+    calibration = {"seed": drawing.seed, **calibration, **given(templates=lines)}
     preset = options.preset or "default"
     for name in kinds:
         settings_over(preset, name, settings[name], calibration)
@@ -197,39 +184,19 @@ def _checked(options: CompareOptions) -> tuple[CompareConfig, list[ConceptConfig
         )
     check_concepts(concepts)
     for line in warnings_of(concepts):
-        console.print(escape(line), style="yellow", highlight=False)
+        warn(line)
     check_results_folder(options.output, overwrite=options.overwrite)
     references = [open_images(folder)[1] for folder in options.refs or []]
     templates = PROMPT_LISTS.get(options.prompts) or read_lines(Path(options.prompts))
-    named = [replace(one.concept(), trigger=one.trigger or "x") for one in compared]
-    fill_prompts(templates, named)
-    compositions([one.concept() for one in concepts], references or named, options.together)
+    fill_prompts(
+        templates, [replace(one.concept(), trigger=one.trigger or "x") for one in compared]
+    )
     if options.scheduler is not None:
         find_scheduler(options.scheduler)
     check_base(options.base)
-    config = CompareConfig(
-        names,
-        templates,
-        drawing,
-        settings,
-        calibration,
-        preset,
-        bytes_of(options.memory),
-        options.collapse_below,
-    )
+    budget = bytes_of(options.memory)
+    config = CompareConfig(names, templates, drawing, settings, calibration, preset, budget)
     return config, concepts, references
-
-
-@contextmanager
-def _said_where_it_stopped(output: Path, done: Sequence[Any]) -> Generator[None]:
-    """If anything stops the comparison, report which rows in ``output`` are finished."""
-    try:
-        yield
-    except BaseException:
-        if done:
-            rows = ", ".join(done[-1].rows)
-            console.print(f"Stopped early; {output} has what was finished: {rows}.", style="yellow")
-        raise
 
 
 def picture_size(text: str | None) -> tuple[int, int] | None:

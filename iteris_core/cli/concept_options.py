@@ -12,7 +12,7 @@ from typing import Any, cast
 from ..config import ConceptConfig
 from ..errors import ConceptError, LoraFileError, MergeFileError, RecipeError, did_you_mean
 from ..lora_files.tensors import file_digest
-from .options import read_prompts
+from .inputs import read_prompts
 
 Find = Callable[[str], Path]
 """File name → path."""

@@ -19,9 +19,7 @@ from ..lora_files.sidecars import find_phrases
 from ..lora_files.tensors import dtypes_of, read_tensors
 from .base import lora_reader
 from .checks import check_apart, check_concepts
-from .common import option
-from .options import Dtype
-from .sizing import Energy, Overwrite, Partial
+from .options import AsJson, Dtype, Energy, Overwrite, Partial, option
 
 
 def convert(
@@ -39,7 +37,7 @@ def convert(
     energy: Energy = 0.999,
     allow_partial: Partial = False,
     overwrite: Overwrite = False,
-    as_json: Annotated[bool, option("Print the report as JSON", "--json")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Rename a LoRA for another tool; LoHa, LoKr, LoCon and DoRA become a plain LoRA.
 

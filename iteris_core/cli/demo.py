@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from ..errors import UsageError
-from .common import option, progress_bars
+from .common import progress_bars
+from .options import option
 
 
 def demo(

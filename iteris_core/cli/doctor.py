@@ -8,16 +8,15 @@ import platform
 import re
 import shutil
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
-from typing import Annotated
 
 import torch
 import typer
 
 from ..activations.meter import free_memory
 from .base import device_of
-from .common import option, print_table
+from .common import print_table
+from .options import AsJson
 
 PACKAGE = "iteris-lora"
 NEEDS = {
@@ -36,42 +35,28 @@ NEEDS = {
 """Package → its purpose."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A package: its installed version, and the required one (None: unknown or not needed)."""
-
-    name: str
-    version: str | None
-    wanted: str | None
-    purpose: str
-
-    @property
-    def trouble(self) -> str:
-        if self.version is None:
-            return f"missing, for {self.purpose}"
-        from packaging.specifiers import SpecifierSet
-
-        if self.wanted is not None and not SpecifierSet(self.wanted).contains(self.version, True):
-            return f"must be {self.wanted}, for {self.purpose}"
-        return ""
-
-
-def doctor(as_json: Annotated[bool, option("Print everything as JSON", "--json")] = False) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Show versions, the device and its free memory, and anything that is missing."""
+    from packaging.specifiers import SpecifierSet
+
     needed = _wanted()
-    findings = [Finding(n, version_of(n), needed.get(n.lower()), why) for n, why in NEEDS.items()]
-    trouble = {one.name: one.trouble for one in findings if one.trouble}
+    versions = {name: version_of(name) for name in NEEDS}
+    wanted = {name: needed.get(name.lower(), "") for name in NEEDS}
+    trouble = {
+        name: f"{'missing' if found is None else f'must be {wanted[name]}'}, for {NEEDS[name]}"
+        for name, found in versions.items()
+        if found is None or not SpecifierSet(wanted[name]).contains(found, True)
+    }
     facts = _facts()
     if as_json:
-        packages = [asdict(one) for one in findings]
-        typer.echo(json.dumps({**facts, "packages": packages, "trouble": trouble}))
+        typer.echo(json.dumps({**facts, "packages": versions, "trouble": trouble}))
     else:
         rows = [(name, value, "") for name, value in facts.items()]
-        rows += [(one.name, one.version or "missing", one.purpose) for one in findings]
+        rows += [(name, versions[name] or "missing", purpose) for name, purpose in NEEDS.items()]
         print_table(("what", "is", "for"), rows)
         for name, what in trouble.items():
             typer.secho(f"{name} {what}", fg="red", bold=True)
-        names = " ".join(f"'{name}{needed.get(name.lower()) or ''}'" for name in trouble)
+        names = " ".join(f"'{name}{wanted[name]}'" for name in trouble)
         typer.echo(f"pip install {names}" if trouble else "Nothing is missing.")
     raise typer.Exit(1 if trouble else 0)
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ..errors import KINDS, IterisError, UsageError, remedy_of
-from .common import option, spelled
+from .common import spelled
+from .options import option
 
 _PAGE = """\
 # Index of errors

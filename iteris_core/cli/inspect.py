@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -11,15 +12,15 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import OutputError
 from ..lora_files import ReadOptions, read_tensors
-from ..report.inspection import Interference, LoraFacts, describe, interference
-from ..report.spikes import spike_note
-from ..saving import atomically
+from ..report.inspection import Interference, LoraFacts, describe, interference, plot_loras
+from ..saving import atomically, check_new
 from .base import lora_reader
-from .checks import check_plot
-from .common import option, print_table
-from .sizing import Overwrite
+from .common import print_table
+from .options import AsJson, Overwrite, option
 
+_PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 _HEADINGS = ("pair", "row spaces", "column spaces", "conflict")
 _BLOCK_HEADINGS = ("block", "layers", "norm", "share of energy")
 _COLUMNS = (
@@ -34,7 +35,7 @@ def inspect(
     base: Annotated[
         str | None, option("The base, if its shape differs from SD 1.5, XL, 3 or FLUX")
     ] = None,
-    as_json: Annotated[bool, option("Print everything as JSON", "--json")] = False,
+    as_json: AsJson = False,
     plot: Annotated[Path | None, option("Write a PNG of each block's content")] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -43,7 +44,12 @@ def inspect(
     \b
     iteris inspect cat.safetensors dog.safetensors
     """
-    check_plot(plot, overwrite=overwrite)
+    if plot is not None:
+        if plot.suffix.lower() not in _PLOTS:
+            raise OutputError(f"--plot {plot}: the name must end in one of {', '.join(_PLOTS)}.")
+        check_new(plot, overwrite=overwrite)
+        if importlib.util.find_spec("matplotlib") is None:
+            raise OutputError("--plot needs matplotlib: pip install matplotlib")
     options = ReadOptions(allow_partial=True, of_weight=False, vectors=True)
     read = lora_reader(base)
     tensors = [read_tensors(path)[0] for path in files]
@@ -52,8 +58,6 @@ def inspect(
     both = combinations(zip(loras, facts, strict=True), 2)
     pairs = [interference(a, b) for (a, of_a), (b, of_b) in both if of_a.base == of_b.base]
     if plot is not None:
-        from ..report.plots import plot_loras
-
         with atomically(plot) as unfinished:
             plot_loras(facts).savefig(unfinished)
     if as_json:
@@ -67,9 +71,6 @@ def inspect(
         print_table(_BLOCK_HEADINGS, rows, f"Blocks of {fact.name}")
     if pairs:
         print_table(_HEADINGS, _pair_rows(pairs), "Interference", _COLUMNS)
-    for pair in pairs:
-        if pair.spikes:
-            typer.echo(spike_note(pair.spikes, pair.first, pair.second))
     for one, two in combinations(facts, 2):
         if one.base != two.base:
             typer.echo(

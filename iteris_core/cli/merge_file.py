@@ -13,10 +13,8 @@ import typer
 import yaml
 
 from ..config import MergeConfig
-from ..errors import MergeFileError, OutputError, brief, did_you_mean
-from ..saving import atomically, check_new
+from ..errors import MergeFileError, brief, did_you_mean
 from .base import BUNDLED
-from .concept_options import first_name
 
 SUFFIXES = (".yaml", ".yml")
 KEYS = ("base", "concepts", "settings", "calibration", "cut")
@@ -38,16 +36,6 @@ class MergeFile:
         beside = self.path.parent / path
         return beside if beside.exists() else path
 
-    def place(self, base: str) -> str:
-        """The path of the base; a hub name or a bundled base's stays as it is."""
-        path = self.find(base)
-        return base if base in BUNDLED or not path.exists() else str(path)
-
-    def folders(self) -> list[str]:
-        """The first name in each concept; for peft adapters, their folders."""
-        named = [e.get("file") if isinstance(e, Mapping) else e for e in self.entries]
-        return [str(self.find(first_name(str(name)))) for name in named if name]
-
 
 def use_merge_file(context: typer.Context, base: str | None) -> str | None:
     """The base given as BASE or in a merge file. The other keys of a merge file become defaults of
@@ -63,45 +51,10 @@ def use_merge_file(context: typer.Context, base: str | None) -> str | None:
     file = MergeFile(path, cast(list[Any], entries), MergeConfig.from_dict(own, str(path)))
     context.obj = file
     context.default_map = _defaults(context, file, data)
-    return None if name is None else file.place(str(name))
-
-
-def check_merge_file(path: Path, *, overwrite: bool) -> None:
-    """Raise :class:`IterisError` if no merge file can be written to ``path``."""
-    if path.suffix not in SUFFIXES:
-        raise OutputError(f"{path}: the name of a merge file must end in {' or '.join(SUFFIXES)}.")
-    check_new(path, overwrite=overwrite)
-
-
-def to_yaml(data: Any, width: int = 1000) -> str:
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=width)
-
-
-def write_merge_file(path: Path, text: str) -> None:
-    """Write a merge file; its first line is the command that runs it."""
-    with atomically(path) as unfinished:
-        unfinished.write_text(f"# iteris merge {path.name}\n{text}", encoding="utf-8")
-
-
-def given_options(context: typer.Context, folder: Path, left_out: Sequence[str]) -> dict[str, Any]:
-    """The options given on the command line or in a merge file, as a merge file in ``folder``
-    writes them, except those ``left_out``."""
-    given: dict[str, Any] = {}
-    for key, parameter in _parameters(context).items():
-        source = context.get_parameter_source(parameter.name)
-        if source is None or source.name not in ("COMMANDLINE", "DEFAULT_MAP"):
-            continue
-        if parameter.name not in left_out:
-            value = context.params[parameter.name]
-            given[key] = relative_name(value, folder) if isinstance(value, Path) else value
-    return given
-
-
-def relative_name(path: Path, folder: Path) -> str:
-    """``path`` relative to ``folder``; the name of a bundled base, and a path that does not exist
-    (a hub name, a file from a recipe), stay as they are."""
-    stays = str(path) in BUNDLED or not path.exists()
-    return (path if stays else Path(os.path.relpath(path, folder))).as_posix()
+    if name is None or str(name) in BUNDLED:
+        return name
+    place = file.find(str(name))
+    return str(place if place.exists() else name)  # it may be a hub name
 
 
 class _Loader(yaml.SafeLoader):
@@ -135,27 +88,17 @@ def read_mapping(path: Path) -> dict[Any, Any]:
     return data
 
 
-def _parameters(context: typer.Context) -> dict[str, Any]:
-    """Key → the option with that long name, with underscores."""
-    longest = {max(option.opts, key=len): option for option in context.command.params}
-    return {
-        name[2:].replace("-", "_"): option
-        for name, option in longest.items()
-        if name.startswith("--") and name not in ("--help", "--set", "--concept")
-    }
-
-
 def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]) -> dict[str, Any]:
     """Parameter → value, converted as on the command line; an error names the file and the key."""
-    parameters = _parameters(context)
+    parameters = keys_of(context.command)
     defaults: dict[str, Any] = {}
     for key, value in values.items():
         parameter = parameters.get(str(key))
         if parameter is None:
-            known = ", ".join([*KEYS, *parameters])
-            guess = did_you_mean(str(key), [*KEYS, *parameters])
+            known = [*KEYS, *parameters]
             raise MergeFileError(
-                f"{file.path}: there is no key {key!r}{guess} The keys are {known}."
+                f"{file.path}: there is no key {key!r}{did_you_mean(str(key), known)} The keys are "
+                f"{', '.join(known)}."
             )
         if value is None:
             continue
@@ -171,3 +114,13 @@ def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]
             converted = beside if target else file.find(str(converted))
         defaults[parameter.name] = converted
     return defaults
+
+
+def keys_of(command: Any) -> dict[str, Any]:
+    """Key → the option of a typer ``command`` with that long name, with underscores."""
+    longest = {max(option.opts, key=len): option for option in command.params}
+    return {
+        name[2:].replace("-", "_"): option
+        for name, option in longest.items()
+        if name.startswith("--") and name not in ("--help", "--set", "--concept")
+    }

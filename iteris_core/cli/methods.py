@@ -12,7 +12,8 @@ from ..concepts import Calibration
 from ..methods import all_methods, find_method
 from ..presets import PRESETS
 from ..settings import Setting, Settings, declared_settings
-from .common import option, print_table
+from .common import print_table
+from .options import option
 
 
 def methods(

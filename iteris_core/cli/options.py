@@ -1,34 +1,69 @@
-"""Command options, from dataclass fields and settings; and reading the text files that they
-name."""
+"""Options that commands share, commands whose options are the fields of a dataclass, and
+``NAME=VALUE`` settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields
 from inspect import Parameter, Signature
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
 import typer
 
-from ..concepts import Calibration, lines_of
-from ..errors import InputFileError, IterisError, SettingsError, did_you_mean
+from ..concepts import Calibration
+from ..errors import SettingsError, did_you_mean
 from ..methods import all_methods, find_method
-from ..settings import Setting, Settings, declared_settings
-from .common import console, option
-
-OPTION, SETTINGS = "option", "settings"
-"""Keys of a field's metadata: its option, and its settings' options by name."""
-MOST_PROMPTS = 2000
-"""Most prompts read from one file; far more than a concept uses."""
+from ..presets import PresetName
+from ..settings import Settings, declared_settings
 
 _O = TypeVar("_O")
 Dtype = Literal["float16", "bfloat16", "float32"]
 
-PRESET_HELP = (
-    "fast: a quarter of the prompts. best: for a low rank or many LoRAs; 6 to 7 times as long. "
-    "tidy: LoRAs act on triggers only. All: iteris methods"
-)
+BASE, CALIBRATION, READING = "Base", "Calibration: prompts and latents", "LoRA files"
+RESULT, TEXT_MODELS, PICTURES = "Result", "Transformers models", "Pictures"
+METHOD, AGAIN = "Method and settings", "Repeat a merge, or use a merge file"
+"""Headings of the help."""
+
+
+def option(help: str, *names: str, panel: str | None = None, **limits: Any) -> Any:
+    """A typer option. Its ``names`` default to the parameter's; ``panel`` is its heading in the
+    help."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **limits)
+
+
+Device = Annotated[str | None, option("cpu, cuda, …; default: the best available", panel=BASE)]
+BaseDtype = Annotated[
+    Dtype | None,
+    option(
+        "Type of the base; on a GPU bfloat16, or float16 for a UNet, otherwise float32", panel=BASE
+    ),
+]
+Offload = Annotated[
+    Literal["model", "sequential"] | None,
+    option(
+        "Keep the base in host memory; only the running model, or only its running layer, is on "
+        "the GPU",
+        panel=BASE,
+    ),
+]
+Memory = Annotated[
+    float | None,
+    option("GiB a merge may use beyond the model; default: all free memory", panel=BASE, min=0),
+]
+Energy = Annotated[float, option("Share to keep of changes that are not low rank", panel=READING)]
+Partial = Annotated[
+    bool,
+    option("Leave out what a LoRA cannot represent, and list it", "--allow-partial", panel=READING),
+]
+Overwrite = Annotated[bool, option("Replace an existing file", "--overwrite")]
+AsJson = Annotated[bool, option("Print the report as JSON", "--json", panel=RESULT)]
+Preset = Annotated[
+    PresetName | None,
+    option(
+        "fast: a quarter of the prompts. best: for a low rank or many LoRAs; 6 to 7 times as long. "
+        "tidy: LoRAs act on triggers only. All: iteris methods"
+    ),
+]
 
 CONCEPT_HELP = (
     "A LoRA and its words, as cat.safetensors:sks:cat; repeat for each LoRA. All forms are listed "
@@ -47,8 +82,13 @@ A concept:
   ,kind=style               templates for a style; also tags, video (subject)
   ,always_on=include        a speed LoRA: on in every merge, and in the file
   ,blocks= ,layers=*attn2*  a part of it: block weights, or names of layers
+  prompts=FILE,weight=0.2   no LoRA: prompts on which the base should stay
   ,trigger= ,class= ,strength= ,text_strength= ,samples=   the same by name
 """
+
+
+def bytes_of(memory: float | None) -> int | Literal["free"]:
+    return "free" if memory is None else round(memory * 2**30)
 
 
 def method_names(incomplete: str) -> list[tuple[str, str]]:
@@ -68,62 +108,34 @@ def is_setting(name: str) -> bool:
     return any(name in declared_settings(method.settings) for method in all_methods())
 
 
-def settings_of(kind: type[Settings], panel: str, *names: str) -> Any:
-    """A field that holds the given settings of ``kind`` by name. Each setting is an option of its
-    own; ``names`` restricts them."""
-    declared = {n: one for n, one in declared_settings(kind).items() if not names or n in names}
-    return field(default_factory=dict[str, Any], metadata={SETTINGS: (kind, panel, declared)})
+def command(
+    options: type[_O], settings: type[Settings], panel: str
+) -> Callable[[Callable[[typer.Context, _O, dict[str, Any]], None]], Callable[..., None]]:
+    """Decorator: make a function of ``(context, options, settings)`` a typer command, with an
+    option for each field of the dataclass ``options``, and one under the heading ``panel`` for each
+    setting. The function receives the settings that were given, by name."""
+    hints, declared = get_type_hints(options, include_extras=True), declared_settings(settings)
+    hinted: dict[str, tuple[Any, Any]] = {"context": (typer.Context, Parameter.empty)}
+    for one in fields(cast(Any, options)):
+        default = Parameter.empty if one.default is MISSING else one.default
+        hinted[one.name] = hints[one.name], default
+    for name, one in declared.items():
+        help = f"{one.explained()} Default: {one.shown(one.default)}."
+        form = f"<{'|'.join(one.choices) or one.kind.__name__}>"
+        hinted[name] = Annotated[str | None, option(help, panel=panel, metavar=form)], None
 
-
-def _setting_option(kind: type[Settings], panel: str, declared: Setting) -> Any:
-    """The hint of a setting's option. Words such as ``none`` are parsed later."""
-    help = f"{declared.explained()} Default: {declared.shown(declared.default)}."
-    if declared.optional:
-        return Annotated[
-            str | None, option(help, panel=panel, metavar=f"<{declared.kind.__name__}>")
-        ]
-    return Annotated[get_type_hints(kind)[declared.name] | None, option(help, panel=panel)]
-
-
-def given_by(help: str, *names: str, default: Any = None, **more: Any) -> Any:
-    """A field whose option comes from :func:`.common.option`."""
-    return field(default=default, metadata={OPTION: option(help, *names, **more)})
-
-
-def command(kind: type[_O]) -> Callable[[Callable[[typer.Context, _O], None]], Callable[..., None]]:
-    """Decorator: make a function a typer command, with an option for each field of the dataclass
-    ``kind``, and for each setting of a :func:`settings_of` field."""
-    hinted: dict[str, tuple[Any, Any]] = {"context": (typer.Context, MISSING)}
-    hints = get_type_hints(kind, include_extras=True)
-    settings = {
-        f.name: f.metadata[SETTINGS] for f in fields(cast(Any, kind)) if SETTINGS in f.metadata
-    }
-    for one in fields(cast(Any, kind)):
-        if one.name in settings:
-            owner, panel, declared = settings[one.name]
-            hinted |= {n: (_setting_option(owner, panel, s), None) for n, s in declared.items()}
-        else:
-            hint, extra = hints[one.name], one.metadata.get(OPTION)
-            hinted[one.name] = hint if extra is None else Annotated[hint, extra], one.default
-
-    def made(run: Callable[[typer.Context, _O], None]) -> Callable[..., None]:
+    def made(run: Callable[[typer.Context, _O, dict[str, Any]], None]) -> Callable[..., None]:
         def called(context: typer.Context, **values: Any) -> None:
-            for field_name, (_, _, declared) in settings.items():
-                found = given(**{name: values.pop(name) for name in declared})
-                values[field_name] = {
-                    name: declared[name].parse(value) if isinstance(value, str) else value
-                    for name, value in found.items()
-                }
-            run(context, kind(**values))
+            texts = given(**{name: values.pop(name) for name in declared})
+            parsed = {name: declared[name].parse(text) for name, text in texts.items()}
+            run(context, options(**values), parsed)
 
         called.__name__, called.__doc__ = run.__name__, run.__doc__
         called.__annotations__ = {name: hint for name, (hint, _) in hinted.items()}
-        defaults = {n: Parameter.empty if d is MISSING else d for n, (_, d) in hinted.items()}
-        parameters = [
-            Parameter(name, Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hint)
-            for name, (hint, _) in hinted.items()
-        ]
-        vars(called)["__signature__"] = Signature(parameters)
+        vars(called)["__signature__"] = Signature([
+            Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+            for name, (hint, default) in hinted.items()
+        ])  # fmt: skip
         return called
 
     return made
@@ -135,15 +147,6 @@ def given(**values: Any) -> dict[str, Any]:
 
 
 def parse_settings(
-    kind: type[Settings], pairs: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split ``NAME=VALUE`` pairs into settings of the method, which are ``kind``, and of the
-    calibration."""
-    values, calibration = parse_by_method({"": kind}, pairs)
-    return values[""], calibration
-
-
-def parse_by_method(
     kinds: Mapping[str, type[Settings]], pairs: Sequence[str]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Split ``[METHOD.]NAME=VALUE`` pairs into settings of each method and of the calibration.
@@ -151,87 +154,49 @@ def parse_by_method(
     values: dict[str, dict[str, Any]] = {method: {} for method in kinds}
     calibration: dict[str, Any] = {}
     for pair in pairs:
-        name, equals, text = pair.partition("=")
-        where = f"--set {pair!r}"
+        where, (key, equals, text) = f"--set {pair!r}", pair.partition("=")
         if not equals:
             raise SettingsError(f"{where}: write NAME=VALUE, such as rank=16.")
-        method, dot, rest = name.partition(".")
-        among = kinds
-        if dot and method in kinds:
-            among, name = {method: kinds[method]}, rest
-        owners = {m: kind for m, kind in among.items() if name in declared_settings(kind)}
-        for owner, kind in owners.items():
-            values[owner][name] = _value(kind, name, text, where)
-        if owners:
-            continue
-        if name in declared_settings(Calibration) and among is kinds:
-            calibration[name] = _value(Calibration, name, text, where)
-        elif dot and among is kinds and "" not in kinds:
+        method, _, name = key.rpartition(".")
+        if method and method not in kinds:
             raise SettingsError(
-                f"{where}: {method!r} is not among the methods to compare, which are "
-                f"{', '.join(kinds)}."
+                f"{where}: {method!r} is not among the methods, which are {', '.join(kinds)}."
             )
-        else:
-            known = [n for kind in (*among.values(), Calibration) for n in declared_settings(kind)]
-            raise _unknown(where, name, known)
+        of_methods = [(values[one], kinds[one]) for one in ([method] if method else kinds)]
+        owners = [(into, kind) for into, kind in of_methods if name in declared_settings(kind)]
+        if not owners and not method and name in declared_settings(Calibration):
+            owners = [(calibration, Calibration)]
+        if not owners:
+            raise _unknown(where, name, *(kind for _, kind in of_methods), Calibration)
+        for into, kind in owners:
+            into |= check_settings(kind, {name: text}, where)
     return values, calibration
-
-
-def _unknown(where: str, name: str, known: Iterable[str]) -> IterisError:
-    return SettingsError(
-        f"{where}: there is no setting {name!r}{did_you_mean(name, known)} iteris methods METHOD "
-        "lists a method's settings."
-    )
 
 
 def check_settings(kind: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """``values`` from a file, checked; strings are parsed as after ``NAME=``. Error messages use
     ``where`` to name the file."""
-    for name in values:
-        if name not in kind.__dataclass_fields__:
-            raise _unknown(where, str(name), declared_settings(kind))
-    return {name: _value(kind, name, value, where) for name, value in values.items()}
-
-
-def _value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
-    declared = declared_settings(kind).get(name)
-    if declared is None:  # templates
-        if not isinstance(value, list):
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        declared = declared_settings(kind).get(name)
+        if declared is not None:
+            checked[name] = declared.parse(value) if isinstance(value, str) else value
+            try:
+                declared.check(checked[name])
+            except SettingsError as error:
+                raise SettingsError(f"{where}: {error}") from None
+        elif name not in kind.__dataclass_fields__:
+            raise _unknown(where, name, kind)
+        elif isinstance(value, list):  # templates
+            checked[name] = [str(one) for one in cast("list[Any]", value)]
+        else:
             raise SettingsError(f"{where}: {name} must be a list of strings, not {value!r}.")
-        return [str(one) for one in cast("list[Any]", value)]
-    value = declared.parse(value) if isinstance(value, str) else value
-    try:
-        declared.check(value)
-    except SettingsError as error:
-        raise SettingsError(f"{where}: {error}") from None
-    return value
+    return checked
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a prompt file. A very long file is thinned out evenly, because a merged file's
-    metadata record every prompt that it may use."""
-    lines = read_lines(path)
-    if len(lines) <= MOST_PROMPTS:
-        return lines
-    chosen = [lines[index * len(lines) // MOST_PROMPTS] for index in range(MOST_PROMPTS)]
-    console.print(
-        f"{path} has {len(lines)} prompts; using {MOST_PROMPTS} of them, evenly spread.",
-        style="yellow", markup=False, highlight=False,
-    )  # fmt: skip
-    return chosen
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file, stripped, without empty ones."""
-    if not path.is_file():
-        raise InputFileError(f"{path} does not exist or is not a file.")
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputFileError(
-            f"{path} is not text in UTF-8 (byte {error.start}); save it again as UTF-8."
-        ) from error
-    if "\0" in text:
-        raise InputFileError(f"{path} is not a text file: it contains null bytes.")
-    return lines_of(text)
+def _unknown(where: str, name: str, *kinds: type[Settings]) -> SettingsError:
+    known = [one for kind in kinds for one in declared_settings(kind)]
+    return SettingsError(
+        f"{where}: there is no setting {name!r}{did_you_mean(str(name), known)} iteris methods "
+        "METHOD lists a method's settings."
+    )

@@ -1,25 +1,53 @@
-"""The merge request of ``iteris merge``: the command line overrides a merge file, or the recipe in
-a merged file."""
+"""The options of ``iteris merge``, and the merge that they request: the command line overrides a
+merge file, or the recipe in a merged file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ..concepts import Calibration
-from ..config import ConceptConfig, MergeConfig
+from ..config import ConceptConfig, MergeConfig, Unmergeable
 from ..errors import ConceptError, MergeFileError, RecipeError, SettingsError, UsageError
-from ..lora_files import read_tensors
+from ..lora_files import Layout, read_tensors
 from ..lora_files.metadata import parse_object
 from ..methods import find_method
 from ..report.provenance import check_cut
 from .adapters import is_model
 from .base import BUNDLED
 from .concept_options import concept_of, first_name, found_in
-from .merge_file import KEYS, MergeFile, relative_name
-from .merge_options import MergeOptions
-from .options import check_settings, given, parse_settings, read_lines, read_prompts
+from .inputs import read_lines
+from .merge_file import MergeFile, use_merge_file
+from .options import (
+    AGAIN,
+    BASE,
+    CALIBRATION,
+    CONCEPT_HELP,
+    METHOD,
+    READING,
+    RESULT,
+    TEXT_MODELS,
+    AsJson,
+    BaseDtype,
+    Device,
+    Dtype,
+    Energy,
+    Memory,
+    Offload,
+    Overwrite,
+    Partial,
+    Preset,
+    check_settings,
+    given,
+    method_names,
+    option,
+    parse_settings,
+    setting_names,
+)
 
 _WHOLE = ("method", "settings", "calibration", "concepts")
 """Keys of every recipe."""
@@ -27,24 +55,132 @@ _AFTER = ("cut", "strength", "base", "unmergeable")
 """Extra keys, in files that were cut or scaled, or that ``iteris merge`` wrote."""
 
 
-def requested(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig, bool]:
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """One field per option, with the option's name, in the order of the help."""
+
+    output: Annotated[
+        Path, option("The .safetensors to write (transformers: a folder)", "--output", "-o")
+    ]
+    base: Annotated[
+        str | None,
+        typer.Argument(
+            help="A diffusers pipeline (a folder, a .safetensors, a hub name), a transformers "
+            "model, or a merge file (.yaml), which can set every option. Methods that look at "
+            "weights only, such as average, need none.",
+            metavar="BASE",
+            is_eager=True,
+            callback=use_merge_file,
+        ),
+    ] = None
+    concept: Annotated[list[str] | None, option(CONCEPT_HELP)] = None
+    preset: Preset = None
+    overwrite: Overwrite = False
+    plan: Annotated[bool, option("Check everything, show the plan, and stop", "--plan")] = False
+    quiet: Annotated[bool, option("Show nothing but errors", "--quiet", "-q", panel=RESULT)] = False
+    method: Annotated[
+        str | None,
+        option(
+            "Default: iteris; the command iteris methods lists all",
+            autocompletion=method_names,
+            panel=METHOD,
+        ),
+    ] = None
+    setting: Annotated[
+        list[str] | None,
+        option(
+            "NAME=VALUE for the method or the calibration, such as rank=16, guidance=2.5; iteris "
+            "methods lists all",
+            "--set",
+            autocompletion=setting_names,
+            panel=METHOD,
+        ),
+    ] = None
+    from_file: Annotated[
+        Path | None,
+        option(
+            "Repeat the merge that wrote this file; by default BASE is looked up beside it",
+            "--from",
+            panel=AGAIN,
+        ),
+    ] = None
+    loras: Annotated[
+        Path | None,
+        option(
+            "With --from or a merge file: a folder above the LoRAs, if they are not beside it",
+            panel=AGAIN,
+        ),
+    ] = None
+    templates: Annotated[
+        Path | None,
+        option(
+            "A text file of prompt templates, with {} for the concept (two {} for pairs)",
+            panel=CALIBRATION,
+        ),
+    ] = None
+    generate: Annotated[
+        int | None,
+        option("Collect features while each LoRA generates N tokens", panel=TEXT_MODELS),
+    ] = None
+    model_class: Annotated[
+        str | None,
+        option("Class of the base, if the adapter does not name one", panel=TEXT_MODELS),
+    ] = None
+    layout: Annotated[
+        Layout | None,
+        option(
+            "Naming scheme of the file; default: kohya, or peft if the base has no kohya names",
+            panel=RESULT,
+        ),
+    ] = None
+    dtype: Annotated[Dtype, option("Type of the file", panel=RESULT)] = "float16"
+    image: Annotated[
+        Path | None, option("Input image of the base: to edit, to start from, …", panel=BASE)
+    ] = None
+    mask_image: Annotated[
+        Path | None, option("Mask of --image, for an inpainting base", panel=BASE)
+    ] = None
+    device: Device = None
+    base_dtype: BaseDtype = None
+    offload: Offload = None
+    memory: Memory = None
+    allow_partial: Partial = False
+    unmergeable: Annotated[
+        Unmergeable | None,
+        option(
+            "For layers whose features cannot be collected: refuse (default), skip them, or use "
+            "the LoRAs' mean",
+            panel=READING,
+        ),
+    ] = None
+    energy: Energy = 0.999
+    as_json: AsJson = False
+    card: Annotated[
+        bool,
+        option(
+            "Also write a card (.md), and the notes that LoRA browsers read (.metadata.json)",
+            "--card",
+            panel=RESULT,
+        ),
+    ] = False
+
+
+def requested(
+    file: MergeFile | None, options: MergeOptions, calibration: Mapping[str, Any]
+) -> tuple[MergeConfig, bool]:
     """The merge, and whether its base is a single transformers model with peft adapters as
     concepts. Raises :class:`IterisError` for anything missing, unknown or broken."""
     config, adapter = (_again if options.from_file else _written)(file, options)
-    settings, calibration = parse_settings(
-        find_method(config.method).settings, options.setting or []
-    )
-    calibration |= options.calibration
-    if options.templates:
-        calibration["templates"] = read_lines(options.templates)
+    kinds = {config.method: find_method(config.method).settings}
+    settings, of_pairs = parse_settings(kinds, options.setting or [])
+    lines = read_lines(options.templates) if options.templates else None
     changes: dict[str, Any] = {
-        "settings": {**config.settings, **settings},
-        "calibration": {**config.calibration, **calibration},
+        "settings": {**config.settings, **settings[config.method]},
+        "calibration": {
+            **config.calibration, **of_pairs, **calibration, **given(templates=lines)
+        },
         **given(unmergeable=options.unmergeable, preset=options.preset),
-    }
-    if options.preserve and not adapter:
-        kept = ConceptConfig.preserve(read_prompts(options.preserve), options.preserve_weight)
-        changes["concepts"] = (*config.concepts, kept)
+    }  # fmt: skip
     return config.model_copy(update=changes), adapter
 
 
@@ -62,10 +198,10 @@ def _written(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig
     if options.base is None and find_method(options.method or "iteris").needs_host:
         raise UsageError("Name the base: BASE on the command line, or base: in the merge file.")
     of_file = file if not options.concept else None
-    names = of_file.folders() if of_file else [first_name(text) for text in entries]
-    adapter = options.base is not None and is_model(options.base, names)
-
     where, find = (str(of_file.path), of_file.find) if of_file else ("--concept", Path)
+    named = [entry.get("file") if isinstance(entry, Mapping) else entry for entry in entries]
+    places = [str(find(first_name(str(name)))) for name in named if name]
+    adapter = options.base is not None and is_model(options.base, places)
     concepts = [
         concept_of(entry, f"{where}: concept {number}", find, adapter=adapter)
         for number, entry in enumerate(entries, 1)
@@ -159,17 +295,3 @@ def _base_in(folders: Sequence[Path], base: str) -> str:
             return str(folder / base)
     was = f"It was merged on {base}, which was not found" if base else "The file names none"
     raise RecipeError(f"There is no base to merge on. {was}; give BASE before --from.")
-
-
-def merge_file_of(
-    config: MergeConfig, output: Path, others: Mapping[str, Any], ending: str
-) -> dict[str, Any]:
-    """The content of the merge file ``output`` for ``config``, with its ``others`` options."""
-
-    def name(path: Path) -> str:
-        return relative_name(path, output.parent)
-
-    base = config.base and name(Path(config.base))
-    data = config.model_copy(update={"base": base}).to_dict(name, usual=False)
-    last = {key: data.pop(key) for key in KEYS[1:] if key in data}
-    return {**data, "output": output.stem + ending, **others, **last}

@@ -10,9 +10,9 @@ import typer
 
 from ..errors import UsageError
 from .base import device_of
-from .common import Device, option, print_table
-from .options import read_lines
-from .pictures import open_images
+from .common import print_table
+from .inputs import open_images, read_lines
+from .options import AsJson, Device, option
 
 ClipName = Annotated[str, option("An open_clip architecture, or local-dir:FOLDER")]
 ClipWeights = Annotated[str | None, option("A weights file or an open_clip tag; default: openai")]
@@ -29,7 +29,7 @@ def score(
     clip_weights: ClipWeights = None,
     dino: DinoName = None,
     device: Device = None,
-    as_json: Annotated[bool, option("Print JSON", "--json")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure CLIP image and text alignment of images: raw cosine and the CLIPScore scale.
 

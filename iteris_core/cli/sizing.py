@@ -1,10 +1,9 @@
-"""Options that several :mod:`..edit` commands share: the size, the base and the output."""
+"""What resizing and extracting share on the command line: the size, the base and the output."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,36 +13,41 @@ from rich.markup import escape
 from ..concepts import Calibration
 from ..edit.reduced import Reduced
 from ..lora_files import DTYPES, Layout
+from ..lora_files.experts import write_by_expert
 from ..solve.ranks import Target
-from .common import CALIBRATION, RESULT, BaseDtype, Device, Memory, bytes_of, option
-from .options import Dtype, given_by, settings_of
-from .saving import save_lora, save_or_keep
-
-Energy = Annotated[float, option("Share to keep of changes that are not low rank")]
-Partial = Annotated[
-    bool, option("Leave out what a LoRA cannot represent, and list it", "--allow-partial")
-]
-Overwrite = Annotated[bool, option("Replace an existing file", "--overwrite")]
+from .common import save_or_keep
+from .options import (
+    RESULT,
+    AsJson,
+    BaseDtype,
+    Device,
+    Dtype,
+    Memory,
+    Overwrite,
+    bytes_of,
+    option,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizing:
     """One field per option, with the option's name."""
 
-    output: Path = given_by(
-        "The .safetensors to write; for several files, a folder", "--output", "-o", default=MISSING
-    )
-    rank: int | None = given_by("Make the file as small as this rank in every layer would")
-    size: float | None = given_by("Limit the file to this many megabytes")
-    energy: float | None = given_by("Share to keep of what the LoRA adds to the layers' outputs")
-    calibration: Mapping[str, Any] = settings_of(Calibration, CALIBRATION)
-    layout: Layout | None = given_by("Naming scheme of the file", panel=RESULT)
-    dtype: Dtype = given_by("Type of the file", panel=RESULT, default="float16")
+    output: Annotated[Path, option("The .safetensors to write", "--output", "-o")]
+    rank: Annotated[
+        int | None, option("Make the file as small as this rank in every layer would")
+    ] = None
+    size: Annotated[float | None, option("Limit the file to this many megabytes")] = None
+    energy: Annotated[
+        float | None, option("Share to keep of what the LoRA adds to the layers' outputs")
+    ] = None
+    layout: Annotated[Layout | None, option("Naming scheme of the file", panel=RESULT)] = None
+    dtype: Annotated[Dtype, option("Type of the file", panel=RESULT)] = "float16"
     overwrite: Overwrite = False
-    as_json: bool = given_by("Print the report as JSON", "--json", panel=RESULT, default=False)
-    quiet: bool = given_by(
-        "Show only warnings and errors", "--quiet", "-q", panel=RESULT, default=False
-    )
+    as_json: AsJson = False
+    quiet: Annotated[
+        bool, option("Show only warnings and errors", "--quiet", "-q", panel=RESULT)
+    ] = False
     device: Device = None
     base_dtype: BaseDtype = None
     memory: Memory = None
@@ -52,11 +56,10 @@ class Sizing:
     def target(self) -> Target:
         return Target(self.rank, self.size, self.energy)
 
-    @property
-    def run(self) -> dict[str, Any]:
+    def run(self, calibration: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments for the functions of :mod:`..edit`."""
         return {
-            "calibration": Calibration.from_mapping(self.calibration),
+            "calibration": Calibration.from_mapping(calibration),
             "itemsize": DTYPES[self.dtype].itemsize,
             "memory_budget": bytes_of(self.memory),
         }
@@ -66,7 +69,12 @@ class Sizing:
     ) -> dict[str, Any]:
         """Write the LoRA that was made of ``source``, or keep it elsewhere if that fails; says so,
         and returns the report for JSON."""
-        write = partial(save_lora, made.lora, self.overwrite)
+
+        def write(path: Path, layout: Layout | None, dtype: str) -> list[Path]:
+            return write_by_expert(
+                made.lora, path, layout=layout, dtype=dtype, overwrite=self.overwrite
+            )
+
         path = save_or_keep(path, write, layout, self.dtype)[0]
         sizes = [file.stat().st_size / 1e6 for file in (source, path) if file.is_file()]
         if not self.as_json and not self.quiet:

@@ -24,8 +24,7 @@ from ..passes.held_out import FinalOutputs, error_of, held_out
 from ..passes.preflight import unmergeable_sites
 from ..progress import OnProgress
 from ..solve.ranks import Components, Target, kept, share_out
-from .moments import LayerMoments, look
-from .reduced import Reduced, calibration_of, fitted, job_of
+from .reduced import LayerMoments, Reduced, calibration_of, fitted, job_of, look
 from .vectors import other_differences, with_vectors
 
 _LEAST, _MOST = 64, 256

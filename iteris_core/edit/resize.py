@@ -17,8 +17,7 @@ from ..passes.job import Job
 from ..passes.preflight import unmergeable_sites
 from ..progress import OnProgress
 from ..solve.ranks import Components, Target, kept, share_out
-from .moments import LayerMoments, look
-from .reduced import Reduced, calibration_of, fitted, job_of
+from .reduced import LayerMoments, Reduced, calibration_of, fitted, job_of, look
 from .vectors import with_vectors
 
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")

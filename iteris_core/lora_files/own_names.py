@@ -13,7 +13,7 @@ from .aliases import BaseModel
 from .embeddings import split_embeddings
 from .parts import modules_of
 from .read import ReadOptions, read_lora_file
-from .tensors import read_header, read_tensors
+from .tensors import read_tensors
 
 _COMPONENTS = {
     **dict.fromkeys(("lora_te", "lora_te1"), "text_encoder"),
@@ -35,11 +35,6 @@ def read_by_own_names(
     _, tensors, _ = split_embeddings(path, tensors, metadata)
     base = _base_of(path, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
     return read_lora_file(path, base, options=options), "kohya" if base.written else "peft"
-
-
-def check_by_own_names(path: Path) -> None:
-    """Raise :class:`LoraFileError` if :func:`read_by_own_names` would, from the header alone."""
-    _base_of(path, read_header(path)[0])
 
 
 def _base_of(path: Path, shapes_in_file: Shapes) -> BaseModel:

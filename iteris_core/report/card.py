@@ -15,7 +15,6 @@ from ..saving import atomically
 from .report import MergeReport
 
 _MARKS = re.compile(r"([\\`*_\[\]<>|#!])")
-_SETTINGS = ("preset", "settings", "calibration")
 
 
 def card_files(file: Path) -> list[Path]:
@@ -84,18 +83,12 @@ def _errors(report: MergeReport) -> Iterator[str]:
 
 
 def _recipe(recipe: Mapping[str, Any], name: str) -> Iterator[str]:
-    yield f"- method: {_code(str(recipe.get('method', 'iteris')))}"
-    if base := recipe.get("base"):
-        yield f"- base: {_code(str(base))}"
-    for part in _SETTINGS:
+    for part in ("method", "base", "preset", "settings", "calibration", "versions"):
         given = recipe.get(part)
-        if isinstance(given, Mapping) and given:
-            text = ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
-            yield f"- {part}: {_code(text)}"
-    versions = recipe.get("versions")
-    if isinstance(versions, Mapping):
-        text = ", ".join(f"{key} {value}" for key, value in versions.items())
-        yield f"- made with {_code(text)}"
+        if isinstance(given, Mapping):
+            given = ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
+        if given:
+            yield f"- {part}: {_code(str(given))}"
     yield ""
     yield f"The file contains the full recipe: `iteris merge --from {name} -o again.safetensors`."
 

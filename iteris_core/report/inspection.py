@@ -14,6 +14,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,6 @@ from ..lora_files.blocks import LISTS, blocks_of
 from ..lora_files.metadata import trigger_words
 from ..lora_files.parts import kinds_of, layouts_of
 from ..lora_files.tensors import dtypes_of
-from .spikes import shared_spikes, spike_note
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class LoraFacts:
 
 @dataclass(frozen=True)
 class Interference:
-    """Two LoRAs: how many sites they share, and the means over these, weighted by ‖ΔW_1‖ ‖ΔW_2‖.
-    ``spikes`` are the sites where both have the same spike (:mod:`.spikes`)."""
+    """Two LoRAs: how many sites they share, and the means over these, weighted by ‖ΔW_1‖
+    ‖ΔW_2‖."""
 
     first: str
     second: str
@@ -68,7 +68,6 @@ class Interference:
     rows: float
     columns: float
     conflict: float
-    spikes: Sequence[str] = ()
 
 
 def block_facts(lora: Lora) -> dict[str, BlockFacts]:
@@ -148,8 +147,7 @@ def interference(first: Lora, second: Lora) -> Interference:
             total += weight * torch.tensor([*figures, 1.0], dtype=torch.float64)
     # If nothing has any weight, every figure is zero.
     rows, columns, conflict = (total[:3] / total[3].clamp(min=1e-300)).tolist()
-    spikes = shared_spikes(first, second)
-    return Interference(first.name, second.name, len(shared), rows, columns, conflict, spikes)
+    return Interference(first.name, second.name, len(shared), rows, columns, conflict)
 
 
 def site_interference(one: LowRank, two: LowRank) -> tuple[float, float, float, float]:
@@ -194,17 +192,36 @@ def to_table(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> str:
     """One line per LoRA and per pair, as plain text; overlap is that of the row spaces."""
     lines = [f"{'LoRA':24} {'sites':>6} {'rank':>8} {'size':>8}"]
     for lora in facts:
-        ranks, size = (
-            "/".join(map(str, lora.ranks)),
-            math.hypot(*(block.norm for block in lora.blocks.values())),
-        )
+        ranks = "/".join(map(str, lora.ranks))
+        size = math.hypot(*(block.norm for block in lora.blocks.values()))
         lines.append(f"{lora.name:24} {lora.sites:6} {ranks:>8} {size:8.2f}")
-    for pair in pairs:
-        if pair.shared:
-            lines.append(
-                f"{pair.first} and {pair.second}: overlap {pair.rows:.0%}, conflict "
-                f"{pair.conflict:.0%}"
-            )
-        if pair.spikes:
-            lines.append(spike_note(pair.spikes, pair.first, pair.second))
+    lines += [
+        f"{pair.first} and {pair.second}: overlap {pair.rows:.0%}, conflict {pair.conflict:.0%}"
+        for pair in pairs
+        if pair.shared
+    ]
     return "\n".join(lines)
+
+
+def plot_loras(facts: Sequence[LoraFacts]) -> Any:
+    """A heat map, block × LoRA, of each block's share of the LoRA's energy.
+
+    Returns a matplotlib Figure; save it with ``savefig``.
+    """
+    from matplotlib.figure import Figure
+
+    blocks = list(dict.fromkeys(block for lora in facts for block in lora.blocks))
+    shares = [[lora.blocks[b].share if b in lora.blocks else 0.0 for lora in facts] for b in blocks]
+    most = max(map(max, shares))
+    size = 4 + max(1.5, 0.5 * len(facts)), 1.5 + 0.35 * len(blocks)
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(shares, vmin=0, vmax=most, cmap="viridis", aspect="auto")
+    axis.set_xticks(range(len(facts)), [lora.name for lora in facts], rotation=45, ha="right")
+    axis.set_yticks(range(len(blocks)), blocks)
+    for y, row in enumerate(shares):
+        for x, share in enumerate(row):
+            color = "white" if share < 0.6 * most else "black"
+            axis.text(x, y, f"{share:.2f}", ha="center", va="center", color=color, fontsize=8)
+    figure.colorbar(image, label="share of the LoRA's energy")
+    return figure

@@ -283,7 +283,7 @@ def join_embeddings(concepts: Sequence[Concept]) -> Joined:
                     joined_name += "-2"
                 warnings.append(
                     f"two LoRAs have an embedding {name!r}; the one from {lora.name} is saved as "
-                    f"{joined_name!r}. To choose the name: option rename {lora.name}:{name}=NEW"
+                    f"{joined_name!r}"
                 )
             joined[joined_name] = parts
             own_names[name] = joined_name

@@ -26,8 +26,7 @@ class SiteReport:
     """One site. Sequences run over the concepts, as in :class:`.solve.Solution`.
 
     ``repair`` marks a site that no LoRA changes, see :mod:`.methods.repair`; it has no ``before``
-    and ``after``. ``growth`` is ‖ΔW‖ / (Σ ‖ΔW_i‖²)^½; of a repair it is relative to the other
-    sites of its component, as in :func:`..methods.repair.sizes_of`.
+    and ``after``.
     """
 
     rank: int
@@ -37,19 +36,14 @@ class SiteReport:
     condition: float = math.nan
     truncated: float = 0.0
     repair: bool = False
-    growth: float = math.nan
 
     @classmethod
-    def of(
-        cls, solution: Solution, concepts: int, *, repair: bool = False, size: float = 0.0
-    ) -> SiteReport:
-        """The report on a ``solution`` for its first ``concepts``, without generic prompts, where
-        the LoRAs' changes have the norm ``size`` together."""
+    def of(cls, solution: Solution, concepts: int, *, repair: bool = False) -> SiteReport:
+        """The report on a ``solution`` for its first ``concepts``, without generic prompts."""
         every = solution.weighting, solution.before, solution.after
-        weighting, before, after = (values[:concepts] for values in every)
-        growth = math.sqrt(solution.change.squared_norm()) / size if size else math.nan
-        rest = solution.condition, solution.truncated, repair, growth
-        return cls(solution.change.rank, weighting, before, after, *rest)
+        of_concepts = (values[:concepts] for values in every)
+        rest = solution.condition, solution.truncated, repair
+        return cls(solution.change.rank, *of_concepts, *rest)
 
 
 @dataclass(frozen=True)
@@ -100,11 +94,6 @@ class MergeReport:
             return None
         fine = [use for use, share in kept.items() if use[0].isdigit() and self._holds(share)]
         return min(map(float, fine)), max(map(float, fine))
-
-    def grown(self) -> list[tuple[str, float]]:
-        """Sites and their ``growth``, largest first."""
-        sizes = [(name, site.growth) for name, site in self.sites.items() if site.growth > 0]
-        return sorted(sizes, key=lambda item: -item[1])
 
     def _kept(self) -> dict[str, float]:
         """Use → what is kept, the mean over the LoRAs."""
@@ -230,9 +219,6 @@ class MergeReport:
         ]
         if self.converged:
             lines.append(f"  {self._convergence()}")
-        if grown := self.grown()[:3]:
-            listed = ", ".join(f"{site} {size:.1f}" for site, size in grown)
-            lines.append(f"  largest changes, as multiples of the LoRAs' there: {listed}")
         for name, notes in self.notes.items():
             lines += [f"  {name}: {note}" for note in notes]
         verdict = self.verdict()

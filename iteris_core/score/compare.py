@@ -6,14 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from PIL import Image
 from torch import Tensor
 
 from ..concepts import Calibration, Concept
-from ..errors import ScoreError
 from ..hosts.learned import embedding_triggers
 from ..hosts.learned_tokens import in_force
 from ..hosts.protocol import Host
@@ -27,34 +25,33 @@ from .row_scores import ALONE, BASE, Measure, add_shares, stats_of
 from .scorers import ClipScorer, DinoScorer
 from .statistics import Stat
 
-_R = TypeVar("_R")
 _OWN = 6
 """Images that a LoRA draws as its own references."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Comparison:
-    """One composition. ``rows``: method → column → value. ``pictures``: method → images in the
-    order of ``prompts`` × seeds, None for prompts that a LoRA alone does not draw. ``concepts``:
-    their names in columns and rows. ``settings``: method → all its settings. ``made`` describes the
-    calibration and drawing."""
+    """What a comparison has finished. ``rows``: method → column → value. ``pictures``: method →
+    images in the order of ``prompts`` × seeds, None for prompts that a LoRA alone does not draw.
+    ``concepts``: their names in columns and rows. ``settings``: method → all its settings. ``made``
+    describes the calibration and drawing."""
 
-    rows: Mapping[str, Mapping[str, Stat]]
-    pictures: Mapping[str, Sequence[Image.Image | None]]
     prompts: Sequence[str]
-    seconds: Mapping[str, float]
     concepts: Sequence[str] = ()
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
-    made: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    rows: dict[str, dict[str, Stat]] = field(default_factory=dict[str, dict[str, Stat]])
+    pictures: dict[str, list[Image.Image | None]] = field(
+        default_factory=dict[str, "list[Image.Image | None]"]
+    )
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    settings: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    made: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
 
 @dataclass(frozen=True)
 class CompareConfig:
     """``methods`` to merge with, with ``settings`` by method over those of the ``preset``. ``base``
     draws without a LoRA. ``alone`` draws with each LoRA by itself, one row per LoRA, relative to
-    which the other rows get their ``share``. ``templates`` are for :func:`.judged.fill_prompts`.
-    ``collapse_below`` adds the share of concepts and images whose image alignment is below it
-    (SCR)."""
+    which the other rows get their ``share``. ``templates`` are for :func:`.judged.fill_prompts`."""
 
     methods: Sequence[str]
     templates: Sequence[str] = PROMPT_LISTS["composition"]
@@ -63,7 +60,6 @@ class CompareConfig:
     calibration: Calibration | Mapping[str, Any] = field(default_factory=dict[str, Any])
     preset: PresetName = "default"
     memory_budget: int | Literal["free"] | None = "free"
-    collapse_below: float | None = None
 
 
 def compare_methods(
@@ -77,7 +73,6 @@ def compare_methods(
     dino: DinoScorer | None = None,
     on_progress: OnProgress = lambda progress: None,
     on_row: Callable[[Comparison], None] = lambda comparison: None,
-    title: str = "",
 ) -> Comparison:
     """Merge ``concepts`` with every method of ``config``, draw the same prompts and score them.
 
@@ -85,59 +80,50 @@ def compare_methods(
     every merge, and of each LoRA alone. A LoRA alone draws only the prompts on which its concept is
     judged, see :func:`judged_prompts`. As for a user, every merge goes through a file that the
     pipeline loads, with the LoRAs' embeddings active. ``on_row`` gets the comparison so far
-    whenever a row is finished; ``title`` prefixes the reports to ``on_progress``.
+    whenever a row is finished.
     """
     drawing = config.drawing
     always = [replace(one, always_on="include") for one in always_on(concepts)]
     concepts = always_on(concepts, "no")
-    measure = Measure(
-        concepts,
-        references,
-        fill_prompts(config.templates, concepts),
-        judged_prompts(config.templates, concepts),
-        scorer,
-        dino,
-        config.collapse_below,
-    )
-    prompts, labels = measure.prompts, measure.labels
+    prompts = fill_prompts(config.templates, concepts)
+    judged = judged_prompts(config.templates, concepts)
+    measure = Measure(concepts, references, prompts, judged, scorer, dino)
     seeds = [drawing.seed + index for index in range(drawing.images_per_prompt)]
     calls = [embedding_triggers(concept) for concept in concepts]
     columns: dict[str, dict[str, Tensor]] = {}
-    comparison = Comparison({}, {}, prompts, {}, labels, made={"drawing": asdict(drawing)})
-    how: dict[str, Any] = {
-        name: getattr(config, name) for name in ("calibration", "preset", "memory_budget")
-    }
-    for name, (method, merged) in rows_of(config.methods, labels).items():
-        of_row = _prefixed(on_progress, f"{title}: {name}" if title else name)
-        drawn = range(len(prompts))
-        if name.startswith(f"{ALONE} "):
-            drawn = measure.judged[merged[0]]
+    comparison = Comparison(prompts, measure.labels, made={"drawing": asdict(drawing)})
+    for name, (method, merged) in rows_of(config.methods, measure.labels).items():
+        of_row = _prefixed(on_progress, name)
+        drawn = judged[merged[0]] if name.startswith(f"{ALONE} ") else range(len(prompts))
         result = None
         if method != BASE:
-            parts = [*(concepts[index] for index in merged), *always]
-            how["settings"] = config.settings.get(name)
-            result = merge_loras(host, parts, method, on_progress=of_row, **how)
-            report = result.report
-            made = {"calibration": report.calibration} if report.calibration else {}
-            comparison = replace(
-                comparison,
-                seconds={**comparison.seconds, name: report.seconds},
-                settings={**comparison.settings, name: report.settings},
-                made={**comparison.made, **made},
+            result = merge_loras(
+                host,
+                [*(concepts[index] for index in merged), *always],
+                method,
+                preset=config.preset,
+                settings=config.settings.get(name),
+                calibration=config.calibration,
+                memory_budget=config.memory_budget,
+                on_progress=of_row,
             )
+            report = result.report
+            comparison.seconds[name] = report.seconds
+            comparison.settings[name] = report.settings
+            if report.calibration:
+                comparison.made["calibration"] = report.calibration
         called = [] if result is None else calls
         with _loaded(pipeline, result), in_force(pipeline, called) as phrases:
             texts = fill_prompts(config.templates, concepts, phrases)
             pairs = [(texts[index], seed) for index in drawn for seed in seeds]
             images = draw(pipeline, pairs, drawing, of_row)
         queue = iter(images)
-        shown = [
+        comparison.pictures[name] = [
             next(queue) if index in drawn else None for index in range(len(prompts)) for _ in seeds
         ]
         columns[name] = measure(images, drawn, merged, len(seeds))
-        add_shares(columns, labels)
-        stats = {row: stats_of(values, seeds) for row, values in columns.items()}
-        comparison = replace(comparison, rows=stats, pictures={**comparison.pictures, name: shown})
+        add_shares(columns, measure.labels)
+        comparison.rows = {row: stats_of(values, seeds) for row, values in columns.items()}
         on_row(comparison)
     return comparison
 
@@ -164,9 +150,9 @@ def own_references(
     return references
 
 
-def _prefixed(on_progress: OnProgress, part: str) -> OnProgress:
-    """``on_progress`` for one ``part`` of the comparison, which its reports name."""
-    return lambda progress: on_progress(replace(progress, what=f"{part}: {progress.what}"))
+def _prefixed(on_progress: OnProgress, row: str) -> OnProgress:
+    """``on_progress`` for one ``row``, which its reports name."""
+    return lambda progress: on_progress(replace(progress, what=f"{row}: {progress.what}"))
 
 
 @contextmanager
@@ -191,19 +177,3 @@ def rows_of(methods: Sequence[str], labels: Sequence[str]) -> dict[str, tuple[st
         else:
             rows[name] = name, range(len(labels))
     return rows
-
-
-def compositions(
-    concepts: Sequence[Concept], references: Sequence[_R], together: int | None
-) -> list[tuple[Sequence[Concept], Sequence[_R]]]:
-    """Every combination of ``together`` concepts with their references, as in the paper's table 1;
-    None means all at once. Each includes the LoRAs that are always on. Raises :class:`IterisError`
-    if there are too few concepts."""
-    always, concepts = always_on(concepts), always_on(concepts, "no")
-    if together is not None and not 1 <= together <= len(concepts):
-        raise ScoreError(f"{together} of {len(concepts)} concepts cannot be merged together.")
-    indices = combinations(range(len(concepts)), together or len(concepts))
-    return [
-        ([*(concepts[i] for i in which), *always], [references[i] for i in which])
-        for which in indices
-    ]

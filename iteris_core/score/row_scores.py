@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean
 
 import torch
 from PIL import Image
@@ -32,7 +31,6 @@ class Measure:
     judged: Sequence[Sequence[int]]
     scorer: ClipScorer
     dino: DinoScorer | None
-    collapse_below: float | None
 
     @cached_property
     def labels(self) -> list[str]:
@@ -65,24 +63,11 @@ class Measure:
             for index in merged:
                 values = self.dino.image_alignment(images, self.references[index])
                 columns[f"dino {self.labels[index]}"] = self._where_judged(index, values, numbers)
-        if self.collapse_below is not None:
-            columns["collapsed"] = torch.tensor(
-                [collapse_rate(values, self.collapse_below) for values in likeness.mT.tolist()]
-            )
         return columns
 
     def _where_judged(self, concept: int, values: Tensor, numbers: Sequence[int]) -> Tensor:
         judged = torch.tensor([number in self.judged[concept] for number in numbers])
         return values.masked_fill(~judged, math.nan)
-
-
-def collapse_rate(likeness: Sequence[float], below: float) -> float:
-    """SCR@τ of one image: the share of the concepts judged in it whose likeness is ``below``.
-
-    A mean hides the loss of one concept among several; this counts the lost ones.
-    """
-    judged = [value < below for value in likeness if not math.isnan(value)]
-    return fmean(judged) if judged else math.nan
 
 
 def add_shares(columns: Mapping[str, dict[str, Tensor]], labels: Sequence[str]) -> None:

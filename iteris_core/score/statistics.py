@@ -1,9 +1,7 @@
-"""Means with standard errors over seeds or compositions, and tables of them."""
+"""Means with standard errors over seeds, and tables of them."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,13 +30,9 @@ def over_seeds(values: Sequence[float], seeds: Sequence[int]) -> Stat:
     groups: dict[int, list[float]] = {}
     for value, seed in zip(values, seeds, strict=True):
         groups.setdefault(seed, []).append(value)
-    return over_compositions([fmean(group) for group in groups.values()])
-
-
-def over_compositions(values: Sequence[float]) -> Stat:
-    """The mean of independent ``values``, such as merges, and its standard error."""
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Stat(fmean(values), error)
+    means = [fmean(group) for group in groups.values()]
+    error = stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    return Stat(fmean(means), error)
 
 
 Rows = Mapping[str, Mapping[str, Stat]]
@@ -53,17 +47,6 @@ def markdown_table(rows: Rows) -> str:
         [name, *(str(row.get(column, "")) for column in columns)] for name, row in rows.items()
     ]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def csv_table(rows: Rows) -> str:
-    columns = columns_of(rows)
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["method", *(f"{c} {part}" for c in columns for part in ("mean", "se"))])
-    for name, row in rows.items():
-        cells = [(row[c].mean, row[c].se) if c in row else ("", "") for c in columns]
-        writer.writerow([name, *(part for cell in cells for part in cell)])
-    return text.getvalue()
 
 
 def columns_of(rows: Rows) -> list[str]:

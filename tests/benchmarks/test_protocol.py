@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from new_words import FakeWorld
 from PIL import Image
 
 from iteris_core.methods import find_method
-from iteris_core.score.row_scores import collapse_rate
 from iteris_core.settings import declared_settings
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -49,13 +47,6 @@ def test_differences_are_paired_by_set():
     wide = against(ours, dict(zip(sets, (0.5, 0.1, 0.9), strict=True)), less=False)
     assert wide["verdict"] == "level"
     assert against(ours, {sets[0]: 0.0}, less=False)["verdict"] == "unknown"
-
-
-def test_a_mean_hides_what_the_collapse_rate_shows():
-    assert collapse_rate([0.65] * 4, 0.6) == 0
-    assert collapse_rate([0.8, 0.8, 0.8, 0.2], 0.6) == 0.25
-    assert collapse_rate([0.6], 0.6) == 0  # below, not at
-    assert collapse_rate([0.5, math.nan], 0.6) == 1  # only of what is judged
 
 
 def test_a_row_has_what_is_kept_of_each_lora_alone():

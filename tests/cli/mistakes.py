@@ -1,4 +1,4 @@
-"""Files for the cases in ``mistake_cases.py``, and their command lines."""
+"""The mistakes in ``mistakes.txt``, their files and their command lines."""
 
 from __future__ import annotations
 
@@ -82,9 +82,12 @@ def make_mess(folder: Path) -> dict[str, str]:
     }.items()}  # fmt: skip
 
 
+_LINES = (Path(__file__).parent / "mistakes.txt").read_text(encoding="utf-8").splitlines()
+CASES = [line.split(" => ") for line in _LINES if " => " in line]
+"""(what is typed, a part of the answer)"""
+
 FORMS = {
     "M": "merge {base} -o {out} --device cpu --concept {one}:s1:dog",
-    "B": "merge {base} -o {out} --device cpu",
     "L": "merge {base} -o {out} --device cpu --concept",
     "F": "merge {base} -o {out} --loras {world} --from",
     "T": "merge {tmp}/model -o {tmp}/new --concept",

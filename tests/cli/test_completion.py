@@ -30,7 +30,7 @@ def complete(*words: str) -> list[str]:
         (("merge", "--method", "ite"), ["iteris"]),
         (("merge", "--set", "sampl"), ["samples="]),
         (("merge", "--offload", ""), ["model", "sequential"]),
-        (("compare", "--togeth"), ["--together"]),
+        (("compare", "--sched"), ["--scheduler"]),
     ],
 )
 def test_words_are_completed(words, wanted):

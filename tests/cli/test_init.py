@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -41,7 +39,6 @@ def place(world, tmp_path, monkeypatch):
     flux = {f"{site}.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
     save_file(flux, folder / "flux.safetensors")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
     return tmp_path
 
 
@@ -85,7 +82,7 @@ def test_loras_in_subfolders_are_found(place, monkeypatch, capsys):
     (place / "loras" / "base").symlink_to(place / "base")
     (place / "loras" / ".hidden").mkdir()
     shutil.copy(inner / "cat.safetensors", place / "loras" / ".hidden")
-    code, text, err = run(monkeypatch, capsys, "init", "loras", "--yes")
+    code, text, err = run(monkeypatch, capsys, "init", "loras")
     assert code == 0, err
     assert text.startswith("Wrote merge.yaml: 2 LoRAs")
     assert "base" not in err
@@ -98,26 +95,10 @@ def test_loras_in_subfolders_are_found(place, monkeypatch, capsys):
 
 def test_what_is_not_known_is_named_and_the_merge_asks_for_it(place, monkeypatch, capsys):
     (place / "loras" / "dog.civitai.info").unlink()
-    code, text, err = run(monkeypatch, capsys, "init", "loras", "--yes")
+    code, text, err = run(monkeypatch, capsys, "init", "loras")
     assert code == 0, err
     assert "Without trigger words, so acting on every prompt: dog.safetensors." in text
     assert "# no trigger words: it acts on every prompt" in (place / "merge.yaml").read_text()
-
-
-def test_in_a_terminal_each_guess_is_accepted_or_changed(place, monkeypatch, capsys):
-    shutil.copy(place / "loras" / "dog.safetensors", place / "loras" / "eel.safetensors")
-    answers = io.StringIO("\nsks tiger\n-\nqqq eel, qqq fish\n")
-    answers.isatty = lambda: True
-    monkeypatch.setattr(sys, "stdin", answers)
-    code, text, err = run(monkeypatch, capsys, "init", "loras")
-    assert code == 0, err
-    assert "3 LoRAs for SD 1.x" in text
-    data = yaml.safe_load((place / "merge.yaml").read_text())
-    assert data["base"] == "base"
-    assert data["concepts"] == [
-        {"file": "loras/cat.safetensors", "trigger": "sks", "class": "tiger"},
-        {"file": "loras/eel.safetensors", "subjects": ["qqq eel", "qqq fish"]},
-    ]
 
 
 def test_the_base_is_the_pipeline_beside_or_the_usual_one(place, tmp_path):
@@ -150,7 +131,6 @@ def shipped(tmp_path, monkeypatch):
     for name in ("sks1", "sks10"):
         shutil.copy(toybox.concepts()[name].lora, tmp_path / "loras")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
     return tmp_path
 
 
@@ -173,9 +153,6 @@ def test_the_quick_start_runs_on_the_loras_that_ship(shipped, monkeypatch, capsy
     code, text, err = run(monkeypatch, capsys, "inspect", "merged.safetensors")
     assert code == 0, err
     assert "sks1 star, sks10 cross" in text
-    lines = ("merge", "--from", "merged.safetensors", "--loras", "loras", "-o", "loras/again.yaml")
-    assert run(monkeypatch, capsys, *lines)[0] == 0
-    assert yaml.safe_load((shipped / "loras" / "again.yaml").read_text())["base"] == "toybox"
 
 
 def test_what_ships_is_read_without_naming_its_base(shipped, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""A merge file does what the command line does, and ``-o merge.yaml`` writes one."""
+"""A merge file does what the command line does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from command_line import QUICK, make_world, recipe_of, run, same
 from safetensors.torch import save_file
 
 from iteris_core import cli
-from iteris_core.cli.merge_file import KEYS, _parameters
+from iteris_core.cli.merge_file import KEYS, keys_of
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,7 @@ CONCEPTS = [
     {"file": "lora1.safetensors", "trigger": "sks", "class": "cat", "strength": 0.8,
      "text_strength": 0.5, "weight": 2},
     {"file": "lora2.safetensors", "prompts": "own.txt"},
+    {"prompts": "kept.txt", "weight": 0.3},
 ]  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def test_a_merge_file_is_the_same_merge_as_the_options(place, monkeypatch, capsy
     monkeypatch.chdir(place.parent)  # its paths are its own folder's
     write(
         place / "merge.yaml", base="base", output="of_file.safetensors", concepts=CONCEPTS,
-        preserve="kept.txt", preserve_weight=0.3, dtype="float32", layout="peft",
+        dtype="float32", layout="peft",
         settings={"rank": 3, "repair": "false", "ridge": 1e-4},
         calibration={"samples": 3, "timesteps": 1, "latents": "noise", "empty_share": 0.0},
         device="cpu",
@@ -58,7 +59,7 @@ def test_a_merge_file_is_the_same_merge_as_the_options(place, monkeypatch, capsy
         monkeypatch, capsys, "merge", place / "base", "-o", out, *QUICK, "--empty-share=0",
         f"--concept={place}/lora1.safetensors:sks:cat:0.8/0.5,weight=2",
         f"--concept=file={place}/lora2.safetensors,prompts={place}/own.txt",
-        f"--preserve={place}/kept.txt", "--preserve-weight=0.3", "--dtype=float32",
+        f"--concept=prompts={place}/kept.txt,weight=0.3", "--dtype=float32",
         "--layout=peft", "--set=rank=3", "--set=repair=false", "--set=ridge=1e-4",
     )  # fmt: skip
     assert code == 0, err
@@ -76,7 +77,7 @@ def test_a_merge_file_is_the_same_merge_as_the_options(place, monkeypatch, capsy
     recipe = recipe_of(out)
     assert (recipe["settings"]["rank"], recipe["calibration"]["samples"]) == (2, 2)
     assert recipe["settings"]["repair"] is False
-    assert len(recipe["concepts"]) == 2  # the one, and what is preserved
+    assert len(recipe["concepts"]) == 1
 
 
 def test_words_and_paths_mean_what_they_mean_to_a_user(place, monkeypatch, capsys):
@@ -97,79 +98,26 @@ def test_words_and_paths_mean_what_they_mean_to_a_user(place, monkeypatch, capsy
     assert recipe["concepts"][0]["always_on"] == "no"
 
 
-def test_a_merged_file_writes_a_merge_file_that_merges_again(place, monkeypatch, capsys):
+def test_a_merge_comes_again_on_the_base_beside_it(place, monkeypatch, capsys):
     merged, again = place / "merged.safetensors", place / "again.safetensors"
     (place / "kept.txt").write_text("a street\n")
     arguments = [
         f"--concept={place}/lora1.safetensors:sks:cat:0.5,weight=3",
-        f"--concept={place}/lora2.safetensors:zwx:dog", f"--preserve={place}/kept.txt",
+        f"--concept={place}/lora2.safetensors:zwx:dog", f"--concept=prompts={place}/kept.txt",
     ]  # fmt: skip
     code, _, err = run(
         monkeypatch, capsys, "merge", place / "base", "-o", merged, *QUICK, *arguments
     )
     assert code == 0, err
     assert recipe_of(merged)["base"] == "base"
-    # Without BASE: it is found beside the file.
-    code, text, err = run(
-        monkeypatch, capsys, "merge", "--from", merged, "-o", place / "merge.yaml",
-        "--device=cpu",
-    )  # fmt: skip
-    assert code == 0, err
-    assert "nothing is merged yet" in text
-    written = (place / "merge.yaml").read_text()
-    assert str(place) not in written
-    data = yaml.safe_load(written)
-    assert data["base"] == "base"
-    assert [c.get("file") for c in data["concepts"]] == [
-        "lora1.safetensors", "lora2.safetensors", None,
-    ]  # fmt: skip
-    assert data["concepts"][0]["sha256"] == recipe_of(merged)["concepts"][0]["sha256"]
-    code, _, err = run(monkeypatch, capsys, "merge", place / "merge.yaml", "-o", again)
+    code, _, err = run(monkeypatch, capsys, "merge", "--from", merged, "-o", again, "--device=cpu")
     assert code == 0, err
     assert same(merged, again)
-    code, _, err = run(monkeypatch, capsys, "merge", "--from", merged, "-o", again, "--overwrite",
-                       "--device=cpu")  # fmt: skip
-    assert code == 0, err
-    assert same(merged, again)
-    # The hash tells a file that was not merged from the one that was.
-    shutil.copy(place / "lora2.safetensors", place / "lora1.safetensors")
-    code, _, err = run(
-        monkeypatch, capsys, "merge", place / "merge.yaml", "-o", place / "no.safetensors"
-    )
-    assert code == 2
-    assert "SHA-256 differs" in err
-
-
-def test_a_command_line_becomes_a_merge_file(place, monkeypatch, capsys):
-    """With every path relative to it, and nothing loaded or merged."""
-    (place / "own.txt").write_text("a zwx dog\n")
-    folder = place / "files"
-    folder.mkdir()
-    concept = f"{place}/lora1.safetensors:sks:cat,prompts={place}/own.txt"
-    arguments = ["merge", place / "base", "-o", folder / "merge.yaml", *QUICK, "--set=rank=2",
-                 f"--concept={concept}", "--offload=model", "--dtype=float32"]  # fmt: skip
-    code, _, err = run(monkeypatch, capsys, *arguments)
-    assert code == 0, err
-    data = yaml.safe_load((folder / "merge.yaml").read_text())
-    assert data == {
-        "base": "../base", "output": "merge.safetensors", "method": "iteris",
-        "unmergeable": "refuse", "dtype": "float32", "device": "cpu", "offload": "model",
-        "concepts": [{"file": "../lora1.safetensors", "trigger": "sks", "class": "cat",
-                      "prompts": ["a zwx dog"]}],
-        "settings": {"rank": 2},
-        "calibration": {"samples": 3, "timesteps": 1, "latents": "noise"},
-    }  # fmt: skip
-    assert not list(folder.glob("*.safetensors"))
-    code, _, err = run(monkeypatch, capsys, *arguments)
-    assert code == 2
-    assert "exists already" in err
-    assert run(monkeypatch, capsys, *arguments, "--overwrite")[0] == 0
 
 
 def test_every_option_of_merge_is_a_key():
     command = typer.main.get_command(cli.app).commands["merge"]
-    context = typer.Context(command)
-    keys = {*_parameters(context), *KEYS}
+    keys = {*keys_of(command), *KEYS}
     names = {max(p.opts, key=len).removeprefix("--").replace("-", "_") for p in command.params}
     # --concept is concepts, --set is settings and calibration.
     assert names - {"help", "set", "concept"} <= keys

@@ -12,17 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import make_world, recipe_of, run
-from mistake_cases import CASES
-from mistakes import arguments_of, contents, filled, make_mess
+from mistakes import CASES, arguments_of, contents, filled, make_mess
 from safetensors.torch import load_file, save_file
 from tiny import make_pipeline, random_lora
 
 from iteris_core import Concept, IterisError, Lora, LowRank, cli, merge_loras, write_lora
 from iteris_core import __main__ as program
 from iteris_core.architectures import Architecture
+from iteris_core.cli.checks import check_embeddings
 from iteris_core.cli.concept_options import parse_concept
-from iteris_core.cli.options import read_lines
-from iteris_core.cli.saving import check_embeddings
+from iteris_core.cli.inputs import read_lines
 from iteris_core.errors import OutOfMemory
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import BaseModel
@@ -106,12 +105,11 @@ def test_a_merge_that_no_name_takes_is_kept_elsewhere(world, tmp_path, monkeypat
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     command = sys.modules["iteris_core.cli.merge"]
 
-    def run_merge(*some, **how):
+    def merge_and_occupy(*some, **how):
         out.write_text("mine")
-        return original(*some, **how)
+        return merge_loras(*some, **how)
 
-    original = command.run_merge
-    monkeypatch.setattr(command, "run_merge", run_merge)
+    monkeypatch.setattr(command, "merge_loras", merge_and_occupy)
     code, _, err = run(monkeypatch, capsys, *merge(world, out, "--method=average"))
     assert code == 2
     assert "exists already" in err
@@ -140,7 +138,7 @@ def test_what_is_probably_not_meant_is_said_before_the_merge(
     def stop(*_, **__):
         raise IterisError("stop here")
 
-    monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "run_merge", stop)
+    monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "load_base", stop)
     (tmp_path / "lines.txt").write_text("a house\na cat\n")
     names = {
         "lora1": world / "lora1.safetensors", "lora2": world / "lora2.safetensors",
@@ -151,7 +149,7 @@ def test_what_is_probably_not_meant_is_said_before_the_merge(
     assert "stop here" in err
     assert message.format(**names) in err
     # What is preserved has a name of its own, which its prompts need not contain.
-    preserve = f"--preserve={names['lines']}"
+    preserve = f"--concept=prompts={names['lines']}"
     _, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", preserve))
     assert "stop here" in err
     assert "None of" not in err

@@ -29,7 +29,7 @@ def test_it_is_for_phones_screen_readers_and_keyboards(tmp_path):
             for name, value in figures.items()}  # fmt: skip
     prompts = [f"a picture of number {i}, with many words in it" for i in range(12)]
     pictures = {name: [Image.new("RGB", (512, 512), "#a40")] * len(prompts) for name in rows}
-    write_results([Comparison(rows, pictures, prompts, {}, ["a", "b"])], tmp_path)
+    write_results(Comparison(prompts, ["a", "b"], rows, pictures), tmp_path)
     command = ["node", str(Path(__file__).parent / "page.js"), str(tmp_path / "index.html")]
     environment = {**os.environ, "CHROMIUM": CHROMIUM or ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
@@ -23,13 +22,11 @@ from iteris_core import (
     merge_loras,
     write_lora,
 )
-from iteris_core.cli.checks import check_concepts
-from iteris_core.cli.concept_options import find_file, parse_concept
+from iteris_core.cli.concept_options import find_file
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import read_lora_file
 from iteris_core.lora_files.metadata import merge_tag_frequency, trigger_words
 from iteris_core.lora_files.peft_folder import write_adapter
-from iteris_core.reading import read_concept, renamed_in
 from iteris_core.report.provenance import with_recipe, with_run
 
 
@@ -61,7 +58,7 @@ def test_the_same_merge_again_from_the_merged_file(world, tmp_path, monkeypatch,
     code, _, err = run(
         monkeypatch, capsys, "merge", world / "base", "-o", first, "--samples=3", "--timesteps=1",
         "--latents=noise", "--device=cpu", "--set=rank=3", "--set=ridge=1e-4", "--seed=5",
-        f"--preserve={preserve}", f"--concept={files[0]}", f"--concept={files[1]}::dog:0.5",
+        f"--concept={files[0]}", f"--concept={files[1]}::dog:0.5", f"--concept=prompts={preserve}",
     )  # fmt: skip
     assert code == 0, err
     found = metadata_of(first)
@@ -231,7 +228,7 @@ def test_shared_triggers_and_embeddings_are_warned_of(tmp_path):
     result = merge_loras(None, concepts, "sum")
     text = result.report.summary()
     assert "another concept has the trigger 'sks' too" in text
-    assert "option rename l1:word=NEW" in text
+    assert "the one from l1 is saved as 'l1-word'" in text
     assert json.loads(result.lora.metadata["iteris"])["notes"] == result.report.notes
     path = result.save(tmp_path / "merged.safetensors")
     names = sorted(p.name for p in tmp_path.iterdir())
@@ -280,17 +277,6 @@ def test_bundled_embeddings_and_those_beside_a_file_are_kept(host, tmp_path):
     assert {name: list(parts) for name, parts in found.embeddings.items()} == {
         "word": ["emb_params"], "b": ["clip_l"],
     }  # fmt: skip
-    concept = Concept(found, ["a word", "word and b"], trigger="Word", class_word="dog")
-    assert renamed_in(concept, []) is concept
-    renamed = renamed_in(concept, ["b:word=cat", "other:b=x"])
-    assert set(renamed.lora.embeddings) == {"cat", "b"}
-    assert renamed.trigger == "cat"
-    assert renamed.prompts == ["a cat", "cat and b"]
-    assert renamed_in(replace(renamed, lora=found), ["word=cat"]).prompts == renamed.prompts
-    with pytest.raises(IterisError, match="is not LORA:NAME=NEW"):
-        renamed_in(concept, ["word"])
-    with pytest.raises(IterisError, match="would get the same name"):
-        renamed_in(concept, ["word=b"])
     merged = write_lora(found, tmp_path / "c.safetensors")
     again = read_lora_file(merged, found.base)
     assert set(again.sites) == set(lora.sites)
@@ -319,7 +305,7 @@ def test_a_partial_reading_is_listed_in_report_and_file(world, tmp_path, monkeyp
     assert same(out, again)
 
 
-def test_a_full_difference_and_a_renamed_embedding_come_again(world, tmp_path, monkeypatch, capsys):
+def test_a_full_difference_and_an_embedding_come_again(world, tmp_path, monkeypatch, capsys):
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     generator = torch.Generator().manual_seed(0)
     tensors = {f"{name}.diff": torch.randn(64, 64, generator=generator),
@@ -329,20 +315,18 @@ def test_a_full_difference_and_a_renamed_embedding_come_again(world, tmp_path, m
     base = ["merge", world / "base", "--device=cpu"]
     code, _, err = run(
         monkeypatch, capsys, *base, "-o", out, "--method=sum", "--energy=0.5",
-        "--rename=full:word=other", f"--concept={tmp_path / 'full.safetensors'}:a:dog",
+        f"--concept={tmp_path / 'full.safetensors'}:a:dog",
     )  # fmt: skip
     assert code == 0, err
     entry = json.loads(metadata_of(out)["iteris"])["concepts"][0]
-    assert entry["reading"] == {
-        "allow_partial": False, "energy": 0.5, "rename": ["full:word=other"],
-    }  # fmt: skip
+    assert entry["reading"] == {"allow_partial": False, "energy": 0.5}
     code, _, err = run(monkeypatch, capsys, *base, "-o", again, f"--from={out}")
     assert code == 0, err
     assert torch.equal(load_file(out)[f"{name}.lora_down.weight"],
                        load_file(again)[f"{name}.lora_down.weight"])  # fmt: skip
     assert load_file(out)[f"{name}.lora_down.weight"].shape[0] < 32
     with safe_open(tmp_path / "again_emb.safetensors", "pt") as file:
-        assert file.metadata()["name"] == "other"
+        assert file.metadata()["name"] == "word"
 
 
 def test_a_merged_file_is_called_for_by_all_its_phrases(world, tmp_path, monkeypatch, capsys):
@@ -451,18 +435,3 @@ def test_no_path_of_this_machine_goes_into_a_file(base, name, tmp_path, monkeypa
     folder = write_adapter(simple("a"), tmp_path / "adapter", base=base)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == name
-
-
-def test_a_renaming_that_fits_nothing_is_refused(tmp_path):
-    host = DiffusersHost(make_pipeline())
-    lora = replace(random_lora(host, 1), embeddings={"<toy>": {"clip_l": torch.ones(1, 32)}})
-    option = parse_concept(f"{write_lora(lora, tmp_path / 'one.safetensors')}:sks:dog")
-    renames = ["one:<toy>=bear"]
-    for concept in (
-        read_concept(option, host, renames=renames),
-        *check_concepts([option], renames=renames),
-    ):
-        assert list(concept.lora.embeddings) == ["bear"]
-    for text in ("tyo=bear", "two:<toy>=bear"):
-        with pytest.raises(IterisError, match=r"matches no embedding .* which have one:<toy>"):
-            check_concepts([option], renames=[text])

@@ -97,15 +97,17 @@ def test_the_constructor_checks_as_a_mapping_does():
     ],
 )
 def test_text_becomes_a_value(pair, value):
-    (values, _) = parse_settings(Example, [pair])
+    values = parse_settings({"example": Example}, [pair])[0]["example"]
     assert list(values.values()) == [value]
     assert type(next(iter(values.values()))) is type(value)
     Example.from_mapping(values)
 
 
 def test_calibration_is_set_in_the_same_way():
-    values = parse_settings(IterisSettings, ["repair=False", "guidance=2.5", "denoising_steps=20"])
-    assert values == ({"repair": False}, {"guidance": 2.5, "denoising_steps": 20})
+    pairs = ["repair=False", "guidance=2.5", "denoising_steps=20"]
+    settings, calibration = parse_settings({"iteris": IterisSettings}, pairs)
+    assert settings == {"iteris": {"repair": False}}
+    assert calibration == {"guidance": 2.5, "denoising_steps": 20}
 
 
 def test_a_removed_setting_is_ignored_where_it_did_nothing():

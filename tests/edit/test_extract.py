@@ -162,7 +162,7 @@ def test_the_command(pipeline, tuned, tmp_path, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, "extract", tmp_path / "base", tmp_path / "smaller",
                        "-o", tmp_path / "no.safetensors", "--rank", 4)  # fmt: skip
     assert code == 2
-    assert "have different architectures: conv_in.weight" in err
+    assert "have different architectures: unet.conv_in" in err
 
 
 def test_layers_whose_rows_stand_in_another_dimension(tmp_path):

@@ -119,9 +119,9 @@ def test_an_adapter_folder_is_whole_or_not_there(tmp_path):
 def test_the_files_of_a_comparison_are_all_there_or_none_of_them(tmp_path):
     noise = Image.effect_noise((64, 64), 90).convert("RGB")
     one = {"image": Stat(0.5, 0.1)}
-    comparison = Comparison({"base": one}, {"base": [noise]}, ["a dog"], {})
+    comparison = Comparison(["a dog"], rows={"base": one}, pictures={"base": [noise]})
     with largest_file(16384), pytest.raises(SaveError, match=r"cannot be written"):
-        write_results([comparison], tmp_path)
+        write_results(comparison, tmp_path)
     assert files_in(tmp_path) == []
 
 

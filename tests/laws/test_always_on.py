@@ -164,4 +164,4 @@ def test_what_makes_no_sense_is_refused():
 def test_words_are_not_searched_for():
     config = ConceptConfig(file=Path("fast.safetensors"), always_on="include")
     assert config.with_found_words({"modelspec.trigger_phrase": "sks dog"}).phrases == []
-    assert ConceptConfig.from_dict(config.to_dict(usual=False), "x") == config
+    assert ConceptConfig.from_dict(config.to_dict(), "x") == config

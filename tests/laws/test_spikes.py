@@ -1,4 +1,4 @@
-"""Rank-1 spikes that LoRAs share: found, and counted once by a merge."""
+"""Rank-1 spikes that LoRAs share: a merge counts them once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from oracle import SITES, ModuleHost, Net, changed, make_data, make_lora
 
 from iteris_core import Concept, Lora, LowRank, merge_loras
 from iteris_core.lora import concatenate
-from iteris_core.report.inspection import interference, to_table
-from iteris_core.report.spikes import shared_spikes, spike_of
 
 GATE = "up"
 
@@ -27,26 +25,6 @@ def planted(seed: int, height: float = 3.0, apart: float = 0.1) -> Lora:
     left, right = left / left.norm(), right / right.norm()
     spike = LowRank(height * left[:, None], right[None], change.kernel)
     return Lora({**lora.sites, GATE: concatenate([change, spike])}, lora.name)
-
-
-def test_a_spike_is_the_first_singular_pair():
-    change = planted(1).sites[GATE]
-    found = spike_of(change)
-    u, s, vt = torch.linalg.svd(change.dense())
-    torch.testing.assert_close(found.dense(), s[0] * u[:, :1] @ vt[:1])
-    assert spike_of(LowRank(torch.eye(6)[:, :4], torch.eye(5)[:4])) is None
-
-
-def test_inspect_names_the_sites_of_shared_spikes():
-    one, two = planted(1), planted(2)
-    assert shared_spikes(one, two) == [GATE]
-    pair = interference(one, two)
-    assert pair.spikes == [GATE]
-    assert f"share a spike in 1 layer ({GATE})" in to_table([], [pair])
-    assert shared_spikes(one, make_lora(2)) == []
-    assert shared_spikes(one, planted(2, height=-3.0)) == []
-    assert shared_spikes(one, planted(2, apart=3.0)) == []
-    assert shared_spikes(make_lora(1), make_lora(2)) == []
 
 
 def drift(lora: Lora, own: Lora, data: torch.Tensor) -> float:
