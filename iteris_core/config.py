@@ -86,11 +86,10 @@ class ConceptConfig(Phrased, Config):
     """A concept whose LoRA is still in a file. Without ``file`` the base should not change.
 
     ``low`` is the file for the second of two experts. ``blocks`` and ``layers`` select the part
-    that counts, as in :func:`.lora_files.blocks.filtered`. ``samples`` are the inputs for a
-    transformers model. A recipe records ``sha256`` (of ``file``, or of both joined by a plus) and
-    ``reading``. ``source`` says where the words come from, as in
-    :class:`.lora_files.metadata.FoundPhrases`. ``changed`` is a time stamp of the files, so that a
-    cache treats a rewritten file as another concept. The other fields are those of
+    that counts, as in :func:`.lora_files.blocks.filtered`. A recipe records ``sha256`` (of
+    ``file``, or of both joined by a plus) and ``reading``. ``source`` says where the words come
+    from, as in :class:`.lora_files.metadata.FoundPhrases`. ``changed`` is a time stamp of the
+    files, so that a cache treats a rewritten file as another concept. The other fields are those of
     :class:`.concepts.Concept`.
     """
 
@@ -108,7 +107,6 @@ class ConceptConfig(Phrased, Config):
     blocks: str = ""
     layers: str = ""
     prompts: tuple[str, ...] | None = None
-    samples: Path | None = None
     subjects: tuple[str, ...] = ()
     sha256: str = ""
     reading: dict[str, Any] = {}
@@ -182,8 +180,6 @@ class ConceptConfig(Phrased, Config):
         data = self.model_dump(mode="json", by_alias=True, exclude_defaults=not usual)
         if self.file is not None:
             data["file"] = "+".join(map(name, self.files))
-        if self.samples is not None:
-            data["samples"] = name(self.samples)
         return data | ({"weight": self.weight} if self.preserves else {})
 
     @property

@@ -140,8 +140,8 @@ class OutOfMemory(IterisError, code="IT-15"):
 class OutputError(IterisError, code="IT-16"):
     """The result cannot be written to that path, or not in that form.
 
-    Choose another name or folder, or use `option overwrite`. A result is a .safetensors file, or a
-    folder for a transformers model. Values that do not fit in float16 need `option dtype float32`.
+    Choose another name or folder, or use `option overwrite`. A result is a .safetensors file.
+    Values that do not fit in float16 need `option dtype float32`.
     """
 
 

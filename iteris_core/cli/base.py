@@ -68,7 +68,8 @@ def check_base(base: str) -> None:
     if path.is_dir() and not any((path / name).is_file() for name in INDEXES):
         raise BaseError(
             f"The base {base!r} cannot be loaded: the folder has no model_index.json. Give a "
-            "folder with a pipeline of diffusers, a .safetensors checkpoint or a hub name."
+            "folder with a pipeline of diffusers, a .safetensors checkpoint or a hub name. For a "
+            "transformers model, merge in Python with TransformersHost."
         )
     if path.is_file() and path.suffix != ".safetensors":
         raise BaseError(
@@ -108,7 +109,7 @@ def load_base(
         library.disable_progress_bar()
     device, base = device_of(device), located(base)
     check_base(base)
-    with loading(base, "pipeline of diffusers, a .safetensors checkpoint"):
+    with _loading(base):
         if base.endswith(".safetensors"):
             of_file = single_file_pipeline(Path(base)) if Path(base).is_file() else None
             pipeline = (of_file or StableDiffusionPipeline).from_single_file(base)
@@ -178,9 +179,8 @@ def lora_reader(base: str | None) -> Callable[[Path, ReadOptions], Lora]:
 
 
 @contextmanager
-def loading(base: str, what: str) -> Generator[None]:
-    """Turn any exception of a library into an :class:`IterisError` that suggests a folder with
-    ``what`` or a hub name."""
+def _loading(base: str) -> Generator[None]:
+    """Turn any exception of a library into an :class:`IterisError`."""
     try:
         yield
     except IterisError:
@@ -194,5 +194,5 @@ def loading(base: str, what: str) -> Generator[None]:
         here = "" if Path(base).exists() else " There is no folder or file of that name here."
         raise BaseError(
             f"The base {base!r} cannot be loaded ({brief(error)}).{here} Give a folder with a "
-            f"{what} or a hub name."
+            "pipeline of diffusers, a .safetensors checkpoint or a hub name."
         ) from error

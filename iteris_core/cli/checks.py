@@ -37,8 +37,6 @@ def check_concepts(concepts: Sequence[ConceptConfig]) -> list[Concept]:
                 f"{option.name}: blocks={option.blocks!r} leaves nothing of it; leave it out, or "
                 "give a block another weight."
             )
-        if option.samples is not None:
-            raise ConceptError(f"{option.name}: samples are for transformers models; give prompts.")
         if option.prompts is not None and not option.prompts:
             raise ConceptError(f"{option.name}: its list of prompts is empty.")
     return read

@@ -26,9 +26,8 @@ _KEY = re.compile(rf",\s*(?=(?:{'|'.join(_KEYS)})=)")
 _UNKNOWN_KEY = re.compile(r",\s*([A-Za-z_]\w*)=")
 
 
-def parse_concept(text: str, find: Find = Path, *, adapter: bool = False) -> ConceptConfig:
-    """Parse FILE[:TRIGGER:CLASS[:STRENGTH[/TEXT]]][,KEY=VALUE]…, where FILE may be HIGH+LOW; for a
-    peft ``adapter``, FOLDER:SAMPLES[:STRENGTH]."""
+def parse_concept(text: str, find: Find = Path) -> ConceptConfig:
+    """Parse FILE[:TRIGGER:CLASS[:STRENGTH[/TEXT]]][,KEY=VALUE]…, where FILE may be HIGH+LOW."""
     where = f"--concept {text!r}"
     head, *pairs = _KEY.split(f",{text}")
     head = head.removeprefix(",")
@@ -41,17 +40,12 @@ def parse_concept(text: str, find: Find = Path, *, adapter: bool = False) -> Con
             )
     split = [pair.partition("=") for pair in pairs]
     values: dict[str, Any] = {key: value for key, _, value in split}
-    in_front = {} if not head else _adapter(head) if adapter else _short(head, bool(pairs))
+    in_front = _short(head, bool(pairs)) if head else {}
     keys = [*in_front, *(key for key, _, _ in split)]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise ConceptError(f"{where} gives {', '.join(twice)} twice; leave one out.")
     return concept_of({**in_front, **values}, where, find)
-
-
-def first_name(text: str) -> str:
-    """The text before the first colon or key; for a peft adapter, its folder."""
-    return _KEY.split(text)[0].removeprefix("file=").partition(":")[0]
 
 
 def _short(text: str, alone: bool) -> dict[str, Any]:
@@ -78,34 +72,16 @@ def _short(text: str, alone: bool) -> dict[str, Any]:
     )
 
 
-def _adapter(text: str) -> dict[str, Any]:
-    folder, _, rest = text.partition(":")
-    samples, _, strength = rest.partition(":")
-    if not re.fullmatch(_NUMBER, strength or "1"):
-        raise ConceptError(
-            f"--concept {text!r} is not FOLDER:SAMPLES or FOLDER:SAMPLES:STRENGTH, such as "
-            "adapters/joy:joy.txt; SAMPLES is a text file with one sample a line, or a "
-            ".safetensors with the model's inputs."
-        )
-    values = {"file": folder, "samples": samples, "strength": strength}
-    return {key: value for key, value in values.items() if value}
-
-
-def concept_of(
-    entry: Any, where: str, find: Find = Path, *, adapter: bool = False
-) -> ConceptConfig:
+def concept_of(entry: Any, where: str, find: Find = Path) -> ConceptConfig:
     """The concept of a merge file's ``entry``, a text as for :func:`parse_concept` or a mapping;
-    ``find`` locates samples and prompt files."""
+    ``find`` locates prompt files."""
     if isinstance(entry, str):
-        return parse_concept(entry, find, adapter=adapter)
+        return parse_concept(entry, find)
     if not isinstance(entry, Mapping):
         raise MergeFileError(f"{where} must be FILE:TRIGGER:CLASS or a mapping, not {entry!r}.")
     values = dict(cast(Mapping[str, Any], entry))
-    prompts, samples = values.get("prompts"), values.get("samples")
-    if isinstance(prompts, str):
+    if isinstance(prompts := values.get("prompts"), str):
         values["prompts"] = read_prompts(find(prompts))
-    if isinstance(samples, str):
-        values["samples"] = str(find(samples))
     return ConceptConfig.from_dict(values, where)
 
 

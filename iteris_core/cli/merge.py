@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ from ..config import MergeConfig
 from ..errors import UsageError
 from ..hosts.protocol import Host
 from ..lora import Lora
-from ..lora_files import DTYPES, Layout, ReadOptions, ReleasedBases, check_target
+from ..lora_files import Layout, ReadOptions, ReleasedBases, check_target
 from ..lora_files.embeddings import embedding_targets
 from ..lora_files.experts import expert_files, write_by_expert
 from ..lora_files.metadata import trigger_phrases
-from ..lora_files.peft_folder import check_folder, write_adapter
 from ..merge import MergeResult, merge_loras
 from ..methods.registry import settings_over
 from ..preview import preview_merge
@@ -28,7 +26,6 @@ from ..reading import read_concept
 from ..report.card import card_files, write_card
 from ..report.provenance import check_cut, cut_again, with_run
 from ..saving import check_new
-from .adapters import check_adapters, load_adapters
 from .base import check_base, device_of, load_base
 from .checks import check_apart, check_concepts, check_embeddings, warnings_of
 from .common import console, progress_bars, save_or_keep, spelled, warn
@@ -37,12 +34,10 @@ from .merge_file import MergeFile
 from .options import CALIBRATION, bytes_of, command, given
 from .request import MergeOptions, requested
 
-_ONLY = "diffusion bases; {} is a single model."
-
 
 @command(MergeOptions, Calibration, CALIBRATION)
 def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, Any]) -> None:
-    """Merge LoRAs into one, on a diffusers pipeline or a transformers model.
+    """Merge LoRAs into one, on a diffusers pipeline.
 
     \b
     iteris merge BASE --concept cat.safetensors:sks:cat \\
@@ -51,20 +46,10 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
     """
     console.quiet = options.quiet
     file = context.obj if isinstance(context.obj, MergeFile) else None
-    config, adapter = requested(file, options, calibration)
-    (_check_adapters if adapter else _check_pipeline)(config, options)
-    output = options.output
-    experts = expert_files(output) if any(one.low for one in config.concepts) else ()
-    for path in experts:
-        check_target(path, options.layout, options.dtype, options.overwrite)
-    for path in experts or (output,):
-        for beside in card_files(path) if options.card else ():
-            check_new(beside, overwrite=options.overwrite)
-    check_apart([output, *experts], config.concepts)
-    check_cut(config.cut)
+    config = requested(file, options, calibration)
+    _check(config, options)
     pictures = given(image=options.image, mask_image=options.mask_image)
     call = {name: open_picture(path) for name, path in pictures.items()}
-    settings_over(config.preset, config.method, config.settings, config.calibration)
     device = device_of(options.device)
     for line in warnings_of(config.concepts):
         warn(line)
@@ -75,11 +60,7 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
                 show(progress)
 
         on_progress(Progress("loading the base", 0, 1))
-        if adapter:
-            model_class, generate = options.model_class, options.generate
-            loaded = load_adapters(config.base, config.concepts, model_class, generate, device)
-        else:
-            loaded = _load(config, options, device, call)
+        loaded = _load(config, options, device, call)
         on_progress(Progress("loading the base", 1, 1))
         budget = bytes_of(options.memory)
         how = {**config.choices, "memory_budget": budget, "on_progress": on_progress}
@@ -90,45 +71,31 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
         elif not options.quiet:
             typer.echo("\n".join([*done.lines(), "Nothing was merged or written."]))
         return
-    if not adapter:
-        lora = with_run(done.lora, config.base, config.unmergeable)
-        done = replace(done, lora=cut_again(config.cut, lora))
-    _write(done, config, adapter, options)
+    lora = with_run(done.lora, config.base, config.unmergeable)
+    _write(replace(done, lora=cut_again(config.cut, lora)), options)
 
 
-def _check_adapters(config: MergeConfig, options: MergeOptions) -> None:
-    """Raise :class:`IterisError` if a merge of peft adapters could not run or be written."""
-    names = ("templates", "card", "image", "base_dtype", "offload", "mask_image")
-    _refuse(_ONLY.format(config.base), options, *names)
-    _refuse("files; give another folder, or move the old one.", options, "overwrite")
-    check_folder(options.output)
-    check_adapters(config.concepts)
-
-
-def _check_pipeline(config: MergeConfig, options: MergeOptions) -> None:
-    """Raise :class:`IterisError` if a merge on a pipeline could not run or be written."""
-    only = (
-        f"transformers models; {config.base} is not a folder with a config.json, and no --concept "
-        "is a peft adapter folder."
-    )
-    _refuse(only, options, "generate", "model_class")
-    check_target(options.output, options.layout, options.dtype, options.overwrite)
+def _check(config: MergeConfig, options: MergeOptions) -> None:
+    """Raise :class:`IterisError` if the merge could not run or its result not be written."""
+    output, overwrite = options.output, options.overwrite
+    paths = expert_files(output) if any(one.low for one in config.concepts) else (output,)
+    for path in paths:
+        check_target(path, options.layout, options.dtype, overwrite)
+        for beside in card_files(path) if options.card else ():
+            check_new(beside, overwrite=overwrite)
     if config.base:
         check_base(config.base)
     else:
-        why = "merges on a base; name it before the LoRAs."
-        _refuse(why, options, "image", "mask_image", "base_dtype", "offload")
+        for name in ("image", "mask_image", "base_dtype", "offload"):
+            if getattr(options, name) is not None:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is for merges on a base; name it before the LoRAs."
+                )
     read = check_concepts(config.concepts)
-    low = any(one.low for one in config.concepts)
-    beside = expert_files(options.output)[0] if low else options.output
-    check_embeddings(read, beside, options.layout, overwrite=options.overwrite)
-
-
-def _refuse(why: str, options: MergeOptions, *names: str) -> None:
-    """Raise if one of ``names`` was given: that option is for ``why``."""
-    for name in names:
-        if (value := getattr(options, name)) is not None and value is not False:
-            raise UsageError(f"--{name.replace('_', '-')} is for {why}")
+    check_embeddings(read, paths[0], options.layout, overwrite=overwrite)
+    check_apart(paths, config.concepts)
+    check_cut(config.cut)
+    settings_over(config.preset, config.method, config.settings, config.calibration)
 
 
 def _load(
@@ -147,11 +114,8 @@ def _load(
     return host, concepts
 
 
-def _write(result: MergeResult, config: MergeConfig, adapter: bool, options: MergeOptions) -> None:
-    def write(path: Path, layout: Layout | None, dtype: str) -> Sequence[Path]:
-        if adapter:
-            folder = write_adapter(result.lora, path, base=config.base, dtype=DTYPES[dtype])
-            return [folder / "adapter_model.safetensors"]
+def _write(result: MergeResult, options: MergeOptions) -> None:
+    def write(path: Path, layout: Layout | None, dtype: str) -> list[Path]:
         return write_by_expert(
             result.lora, path, layout=layout, dtype=dtype, overwrite=options.overwrite
         )

@@ -20,7 +20,7 @@ _O = TypeVar("_O")
 Dtype = Literal["float16", "bfloat16", "float32"]
 
 BASE, CALIBRATION, READING = "Base", "Calibration: prompts and latents", "LoRA files"
-RESULT, TEXT_MODELS, PICTURES = "Result", "Transformers models", "Pictures"
+RESULT, PICTURES = "Result", "Pictures"
 METHOD, AGAIN = "Method and settings", "Repeat a merge, or use a merge file"
 """Headings of the help."""
 
@@ -76,14 +76,13 @@ A concept:
   FILE:TRIGGER:CLASS        cat.safetensors:sks:cat, in prompts "sks cat"
   FILE:TRIGGER:CLASS:0.8    at strength 0.8; 0.8/0.5: model and text encoders
   HIGH+LOW:TRIGGER:CLASS    two files, for a base with two experts
-  FOLDER:SAMPLES[:0.8]      a peft adapter for a transformers model
   ,weight=2                 how much it counts in the merge (1)
   ,prompts=FILE             its own prompts, one per line, not templates
   ,kind=style               templates for a style; also tags, video (subject)
   ,always_on=include        a speed LoRA: on in every merge, and in the file
   ,blocks= ,layers=*attn2*  a part of it: block weights, or names of layers
   prompts=FILE,weight=0.2   no LoRA: prompts on which the base should stay
-  ,trigger= ,class= ,strength= ,text_strength= ,samples=   the same by name
+  ,trigger= ,class= ,strength= ,text_strength=   the same by name
 """
 
 

@@ -17,9 +17,8 @@ from ..lora_files import Layout, read_tensors
 from ..lora_files.metadata import parse_object
 from ..methods import find_method
 from ..report.provenance import check_cut
-from .adapters import is_model
 from .base import BUNDLED
-from .concept_options import concept_of, first_name, found_in
+from .concept_options import concept_of, found_in
 from .inputs import read_lines
 from .merge_file import MergeFile, use_merge_file
 from .options import (
@@ -30,7 +29,6 @@ from .options import (
     METHOD,
     READING,
     RESULT,
-    TEXT_MODELS,
     AsJson,
     BaseDtype,
     Device,
@@ -59,15 +57,13 @@ _AFTER = ("cut", "strength", "base", "unmergeable")
 class MergeOptions:
     """One field per option, with the option's name, in the order of the help."""
 
-    output: Annotated[
-        Path, option("The .safetensors to write (transformers: a folder)", "--output", "-o")
-    ]
+    output: Annotated[Path, option("The .safetensors to write", "--output", "-o")]
     base: Annotated[
         str | None,
         typer.Argument(
-            help="A diffusers pipeline (a folder, a .safetensors, a hub name), a transformers "
-            "model, or a merge file (.yaml), which can set every option. Methods that look at "
-            "weights only, such as average, need none.",
+            help="A diffusers pipeline (a folder, a .safetensors, a hub name), or a merge file "
+            "(.yaml), which can set every option. Methods that look at weights only, such as "
+            "average, need none.",
             metavar="BASE",
             is_eager=True,
             callback=use_merge_file,
@@ -118,14 +114,6 @@ class MergeOptions:
             panel=CALIBRATION,
         ),
     ] = None
-    generate: Annotated[
-        int | None,
-        option("Collect features while each LoRA generates N tokens", panel=TEXT_MODELS),
-    ] = None
-    model_class: Annotated[
-        str | None,
-        option("Class of the base, if the adapter does not name one", panel=TEXT_MODELS),
-    ] = None
     layout: Annotated[
         Layout | None,
         option(
@@ -167,10 +155,9 @@ class MergeOptions:
 
 def requested(
     file: MergeFile | None, options: MergeOptions, calibration: Mapping[str, Any]
-) -> tuple[MergeConfig, bool]:
-    """The merge, and whether its base is a single transformers model with peft adapters as
-    concepts. Raises :class:`IterisError` for anything missing, unknown or broken."""
-    config, adapter = (_again if options.from_file else _written)(file, options)
+) -> MergeConfig:
+    """The merge. Raises :class:`IterisError` for anything missing, unknown or broken."""
+    config = (_again if options.from_file else _written)(file, options)
     kinds = {config.method: find_method(config.method).settings}
     settings, of_pairs = parse_settings(kinds, options.setting or [])
     lines = read_lines(options.templates) if options.templates else None
@@ -181,10 +168,10 @@ def requested(
         },
         **given(unmergeable=options.unmergeable, preset=options.preset),
     }  # fmt: skip
-    return config.model_copy(update=changes), adapter
+    return config.model_copy(update=changes)
 
 
-def _written(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig, bool]:
+def _written(file: MergeFile | None, options: MergeOptions) -> MergeConfig:
     """The concepts from the command line or the merge ``file``, and its other keys."""
     entries: Sequence[Any] = options.concept or (file.entries if file else [])
     if not entries:
@@ -199,11 +186,8 @@ def _written(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig
         raise UsageError("Name the base: BASE on the command line, or base: in the merge file.")
     of_file = file if not options.concept else None
     where, find = (str(of_file.path), of_file.find) if of_file else ("--concept", Path)
-    named = [entry.get("file") if isinstance(entry, Mapping) else entry for entry in entries]
-    places = [str(find(first_name(str(name)))) for name in named if name]
-    adapter = options.base is not None and is_model(options.base, places)
     concepts = [
-        concept_of(entry, f"{where}: concept {number}", find, adapter=adapter)
+        concept_of(entry, f"{where}: concept {number}", find)
         for number, entry in enumerate(entries, 1)
     ]
     if of_file:
@@ -215,10 +199,10 @@ def _written(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig
         "base": options.base or "",
         **given(method=options.method),
     }
-    return config.model_copy(update=changes), adapter
+    return config.model_copy(update=changes)
 
 
-def _again(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig, bool]:
+def _again(file: MergeFile | None, options: MergeOptions) -> MergeConfig:
     """The merge that ``options.from_file`` records. The file is untrusted: only its LoRAs are read,
     and no base is downloaded."""
     path = options.from_file
@@ -240,7 +224,7 @@ def _again(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig, 
         base = _base_in(folders, config.base)
     check_cut(config.cut)
     concepts = tuple(found_in(folders, concept) for concept in config.concepts)
-    return config.model_copy(update={"base": base, "concepts": concepts}), False
+    return config.model_copy(update={"base": base, "concepts": concepts})
 
 
 def read_recipe(path: Path) -> MergeConfig:

@@ -43,13 +43,11 @@ def make_mess(folder: Path) -> dict[str, str]:
         (tmp / name).write_text(text)
     for name, content in data.items():
         (tmp / name).write_bytes(content)
-    for name in ("empty", "pics", "done", "adapter", "model", "others"):
+    for name in ("empty", "pics", "done", "others"):
         (tmp / name).mkdir()
     Image.new("RGB", (8, 8)).save(tmp / "pics" / "a.png")
     Image.new("RGB", (8, 8)).save(tmp / "pics" / "b.png")
     (tmp / "done" / "comparison.json").write_text("{}")
-    (tmp / "adapter" / "adapter_config.json").write_text("{}")
-    (tmp / "model" / "config.json").write_text("{}")
     tensors = load_file(one)
     whole = {f"model.diffusion_model.input_blocks.{i}.weight": torch.ones(2) for i in range(9)}
     save_file(whole, tmp / "model.safetensors")
@@ -90,7 +88,6 @@ FORMS = {
     "M": "merge {base} -o {out} --device cpu --concept {one}:s1:dog",
     "L": "merge {base} -o {out} --device cpu --concept",
     "F": "merge {base} -o {out} --loras {world} --from",
-    "T": "merge {tmp}/model -o {tmp}/new --concept",
     "C": "compare {base} -o {results} --device cpu --concept {one}:s1:dog --refs {pics}",
 }
 """What a case begins with, for short."""

@@ -220,7 +220,7 @@ def test_what_the_base_does_not_take_is_refused(
 
 TESTS = Path(__file__).parent
 IN = {
-    "merge": ("test_cli_options.py", "test_merge_file.py", "test_cli.py", "test_cli_model.py",
+    "merge": ("test_cli_options.py", "test_merge_file.py", "test_cli.py",
               "test_recipe.py"),
     "compare": ("test_compare.py",),
     "score": ("test_score_command.py",),

@@ -23,7 +23,7 @@ CONFIG = MergeConfig(
             kind="style", strength=0.8, text_strength=0.0, weight=2.0, sha256="1+2",
             low=Path("low.safetensors"), reading={"energy": 0.5},
         ),
-        ConceptConfig(file=Path("joy"), samples=Path("joy.txt"), subjects=("one", "two")),
+        ConceptConfig(file=Path("joy.safetensors"), subjects=("one", "two")),
         ConceptConfig.preserve(("a street",)),
     ),
     method="ties", preset="fast", settings={"rank": 3, "density": 0.3}, unmergeable="skip",

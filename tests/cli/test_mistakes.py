@@ -329,7 +329,6 @@ def nothing_loaded(monkeypatch):
     for module in ("merge", "compare", "base"):
         command = sys.modules[f"iteris_core.cli.{module}"]
         monkeypatch.setattr(command, "load_base", lambda *_, **__: pytest.fail("a base was loaded"))
-    monkeypatch.setattr(sys.modules["iteris_core.cli.adapters"], "_load", pytest.fail)
     monkeypatch.setattr(ClipScorer, "load", pytest.fail)
 
 
