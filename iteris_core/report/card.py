@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,8 +25,8 @@ def write_card(file: Path, report: MergeReport | None = None) -> list[Path]:
     """Write the card of the LoRA in ``file`` beside it, replacing an older one, and the notes that
     LoRA browsers read (:func:`..lora_files.sidecars.write_sidecar`); returns both paths.
 
-    Trigger words, sources with their licences and the recipe come from the file's metadata, errors
-    per concept from the ``report``, and images from files of the same name beside it.
+    Trigger words, sources with their licences and the recipe come from the file's metadata, the
+    verdict from the ``report``, and images from files of the same name beside it.
     """
     _, metadata = read_header(file)
     card, _ = card_files(file)
@@ -51,12 +50,8 @@ def card_of(file: Path, metadata: Mapping[str, str], report: MergeReport | None 
         parts += ["## Merged from", "\n".join(_sources(concepts))]
     if licences := metadata.get("modelspec.license", ""):
         parts += ["Licences of the sources: " + _plain(licences)]
-    if report is not None and (rows := list(_errors(report))):
-        parts += [
-            "## Layer errors, as shares of what the LoRA adds",
-            "\n".join(rows),
-            report.verdict(),
-        ]
+    if report is not None:
+        parts += ["## Result", _plain(report.verdict())]
     if recipe:
         parts += ["## Recipe", "\n".join(_recipe(recipe, file.name))]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -69,17 +64,6 @@ def _sources(concepts: list[dict[str, Any]]) -> Iterator[str]:
         digest = str(one.get("sha256") or "")[:12]
         numbers = [str(one.get(name, 1.0)) for name in ("strength", "weight")]
         yield f"| {' | '.join([_plain(str(one['lora'])), digest, *numbers])} |"
-
-
-def _errors(report: MergeReport) -> Iterator[str]:
-    """The lines of a table of measured errors; empty if there are none."""
-    pairs = zip(report.concepts, report.residuals(), strict=True)
-    known = [(name, *errors) for name, errors in pairs if not any(map(math.isnan, errors))]
-    if known:
-        yield "| | mean of the LoRAs | this merge |"
-        yield "|---|--:|--:|"
-    for name, before, after in known:
-        yield f"| {_plain(name)} | {before:.3f} | {after:.3f} |"
 
 
 def _recipe(recipe: Mapping[str, Any], name: str) -> Iterator[str]:
