@@ -217,18 +217,14 @@ def shared_triggers(concepts: Sequence[Phrased]) -> list[list[str]]:
 def _clash(one: Phrased, two: Phrased) -> str:
     if one.preserves or two.preserves:
         return ""
-    if both := _triggers(one) & _triggers(two):
-        return (
-            f"another concept has the trigger {max(both, key=len)!r} too: a prompt cannot tell "
-            "them apart. Give other class words, or train one of them with another trigger"
-        )
-    for triggers, other in ((_triggers(one), two), (_triggers(two), one)):
+    for concept, other in ((one, two), (two, one)):
+        triggers = _triggers(concept)
         for phrase in map(_in_lower_case, other.phrases):
             if within := [word for word in triggers if f" {word} " in f" {phrase} "]:
                 return (
                     f"{max(within, key=len)!r} is the trigger of one concept and part of "
                     f"{phrase!r}, which invokes another: a prompt for that one invokes both. Give "
-                    "one of them other words"
+                    "one of them other words, or train it with another trigger"
                 )
     return ""
 

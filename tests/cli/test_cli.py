@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import shlex
 import subprocess
@@ -95,15 +94,6 @@ def test_json_methods_and_settings(world, tmp_path, monkeypatch, capsys):
     assert all(key.endswith(("lora_A.weight", "lora_B.weight")) for key in load_file(out))
 
 
-class _Bomb:
-    def __reduce__(self):
-        return (print, ("a pickle was run",))
-
-
-def _pickle(world, folder):
-    (folder / "bad.safetensors").write_bytes(pickle.dumps(_Bomb()))
-
-
 def _edit(world, folder, change):
     tensors = load_file(world / "lora1.safetensors")
     save_file({k: v.contiguous() for k, v in change(tensors).items()}, folder / "bad.safetensors")
@@ -130,30 +120,10 @@ def _other_base_shapes(world, folder):
     _edit(world, folder, change)
 
 
-def _half_missing(world, folder):
-    def change(tensors):
-        key = next(k for k in tensors if k.endswith("lora_up.weight"))
-        return {k: v for k, v in tensors.items() if k != key}
-
-    _edit(world, folder, change)
-
-
-def _unknown_key(world, folder):
-    _edit(world, folder, lambda tensors: {**tensors, "lora_unet_mystery": torch.ones(2)})
-
-
-def _dora(world, folder):
-    _edit(world, folder, lambda t: {**t, "lora_unet_x.dora_scale": torch.ones(2)})
-
-
 BAD_FILES = [
-    (_pickle, "pickled"),
     (_other_base_names, "another base model"),
     (_no_common_site, "another base model"),
     (_other_base_shapes, "(4, 768)"),
-    (_half_missing, "bad.safetensors"),
-    (_unknown_key, "lora_unet_mystery"),
-    (_dora, "lora_unet_x.dora_scale"),
 ]
 
 
@@ -164,10 +134,9 @@ def test_a_bad_file_is_one_line_and_nothing_is_written(
     make(world, tmp_path)
     bad, out = tmp_path / "bad.safetensors", tmp_path / "out.safetensors"
     files = [world / "lora1.safetensors", bad]
-    code, text, err = run(monkeypatch, capsys, *merge_arguments(world, *files, out=out))
+    code, _, err = run(monkeypatch, capsys, *merge_arguments(world, *files, out=out))
     assert code == 2
     assert "Traceback" not in err
-    assert "a pickle was run" not in text + err
     line = err.partition("iteris: ")[2]
     assert message in line
     assert str(bad) in line

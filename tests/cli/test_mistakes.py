@@ -121,7 +121,10 @@ def test_a_merge_that_no_name_takes_is_kept_elsewhere(world, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--concept={lora2}:s1:cat"], "{lora2}: another concept has the trigger 's1' too"),
+        (
+            ["--concept={lora2}:s1:cat"],
+            "{lora2}: 's1' is the trigger of one concept and part of 's1 cat'",
+        ),
         (
             ["--concept={lora2}:s2:cat:0"],
             "{lora2} is left out of the merge: its strength",

@@ -227,7 +227,7 @@ def test_shared_triggers_and_embeddings_are_warned_of(tmp_path):
     concepts = [Concept(loras[0], trigger="sks"), Concept(loras[1], trigger="SKS ")]
     result = merge_loras(None, concepts, "sum")
     text = result.report.summary()
-    assert "another concept has the trigger 'sks' too" in text
+    assert "'sks' is the trigger of one concept and part of 'sks', which invokes another" in text
     assert "the one from l1 is saved as 'l1-word'" in text
     assert json.loads(result.lora.metadata["iteris"])["notes"] == result.report.notes
     path = result.save(tmp_path / "merged.safetensors")
@@ -238,19 +238,14 @@ def test_shared_triggers_and_embeddings_are_warned_of(tmp_path):
     assert torch.equal(found["clip_l"], vectors[1]["clip_l"])
     with pytest.raises(IterisError, match="exists already"):
         result.save(path)
-    for one, two, shared in (
-        ("a", "b", None), ("", "", None), ("sks dog", "zwx dog", None),
-        ("sks dog", "SKS cat", "'sks'"), ("sks  dog", "sks dog", "'sks dog'"),
-    ):  # fmt: skip
-        concepts = [Concept(loras[0], trigger=one), Concept(loras[1], trigger=two)]
-        text = merge_loras(None, concepts, "sum").report.summary()
-        assert text.count("the trigger") == bool(shared)  # once
-        assert shared is None or f"another concept has the trigger {shared} too" in text
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ([{"trigger": "star"}, {"trigger": " STAR"}], True),
+        ([{"trigger": "sks star"}, {"trigger": "SKS star cat"}], True),
+        ([{}, {}], False),
         ([{"trigger": "star"}, {"trigger": "sks1", "class_word": "Star"}], True),
         ([{"trigger": "sks1 star"}, {"trigger": "star", "class_word": "shape"}], True),
         ([{"trigger": "star"}, {"subjects": ["zwx", "a sks star"]}], True),
@@ -263,7 +258,7 @@ def test_a_trigger_within_another_phrase_is_warned_of(words, said):
     notes = merge_loras(None, concepts, "sum").report.notes
     told = [note for of_one in notes.values() for note in of_one if "is the trigger" in note]
     assert len(told) == said
-    assert all("'star' is the trigger of one concept and part of" in note for note in told)
+    assert all("star' is the trigger of one concept and part of" in note for note in told)
 
 
 def test_bundled_embeddings_and_those_beside_a_file_are_kept(host, tmp_path):
