@@ -20,7 +20,7 @@ from .hosts.of_model import host_of
 from .hosts.protocol import Host
 from .hosts.rows import CLASSES
 from .lora import SiteChanges
-from .merge_result import Made, MergeResult, Notes, result_of
+from .merge_result import MergeResult, Notes, result_of
 from .methods import Method, find_method
 from .methods.registry import Merged, settings_over
 from .methods.repair import notes_on, streams_of
@@ -94,19 +94,29 @@ def merge_loras(
     host = None if host is None else host_of(host)
     concepts = read_concepts(host, concepts)
     job, always = begun(host, concepts, chosen, calibration, on_progress, memory_budget, thresholds)
-    if always and not job.concepts:  # as they are, side by side
-        made = Made([], Merged({}, RunLog()), [], [])
-    elif host is None or not chosen.needs_host:
-        made = _by_weights(job, chosen, settings)
+    zero = "left out of the merge: its strength or weight is 0"
+    noted = [(concept.name, [zero]) for concept in concepts if not concept.counts]
+    merging, shares = job.concepts, dict[str, list[float]]()
+    if always and not merging:  # as they are, side by side
+        merged = Merged({}, RunLog())
+    elif host is None or not chosen.needs_host:  # weights make no use of prompts
+        merging = [concept for concept in merging if concept.lora is not None]
+        job = replace(job, concepts=merging, changes=changes_of(merging))
+        merged = chosen.merge(job, settings)
     else:
         with switched_on(host, always):
-            made = _by_features(job, always, chosen, settings, unmergeable)
-        calibration = replace(calibration, samples=made.samples, minutes=None)  # for the recipe
-    zero = "left out of the merge: its strength or weight is 0"
-    made.noted[:0] = [(concept.name, [zero]) for concept in concepts if not concept.counts]
+            job, others, more = prepared(job, always, chosen, settings, unmergeable)
+            merged, shares = _by_features(job, chosen, settings, more)
+        noted += more
+        if unmergeable == "mean":
+            means = means_of(job.concepts, others)
+            solved = {site: Solution(change) for site, change in means.items()}
+            merged = replace(merged, sites={**merged.sites, **solved})
+        samples = job.calibration.samples  # that the time allowed, for the recipe
+        calibration = replace(calibration, samples=samples, minutes=None)
     seconds = time.perf_counter() - started
     job.eta.end()
-    return result_of(made, always, chosen, settings, calibration, seconds)
+    return result_of(merging, merged, always, chosen, settings, calibration, noted, shares, seconds)
 
 
 def begun(
@@ -199,38 +209,19 @@ def _with_added(job: Job, concepts: Sequence[Concept], method: Method) -> Job:
 
 
 def _by_features(
-    job: Job,
-    always: Sequence[Concept],
-    method: Method,
-    settings: Settings,
-    unmergeable: Unmergeable,
-) -> Made:
-    concepts = job.concepts
-    job, others, noted = prepared(job, always, method, settings, unmergeable)
+    job: Job, method: Method, settings: Settings, noted: Notes
+) -> tuple[Merged, dict[str, list[float]]]:
+    """The merge, and what held-out rows keep; adds notes to ``noted``."""
     calls = [embedding_triggers(concept) for concept in job.concepts]
     with job.host.activate(calls) as in_force:
         noted += _learned(job.concepts, calls, in_force)
         merged = method.merge(job, settings)
-        shares = dict[str, list[float]]()
+        changes = {site: solution.change for site, solution in merged.sites.items()}
         try:
-            shares = kept(job, {site: solution.change for site, solution in merged.sites.items()})
+            return merged, kept(job, changes)
         except (IterisError, RuntimeError) as error:  # the merge is done
             noted.append((WHAT, [f"not measured: {error}"]))
-    if unmergeable == "mean":
-        means = means_of(job.concepts, others)
-        solved = {site: Solution(change) for site, change in means.items()}
-        merged = replace(merged, sites={**merged.sites, **solved})
-    own = calls[: len(concepts)]
-    return Made(concepts, merged, own, noted, job.calibration.samples, shares)
-
-
-def _by_weights(job: Job, method: Method, settings: Settings) -> Made:
-    """Drop concepts without a LoRA: a method on weights makes no use of prompts."""
-    concepts = [concept for concept in job.concepts if concept.lora is not None]
-    job = replace(job, concepts=concepts, changes=changes_of(concepts))
-    merged = method.merge(job, settings)
-    calls = [embedding_triggers(concept) for concept in concepts]
-    return Made(concepts, merged, calls, [])
+            return merged, {}
 
 
 def _added_note(added: Concept, concepts: Sequence[Concept], always: Sequence[Concept]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from .concepts import Calibration, Concept
 from .errors import IterisError
 from .hosts.diffusers_lora import load_adapter
-from .hosts.learned import EmbeddingTriggers, embedding_triggers
+from .hosts.learned import embedding_triggers
 from .lora import Lora
 from .lora_files import Layout
 from .lora_files.experts import write_by_expert
@@ -74,42 +74,33 @@ Notes = list[tuple[str, list[str]]]
 """Notes by the name of what they are on, for the report."""
 
 
-@dataclass(frozen=True)
-class Made:
-    """The ``merged`` LoRA of the ``concepts``, and notes on each by name; ``samples`` is the number
-    that the time allowed, ``kept`` what held-out rows keep."""
-
-    concepts: Sequence[Concept]
-    merged: Merged
-    calls: Sequence[EmbeddingTriggers]
-    noted: Notes
-    samples: int = 0
-    kept: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
-
-
 def result_of(
-    made: Made,
+    concepts: Sequence[Concept],
+    merged: Merged,
     always: Sequence[Concept],
     method: Method,
     settings: Settings,
     calibration: Calibration,
+    noted: Notes,
+    kept: Mapping[str, Sequence[float]],
     seconds: float,
 ) -> MergeResult:
-    """The result, including the changes of ``always`` on LoRAs that belong in the file."""
-    log, concepts, every = made.merged.log, made.concepts, [*made.concepts, *always]
-    solved, repairs = made.merged.sites, made.merged.repairs
-    merged = {site: solution.change for site, solution in solved.items()}
-    sites = beside(merged, changes_always(always_on(always, "include")))
+    """The result of a merge of ``concepts``, including the changes of ``always`` on LoRAs that
+    belong in the file. ``kept`` is what held-out rows keep."""
+    log, every = merged.log, [*concepts, *always]
+    changes = {site: solution.change for site, solution in merged.sites.items()}
+    sites = beside(changes, changes_always(always_on(always, "include")))
     loras = [concept.lora for concept in every if concept.lora is not None]
     joined = join_embeddings(every)
     notes = notes_of(every)
     where = {"include": "part of the merged LoRA", "outside": "load it beside the merged LoRA"}
-    noted = [
-        (c.name, [f"{_why(c)}on while the others were merged; {where[c.always_on]}"])
-        for c in always
+    why = "no trigger word, so it acts on every prompt: "
+    on = "on while the others were merged"
+    of_always = [
+        (c.name, [f"{'' if c.phrases else why}{on}; {where[c.always_on]}"]) for c in always
     ]
     of_all = ("sites", log.notes), ("embeddings", joined.warnings)
-    for name, more in (*made.noted, *noted, *of_all):
+    for name, more in (*noted, *of_always, *of_all):
         if more:
             notes.setdefault(name, []).extend(more)
     report = MergeReport(
@@ -117,9 +108,9 @@ def result_of(
         concepts=[concept.name for concept in concepts],
         sites={
             site: SiteReport.of(
-                replace(solved[site], change=change) if site in solved else Solution(change),
+                replace(merged.sites.get(site, Solution(change)), change=change),
                 len(concepts),
-                repair=site in repairs,
+                repair=site in merged.repairs,
             )
             for site, change in sites.items()
         },
@@ -133,17 +124,13 @@ def result_of(
         convergence=list(log.convergence),
         preserved=[concept.name for concept in concepts if concept.lora is None],
         lacks=lacks_of(every),
-        kept=made.kept,
+        kept=kept,
     )
     lora = Lora(
         sites,
         "merged",
-        merge_metadata(every, report, joined, [*made.calls, *map(embedding_triggers, always)]),
+        merge_metadata(every, report, joined, [*map(embedding_triggers, every)]),
         base=next((lora.base for lora in loras if lora.base is not None), None),
         embeddings=joined.embeddings,
     )
     return MergeResult(lora, report)
-
-
-def _why(concept: Concept) -> str:
-    return "" if concept.phrases else "no trigger word, so it acts on every prompt: "
