@@ -14,7 +14,6 @@ from ..config import ConceptConfig
 from ..edit.convert import Names, convert_lora, largest_error
 from ..lora import Lora
 from ..lora_files import DTYPES, ReadOptions, check_target, read_lora_file
-from ..lora_files.peft_folder import check_folder
 from ..lora_files.sidecars import find_phrases
 from ..lora_files.tensors import dtypes_of, read_tensors
 from .base import lora_reader
@@ -26,9 +25,7 @@ def convert(
     file: Annotated[
         Path, typer.Argument(help="A LoRA file of any layout and kind", metavar="FILE")
     ],
-    output: Annotated[
-        Path, option("The .safetensors to write; for peft, a folder", "--output", "-o")
-    ],
+    output: Annotated[Path, option("The .safetensors to write", "--output", "-o")],
     layout: Annotated[Names, option("Naming scheme of the file")] = "kohya",
     base: Annotated[
         str | None, option("The base, for a DoRA or if its shape differs from SD 1.5, XL, 3, FLUX")
@@ -44,35 +41,29 @@ def convert(
     \b
     iteris convert cat.safetensors --layout comfyui -o cat-comfyui.safetensors
     """
-    if layout == "peft":
-        check_folder(output)
-    else:
-        check_target(output, None, "float16", overwrite)
+    check_target(output, None, "float16", overwrite)
     config = ConceptConfig(file=file)
     check_concepts([config])
     check_apart([output], [config])
-    options = ReadOptions(allow_partial, energy, vectors=layout in ("kohya", "comfyui"))
+    options = ReadOptions(allow_partial, energy, vectors=layout != "diffusers")
     lora = _read(file, base, options)
     own = next(iter(dtypes_of(read_tensors(file)[0])), "float16")  # the most common one
     written = dtype or (own if own in DTYPES else "float16")
     path = convert_lora(lora, output, layout, dtype=written, overwrite=overwrite)
-    notes, error = list(lora.notes), None
+    notes = list(lora.notes)
     if own.startswith("float8"):
         notes.append(f"{own} becomes {written}: few tools load a LoRA in float8")
-    if layout != "peft" and lora.base is not None:
-        back = read_lora_file(path, lora.base, options=ReadOptions(vectors=True))
-        error = largest_error(lora, back)
+    assert lora.base is not None  # convert_lora refuses others
+    back = read_lora_file(path, lora.base, options=ReadOptions(vectors=True))
+    error = largest_error(lora, back)
     if as_json:
         report = {"path": str(path), "dtype": written, "error": error, "notes": notes}
         typer.echo(json.dumps(report))
         return
     for note in notes:
         typer.echo(escape(note))
-    if error is not None:
-        outcome = (
-            "bit-identical to the original" if error == 0 else f"within {error:.2g} of the original"
-        )
-        typer.echo(f"Read back: every layer's change is {outcome}.")
+    outcome = f"within {error:.2g} of" if error else "bit-identical to"
+    typer.echo(f"Read back: every layer's change is {outcome} the original.")
     typer.echo(f"Wrote {path} ({written}, {len(lora.sites)} layers).")
 
 

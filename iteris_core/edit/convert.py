@@ -11,12 +11,11 @@ import torch
 from ..architectures.row_mapping import Alias
 from ..errors import OutputError
 from ..lora import Lora, concatenate
-from ..lora_files import DTYPES, BaseModel, write_loras
-from ..lora_files.peft_folder import write_adapter
+from ..lora_files import BaseModel, write_loras
 
-Names = Literal["kohya", "diffusers", "comfyui", "peft"]
+Names = Literal["kohya", "diffusers", "comfyui"]
 """``kohya``: sd-scripts' names. ``diffusers``: module names by component. ``comfyui``: ComfyUI's
-own module names. ``peft``: an adapter folder, for the denoiser only."""
+own module names."""
 
 
 def convert_lora(
@@ -24,26 +23,15 @@ def convert_lora(
 ) -> Path:
     """Write ``lora``, which was read for its base, under ``names``; its metadata stay.
 
-    Raises :class:`OutputError` if the base has no such names, or for a ``peft`` folder if the LoRA
-    changes text encoders too; otherwise raises like :func:`..lora_files.write_lora`.
+    Raises :class:`OutputError` if the base has no such names; otherwise raises like
+    :func:`..lora_files.write_lora`.
     """
-    path = Path(path)
     if lora.base is None:
         raise OutputError("This LoRA's base is unknown; read it for a base.")
-    if names == "peft":
-        prefix = f"{lora.base.architecture.denoiser}."
-        others = sorted(site for site in lora.sites if not site.startswith(prefix))
-        if others:
-            raise OutputError(
-                f"A peft folder is for one model, but this LoRA changes {len(others)} layers "
-                f"outside the denoiser, such as {others[0]}; give option layout diffusers."
-            )
-        sites = {site.removeprefix(prefix): change for site, change in lora.sites.items()}
-        return write_adapter(replace(lora, sites=sites), path, dtype=DTYPES[dtype])
     if names == "comfyui":
         lora = replace(lora, base=replace(lora.base, written=comfyui_names(lora.base)))
     layout = "peft" if names == "diffusers" else "kohya"
-    return write_loras({path: lora}, layout=layout, dtype=dtype, overwrite=overwrite)[0]
+    return write_loras({Path(path): lora}, layout=layout, dtype=dtype, overwrite=overwrite)[0]
 
 
 def comfyui_names(base: BaseModel) -> dict[str, Alias]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -149,6 +147,8 @@ def test_windows_paths_and_strengths():
     )
     option = parse_concept("a/cat.safetensors:sks:cat:0.5")
     assert (option.trigger, option.class_word, option.strength) == ("sks", "cat", 0.5)
+    assert option.text_strength is None
+    assert parse_concept("a/cat.safetensors:sks:cat:0.8/0.5").text_strength == 0.5
     assert parse_concept("cat.safetensors:sks:").class_word == ""
 
 
@@ -224,10 +224,3 @@ def test_one_method_in_full(monkeypatch, capsys):
     assert code == 0
     for word in ("weighting", "eq. 8", "jacobi"):
         assert word in text
-
-
-def test_help_of_the_installed_command():
-    command = [sys.executable, "-m", "iteris_core", "--help"]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "merge" in text
-    assert "demo" in text

@@ -1,18 +1,14 @@
-"""Every option of the commands does what it says; a command with an option that is in none of
-these tables fails."""
+"""Options of merge do what they say."""
 
 from __future__ import annotations
 
 import json
-import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import typer
 from command_line import QUICK, make_world, recipe_of, run
 from PIL import Image
 from safetensors.torch import load_file
@@ -216,23 +212,3 @@ def test_what_the_base_does_not_take_is_refused(
     assert code == 2
     assert message in err
     assert not out.exists()
-
-
-TESTS = Path(__file__).parent
-IN = {
-    "merge": ("test_cli_options.py", "test_merge_file.py", "test_cli.py",
-              "test_recipe.py"),
-    "compare": ("test_compare.py",),
-    "score": ("test_score_command.py",),
-    "inspect": ("test_inspection.py",),
-    "doctor": ("test_doctor.py",),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("command", IN)
-def test_every_option_is_in_a_test(command):
-    text = "\n".join((TESTS / name).read_text() for name in IN[command])
-    parameters = typer.main.get_command(cli.app).commands[command].params
-    options = [max(p.opts, key=len) for p in parameters if p.opts[0].startswith("-")]
-    missing = [o for o in options if not re.search(rf"{o}\b(?!-)", text) and o != "--output"]
-    assert not missing

@@ -129,13 +129,6 @@ def test_likeness_leaves_out_pictures_that_name_other_concepts(monkeypatch):
     assert rows[:2] == [["alone s1"], ["alone s1", "alone s2"]]
 
 
-def test_methods_are_listed(monkeypatch, capsys):
-    code, out, _ = run(monkeypatch, capsys, "methods")
-    assert code == 0
-    for name in ("iteris", "ssr", "ties", "objective"):
-        assert name in out
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = make_world(tmp_path_factory.mktemp("world"))

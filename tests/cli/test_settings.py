@@ -17,13 +17,11 @@ from small_merge import merge
 from iteris_core import (
     Calibration,
     Concept,
-    IterisError,
     IterisSettings,
     SettingsError,
     all_methods,
     merge_loras,
 )
-from iteris_core.cli.concept_options import parse_concept
 from iteris_core.cli.options import Dtype, parse_settings
 from iteris_core.lora_files import DTYPES
 from iteris_core.methods.registry import settings_over
@@ -183,11 +181,3 @@ def test_iterations_stop_at_the_tolerance_and_the_report_says_so():
     assert "Not converged: after 2 iterations" in early.summary()
     assert merge(loras, data).report.converged is None
     assert "onverge" not in merge(loras, data).report.summary()
-
-
-def test_strength_of_the_text_encoder_on_the_command_line():
-    option = parse_concept("a/cat.safetensors:sks:cat:0.8/0.5")
-    assert (option.strength, option.text_strength) == (0.8, 0.5)
-    assert parse_concept("cat.safetensors:sks:cat:0.5").text_strength is None
-    with pytest.raises(IterisError, match="STRENGTH/TEXT"):
-        parse_concept("cat:0.5/0.5")

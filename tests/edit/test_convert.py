@@ -41,20 +41,6 @@ def test_under_every_name_it_is_the_same_lora(kind, names, tmp_path):
     assert written == modules
 
 
-def test_a_folder_of_peft_is_loaded_by_peft(pipeline, host, tmp_path):
-    from peft import PeftModel
-
-    lora = make_lora("sd1", [s for s in trained_sites("sd1") if ".attn1.to_" in s])
-    folder = convert_lora(lora, tmp_path / "adapter", "peft")
-    model = PeftModel.from_pretrained(pipeline.unet, folder)
-    for site, change in lora.sites.items():
-        layer = model.base_model.model.get_submodule(site.removeprefix("unet."))
-        assert torch.allclose(layer.get_delta_weight("default"), change.dense(), atol=2e-3)
-    both = make_lora("sd1")
-    with pytest.raises(IterisError, match="give option layout diffusers"):
-        convert_lora(both, tmp_path / "other", "peft")
-
-
 def test_names_that_nobody_knows_are_refused(tmp_path):
     known = tiny_base("sd1")
     unknown = base_model(type(known.architecture)("other", "Other"), known.shapes)
