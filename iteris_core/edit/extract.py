@@ -24,7 +24,7 @@ from ..passes.held_out import FinalOutputs, error_of, held_out
 from ..passes.preflight import unmergeable_sites
 from ..progress import OnProgress
 from ..solve.ranks import Components, Target, kept, share_out
-from .reduced import LayerMoments, Reduced, calibration_of, fitted, job_of, look
+from .reduced import Reduced, calibration_of, fitted, job_of, look
 from .vectors import other_differences, with_vectors
 
 _LEAST, _MOST = 64, 256
@@ -87,9 +87,8 @@ def extract_lora(
     job = replace(job, joined=looked.joined)
     most = _MOST if target.rank is None else min(_MOST, max(_LEAST, 4 * target.rank))
 
-    def components(name: str, seen: LayerMoments) -> Components:
-        kernel = sites[name].kernel
-        return Components.of_dense(dense[name], seen.root, seen.output, most, kernel)
+    def components(name: str, root: Tensor | None, output: float) -> Components:
+        return Components.of_dense(dense[name], root, output, most, sites[name].kernel)
 
     with job.run() as run:
         found = look(run, components)

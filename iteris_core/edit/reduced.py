@@ -110,16 +110,6 @@ def job_of(
     )
 
 
-@dataclass(frozen=True)
-class LayerMoments:
-    """Moments of a layer's tokens x: ``root`` is L, (in, in), float64, lower triangular, with L Lᵀ
-    = E[x xᵀ] + 0.1 E‖x‖²/in I; None if all tokens are zero. ``output`` is E‖y‖² for the whole
-    outputs y."""
-
-    root: Tensor | None
-    output: float
-
-
 class _Moments(Reduction):
     """Σ x xᵀ and Σ ‖y‖² over the single concept's rows."""
 
@@ -138,25 +128,27 @@ class _Moments(Reduction):
     def solve(self, fit: object) -> Solution:
         return Solution(self.changes.like)
 
-    def seen(self) -> LayerMoments:
+    def seen(self) -> tuple[Tensor | None, float]:
+        """L and E‖y‖², as for :func:`look`."""
         self.inputs.complete()
         energy, count = self._output.tolist()
         moment = self.inputs.own[0].double() / max(count, 1.0)
         spread, output = _SPREAD * float(moment.diagonal().mean()), energy / max(count, 1.0)
         if spread <= 0:
-            return LayerMoments(None, output)
+            return None, output
         moment.diagonal().add_(spread)
-        return LayerMoments(torch.linalg.cholesky(moment), output)
+        return torch.linalg.cholesky(moment), output
 
 
-def look(run: Run, of: Callable[[str, LayerMoments], _T]) -> dict[str, _T]:
-    """Run the rows of one concept under its LoRA; returns what ``of`` makes of the moments of every
-    site of its changes."""
+def look(run: Run, of: Callable[[str, Tensor | None, float], _T]) -> dict[str, _T]:
+    """Run the rows of one concept under its LoRA; returns what ``of(site, L, E‖y‖²)`` makes of
+    every site of its changes. L, (in, in), float64, is lower triangular with L Lᵀ = E[x xᵀ] +
+    0.1 E‖x‖²/in I for the site's tokens x, None if all are zero; y are its whole outputs."""
     found: dict[str, _T] = {}
 
     def solve(site: str, reduction: Reduction) -> Solution:
         assert isinstance(reduction, _Moments)
-        found[site] = of(site, reduction.seen())
+        found[site] = of(site, *reduction.seen())
         return Solution(reduction.changes.like)
 
     def size(site: str, sweep: bool) -> MemoryEstimate:

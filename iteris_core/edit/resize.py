@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from ..calibration_prompts import CAPTIONS
 from ..concepts import Calibration, Concept
 from ..errors import MismatchError
@@ -17,7 +19,7 @@ from ..passes.job import Job
 from ..passes.preflight import unmergeable_sites
 from ..progress import OnProgress
 from ..solve.ranks import Components, Target, kept, share_out
-from .reduced import LayerMoments, Reduced, calibration_of, fitted, job_of, look
+from .reduced import Reduced, calibration_of, fitted, job_of, look
 from .vectors import with_vectors
 
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -70,8 +72,8 @@ def _by_outputs(job: Job, lora: Lora, target: Target, itemsize: int) -> Reduced:
     seen_sites = {site: some for site, some in job.changes.items() if site not in looked.refused}
     job = replace(job, changes=seen_sites, joined=looked.joined)
 
-    def components(site: str, seen: LayerMoments) -> Components:
-        return Components.of(lora.sites[site], seen.root, seen.output)
+    def components(site: str, root: Tensor | None, output: float) -> Components:
+        return Components.of(lora.sites[site], root, output)
 
     triggers = [embedding_triggers(job.concepts[0])]
     with with_vectors(host, lora.vectors), host.activate(triggers), job.run() as run:
