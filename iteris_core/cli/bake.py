@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,10 +19,8 @@ from ..progress import Progress
 from .base import check_base, known_base, located
 from .checks import check_concepts
 from .common import progress_bars
+from .concept_options import parse_concept
 from .options import Energy, Overwrite, Partial, option
-
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
-_LORA = re.compile(rf"(.+\.safetensors)(?::({_NUMBER})(?:/({_NUMBER}))?)?")
 
 
 def bake(
@@ -54,7 +51,7 @@ def bake(
     iteris bake model.safetensors --lora cat.safetensors:0.8 -o baked.safetensors
     """
     source = Path(located(base))
-    configs = [_parsed(text) for text in lora]
+    configs = [parse_concept(text, option="--lora") for text in lora]
     _check(source, base, output, configs, dtype, overwrite=overwrite)
     options = ReadOptions(allow_partial, energy)
     precision = Precision(FP8 if dtype == "fp8" else dtype and DTYPES[dtype], seed)
@@ -77,18 +74,6 @@ def bake(
         typer.echo(f"Wrote {output}: {len(changes)} layers changed.")
 
 
-def _parsed(text: str) -> ConceptConfig:
-    match = _LORA.fullmatch(text)
-    if match is None:
-        raise UsageError(
-            f"--lora {text!r} is not FILE.safetensors, FILE.safetensors:0.8 or "
-            "FILE.safetensors:0.8/0.5."
-        )
-    text_strength = None if match[3] is None else float(match[3])
-    file, strength = Path(match[1]), float(match[2] or 1)
-    return ConceptConfig(file=file, strength=strength, text_strength=text_strength)
-
-
 def _check(
     source: Path,
     base: str,
@@ -102,6 +87,8 @@ def _check(
     only."""
     if not source.exists():
         raise BaseError(f"The base {base!r} does not exist; give an existing file or folder.")
+    if not all(lora.files for lora in loras):
+        raise UsageError("--lora must name a LoRA file.")
     check_base(base)
     check_concepts(loras)
     if output.exists() and output.samefile(source):

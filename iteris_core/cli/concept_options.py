@@ -21,14 +21,17 @@ _KEYS = ConceptConfig.key_names()[:-3]
 """Only recipes contain the last three."""
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 # A path may contain colons, as in C:\loras\cat.safetensors:sks:cat.
-_SHORT = re.compile(f"(.+?):([^:]*):([^:]*)(?::({_NUMBER})(?:/({_NUMBER}))?)?")
+_STRENGTHS = f"({_NUMBER})(?:/({_NUMBER}))?"
+_SHORT = re.compile(f"(.+?):([^:]*):([^:]*)(?::{_STRENGTHS})?")
+_WORDLESS = re.compile(rf"(.+\.safetensors)(?::{_STRENGTHS})?")
 _KEY = re.compile(rf",\s*(?=(?:{'|'.join(_KEYS)})=)")
 _UNKNOWN_KEY = re.compile(r",\s*([A-Za-z_]\w*)=")
 
 
-def parse_concept(text: str, find: Find = Path) -> ConceptConfig:
-    """Parse FILE[:TRIGGER:CLASS[:STRENGTH[/TEXT]]][,KEY=VALUE]…, where FILE may be HIGH+LOW."""
-    where = f"--concept {text!r}"
+def parse_concept(text: str, find: Find = Path, option: str = "--concept") -> ConceptConfig:
+    """Parse FILE[:TRIGGER:CLASS][:STRENGTH[/TEXT]][,KEY=VALUE]…, where FILE may be HIGH+LOW. Error
+    messages name the ``option``."""
+    where = f"{option} {text!r}"
     head, *pairs = _KEY.split(f",{text}")
     head = head.removeprefix(",")
     for part in (head, *pairs):
@@ -40,7 +43,7 @@ def parse_concept(text: str, find: Find = Path) -> ConceptConfig:
             )
     split = [pair.partition("=") for pair in pairs]
     values: dict[str, Any] = {key: value for key, _, value in split}
-    in_front = _short(head, bool(pairs)) if head else {}
+    in_front = _short(head, bool(pairs), where) if head else {}
     keys = [*in_front, *(key for key, _, _ in split)]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
@@ -48,27 +51,27 @@ def parse_concept(text: str, find: Find = Path) -> ConceptConfig:
     return concept_of({**in_front, **values}, where, find)
 
 
-def _short(text: str, alone: bool) -> dict[str, Any]:
-    if text.endswith(".safetensors"):
-        return {"file": text}
+def _short(text: str, alone: bool, where: str) -> dict[str, Any]:
+    if wordless := _WORDLESS.fullmatch(text):
+        keys = ("file", "strength", "text_strength")
+        return {key: value for key, value in zip(keys, wordless.groups(), strict=True) if value}
     _, named, words = text.rpartition(".safetensors:")
     strength = ":".join(words.split(":")[2:])
-    if named and words.count(":") > 1 and not re.fullmatch(f"{_NUMBER}(/{_NUMBER})?", strength):
+    if named and words.count(":") > 1 and not re.fullmatch(_STRENGTHS, strength):
         raise ConceptError(
-            f"--concept {text!r}: the strength must be a number such as 0.8, or two such as "
-            f"0.8/0.5 (model and text encoders), not {strength!r}."
+            f"{where}: the strength must be a number such as 0.8, or two such as 0.8/0.5 (model "
+            f"and text encoders), not {strength!r}."
         )
-    parts = _SHORT.fullmatch(text)
-    if parts is not None:
+    if parts := _SHORT.fullmatch(text):
         keys = ("file", "trigger", "class", "strength", "text_strength")
-        return {k: value for k, value in zip(keys, parts.groups(), strict=True) if value}
+        return {key: value for key, value in zip(keys, parts.groups(), strict=True) if value}
     if alone and not named:
         return {"file": text}
     raise ConceptError(
-        f"--concept {text!r} is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or "
-        "FILE:TRIGGER:CLASS:STRENGTH/TEXT (the strength of the text encoders), such as "
+        f"{where} is not FILE:TRIGGER:CLASS or FILE, if its metadata contain a trigger, with a "
+        "strength behind it (:0.8, or :0.8/0.5 for model and text encoders), such as "
         "cat.safetensors:sks:cat:0.8/0.5, optionally followed by ,weight=2 or ,prompts=cat.txt; "
-        "or FILE,trigger=sks without a class, or FILE alone, if its metadata contain a trigger."
+        "or FILE,trigger=sks without a class."
     )
 
 

@@ -72,7 +72,7 @@ CONCEPT_HELP = (
 CONCEPT_FORMS = """\
 \b
 A concept:
-  FILE                      a LoRA with its trigger words in its metadata
+  FILE, FILE:0.8            a LoRA with its trigger words in its metadata
   FILE:TRIGGER:CLASS        cat.safetensors:sks:cat, in prompts "sks cat"
   FILE:TRIGGER:CLASS:0.8    at strength 0.8; 0.8/0.5: model and text encoders
   HIGH+LOW:TRIGGER:CLASS    two files, for a base with two experts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +151,9 @@ def test_windows_paths_and_strengths():
     assert option.text_strength is None
     assert parse_concept("a/cat.safetensors:sks:cat:0.8/0.5").text_strength == 0.5
     assert parse_concept("cat.safetensors:sks:").class_word == ""
+    option = parse_concept("a.safetensors+b.safetensors:0.5/0")
+    assert (option.files, option.trigger) == ([Path("a.safetensors"), Path("b.safetensors")], "")
+    assert (option.strength, option.text_strength) == (0.5, 0)
 
 
 def test_presets_and_what_preserve_prompts_weigh(world, tmp_path, monkeypatch, capsys):
