@@ -2,8 +2,8 @@
 
 Writes ``benchmarks/results/bake.json``: for each way of rounding the UNet's linear layers, with the
 LoRA added, the error of the guided output on held-out rows, as a share of the LoRA's effect in full
-precision. ``plain`` is torch's cast to float8; ``nearest`` and ``by chance`` are ``iteris bake
---dtype fp8`` without and with ``--seed``. Means over the toybox's first three LoRAs.
+precision. ``plain`` is torch's cast to float8; ``scaled`` is ``iteris bake --dtype fp8``. Means
+over the toybox's first three LoRAs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import fmean
 
-import torch
 from held_out import HeldOut, relative
 from outputs import result_file, write
 from protocol.toybox import ToyboxWorld
@@ -24,16 +23,14 @@ NAMES = ("sks1", "sks2", "sks3")
 LATENTS = 8
 
 
-def scaled(weight: Tensor, seed: int | None) -> Tensor:
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    stored, scale = scaled_fp8(weight, generator)
+def scaled(weight: Tensor) -> Tensor:
+    stored, scale = scaled_fp8(weight)
     return stored.float() * scale
 
 
 WAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": lambda weight: weight.to(FP8).float(),
-    "nearest": lambda weight: scaled(weight, None),
-    "by chance": lambda weight: scaled(weight, 0),
+    "scaled": scaled,
 }
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..config import ConceptConfig
-from ..edit.bake import FP8, Precision, places_in, weight_in
+from ..edit.bake import FP8, places_in, weight_in
 from ..edit.bake import bake as bake_model
 from ..errors import BaseError, OutputError, UsageError
 from ..lora_files import DTYPES, ReadOptions, check_target, read_lora_file
@@ -39,7 +39,6 @@ def bake(
             "scale each, for ComfyUI"
         ),
     ] = None,
-    seed: Annotated[int | None, option("Round randomly up or down, with this seed")] = None,
     energy: Energy = 0.999,
     allow_partial: Partial = False,
     overwrite: Overwrite = False,
@@ -54,19 +53,19 @@ def bake(
     configs = [parse_concept(text, option="--lora") for text in lora]
     _check(source, base, output, configs, dtype, overwrite=overwrite)
     options = ReadOptions(allow_partial, energy)
-    precision = Precision(FP8 if dtype == "fp8" else dtype and DTYPES[dtype], seed)
     known = None if source.is_dir() else known_base(configs[0].files[0])
     places, model = places_in(source, known)
     weight, files = weight_in(places), [config.files[0] for config in configs]
     read = [read_lora_file(file, model, weight, options) for file in files]
     concepts = [config.concept(one) for config, one in zip(configs, read, strict=True)]
     changes = changes_always(concepts)
+    written = FP8 if dtype == "fp8" else DTYPES[dtype] if dtype else None
     with progress_bars(visible=not quiet) as on_progress:
 
         def tick(done: int, total: int) -> None:
             on_progress(Progress("writing weights", done, total))
 
-        bake_model(source, output, changes, places, precision, tick)
+        bake_model(source, output, changes, places, written, tick)
     if not quiet:
         for one in read:
             for note in one.notes:

@@ -1,14 +1,10 @@
-"""Adds LoRAs to the weights in a model's files, whose names stay the same.
-
-Weights are rounded to the nearest value, or stochastically, which preserves the mean.
-"""
+"""Adds LoRAs to the weights in a model's files, whose names stay the same."""
 
 from __future__ import annotations
 
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,8 +20,6 @@ from ..lora_files.tensors import save_tensors
 from ..saving import atomically
 
 FP8 = torch.float8_e4m3fn
-_DIGITS = {torch.float16: (10, -14), torch.bfloat16: (7, -126), FP8: (3, -6)}
-"""dtype → mantissa bits, and the smallest exponent of a normal number."""
 _DENOISER = ("model.diffusion_model.", "diffusion_model.", "")
 _TEXTS = (
     *("cond_stage_model.transformer.", "conditioner.embedders.{}.transformer."),
@@ -37,16 +31,6 @@ names, and of those with open_clip's, where {} is their number."""
 _LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)")
 _QUANTISED = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8")
 _OWN = {"out_proj": "attn.out_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
-
-
-@dataclass(frozen=True)
-class Precision:
-    """``dtype`` of the written weights (None: unchanged). With :data:`FP8`, the denoiser's linear
-    layers get one scale each and everything else is float16. ``seed`` enables stochastic rounding
-    (None: to the nearest)."""
-
-    dtype: torch.dtype | None = None
-    seed: int | None = None
 
 
 Places = Mapping[tuple[Path, str], Alias]
@@ -134,11 +118,12 @@ def bake(
     target: Path,
     changes: Mapping[str, LowRank],
     places: Places,
-    precision: Precision,
+    dtype: torch.dtype | None = None,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Write ``source`` to ``target`` with ``changes`` added in float32. Names, metadata and all
-    other tensors and files stay, in their own precision unless ``precision`` sets another.
+    other tensors and files stay, in their own precision unless ``dtype`` is another. With
+    :data:`FP8`, the denoiser's linear layers get one scale each and everything else is float16.
 
     Raises :class:`OutputError` for a change that has no place there.
     """
@@ -158,7 +143,7 @@ def bake(
             )
         for file in dict.fromkeys(file for file, _ in places):
             own = {key: alias for (other, key), alias in places.items() if other == file}
-            tensors, metadata = _baked(file, changes, own, precision, tick)
+            tensors, metadata = _baked(file, changes, own, dtype, tick)
             save_tensors(tensors, unfinished / file.relative_to(source), metadata)
     return target
 
@@ -167,12 +152,10 @@ def _baked(
     source: Path,
     changes: Mapping[str, LowRank],
     places: Mapping[str, Alias],
-    precision: Precision,
+    dtype: torch.dtype | None,
     tick: Callable[[int, int], None],
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata of one file with ``changes``."""
-    seed = precision.seed
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     with safe_open(source, framework="pt") as file:
         metadata, keys = dict(file.metadata() or {}), list(file.keys())
@@ -194,7 +177,7 @@ def _baked(
                     piece.place(changes[piece.site].dense().float(), delta)
                     tensor = tensor.float() + delta.reshape(tensor.shape)
             linear = any(not piece.site.startswith("text_encoder") for piece in pieces)
-            tensors |= _stored(key, tensor, own, precision.dtype, generator, linear)
+            tensors |= _stored(key, tensor, own, dtype, linear)
             tick(done, len(keys))
     if any(key.endswith(".scale_weight") for key in tensors):
         # These two entries make ComfyUI multiply in full precision on every card.
@@ -208,7 +191,6 @@ def _stored(
     tensor: Tensor,
     own: torch.dtype,
     wanted: torch.dtype | None,
-    generator: torch.Generator | None,
     linear: bool,
 ) -> dict[str, Tensor]:
     """``tensor`` in the dtype that is ``wanted``, or in its ``own``; ``linear`` marks weights of
@@ -218,31 +200,24 @@ def _stored(
     dtype = wanted or own
     if dtype == FP8 and linear and tensor.ndim == 2:
         exact = tensor, torch.ones(())  # what nothing changed keeps its bytes
-        stored, scale = exact if tensor.dtype == FP8 else scaled_fp8(tensor.float(), generator)
+        stored, scale = exact if tensor.dtype == FP8 else scaled_fp8(tensor.float())
         return {key: stored, f"{key.removesuffix('.weight')}.scale_weight": scale}
     if dtype == FP8 and (wanted is not None or tensor.dtype != FP8):
         dtype = torch.float16
     if dtype == tensor.dtype:
         return {key: tensor}
-    return {key: rounded(tensor.float(), dtype, generator)}
+    return {key: rounded(tensor.float(), dtype)}
 
 
-def rounded(weight: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """``weight``, float32, rounded to ``dtype``: to the nearest value without a ``generator``;
-    stochastically with one, so that the expectation is the weight itself. Values too large for
+def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight``, float32, rounded to the nearest value of ``dtype``. Values too large for
     ``dtype`` become its largest number."""
     largest = torch.finfo(dtype).max
-    if generator is not None and dtype in _DIGITS:
-        bits, least = _DIGITS[dtype]
-        exponent = torch.frexp(weight).exponent.sub(1).clamp(min=least)
-        step = torch.ldexp(torch.ones_like(weight), exponent - bits)
-        chance = torch.rand(weight.shape, generator=generator)
-        weight = torch.floor(weight / step + chance) * step
     return weight.clamp(-largest, largest).to(dtype)
 
 
-def scaled_fp8(weight: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def scaled_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(float8_e4m3fn, scale) for a float32 ``weight``; their product approximates it. The scale
     maps its largest entry to the largest number of the type."""
     scale = weight.abs().max().clamp(min=1e-12) / torch.finfo(FP8).max
-    return rounded(weight / scale, FP8, generator), scale.reshape(())
+    return rounded(weight / scale, FP8), scale.reshape(())

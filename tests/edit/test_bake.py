@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from iteris_core import IterisError
 from iteris_core.architectures.row_mapping import whole
-from iteris_core.edit.bake import FP8, Precision, bake, places_in, rounded, scaled_fp8
+from iteris_core.edit.bake import FP8, bake, places_in, rounded, scaled_fp8
 
 
 def single_file(kind: str = "sd1") -> dict[str, torch.Tensor]:
@@ -52,7 +52,7 @@ def lora(checkpoint):
 
 def test_names_stay_and_the_change_is_added(checkpoint, lora, tmp_path):
     lora, places = lora
-    out = bake(checkpoint, tmp_path / "out.safetensors", lora.sites, places, Precision())
+    out = bake(checkpoint, tmp_path / "out.safetensors", lora.sites, places)
     before, after = load_file(checkpoint), load_file(out)
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
@@ -87,17 +87,14 @@ def test_open_clip_has_q_k_and_v_in_one(tmp_path):
 def test_a_layer_without_a_place_is_named(checkpoint, lora, tmp_path):
     sites = {**lora[0].sites, "unet.nowhere": next(iter(lora[0].sites.values()))}
     with pytest.raises(IterisError, match=r"1 of \d+ layers .* such as unet\.nowhere"):
-        bake(checkpoint, tmp_path / "out.safetensors", sites, lora[1], Precision())
+        bake(checkpoint, tmp_path / "out.safetensors", sites, lora[1])
     assert not (tmp_path / "out.safetensors").exists()
 
 
-@pytest.mark.parametrize("seed", [None, 3])
-def test_fp8_with_scales_is_near_and_quantised_files_are_refused(seed, checkpoint, lora, tmp_path):
+def test_fp8_with_scales_is_near_and_quantised_files_are_refused(checkpoint, lora, tmp_path):
     lora, places = lora
-    exact = load_file(bake(checkpoint, tmp_path / "a.safetensors", lora.sites, places,
-                                Precision()))  # fmt: skip
-    out = bake(checkpoint, tmp_path / "b.safetensors", lora.sites, places,
-                    Precision(FP8, seed))  # fmt: skip
+    exact = load_file(bake(checkpoint, tmp_path / "a.safetensors", lora.sites, places))
+    out = bake(checkpoint, tmp_path / "b.safetensors", lora.sites, places, FP8)
     small = load_file(out)
     assert small["model.diffusion_model.scaled_fp8"].dtype == FP8
     scales = [key for key in small if key.endswith(".scale_weight")]
@@ -106,32 +103,20 @@ def test_fp8_with_scales_is_near_and_quantised_files_are_refused(seed, checkpoin
         name = key.replace(".scale_weight", ".weight")
         assert small[name].dtype == FP8
         error = (small[name].float() * small[key] - exact[name]).norm() / exact[name].norm()
-        assert error < (0.04 if seed is None else 0.06), name
+        assert error < 0.04, name
     text = "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
     assert small[text].dtype == torch.float16
     with pytest.raises(IterisError, match="is already quantised"):
-        bake(out, tmp_path / "c.safetensors", lora.sites, places_in(out, tiny_base("sd1"))[0],
-             Precision())  # fmt: skip
+        bake(out, tmp_path / "c.safetensors", lora.sites, places_in(out, tiny_base("sd1"))[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, FP8])
-def test_rounding_by_chance_keeps_the_mean(dtype):
-    values = torch.cat([torch.randn(200), torch.tensor([0.0, 1.0, -1.0, 1e-5, -3e-3])])
-    draws = torch.stack([
-        rounded(values, dtype, torch.Generator().manual_seed(seed)).float() for seed in range(400)
-    ])  # fmt: skip
-    nearest = rounded(values, dtype, None).float()
-    assert torch.equal(nearest, values.to(dtype).float())
-    info = torch.finfo(dtype)
-    step = info.eps * values.abs().clamp(min=info.smallest_normal)
-    assert ((draws.mean(0) - values).abs() < 0.15 * step).all()
-    assert (draws.unique(dim=0).shape[0]) > 100
-    again = rounded(values, dtype, torch.Generator().manual_seed(0)).float()
-    assert torch.equal(again, draws[0])
+def test_values_that_are_too_large_become_the_largest():
+    values = torch.tensor([0.1, -1e6])
+    assert rounded(values, torch.float16).tolist() == [float(values[0].half()), -65504]
 
 
 def test_the_scale_uses_the_whole_range():
-    stored, scale = scaled_fp8(torch.tensor([[0.5, -2.0]]), None)
+    stored, scale = scaled_fp8(torch.tensor([[0.5, -2.0]]))
     assert stored.float().abs().max() == torch.finfo(FP8).max
     assert float(scale) == pytest.approx(2 / 448)
 
@@ -191,7 +176,7 @@ def test_in_a_plain_fp8_file_only_changed_layers_are_rounded(lora, tmp_path):
     sites = dict(list(lora[0].sites.items())[:3])
     places, _ = places_in(source, tiny_base("sd1"))
     changed = {key for (_, key), alias in places.items() for p in alias if p.site in sites}
-    out = bake(source, tmp_path / "out.safetensors", sites, places, Precision())
+    out = bake(source, tmp_path / "out.safetensors", sites, places)
     before, after = load_file(source), load_file(out)
     for key, tensor in before.items():
         same = torch.equal(after[key].view(torch.uint8), tensor.view(torch.uint8))
