@@ -223,9 +223,7 @@ class MergeConfig(Config):
     features are collected; both override the ``preset``.
 
     ``base`` is the model's folder, file or hub name. ``unmergeable`` is as in
-    :func:`.merge.merge_loras`. ``cut`` records later changes to the merged LoRA: ``rank`` and
-    ``ordered`` of :func:`.report.provenance.cut_lora`, and ``strength`` of
-    :func:`.report.provenance.scaled_lora`.
+    :func:`.merge.merge_loras`.
     """
 
     base: str = ""
@@ -235,7 +233,6 @@ class MergeConfig(Config):
     concepts: tuple[ConceptConfig, ...] = ()
     settings: Mapping[str, Any] = {}
     calibration: Mapping[str, Any] = {}
-    cut: Mapping[str, Any] = {}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str) -> MergeConfig:
@@ -250,8 +247,6 @@ class MergeConfig(Config):
                 ConceptConfig.from_dict(entry, f"{where}: concept {number}")
                 for number, entry in enumerate(given["concepts"], 1)
             ]
-        if given.get("strength") is not None:  # of a file that was only scaled
-            given["cut"] = {**(given.get("cut") or {}), "strength": given.pop("strength")}
         return cls.of_mapping(given, where)
 
     @property

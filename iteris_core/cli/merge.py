@@ -24,7 +24,7 @@ from ..preview import preview_merge
 from ..progress import Progress
 from ..reading import read_concept
 from ..report.card import card_files, write_card
-from ..report.provenance import check_cut, cut_again, with_run
+from ..report.provenance import with_run
 from ..saving import check_new
 from .base import check_base, device_of, load_base
 from .checks import check_apart, check_concepts, check_embeddings, warnings_of
@@ -72,7 +72,7 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
             typer.echo("\n".join([*done.lines(), "Nothing was merged or written."]))
         return
     lora = with_run(done.lora, config.base, config.unmergeable)
-    _write(replace(done, lora=cut_again(config.cut, lora)), options)
+    _write(replace(done, lora=lora), options)
 
 
 def _check(config: MergeConfig, options: MergeOptions) -> None:
@@ -94,7 +94,6 @@ def _check(config: MergeConfig, options: MergeOptions) -> None:
     read = check_concepts(config.concepts)
     check_embeddings(read, paths[0], options.layout, overwrite=overwrite)
     check_apart(paths, config.concepts)
-    check_cut(config.cut)
     settings_over(config.preset, config.method, config.settings, config.calibration)
 
 

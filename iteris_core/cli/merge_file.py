@@ -17,7 +17,7 @@ from ..errors import MergeFileError, brief, did_you_mean
 from .base import BUNDLED
 
 SUFFIXES = (".yaml", ".yml")
-KEYS = ("base", "concepts", "settings", "calibration", "cut")
+KEYS = ("base", "concepts", "settings", "calibration")
 """Keys that are not options of ``iteris merge``."""
 
 

@@ -16,8 +16,8 @@ from ..errors import ConceptError, MergeFileError, RecipeError, SettingsError, U
 from ..lora_files import Layout, read_tensors
 from ..lora_files.metadata import parse_object
 from ..methods import find_method
-from ..report.provenance import check_cut
 from .base import BUNDLED
+from .common import warn
 from .concept_options import concept_of, found_in
 from .inputs import read_lines
 from .merge_file import MergeFile, use_merge_file
@@ -49,8 +49,8 @@ from .options import (
 
 _WHOLE = ("method", "settings", "calibration", "concepts")
 """Keys of every recipe."""
-_AFTER = ("cut", "strength", "base", "unmergeable")
-"""Extra keys, in files that were cut or scaled, or that ``iteris merge`` wrote."""
+_OF_RUN = ("base", "unmergeable")
+"""Extra keys, in files that ``iteris merge`` wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +222,6 @@ def _again(file: MergeFile | None, options: MergeOptions) -> MergeConfig:
     base = options.base or ""
     if not base and (config.base or find_method(config.method).needs_host):
         base = _base_in(folders, config.base)
-    check_cut(config.cut)
     concepts = tuple(found_in(folders, concept) for concept in config.concepts)
     return config.model_copy(update={"base": base, "concepts": concepts})
 
@@ -235,7 +234,7 @@ def read_recipe(path: Path) -> MergeConfig:
     try:
         if missing:
             raise MergeFileError(f"it has no {missing[0]}")
-        data = {name: recorded[name] for name in (*_WHOLE, *_AFTER) if name in recorded}
+        data = {name: recorded[name] for name in (*_WHOLE, *_OF_RUN) if name in recorded}
         if isinstance(data["concepts"], list):
             data["concepts"] = [
                 {key: entry[key] for key in entry if key in known}
@@ -243,12 +242,16 @@ def read_recipe(path: Path) -> MergeConfig:
                 else entry
                 for entry in data["concepts"]
             ]
-        return MergeConfig.from_dict(data, "recipe")
+        config = MergeConfig.from_dict(data, "recipe")
     except (MergeFileError, ConceptError) as error:
         raise RecipeError(
             f"{path} has no complete merge recipe in its metadata ({error}); it was not written "
             "by iteris merge, or another tool saved it without its metadata."
         ) from error
+    later = {name: recorded[name] for name in ("cut", "strength") if recorded.get(name)}
+    if later:
+        warn(f"{path} was changed after its merge ({later}); the merge itself is repeated.")
+    return config
 
 
 def _checked(config: MergeConfig, where: str) -> MergeConfig:

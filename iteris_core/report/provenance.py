@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from ..concepts import Concept, Phrased
 from ..config import ConceptConfig, MergeConfig
-from ..errors import RecipeError
 from ..hosts.learned import EmbeddingTriggers
 from ..linalg.lowrank import at_rank
 from ..lora import Lora
@@ -157,29 +155,6 @@ def _limits(low: float, high: float) -> dict[str, str]:
     shown = f"{low:.3g}", f"{high:.3g}"
     hint = f"Load it at a strength from {shown[0]} to {shown[1]}."
     return {"strength_min": shown[0], "strength_max": shown[1], "modelspec.usage_hint": hint}
-
-
-def check_cut(cut: Mapping[str, Any]) -> None:
-    """Raise :class:`RecipeError` for a cut that :func:`cut_again` could not make."""
-    rank, strength = cut.get("rank", 1), cut.get("strength", 1.0)
-    good = (
-        cut.keys() <= {"rank", "ordered", "strength"}
-        and ("rank" in cut) == ("ordered" in cut)
-        and (type(rank) is int and rank >= 1)
-        and type(cut.get("ordered", True)) is bool
-        and (type(strength) in (int, float) and math.isfinite(strength))
-    )
-    if not good:
-        raise RecipeError(
-            f"The cut {dict(cut)} is invalid: it needs rank, a whole number of at least 1, with "
-            "ordered, true or false; and strength, a finite number."
-        )
-
-
-def cut_again(cut: Mapping[str, Any], lora: Lora) -> Lora:
-    """``lora`` at the strength and rank that the file was given after its merge."""
-    lora = scaled_lora(lora, cut.get("strength", 1.0))
-    return cut_lora(lora, cut["rank"], ordered=cut["ordered"]) if "rank" in cut else lora
 
 
 def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:

@@ -66,8 +66,6 @@ def make_mess(folder: Path) -> dict[str, str]:
     recipes = {
         "merged": recipe,
         "broken": {**recipe, "concepts": 3},
-        "nanstrength": {**recipe, "strength": float("nan")},
-        "badcut": {**recipe, "cut": {"rank": 0, "ordered": True}},
     }
     for name, one_recipe in recipes.items():
         save_file(tensors, tmp / f"{name}.safetensors", {"iteris": json.dumps(one_recipe)})

@@ -28,7 +28,6 @@ CONFIG = MergeConfig(
     ),
     method="ties", preset="fast", settings={"rank": 3, "density": 0.3}, unmergeable="skip",
     calibration={"samples": 4, "templates": ["a {}"]}, base="base",
-    cut={"rank": 2, "ordered": True, "strength": 0.5},
 )  # fmt: skip
 
 
