@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
@@ -54,23 +54,26 @@ def progress_bars(*, visible: bool = True) -> Generator[OnProgress]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}", style="progress.remaining"),
     )
-    said = set[str]()
+    said, last = set[str](), ""
+    tasks: dict[str, TaskID] = {}
     with Bars(*columns, console=console, disable=not visible) as bars:
 
         def on_progress(progress: Progress) -> None:
-            what, active = progress.what, bars.tasks[-1] if bars.tasks else None
+            nonlocal last
+            what = progress.what
             if not progress.total:
                 if what not in said and visible:
                     bars.console.print(what, style="dim", highlight=False)
                 said.add(what)
                 return
-            if active is None or active.description != what:
-                if active is not None:
-                    bars.update(active.id, left="")
-                    bars.stop_task(active.id)
-                bars.add_task(what, total=progress.total, left="")
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, left="")
+            if last and last != what:
+                bars.update(tasks[last], left="")
+                bars.stop_task(tasks[last])
+            last = what
             left = "" if progress.done == progress.total else progress.time_left
-            bars.update(bars.task_ids[-1], completed=progress.done, total=progress.total, left=left)
+            bars.update(tasks[what], completed=progress.done, total=progress.total, left=left)
 
         yield on_progress
 
