@@ -48,6 +48,7 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
     file = context.obj if isinstance(context.obj, MergeFile) else None
     config = requested(file, options, calibration)
     _check(config, options)
+    reading = ReadOptions(options.allow_partial, options.energy)
     pictures = given(image=options.image, mask_image=options.mask_image)
     call = {name: open_picture(path) for name, path in pictures.items()}
     device = device_of(options.device)
@@ -60,7 +61,7 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
                 show(progress)
 
         on_progress(Progress("loading the base", 0, 1))
-        loaded = _load(config, options, device, call)
+        loaded = _load(config, options, device, reading, call)
         on_progress(Progress("loading the base", 1, 1))
         budget = bytes_of(options.memory)
         how = {**config.choices, "memory_budget": budget, "on_progress": on_progress}
@@ -98,16 +99,20 @@ def _check(config: MergeConfig, options: MergeOptions) -> None:
 
 
 def _load(
-    config: MergeConfig, options: MergeOptions, device: str, call: dict[str, Any]
+    config: MergeConfig,
+    options: MergeOptions,
+    device: str,
+    reading: ReadOptions,
+    call: dict[str, Any],
 ) -> tuple[Host | None, list[Concept]]:
-    """The base, if there is one, and the concepts with their LoRAs."""
+    """The base, if there is one, with further arguments to ``call`` it, and the concepts with their
+    LoRAs."""
     host = None
     if config.base:
         from ..hosts.diffusers import DiffusersHost
 
         how = {"dtype": options.base_dtype, "offload": options.offload}
         host = DiffusersHost(load_base(config.base, device, **how), **call)
-    reading = ReadOptions(options.allow_partial, options.energy)
     concepts = [read_concept(one, host or ReleasedBases(), reading) for one in config.concepts]
     check_embeddings(concepts, options.output, options.layout, overwrite=options.overwrite)
     return host, concepts
