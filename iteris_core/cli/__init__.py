@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from ..errors import IterisError, UsageError
 from .bake import bake
-from .common import console, spelled
+from .common import console, spelled, warn
 from .compare import compare
 from .convert import convert
 from .demo import demo
@@ -67,7 +67,7 @@ class _Warnings(logging.Handler):
     """Shows modules' warnings like the program's own."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        console.print(escape(spelled(self.format(record))), style="yellow", highlight=False)
+        warn(spelled(self.format(record)))
 
 
 def main() -> None:
