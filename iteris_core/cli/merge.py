@@ -63,9 +63,9 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
         on_progress(Progress("loading the base", 0, 1))
         loaded = _load(config, options, device, reading, call)
         on_progress(Progress("loading the base", 1, 1))
-        budget = bytes_of(options.memory)
-        how = {**config.choices, "memory_budget": budget, "on_progress": on_progress}
-        done = (preview_merge if options.plan else merge_loras)(*loaded, **how)
+        how: dict[str, Any] = {**config.choices, "memory_budget": bytes_of(options.memory)}
+        run = preview_merge if options.plan else merge_loras
+        done = run(*loaded, on_progress=on_progress, **how)
     if not isinstance(done, MergeResult):
         if options.as_json:
             typer.echo(json.dumps(asdict(done)))

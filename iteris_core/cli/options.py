@@ -17,6 +17,7 @@ from ..presets import PresetName
 from ..settings import Settings, declared_settings
 
 _O = TypeVar("_O")
+_Run = Callable[[typer.Context, _O, dict[str, Any]], None]
 Dtype = Literal["float16", "bfloat16", "float32"]
 
 BASE, CALIBRATION, READING = "Base", "Calibration: prompts and latents", "LoRA files"
@@ -109,7 +110,7 @@ def is_setting(name: str) -> bool:
 
 def command(
     options: type[_O], settings: type[Settings], panel: str
-) -> Callable[[Callable[[typer.Context, _O, dict[str, Any]], None]], Callable[..., None]]:
+) -> Callable[[_Run[_O]], Callable[..., None]]:
     """Decorator: make a function of ``(context, options, settings)`` a typer command, with an
     option for each field of the dataclass ``options``, and one under the heading ``panel`` for each
     setting. The function receives the settings that were given, by name."""
@@ -123,7 +124,7 @@ def command(
         form = f"<{'|'.join(one.choices) or one.kind.__name__}>"
         hinted[name] = Annotated[str | None, option(help, panel=panel, metavar=form)], None
 
-    def made(run: Callable[[typer.Context, _O, dict[str, Any]], None]) -> Callable[..., None]:
+    def made(run: _Run[_O]) -> Callable[..., None]:
         def called(context: typer.Context, **values: Any) -> None:
             texts = given(**{name: values.pop(name) for name in declared})
             parsed = {name: declared[name].parse(text) for name, text in texts.items()}

@@ -41,9 +41,9 @@ class SiteReport:
     def of(cls, solution: Solution, concepts: int, *, repair: bool = False) -> SiteReport:
         """The report on a ``solution`` for its first ``concepts``, without generic prompts."""
         every = solution.weighting, solution.before, solution.after
-        of_concepts = (values[:concepts] for values in every)
+        weighting, before, after = (values[:concepts] for values in every)
         rest = solution.condition, solution.truncated, repair
-        return cls(solution.change.rank, *of_concepts, *rest)
+        return cls(solution.change.rank, weighting, before, after, *rest)
 
 
 @dataclass(frozen=True)
