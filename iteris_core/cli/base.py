@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 from collections.abc import Callable, Generator, Mapping
@@ -157,14 +158,24 @@ def known_base(path: Path) -> BaseModel:
 
 
 def lora_reader(base: str | None) -> Callable[[Path, ReadOptions], Lora]:
-    """A function that reads LoRA files for the ``base``, or each for the released model for which
-    it was made."""
-    if base is None:
-        return ReleasedBases.read_lora
-    check_base(base)
-    from ..hosts.diffusers import DiffusersHost
+    """A function that reads LoRA files for the ``base``; without a base, each file is read for the
+    bundled base that it names, or the released model for which it was made."""
 
-    return DiffusersHost(load_base(base, "cpu")).read_lora
+    @functools.cache
+    def reader_for(base: str) -> Callable[[Path, ReadOptions], Lora]:
+        check_base(base)
+        from ..hosts.diffusers import DiffusersHost
+
+        return DiffusersHost(load_base(base, "cpu")).read_lora
+
+    if base is not None:
+        return reader_for(base)
+
+    def read(path: Path, options: ReadOptions) -> Lora:
+        named = named_base(read_header(path)[1])
+        return (reader_for(named) if named else ReleasedBases.read_lora)(path, options)
+
+    return read
 
 
 @contextmanager

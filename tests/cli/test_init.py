@@ -150,7 +150,17 @@ def test_the_quick_start_runs_on_the_loras_that_ship(shipped, monkeypatch, capsy
     again = ("--from", "merged.safetensors", "--loras", "loras", "-o", "again.safetensors")
     code, _, err = run(monkeypatch, capsys, "merge", *again)
     assert code == 0, err
-    named = ("inspect", "merged.safetensors", "--base", "toybox")
-    code, text, err = run(monkeypatch, capsys, *named)
+    code, text, err = run(monkeypatch, capsys, "inspect", "merged.safetensors")
     assert code == 0, err
     assert "sks1 star, sks10 cross" in text
+
+
+def test_what_ships_is_read_without_naming_its_base(shipped, monkeypatch, capsys):
+    files = [f"loras/{name}.safetensors" for name in ("sks1", "sks10")]
+    code, text, err = run(monkeypatch, capsys, "inspect", *files, "--json")
+    assert code == 0, err
+    assert json.loads(text)["interference"][0]["shared"] == 68  # every attention projection
+    for number, file in enumerate(files):
+        code, text, err = run(monkeypatch, capsys, "convert", file, "-o", f"{number}.safetensors")
+        assert code == 0, err
+        assert "bit-identical to the original" in text

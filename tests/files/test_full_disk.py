@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
 import sys
@@ -91,7 +92,8 @@ def test_a_lora_is_not_left_without_its_embedding_nor_one_expert_without_the_oth
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_where_a_folder_has_the_name_of_one_of_several_none_is_written(there, tmp_path):
+def test_files_that_have_their_names_already_lose_them_again(there, tmp_path):
+    """Where the name of one of several is taken by a folder, which is seen when it is renamed."""
     paths = [tmp_path / f"{name}.safetensors" for name in ("one", "two", "three")]
     if there:
         write_loras({path: lora(64) for path in (paths[0], paths[2])})
@@ -141,6 +143,8 @@ def test_the_command_keeps_a_merge_that_its_disk_does_not_take(
     code, _, said = run(monkeypatch, capsys, *command(world, out, "--dtype=float32"))
     assert code == 2
     assert files_in(small_disk) == []
+    room = r"its disk has 0\.1 MB free, and the LoRAs take 0\.\d MB"
+    assert re.search(room, said)
     assert f"{out} cannot be written (No space left on device" in said
     kept = Path(said.partition("The merge is not lost: it is in ")[2].partition(". [")[0])
     assert kept.name == out.name
