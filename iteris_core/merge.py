@@ -23,7 +23,7 @@ from .lora import SiteChanges
 from .merge_result import MergeResult, Notes, result_of
 from .methods import Method, find_method
 from .methods.registry import Merged, settings_over
-from .methods.repair import notes_on, streams_of
+from .methods.repair import notes_on, sizes_of, streams_of
 from .passes import preflight
 from .passes.changes import (
     always_on,
@@ -114,9 +114,12 @@ def merge_loras(
             merged = replace(merged, sites={**merged.sites, **solved})
         samples = job.calibration.samples  # that the time allowed, for the recipe
         calibration = replace(calibration, samples=samples, minutes=None)
+    sizes = sizes_of({**{site: SiteChanges(()) for site in merged.repairs}, **job.changes})
     seconds = time.perf_counter() - started
     job.eta.end()
-    return result_of(merging, merged, always, chosen, settings, calibration, noted, shares, seconds)
+    return result_of(
+        merging, merged, sizes, always, chosen, settings, calibration, noted, shares, seconds
+    )
 
 
 def begun(

@@ -77,6 +77,7 @@ Notes = list[tuple[str, list[str]]]
 def result_of(
     concepts: Sequence[Concept],
     merged: Merged,
+    sizes: Mapping[str, float],
     always: Sequence[Concept],
     method: Method,
     settings: Settings,
@@ -86,7 +87,8 @@ def result_of(
     seconds: float,
 ) -> MergeResult:
     """The result of a merge of ``concepts``, including the changes of ``always`` on LoRAs that
-    belong in the file. ``kept`` is what held-out rows keep."""
+    belong in the file. ``sizes`` are the norms of the LoRAs' changes together, and ``kept`` is what
+    held-out rows keep."""
     log, every = merged.log, [*concepts, *always]
     changes = {site: solution.change for site, solution in merged.sites.items()}
     sites = beside(changes, changes_always(always_on(always, "include")))
@@ -111,6 +113,7 @@ def result_of(
                 replace(merged.sites.get(site, Solution(change)), change=change),
                 len(concepts),
                 repair=site in merged.repairs,
+                size=sizes.get(site, 0.0),
             )
             for site, change in sites.items()
         },

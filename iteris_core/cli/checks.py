@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -86,6 +87,17 @@ def check_embeddings(
                 f"A base of {base.architecture.title} has no names in kohya layout; omit --layout, "
                 "or give peft."
             )
+
+
+def room_warnings(output: Path, concepts: Sequence[ConceptConfig]) -> Iterator[str]:
+    """A sentence if the disk has less room than the LoRAs take; a merge is about as large."""
+    size = sum(file.stat().st_size for option in concepts for file in option.files)
+    free = shutil.disk_usage(output.resolve().parent).free
+    if free < size:
+        yield (
+            f"{output} may not fit: its disk has {free / 1e6:.1f} MB free, and the LoRAs take "
+            f"{size / 1e6:.1f} MB. A lower rank makes it smaller."
+        )
 
 
 def warnings_of(concepts: Sequence[ConceptConfig]) -> Iterator[str]:

@@ -27,7 +27,13 @@ from ..report.card import card_files, write_card
 from ..report.provenance import with_run
 from ..saving import check_new
 from .base import check_base, device_of, load_base
-from .checks import check_apart, check_concepts, check_embeddings, warnings_of
+from .checks import (
+    check_apart,
+    check_concepts,
+    check_embeddings,
+    room_warnings,
+    warnings_of,
+)
 from .common import console, progress_bars, save_or_keep, spelled, warn
 from .inputs import open_picture
 from .merge_file import MergeFile
@@ -52,7 +58,7 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
     pictures = given(image=options.image, mask_image=options.mask_image)
     call = {name: open_picture(path) for name, path in pictures.items()}
     device = device_of(options.device)
-    for line in warnings_of(config.concepts):
+    for line in [*warnings_of(config.concepts), *room_warnings(options.output, config.concepts)]:
         warn(line)
     with progress_bars(visible=not options.quiet) as show:
 

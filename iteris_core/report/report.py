@@ -26,7 +26,8 @@ class SiteReport:
     """One site. Sequences run over the concepts, as in :class:`.solve.Solution`.
 
     ``repair`` marks a site that no LoRA changes, see :mod:`.methods.repair`; it has no ``before``
-    and ``after``.
+    and ``after``. ``growth`` is ‖ΔW‖ / (Σ ‖ΔW_i‖²)^½; of a repair it is relative to the other
+    sites of its component, as in :func:`..methods.repair.sizes_of`.
     """
 
     rank: int
@@ -36,13 +37,18 @@ class SiteReport:
     condition: float = math.nan
     truncated: float = 0.0
     repair: bool = False
+    growth: float = math.nan
 
     @classmethod
-    def of(cls, solution: Solution, concepts: int, *, repair: bool = False) -> SiteReport:
-        """The report on a ``solution`` for its first ``concepts``, without generic prompts."""
+    def of(
+        cls, solution: Solution, concepts: int, *, repair: bool = False, size: float = 0.0
+    ) -> SiteReport:
+        """The report on a ``solution`` for its first ``concepts``, without generic prompts, where
+        the LoRAs' changes have the norm ``size`` together."""
         every = solution.weighting, solution.before, solution.after
         weighting, before, after = (values[:concepts] for values in every)
-        rest = solution.condition, solution.truncated, repair
+        growth = math.sqrt(solution.change.squared_norm()) / size if size else math.nan
+        rest = solution.condition, solution.truncated, repair, growth
         return cls(solution.change.rank, weighting, before, after, *rest)
 
 
@@ -94,6 +100,11 @@ class MergeReport:
             return None
         fine = [use for use, share in kept.items() if use[0].isdigit() and self._holds(share)]
         return min(map(float, fine)), max(map(float, fine))
+
+    def grown(self) -> list[tuple[str, float]]:
+        """Sites and their ``growth``, largest first."""
+        sizes = [(name, site.growth) for name, site in self.sites.items() if site.growth > 0]
+        return sorted(sizes, key=lambda item: -item[1])
 
     def _kept(self) -> dict[str, float]:
         """Use → what is kept, the mean over the LoRAs."""
@@ -219,6 +230,9 @@ class MergeReport:
         ]
         if self.converged:
             lines.append(f"  {self._convergence()}")
+        if grown := self.grown()[:3]:
+            listed = ", ".join(f"{site} {size:.1f}" for site, size in grown)
+            lines.append(f"  largest changes, as multiples of the LoRAs' there: {listed}")
         for name, notes in self.notes.items():
             lines += [f"  {name}: {note}" for note in notes]
         verdict = self.verdict()
