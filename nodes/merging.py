@@ -25,7 +25,7 @@ from ..iteris_core.lora_files.tensors import content_hash
 from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
 from ..iteris_core.reading import read_concept
-from ..iteris_core.report.provenance import is_ordered
+from ..iteris_core.report.provenance import cut_lora, is_ordered
 from ..iteris_core.settings import declared_settings
 from ..iteris_core.solve.choose import THRESHOLDS, Thresholds
 from .comfy_conds import References, Same
@@ -53,10 +53,12 @@ class LoraModel(dict[str, Tensor]):
             tensors |= bundled(lora.embeddings)
             self.metadata["modelspec.hash_sha256"] = "0x" + content_hash(tensors)
         super().__init__(tensors)
-        self.lora, self.ordered = lora, ordered
+        self.lora, self.dtype, self.ordered = lora, dtype, ordered
 
-    def at(self, dtype: str) -> LoraModel:
-        return LoraModel(self.lora, dtype, ordered=self.ordered)
+    def at(self, dtype: str = "", rank: int = 0) -> LoraModel:
+        """The same LoRA in another ``dtype`` (empty: its own), cut to ``rank`` (0: as it is)."""
+        lora = cut_lora(self.lora, rank, ordered=self.ordered) if rank else self.lora
+        return LoraModel(lora, dtype or self.dtype, ordered=self.ordered)
 
 
 def merge_on(
