@@ -19,7 +19,6 @@ from ..iteris_core.hosts.rows import drawn_steps
 from ..iteris_core.passes.batches import chunks
 from .comfy_conds import Inputs, joined, kind
 from .comfy_internals import comfy, compiling, extension, memory
-from .comfy_preview import Show, preview_callback
 from .comfy_state import forget
 from .comfy_text import Conditioning
 
@@ -56,7 +55,7 @@ class Kept:
 @dataclass(frozen=True)
 class Sampling:
     """The samples to denoise: ``owners`` is the concept of each. A forward has at most ``rows`` of
-    them. ``show`` is called with previews. Samples in ``denoised`` are already done."""
+    them. Samples in ``denoised`` are already done."""
 
     owners: Sequence[int]
     texts: Texts
@@ -67,7 +66,6 @@ class Sampling:
     generator: torch.Generator
     tick: Tick
     denoised: Denoised
-    show: Show | None = None
 
 
 def make_latents(denoisers: Sequence[Denoiser], boundary: float, sampling: Sampling) -> list[Kept]:
@@ -127,7 +125,6 @@ def _denoise(
     made = {key: denoiser.inputs(text, shape) for key, text in own.items()}
     inputs = [[made[id(text)] for text in pair] for pair in texts]
     kinds = [tuple(map(kind, pair)) for pair in inputs]
-    callback = preview_callback(denoiser.model, sampling.show)
     done = (len(noise) - len(left)) * steps
     for rows in chunks(left, kinds, sampling.rows):
         some = torch.as_tensor(list(rows))
@@ -156,7 +153,6 @@ def _denoise(
                 _Euler(whole=begun is None),
                 kept.schedule,
                 denoise_mask=denoiser.references.mask,
-                callback=callback,
                 disable_pbar=True,
                 seed=SEED,
             ).to(ended)

@@ -81,12 +81,11 @@ def merge_on(
     """
     known = declared_settings(find_method(config.method).settings)
     reading = ReadOptions(allow_partial=config.unmergeable == "skip")
-    progress = NodeProgress(node_id)
     settings = {**config.settings, "micro_batch": rows}
     settings = {name: value for name, value in settings.items() if name in known}
     with (
         ready_for_merge(clip),
-        _RememberingHost(model, clip, rows, show=progress.preview, **base) as host,
+        _RememberingHost(model, clip, rows, **base) as host,
     ):
         host.recipe = tuple(
             concept.model_copy(update={"weight": float(concept.weight > 0), "source": ""})
@@ -97,7 +96,7 @@ def merge_on(
                 host,
                 [read_concept(concept, host, reading) for concept in config.concepts],
                 **{**config.choices, "settings": settings},
-                on_progress=progress,
+                on_progress=NodeProgress(node_id),
                 memory_budget=memory_budget,
                 thresholds=thresholds,
             )

@@ -118,7 +118,7 @@ def test_transposed_layers_and_patterns_are_merged():
     model = tuned_model(["rslora", "wide"], MAKERS["transposed"])
     batches = make_batches("transposed", 1)
     add_merged_adapter(model, ["wide"], {"wide": batches}, calibration=CALIBRATION)
-    assert error(model, "wide", "merged", make_batches("transposed", 9)[1]) < 1e-6
+    assert error(model, "wide", "merged", make_batches("transposed", 9)[1]) < 1e-5
 
 
 def test_an_adapter_with_biases_is_refused():
