@@ -34,7 +34,7 @@ from .comfy_denoiser import Denoiser
 from .comfy_lora import ComfySites
 from .comfy_rows import ComfySamples, DenoiserRows, comfy_samples
 from .comfy_runtime import halving
-from .comfy_sampling import Denoised, Kept, Sampling, make_latents
+from .comfy_sampling import Kept, Sampling, make_latents
 from .comfy_state import training
 from .comfy_text import Conditioning, TextEncoders
 from .concept_specs import DENOISER
@@ -92,7 +92,6 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         self._lockstep = Lockstep({}, {})
         self._running: TextEncoders | Denoiser = self._denoisers[0]
         self._wanted: dict[TextEncoders | Denoiser, int] = {}
-        self._denoised: Denoised = {}
 
     def __exit__(self, *_: object) -> None:
         with ExitStack() as stack:
@@ -165,14 +164,11 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
                     rows,
                     generator,
                     tick,
-                    self._denoised,
                 )
                 kept = make_latents(self._denoisers, self.boundary, sampling)
             return comfy_samples(kept, drawn, self._texts.tokenize)
 
-        samples = halving(self._batch, make)
-        self._denoised = {}
-        return samples
+        return halving(self._batch, make)
 
     @property
     def _vocabulary(self) -> list[str]:

@@ -32,10 +32,6 @@ SEED = 0
 Texts = Callable[[], Sequence[tuple[Conditioning, Conditioning]]]
 """Each sample's conditioning with its own LoRA active, paired with its concept's empty one."""
 
-Denoised = dict[tuple[int, int], tuple[Tensor, Tensor]]
-"""(denoiser index, sample) → its recorded latents and final latent. Filled batch by batch, so a
-cancelled or out-of-memory run resumes where it stopped."""
-
 
 @dataclass(frozen=True)
 class Kept:
@@ -55,7 +51,7 @@ class Kept:
 @dataclass(frozen=True)
 class Sampling:
     """The samples to denoise: ``owners`` is the concept of each. A forward has at most ``rows`` of
-    them. Samples in ``denoised`` are already done."""
+    them."""
 
     owners: Sequence[int]
     texts: Texts
@@ -65,7 +61,6 @@ class Sampling:
     rows: int
     generator: torch.Generator
     tick: Tick
-    denoised: Denoised
 
 
 def make_latents(denoisers: Sequence[Denoiser], boundary: float, sampling: Sampling) -> list[Kept]:
@@ -114,19 +109,14 @@ def _denoise(
     latents, on the scale of a LATENT."""
     denoiser, shape, steps = denoisers[number], (1, *noise.shape[1:]), len(kept.schedule) - 1
     ended = torch.empty_like(noise)
-    left = [row for row in range(len(noise)) if (number, row) not in sampling.denoised]
-    for row in set(range(len(noise))) - set(left):
-        kept.latents[row], ended[row] = sampling.denoised[number, row]
-    if not left:
-        return ended
     denoiser.close()  # sampling prepares the model again, and releases it
     denoiser.free_memory(0)  # some models compute inputs with their own weights
     own = {id(text): text for pair in texts for text in pair}  # rows of one prompt share one
     made = {key: denoiser.inputs(text, shape) for key, text in own.items()}
     inputs = [[made[id(text)] for text in pair] for pair in texts]
     kinds = [tuple(map(kind, pair)) for pair in inputs]
-    done = (len(noise) - len(left)) * steps
-    for rows in chunks(left, kinds, sampling.rows):
+    done = 0
+    for rows in chunks(range(len(noise)), kinds, sampling.rows):
         some = torch.as_tensor(list(rows))
 
         def keep(step: int, latents: Tensor, some: Tensor = some, done: int = done) -> None:
@@ -156,8 +146,6 @@ def _denoise(
                 disable_pbar=True,
                 seed=SEED,
             ).to(ended)
-        for row in rows:
-            sampling.denoised[number, row] = kept.latents[row].clone(), ended[row].clone()
         done += len(rows) * steps
     steps_done(done)
     return ended

@@ -32,7 +32,6 @@ from .comfy_conds import References, Same
 from .comfy_host import ComfyHost
 from .comfy_rows import ComfySamples
 from .comfy_runtime import NodeProgress
-from .comfy_sampling import Denoised
 from .comfy_state import ready_for_merge
 from .concept_specs import DENOISER
 from .merge_settings import Request
@@ -123,11 +122,9 @@ def as_lora_models(result: MergeResult, dtype: str = "float16") -> list[LoraMode
 
 class _RememberingHost(ComfyHost):
     """Caches the last rows, those of the fit and those held out of it, so that another rank or
-    ridge does not denoise again, and the rows of a cancelled run, so that the next one resumes
-    there."""
+    ridge does not denoise again."""
 
     _last: Sequence[tuple[Any, ComfySamples]] = ()
-    _begun: tuple[Any, Denoised] | None = None
     recipe: tuple[ConceptConfig, ...] = ()
 
     def samples(
@@ -147,20 +144,15 @@ class _RememberingHost(ComfyHost):
         last = _RememberingHost._last
         samples = next((samples for known, samples in last if known == key), None)
         if samples is None:
-            begun = _RememberingHost._begun
-            if begun is None or begun[0] != key:
-                begun = _RememberingHost._begun = (key, Denoised())
-            self._denoised = begun[1]
-            _log.info("IterIS: making latents, %d of them cached", len(self._denoised))
+            _log.info("IterIS: making latents")
             samples = super().samples(concepts, sites, calibration, lockstep, *rest)
             _RememberingHost._last = [*last, (key, samples)][-2:]
-            _RememberingHost._begun = None
         return samples
 
     @staticmethod
     def _forget(_: Any) -> None:
         """The MODEL or CLIP was deleted, so its rows are useless."""
-        _RememberingHost._last, _RememberingHost._begun = (), None
+        _RememberingHost._last = ()
 
 
 _MOST = 2 * 2**30
