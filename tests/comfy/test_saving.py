@@ -57,7 +57,7 @@ def test_a_file_at_a_smaller_rank(
     lora = core.Lora(changes, metadata={"iteris": '{"method": "iteris"}'})
     made = merging.LoraModel(lora, "float32", ordered=ordered)
     (name,) = save(made, "small", rank=2).result
-    found, said = part(pack, "iteris_core.lora_files").read_tensors(tmp_path / name)
+    found, said = part(pack, "iteris_core.lora_files").read_tensors(tmp_path / "loras" / name)
     assert found["lora_unet_b.lora_up.weight"].shape == (6, 2, 1, 1)
     assert found["lora_unet_b.lora_down.weight"].shape == (2, 5, 3, 3)
     product = found["lora_unet_a.lora_up.weight"] @ found["lora_unet_a.lora_down.weight"]
