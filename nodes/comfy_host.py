@@ -32,9 +32,15 @@ from ..iteris_core.lora_files.experts import second_of
 from .comfy_conds import Inputs, References, kind, size
 from .comfy_denoiser import Denoiser
 from .comfy_lora import ComfySites
-from .comfy_rows import ComfySamples, DenoiserRows, comfy_samples
 from .comfy_runtime import halving
-from .comfy_sampling import Kept, Sampling, make_latents
+from .comfy_sampling import (
+    ComfySamples,
+    DenoiserRows,
+    Kept,
+    Sampling,
+    comfy_samples,
+    make_latents,
+)
 from .comfy_state import training
 from .comfy_text import Conditioning, TextEncoders
 from .concept_specs import DENOISER

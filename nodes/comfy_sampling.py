@@ -1,33 +1,31 @@
 """Latents from ComfyUI's own sampler, for many rows at once: each row with its own text and its own
-LoRA. The denoiser's inputs at the selected steps are recorded."""
+LoRA. The denoiser's inputs at the selected steps are recorded; they are the rows of a merge."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..iteris_core.activations.conditions import Condition
 from ..iteris_core.activations.lockstep import Lockstep
 from ..iteris_core.activations.micro_batch import MicroBatch
 from ..iteris_core.concepts import Calibration
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.protocol import DENOISING, Tick
-from ..iteris_core.hosts.rows import drawn_steps
+from ..iteris_core.hosts.rows import SamplePrompts, TextRows, drawn_steps
 from ..iteris_core.passes.batches import chunks
 from .comfy_conds import Inputs, joined, kind
-from .comfy_internals import comfy, compiling, extension, memory
-from .comfy_state import forget
+from .comfy_denoiser import SEED, Denoiser
+from .comfy_internals import comfy, extension, memory
+from .comfy_state import forget, run_uncompiled
 from .comfy_text import Conditioning
 
-if TYPE_CHECKING:
-    from .comfy_denoiser import Denoiser
-
 _KEY = "iteris"
-SEED = 0
-"""The seed of the noise that some models add to an input image."""
 
 Texts = Callable[[], Sequence[tuple[Conditioning, Conditioning]]]
 """Each sample's conditioning with its own LoRA active, paired with its concept's empty one."""
@@ -227,14 +225,6 @@ class _Euler(comfy.samplers.KSAMPLER):
         return self._whole
 
 
-def run_uncompiled(options: dict[str, Any]) -> None:
-    """Compiled code does not run layer hooks; the plain module underneath gives the same result."""
-    wrappers = options["transformer_options"].get("wrappers", {})
-    for found in (wrappers, options.get("to_load_options", {}).get("wrappers", {})):
-        for keyed in found.values():
-            keyed.pop(compiling.COMPILE_KEY, None)
-
-
 def _parts(first: Denoiser, schedule: Tensor, boundary: float, count: int) -> list[Tensor]:
     """Each denoiser's schedule; the second starts at the sigma where the first ends."""
     if count == 1:
@@ -247,3 +237,62 @@ def _parts(first: Denoiser, schedule: Tensor, boundary: float, count: int) -> li
             f"steps the share of noise goes from {float(shares[0]):.2f} to {float(shares[-1]):.2f}."
         )
     return [schedule[: turn + 1], schedule[turn:]]
+
+
+@dataclass(frozen=True)
+class DenoiserRows:
+    """A denoiser's inputs: latents on ComfyUI's scale, (rows, …), and their sigmas from the
+    ``schedule``; ``text_rows`` gives each row's text."""
+
+    owners: Sequence[int]
+    text_rows: Sequence[int]
+    latents: Tensor
+    times: Tensor
+    schedule: Tensor
+    conditions: Sequence[Condition]
+
+
+@dataclass(frozen=True)
+class ComfySamples:
+    """``tokens`` are those of every text, ``worth`` is the effective number of samples per concept;
+    ``noisy`` has one entry per denoiser, and is empty if no site needs one."""
+
+    text: TextRows
+    tokens: Sequence[Any]
+    worth: int
+    noisy: Sequence[DenoiserRows] = ()
+
+    def rows_of(self, denoiser: int) -> range:
+        """The indices of a denoiser's rows among those of all."""
+        start = sum(len(noisy.owners) for noisy in self.noisy[:denoiser])
+        return range(start, start + len(self.noisy[denoiser].owners))
+
+
+def comfy_samples(
+    kept_by: Sequence[Kept],
+    drawn: SamplePrompts,
+    tokenize: Callable[[Sequence[int], Sequence[str]], Sequence[Any]],
+) -> ComfySamples:
+    """One row per recorded latent of a denoiser, plus those that ``drawn`` adds on the same
+    latents."""
+    parts = [drawn.texts(kept.picks.shape[1]) for kept in kept_by] or [drawn.texts(None)]
+    text = TextRows.of(
+        [owner for part in parts for owner in part.owners],
+        [part.texts[row] for part in parts for row in part.text_rows],
+        uses=[use for part in parts for use in part.uses],
+    )
+    which = iter(text.text_rows)
+    noisy = [
+        DenoiserRows(
+            part.owners,
+            list(islice(which, len(part.owners))),
+            kept.latents.flatten(0, 1)[list(part.latent_rows)],
+            kept.sigmas.flatten()[list(part.latent_rows)],
+            kept.schedule,
+            part.conditions,
+        )
+        for part, kept in zip(parts, kept_by, strict=False)  # empty without a denoiser
+    ]
+    return ComfySamples(
+        text, tokenize(text.text_owners, text.texts), drawn.effective_samples(text), noisy
+    )

@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..iteris_core.activations.host_pool import pinning_at_most
-from .comfy_internals import optional, set_optional
+from .comfy_internals import compiling, optional, set_optional
 
 
 def _no_queue(*_: Any, **__: Any) -> None:
@@ -64,6 +64,14 @@ def switched(path: str, value: Any) -> Generator[None]:
         yield
     finally:
         set_optional(path, before)
+
+
+def run_uncompiled(options: dict[str, Any]) -> None:
+    """Compiled code does not run layer hooks; the plain module underneath gives the same result."""
+    wrappers = options["transformer_options"].get("wrappers", {})
+    for found in (wrappers, options.get("to_load_options", {}).get("wrappers", {})):
+        for keyed in found.values():
+            keyed.pop(compiling.COMPILE_KEY, None)
 
 
 def forget(network: nn.Module) -> None:

@@ -30,8 +30,8 @@ from ..iteris_core.settings import declared_settings
 from ..iteris_core.solve.choose import THRESHOLDS, Thresholds
 from .comfy_conds import References, Same
 from .comfy_host import ComfyHost
-from .comfy_rows import ComfySamples
 from .comfy_runtime import NodeProgress
+from .comfy_sampling import ComfySamples
 from .comfy_state import ready_for_merge
 from .concept_specs import DENOISER
 from .merge_settings import Request
