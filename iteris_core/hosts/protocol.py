@@ -136,7 +136,7 @@ class Host(Protocol):
         return []
 
     def forward(self, samples: Any, rows: Sequence[int]) -> torch.Tensor:
-        """The model's final output for rows of ``samples``, rows first."""
+        """The model's final output for rows of ``samples``, rows first; for image models only."""
         ...
 
     def activate(
