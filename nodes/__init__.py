@@ -8,7 +8,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .comfy_internals import missing, sentence
 from .comfy_routes import add_routes
-from .concept_nodes import ConceptsFromStack, IterisConcept, PreservePrompts
+from .concept_nodes import IterisConcept, PreservePrompts
 from .edit_nodes import ExtractLora, ResizeLora
 from .inspect_node import InspectLoras
 from .loras_node import IterisLoras
@@ -25,7 +25,7 @@ from .score_nodes import (
 from .toybox_node import IterisToybox
 
 NODES: list[type[io.ComfyNode]] = [
-    *(IterisLoras, IterisConcept, ConceptsFromStack, PreservePrompts),
+    *(IterisLoras, IterisConcept, PreservePrompts),
     *(IterisMerge, IterisMergeSettings, IterisMergeExperts, CompareMerges),
     *(SaveMergedLora, ResizeLora, ExtractLora, InspectLoras),
     *(ClipScorerLoader, VisionScorer, ClipImageAlignment, ClipTextAlignment, ScoreSheet),

@@ -21,11 +21,12 @@ from ..iteris_core.errors import ModelStateError
 from .comfy_conds import Inputs, References, joined, sharing
 from .comfy_internals import comfy, memory, optional
 from .comfy_runtime import free_beside
-from .comfy_sampling import SEED, run_uncompiled
 from .comfy_sizes import latent_shape, token_sides
-from .comfy_state import forget, in_full_precision
+from .comfy_state import forget, in_full_precision, run_uncompiled
 from .comfy_text import Conditioning
 
+SEED = 0
+"""The seed of the noise that some models add to an input image."""
 _ONE = "positive"
 _SPEEDY = ("lcm", "distilled")
 """Parts of the names of sampling classes for models without guidance."""

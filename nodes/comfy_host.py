@@ -32,10 +32,15 @@ from ..iteris_core.lora_files.experts import second_of
 from .comfy_conds import Inputs, References, kind, size
 from .comfy_denoiser import Denoiser
 from .comfy_lora import ComfySites
-from .comfy_preview import Show
-from .comfy_rows import ComfySamples, DenoiserRows, comfy_samples
 from .comfy_runtime import halving
-from .comfy_sampling import Denoised, Kept, Sampling, make_latents
+from .comfy_sampling import (
+    ComfySamples,
+    DenoiserRows,
+    Kept,
+    Sampling,
+    comfy_samples,
+    make_latents,
+)
 from .comfy_state import training
 from .comfy_text import Conditioning, TextEncoders
 from .concept_specs import DENOISER
@@ -71,7 +76,6 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         boundary: float = BOUNDARY,
         references: References | None = None,
         distilled: bool | None = None,
-        show: Show | None = None,
     ) -> None:
         if low is not None and low.model is model.model:
             raise IterisError(
@@ -80,7 +84,6 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
             )
         self.model, self.clip, self.low, self.boundary = model, clip, low, boundary
         self.references = references or References()
-        self._show = show
         self._batch = min(rows, _SAMPLING_ROWS)
         self._encoders: TextEncoders | None = None if clip is None else TextEncoders(clip)
         models = [model] if low is None else [model, low]
@@ -95,7 +98,6 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         self._lockstep = Lockstep({}, {})
         self._running: TextEncoders | Denoiser = self._denoisers[0]
         self._wanted: dict[TextEncoders | Denoiser, int] = {}
-        self._denoised: Denoised = {}
 
     def __exit__(self, *_: object) -> None:
         with ExitStack() as stack:
@@ -168,15 +170,11 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
                     rows,
                     generator,
                     tick,
-                    self._denoised,
-                    self._show,
                 )
                 kept = make_latents(self._denoisers, self.boundary, sampling)
             return comfy_samples(kept, drawn, self._texts.tokenize)
 
-        samples = halving(self._batch, make)
-        self._denoised = {}
-        return samples
+        return halving(self._batch, make)
 
     @property
     def _vocabulary(self) -> list[str]:

@@ -49,7 +49,6 @@ NAMES: Mapping[str, Sequence[str]] = {
     "comfy.supported_models_base": ("ClipTarget",),
     "comfy.utils": ("ProgressBar", "unet_to_diffusers"),
     "comfy_api.torch_helpers.torch_compile": ("COMPILE_KEY",),
-    "latent_preview": ("get_previewer",),
 }  # fmt: skip
 METHODS: Mapping[str, Sequence[str]] = {
     "comfy.model_patcher.ModelPatcher": (
@@ -149,4 +148,3 @@ comfy = _Module("comfy")
 memory = comfy.model_management
 extension = comfy.patcher_extension
 compiling = _Module("comfy_api.torch_helpers.torch_compile")
-previews = _Module("latent_preview")

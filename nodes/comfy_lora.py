@@ -46,7 +46,8 @@ class ComfySites:
     """
 
     def __init__(self, model: Any, clip: Any) -> None:
-        if any(map(_is_nunchaku, model.model.modules())):
+        kinds = {f"{type(m).__module__}.{type(m).__name__}" for m in model.model.modules()}
+        if any("nunchaku" in kind.lower() for kind in kinds):
             raise BaseError(
                 "MODEL is a Nunchaku model with fused layers, whose inputs cannot be observed. "
                 "Merge on the model from which it was made, for instance in fp8 or GGUF."
@@ -146,7 +147,7 @@ class ComfySites:
             made = getattr(self.modules[site], "get_weight", None)  # as in ComfyUI-GGUF's layers
             if made is None:
                 raise BaseError(
-                    f"A DoRA, OFT or GLoRA, or an extraction, needs the base's weight of {site}, "
+                    f"A DoRA or an extraction needs the base's weight of {site}, "
                     "but this base stores it as quantised GGUF bytes, which cannot be read; load "
                     "the base from a safetensors file."
                 )
@@ -208,11 +209,6 @@ def _architecture(model: Any, shapes: Shapes) -> Architecture:
     unet = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     kind = architecture_of_sites(shapes) if unet else None
     return kind or Architecture("comfyui", type(model.model).__name__, denoiser="unet")
-
-
-def _is_nunchaku(module: nn.Module) -> bool:
-    kind = type(module)
-    return "nunchaku" in f"{kind.__module__}.{kind.__name__}".lower()
 
 
 def _is_site(root: nn.Module, path: str) -> bool:

@@ -51,8 +51,8 @@ def halving(rows: int, make: Callable[[int], _Made]) -> _Made:
 
 
 class NodeProgress:
-    """Shows a merge's progress, time left and previews on its node, and raises when the user
-    interrupts. The lines of the memory plan stay above the current status."""
+    """Shows a merge's progress and time left on its node, and raises when the user interrupts. The
+    lines of the memory plan stay above the current status."""
 
     def __init__(self, node_id: str | None) -> None:
         self._node_id = node_id
@@ -71,10 +71,6 @@ class NodeProgress:
             line = progress.time_left.capitalize() if progress.plan else _sentence(str(progress))
             show_text("\n".join(filter(None, [*self._plans, line])), self._node_id)
         self._bar.update_absolute(round(_WHOLE * progress.share))
-
-    def preview(self, image: Any) -> None:
-        """``image`` comes from a ComfyUI previewer."""
-        self._bar.update_absolute(self._bar.current, preview=image)
 
 
 def files_behind(hidden: Any, name: str) -> list[str]:

@@ -1,41 +1,34 @@
 """Latents from ComfyUI's own sampler, for many rows at once: each row with its own text and its own
-LoRA. The denoiser's inputs at the selected steps are recorded."""
+LoRA. The denoiser's inputs at the selected steps are recorded; they are the rows of a merge."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..iteris_core.activations.conditions import Condition
 from ..iteris_core.activations.lockstep import Lockstep
 from ..iteris_core.activations.micro_batch import MicroBatch
 from ..iteris_core.concepts import Calibration
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.protocol import DENOISING, Tick
-from ..iteris_core.hosts.rows import drawn_steps
+from ..iteris_core.hosts.rows import SamplePrompts, TextRows, drawn_steps
 from ..iteris_core.passes.batches import chunks
 from .comfy_conds import Inputs, joined, kind
-from .comfy_internals import comfy, compiling, extension, memory
-from .comfy_preview import Show, preview_callback
-from .comfy_state import forget
+from .comfy_denoiser import SEED, Denoiser
+from .comfy_internals import comfy, extension, memory
+from .comfy_state import forget, run_uncompiled
 from .comfy_text import Conditioning
 
-if TYPE_CHECKING:
-    from .comfy_denoiser import Denoiser
-
 _KEY = "iteris"
-SEED = 0
-"""The seed of the noise that some models add to an input image."""
 
 Texts = Callable[[], Sequence[tuple[Conditioning, Conditioning]]]
 """Each sample's conditioning with its own LoRA active, paired with its concept's empty one."""
-
-Denoised = dict[tuple[int, int], tuple[Tensor, Tensor]]
-"""(denoiser index, sample) → its recorded latents and final latent. Filled batch by batch, so a
-cancelled or out-of-memory run resumes where it stopped."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,7 @@ class Kept:
 @dataclass(frozen=True)
 class Sampling:
     """The samples to denoise: ``owners`` is the concept of each. A forward has at most ``rows`` of
-    them. ``show`` is called with previews. Samples in ``denoised`` are already done."""
+    them."""
 
     owners: Sequence[int]
     texts: Texts
@@ -66,8 +59,6 @@ class Sampling:
     rows: int
     generator: torch.Generator
     tick: Tick
-    denoised: Denoised
-    show: Show | None = None
 
 
 def make_latents(denoisers: Sequence[Denoiser], boundary: float, sampling: Sampling) -> list[Kept]:
@@ -116,20 +107,14 @@ def _denoise(
     latents, on the scale of a LATENT."""
     denoiser, shape, steps = denoisers[number], (1, *noise.shape[1:]), len(kept.schedule) - 1
     ended = torch.empty_like(noise)
-    left = [row for row in range(len(noise)) if (number, row) not in sampling.denoised]
-    for row in set(range(len(noise))) - set(left):
-        kept.latents[row], ended[row] = sampling.denoised[number, row]
-    if not left:
-        return ended
     denoiser.close()  # sampling prepares the model again, and releases it
     denoiser.free_memory(0)  # some models compute inputs with their own weights
     own = {id(text): text for pair in texts for text in pair}  # rows of one prompt share one
     made = {key: denoiser.inputs(text, shape) for key, text in own.items()}
     inputs = [[made[id(text)] for text in pair] for pair in texts]
     kinds = [tuple(map(kind, pair)) for pair in inputs]
-    callback = preview_callback(denoiser.model, sampling.show)
-    done = (len(noise) - len(left)) * steps
-    for rows in chunks(left, kinds, sampling.rows):
+    done = 0
+    for rows in chunks(range(len(noise)), kinds, sampling.rows):
         some = torch.as_tensor(list(rows))
 
         def keep(step: int, latents: Tensor, some: Tensor = some, done: int = done) -> None:
@@ -156,12 +141,9 @@ def _denoise(
                 _Euler(whole=begun is None),
                 kept.schedule,
                 denoise_mask=denoiser.references.mask,
-                callback=callback,
                 disable_pbar=True,
                 seed=SEED,
             ).to(ended)
-        for row in rows:
-            sampling.denoised[number, row] = kept.latents[row].clone(), ended[row].clone()
         done += len(rows) * steps
     steps_done(done)
     return ended
@@ -243,14 +225,6 @@ class _Euler(comfy.samplers.KSAMPLER):
         return self._whole
 
 
-def run_uncompiled(options: dict[str, Any]) -> None:
-    """Compiled code does not run layer hooks; the plain module underneath gives the same result."""
-    wrappers = options["transformer_options"].get("wrappers", {})
-    for found in (wrappers, options.get("to_load_options", {}).get("wrappers", {})):
-        for keyed in found.values():
-            keyed.pop(compiling.COMPILE_KEY, None)
-
-
 def _parts(first: Denoiser, schedule: Tensor, boundary: float, count: int) -> list[Tensor]:
     """Each denoiser's schedule; the second starts at the sigma where the first ends."""
     if count == 1:
@@ -263,3 +237,62 @@ def _parts(first: Denoiser, schedule: Tensor, boundary: float, count: int) -> li
             f"steps the share of noise goes from {float(shares[0]):.2f} to {float(shares[-1]):.2f}."
         )
     return [schedule[: turn + 1], schedule[turn:]]
+
+
+@dataclass(frozen=True)
+class DenoiserRows:
+    """A denoiser's inputs: latents on ComfyUI's scale, (rows, …), and their sigmas from the
+    ``schedule``; ``text_rows`` gives each row's text."""
+
+    owners: Sequence[int]
+    text_rows: Sequence[int]
+    latents: Tensor
+    times: Tensor
+    schedule: Tensor
+    conditions: Sequence[Condition]
+
+
+@dataclass(frozen=True)
+class ComfySamples:
+    """``tokens`` are those of every text, ``worth`` is the effective number of samples per concept;
+    ``noisy`` has one entry per denoiser, and is empty if no site needs one."""
+
+    text: TextRows
+    tokens: Sequence[Any]
+    worth: int
+    noisy: Sequence[DenoiserRows] = ()
+
+    def rows_of(self, denoiser: int) -> range:
+        """The indices of a denoiser's rows among those of all."""
+        start = sum(len(noisy.owners) for noisy in self.noisy[:denoiser])
+        return range(start, start + len(self.noisy[denoiser].owners))
+
+
+def comfy_samples(
+    kept_by: Sequence[Kept],
+    drawn: SamplePrompts,
+    tokenize: Callable[[Sequence[int], Sequence[str]], Sequence[Any]],
+) -> ComfySamples:
+    """One row per recorded latent of a denoiser, plus those that ``drawn`` adds on the same
+    latents."""
+    parts = [drawn.texts(kept.picks.shape[1]) for kept in kept_by] or [drawn.texts(None)]
+    text = TextRows.of(
+        [owner for part in parts for owner in part.owners],
+        [part.texts[row] for part in parts for row in part.text_rows],
+        uses=[use for part in parts for use in part.uses],
+    )
+    which = iter(text.text_rows)
+    noisy = [
+        DenoiserRows(
+            part.owners,
+            list(islice(which, len(part.owners))),
+            kept.latents.flatten(0, 1)[list(part.latent_rows)],
+            kept.sigmas.flatten()[list(part.latent_rows)],
+            kept.schedule,
+            part.conditions,
+        )
+        for part, kept in zip(parts, kept_by, strict=False)  # empty without a denoiser
+    ]
+    return ComfySamples(
+        text, tokenize(text.text_owners, text.texts), drawn.effective_samples(text), noisy
+    )

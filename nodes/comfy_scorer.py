@@ -1,16 +1,12 @@
 """Scorers whose models ComfyUI moves to the GPU for scoring, and off again when it needs memory;
-and the open_clip architectures that need only weights.
-
-Listing those does not import open_clip, because ComfyUI needs the list at startup. A shared graph
-must not trigger a download.
+and the open_clip architectures to choose from. A shared graph must not trigger a download.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from ..iteris_core.errors import IterisError
-from ..iteris_core.lora_files.metadata import parse_object
 from ..iteris_core.score import ClipScorer, ImageScorer
 from .comfy_internals import comfy, memory
 from .pictures import to_image
@@ -75,17 +70,11 @@ class ComfyVisionScorer(ImageScorer):
         )
 
 
-PAPERS = "ViT-L-14-quickgelu"
-
-
-@cache
-def architectures() -> list[str]:
-    """Architecture names, the paper's first; only that one if open_clip is not installed."""
-    spec = importlib.util.find_spec("open_clip")
-    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
-    files = sorted(Path(folders[0], "model_configs").glob("*.json")) if folders else []
-    names = [file.stem for file in files if _is_whole(file)]
-    return [PAPERS, *(name for name in names if name != PAPERS)]
+ARCHITECTURES = (
+    *("ViT-L-14-quickgelu", "ViT-L-14", "ViT-L-14-336-quickgelu", "ViT-B-32-quickgelu", "ViT-B-32"),
+    *("ViT-B-16-quickgelu", "ViT-B-16", "ViT-H-14", "ViT-g-14", "ViT-bigG-14"),
+)
+"""Those of open_clip that need only weights, the paper's first."""
 
 
 def check_open_clip() -> None:
@@ -95,11 +84,3 @@ def check_open_clip() -> None:
             "CLIP scores need the package open_clip. Install it into ComfyUI's Python (pip install "
             "open_clip_torch), or score with IterIS Vision Scorer. Merges need neither."
         )
-
-
-def _is_whole(file: Path) -> bool:
-    """True if neither its tokenizer nor a tower comes from a hub."""
-    config = parse_object(file.read_text(encoding="utf-8"))
-    parts = [part for name in ("text_cfg", "vision_cfg") if (part := config.get(name))]
-    keys = [key for part in parts for key, value in part.items() if value]
-    return not any(key.startswith("hf_") or key == "timm_model_pretrained" for key in keys)

@@ -17,19 +17,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..iteris_core.activations.host_pool import pinning_at_most
-from .comfy_internals import optional, set_optional
-
-
-def _no_queue(*_: Any, **__: Any) -> None:
-    """Weights load when a layer is called."""
-
+from .comfy_internals import compiling, optional, set_optional
 
 _PRECISE = "_full_precision_mm"
 """A flag of ComfyUI's mixed-precision layers: True if they do not quantise their input."""
 SWITCHES: Sequence[tuple[str, Any]] = (
     ("comfy.cli_args.args.disable_comfy_compiler", True),
     ("comfy.cli_args.args.disable_cuda_graphs", True),
-    ("comfy.model_prefetch.make_prefetch_queue", _no_queue),
+    ("comfy.model_prefetch.make_prefetch_queue", lambda *_, **__: None),
     ("comfy.model_management.in_training", True),
 )
 """Values during a merge, for names that this ComfyUI has."""
@@ -64,6 +59,14 @@ def switched(path: str, value: Any) -> Generator[None]:
         yield
     finally:
         set_optional(path, before)
+
+
+def run_uncompiled(options: dict[str, Any]) -> None:
+    """Compiled code does not run layer hooks; the plain module underneath gives the same result."""
+    wrappers = options["transformer_options"].get("wrappers", {})
+    for found in (wrappers, options.get("to_load_options", {}).get("wrappers", {})):
+        for keyed in found.values():
+            keyed.pop(compiling.COMPILE_KEY, None)
 
 
 def forget(network: nn.Module) -> None:

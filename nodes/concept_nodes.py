@@ -14,7 +14,6 @@ from .concept_specs import ALWAYS, Kind, changed, make_spec
 from .lora_stacks import lora_path, specs_of
 from .schema import (
     NONE,
-    LoraStack,
     advanced,
     concepts_input,
     file_input,
@@ -89,22 +88,6 @@ class IterisConcept(io.ComfyNode):
     def fingerprint_inputs(cls, lora_name: str, lora_low: str = NONE, **_: Any) -> Any:
         files = [name for name in (lora_name, lora_low) if name not in (None, NONE)]
         return [changed(lora_path(name)) for name in files]
-
-
-class ConceptsFromStack(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            "IterisConceptsFromStack",
-            ["lora stack", "lora_stack"],
-            inputs=[LoraStack.Input("lora_stack"), concepts_input(optional=True)],
-            group="concepts",
-            outputs=("concepts",),
-        )
-
-    @classmethod
-    def execute(cls, lora_stack: list[Any] | None, concepts: Any = ()) -> io.NodeOutput:
-        return io.NodeOutput((*specs_of(concepts), *specs_of(lora_stack)))
 
 
 class PreservePrompts(io.ComfyNode):

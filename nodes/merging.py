@@ -25,14 +25,13 @@ from ..iteris_core.lora_files.tensors import content_hash
 from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
 from ..iteris_core.reading import read_concept
-from ..iteris_core.report.provenance import is_ordered
+from ..iteris_core.report.provenance import cut_lora, is_ordered
 from ..iteris_core.settings import declared_settings
 from ..iteris_core.solve.choose import THRESHOLDS, Thresholds
 from .comfy_conds import References, Same
 from .comfy_host import ComfyHost
-from .comfy_rows import ComfySamples
 from .comfy_runtime import NodeProgress
-from .comfy_sampling import Denoised
+from .comfy_sampling import ComfySamples
 from .comfy_state import ready_for_merge
 from .concept_specs import DENOISER
 from .merge_settings import Request
@@ -53,10 +52,12 @@ class LoraModel(dict[str, Tensor]):
             tensors |= bundled(lora.embeddings)
             self.metadata["modelspec.hash_sha256"] = "0x" + content_hash(tensors)
         super().__init__(tensors)
-        self.lora, self.ordered = lora, ordered
+        self.lora, self.dtype, self.ordered = lora, dtype, ordered
 
-    def at(self, dtype: str) -> LoraModel:
-        return LoraModel(self.lora, dtype, ordered=self.ordered)
+    def at(self, dtype: str = "", rank: int = 0) -> LoraModel:
+        """The same LoRA in another ``dtype`` (empty: its own), cut to ``rank`` (0: as it is)."""
+        lora = cut_lora(self.lora, rank, ordered=self.ordered) if rank else self.lora
+        return LoraModel(lora, dtype or self.dtype, ordered=self.ordered)
 
 
 def merge_on(
@@ -79,12 +80,11 @@ def merge_on(
     """
     known = declared_settings(find_method(config.method).settings)
     reading = ReadOptions(allow_partial=config.unmergeable == "skip")
-    progress = NodeProgress(node_id)
     settings = {**config.settings, "micro_batch": rows}
     settings = {name: value for name, value in settings.items() if name in known}
     with (
         ready_for_merge(clip),
-        _RememberingHost(model, clip, rows, show=progress.preview, **base) as host,
+        _RememberingHost(model, clip, rows, **base) as host,
     ):
         host.recipe = tuple(
             concept.model_copy(update={"weight": float(concept.weight > 0), "source": ""})
@@ -95,7 +95,7 @@ def merge_on(
                 host,
                 [read_concept(concept, host, reading) for concept in config.concepts],
                 **{**config.choices, "settings": settings},
-                on_progress=progress,
+                on_progress=NodeProgress(node_id),
                 memory_budget=memory_budget,
                 thresholds=thresholds,
             )
@@ -122,11 +122,9 @@ def as_lora_models(result: MergeResult, dtype: str = "float16") -> list[LoraMode
 
 class _RememberingHost(ComfyHost):
     """Caches the last rows, those of the fit and those held out of it, so that another rank or
-    ridge does not denoise again, and the rows of a cancelled run, so that the next one resumes
-    there."""
+    ridge does not denoise again."""
 
     _last: Sequence[tuple[Any, ComfySamples]] = ()
-    _begun: tuple[Any, Denoised] | None = None
     recipe: tuple[ConceptConfig, ...] = ()
 
     def samples(
@@ -146,20 +144,15 @@ class _RememberingHost(ComfyHost):
         last = _RememberingHost._last
         samples = next((samples for known, samples in last if known == key), None)
         if samples is None:
-            begun = _RememberingHost._begun
-            if begun is None or begun[0] != key:
-                begun = _RememberingHost._begun = (key, Denoised())
-            self._denoised = begun[1]
-            _log.info("IterIS: making latents, %d of them cached", len(self._denoised))
+            _log.info("IterIS: making latents")
             samples = super().samples(concepts, sites, calibration, lockstep, *rest)
             _RememberingHost._last = [*last, (key, samples)][-2:]
-            _RememberingHost._begun = None
         return samples
 
     @staticmethod
     def _forget(_: Any) -> None:
         """The MODEL or CLIP was deleted, so its rows are useless."""
-        _RememberingHost._last, _RememberingHost._begun = (), None
+        _RememberingHost._last = ()
 
 
 _MOST = 2 * 2**30

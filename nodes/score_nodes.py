@@ -14,7 +14,7 @@ from ..iteris_core.errors import IterisError
 from ..iteris_core.score import ClipScorer, ImageScorer, clip_score, without_tokens
 from ..iteris_core.score.sheet import contact_sheet
 from .comfy_runtime import show_text
-from .comfy_scorer import PAPERS, ComfyScorer, ComfyVisionScorer, architectures, check_open_clip
+from .comfy_scorer import ARCHITECTURES, ComfyScorer, ComfyVisionScorer, check_open_clip
 from .pictures import figure_image, to_image, to_pil
 from .schema import Scorer, schema
 
@@ -52,7 +52,7 @@ class ClipScorerLoader(io.ComfyNode):
             "IterisClipScorerLoader",
             ["clip score", "open_clip"],
             inputs=[
-                io.Combo.Input("architecture", options=architectures(), default=PAPERS),
+                io.Combo.Input("architecture", options=list(ARCHITECTURES)),
                 io.Combo.Input("weights", options=list(dict.fromkeys(files))),
             ],
             group="compare",
@@ -62,8 +62,11 @@ class ClipScorerLoader(io.ComfyNode):
     @classmethod
     def execute(cls, architecture: str, weights: str) -> io.NodeOutput:
         check_open_clip()
-        if architecture not in architectures():
-            raise IterisError(f"{architecture!r} is not one of open_clip's architectures.")
+        if architecture not in ARCHITECTURES:
+            raise IterisError(
+                f"{architecture!r} is not one of {', '.join(ARCHITECTURES)}; with others score by "
+                "`iteris score`."
+            )
         return io.NodeOutput(ComfyScorer.load(architecture, _weight_path(weights)))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from .detection import kind_of_file, kind_of_sites
 from .record import Architecture
 from .row_mapping import Alias, Shapes, fused, swapped
 from .sites import Component
@@ -102,8 +101,6 @@ _XLABS = {
 
 FLUX = Architecture(
     "flux", "FLUX.1",
-    fits_sites=lambda shapes: kind_of_sites(shapes) == "flux",
-    fits_file=lambda shapes, metadata: kind_of_file(shapes, metadata) == "flux",
     components={
         "text_encoder": clip(768, 12, projected=False), "text_encoder_2": T5_XXL,
         "transformer": Component("diffusers", "FluxTransformer2DModel", {"guidance_embeds": True}),
@@ -138,8 +135,6 @@ _JOINT = {
 
 SD3 = Architecture(
     "sd3", "SD 3",
-    fits_sites=lambda shapes: kind_of_sites(shapes) == "sd3",
-    fits_file=lambda shapes, metadata: kind_of_file(shapes, metadata) == "sd3",
     components={
         "text_encoder": clip(768, 12, projected=True),
         "text_encoder_2": clip(1280, 32, projected=True),

@@ -1,7 +1,7 @@
 """The record type for base model architectures.
 
-To add an architecture, add a file that defines an :class:`Architecture` to this package; nothing
-else changes. From outside the package, call :func:`..architectures.register`.
+To add one, define an :class:`Architecture` in a file of this package, list it in
+:data:`.detection.ARCHITECTURES`, and say there how to recognise it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from .text import is_t5
 class Architecture:
     """``title`` is the display name; every other field has a default that means unknown.
 
-    ``fits_sites(shapes)`` checks a loaded model's sites, name → weight shape; ``fits_file(shapes,
-    metadata)`` checks a LoRA file's tensors. The most recently registered architecture is tried
-    first. ``components`` are its models at the released size; they name the class of a pipeline's
+    ``components`` are its models at the released size; they name the class of a pipeline's
     denoiser. ``denoiser`` is the denoising component. ``original_names(shapes)`` are the original
     code's names for the denoiser's modules, without prefix; ``native`` says whether sd-scripts uses
     them in its files (otherwise diffusers'). ``further_names`` are additional names from some
@@ -36,8 +34,6 @@ class Architecture:
 
     name: str
     title: str
-    fits_sites: Callable[[Shapes], bool] = lambda shapes: False
-    fits_file: Callable[[Shapes, Mapping[str, str]], bool] = lambda shapes, metadata: False
     components: Mapping[str, Component] = field(default_factory=dict[str, Component])
     denoiser: str = "transformer"
     original_names: Callable[[Shapes], dict[str, Alias]] = lambda shapes: {}
@@ -57,8 +53,3 @@ class Architecture:
     def diffusers_reads(self, site: str, layout: str) -> bool:
         """True if diffusers (0.42) reads a site's change in a written file. It never reads T5's."""
         return not is_t5(site) and (layout != "kohya" or self.reads_kohya(site))
-
-
-def said_base(metadata: Mapping[str, str]) -> str:
-    """The base model named in a file's metadata."""
-    return metadata.get("ss_base_model_version", "") + metadata.get("modelspec.architecture", "")

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .detection import kind_of_file, kind_of_sites
 from .record import Architecture
 from .row_mapping import Alias, Shapes, whole
 from .sites import Component, Wiring
@@ -94,8 +93,6 @@ def _stable_diffusion(
     texts = dict(zip(("text_encoder", "text_encoder_2"), encoders, strict=False))
     return Architecture(
         name, title,
-        lambda shapes: kind_of_sites(shapes) == name,
-        lambda shapes, metadata: kind_of_file(shapes, metadata) == name,
         {**texts, "unet": Component("diffusers", "UNet2DConditionModel", sizes)},
         denoiser="unet", original_names=_aliases,
         text_prefixes=("lora_te1", "lora_te2") if len(texts) > 1 else ("lora_te",),

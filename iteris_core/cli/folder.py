@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..architectures import architecture_of_file
-from ..architectures.record import said_base
+from ..architectures.detection import said_base
 from ..config import ConceptConfig
 from ..errors import InputFileError, LoraFileError
 from ..lora_files import is_lora, read_header

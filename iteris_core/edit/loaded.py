@@ -10,14 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..architectures.sites import weight_shape
 from ..concepts import Concept, words_in
 from ..errors import ConceptError, LoraFileError, SettingsError
 from ..hosts.diffusers import DiffusersHost
 from ..hosts.diffusers_lora import COMPONENTS, base_of
-from ..hosts.peft_layers import change_of, has_bias, peft_layers, without_adapters
+from ..hosts.peft_layers import change_of, peft_layers, without_adapters
 from ..hosts.protocol import Host
 from ..hosts.transformers import TransformersHost
 from ..lora import Lora, LowRank
@@ -40,9 +39,8 @@ def add_merged_adapter(
     """Merge adapters of a ``PeftModel`` into a new one beside them.
 
     Each adapter counts with its full effect in the model: its layers' scales, rank and alpha
-    patterns, rslora, DoRA and ``lora_bias`` biases. The base, the other adapters and the active
-    adapter are always left unchanged. DoRA layers make the merged adapter large;
-    ``settings={"rank": 64}`` limits it.
+    patterns, rslora and DoRA. The base, the other adapters and the active adapter are always left
+    unchanged. DoRA layers make the merged adapter large; ``settings={"rank": 64}`` limits it.
 
     :param names: the adapters to merge.
     :param inputs: for each adapter its inputs, as in :class:`.Concept`: batches of keyword
@@ -61,9 +59,7 @@ def add_merged_adapter(
         raise SettingsError(f"There is an adapter {adapter_name!r} already; choose another name.")
     if heads is not None:
         _check_names([heads], model.peft_config)
-    layers = peft_layers(model_of)
-    biased = {layer for layer in layers.values() if any(has_bias(layer, name) for name in names)}
-    with without_adapters([model_of], biased) as of_base:
+    with without_adapters([model_of]) as of_base:
         host = TransformersHost(model_of, generate=generate)
         loras = _loaded(host, of_base, names)
         concepts = [
@@ -72,15 +68,7 @@ def add_merged_adapter(
             for name in names
         ]  # fmt: skip
         result = merge_loras(host, concepts, **choices)
-        width = {
-            site: weight_shape(module)[1]
-            for site, module in host.sites().items()
-            if of_base.get(module) in biased
-        }
-    changes = {
-        site.removeprefix("model."): _apart(change, width.get(site))
-        for site, change in result.lora.sites.items()
-    }
+    changes = {site.removeprefix("model."): c for site, c in result.lora.sites.items()}
     _add(model, adapter_name, changes, heads)
     return result.report
 
@@ -117,12 +105,6 @@ def merge_loaded(
     fields = {name: _fields(name, words[name]) for name in names}
     found = [getattr(pipeline, name, None) for name in COMPONENTS]
     with without_adapters([part for part in found if isinstance(part, nn.Module)]) as of_base:
-        for layer in of_base.values():
-            if any(has_bias(layer, name) for name in names):
-                raise LoraFileError(
-                    "An active adapter changes biases, which diffusers files cannot store; "
-                    "deactivate it."
-                )
         host = DiffusersHost(pipeline, **(call or {}))
         loras, base = _loaded(host, of_base, names), base_of(pipeline, host.sites())
         concepts = [Concept(replace(loras[name], base=base), **fields[name]) for name in names]
@@ -165,7 +147,7 @@ def _loaded(host: Host, of_base: Mapping[nn.Module, Any], names: Sequence[str]) 
         if not hasattr(layer, "get_delta_weight") and not hasattr(layer, "lora_A"):
             continue  # a separate whole module, such as a head
         for name in names:
-            change = change_of(layer, places.get(module, type(layer).__name__), name, module)
+            change = change_of(layer, places.get(module, type(layer).__name__), name)
             if change is not None:
                 every[name][places[module]] = change
     for name, sites in every.items():
@@ -174,17 +156,7 @@ def _loaded(host: Host, of_base: Mapping[nn.Module, Any], names: Sequence[str]) 
     return {name: Lora(sites, name, source=name) for name, sites in every.items()}
 
 
-def _apart(change: LowRank, width: int | None) -> tuple[LowRank, Tensor | None]:
-    """A change and the bias in its last column, if it has ``width`` inputs with that."""
-    if width is None:
-        return change, None
-    bias = change.up @ change.down[:, width - 1]
-    return LowRank(change.up, change.down[:, : width - 1]), bias
-
-
-def _add(
-    model: Any, name: str, changes: Mapping[str, tuple[LowRank, Tensor | None]], heads: str | None
-) -> None:
+def _add(model: Any, name: str, changes: Mapping[str, LowRank], heads: str | None) -> None:
     """Add an adapter with ``changes``, by layer name, to a ``PeftModel``; on failure everything is
     restored."""
     from peft import LoraConfig
@@ -194,20 +166,17 @@ def _add(
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     kept = model.peft_config[heads].modules_to_save if heads is not None else None
     config = LoraConfig(
-        **lora_config({n: (c.rank, c.rank) for n, (c, _) in changes.items()}, "^"),
-        lora_bias=any(bias is not None for _, bias in changes.values()),
+        **lora_config({n: (c.rank, c.rank) for n, c in changes.items()}, "^"),
         modules_to_save=None if kept is None else list(kept),
     )
     try:
         model.add_adapter(name, config)
         with torch.no_grad():
-            for place, (change, bias) in changes.items():
+            for place, change in changes.items():
                 layer: Any = base.get_submodule(place)
                 down, up = layer.lora_A[name], layer.lora_B[name]
                 down.weight.copy_(change.down.reshape(down.weight.shape))
                 up.weight.copy_(change.up.reshape(up.weight.shape))
-                if up.bias is not None:
-                    up.bias.copy_(torch.zeros_like(up.bias) if bias is None else bias)
         for module in base.modules() if heads is not None else ():
             copies: Any = getattr(module, "modules_to_save", {})
             if heads in copies:

@@ -124,7 +124,8 @@ def _study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> A
     kinds = [kind(call, batched, masks=False) for call in calls]
     row = entries(one, batched, 0)
     return Arguments(
-        batched=batched | {path: 0 for path in timed if _is_scalar(one[path])},
+        # A timestep may be a single number for all rows.
+        batched=batched | {path: 0 for path in timed if getattr(one[path], "ndim", None) == 0},
         lists=frozenset(path for path in batched if not isinstance(one[path], Tensor)),
         drawn=drawn,
         timed=timed,
@@ -224,7 +225,3 @@ def ones_like(output: Any, rows: int) -> Any:
     if isinstance(output, dict):  # includes diffusers' and transformers' outputs
         return type(output)(**{name: ones_like(part, rows) for name, part in output.items()})  # pyright: ignore
     return output
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ..architectures.record import Architecture
 from ..errors import BaseError
 from ..lora_files.experts import second_of
 from .diffusers_modular import ModularFunction, is_modular, progress_bars
-from .recorded import Call, Recorders, See, arguments_of
+from .recorded import Call, See, arguments_of, recording, seen_by
 
 _EACH = ("image", "lyrics")
 _SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -51,8 +51,7 @@ class PipelineLoop:
                 f"{type(pipeline).__name__} takes no {name}; leave it out, or load a pipeline that "
                 "takes one."
             )
-        self._recorders = Recorders(self.denoisers)
-        self._before: list[tuple[Any, str, Any]] = []
+        self._changed = ExitStack()
         self._copies: dict[str, tuple[Any, Any]] = {}
         self._open = 0
         self.unguided = 1.0
@@ -113,7 +112,7 @@ class PipelineLoop:
             **self._guidance(guidance, len(prompts)),
         }
         known = {name: value for name, value in arguments.items() if name in self.names}
-        with self._ready(), self._recorders.open(see), suppress(Enough):
+        with self._ready(), seen_by(see), suppress(Enough):
             self._function(self.pipeline, **known)
 
     def _alone(self, values: Sequence[Any]) -> Any:
@@ -136,9 +135,11 @@ class PipelineLoop:
 
     @contextmanager
     def _ready(self) -> Generator[None]:
-        """Install separate schedulers and guider, hide the progress bar, and restore all
-        afterwards."""
+        """Record the denoisers, install separate schedulers and guider, and hide the progress bar;
+        restore all when the last of several runs ends, which may wait for each other."""
         if not self._open:
+            for name, denoiser in self.denoisers.items():
+                self._changed.enter_context(recording(name, denoiser))
             for bar in progress_bars(self.pipeline):
                 self._put(bar, "_progress_bar_config", {"disable": True})
             for name, part in self.pipeline.components.items():
@@ -152,12 +153,11 @@ class PipelineLoop:
         finally:
             self._open -= 1
             if not self._open:
-                while self._before:
-                    setattr(*self._before.pop())
+                self._changed.close()
                 self.free()
 
     def _put(self, where: Any, name: str, value: Any) -> None:
-        self._before.append((where, name, getattr(where, name, {})))
+        self._changed.callback(setattr, where, name, getattr(where, name, {}))
         setattr(where, name, value)
 
     def denoise(self, name: str, call: Call) -> Tensor:

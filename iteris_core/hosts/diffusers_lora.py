@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures import Architecture, architecture_of_sites, architectures
+from ..architectures import ARCHITECTURES, Architecture, architecture_of_sites
 from ..architectures.sites import named_sites, other_parameters, plain_weight, weight_shape
 from ..architectures.text import CONNECTORS
 from ..errors import BaseError, IterisError, OutputError, brief
@@ -66,7 +66,7 @@ def base_of(pipeline: Any, sites: Mapping[str, nn.Module]) -> BaseModel:
     loaded = loaded_components(pipeline)
     denoiser = next((name for name in ("unet", "transformer") if name in loaded), None)
     if denoiser is None or not any(site.startswith(f"{denoiser}.") for site in shapes):
-        titles = ", ".join(known.title for known in architectures())
+        titles = ", ".join(known.title for known in ARCHITECTURES)
         raise BaseError(
             f"{type(pipeline).__name__} has no supported unet or transformer; supported are "
             f"{titles}, and pipelines into which diffusers loads LoRAs."
@@ -116,10 +116,10 @@ def read_lora(
     """
 
     def weight(site: str) -> Tensor:
-        return plain_weight(site, sites[site], f"{path} is a DoRA, OFT or GLoRA, which")
+        return plain_weight(site, sites[site], f"{path} is a DoRA, which")
 
     base, options = base_of(pipeline, sites), options or ReadOptions()
-    own = base.architecture in architectures()
+    own = base.architecture in ARCHITECTURES
 
     def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         partial = options.allow_partial
@@ -193,7 +193,7 @@ def single_file_pipeline(path: Path) -> Any:
     shapes, _ = read_header(path)
     checkpoint = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     model_type = infer_diffusers_model_type(checkpoint)
-    for known in architectures():
+    for known in ARCHITECTURES:
         if model_type in known.single_files:
             return getattr(diffusers, known.pipeline)
     source: dict[str, str] = DIFFUSERS_DEFAULT_PIPELINE_PATHS[model_type]

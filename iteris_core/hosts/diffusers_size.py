@@ -29,7 +29,8 @@ def pipeline_size(
     """
     size: dict[str, int] = {}
     if "num_frames" in loop.names:
-        size["num_frames"] = calibration.frames or max(FRAMES, _least_frames(loop.pipeline))
+        seconds, fps = (getattr(loop.pipeline, name, 0) for name in ("min_duration", "fps"))
+        size["num_frames"] = calibration.frames or max(FRAMES, math.ceil(seconds * fps))
     elif calibration.frames is not None:
         raise SettingsError(
             f"frames is for videos, and {type(loop.pipeline).__name__} draws none; leave it out."
@@ -50,11 +51,6 @@ def pipeline_size(
             _, latents = _prepared(loop, size, prompt)
     packed = latents.ndim == 2  # without a batch dimension
     return size, latents.numel() if packed else latents[0].numel()
-
-
-def _least_frames(pipeline: Any) -> int:
-    """The frames of the shortest video that a pipeline supports, if it has a limit."""
-    return math.ceil(getattr(pipeline, "min_duration", 0) * getattr(pipeline, "fps", 0))
 
 
 def _prepared(

@@ -20,7 +20,7 @@ from ..activations.conditions import PLAIN, Condition
 from ..activations.lockstep import Lockstep
 from ..architectures.sites import plain_parameter, plain_weight
 from ..concepts import Calibration, Concept
-from ..errors import ModelStateError
+from ..errors import BaseError, ModelStateError
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from .learned import EmbeddingTriggers
@@ -136,8 +136,8 @@ class Host(Protocol):
         return []
 
     def forward(self, samples: Any, rows: Sequence[int]) -> torch.Tensor:
-        """The model's final output for rows of ``samples``, rows first."""
-        ...
+        """The model's final output for rows of ``samples``, rows first; for image models only."""
+        raise BaseError(f"{type(self).__name__} does not return a final output for each row.")
 
     def activate(
         self, triggers: Sequence[EmbeddingTriggers]

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -47,43 +47,33 @@ def replaced_forward(
             module.__dict__["forward"] = before
 
 
-class Recorders:
-    """Wraps the ``forward`` of denoisers, by name; removed when the last user is done."""
-
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._modules = modules
-        self._on = ExitStack()
-        self._open = 0
-
-    @contextmanager
-    def open(self, see: See) -> Generator[None]:
-        """Context in which forwards called from it go through ``see``."""
-        if not self._open:
-            for name, module in self._modules.items():
-                self._on.enter_context(replaced_forward(module, partial(_through, name, module)))
-        self._open += 1
-        token = _see.set(see)
-        try:
-            yield
-        finally:
-            _see.reset(token)
-            self._open -= 1
-            if not self._open:
-                self._on.close()
-
-
-def _through(name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+def recording(name: str, module: nn.Module) -> AbstractContextManager[None]:
+    """Context in which forwards of ``module`` that are called inside :func:`seen_by` go through its
+    ``see``, under ``name``."""
     signature = inspect.signature(type(module).forward)
 
-    @wraps(forward)  # pipelines inspect its signature
-    def through(*args: Any, **kwargs: Any) -> Any:
-        see = _see.get()
-        if see is None:
-            return forward(*args, **kwargs)
-        call = _flat(signature.bind(module, *args, **kwargs).arguments)
-        return see(name, call, lambda: forward(*args, **kwargs))
+    def replace(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)  # pipelines inspect its signature
+        def through(*args: Any, **kwargs: Any) -> Any:
+            see = _see.get()
+            if see is None:
+                return forward(*args, **kwargs)
+            call = _flat(signature.bind(module, *args, **kwargs).arguments)
+            return see(name, call, lambda: forward(*args, **kwargs))
 
-    return through
+        return through
+
+    return replaced_forward(module, replace)
+
+
+@contextmanager
+def seen_by(see: See) -> Generator[None]:
+    """Context in which recorded forwards go through ``see``; others that run meanwhile do not."""
+    token = _see.set(see)
+    try:
+        yield
+    finally:
+        _see.reset(token)
 
 
 def _flat(arguments: Mapping[str, Any]) -> Call:

@@ -1,18 +1,22 @@
-"""The rows of a host that works from prompts: their texts and latents.
+"""The rows of a host that works from prompts: their texts, latents, and how the LoRAs are loaded.
 
-The diffusers and ComfyUI hosts make the same rows from the same seed.
+The diffusers and ComfyUI hosts make the same rows from the same seed. A merge is fitted to what its
+rows show. With all of them at strength 1 and nothing beside, five LoRAs break at strength 1.2 or
+beside a sixth (docs/decisions.md, "A change is bounded, and rows stand for other uses"). So a share
+of the rows is at other strengths, or beside another LoRA.
 """
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..activations.conditions import Condition
+from ..activations.conditions import PLAIN, Condition
 from ..calibration_prompts import (
     Wording,
     calling_words,
@@ -25,7 +29,6 @@ from ..calibration_prompts import (
 )
 from ..composites import Composite, composites_of
 from ..concepts import Calibration, Concept
-from .uses import Use, drawn_uses
 
 GENERIC, CLASSES = "generic", "class words"
 """The names of the concepts of generic prompts and of class words alone."""
@@ -35,6 +38,19 @@ _DENOISED_ALIKE = 16
 """Most samples of a concept that denoise the same prompt unchanged."""
 _PRESERVED_ROWS = 0.4
 """Rows of a concept without a LoRA, as a share of the rows of one with a LoRA."""
+_GOLDEN = 0.618034
+_STRENGTHS = 0.6, 1.3
+_BESIDE = 0.3, 1.0
+_AT_STRENGTHS, _BESIDE_ANOTHER = 0.5, 0.7
+"""How many of the rows that are not plain are at other strengths, and how many beside a phantom."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """A row's condition in the text encoders, and in the denoiser."""
+
+    text: Condition = PLAIN
+    denoiser: Condition = PLAIN
 
 
 @dataclass(frozen=True)
@@ -261,3 +277,37 @@ def _filled_up(prompts: Sequence[str], wording: Wording) -> list[str]:
 
 def _preserved_rows(rows: int) -> int:
     return max(1, round(_PRESERVED_ROWS * rows))
+
+
+def drawn_uses(
+    samples: Sequence[Hashable], loras: Sequence[int], calibration: Calibration
+) -> list[Use]:
+    """The use of every row: plain, but for a share of the rows, spread over each sample's steps.
+    Those of one sample, which ``samples`` names by row, have one use. ``loras`` are the concepts of
+    which phantoms can be made."""
+    draw = random.Random(calibration.seed)
+    known: dict[Hashable, Use] = {}
+    uses: list[Use] = []
+    for row, sample in enumerate(samples):
+        if row * _GOLDEN % 1 >= (calibration.conditions or 0.0):
+            uses.append(Use())
+            continue
+        if sample not in known:
+            known[sample] = _drawn(draw, loras)
+        uses.append(known[sample])
+    return uses
+
+
+def _drawn(draw: random.Random, loras: Sequence[int]) -> Use:
+    text = denoiser = 1.0
+    if draw.random() < _AT_STRENGTHS:  # of both together, or of the text encoders apart
+        text = denoiser = draw.uniform(*_STRENGTHS)
+        apart = draw.random()
+        if apart < 0.5:
+            text = draw.uniform(*_STRENGTHS)
+        if apart < 0.25:
+            denoiser = 1.0
+    if draw.random() >= _BESIDE_ANOTHER:
+        return Use(Condition(text), Condition(denoiser))
+    phantom = draw.choice(loras), draw.uniform(*_BESIDE), draw.randrange(1 << 32)
+    return Use(Condition(text, *phantom), Condition(denoiser, *phantom))

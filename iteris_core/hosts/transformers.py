@@ -23,7 +23,7 @@ from ..lora import Lora
 from ..lora_files import ReadOptions
 from ..lora_files.peft_folder import read_adapter
 from .protocol import Host, Stage, Tick, check_model, check_ready
-from .transformers_rows import Row, collate, extended, lengths, rows_of
+from .transformers_rows import Row, collate, extended, rows_of
 
 _CROSS = ("EncDecAttention", "encoder_attn", "crossattention")
 
@@ -128,21 +128,6 @@ class TransformersHost(Host):
     def free_memory(self, wanted: int) -> int:
         return usable(free_memory(self.device))
 
-    def forward(self, samples: ModelSamples, rows: Sequence[int]) -> Tensor:
-        """Logits or the last hidden states. Per-token outputs, (rows, tokens, …), have the same
-        length for any rows, and are zero at padding."""
-        batch = self._batch([samples.rows[row] for row in rows], 1, lengths(samples.rows))
-        output = self.model(**batch)
-        for name in ("logits", "last_hidden_state"):
-            result = getattr(output, name, None)
-            if result is not None:
-                kind = "decoder_attention_mask" if self._encodes_and_decodes else "attention_mask"
-                mask = batch.get(kind)
-                if mask is not None and result.ndim == 3 and result.shape[:2] == mask.shape:
-                    result = result * mask[..., None].to(result)
-                return result
-        raise BaseError(f"{type(self.model).__name__} returns neither logits nor hidden states.")
-
     def _fewest_logits(self, sites: Set[str]) -> dict[str, int]:
         """The argument that stops a decoder from computing logits for every token, which no site
         needs."""
@@ -165,12 +150,10 @@ class TransformersHost(Host):
             return None  # keys and values from images
         return "attention_mask"
 
-    def _batch(
-        self, rows: Sequence[Row], copies: int, longest: Mapping[str, int] | None = None
-    ) -> dict[str, Tensor]:
+    def _batch(self, rows: Sequence[Row], copies: int) -> dict[str, Tensor]:
         config = self.model.config
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        batch = collate(rows, copies, getattr(text, "pad_token_id", None) or 0, longest)
+        batch = collate(rows, copies, getattr(text, "pad_token_id", None) or 0)
         for name, tensor in batch.items():
             dtype = self.model.dtype if tensor.is_floating_point() else tensor.dtype
             batch[name] = tensor.to(self.device, dtype)

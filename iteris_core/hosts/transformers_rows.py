@@ -56,11 +56,8 @@ def rows_of(concept: Concept, limit: int, *, decodes: bool) -> list[Row]:
     return rows[:limit]
 
 
-def collate(
-    rows: Sequence[Row], copies: int, pad: int, longest: Mapping[str, int] | None = None
-) -> dict[str, Tensor]:
-    """Rows padded on the right to equal length (``longest``: by argument name), ``copies``
-    times."""
+def collate(rows: Sequence[Row], copies: int, pad: int) -> dict[str, Tensor]:
+    """Rows padded on the right to equal length, ``copies`` times."""
     if any(row.keys() != rows[0].keys() for row in rows):
         names = sorted({*rows[0]}.symmetric_difference(*rows[1:]))
         raise SettingsError(
@@ -71,20 +68,11 @@ def collate(
     for name in rows[0]:
         parts = [row[name] for row in rows]
         if parts[0].ndim == 2:
-            length = (longest or lengths(rows))[name]
+            length = max(part.shape[1] for part in parts)
             value = -100 if name == "labels" else pad if name.endswith("input_ids") else 0
             parts = [nn.functional.pad(p, (0, length - p.shape[1]), value=value) for p in parts]
         batch[name] = torch.cat(parts * copies)
     return batch
-
-
-def lengths(rows: Sequence[Row]) -> dict[str, int]:
-    """The largest length of every (1, length) argument."""
-    return {
-        name: max(row[name].shape[1] for row in rows)
-        for name, tensor in rows[0].items()
-        if tensor.ndim == 2
-    }
 
 
 def extended(row: Row, ids: Tensor, *, decodes: bool) -> Row:

@@ -51,7 +51,12 @@ def split_embeddings(
         for name, file in files.items():
             if name not in embeddings and file.is_file():
                 embeddings |= _embeddings_of(file, name)
-        missing = [_missing(name, file) for name, file in files.items() if name not in embeddings]
+        missing = [
+            f"its embedding {name} IS MISSING: it was written with this file as {file.name}; copy "
+            "that beside it, otherwise its trigger words have no effect"
+            for name, file in files.items()
+            if name not in embeddings
+        ]
         return {name: embeddings[name] for name in files if name in embeddings}, rest, missing
     for end in _ENDS:
         file = path.with_name(f"{path.stem}_{end}.safetensors")
@@ -135,7 +140,7 @@ def _embeddings_of(file: Path, stem: str) -> Embeddings:
     """The content of a file beside a LoRA: the parts of one embedding, or vectors by token, as
     diffusers saves textual inversion."""
     tensors, metadata = read_tensors(file)
-    parts = {_part(key): _vectors(file, key, tensor) for key, tensor in tensors.items()}
+    parts = {_ALIASES.get(key, key): _vectors(file, key, t) for key, t in tensors.items()}
     name = metadata.get("name")
     if len(parts) == 1 and (name in parts or not _is_part(*parts)):
         return {name or next(iter(parts)): {ANY: next(iter(parts.values()))}}
@@ -150,11 +155,7 @@ def _bundled(key: str) -> tuple[str, str]:
         if key.endswith(f".{end}"):
             return key.removesuffix(f".{end}"), ANY
     name, _, part = key.rpartition(".")
-    return name, _part(part)
-
-
-def _part(key: str) -> str:
-    return _ALIASES.get(key, key)
+    return name, _ALIASES.get(part, part)
 
 
 def _is_part(key: str) -> bool:
@@ -171,11 +172,4 @@ def _no_embedding(path: Path, key: str, tensor: Tensor) -> LoraFileError:
     return LoraFileError(
         f"{path}: key {key} {tuple(tensor.shape)} is not an embedding, which has one vector per "
         "row; bundled in a LoRA its key is bundle_emb.NAME.PART."
-    )
-
-
-def _missing(name: str, file: Path) -> str:
-    return (
-        f"its embedding {name} IS MISSING: it was written with this file as {file.name}; copy that "
-        "beside it, otherwise its trigger words have no effect"
     )

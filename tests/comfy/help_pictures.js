@@ -23,7 +23,6 @@ const NODES = {
     says: 'my_cat at 1: sks cat (from the file)\nxl_style at 1: in watercolor style',
   },
   IterisConcept: { values: { lora_name: 'my_cat.safetensors', trigger: 'sks', class_word: 'cat' } },
-  IterisConceptsFromStack: {},
   IterisPreservePrompts: {},
   IterisMerge: { says: MERGED },
   IterisSettings: {},

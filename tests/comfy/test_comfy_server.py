@@ -269,7 +269,7 @@ def test_every_node_is_served_with_its_help_and_texts(client: Client) -> None:
     """What these say is compared with the nodes by test_texts.py."""
     found = {k: v for k, v in client.get("/object_info").items() if k.startswith("Iteris")}
     texts = client.get("/i18n")
-    assert len(found) == 18
+    assert len(found) == 17
     for name, info in found.items():
         assert info["category"].split("/")[0] == "IterIS"
         assert all(info["output_tooltips"])

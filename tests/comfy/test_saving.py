@@ -42,32 +42,31 @@ def test_names_of_saved_files(pack: ModuleType, save: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-def test_a_file_at_a_smaller_rank(pack: ModuleType, ordered: bool) -> None:
+def test_a_file_at_a_smaller_rank(
+    pack: ModuleType, save: Any, tmp_path: Path, ordered: bool
+) -> None:
     """Ordered components are kept from the first on; others are cut by an SVD."""
+    core, merging = part(pack, "iteris_core"), part(pack, "nodes.merging")
     generator = torch.Generator().manual_seed(0)
     up, down = torch.randn(6, 4, generator=generator), torch.randn(4, 5, generator=generator)
-    tensors = {
-        "lora_unet_a.lora_up.weight": up,
-        "lora_unet_a.lora_down.weight": down,
-        "lora_unet_a.alpha": torch.tensor(4.0),
-        "lora_unet_b.lora_up.weight": torch.randn(6, 4, 1, 1),
-        "lora_unet_b.lora_down.weight": torch.randn(4, 5, 3, 3),
-        "lora_unet_c.lora_up.weight": torch.ones(6, 1),
-        "lora_unet_c.lora_down.weight": torch.ones(1, 5),
+    changes = {
+        "unet.a": core.LowRank(up, down),
+        "unet.b": core.LowRank(torch.randn(6, 4), torch.randn(4, 45), (3, 3)),
+        "unet.c": core.LowRank(torch.ones(6, 1), torch.ones(1, 5)),
     }
-    metadata = {"modelspec.hash_sha256": "0xold", "iteris": '{"method": "iteris"}'}
-    nodes = part(pack, "nodes.save_node")
-    found, said = nodes.cut_tensors(tensors, metadata, 2, ordered=ordered)
-    assert float(found["lora_unet_a.alpha"]) == 2.0  # still alpha / rank = 1
+    lora = core.Lora(changes, metadata={"iteris": '{"method": "iteris"}'})
+    made = merging.LoraModel(lora, "float32", ordered=ordered)
+    (name,) = save(made, "small", rank=2).result
+    found, said = part(pack, "iteris_core.lora_files").read_tensors(tmp_path / "loras" / name)
     assert found["lora_unet_b.lora_up.weight"].shape == (6, 2, 1, 1)
     assert found["lora_unet_b.lora_down.weight"].shape == (2, 5, 3, 3)
-    assert found["lora_unet_c.lora_up.weight"] is tensors["lora_unet_c.lora_up.weight"]
     product = found["lora_unet_a.lora_up.weight"] @ found["lora_unet_a.lora_down.weight"]
     u, s, vt = torch.linalg.svd(up @ down)
     wanted = up[:, :2] @ down[:2] if ordered else u[:, :2] @ torch.diag(s[:2]) @ vt[:2]
     assert torch.allclose(product, wanted, atol=1e-5)
     assert json.loads(said["iteris"])["cut"] == {"rank": 2, "ordered": ordered}
-    assert said["modelspec.hash_sha256"] == "0x" + nodes.content_hash(found)
+    with pytest.raises(core.IterisError, match="Only a LoRA that an IterIS node made"):
+        save(dict(made), "small", rank=2)
 
 
 def test_no_path_of_this_machine_is_written(kit: Kit, save: Any) -> None:

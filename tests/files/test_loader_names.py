@@ -10,7 +10,7 @@ from loader_layouts import ATTENTION, LAYOUTS, WAN, Z_IMAGE, fused, loaded_chang
 from pipelines import PIPELINES, lora_tensors
 from safetensors.torch import save_file
 
-from iteris_core.architectures import architectures
+from iteris_core.architectures import ARCHITECTURES
 from iteris_core.errors import IterisError, LoraFileError
 from iteris_core.hosts.diffusers_converters import fingerprints
 from iteris_core.hosts.diffusers_lora import base_of, pipeline_sites, read_lora
@@ -133,7 +133,7 @@ def test_architectures_are_told_by_the_denoisers_class(name):
     """FLUX.2, HunyuanVideo, Chroma and AuraFlow have sites of FLUX.1's names, Mochi SD 3's."""
     pipeline = pipeline_of(name)
     base = base_of(pipeline, pipeline_sites(pipeline))
-    assert (base.architecture in architectures()) == (name not in OTHERS)
+    assert (base.architecture in ARCHITECTURES) == (name not in OTHERS)
     assert name not in OTHERS or base.architecture.title == type(pipeline).__name__
 
 

@@ -26,7 +26,7 @@ from iteris_core import (
 KINDS = {
     "rslora": {"use_rslora": True, "lora_alpha": 3},
     "dora": {"use_dora": True, "use_rslora": True, "r": 3},
-    "shifts": {"lora_bias": True, "use_rslora": True},
+    "wide": {"r": 6, "use_rslora": True},
     "patterns": {"rank_pattern": {"0.*query": 5}, "alpha_pattern": {"query": 7, "value": 1}},
 }
 
@@ -80,7 +80,7 @@ def error(model, name, other, batch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_one_adapter_ours_is_the_adapter_and_pefts_is_not(kind):
-    model = tuned_model([kind, "patterns" if kind == "shifts" else "shifts"])
+    model = tuned_model([kind, "patterns" if kind == "wide" else "wide"])
     active, before = model.active_adapters, state_of(model)
     report = add_merged_adapter(
         model, [kind], {kind: make_batches("encoder", 1)}, calibration=CALIBRATION
@@ -97,8 +97,8 @@ def test_of_one_adapter_ours_is_the_adapter_and_pefts_is_not(kind):
 
 def test_what_adapters_of_all_kinds_do_is_kept_on_their_own_inputs():
     """With few tokens a layer's inputs are linearly independent: one change can then be what each
-    adapter is on its own, biases too."""
-    names = ["dora", "shifts"]
+    adapter is on its own."""
+    names = ["dora", "wide"]
     model = tuned_model(names)
     rows = {
         name: [{k: v[:1, :4] for k, v in make_batches("encoder", i)[0].items()}]
@@ -115,10 +115,17 @@ def test_what_adapters_of_all_kinds_do_is_kept_on_their_own_inputs():
 
 
 def test_transposed_layers_and_patterns_are_merged():
-    model = tuned_model(["rslora", "shifts"], MAKERS["transposed"])
+    model = tuned_model(["rslora", "wide"], MAKERS["transposed"])
     batches = make_batches("transposed", 1)
-    add_merged_adapter(model, ["shifts"], {"shifts": batches}, calibration=CALIBRATION)
-    assert error(model, "shifts", "merged", make_batches("transposed", 9)[1]) < 1e-6
+    add_merged_adapter(model, ["wide"], {"wide": batches}, calibration=CALIBRATION)
+    assert error(model, "wide", "merged", make_batches("transposed", 9)[1]) < 1e-5
+
+
+def test_an_adapter_with_biases_is_refused():
+    model, targets = make_bert()
+    model = get_peft_model(model, LoraConfig(target_modules=targets, lora_bias=True), "a").eval()
+    with pytest.raises(IterisError, match="lora_bias"):
+        add_merged_adapter(model, ["a"], {"a": make_batches("encoder", 1)}, calibration=CALIBRATION)
 
 
 def test_a_head_is_one_adapters_own():
@@ -140,9 +147,9 @@ def test_a_head_is_one_adapters_own():
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):
-    model = tuned_model(["dora", "shifts"])
+    model = tuned_model(["dora", "wide"])
     batches = make_batches("encoder", 1)
-    names = ["dora", "shifts"]
+    names = ["dora", "wide"]
     add_merged_adapter(model, names, dict.fromkeys(names, batches), calibration=CALIBRATION)
     model.save_pretrained(tmp_path, selected_adapters=["merged"])
     base = copy.deepcopy(model).unload()
@@ -153,7 +160,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
 
 @pytest.mark.parametrize("fails", ["merge", "writing"])
 def test_after_a_failure_all_is_as_before(fails, monkeypatch):
-    model = tuned_model(["dora", "shifts"])
+    model = tuned_model(["dora", "wide"])
     before, active = state_of(model), model.active_adapters
     modules = [name for name, _ in model.named_modules()]
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -165,13 +172,13 @@ def test_after_a_failure_all_is_as_before(fails, monkeypatch):
     if fails == "writing":
         add = model.add_adapter
         monkeypatch.setattr(model, "add_adapter", lambda *given: stop(add(*given)))
-    rows = dict.fromkeys(("dora", "shifts"), make_batches("encoder", 1))
+    rows = dict.fromkeys(("dora", "wide"), make_batches("encoder", 1))
     with pytest.raises(KeyboardInterrupt):
-        add_merged_adapter(model, ["dora", "shifts"], rows, calibration=CALIBRATION, **more)
+        add_merged_adapter(model, ["dora", "wide"], rows, calibration=CALIBRATION, **more)
     assert_untouched(model, before, active)
     assert [name for name, _ in model.named_modules()] == modules
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
-    assert list(model.peft_config) == ["dora", "shifts"]
+    assert list(model.peft_config) == ["dora", "wide"]
 
 
 def test_what_cannot_be_merged_is_refused():

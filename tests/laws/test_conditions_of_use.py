@@ -24,7 +24,7 @@ from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
 from iteris_core.activations.conditions import PLAIN, Condition, under_conditions
 from iteris_core.activations.site import site_of
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.hosts.uses import drawn_uses
+from iteris_core.hosts.rows import drawn_uses
 from iteris_core.methods.repair import sizes_of
 from iteris_core.passes.changes import changes_of
 
