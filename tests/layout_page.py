@@ -37,10 +37,9 @@ of a layer's change to keep, 99.9 % by default.
 """
 
 REFUSED = """\
-IterIS refuses OFT, BOFT, GLoRA, IA3, LoHa and LoKr with a Tucker decomposition, and changes of
-biases, normalisations and shapes. The message names them; with `--allow-partial` they are left out
-and listed. To merge one, apply it in ComfyUI, save the checkpoint, and
-[extract](lora-tools.md#extract) a LoRA from that.
+IterIS refuses OFT, BOFT, GLoRA, IA3, and changes of biases, normalisations and shapes. The message
+names them; with `--allow-partial` they are left out and listed. To merge an OFT or GLoRA, apply it
+in ComfyUI, save the checkpoint, and [extract](lora-tools.md#extract) a LoRA from that.
 Learned embeddings in the file are read, and written beside the merged file.
 """
 

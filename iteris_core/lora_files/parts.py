@@ -23,8 +23,8 @@ _LEAVES = {
     ),
 }  # fmt: skip
 _CALLED_SO = (
-    "alpha", "diff", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b",
-    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
+    "alpha", "diff", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
+    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
 )  # fmt: skip
 LEAVES = {
     **{leaf: part for part, leaves in _LEAVES.items() for leaf in leaves},
@@ -39,7 +39,6 @@ REFUSED = {
     (".reshape_weight",): "a change of a weight's shape",
     (".oft_blocks", ".oft_diag", ".oft_R.weight", ".boft_R", ".rescale"): "OFT, a rotation",
     (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"): "GLoRA",
-    (".hada_t1", ".hada_t2", ".lokr_t2"): "a Tucker decomposition of a LoHa or LoKr",
     (".on_input", ".ia3_l"): "IA3, which multiplies the weight",
 }
 """Ends of a key → their meaning, for keys that are not read as a weight's change."""

@@ -175,6 +175,9 @@ def _loha(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
     a1, b1, a2, b2 = (parts[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
     _require(all(factor.ndim == 2 for factor in (a1, b1, a2, b2)))
     factor = scale(len(b1))
+    if "hada_t1" in parts:
+        left = _tucker(parts["hada_t1"], a1, b1, shape)
+        return (left * _tucker(parts["hada_t2"], a2, b2, shape)).flatten(1) * factor
     ranks, width = (len(b1), len(b2)), math.prod(shape[1:])
     _require(
         {len(a1), len(a2)} == {shape[0]}
@@ -186,6 +189,16 @@ def _loha(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
     up = (a1[:, :, None] * a2[:, None, :]).flatten(1)
     down = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
     return Factors(up, down, factor)
+
+
+def _tucker(t: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Σ t[i, j, …] a[i, out] b[j, in], (out, in, kh, kw)."""
+    _require(
+        t.ndim == 4
+        and t.shape[:2] == (len(a), len(b))
+        and (a.shape[1], b.shape[1], *t.shape[2:]) == shape
+    )
+    return torch.einsum("ijhw,ip,jr->prhw", t, a, b)
 
 
 def _lokr(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
@@ -208,7 +221,12 @@ def _kronecker(parts: Parts, end: str) -> tuple[Tensor] | tuple[Tensor, Tensor]:
     if f"lokr_{end}" in parts:
         return (parts[f"lokr_{end}"].flatten(1),)
     a, b = parts[f"lokr_{end}_a"], parts[f"lokr_{end}_b"]
-    _require(a.ndim == 2 and a.shape[1] == len(b))
+    _require(a.ndim == 2)
+    if "lokr_t2" in parts and end == "w2":
+        _require(b.ndim == 2)
+        t = parts["lokr_t2"]
+        return (_tucker(t, a, b, (a.shape[1], b.shape[1], *t.shape[2:])).flatten(1),)
+    _require(a.shape[1] == len(b))
     return a, b.flatten(1)
 
 
@@ -219,14 +237,15 @@ def _split(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix, torch.eye(matrix.shape[1])
 
 
+_LOHA = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b"
 _OF_PARTS = (
     (_lora, ("up down", "up down mid")),
     (_difference, ("diff",)),
-    (_loha, ("hada_w1_a hada_w1_b hada_w2_a hada_w2_b",)),
+    (_loha, (_LOHA, f"{_LOHA} hada_t1 hada_t2")),
     (_lokr, tuple(
         f"{left} {right}"
         for left in ("lokr_w1", "lokr_w1_a lokr_w1_b")
-        for right in ("lokr_w2", "lokr_w2_a lokr_w2_b")
+        for right in ("lokr_w2", "lokr_w2_a lokr_w2_b", "lokr_w2_a lokr_w2_b lokr_t2")
     )),
 )  # fmt: skip
 _FORMULAS: Mapping[frozenset[str], Callable[[Parts, tuple[int, ...], Scale], Rebuilt]] = {
