@@ -147,7 +147,7 @@ class ComfySites:
             made = getattr(self.modules[site], "get_weight", None)  # as in ComfyUI-GGUF's layers
             if made is None:
                 raise BaseError(
-                    f"A DoRA or an extraction needs the base's weight of {site}, "
+                    f"A DoRA, OFT or GLoRA, or an extraction, needs the base's weight of {site}, "
                     "but this base stores it as quantised GGUF bytes, which cannot be read; load "
                     "the base from a safetensors file."
                 )

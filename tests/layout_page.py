@@ -37,9 +37,8 @@ of a layer's change to keep, 99.9 % by default.
 """
 
 REFUSED = """\
-IterIS refuses OFT, BOFT, GLoRA, IA3, and changes of biases, normalisations and shapes. The message
-names them; with `--allow-partial` they are left out and listed. To merge an OFT or GLoRA, apply it
-in ComfyUI, save the checkpoint, and [extract](lora-tools.md#extract) a LoRA from that.
+IterIS refuses IA3, changes of biases, normalisations and shapes, and OFT as peft writes it (which
+ComfyUI does not load). The message names them; with `--allow-partial` they are left out and listed.
 Learned embeddings in the file are read, and written beside the merged file.
 """
 
@@ -69,7 +68,8 @@ TITLES = {
     "lora": ("LoRA", EXACT), "locon": ("LoCon", EXACT),
     "loha": ("LoHa", f"{EXACT} where its rank is low, else {CUT}"),
     "lokr": ("LoKr", f"{EXACT} where its rank is low, else {CUT}"),
-    "full difference": ("full difference", CUT), "dora": ("DoRA", WEIGHTS),
+    "full difference": ("full difference", CUT), "dora": ("DoRA", WEIGHTS), "oft": ("OFT", WEIGHTS),
+    "boft": ("BOFT", WEIGHTS), "glora": ("GLoRA", f"{EXACT} where its rank is low, else {WEIGHTS}"),
 }  # fmt: skip
 
 

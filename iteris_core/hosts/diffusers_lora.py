@@ -116,7 +116,7 @@ def read_lora(
     """
 
     def weight(site: str) -> Tensor:
-        return plain_weight(site, sites[site], f"{path} is a DoRA, which")
+        return plain_weight(site, sites[site], f"{path} is a DoRA, OFT or GLoRA, which")
 
     base, options = base_of(pipeline, sites), options or ReadOptions()
     own = base.architecture in ARCHITECTURES

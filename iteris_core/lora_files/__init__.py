@@ -2,7 +2,7 @@
 
 Only safetensors is read. Names are defined in :mod:`.aliases`, or in :mod:`..architectures` if only
 one architecture uses them. To add a parametrisation, add its leaves to :mod:`.parts` and its
-formula to :mod:`.rebuild`.
+formula to :mod:`.formulas`.
 """
 
 from .aliases import BaseModel, base_model, released_base

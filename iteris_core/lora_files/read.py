@@ -24,15 +24,16 @@ from .aliases import BaseModel, released_base
 from .alphas import adapter_configs, scale_of
 from .blocks import check_layers, filtered, weights_by_block
 from .embeddings import split_embeddings
+from .formulas import Parts, Rebuilt, needs_weight
 from .parts import refusal, split_key
-from .rebuild import Rebuilt, rebuild
+from .rebuild import rebuild
 from .tensors import file_digest, read_header, read_tensors
 from .vectors import vectors_of_file
 
 _NO_MODULE, _UNKNOWN = "matches no module of the base model", "is of an unknown kind"
 
 Weight = Callable[[str], Tensor]
-"""The base's weight at a site; only called for a DoRA."""
+"""The base's weight at a site; only called if a change depends on it (DoRA, OFT, GLoRA)."""
 
 _LORA_PART = re.compile(r"lora|lokr|loha|hada_|oft_|alpha|bundle_emb|\.diff(_b)?$|^w[ab]?[12]$")
 """Found in the keys of LoRAs."""
@@ -46,11 +47,11 @@ class ReadOptions:
     """``allow_partial`` leaves out what cannot be represented instead of refusing the file.
 
     ``energy`` is the share of ‖ΔW‖² to keep when a change that is not low rank (full differences,
-    DoRA, large LoHa and LoKr) is made low rank. Without ``of_weight``, for inspecting a file
-    without its base, DoRA is read as its plain kind; a note says so. Without ``text``, a host for
-    which a text encoder may be missing ignores its changes. ``blocks`` and ``layers`` are as in
-    :func:`.blocks.filtered`. With ``vectors``, changes of biases and normalisations are read too; a
-    merge does not use them.
+    DoRA, OFT, large LoHa and LoKr) is made low rank. Without ``of_weight``, for inspecting a file
+    without its base, DoRA is read as its plain kind, and OFT, BOFT and GLoRA are left out; a note
+    says so. Without ``text``, a host for which a text encoder may be missing ignores its changes.
+    ``blocks`` and ``layers`` are as in :func:`.blocks.filtered`. With ``vectors``, changes
+    of biases and normalisations are read too; a merge does not use them.
     """
 
     allow_partial: bool = False
@@ -169,10 +170,13 @@ def lora_of(
             scale = scale_of(path, configs, alias[0].site, name, rank)
         shape = (file_rows(alias), *base.shapes[alias[0].site][1:])
         if not options.of_weight:
+            if needs_weight(parts):
+                counts["unseen"] += 1
+                continue
             plain = {name: part for name, part in parts.items() if "magnitude" not in name}
             counts["undone"] += plain.keys() != parts.keys()
             parts = plain
-        of_base = partial(_base_weight, alias, shape, weight, place)
+        of_base = partial(_base_weight, alias, shape, weight, place, parts)
         change = rebuild(parts, shape, scale, place, of_base)
         scale = 1.0 if isinstance(change, Tensor) else change.scale
         for piece in alias:
@@ -193,6 +197,7 @@ def lora_of(
         "extracted": "were not low rank and were extracted at "
         f"{options.energy:.4%} of their energy",
         "undone": "are DoRA; their magnitudes are ignored",
+        "unseen": "are OFT, BOFT or GLoRA, which are unknown without the base's weights",
         "zero": "have a change of exactly zero and are left out",
     }
     notes = [
@@ -281,8 +286,6 @@ def _modules(
                 "ones they use."
             )
         parts[part] = tensor
-    if left_out:  # an alpha may be all that is known of a refused module
-        modules = {alias: of for alias, of in modules.items() if of[1].keys() != {"alpha"}}
     return modules, left_out
 
 
@@ -314,10 +317,13 @@ def _complaint(
     return f"{len(keys)} of {len(tensors)} tensors cannot be read: {first}. {advice}"
 
 
-def _base_weight(alias: Alias, shape: tuple[int, ...], weight: Weight | None, place: str) -> Tensor:
+def _base_weight(
+    alias: Alias, shape: tuple[int, ...], weight: Weight | None, place: str, parts: Parts
+) -> Tensor:
     """(out, in·kh·kw) of the file's tensor, float32."""
     if weight is None:
-        raise LoraFileError(f"{place} is a DoRA, which needs the base model's weights.")
+        kind = needs_weight(parts) or "a DoRA"
+        raise LoraFileError(f"{place} is {kind}, which needs the base model's weights.")
     full = torch.zeros(shape).flatten(1)
     for piece in alias:
         piece.place(weight(piece.site).detach().to("cpu", torch.float32).flatten(1), full)

@@ -1,33 +1,17 @@
-"""Weight changes from the tensors of one module, for every parametrisation.
-
-LoRA, LoCon with and without ``mid``, and most LoHa and LoKr are low rank exactly, and stay factors:
-
-* ``mid`` (Tucker): ΔW[o, :, h, w] = Σ up[o, p] mid[p, q, h, w] down[q, :], rank as up's.
-* LoHa: (A₁B₁) ⊙ (A₂B₂) = (A₁ ⊙row A₂)(B₁ ⊙col B₂), of rank r₁ r₂ (Khatri-Rao products).
-* LoKr: (A₁B₁) ⊗ (A₂B₂) = (A₁ ⊗ A₂)(B₁ ⊗ B₂), of rank r₁ r₂; a factor in full counts its short side.
-
-Where that rank is no saving, for full differences, and with a DoRA's magnitudes, the change is
-dense. Formulas as in LyCORIS 4 (``lycoris/functional``) and ComfyUI 0.8 (``comfy/weight_adapter``),
-which tests compare.
-"""
+"""Weight changes from the tensors of one module, for every parametrisation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import LoraFileError
-from .factors import Factors
+from .formulas import FORMULAS, Misfit, Module, Parts, Rebuilt
 from .parts import modules_of
-
-Parts = Mapping[str, Tensor]
-
-Rebuilt = Factors | Tensor
-"""ΔW as factors, or in full, (out, in·kh·kw), float32, if factors would save nothing."""
 
 _BESIDE = {"alpha", "magnitude", "output_magnitude"}
 """Parts beside those that form the change: its scale and magnitudes."""
@@ -49,12 +33,10 @@ def rebuild(
     """
     _check_parts(parts, place)
     floats = {name: _as_float(parts[name], name, place) for name in sorted(parts.keys() - _BESIDE)}
-    alpha, configured = _alpha(parts, place), 1.0 if scale is None else scale
     try:
-        change = _FORMULAS[frozenset(floats)](
-            floats, shape, lambda rank: configured if alpha is None else alpha / rank
-        )
-    except _Misfit:
+        module = Module(floats, shape, _alpha(parts, place), scale, weight)
+        change = FORMULAS[frozenset(floats)](module)
+    except Misfit:
         sizes = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in floats.items())
         raise LoraFileError(
             f"{place} has {sizes}, but the base model's weight there is {tuple(shape)}; this LoRA "
@@ -75,7 +57,7 @@ def check_whole(path: Path, keys: Iterable[str]) -> None:
 
 def _check_parts(parts: Collection[str], place: str) -> None:
     """Raise :class:`LoraFileError`, starting with ``place``, if a module has only these parts."""
-    if frozenset(parts) - _BESIDE not in _FORMULAS:
+    if frozenset(parts) - _BESIDE not in FORMULAS:
         raise LoraFileError(
             f"{place} has only the parts {', '.join(sorted(parts))}, which are not a complete "
             "change; its other half is missing. Save or download the file again."
@@ -128,127 +110,3 @@ def _fold_magnitude(change: Tensor, weight: Tensor, parts: Parts, place: str) ->
     norm = cube.norm(dim=(0, 2) if by_input else (1, 2), keepdim=True)
     new = cube * (scale.reshape(norm.shape) / (norm + torch.finfo(torch.float32).eps))
     return new.reshape(outputs, width) - weight
-
-
-class _Misfit(Exception):
-    """Parts do not match each other or the weight."""
-
-
-Scale = Callable[[int], float]
-"""Rank → alpha / rank, or the scale of an adapter's configuration."""
-
-
-def _require(fits: bool) -> None:
-    if not fits:
-        raise _Misfit
-
-
-def _squeezed(shape: tuple[int, ...]) -> list[int]:
-    """Out and in, and a kernel unless it is 1 × 1."""
-    kernel = [] if all(size == 1 for size in shape[2:]) else list(shape[2:])
-    return [*shape[:2], *kernel]
-
-
-def _difference(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
-    change = parts["diff"]
-    _require(_squeezed(change.shape) == _squeezed(shape))
-    return change.reshape(shape).flatten(1)
-
-
-def _lora(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
-    up, down, mid = parts["up"], parts["down"], parts.get("mid")
-    _require(up.ndim >= 2 and down.ndim >= 2)
-    rank, inner = down.shape[0], up.shape[1]
-    kernel = _squeezed(shape)[2:] if mid is None else []
-    _require(
-        _squeezed(up.shape) == [shape[0], inner]
-        and _squeezed(down.shape) == [rank, shape[1], *kernel]
-        and (inner == rank if mid is None else mid.shape == (inner, rank, *shape[2:]))
-    )
-    up, down = up.flatten(1), down.flatten(1)
-    if mid is not None:
-        down = torch.einsum("pqhw,qi->pihw", mid, down).flatten(1)
-    return Factors(up, down, scale(rank))
-
-
-def _loha(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
-    a1, b1, a2, b2 = (parts[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
-    _require(all(factor.ndim == 2 for factor in (a1, b1, a2, b2)))
-    factor = scale(len(b1))
-    if "hada_t1" in parts:
-        left = _tucker(parts["hada_t1"], a1, b1, shape)
-        return (left * _tucker(parts["hada_t2"], a2, b2, shape)).flatten(1) * factor
-    ranks, width = (len(b1), len(b2)), math.prod(shape[1:])
-    _require(
-        {len(a1), len(a2)} == {shape[0]}
-        and {b1.shape[1], b2.shape[1]} == {width}
-        and (a1.shape[1], a2.shape[1]) == ranks
-    )
-    if math.prod(ranks) >= min(shape[0], width):
-        return (a1 @ b1) * (a2 @ b2) * factor
-    up = (a1[:, :, None] * a2[:, None, :]).flatten(1)
-    down = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
-    return Factors(up, down, factor)
-
-
-def _tucker(t: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Σ t[i, j, …] a[i, out] b[j, in], (out, in, kh, kw)."""
-    _require(
-        t.ndim == 4
-        and t.shape[:2] == (len(a), len(b))
-        and (a.shape[1], b.shape[1], *t.shape[2:]) == shape
-    )
-    return torch.einsum("ijhw,ip,jr->prhw", t, a, b)
-
-
-def _lokr(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
-    _require(all(t.ndim == 2 or (t.ndim == 4 and "w1" not in n) for n, t in parts.items()))
-    rank = next((len(parts[n]) for n in ("lokr_w2_b", "lokr_w1_b") if n in parts), 0)
-    factor = scale(rank) if rank else 1.0
-    left, right = _kronecker(parts, "w1"), _kronecker(parts, "w2")
-    product = len(left[0]) * len(right[0]), left[-1].shape[1] * right[-1].shape[1]
-    _require(product == (shape[0], math.prod(shape[1:])))
-    if len(right) == 2:
-        a1, b1 = left if len(left) == 2 else _split(left[0])
-        if a1.shape[1] * right[0].shape[1] < min(product):
-            return Factors(torch.kron(a1, right[0]), torch.kron(b1, right[1]), factor)
-    dense = [half[0] if len(half) == 1 else half[0] @ half[1] for half in (left, right)]
-    return torch.kron(*dense) * factor
-
-
-def _kronecker(parts: Parts, end: str) -> tuple[Tensor] | tuple[Tensor, Tensor]:
-    """A factor of a Kronecker product: in full, or itself a product; kernels flattened."""
-    if f"lokr_{end}" in parts:
-        return (parts[f"lokr_{end}"].flatten(1),)
-    a, b = parts[f"lokr_{end}_a"], parts[f"lokr_{end}_b"]
-    _require(a.ndim == 2)
-    if "lokr_t2" in parts and end == "w2":
-        _require(b.ndim == 2)
-        t = parts["lokr_t2"]
-        return (_tucker(t, a, b, (a.shape[1], b.shape[1], *t.shape[2:])).flatten(1),)
-    _require(a.shape[1] == len(b))
-    return a, b.flatten(1)
-
-
-def _split(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """``matrix`` as a product with the identity on its short side."""
-    if matrix.shape[0] <= matrix.shape[1]:
-        return torch.eye(matrix.shape[0]), matrix
-    return matrix, torch.eye(matrix.shape[1])
-
-
-_LOHA = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b"
-_OF_PARTS = (
-    (_lora, ("up down", "up down mid")),
-    (_difference, ("diff",)),
-    (_loha, (_LOHA, f"{_LOHA} hada_t1 hada_t2")),
-    (_lokr, tuple(
-        f"{left} {right}"
-        for left in ("lokr_w1", "lokr_w1_a lokr_w1_b")
-        for right in ("lokr_w2", "lokr_w2_a lokr_w2_b", "lokr_w2_a lokr_w2_b lokr_t2")
-    )),
-)  # fmt: skip
-_FORMULAS: Mapping[frozenset[str], Callable[[Parts, tuple[int, ...], Scale], Rebuilt]] = {
-    frozenset(parts.split()): formula for formula, choices in _OF_PARTS for parts in choices
-}
-"""Exactly these parts → the formula for them, which raises :class:`_Misfit`."""

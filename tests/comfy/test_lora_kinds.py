@@ -61,6 +61,31 @@ KINDS = {
         CONV, tensors(lokr_w1=(8, 8), lokr_w2_a=(8, 2), lokr_w2_b=(2, 8 * 9)) | ALPHA,
     ),
     "full difference": (LINEAR, tensors(diff=(64, 256))),
+    "oft": (LINEAR, tensors(oft_blocks=(8, 8, 8))),
+    "oft of a convolution": (CONV, tensors(oft_blocks=(16, 4, 4)) | {"alpha": torch.tensor(0.0)}),
+    "boft": (
+        LINEAR,
+        tensors(oft_blocks=(3, 8, 8, 8), rescale=(64, 1)) | {"alpha": torch.tensor(0.0)},
+    ),
+    "glora": (
+        LINEAR,
+        tensors(
+            a1__weight=(256, 4), a2__weight=(4, 256), b1__weight=(64, 4), b2__weight=(4, 256)
+        ) | ALPHA,
+    ),
+    "glora of a convolution": (
+        CONV,
+        tensors(
+            a1__weight=(64, 2, 1, 1), a2__weight=(2, 64, 1, 1), b1__weight=(64, 2, 1, 1),
+            b2__weight=(2, 64, 3, 3),
+        ) | ALPHA,
+    ),
+    "glora with its halves the other way round": (
+        LINEAR,
+        tensors(
+            a1__weight=(4, 256), a2__weight=(256, 4), b1__weight=(4, 256), b2__weight=(64, 4)
+        ) | ALPHA,
+    ),
 }  # fmt: skip
 
 
@@ -127,8 +152,25 @@ def test_dora(pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path, site: str
     assert float((theirs - theirs_again).norm() / theirs_again.norm()) < 1e-5
 
 
+def test_of_oft_lycoris_is_followed_where_comfyui_differs(
+    pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """ComfyUI bounds ‖Q‖ by alpha, which LyCORIS and sd-scripts mean as a share of the outputs,
+    and leaves out the rescale."""
+    blocks = tensors(oft_blocks=(8, 8, 8))
+    plain, _ = both(pack, sdxl, tmp_path, LINEAR, blocks)
+    ours, theirs = both(pack, sdxl, tmp_path, LINEAR, blocks | ALPHA)
+    assert torch.equal(ours, plain)  # ‖Q‖ is below 2 · 64
+    assert float((theirs - plain).norm() / plain.norm()) > 0.1
+    scale = 1 + tensors(seed=1, m=(64, 1))["m"].abs()
+    ours, theirs = both(pack, sdxl, tmp_path, LINEAR, blocks | {"rescale": scale})
+    base = weight_of(pack, sdxl, LINEAR)
+    assert torch.allclose(ours, scale * (base + plain) - base, atol=1e-5)
+    assert torch.allclose(theirs, plain, atol=1e-5)
+
+
 def test_what_no_lora_can_say_is_refused(
     pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(part(pack, "iteris_core").LoraFileError, match="OFT"):
+    with pytest.raises(part(pack, "iteris_core").LoraFileError, match="OFT in a form"):
         both(pack, sdxl, tmp_path, LINEAR, tensors(oft_diag=(8, 8, 8)) | ALPHA)
