@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iteris_core import Calibration, Concept, Lora, LowRank
 from iteris_core.activations.host_pool import Slot
-from iteris_core.activations.meter import resize
+from iteris_core.activations.memory import resize
 from iteris_core.architectures import unet
 from iteris_core.architectures.sites import residual_streams
 from iteris_core.hosts.protocol import Stage
@@ -34,11 +34,9 @@ from iteris_core.lora import SiteChanges
 from iteris_core.methods.iteris import IterisSettings, _solver
 from iteris_core.methods.repair import with_repairs
 from iteris_core.passes.batches import ExecutionConfig, limit_of
-from iteris_core.passes.footprint import Footprint, MemoryLimits
+from iteris_core.passes.footprint import Footprint, Measure, MemoryLimits
 from iteris_core.passes.job import Job
-from iteris_core.passes.measure import Measure
-from iteris_core.passes.plan import plan_stage
-from iteris_core.passes.planner import others
+from iteris_core.passes.planner import others, plan_stage
 from iteris_core.passes.strategies import IN_HOST, ON_DEVICE
 
 FILE = result_file("memory.json")

@@ -16,7 +16,7 @@ from .merge import begun, prepared
 from .methods import find_method
 from .methods.registry import settings_over
 from .passes.changes import changes_of, switched_on
-from .passes.plan import Planned
+from .passes.planner import Planned
 from .presets import PresetName
 from .progress import OnProgress, duration
 from .solve.choose import THRESHOLDS, Thresholds

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .host_pool import OffloadStore, Slot
-from .meter import storage_of
+from .memory import storage_of
 
 IDLE_PAUSES = 3
 """Pauses after which a storage stays away until an operation, including a view, needs it. Kernels

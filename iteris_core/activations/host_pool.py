@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OutOfMemory
-from .meter import resize, total_memory
+from .memory import resize, total_memory
 
 _SLAB = (
     256 << 20

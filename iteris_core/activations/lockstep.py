@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from ..errors import SiteError, UsageError
 from ..lora import LowRank, SiteChanges, in_one
 from .activation_offload import ActivationOffload
+from .barriers import Barriers, ReplayDone, replay_hook
 from .conditions import added, by_row, under_conditions
 from .micro_batch import MicroBatch
 from .modes import Modes
-from .replay import Barriers, ReplayDone, replay_hook
 from .site import Site, site_of
 from .streams import Source, Stream, sources_of
 from .tokens import Observation

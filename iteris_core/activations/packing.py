@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .host_pool import OffloadStore, Slot
-from .meter import resize
+from .memory import resize
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 import typer
 
-from ..activations.meter import free_memory
+from ..activations.memory import free_memory
 from .base import device_of
 from .common import option, print_table
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ..activations.lockstep import Lockstep
+from ..activations.memory import halved, with_less
 from ..activations.micro_batch import MicroBatch
-from ..activations.oom_retry import halved, with_less
 from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
 from ..lora import LowRank

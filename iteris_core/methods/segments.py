@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree
 
-from ..activations.barriers import ExecutionTrace, alike
+from ..activations.barriers import ExecutionTrace, alike, tensors
 from ..activations.conditions import Condition
 from ..activations.lockstep import Lockstep
-from ..activations.meter import is_out_of_memory, tensors_in
+from ..activations.memory import is_out_of_memory, tensors_in
 from ..activations.micro_batch import MicroBatch
-from ..activations.replay import tensors
 from ..activations.site import site_of
 from ..solve.choose import Thresholds
 

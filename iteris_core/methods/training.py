@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..activations.lockstep import Lockstep
-from ..activations.meter import is_out_of_memory
+from ..activations.memory import is_out_of_memory
 from ..errors import IterisError, brief
 from ..linalg.whitening import Whitening
 from ..lora import LowRank

@@ -17,20 +17,19 @@ from functools import partial
 import torch
 
 from ..activations.activation_offload import ActivationOffload
+from ..activations.barriers import Barriers
 from ..activations.collect import Collector, SweepCollector
 from ..activations.host_pool import HostPool
 from ..activations.lockstep import greenlets
+from ..activations.memory import with_less
 from ..activations.micro_batch import MicroBatch
-from ..activations.oom_retry import with_less
-from ..activations.replay import Barriers
 from ..errors import SiteError
 from ..hosts.protocol import DENOISING, Stage
 from ..lora import LowRank, concatenate
 from ..solve.problem import Reduction, Solution, StageSolver
 from .batches import SWEEP, ExecutionConfig, Schedule, micro_batches, sampled_rows
 from .job import Run, RunLog
-from .plan import Plan, Planned
-from .planner import attempts, complaint, planned
+from .planner import Plan, Planned, attempts, complaint, planned
 from .workload import FEATURES, ITERATIONS, SOLVING, denoising_work, expect_sites
 
 Solutions = dict[str, Solution]
@@ -87,7 +86,7 @@ class _Passes:
         self.made: list[Plan] = []
         self._run, self._job, self._lockstep = run, run.job, run.lockstep
         self._solver_of, self._batching, self._schedule = solver_of, batching, schedule
-        self._sweeps, self._seen = sweeps, list(run.job.seen)
+        self._sweeps = sweeps
         self._plans: dict[str, Plan] = {}
         self._solutions: Solutions = {}
         self._turn = 0
@@ -137,23 +136,17 @@ class _Passes:
         solver = self._solver_of(stage)
         plan = planned(self._run, stage, solver, self._batching, schedule=self._schedule)
         self.made.append(plan)
-        seen = plan.seen
-        if seen is not None and all(other.stage.name != stage.name for other in self._seen):
-            self._seen.append(seen)
-            self._job.eta.did(seen.products, seen.seconds)
         self._expect()
         return plan
 
     def _expect(self) -> None:
         """Expect the passes over the stages that are known, with the strategies planned so far."""
         slower = {plan.stage.name: plan.strategy.slower for plan in self.made}
-        job, schedule = self._job, self._schedule
-        expect_sites(job, self._seen, self._batching, schedule, slower, self._sweeps)
+        expect_sites(self._job, self._batching, self._schedule, slower, self._sweeps)
 
     def _attempt(self, solver: StageSolver, plan: Plan) -> None:
-        for site in self._solutions.keys() & set(
-            plan.stage.sites
-        ):  # from an attempt that ran out of memory
+        # From an attempt that ran out of memory.
+        for site in self._solutions.keys() & set(plan.stage.sites):
             del self._solutions[site]
             if self._schedule.sweep:
                 del self._lockstep.merged[site]

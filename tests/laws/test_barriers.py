@@ -7,10 +7,9 @@ import torch
 from oracle import hooks_on
 from torch import nn
 
-from iteris_core.activations.barriers import watched, with_replayable
+from iteris_core.activations.barriers import Barriers, watched, with_replayable
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.micro_batch import MicroBatch
-from iteris_core.activations.replay import Barriers
 from iteris_core.errors import IterisError
 from iteris_core.lora import LowRank, SiteChanges
 from iteris_core.solve.choose import THRESHOLDS
@@ -78,9 +77,9 @@ def batch_of(model, x, observer=None, copies=1) -> MicroBatch:
 def levels_of(model, lockstep, most) -> Barriers:
     x = torch.randn(1, 3, 8).double()
 
-    found = watched(lockstep, batch_of(model, x.clone()))
+    found = watched(lockstep.run, batch_of(model, x.clone()))
     error = THRESHOLDS.replay_error
-    return with_replayable(found.barriers(most), lockstep, batch_of(model, x.clone()), error)
+    return with_replayable(found.barriers(most), lockstep.run, batch_of(model, x.clone()), error)
 
 
 def names(barriers, model) -> list[str]:

@@ -13,7 +13,7 @@ from iteris_core.activations import host_pool
 from iteris_core.activations.activation_offload import IDLE_PAUSES, ActivationOffload
 from iteris_core.activations.host_pool import HostPool
 from iteris_core.activations.lockstep import Lockstep
-from iteris_core.activations.meter import MemoryMeter
+from iteris_core.activations.memory import MemoryMeter
 from iteris_core.errors import OutOfMemory
 from iteris_core.passes import planner, strategies, sweep
 from iteris_core.solve.choose import THRESHOLDS, Thresholds

@@ -14,7 +14,7 @@ from iteris_core.activations.host_pool import HostPool
 from iteris_core.activations.packing import FORMATS, PackedPlace, pack, unpack
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.passes import strategies, sweep
-from iteris_core.passes.plan import Plan
+from iteris_core.passes.planner import Plan
 from iteris_core.passes.strategies import Strategy, find, replayable
 
 

@@ -11,15 +11,14 @@ from reductions import by_adapter, by_moments
 from tiny import make_pipeline, random_lora
 
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.activations.meter import MemoryMeter, free_memory
+from iteris_core.activations.memory import MemoryMeter, free_memory
 from iteris_core.errors import IterisError, OutOfMemory
 from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import LowRank, SiteChanges
 from iteris_core.passes.changes import changes_of
-from iteris_core.passes.footprint import Footprint, MemoryLimits
+from iteris_core.passes.footprint import Cost, Footprint, Measure, MemoryLimits, Step
 from iteris_core.passes.job import Job
-from iteris_core.passes.measure import Cost, Measure, Step
-from iteris_core.passes.plan import plan_stage
+from iteris_core.passes.planner import plan_stage
 from iteris_core.passes.strategies import IN_HOST, ON_DEVICE, Strategy
 from iteris_core.solve.adapter import AdapterMoments
 from iteris_core.solve.output import OutputMoments
