@@ -10,11 +10,12 @@ from pipelines import PIPELINES, applied, two_concepts
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, Lora, SettingsError, merge_loras
+from iteris_core.activations.micro_batch import MicroBatch
 from iteris_core.calibration_prompts import concept_prompts, pair_prompts
 from iteris_core.concepts import PAIR_TEMPLATES, TEMPLATES
 from iteris_core.hosts.protocol import Stage
 from iteris_core.methods import block_polish
-from iteris_core.methods.segments import ByRow, Segment
+from iteris_core.methods.segments import Segment, SegmentRunner
 from iteris_core.methods.side_by_side import (
     SHOWING,
     SideBySide,
@@ -126,7 +127,10 @@ def test_a_block_is_to_give_each_half_as_its_own_lora_gives_it(host):
         run.lockstep.merged = merged
         shown = SideBySide(job, run.lockstep, drawn)
         assert shown.advance("unet")
-        passages = list(shown.passages(segment, ByRow({}, [0]), 3, lambda: None))
+        stage = next(stage for stage in run.stages() if stage.name == "unet")
+        one = MicroBatch(lambda: stage.run([0], 2), [0], 2)
+        runner = SegmentRunner(segment, run.lockstep, one)
+        passages = list(shown.recorded(runner, 3, lambda: None))
     assert sum(len(passage.rows) for passage in passages) == 8
     seen = []
     handle = module.register_forward_hook(lambda *given: seen.append(given[-1].detach()))
