@@ -107,14 +107,10 @@ def test_it_is_refused_with_site_and_file_before_samples_are_made(model, why):
 
 
 @pytest.mark.parametrize(("model", "why"), CASES)
-def test_the_merge_goes_on_without_it(model, why):
+def test_the_merge_goes_on_without_it_or_it_has_the_mean(model, why):
     result = merge_loras(PictureHost(model(), make_data()), concepts(), unmergeable="skip")
     assert set(result.lora.sites) == {"q"}
     assert f"{why}; they are LEFT OUT" in result.report.summary()
-
-
-@pytest.mark.parametrize(("model", "why"), CASES)
-def test_or_it_has_the_mean(model, why):
     some = concepts()
     result = merge_loras(PictureHost(model(), make_data()), some, unmergeable="mean")
     assert f"{why}; they get the mean" in result.report.summary()
@@ -156,18 +152,24 @@ def test_nothing_is_left_of_it():
         merge_loras(PictureHost(Half(), make_data()), some, unmergeable="skip")
 
 
-class Twice(Net):
+class Twice(Plain):
     """``up`` is called two times in a forward."""
 
     def forward(self, x):
-        x = self.q(x)
-        return self.up(x) + self.up(-x)
+        return super().forward(x) + super().forward(-x)
 
 
-def test_the_preview_of_a_method_that_sweeps_finds_a_repeated_site():
-    with pytest.raises(SiteError, match=r"up \(in lora-1, lora-2\): it is called more than once"):
-        preview_merge(PictureHost(Twice(), make_data()), concepts(), "regmean++")
-    assert preview_merge(PictureHost(Twice(), make_data()), concepts(), "regmean").plan
+class JoinedTwice(Joined):
+    def forward(self, x):
+        return super().forward(x) + super().forward(-x)
+
+
+@pytest.mark.parametrize("model", [Twice, JoinedTwice])
+def test_a_method_that_sweeps_refuses_a_repeated_site(model):
+    some = [Concept(make_lora(1, sites=("up",)), prompts=["unused"])]
+    with pytest.raises(SiteError, match=r"up \(in lora-1\): it is called more than once"):
+        preview_merge(PictureHost(model(), make_data()), some, "regmean++")
+    assert preview_merge(PictureHost(model(), make_data()), some, "regmean").plan
 
 
 @pytest.mark.parametrize("repeats", [False, True])
@@ -185,16 +187,3 @@ def test_what_is_alike_for_all_rows_may_not_repeat_itself(repeats):
             merge_loras(host, some)
     else:
         assert set(merge_loras(host, some).lora.sites) == {"up"}
-
-
-class JoinedTwice(Joined):
-    """As :class:`Joined`, two times in a forward."""
-
-    def forward(self, x):
-        return super().forward(x) + super().forward(-x)
-
-
-def test_rows_that_are_told_apart_do_not_hide_a_repeated_layer():
-    host = PictureHost(JoinedTwice(), make_data())
-    with pytest.raises(IterisError, match="more than once"):
-        merge_loras(host, [Concept(make_lora(1, sites=("up",)), prompts=["unused"])])
