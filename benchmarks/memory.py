@@ -152,15 +152,10 @@ class Nowhere:
     device = torch.device("meta")
 
     def put(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> Slot:
-        slot = Slot([torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta")])
-        resize(storage, 0)
-        return slot
+        return Slot([torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta")])
 
     def fill(self, storage: torch.UntypedStorage, slot: Slot) -> None:
         resize(storage, slot.nbytes)
-
-    def empty(self, storage: torch.UntypedStorage) -> None:
-        resize(storage, 0)
 
     def free(self, slot: Slot) -> None: ...
 

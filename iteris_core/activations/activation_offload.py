@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .host_pool import OffloadStore, Slot
-from .memory import storage_of
+from .memory import resize, storage_of
 
 IDLE_PAUSES = 3
 """Pauses after which a storage stays away until an operation, including a view, needs it. Kernels
@@ -189,8 +189,7 @@ class ActivationOffload(TorchDispatchMode):
             return
         if held.slot is None:
             held.slot = self._place.put(storage, held.dtype)
-        else:
-            self._place.empty(storage)
+        resize(storage, 0)
         held.away = True
 
     def _put_back(self, held: _Held) -> None:

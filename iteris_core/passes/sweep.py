@@ -9,10 +9,11 @@ active, and then, in the paper's Algorithm 1, repeatedly from the last merged mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 
@@ -23,7 +24,7 @@ from ..activations.host_pool import HostPool
 from ..activations.lockstep import greenlets
 from ..activations.memory import with_less
 from ..activations.micro_batch import MicroBatch
-from ..errors import SiteError
+from ..errors import SiteError, SolveError
 from ..hosts.protocol import DENOISING, Stage
 from ..lora import LowRank, concatenate
 from ..solve.problem import Reduction, Solution, StageSolver
@@ -119,18 +120,15 @@ class _Passes:
         ahead, job = self._run.ahead, self._job
         if ahead is not self._run or job.only_plans:
             for stage in ahead.stages():
-                self._reach(stage)
+                # A measurement is to find all changes cast, and a later stage needs all rows.
+                owners = stage.concept_ids
+                firsts = {owner: row for row, owner in reversed(list(enumerate(owners)))}
+                for row in range(len(owners)) if stage.feeds_next else firsts.values():
+                    run = partial(stage.run, [row], 1)
+                    self._lockstep.run(MicroBatch(run, [owners[row]], 1))
                 self._plans[stage.name] = self._planned(stage)
         if job.only_plans:
             raise Planned(self.made)
-
-    def _reach(self, stage: Stage) -> None:
-        """Run the rows that a later stage needs, or else one of every concept, so that a
-        measurement finds all changes cast."""
-        owners = stage.concept_ids
-        firsts = {owner: row for row, owner in reversed(list(enumerate(owners)))}
-        for row in range(len(owners)) if stage.feeds_next else firsts.values():
-            self._lockstep.run(MicroBatch(partial(stage.run, [row], 1), [owners[row]], 1))
 
     def _planned(self, stage: Stage) -> Plan:
         solver = self._solver_of(stage)
@@ -140,7 +138,7 @@ class _Passes:
         return plan
 
     def _expect(self) -> None:
-        """Expect the passes over the stages that are known, with the strategies planned so far."""
+        """Expect the passes over all stages, with the strategies planned so far."""
         slower = {plan.stage.name: plan.strategy.slower for plan in self.made}
         expect_sites(self._job, self._batching, self._schedule, slower, self._sweeps)
 
@@ -171,7 +169,7 @@ class _Passes:
             else:
                 job.tick(FEATURES.format(stage.name), done, len(batches))
         for site in collector.sites:
-            self._solve(solver, stage, site, collector.take(site))
+            self._solve(solver, site, collector.take(site))
             if not several:
                 job.tick(SOLVING, len(self._solutions), len(self._lockstep.changes))
 
@@ -194,7 +192,7 @@ class _Passes:
         )
 
         def solve(site: str) -> LowRank:
-            change = self._solve(solver, stage, site, collector.take(site))
+            change = self._solve(solver, site, collector.take(site))
             job.tick(SOLVING, len(self._solutions), len(lockstep.changes))
             return change
 
@@ -205,25 +203,18 @@ class _Passes:
             stack.enter_context(lockstep.in_barriers(strategy.barriers or Barriers()))
             if place is not None and offload is not None:
                 stack.callback(place.close)
-                offload.stay = _first(batches, plan.on_device)
+                waiting = accumulate(len(batch.owners) for batch in batches)
+                offload.stay = {n for n, rows in enumerate(waiting) if rows <= plan.on_device}
                 stack.enter_context(offload)
             stack.callback(collector.forget)  # otherwise everything it holds would be put back
             lockstep.sweep(batches, solve, last, offload)
 
-    def _solve(self, solver: StageSolver, stage: Stage, site: str, reduction: Reduction) -> LowRank:
-        self._solutions[site] = solver.solved(site, reduction)
+    def _solve(self, solver: StageSolver, site: str, reduction: Reduction) -> LowRank:
+        try:
+            self._solutions[site] = solver.solve(site, reduction)
+        except SolveError as error:
+            raise SolveError(f"Site {site}: {error}") from error
         return self._solutions[site].change
-
-
-def _first(batches: Sequence[MicroBatch], rows: int) -> set[int]:
-    """The first batches that together have that many rows."""
-    numbers: set[int] = set()
-    for number, batch in enumerate(batches):
-        rows -= len(batch.owners)
-        if rows < 0:
-            break
-        numbers.add(number)
-    return numbers
 
 
 def _largest_change(old: Solutions, new: Solutions) -> float:

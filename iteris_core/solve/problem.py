@@ -209,10 +209,3 @@ class StageSolver:
     dtype: torch.dtype = torch.float32
     acting: Set[str] = frozenset()
     inputs: Mapping[str, Tensor] | None = None
-
-    def solved(self, site: str, reduction: Reduction) -> Solution:
-        """``solve``, with the site's name added to errors."""
-        try:
-            return self.solve(site, reduction)
-        except SolveError as error:
-            raise SolveError(f"Site {site}: {error}") from error
