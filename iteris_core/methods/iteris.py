@@ -74,7 +74,7 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
         changes = {site: solution.change for site, solution in solutions.items()}
         if by_blocks.steps:
             changes, notes = polish_blocks(run, changes, by_blocks)
-            log = log.with_notes(notes)
+            log = replace(log, notes=notes)
     sites = {s: replace(solution, change=changes[s]) for s, solution in solutions.items()}
     return Merged(sites, log, repairs.keys())
 

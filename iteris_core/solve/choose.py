@@ -15,8 +15,7 @@ import torch
 from ..errors import SettingsError
 from ..lora import SiteChanges
 from .adapter import AdapterMoments
-from .directions import OTHERS, Directions, find_directions
-from .output import OutputMoments
+from .output import OTHERS, Directions, OutputMoments, find_directions
 from .problem import MemoryEstimate, Objective, Pull, Reduction, RegressionSpec, SiteContext
 
 
