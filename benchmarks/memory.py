@@ -31,7 +31,7 @@ from iteris_core.architectures import unet
 from iteris_core.architectures.sites import residual_streams
 from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import SiteChanges
-from iteris_core.methods.iteris import IterisSettings, _solver
+from iteris_core.methods.iteris import IterisSettings, Solvers
 from iteris_core.methods.repair import with_repairs
 from iteris_core.passes.batches import ExecutionConfig, limit_of
 from iteris_core.passes.footprint import Footprint, Measure, MemoryLimits
@@ -185,7 +185,7 @@ def planned(model: Model) -> dict[str, Any]:
 
     owners = [row // each for row in range(LORAS * each)]
     stage = Stage("denoiser", list(job.changes), owners, run, spatial=True, samples=each)
-    solver = _solver(job, IterisSettings(), stage, set(), repairs)
+    solver = Solvers(job, IterisSettings(), set(), repairs).of(stage)
     batching = ExecutionConfig(AT_ONCE, "enough")
     with (
         job.run() as session,
