@@ -33,7 +33,7 @@ from ..passes.strategies import find
 from ..passes.workload import forward_work
 from .segments import Segment, SegmentBatch, SegmentRunner, segments_of, within
 from .side_by_side import SHOWING, SideBySide, drawn_pairs, pairs_of, samples_each
-from .training import STEP, Factors, NoGradients, train
+from .training import STEP, Factors, NoGradients
 
 WHAT = "polishing blocks"
 
@@ -198,7 +198,7 @@ class _StagePolish:
                 factors.put(self.lockstep)
                 return self._loss(runner, batch) * scale
 
-            train(factors.groups(self.how.rate), self.how.steps, loss, tick)
+            factors.train(self.how.rate, self.how.steps, loss, tick)
             with torch.no_grad():
                 factors.put(self.lockstep)
             return self._error(runner, checked) < before
