@@ -51,15 +51,13 @@ class ActivationOffload(TorchDispatchMode):
     """Active during a sweep, which announces whose turn it is. Forwards in ``stay`` wait on the
     device.
 
-    The weights of ``modules`` never move. ``left`` counts bytes that the forwards made but that
-    could not be moved.
+    The weights of ``modules`` never move.
     """
 
     def __init__(
         self, place: OffloadStore, stay: Set[int] = frozenset(), modules: Sequence[nn.Module] = ()
     ) -> None:
         super().__init__()
-        self.left = 0
         self._place = place
         self.stay = stay
         self._modules = modules
@@ -165,7 +163,6 @@ class ActivationOffload(TorchDispatchMode):
         if key in used or key in self._held or storage.device != self._place.device:
             return
         if type(tensor) is not Tensor or not _resizable(storage):
-            self.left += storage.nbytes()
             return
         assert self._now is not None
 
@@ -215,7 +212,6 @@ class ActivationOffload(TorchDispatchMode):
         storage = held.storage()
         if storage is not None:
             self._remove(storage._cdata)
-            self.left += storage.nbytes()
 
     def _weights(self) -> set[int]:
         weights = (

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..lora import LowRank, SiteChanges
 from .conditions import by_row
 from .saliency import Saliency
-from .site import LinearSite, Site
+from .site import Site
 from .token_sampling import TokenSampling
 
 Group = tuple[str, int]
@@ -92,7 +92,7 @@ class Observation:
             inputs = self.choice.gathered[key] = narrow(self.inputs, self.site.tokens)
         return replace(
             self,
-            site=LinearSite(self.site.shape),
+            site=Site(self.site.shape),
             inputs=inputs,
             outputs=narrow(self.outputs, self.site.outputs),
             stream=None if self.stream is None else narrow(self.stream, self.site.outputs),

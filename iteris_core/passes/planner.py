@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-
-import torch
 
 from ..activations.host_pool import HostPool, OffloadStore
 from ..activations.lockstep import Lockstep
 from ..activations.memory import halved, is_apart, is_out_of_memory
 from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
-from ..lora import SiteChanges
 from ..solve.choose import Thresholds
 from ..solve.problem import StageSolver
 from .batches import ExecutionConfig, Schedule, fewer, limit_of, sampled_rows, selected
@@ -119,7 +116,12 @@ def _fitting(
     measure = Measure(stage, lockstep, schedule.copies, limit, itemsize)
     cost = measure.row()
     sites = {site: solver.bytes(site, sweep) for site in stage.sites}
-    fixed = changes_bytes(lockstep.changes, cost.device) + lockstep.cast_bytes
+    # The merged changes, at most: float32 factors of rank Σ r_i, on the LoRAs' device.
+    fixed = lockstep.cast_bytes + sum(
+        4 * sum(site.shape) * site.rank
+        for site in lockstep.changes.values()
+        if site.like.up.device.type == cost.device.type
+    )
     first = Footprint(stage, fastest, cost, None, sites, fixed, sweep)
     wanted = first.bytes_of(len(stage.concept_ids), batching.rows)
     if isinstance(available, int):
@@ -294,14 +296,4 @@ def complaint(said: str, tried: Sequence[Plan]) -> str:
         f"Out of memory in the {tried[0].stage.name} ({said}). Tried: {'; '.join(named)}. Lower "
         "samples or timesteps (fewer rows), or latent_size (smaller ones), "
         "or free memory elsewhere. The model is unchanged."
-    )
-
-
-def changes_bytes(changes: Mapping[str, SiteChanges], device: torch.device) -> int:
-    """Largest size in bytes of the merged changes, as float32 factors of rank Σ r_i; they are on
-    the LoRAs' device."""
-    return sum(
-        4 * sum(site.shape) * site.rank
-        for site in changes.values()
-        if site.like.up.device.type == device.type
     )
