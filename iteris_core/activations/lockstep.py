@@ -119,15 +119,12 @@ class Lockstep:
             yield
 
     def sweep(
-        self,
-        batches: Sequence[MicroBatch],
-        solve: Callable[[str], LowRank],
-        last: Set[str] = frozenset(),
-        offload: ActivationOffload | None = None,
-    ) -> None:
-        """Run all micro-batches in step; ``solve(site)`` is called once all have reached it. After
-        the ``last`` sites are solved, the forwards do not run to their end. With ``offload``, which
-        must be active, they wait there."""
+        self, batches: Sequence[MicroBatch], offload: ActivationOffload | None = None
+    ) -> Generator[Sequence[str]]:
+        """Run all micro-batches in step. Yields the sites of every level when all forwards wait
+        there; they continue with the changes that ``merged`` has by then. If the generator is
+        closed, they do not run to their end. With ``offload``, which must be active, they wait
+        there."""
         greenlet = greenlets()
         workers = [greenlet.greenlet(batch.run) for batch in batches]
         before = Modes.now()
@@ -157,10 +154,7 @@ class Lockstep:
                             'schedule="jacobi".'
                         )
                     self._active = None
-                    for site in self._barriers.level(arrived[0]):
-                        self.merged[site] = solve(site)
-                    if last and last <= self.merged.keys():
-                        return
+                    yield self._barriers.level(arrived[0])
         finally:
             self._active = None
             for worker in workers:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -191,11 +191,6 @@ class _Passes:
             aside=nullcontext if offload is None else offload.aside,
         )
 
-        def solve(site: str) -> LowRank:
-            change = self._solve(solver, site, collector.take(site))
-            job.tick(SOLVING, len(self._solutions), len(lockstep.changes))
-            return change
-
         # With every strategy, so that all give the same result.
         batches = list(micro_batches(stage, 2, collector, batching, sampled or set()))
         last = set[str]() if stage.feeds_next else set(stage.sites)
@@ -207,7 +202,12 @@ class _Passes:
                 offload.stay = {n for n, rows in enumerate(waiting) if rows <= plan.on_device}
                 stack.enter_context(offload)
             stack.callback(collector.forget)  # otherwise everything it holds would be put back
-            lockstep.sweep(batches, solve, last, offload)
+            for level in stack.enter_context(closing(lockstep.sweep(batches, offload))):
+                for site in level:
+                    lockstep.merged[site] = self._solve(solver, site, collector.take(site))
+                    job.tick(SOLVING, len(self._solutions), len(lockstep.changes))
+                if last and last <= lockstep.merged.keys():
+                    break
 
     def _solve(self, solver: StageSolver, site: str, reduction: Reduction) -> LowRank:
         try:

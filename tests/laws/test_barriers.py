@@ -103,6 +103,15 @@ def test_a_block_that_writes_to_its_arguments_gets_copies_and_one_with_a_memory_
     assert [block.written for block in barriers.blocks.values()] == [{"[0][0]"}]
 
 
+def swept(lockstep, batches) -> list[str]:
+    """The sites in the order in which they are to be solved; every change is its LoRA's."""
+    order: list[str] = []
+    for level in lockstep.sweep(batches):
+        order += level
+        lockstep.merged |= {site: lockstep.changes[site][0] for site in level}
+    return order
+
+
 class Seen:
     def __init__(self) -> None:
         self.shown = {}
@@ -125,11 +134,6 @@ def test_a_sweep_in_levels_shows_and_gives_what_one_by_sites_does(most, unusual)
                 block.attention.k.__class__ = block.attention.v.__class__ = Clamping
         outputs: dict[int, torch.Tensor] = {}
         seen = [Seen(), Seen()]
-        order: list[str] = []
-
-        def solve(site, lockstep=lockstep, order=order):
-            order.append(site)
-            return lockstep.changes[site][0]
 
         with lockstep:
             barriers = Barriers() if levels_at is None else levels_of(model, lockstep, levels_at)
@@ -145,7 +149,7 @@ def test_a_sweep_in_levels_shows_and_gives_what_one_by_sites_does(most, unusual)
                 for i in range(2)
             ]
             with lockstep.in_barriers(barriers):
-                lockstep.sweep(batches, solve)
+                order = swept(lockstep, batches)
         assert hooks_on(model) == 0
         results.append((outputs, [s.shown for s in seen], order))
     (one, shown, order), (other, shown_there, order_there) = results
@@ -167,5 +171,5 @@ def test_a_forward_that_takes_another_path_is_refused():
             lockstep.in_barriers(barriers),
             pytest.raises(IterisError, match="another path through the model"),
         ):
-            lockstep.sweep([batch_of(model, x, copies=2)], lambda site: lockstep.changes[site][0])
+            swept(lockstep, [batch_of(model, x, copies=2)])
     assert hooks_on(model) == 0

@@ -160,8 +160,10 @@ def test_the_planned_peak_is_the_measured_one(host, apart, monkeypatch):
 
     def watched(self, *args):
         before = meter.peak = meter.live
-        run(self, *args)
-        peaks.append(meter.peak - before)
+        try:
+            yield from run(self, *args)
+        finally:
+            peaks.append(meter.peak - before)
 
     def kept(*args):
         plans.append(make(*args))
