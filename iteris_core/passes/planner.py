@@ -111,7 +111,7 @@ def _fitting(
     """The plan for as many rows as fit. With fewer rows, more tokens per row may count, so a
     reduced stage is measured again."""
     lockstep, sweep = run.lockstep, schedule.sweep
-    room, available = run.job.host.free_memory, run.job.memory_budget
+    free_memory, available = run.job.host.free_memory, run.job.memory_budget
     limit, itemsize = limit_of(stage, batching), solver.dtype.itemsize
     measure = Measure(stage, lockstep, schedule.copies, limit, itemsize)
     cost = measure.row()
@@ -125,9 +125,9 @@ def _fitting(
     first = Footprint(stage, fastest, cost, None, sites, fixed, sweep)
     wanted = first.bytes_of(len(stage.concept_ids), batching.rows)
     if isinstance(available, int):
-        room(min(wanted, available))
+        free_memory(min(wanted, available))
     else:
-        available = room(wanted)
+        available = free_memory(wanted)
     limits, footprints = MemoryLimits(available), [first]
     if sweep and wanted > available:
         with ExitStack() as stack:
@@ -141,7 +141,7 @@ def _fitting(
     if made.rows < made.offered and stage.spatial and batching.row_tokens == "enough":
         return _fitting(run, made.stage, solver, batching, schedule, fastest)
     if made.bytes < wanted:
-        room(made.bytes)  # weights evicted for more than this come back
+        free_memory(made.bytes)  # weights evicted for more than this come back
     return made
 
 

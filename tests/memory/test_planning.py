@@ -234,20 +234,6 @@ def test_weights_that_are_offloaded_are_no_part_of_a_row():
     assert not offload.there
 
 
-@pytest.mark.slow
-def test_moments_of_earlier_stages_count_where_they_are_kept(host):
-    """RegMean solves at the end; its denoiser runs beside the text encoder's moments."""
-    concepts = [
-        Concept(random_lora(host, seed), trigger=f"sks{seed}", class_word="cat") for seed in (1, 2)
-    ]
-    with MemoryMeter() as meter:
-        merge_loras(host, concepts, "regmean", calibration=CALIBRATION, memory_budget=None)
-    budget = round(meter.peak * 0.8)
-    with MemoryMeter() as meter:
-        merge_loras(host, concepts, "regmean", calibration=CALIBRATION, memory_budget=budget)
-    assert meter.peak <= budget
-
-
 def test_free_memory_of_an_xpu_is_its_own(monkeypatch):
     """A card that this machine need not have answers with what torch asks it."""
     known = {"mem_get_info": (1000, 4000), "memory_reserved": 300, "memory_allocated": 100}
