@@ -127,7 +127,7 @@ def test_a_block_is_to_give_each_half_as_its_own_lora_gives_it(host):
         run.lockstep.merged = merged
         shown = SideBySide(job, run.lockstep, drawn)
         assert shown.advance("unet")
-        stage = next(stage for stage in run.stages() if stage.name == "unet")
+        stage = shown._stages[None]
         one = MicroBatch(lambda: stage.run([0], 2), [0], 2)
         runner = SegmentRunner(segment, run.lockstep, one)
         passages = list(shown.recorded(runner, 3, lambda: None))
