@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -117,7 +118,7 @@ def first_row(run, name) -> MicroBatch:
     """The first row of a stage, in two copies."""
     for stage in run.stages():
         if stage.name == name:
-            return MicroBatch(lambda: stage.run([0], 2), [0], 2)
+            return MicroBatch(partial(stage.run, [0], 2), [0], 2)
         for row in range(len(stage.concept_ids)):
             stage.run([row], 2)
     raise AssertionError(name)
