@@ -139,8 +139,8 @@ class Twice(Model):
 
 @pytest.mark.parametrize("between", [lambda x: x, joined])
 def test_a_method_that_sweeps_refuses_a_repeated_site(between):
-    some = [Concept(make_lora(1, sites=("up",)), prompts=["unused"])]
-    with pytest.raises(SiteError, match=r"up \(in lora-1\): it is called more than once"):
+    some = [Concept(make_lora(i, sites=("up",)), prompts=["unused"]) for i in (1, 2)]
+    with pytest.raises(SiteError, match=r"up \(in lora-1, lora-2\): it is called more than once"):
         preview_merge(PictureHost(Twice(between), make_data()), some, "regmean++")
     assert preview_merge(PictureHost(Twice(between), make_data()), some, "regmean").plan
 
