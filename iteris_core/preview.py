@@ -56,8 +56,8 @@ def preview_merge(
     memory_budget: int | Literal["free"] | None = "free",
     thresholds: Thresholds = THRESHOLDS,
 ) -> Preview:
-    """The plan of a merge of ``concepts``: its rows, how it stays within its memory budget, and
-    about how long it takes.
+    """The plan of a merge of ``concepts``: its rows, how it stays within its memory budget, and, of
+    an image model, about how long it takes.
 
     Arguments are those of :func:`.merge.merge_loras`. Nothing is denoised or solved; the text
     encoders and a few rows of noise run. Raises :class:`IterisError` if the merge would be refused.
