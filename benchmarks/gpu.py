@@ -37,10 +37,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iteris_core import Calibration, merge_loras
 from iteris_core.activations.host_pool import wait_for
-from iteris_core.activations.meter import MemoryMeter
+from iteris_core.activations.memory import MemoryMeter
 from iteris_core.passes import planner
 from iteris_core.passes.footprint import Footprint
-from iteris_core.passes.plan import Plan
+from iteris_core.passes.planner import Plan
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "speed"))
 

@@ -26,19 +26,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iteris_core import Calibration, Concept, Lora, LowRank
 from iteris_core.activations.host_pool import Slot
-from iteris_core.activations.meter import resize
+from iteris_core.activations.memory import resize
 from iteris_core.architectures import unet
 from iteris_core.architectures.sites import residual_streams
 from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import SiteChanges
-from iteris_core.methods.iteris import IterisSettings, _solver
+from iteris_core.methods.iteris import IterisSettings, Solvers
 from iteris_core.methods.repair import with_repairs
 from iteris_core.passes.batches import ExecutionConfig, limit_of
-from iteris_core.passes.footprint import Footprint, MemoryLimits
+from iteris_core.passes.footprint import Footprint, Measure, MemoryLimits
 from iteris_core.passes.job import Job
-from iteris_core.passes.measure import Measure
-from iteris_core.passes.plan import plan_stage
-from iteris_core.passes.planner import others
+from iteris_core.passes.planner import others, plan_stage
 from iteris_core.passes.strategies import IN_HOST, ON_DEVICE
 
 FILE = result_file("memory.json")
@@ -154,15 +152,10 @@ class Nowhere:
     device = torch.device("meta")
 
     def put(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> Slot:
-        slot = Slot([torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta")])
-        resize(storage, 0)
-        return slot
+        return Slot([torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta")])
 
     def fill(self, storage: torch.UntypedStorage, slot: Slot) -> None:
         resize(storage, slot.nbytes)
-
-    def empty(self, storage: torch.UntypedStorage) -> None:
-        resize(storage, 0)
 
     def free(self, slot: Slot) -> None: ...
 
@@ -192,7 +185,7 @@ def planned(model: Model) -> dict[str, Any]:
 
     owners = [row // each for row in range(LORAS * each)]
     stage = Stage("denoiser", list(job.changes), owners, run, spatial=True, samples=each)
-    solver = _solver(job, IterisSettings(), stage, set(), repairs)
+    solver = Solvers(job, IterisSettings(), set(), repairs).of(stage)
     batching = ExecutionConfig(AT_ONCE, "enough")
     with (
         job.run() as session,

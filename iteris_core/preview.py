@@ -16,7 +16,7 @@ from .merge import begun, prepared
 from .methods import find_method
 from .methods.registry import settings_over
 from .passes.changes import changes_of, switched_on
-from .passes.plan import Planned
+from .passes.planner import Planned
 from .presets import PresetName
 from .progress import OnProgress, duration
 from .solve.choose import THRESHOLDS, Thresholds
@@ -56,8 +56,8 @@ def preview_merge(
     memory_budget: int | Literal["free"] | None = "free",
     thresholds: Thresholds = THRESHOLDS,
 ) -> Preview:
-    """The plan of a merge of ``concepts``: its rows, how it stays within its memory budget, and
-    about how long it takes.
+    """The plan of a merge of ``concepts``: its rows, how it stays within its memory budget, and, of
+    an image model, about how long it takes.
 
     Arguments are those of :func:`.merge.merge_loras`. Nothing is denoised or solved; the text
     encoders and a few rows of noise run. Raises :class:`IterisError` if the merge would be refused.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..iteris_core.activations.lockstep import Lockstep
-from ..iteris_core.activations.meter import usable, with_spare
+from ..iteris_core.activations.memory import usable, with_spare
 from ..iteris_core.architectures import text as text_wirings
 from ..iteris_core.architectures import unet
 from ..iteris_core.architectures.sites import in_changed_parts, residual_streams

@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from ..iteris_core.activations.meter import is_out_of_memory
-from ..iteris_core.activations.oom_retry import halved, with_less
+from ..iteris_core.activations.memory import halved, is_out_of_memory, with_less
 from ..iteris_core.progress import Progress
 from .comfy_internals import comfy, memory, optional
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from iteris_core import Lora, LowRank
-from iteris_core.activations.meter import free_memory, usable
+from iteris_core.activations.memory import free_memory, usable
 from iteris_core.hosts.protocol import Host, Stage
 
 

@@ -17,10 +17,10 @@ from rounds import in_turn, medians
 
 from iteris_core import Calibration, IterisError, LowRank, merge_loras
 from iteris_core.activations.host_pool import HostPool
-from iteris_core.activations.meter import MemoryMeter
+from iteris_core.activations.memory import MemoryMeter
 from iteris_core.activations.packing import FORMATS
 from iteris_core.passes import sweep as loops
-from iteris_core.passes.plan import Plan
+from iteris_core.passes.planner import Plan
 from iteris_core.passes.strategies import (
     BLOCKS,
     IN_HOST,

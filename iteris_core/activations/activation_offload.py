@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .host_pool import OffloadStore, Slot
-from .meter import storage_of
+from .memory import resize, storage_of
 
 IDLE_PAUSES = 3
 """Pauses after which a storage stays away until an operation, including a view, needs it. Kernels
@@ -51,15 +51,13 @@ class ActivationOffload(TorchDispatchMode):
     """Active during a sweep, which announces whose turn it is. Forwards in ``stay`` wait on the
     device.
 
-    The weights of ``modules`` never move. ``left`` counts bytes that the forwards made but that
-    could not be moved.
+    The weights of ``modules`` never move.
     """
 
     def __init__(
         self, place: OffloadStore, stay: Set[int] = frozenset(), modules: Sequence[nn.Module] = ()
     ) -> None:
         super().__init__()
-        self.left = 0
         self._place = place
         self.stay = stay
         self._modules = modules
@@ -165,7 +163,6 @@ class ActivationOffload(TorchDispatchMode):
         if key in used or key in self._held or storage.device != self._place.device:
             return
         if type(tensor) is not Tensor or not _resizable(storage):
-            self.left += storage.nbytes()
             return
         assert self._now is not None
 
@@ -189,8 +186,7 @@ class ActivationOffload(TorchDispatchMode):
             return
         if held.slot is None:
             held.slot = self._place.put(storage, held.dtype)
-        else:
-            self._place.empty(storage)
+        resize(storage, 0)
         held.away = True
 
     def _put_back(self, held: _Held) -> None:
@@ -216,7 +212,6 @@ class ActivationOffload(TorchDispatchMode):
         storage = held.storage()
         if storage is not None:
             self._remove(storage._cdata)
-            self.left += storage.nbytes()
 
     def _weights(self) -> set[int]:
         weights = (

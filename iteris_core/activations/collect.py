@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -177,14 +178,14 @@ class SweepCollector(Collector):
         row."""
         of_rows = [(shown, row) for shown in waiting for row in self._sample_of(shown)]
         # Some of a row's selectable tokens are masked.
-        offered = sum(shown.unmasked().count(row, row + 1) for shown, row in of_rows)
+        offered = sum(replace(shown, mask=None).count(row, row + 1) for shown, row in of_rows)
         counted = sum(shown.count(row, row + 1) for shown, row in of_rows)
         few = math.ceil(tokens / max(len(of_rows), 1) * offered / max(counted, 1))
         changes, shown = self._changes[site], waiting[0]
         none = shown.outputs.new_zeros(0, changes.shape[0], dtype=self._solver.dtype)
         sample = [[none] for _ in range(len(changes))]
         for shown in waiting:
-            part = shown.fewer(few)
+            part = replace(shown, choice=shown.choice.at_most(few))
             for row in self._sample_of(shown):
                 concept = next(c for c, start, stop in shown.spans if start <= row < stop)
                 tokens_of = ConceptTokens(part, changes, concept, row, row + 1, self._solver.dtype)

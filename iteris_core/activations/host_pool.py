@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OutOfMemory
-from .meter import resize, total_memory
+from .memory import resize, total_memory
 
 _SLAB = (
     256 << 20
@@ -55,7 +55,6 @@ class OffloadStore(Protocol):
 
     def put(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> Slot: ...
     def fill(self, storage: torch.UntypedStorage, slot: Slot) -> None: ...
-    def empty(self, storage: torch.UntypedStorage) -> None: ...
     def free(self, slot: Slot) -> None: ...
 
 
@@ -84,21 +83,16 @@ class HostPool:
             empty_host_cache()
 
     def put(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> Slot:
-        """Copy the bytes of ``storage``, of any ``dtype``, and resize it to zero."""
+        """Copy the bytes of ``storage``, of any ``dtype``."""
         size = storage.nbytes()
         slot = Slot([self._piece(min(_SLAB, size - start)) for start in range(0, size, _SLAB)])
         self._copy(slot, storage, back=False)
-        resize(storage, 0)
         return slot
 
     def fill(self, storage: torch.UntypedStorage, slot: Slot) -> None:
         """Restore the size and bytes of ``storage``; they stay in ``slot`` as well."""
         resize(storage, slot.nbytes)
         self._copy(slot, storage, back=True)
-
-    def empty(self, storage: torch.UntypedStorage) -> None:
-        """Resize a storage to zero whose bytes are unchanged in a slot."""
-        resize(storage, 0)
 
     def free(self, slot: Slot) -> None:
         for piece in slot.pieces:

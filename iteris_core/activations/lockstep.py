@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -26,12 +25,12 @@ from torch import Tensor, nn
 from ..errors import SiteError, UsageError
 from ..lora import LowRank, SiteChanges, in_one
 from .activation_offload import ActivationOffload
+from .barriers import Barriers, ReplayDone, replay_hook
 from .conditions import added, by_row, under_conditions
 from .micro_batch import MicroBatch
 from .modes import Modes
-from .replay import Barriers, ReplayDone, replay_hook
 from .site import Site, site_of
-from .streams import Source, Stream, sources_of
+from .streams import Source, Stream
 from .tokens import Observation
 
 
@@ -66,22 +65,18 @@ class Lockstep:
             for name in self.changes:
                 module = self._modules[name]
                 hook = self._hook(name, site_of(name, module))
-                self._hooks.enter_context(module.register_forward_pre_hook(self._entering(name)))
+                entering = module.register_forward_pre_hook(partial(self._enter, name))
+                self._hooks.enter_context(entering)
                 self._hooks.enter_context(module.register_forward_hook(hook))
             streams = [of for name, of in self._streams.items() if name in self.changes]
-            for source in sources_of(streams):
+            for source in dict.fromkeys(source for of in streams for source in of.sources):
                 self._hooks.enter_context(source.keep(self._keep))
         except BaseException:
             self.close()
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @property
@@ -124,15 +119,12 @@ class Lockstep:
             yield
 
     def sweep(
-        self,
-        batches: Sequence[MicroBatch],
-        solve: Callable[[str], LowRank],
-        last: Set[str] = frozenset(),
-        offload: ActivationOffload | None = None,
-    ) -> None:
-        """Run all micro-batches in step; ``solve(site)`` is called once all have reached it. After
-        the ``last`` sites are solved, the forwards do not run to their end. With ``offload``, which
-        must be active, they wait there."""
+        self, batches: Sequence[MicroBatch], offload: ActivationOffload | None = None
+    ) -> Generator[Sequence[str]]:
+        """Run all micro-batches in step. Yields the sites of every level when all forwards wait
+        there; they continue with the changes that ``merged`` has by then. If the generator is
+        closed, they do not run to their end. With ``offload``, which must be active, they wait
+        there."""
         greenlet = greenlets()
         workers = [greenlet.greenlet(batch.run) for batch in batches]
         before = Modes.now()
@@ -162,10 +154,7 @@ class Lockstep:
                             'schedule="jacobi".'
                         )
                     self._active = None
-                    for site in self._barriers.level(arrived[0]):
-                        self.merged[site] = solve(site)
-                    if last and last <= self.merged.keys():
-                        return
+                    yield self._barriers.level(arrived[0])
         finally:
             self._active = None
             for worker in workers:
@@ -179,12 +168,9 @@ class Lockstep:
         if self._active is not None and self._active.observer is not None:
             self._active.kept[source] = tensor
 
-    def _entering(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self._active is not None and self._active.observer is not None:
-                self._active.enter(name, args[0])
-
-        return hook
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._active is not None and self._active.observer is not None:
+            self._active.enter(name, args[0])
 
     def _stream_of(
         self, name: str, batch: MicroBatch, outputs: Tensor
@@ -280,11 +266,18 @@ class Lockstep:
                         normed=gate is not None and self._streams[name].norm is not None,
                     )
                 )
-            add = partial(self._add_merged, batch, name, site, inputs, output, strengths)
+
+            def add_merged() -> None:
+                merged = self.merged.get(name)
+                if merged is not None and batch.copies == 2:
+                    merged = self._ready(name, None, merged, inputs)
+                    own = None if strengths is None else strengths[rows:]
+                    added(site, merged, inputs[rows:], output[rows:], own)
+
             if batch.pause is None or solved:
-                add()
+                add_merged()
             else:
-                self._reach(batch, name, add)
+                self._reach(batch, name, add_merged)
             return output.view(shape) if name in self._joined else output
 
         return hook
@@ -301,21 +294,6 @@ class Lockstep:
         batch.wait(self._barriers.level(name))
         while batch.pending:
             batch.pending.pop()()
-
-    def _add_merged(
-        self,
-        batch: MicroBatch,
-        name: str,
-        site: Site,
-        inputs: Tensor,
-        output: Tensor,
-        strengths: Tensor | None,
-    ) -> None:
-        merged, rows = self.merged.get(name), len(batch.owners)
-        if merged is not None and batch.copies == 2:
-            merged = self._ready(name, None, merged, inputs)
-            own = None if strengths is None else strengths[rows:]
-            added(site, merged, inputs[rows:], output[rows:], own)
 
     def _ready(self, site: str, which: int | None, change: LowRank, inputs: Tensor) -> LowRank:
         """A LoRA's change, with None the merged one, in the inputs' dtype and on their device,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .host_pool import OffloadStore, Slot
-from .meter import resize
+from .memory import resize
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ class PackedPlace:
         packed = pack(_values(storage, dtype), self._format)
         slot = self._place.put(packed.untyped_storage(), torch.uint8)
         slot.packed = dtype, size
-        resize(storage, 0)
         return slot
 
     def fill(self, storage: torch.UntypedStorage, slot: Slot) -> None:
@@ -73,9 +72,6 @@ class PackedPlace:
         resize(storage, size)
         whole = packed.new_empty(0).set_(packed.untyped_storage())
         unpack(whole, _values(storage, dtype), self._format)
-
-    def empty(self, storage: torch.UntypedStorage) -> None:
-        self._place.empty(storage)
 
     def free(self, slot: Slot) -> None:
         self._place.free(slot)

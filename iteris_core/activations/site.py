@@ -7,7 +7,6 @@ is a linear map of its patches.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from typing import Any
 
@@ -20,8 +19,8 @@ from ..errors import SiteError
 from ..lora import LowRank
 
 
-class Site(ABC):
-    """``weight_shape`` is the shape of the whole weight, see
+class Site:
+    """A linear layer, or a base for others. ``weight_shape`` is the shape of the whole weight, see
     :func:`..architectures.sites.weight_shape`. ``geometry`` describes how tokens are extracted from
     an input: sites with the same tensor and geometry have the same tokens."""
 
@@ -37,53 +36,36 @@ class Site(ABC):
         out, *rest = self.weight_shape
         return out, math.prod(rest)
 
-    @abstractmethod
     def tokens(self, inputs: Tensor) -> Tensor:
         """Inputs as (tokens, in)."""
+        return inputs.reshape(-1, inputs.shape[-1])
 
-    @abstractmethod
     def outputs(self, outputs: Tensor) -> Tensor:
         """Outputs as (tokens, out), in the order of :meth:`tokens`."""
+        return outputs.reshape(-1, outputs.shape[-1])
 
-    @abstractmethod
     def length(self, outputs: Tensor) -> int:
         """Tokens per row of ``outputs``."""
+        return outputs.numel() // (outputs.shape[-1] * len(outputs))
 
-    @abstractmethod
     def delta(self, change: LowRank, inputs: Tensor) -> Tensor:
         """The output of ``change`` without a bias, shaped as the site's output."""
+        return (inputs @ change.down.mT) @ change.up.mT
 
     def add(self, change: LowRank, inputs: Tensor, outputs: Tensor) -> None:
         """Add :meth:`delta` to ``outputs`` in place."""
-        outputs += self.delta(change, inputs)
+        plain = outputs.is_contiguous() and outputs.dtype == change.up.dtype
+        if not plain or torch.is_autocast_enabled(outputs.device.type):
+            outputs += self.delta(change, inputs)
+            return
+        # In one pass over the outputs
+        hidden = inputs.reshape(-1, inputs.shape[-1]) @ change.down.mT
+        outputs.view(-1, outputs.shape[-1]).addmm_(hidden, change.up.mT)
 
     def zero(self, rank: int) -> LowRank:
         """A zero change, float32."""
         out, width = self.shape
         return LowRank(torch.zeros(out, rank), torch.zeros(rank, width), self.kernel)
-
-
-class LinearSite(Site):
-    def tokens(self, inputs: Tensor) -> Tensor:
-        return inputs.reshape(-1, inputs.shape[-1])
-
-    def outputs(self, outputs: Tensor) -> Tensor:
-        return outputs.reshape(-1, outputs.shape[-1])
-
-    def length(self, outputs: Tensor) -> int:
-        return outputs.numel() // (outputs.shape[-1] * len(outputs))
-
-    def delta(self, change: LowRank, inputs: Tensor) -> Tensor:
-        return (inputs @ change.down.mT) @ change.up.mT
-
-    def add(self, change: LowRank, inputs: Tensor, outputs: Tensor) -> None:
-        plain = outputs.is_contiguous() and outputs.dtype == change.up.dtype
-        if not plain or torch.is_autocast_enabled(outputs.device.type):
-            super().add(change, inputs, outputs)
-            return
-        # In one pass over the outputs
-        hidden = inputs.reshape(-1, inputs.shape[-1]) @ change.down.mT
-        outputs.view(-1, outputs.shape[-1]).addmm_(hidden, change.up.mT)
 
 
 class ConvSite(Site):
@@ -112,6 +94,9 @@ class ConvSite(Site):
         hidden = functional.conv2d(inputs, down, None, self._stride, self._padding, self._dilation)
         return functional.conv2d(hidden, change.up[:, :, None, None])
 
+    def add(self, change: LowRank, inputs: Tensor, outputs: Tensor) -> None:
+        outputs += self.delta(change, inputs)
+
 
 def site_of(name: str, module: nn.Module) -> Site:
     """The site for ``module``. Raises :class:`IterisError`, naming it, if it is not supported."""
@@ -123,7 +108,7 @@ def site_of(name: str, module: nn.Module) -> Site:
             "convolution; remove it from the LoRA."
         ) from error
     if not isinstance(module, nn.Conv2d):
-        return LinearSite(shape)
+        return Site(shape)
     if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
         raise SiteError(
             f"Site {name} is a grouped or specially padded convolution, which cannot be merged; "

@@ -9,14 +9,15 @@ which no such h, z and g are found has no stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
+
+from .memory import tensors_in
 
 _TOKENS, _LEAST_TOKENS = 512, 4
 """How many tokens of a tensor are compared, and fewest that it must have."""
@@ -41,12 +42,12 @@ class Source:
         if self.returned:
 
             def after(module: nn.Module, args: Any, output: Any) -> None:
-                put(self, tensors(output)[self.number])
+                put(self, tensors_in(output)[self.number])
 
             return self.module.register_forward_hook(after)
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            put(self, tensors((args, kwargs))[self.number])
+            put(self, tensors_in((args, kwargs))[self.number])
 
         return self.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
 
@@ -91,10 +92,6 @@ class Stream:
     def sources(self) -> list[Source]:
         of_gate = self.gate.source if self.gate is not None else None
         return [self.source] if of_gate is None else [self.source, of_gate]
-
-
-def tensors(given: Any) -> list[Tensor]:
-    return [leaf for leaf in _pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
 
 
 def find_streams(
@@ -166,7 +163,7 @@ class _Watch:
 
     def hooks(self, module: nn.Module) -> Iterator[Any]:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            for number, tensor in enumerate(tensors((args, kwargs))):
+            for number, tensor in enumerate(tensors_in((args, kwargs))):
                 self._see(Source(module, number), tensor)
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -178,7 +175,7 @@ class _Watch:
                 given, made = (self._sampled(None, some) for some in (args[0], output))
                 if given is not None and made is not None:
                     self._norms.append((given.values, made))
-            for number, tensor in enumerate(tensors(output)):
+            for number, tensor in enumerate(tensors_in(output)):
                 self._see(Source(module, number, returned=True), tensor, stream=False)
 
         yield module.register_forward_pre_hook(before, with_kwargs=True)
@@ -189,7 +186,7 @@ class _Watch:
         self._streams, self._outputs, self._norms = [], [], []
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        given = [t for t in tensors(output) if t.ndim >= 3 and len(t) == self.rows]
+        given = [t for t in tensors_in(output) if t.ndim >= 3 and len(t) == self.rows]
         alike = [t for t in given if t.ndim == 3]
         pairs = [(a, b) for a in alike for b in alike if a is not b and a.shape[2] == b.shape[2]]
         for tensor in [*given, *(torch.cat(pair, 1) for pair in pairs)]:
@@ -311,13 +308,3 @@ def _fitted(h: Tensor, z: Tensor, y: Tensor, noise: float) -> tuple[Tensor, floa
 
 def _off(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm())
-
-
-def plain(streams: Mapping[str, nn.Module]) -> dict[str, Stream]:
-    """Those of a host, whose modules receive the stream as their first argument."""
-    return {site: Stream(Source(module)) for site, module in streams.items()}
-
-
-def sources_of(streams: Sequence[Stream]) -> list[Source]:
-    """Every source once."""
-    return list(dict.fromkeys(source for stream in streams for source in stream.sources))

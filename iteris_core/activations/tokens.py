@@ -12,7 +12,7 @@ from torch import Tensor
 from ..lora import LowRank, SiteChanges
 from .conditions import by_row
 from .saliency import Saliency
-from .site import LinearSite, Site
+from .site import Site
 from .token_sampling import TokenSampling
 
 Group = tuple[str, int]
@@ -92,7 +92,7 @@ class Observation:
             inputs = self.choice.gathered[key] = narrow(self.inputs, self.site.tokens)
         return replace(
             self,
-            site=LinearSite(self.site.shape),
+            site=Site(self.site.shape),
             inputs=inputs,
             outputs=narrow(self.outputs, self.site.outputs),
             stream=None if self.stream is None else narrow(self.stream, self.site.outputs),
@@ -117,22 +117,20 @@ class Observation:
         """The outputs for :meth:`input_tokens`, (tokens, out)."""
         return self._tokens(self.site.outputs, self.outputs, start, stop, merged)
 
-    def drift_tokens(self, start: int, stop: int) -> Tensor | None:
-        """The reference rows' residual stream minus the merged rows', (tokens, out)."""
+    def stream_tokens(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+        """The residual stream of the reference rows and of the merged ones, (tokens, out); None if
+        there is no drift to remove."""
         if self.stream is None or self.copies == 1:
             return None
-        reference = self._tokens(self.site.outputs, self.stream, start, stop, False)
-        return reference - self.stream_tokens(start, stop)
-
-    def stream_tokens(self, start: int, stop: int) -> Tensor:
-        """The merged rows' residual stream, (tokens, out)."""
-        assert self.stream is not None
-        return self._tokens(self.site.outputs, self.stream, start, stop, True)
+        own, merged = (
+            self._tokens(self.site.outputs, self.stream, start, stop, of) for of in (False, True)
+        )
+        return own, merged
 
     def gates(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
-        """The gates of the reference rows and of the merged ones , (tokens, out), for
-        :meth:`output_tokens`; None if there is no drift to remove behind them."""
-        if self.gate is None or self.stream is None or self.copies == 1:
+        """The gates of the reference rows and of the merged ones, (tokens, out), for
+        :meth:`output_tokens`; None if there are none."""
+        if self.gate is None:
             return None
         rows = torch.arange(start, stop).repeat_interleave(self.site.length(self.outputs))
         rows = self.chosen(rows, start, stop).to(self.gate.device)
@@ -144,25 +142,12 @@ class Observation:
         chosen = self._choice(length, start, stop)
         return (stop - start) * length if chosen is None else len(chosen)
 
-    def fewer(self, tokens: int) -> Observation:
-        """A copy with at most that many tokens of every row."""
-        return replace(self, choice=self.choice.at_most(tokens))
-
-    def unmasked(self) -> Observation:
-        return replace(self, mask=None)
-
     def effect(self, change: LowRank, start: int, stop: int) -> Tensor:
         """‖ΔW x‖² for every token of the reference rows, (rows, tokens), 0 if masked."""
         added = self.changed(change, start, stop)
         added = added.to(torch.promote_types(added.dtype, torch.float32))
         effect = added.square().sum(1).reshape(stop - start, -1)
         return effect if self.mask is None else effect * self.mask[start:stop]
-
-    def token_weights(self, start: int, stop: int) -> Tensor | None:
-        """The weight of each token in :meth:`input_tokens`, (tokens, 1); None: all equal."""
-        if self.weights is None:
-            return None
-        return self.chosen(self.weights[start:stop].reshape(-1, 1), start, stop)
 
     def of_concepts(
         self, changes: SiteChanges, dtype: torch.dtype, inputs: Tensor | None
@@ -254,21 +239,22 @@ class ConceptTokens:
         the size that y_i has."""
         full = self.shown.output_tokens(self.start, self.stop)
         target = full.to(self.dtype) - self._base(full).to(self.dtype)
-        drift = self.shown.drift_tokens(self.start, self.stop)
+        streams = self.shown.stream_tokens(self.start, self.stop)
+        if streams is None:
+            return self._weighted(target)
+        drift = (streams[0] - streams[1]).to(self.dtype)
         gates = self.shown.gates(self.start, self.stop)
-        if drift is not None and gates is None:
-            target.add_(drift.to(self.dtype))
-        if drift is not None and gates is not None:
-            own, merged = (gate.to(self.dtype) for gate in gates)
-            if self.shown.normed:
-                size = full.to(self.dtype).square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)
-                own, merged = own / size, merged / size
-            stream = self.shown.stream_tokens(self.start, self.stop).to(self.dtype)
-            sizes = [some.square().mean(1, keepdim=True) for some in (stream, full.to(self.dtype))]
-            least = _REPAIR**2 * sizes[0] / sizes[1].clamp(min=1e-30)
-            missing = drift.to(self.dtype) + (own - merged) * full.to(self.dtype)
-            target.add_(missing * merged / (merged.square() + least))
-        return self._weighted(target)
+        if gates is None:
+            return self._weighted(target.add_(drift))
+        own, merged = (gate.to(self.dtype) for gate in gates)
+        full, stream = full.to(self.dtype), streams[1].to(self.dtype)
+        size = full.square().mean(1, keepdim=True)
+        if self.shown.normed:
+            norm = size.sqrt().clamp(min=1e-6)
+            own, merged = own / norm, merged / norm
+        least = _REPAIR**2 * stream.square().mean(1, keepdim=True) / size.clamp(min=1e-30)
+        missing = drift + (own - merged) * full
+        return self._weighted(target.add_(missing * merged / (merged.square() + least)))
 
     def _base(self, full: Tensor) -> Tensor:
         """W0 X̃, (tokens, out)."""
@@ -281,6 +267,8 @@ class ConceptTokens:
         return full - self.shown.chosen(self.shown.changed(change, *rows), *rows)
 
     def _weighted(self, tokens: Tensor) -> Tensor:
-        weights = self.shown.token_weights(self.start, self.stop)
-        tokens = tokens.to(self.dtype)
-        return tokens if weights is None else tokens * weights.to(tokens).sqrt()
+        tokens, weights = tokens.to(self.dtype), self.shown.weights
+        if weights is None:
+            return tokens
+        weights = weights[self.start : self.stop].reshape(-1, 1)
+        return tokens * self.shown.chosen(weights, self.start, self.stop).to(tokens).sqrt()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..activations.meter import is_out_of_memory
+from ..activations.memory import is_out_of_memory
 from ..architectures import architecture_of_file
 from ..errors import BaseError, DeviceError, IterisError, OutOfMemory, brief
 from ..lora import Lora

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 import torch
 import typer
 
-from ..activations.meter import free_memory
+from ..activations.memory import free_memory
 from .base import device_of
 from .common import print_table
 from .options import AsJson

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..activations.conditions import PLAIN, Condition
 from ..activations.lockstep import Lockstep
-from ..activations.meter import free_memory, usable
+from ..activations.memory import free_memory, usable
 from ..architectures import text as text_wirings
 from ..architectures.sites import in_changed_parts, residual_streams
 from ..calibration_prompts import whole_words

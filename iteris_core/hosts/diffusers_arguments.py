@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations.meter import is_out_of_memory
+from ..activations.memory import is_out_of_memory
 from ..concepts import Calibration
 from ..errors import BaseError, IterisError, OutOfMemory, brief
 from .diffusers_loop import PipelineLoop

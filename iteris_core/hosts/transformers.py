@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations.lockstep import Lockstep
-from ..activations.meter import free_memory, usable
+from ..activations.memory import free_memory, usable
 from ..activations.micro_batch import MicroBatch
 from ..architectures import text
 from ..architectures.sites import in_changed_parts, residual_streams, weight_shape

@@ -13,7 +13,7 @@ closer to its targets stays as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ..activations.lockstep import Lockstep
+from ..activations.memory import halved, with_less
 from ..activations.micro_batch import MicroBatch
-from ..activations.oom_retry import halved, with_less
 from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
 from ..lora import LowRank
@@ -31,19 +31,9 @@ from ..passes.batches import ExecutionConfig, chunks, micro_batches
 from ..passes.job import Job, Run
 from ..passes.strategies import find
 from ..passes.workload import forward_work
-from .segments import (
-    ByRow,
-    Segment,
-    SegmentBatch,
-    SegmentForward,
-    pass_through,
-    plain_weights,
-    sample_inputs,
-    segments_of,
-    within,
-)
+from .segments import Segment, SegmentBatch, SegmentRunner, segments_of, within
 from .side_by_side import SHOWING, SideBySide, drawn_pairs, pairs_of, samples_each
-from .training import STEP, Factors, NoGradients, train
+from .training import STEP, Factors, NoGradients
 
 WHAT = "polishing blocks"
 
@@ -170,26 +160,28 @@ class _StagePolish:
             self.job.tick(WHAT, number * self.how.steps + done, count * self.how.steps)
 
         rows = self._rows()
-        by_row = ByRow.of(segment, self.lockstep, self._batch(rows[:1]))
-        most = self.job.thresholds.polish_bytes // (1 if self.shown is None else 2)
-        singles = within(self._passages(segment, rows, by_row, tick), most, 4)
-        pairs: list[SegmentBatch] = []
+        runner = SegmentRunner(segment, self.lockstep, self._batch(rows[:1]))
+
+        def recorded() -> Iterator[SegmentBatch]:
+            for some in chunks(rows, self.stage.batch_keys, self.at_once):
+                tick()
+                yield runner.record(self._batch(some), some)
+
+        thresholds, generator = self.job.thresholds, self.job.generator
+        most = thresholds.polish_bytes // (1 if self.shown is None else 2)
+        singles, pairs = within(recorded(), most, 4), list[SegmentBatch]()
         if self.shown is not None:
-            shown = self.shown.passages(segment, by_row, self.at_once, tick)
-            pairs = within(shown, most, 1)
+            pairs = within(self.shown.recorded(runner, self.at_once, tick), most, 1)
             self.paired |= bool(pairs)
-        checked = [
-            p for some in (singles, pairs) for p in some[: self.job.thresholds.polish_checked]
-        ]
-        modules, thresholds = self.job.host.sites(), self.job.thresholds
+        checked = [b for some in (singles, pairs) for b in some[: thresholds.polish_checked]]
         mutations = torch.autograd.graph.allow_mutation_on_saved_tensors
         with (
             self.stage.gradients(),
-            plain_weights(segment.module) as weights,
+            runner.gradients(),
             mutations() if self.in_place else nullcontext(),
         ):
-            runner = SegmentForward(self.lockstep, segment, weights, by_row)
-            tokens = sample_inputs(runner, modules, [*singles, *pairs], thresholds)
+            modules = self.job.host.sites()
+            tokens = runner.sample_inputs(modules, [*singles, *pairs], thresholds)
             if tokens is None:
                 self._note(segment, "because they give a different result when run by themselves")
                 return False
@@ -197,32 +189,19 @@ class _StagePolish:
             before = self._error(runner, checked)
             if not before:
                 return False
-            scale = 0.01 * (before / sum(w.numel() for p in checked for w in p.wanted)) ** -0.5
+            scale = 0.01 * (before / sum(w.numel() for b in checked for w in b.wanted)) ** -0.5
 
             def loss() -> Tensor:
-                passage = self._picked(singles, pairs)
+                paired = pairs and float(torch.rand((), generator=generator)) < self.how.pairs
+                some = pairs if paired else singles
+                batch = some[int(torch.randint(len(some), (), generator=generator))]
                 factors.put(self.lockstep)
-                return self._loss(runner, passage) * scale
+                return self._loss(runner, batch) * scale
 
-            train(factors.groups(self.how.rate), self.how.steps, loss, tick)
+            factors.train(self.how.rate, self.how.steps, loss, tick)
             with torch.no_grad():
                 factors.put(self.lockstep)
             return self._error(runner, checked) < before
-
-    def _picked(
-        self, singles: Sequence[SegmentBatch], pairs: Sequence[SegmentBatch]
-    ) -> SegmentBatch:
-        generator = self.job.generator
-        paired = pairs and float(torch.rand((), generator=generator)) < self.how.pairs
-        some = pairs if paired else singles
-        return some[int(torch.randint(len(some), (), generator=generator))]
-
-    def _passages(
-        self, segment: Segment, chosen: Sequence[int], by_row: ByRow, tick: Callable[[], None]
-    ) -> Iterator[SegmentBatch]:
-        for rows in chunks(chosen, self.stage.batch_keys, self.at_once):
-            tick()
-            yield pass_through(segment, self.lockstep, self._batch(rows), rows, by_row)
 
     def _batch(self, rows: Sequence[int]) -> MicroBatch:
         owners = [self.stage.concept_ids[row] for row in rows]
@@ -241,25 +220,25 @@ class _StagePolish:
                 rows.append(row)
         return rows
 
-    def _loss(self, runner: SegmentForward, passage: SegmentBatch) -> Tensor:
+    def _loss(self, runner: SegmentRunner, batch: SegmentBatch) -> Tensor:
         by_row: list[Tensor] = []
-        for output, wanted in zip(runner(passage), passage.wanted, strict=True):
+        for output, wanted in zip(runner(batch), batch.wanted, strict=True):
             errors = (output.float() - wanted.to(output.device).float()).square()
-            mask = self._mask(runner.segment, passage, errors)
+            mask = self._mask(runner.segment, batch, errors)
             by_row.append((errors if mask is None else errors * mask).flatten(1).sum(1))
         total, weights = torch.stack(by_row).sum(0), self.job.weights
-        means = [fmean(weights[owner] for owner in owners) for owners in passage.owners]
+        means = [fmean(weights[owner] for owner in owners) for owners in batch.owners]
         return (total * total.new_tensor(means)).sum()
 
-    def _mask(self, segment: Segment, passage: SegmentBatch, errors: Tensor) -> Tensor | None:
+    def _mask(self, segment: Segment, batch: SegmentBatch, errors: Tensor) -> Tensor | None:
         """1 for each token that counts, if the segment outputs tokens."""
         if self.stage.mask is None or errors.ndim != 3:
             return None
-        mask = self.stage.mask(segment.sites[-1], passage.rows)
+        mask = self.stage.mask(segment.sites[-1], batch.rows)
         if mask is None or mask.shape != errors.shape[:2]:
             return None
         return mask.to(errors.device)[..., None]
 
-    def _error(self, runner: SegmentForward, passages: Sequence[SegmentBatch]) -> float:
+    def _error(self, runner: SegmentRunner, batches: Sequence[SegmentBatch]) -> float:
         with torch.no_grad():
-            return sum(float(self._loss(runner, passage)) for passage in passages)
+            return sum(float(self._loss(runner, batch)) for batch in batches)

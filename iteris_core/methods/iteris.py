@@ -9,7 +9,7 @@ so one sweep gives the same result as the iteration, if that converges.
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -59,103 +59,96 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
         saliency = job.thresholds.saliency_for(job.loras)
     changed = job.changes.keys() - repairs.keys()
     acting = changed & streams_of(job).keys() if saliency else set[str]()
-
-    def solver_of(stage: Stage, ranks: Mapping[str, int] = _NO_RANKS) -> StageSolver:
-        return _solver(job, settings, stage, acting, repairs, ranks)
-
+    solvers = Solvers(job, settings, acting, repairs)
     tokens = None if settings.row_tokens == "all" else settings.row_tokens or "enough"
     seed, thresholds = job.calibration.seed, job.thresholds
     batching = ExecutionConfig(settings.micro_batch, tokens, seed, saliency, thresholds)
     with job.run() as run:
+        solver_of = solvers.of
         if settings.share_ranks:
-            solver_of = partial(solver_of, ranks=_shared(run, settings, acting, repairs, batching))
+            solver_of = partial(solver_of, ranks=_shared(run, solvers, batching))
         solutions, log = solve_sites(run, solver_of, batching, schedule)
         solutions = without_idle(solutions, repairs)
         changes = {site: solution.change for site, solution in solutions.items()}
         if by_blocks.steps:
             changes, notes = polish_blocks(run, changes, by_blocks)
-            log = log.with_notes(notes)
+            log = replace(log, notes=notes)
     sites = {s: replace(solution, change=changes[s]) for s, solution in solutions.items()}
     return Merged(sites, log, repairs.keys())
 
 
-def _shared(
-    run: Run,
-    settings: IterisSettings,
-    acting: Set[str],
-    repairs: Repairs,
-    batching: ExecutionConfig,
-) -> dict[str, int]:
+def _shared(run: Run, solvers: Solvers, batching: ExecutionConfig) -> dict[str, int]:
     """Ranks of all sites, for a file as large as with ``settings.rank`` at every site of a LoRA."""
-    job, rank = run.job, cast(int, settings.rank)
-    uncut = replace(settings, rank=None, share_ranks=False)
-    own = [changes for site, changes in job.changes.items() if site not in repairs]
+    job, settings = solvers.job, solvers.settings
+    own = [changes for site, changes in job.changes.items() if site not in solvers.repairs]
+    rank = cast(int, settings.rank)
     numbers = sum(min(rank, changes.rank) * sum(changes.shape) for changes in own)
-
-    def solver_of(stage: Stage) -> StageSolver:
-        return _solver(job, uncut, stage, acting, repairs, residuals=True)
-
-    return shared_ranks(run, solver_of, batching, numbers)
+    uncut = replace(solvers, settings=replace(settings, rank=None, share_ranks=False))
+    return shared_ranks(run, partial(uncut.of, residuals=True), batching, numbers)
 
 
-def _solver(
-    job: Job,
-    settings: IterisSettings,
-    stage: Stage,
-    acting: Set[str],
-    repairs: Repairs,
-    ranks: Mapping[str, int] = _NO_RANKS,
-    *,
-    residuals: bool = False,
-) -> StageSolver:
-    """A solver. ``ranks`` holds each site's rank (None: the settings'). With ``residuals``, repairs
-    report their residual too; only the search for ranks reads it."""
-    dtype: torch.dtype = getattr(torch, settings.precision)
-    ridge, pull = settings.ridge, settings.pull
-    if ridge is None:
-        ran = stage.samples or job.calibration.samples, job.calibration.rows_each, job.loras
-        ridge = job.thresholds.ridge_for(*ran)
-        pull = pull or job.thresholds.pull_for(*ran)
-    fit = RegressionSpec(
-        job.weights,
-        ridge,
-        settings.weighting,
-        shrink=settings.shrink,
-        rank=settings.rank,
-        pull=pull or "mean",
-    )
-    repairing = replace(fit, dtype=dtype, residuals=residuals)  # many inputs wide
-    inputs = {site: chosen for site, chosen in repairs.items() if chosen is not None}
+@dataclass(frozen=True)
+class Solvers:
+    """Solves the sites of a ``job``'s stages. ``acting`` are the sites that show where in an image
+    a LoRA acts."""
 
-    bounds = _bounds(job, settings)
+    job: Job
+    settings: IterisSettings
+    acting: Set[str]
+    repairs: Repairs
 
-    def fit_of(site: str) -> RegressionSpec:
-        of = repairing if site in repairs else fit
-        if site in bounds:
-            of = replace(of, bound=bounds[site])
-        return replace(of, rank=ranks[site]) if ranks else of
+    def of(
+        self, stage: Stage, *, ranks: Mapping[str, int] = _NO_RANKS, residuals: bool = False
+    ) -> StageSolver:
+        """A stage's solver. ``ranks`` holds each site's rank (none: the settings'). With
+        ``residuals``, repairs report their residual too; only the search for ranks reads it."""
+        job, settings, repairs = self.job, self.settings, self.repairs
+        dtype: torch.dtype = getattr(torch, settings.precision)
+        ridge, pull = settings.ridge, settings.pull
+        if ridge is None:
+            ran = stage.samples or job.calibration.samples, job.calibration.rows_each, job.loras
+            ridge = job.thresholds.ridge_for(*ran)
+            pull = pull or job.thresholds.pull_for(*ran)
+        fit = RegressionSpec(
+            job.weights,
+            ridge,
+            settings.weighting,
+            shrink=settings.shrink,
+            rank=settings.rank,
+            pull=pull or "mean",
+        )
+        repairing = replace(fit, dtype=dtype, residuals=residuals)  # many inputs wide
+        inputs = {site: chosen for site, chosen in repairs.items() if chosen is not None}
 
-    def solve(site: str, reduction: Reduction) -> Solution:
-        solution = reduction.solve(fit_of(site))
-        if site not in inputs:
-            return solution
-        width = job.changes[site].shape[1]
-        return replace(solution, change=at_all_inputs(solution.change, inputs[site], width))
+        bounds = _bounds(job, settings)
 
-    def used(site: str) -> SiteChanges:
-        changes = job.changes[site]
-        return changes.at(inputs[site]) if site in inputs else changes
+        def fit_of(site: str) -> RegressionSpec:
+            of = repairing if site in repairs else fit
+            if site in bounds:
+                of = replace(of, bound=bounds[site])
+            return replace(of, rank=ranks[site]) if ranks else of
 
-    return StageSolver(
-        begin=lambda context: job.thresholds.choose(context, fit, settings.objective, dtype),
-        solve=solve,
-        bytes=lambda site, sweep: job.thresholds.bytes(
-            used(site), fit_of(site), settings.objective, dtype.itemsize, sweep=sweep
-        ),
-        dtype=dtype,
-        acting=acting,
-        inputs=inputs,
-    )
+        def solve(site: str, reduction: Reduction) -> Solution:
+            solution = reduction.solve(fit_of(site))
+            if site not in inputs:
+                return solution
+            width = job.changes[site].shape[1]
+            return replace(solution, change=at_all_inputs(solution.change, inputs[site], width))
+
+        def used(site: str) -> SiteChanges:
+            changes = job.changes[site]
+            return changes.at(inputs[site]) if site in inputs else changes
+
+        return StageSolver(
+            begin=lambda context: job.thresholds.choose(context, fit, settings.objective, dtype),
+            solve=solve,
+            bytes=lambda site, sweep: job.thresholds.bytes(
+                used(site), fit_of(site), settings.objective, dtype.itemsize, sweep=sweep
+            ),
+            dtype=dtype,
+            acting=self.acting,
+            inputs=inputs,
+        )
 
 
 def _bounds(job: Job, settings: IterisSettings) -> dict[str, float]:

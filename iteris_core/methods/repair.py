@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..activations.site import site_of
-from ..activations.streams import Stream, plain
+from ..activations.streams import Source, Stream
 from ..lora import LowRank, SiteChanges
 from ..passes.job import Job
 from ..solve.problem import Solution
@@ -66,7 +66,8 @@ def with_repairs(job: Job, share: float | None = None) -> tuple[Job, Repairs]:
 
 def streams_of(job: Job) -> dict[str, Stream]:
     """The host's residual streams, and those that a forward showed of other components."""
-    known = plain(job.host.streams(set(job.changes)))
+    own = job.host.streams(set(job.changes))
+    known = {site: Stream(Source(module)) for site, module in own.items()}
     components = {site.partition(".")[0] for site in known}
     return {
         s: of for s, of in job.found_streams.items() if s.partition(".")[0] not in components

@@ -24,7 +24,7 @@ from ..hosts.protocol import DENOISING, Stage
 from ..lora import Lora, LowRank, SiteChanges
 from ..passes.batches import chunks
 from ..passes.job import Job
-from .segments import ByRow, Segment, SegmentBatch, outputs_of, pass_through
+from .segments import SegmentBatch, SegmentRunner
 
 SHOWING = "drawing two concepts"
 
@@ -131,8 +131,8 @@ class SideBySide:
     def _pairs(self, stage: Stage, rows: Sequence[int]) -> list[tuple[int, int]]:
         return [self._drawn.pairs[stage.concept_ids[row]] for row in rows]
 
-    def passages(
-        self, segment: Segment, by_row: ByRow, at_once: int, tick: Callable[[], None]
+    def recorded(
+        self, runner: SegmentRunner, at_once: int, tick: Callable[[], None]
     ) -> Iterator[SegmentBatch]:
         """Inputs and targets of a segment of the stage, in batches of several pairs; empty if the
         segment has no spatial output. ``tick`` is called before every batch, and may raise."""
@@ -141,12 +141,12 @@ class SideBySide:
         for rows in chunks(order, stage.batch_keys, at_once):
             tick()
             merged, *sides = (self._batch(side, rows) for side in (None, 0, 1))
-            passage = pass_through(segment, self._lockstep, merged, rows, by_row)
-            left, right = (outputs_of(segment, self._lockstep, one, by_row) for one in sides)
+            batch = runner.record(merged, rows)
+            left, right = map(runner.outputs, sides)
             wanted = _wanted(left, right, stage)
             if wanted is None:
                 return
-            yield replace(passage, owners=self._pairs(stage, rows), wanted=wanted)
+            yield replace(batch, owners=self._pairs(stage, rows), wanted=wanted)
 
 
 def _wanted(left: Sequence[Tensor], right: Sequence[Tensor], stage: Stage) -> list[Tensor] | None:

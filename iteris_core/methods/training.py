@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..activations.lockstep import Lockstep
-from ..activations.meter import is_out_of_memory
+from ..activations.memory import is_out_of_memory
 from ..errors import IterisError, brief
 from ..linalg.whitening import Whitening
 from ..lora import LowRank
@@ -57,14 +57,6 @@ class Factors:
             downs[site] = (root[:, None] * right).detach().requires_grad_()
         return cls(ups, downs, {site: merged[site].kernel for site in tokens}, whitenings)
 
-    def groups(self, rate: float) -> list[dict[str, Any]]:
-        """Parameter groups of an optimiser: each factor at ``rate`` times the root mean square of
-        its entries."""
-        return [
-            {"params": [factor], "lr": rate * float(factor.detach().square().mean().sqrt())}
-            for factor in (*self.ups.values(), *self.downs.values())
-        ]
-
     def put(self, lockstep: Lockstep) -> None:
         """Install the factors as merged changes, with gradients if enabled."""
         for site, whitening in self.whitenings.items():
@@ -73,32 +65,33 @@ class Factors:
                 up, down = up.detach(), down.detach()
             lockstep.merged[site] = LowRank(up, down, self.kernels[site])
 
+    def train(
+        self, rate: float, steps: int, loss: Callable[[], Tensor], tick: Callable[[int], None]
+    ) -> None:
+        """Take that many steps of Adam. A factor's learning rate is ``rate`` times the root mean
+        square of its entries; it rises over ten steps and falls to zero.
 
-def train(
-    groups: Sequence[dict[str, Any]],
-    steps: int,
-    loss: Callable[[], Tensor],
-    tick: Callable[[int], None],
-) -> None:
-    """Take that many steps on the factors in ``groups`` (optimiser groups with ``params`` and
-    ``lr``). The rates rise over ten steps and fall to zero.
-
-    ``loss()`` draws a random batch; ``tick`` gets the number of steps done. Raises
-    :class:`NoGradients` if a step is impossible.
-    """
-    factors = [factor for group in groups for factor in group["params"]]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        adam, lambda step: min(1.0, (step + 1) / 10) * (1 - step / steps)
-    )
-    for step in range(1, steps + 1):
-        with torch.enable_grad():
-            gradients = _gradients(loss(), factors)
-        for factor, gradient in zip(factors, gradients, strict=True):
-            factor.grad = gradient
-        adam.step()
-        schedule.step()
-        tick(step)
+        ``loss()`` draws a random batch; ``tick`` gets the number of steps done. Raises
+        :class:`NoGradients` if a step is impossible.
+        """
+        factors = [*self.ups.values(), *self.downs.values()]
+        sizes = (float(factor.detach().square().mean().sqrt()) for factor in factors)
+        groups: list[dict[str, Any]] = [
+            {"params": [factor], "lr": rate * size}
+            for factor, size in zip(factors, sizes, strict=True)
+        ]
+        adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            adam, lambda step: min(1.0, (step + 1) / 10) * (1 - step / steps)
+        )
+        for step in range(1, steps + 1):
+            with torch.enable_grad():
+                gradients = _gradients(loss(), factors)
+            for factor, gradient in zip(factors, gradients, strict=True):
+                factor.grad = gradient
+            adam.step()
+            schedule.step()
+            tick(step)
 
 
 def _gradients(loss: Tensor, factors: Sequence[Tensor]) -> Sequence[Tensor | None]:

@@ -63,10 +63,25 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """The rows of a stage, grouped by kind and in order within each, ``batching.rows`` at a time.
     Rows in ``first`` come before all others."""
-    rows = range(len(stage.concept_ids))
-    firsts = [row for row in rows if row in first]
-    for part in (firsts, [row for row in rows if row not in first]):
-        yield from _of(stage, part, copies, observer if stage.sites else None, batching)
+    every, limit = range(len(stage.concept_ids)), limit_of(stage, batching)
+    parts = [row for row in every if row in first], [row for row in every if row not in first]
+    weighs = stage.spatial and batching.saliency
+    for rows in (rows for part in parts for rows in chunks(part, stage.batch_keys, batching.rows)):
+
+        def mask_of(site: str, rows: Sequence[int] = rows) -> Tensor | None:
+            return stage.mask(site, rows) if stage.mask is not None else None
+
+        yield MicroBatch(
+            partial(stage.run, rows, copies),
+            [stage.concept_ids[row] for row in rows],
+            copies,
+            observer if stage.sites else None,
+            mask_of=mask_of,
+            stage=stage.name,
+            choice=TokenSampling(rows, limit, batching.seed),
+            saliency=Saliency(batching.saliency) if weighs else None,
+            conditions=stage.conditions_of(rows),
+        )
 
 
 def sampled_rows(stage: Stage, thresholds: Thresholds) -> Set[int] | None:
@@ -99,33 +114,6 @@ def limit_of(stage: Stage, batching: ExecutionConfig) -> Callable[[int], int] | 
         return lambda width: limit
     rows = max(Counter(stage.concept_ids).values())  # concepts without a LoRA have fewer
     return lambda width: thresholds.row_tokens(width, rows)
-
-
-def _of(
-    stage: Stage,
-    part: Sequence[int],
-    copies: int,
-    observer: Observer | None,
-    batching: ExecutionConfig,
-) -> Iterator[MicroBatch]:
-    limit = limit_of(stage, batching)
-    for rows in chunks(part, stage.batch_keys, batching.rows):
-
-        def mask_of(site: str, rows: Sequence[int] = rows) -> Tensor | None:
-            return stage.mask(site, rows) if stage.mask is not None else None
-
-        weighs = stage.spatial and batching.saliency
-        yield MicroBatch(
-            partial(stage.run, rows, copies),
-            [stage.concept_ids[row] for row in rows],
-            copies,
-            observer,
-            mask_of=mask_of,
-            stage=stage.name,
-            choice=TokenSampling(rows, limit, batching.seed),
-            saliency=Saliency(batching.saliency) if weighs else None,
-            conditions=stage.conditions_of(rows),
-        )
 
 
 def fewer(stage: Stage, count: int) -> Stage:

@@ -1,18 +1,203 @@
-"""Memory of a stage: bytes by number of rows, rows at once, and where rows wait.
+"""Memory of a stage: the measured cost of a row, and bytes by number of rows.
 
-In a sweep the peak is at one of its sites: while rows run there and all others wait, or while it is
-solved. Otherwise the moments of all sites exist at once, and no row waits.
+One row runs, then the same row twice, pausing as in a sweep with any strategy. The second row's
+addition is the cost of a row; the rest is a forward's fixed cost (weights that are cast or moved to
+the device). In a sweep the peak is at one of its sites: while rows run there and all others wait,
+or while it is solved. Otherwise the moments of all sites exist at once, and no row waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
+import torch
+
+from ..activations.activation_offload import ActivationOffload
+from ..activations.barriers import Barriers
+from ..activations.host_pool import OffloadStore
+from ..activations.lockstep import Lockstep
+from ..activations.memory import MemoryMeter
+from ..activations.micro_batch import MicroBatch
+from ..activations.token_sampling import TokenSampling
+from ..activations.tokens import Group, Observation
 from ..hosts.protocol import Stage
 from ..solve.problem import MemoryEstimate
-from .measure import Cost, Step
 from .strategies import Strategy
+
+
+@dataclass
+class Step:
+    """A row's step to ``site`` from the previous site: bytes that it holds there (``waiting``), its
+    peak on the way (``running``), its tensors that the solve reads (``shown``), and their
+    reductions (``reduced``). ``forward`` is used on the way regardless of the number of rows. The
+    inputs of the sites ``beside`` are still alive there, so others may share their moments; for a
+    site that ``shares``, the moments of its inputs already exist."""
+
+    site: str
+    waiting: int = 0
+    running: int = 0
+    shown: int = 0
+    reduced: int = 0
+    forward: int = 0
+    beside: Sequence[str] = ()
+    shares: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one row with all its copies: its ``steps`` in order, the last one to the model's
+    end (site ""). ``device`` is where its tensors are."""
+
+    steps: Sequence[Step]
+    device: torch.device
+
+    @property
+    def waiting(self) -> int:
+        """The maximum over all sites."""
+        return max(step.waiting for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measurement of the longest row of ``stage``. At most ``limit(width)`` of its tokens count
+    at a site with that many inputs (None: all), in moments of ``itemsize`` bytes."""
+
+    stage: Stage
+    lockstep: Lockstep
+    copies: int
+    limit: Callable[[int], int] | None = None
+    itemsize: int = 4
+
+    def row(self, barriers: Barriers | None = None, place: OffloadStore | None = None) -> Cost:
+        """The cost of a row that waits on the device, or in ``place``, at the end of each of the
+        ``barriers`` (None: at every site).
+
+        The first run casts changes to the model's dtype, and loads weights that are offloaded as a
+        whole model. Both stay on the device and belong to no row, so a run that leaves something
+        behind does not count.
+        """
+        row = _longest(self.stage)
+        one = _MeasuredForward(self, [row], barriers, place)
+        if one.meter.live:
+            one = _MeasuredForward(self, [row], barriers, place)
+        two = _MeasuredForward(self, [row, row], barriers, place)
+        for step, both in zip(one.steps, two.steps, strict=True):
+            step.forward = max(2 * step.running - both.running, 0)
+            step.waiting = self.copies * max(both.waiting - step.waiting, 0)
+            step.running = self.copies * max(both.running - step.running, 0)
+            step.shown = self.copies * max(both.shown - step.shown, 0)
+            step.reduced = both.reduced - step.reduced
+        return Cost(one.steps, one.device)
+
+
+class _MeasuredForward:
+    """One forward of the same row, repeated, under a meter that records what is alive at every
+    pause."""
+
+    def __init__(
+        self,
+        measure: Measure,
+        rows: Sequence[int],
+        barriers: Barriers | None,
+        place: OffloadStore | None,
+    ) -> None:
+        self.steps: list[Step] = []
+        self.meter = MemoryMeter()
+        self.device = torch.device("cpu") if place is None else place.device
+        self._measure = measure
+        self._narrow = barriers is not None
+        self._keeps = barriers is None or not reduces_at_once(measure.stage, barriers)
+        self._groups: dict[Group, str] = {}
+        self._level: list[Observation] = []
+        self._solved = 0
+        self._offload = None if place is None else ActivationOffload(place)
+        stage, lockstep = measure.stage, measure.lockstep
+        batch = MicroBatch(
+            lambda: stage.run(rows, 1),
+            [stage.concept_ids[row] for row in rows],
+            1,
+            self,
+            pause=self._pause,
+            choice=TokenSampling(rows, measure.limit, 0),
+            conditions=[stage.costliest_condition] * len(rows) if stage.conditions else (),
+        )
+        with ExitStack() as stack:
+            stack.enter_context(lockstep.in_barriers(barriers or Barriers()))
+            stack.enter_context(self.meter)
+            if self._offload is not None:
+                stack.enter_context(self._offload)
+                self._offload.turn(0)
+            lockstep.run(batch)
+            self.steps.append(Step("", running=self.meter.peak))
+        self._level.clear()
+
+    def observe(self, shown: Observation) -> None:
+        """Keep what a site's solve will read until then, as in a sweep."""
+        self.device, meter = shown.inputs.device, self.meter
+        before = meter.live, meter.peak
+        if self._narrow:
+            shown = shown.gathered()
+        tensors = (shown.inputs, shown.outputs, shown.stream)
+        held = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        if any(other.inputs is shown.inputs for other in self._level):
+            held -= shown.inputs.numel() * shown.inputs.element_size()
+        others = shown.alive - {shown.group}
+        beside = [site for group, site in self._groups.items() if group in others]
+        reduced, shares = shown.rows * self._reduced(shown), shown.group in self._groups
+        self.steps.append(
+            Step(shown.name, shown=held, reduced=reduced, beside=tuple(beside), shares=shares)
+        )
+        self._groups[shown.group] = shown.name
+        self._level.append(shown)
+        if not self._keeps:  # it is reduced here
+            meter.peak = max(before[1], before[0] + reduced)
+
+    def _pause(self, _: str) -> None:
+        meter, offload = self.meter, self._offload
+        if not self._keeps:
+            self._level.clear()
+        running, waiting = meter.peak, meter.live
+        if offload is not None:
+            offload.rest()
+            waiting = meter.live + offload.away
+        for step in self.steps[self._solved :]:
+            step.waiting, step.running = waiting, running
+        self._solved = len(self.steps)
+        if offload is not None:
+            offload.turn(0)
+        self._level.clear()
+        meter.peak = meter.live
+
+    def _reduced(self, shown: Observation) -> int:
+        """Tokens of a row in the moments' precision, plus the conversion from the model's; for a
+        convolution, patches of all its tokens are made first."""
+        (out, width), size = shown.site.shape, shown.inputs.element_size()
+        limit, itemsize = self._measure.limit, self._measure.itemsize
+        length = shown.site.length(shown.outputs)
+        tokens = length if limit is None else min(length, limit(width))
+        patches = length * width * size if shown.inputs.numel() < length * width else 0
+        made = width * (size + itemsize) + out * (2 * size + 3 * itemsize)
+        return patches + tokens * made
+
+
+def _longest(stage: Stage) -> int:
+    if stage.lengths is not None:
+        return max(range(len(stage.lengths)), key=stage.lengths.__getitem__)
+    if stage.mask is None:
+        return 0
+    lengths = [0] * len(stage.concept_ids)
+    for site in (stage.sites[0], stage.sites[-1]):  # an encoder's and a decoder's
+        for row in range(len(lengths)):
+            mask = stage.mask(site, [row])
+            lengths[row] += 0 if mask is None else int(mask.sum())
+    return lengths.index(max(lengths))
+
+
+def reduces_at_once(stage: Stage, barriers: Barriers) -> bool:
+    """True if rows are reduced as they are observed, once targets have been sampled."""
+    return bool(barriers.blocks) and stage.mask is None
 
 
 @dataclass(frozen=True)
@@ -97,7 +282,7 @@ class Footprint:
         return sum(self.sites[site].left for site in step.beside if site in self.sites)
 
     def _of_barriers(self, steps: Sequence[Step]) -> list[list[Step]]:
-        """The last one of its own."""
+        """The steps by level; those after the last barrier form their own."""
         barriers, found = self.strategy.barriers, list[list[Step]]([[]])
         for step in steps:
             found[-1].append(step)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..activations.conditions import phantom_of
-from ..activations.oom_retry import halved, with_less
+from ..activations.memory import halved, with_less
 from ..concepts import Calibration
 from ..errors import SiteError
 from ..hosts.protocol import Host

@@ -36,9 +36,6 @@ class RunLog:
     convergence: Sequence[float] = ()
     notes: Sequence[str] = ()
 
-    def with_notes(self, notes: Sequence[str]) -> RunLog:
-        return replace(self, notes=[*self.notes, *notes])
-
 
 @dataclass(frozen=True)
 class SiteCost:

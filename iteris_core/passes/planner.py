@@ -1,7 +1,7 @@
 """Keeps a memory budget: how many rows run at once, where others wait, and how many run at all.
 
 The budget is the user's limit, or the host's free memory. Before a stage runs, its longest row is
-measured (:mod:`.measure`). In a sweep every row waits at each site, on the device or in host
+measured (:mod:`.footprint`). In a sweep every row waits at each site, on the device or in host
 memory, in addition to the moments and the solve of one site; otherwise there are the moments of all
 sites. The first strategy that fits is used. If memory runs out anyway, because other programs took
 it, the next ones are tried.
@@ -10,51 +10,93 @@ it, the next ones are tried.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from typing import Literal
-
-import torch
+from dataclasses import dataclass, replace
 
 from ..activations.host_pool import HostPool, OffloadStore
 from ..activations.lockstep import Lockstep
-from ..activations.meter import is_apart, is_out_of_memory
-from ..activations.oom_retry import halved
+from ..activations.memory import halved, is_apart, is_out_of_memory
+from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
-from ..lora import SiteChanges
 from ..solve.choose import Thresholds
 from ..solve.problem import StageSolver
-from .batches import ExecutionConfig, Schedule, limit_of, sampled_rows
-from .footprint import Footprint, MemoryLimits
-from .job import Run, SiteCost, StageTiming
-from .measure import Cost, Measure, streams
-from .plan import Plan, plan_stage
+from .batches import ExecutionConfig, Schedule, fewer, limit_of, sampled_rows, selected
+from .footprint import Footprint, Measure, MemoryLimits, reduces_at_once
+from .job import Run
 from .strategies import ON_DEVICE, Strategy, free_host, ladder
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a stage: ``at_once`` rows at a time out of ``offered``, with a ``strategy``,
+    using ``bytes`` of the ``budget`` beyond the model. If the strategy offloads, ``on_device`` rows
+    wait on the device and the others in ``host_bytes`` of host memory, limited to
+    ``host_limit``."""
+
+    stage: Stage
+    at_once: int
+    strategy: Strategy
+    offered: int = 0
+    bytes: int = 0
+    budget: float = math.inf
+    on_device: int = 0
+    host_bytes: int = 0
+    host_limit: int = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.stage.concept_ids)
+
+    def __str__(self) -> str:
+        rows = f"{self.rows} rows"
+        if self.rows < self.offered:
+            rows = f"{self.rows} of {self.offered} rows (the others do not fit)"
+        parts = [
+            f"{self.stage.name}: {rows}",
+            f"{self.at_once} at once",
+            self.strategy.name,
+            f"{self.bytes / 2**30:.2f} of {self.budget / 2**30:.2f} GiB",
+            f"{self.host_bytes / 2**30:.2f} GiB of host memory" if self.host_bytes else "",
+        ]
+        return ", ".join(filter(None, parts))
+
+    def of(self, stage: Stage) -> Plan:
+        """The same plan, with the same rows, for the planned ``stage`` made again."""
+        if self.rows < self.offered:
+            left, every = set(self.stage.rows or ()), stage.rows or range(self.offered)
+            kept = selected(stage, [at for at, row in enumerate(every) if row in left])
+            stage = replace(kept, samples=self.stage.samples)
+        return replace(self, stage=stage)
+
+
+class Planned(Exception):
+    """Ends a preview: the ``plans`` of all stages are made."""
+
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        super().__init__("planned")
+        self.plans = plans
 
 
 def planned(
     run: Run, stage: Stage, solver: StageSolver, batching: ExecutionConfig, *, schedule: Schedule
 ) -> Plan:
     """A plan within the run's memory budget; without a budget, the fastest strategy."""
-    budget = run.job.memory_budget
-    if budget is None or not stage.sites:
-        strategy = ON_DEVICE if schedule.sweep else Strategy()
-        return Plan(stage, batching.rows, strategy, len(stage.concept_ids))
-    made, cost = _fitting(run, stage, solver, batching, schedule, budget)
-    job, steps = run.job, (step for step in cost.steps if step.site)
-    reached = {s.site: SiteCost(job.changes[s.site].shape, s.length) for s in steps}
-    seen = StageTiming(made.stage, job.calibration, reached, cost.seconds, cost.device)
-    made = replace(made, offered=len(stage.concept_ids), seen=seen)
+    fastest = ON_DEVICE if schedule.sweep else Strategy()
+    if run.job.memory_budget is None or not stage.sites:
+        return Plan(stage, batching.rows, fastest, len(stage.concept_ids))
+    made = _fitting(run, stage, solver, batching, schedule, fastest)
+    made = replace(made, offered=len(stage.concept_ids))
     if made.rows < made.offered:
         _log.warning(
             "Not enough memory for all rows: %s; lower samples, timesteps or latent_size, or allow "
             "more memory",
             made,
         )
-    job.tick(f"plan: {made}", 0, 0, str(made))
+    run.job.tick(f"plan: {made}", 0, 0, str(made))
     return made
 
 
@@ -64,30 +106,29 @@ def _fitting(
     solver: StageSolver,
     batching: ExecutionConfig,
     schedule: Schedule,
-    budget: int | Literal["free"],
-) -> tuple[Plan, Cost]:
-    """The plan for as many rows as fit, and the measured cost of one. With fewer rows, more tokens
-    per row may count, so a reduced stage is measured again."""
-    lockstep, room, sweep = run.lockstep, run.job.host.free_memory, schedule.sweep
+    fastest: Strategy,
+) -> Plan:
+    """The plan for as many rows as fit. With fewer rows, more tokens per row may count, so a
+    reduced stage is measured again."""
+    lockstep, sweep = run.lockstep, schedule.sweep
+    free_memory, available = run.job.host.free_memory, run.job.memory_budget
     limit, itemsize = limit_of(stage, batching), solver.dtype.itemsize
     measure = Measure(stage, lockstep, schedule.copies, limit, itemsize)
     cost = measure.row()
-    footprint = Footprint(
-        stage,
-        ON_DEVICE if sweep else Strategy(),
-        cost,
-        None,
-        {site: solver.bytes(site, sweep) for site in stage.sites},
-        changes_bytes(lockstep.changes, cost.device) + lockstep.cast_bytes,
-        sweep,
+    sites = {site: solver.bytes(site, sweep) for site in stage.sites}
+    # The merged changes, at most: float32 factors of rank Σ r_i, on the LoRAs' device.
+    fixed = lockstep.cast_bytes + sum(
+        4 * sum(site.shape) * site.rank
+        for site in lockstep.changes.values()
+        if site.like.up.device.type == cost.device.type
     )
-    wanted = footprint.bytes_of(len(stage.concept_ids), batching.rows)
-    available = budget
-    if available == "free":
-        available = room(wanted)
+    first = Footprint(stage, fastest, cost, None, sites, fixed, sweep)
+    wanted = first.bytes_of(len(stage.concept_ids), batching.rows)
+    if isinstance(available, int):
+        free_memory(min(wanted, available))
     else:
-        room(min(wanted, available))
-    limits, footprints = MemoryLimits(available), [footprint]
+        available = free_memory(wanted)
+    limits, footprints = MemoryLimits(available), [first]
     if sweep and wanted > available:
         with ExitStack() as stack:
             place = None
@@ -95,13 +136,13 @@ def _fitting(
                 limits = MemoryLimits(available, free_host())
                 place = HostPool(cost.device, limits.host)
                 stack.callback(place.close)
-            footprints += others(footprint, measure, place, batching)
+            footprints += others(first, measure, place, batching)
     made = plan_stage(footprints, limits, batching.rows)
     if made.rows < made.offered and stage.spatial and batching.row_tokens == "enough":
-        return _fitting(run, made.stage, solver, batching, schedule, budget)
+        return _fitting(run, made.stage, solver, batching, schedule, fastest)
     if made.bytes < wanted:
-        room(made.bytes)  # weights evicted for more than this come back
-    return made, cost
+        free_memory(made.bytes)  # weights evicted for more than this come back
+    return made
 
 
 def others(
@@ -113,15 +154,111 @@ def others(
         if strategy.barriers is not barriers:
             barriers = strategy.barriers
             cost = measure.row(barriers)
-        parked = None
+        parked = sampled = None
         if strategy.offloads is not None and place is not None:
             parked = measure.row(barriers, strategy.place(place))
-        sampled = None
-        if barriers is not None and streams(stage, barriers):
+        if barriers is not None and reduces_at_once(stage, barriers):
             sampled = sampled_rows(stage, batching.thresholds)
         yield replace(
             footprint, strategy=strategy, cost=cost, parked=parked, sampled=len(sampled or ())
         )
+
+
+def plan_stage(footprints: Sequence[Footprint], limits: MemoryLimits, most: int) -> Plan:
+    """The first plan of up to ``most`` rows at once that fits into the ``limits``. ``footprints``
+    are those of the strategies, fastest first.
+
+    If none fits, rows are left out evenly over the concepts, except in a stage that a later one
+    needs in full. Raises :class:`OutOfMemory` if even one row per concept does not fit.
+    """
+    stage = footprints[0].stage
+    offered, concepts = len(stage.concept_ids), len(set(stage.concept_ids))
+
+    def first(stage: Stage, most: int) -> Plan | None:
+        plans = (_plan_of(footprint, limits, stage, most) for footprint in footprints)
+        return next(filter(None, plans), None)
+
+    def left(share: int) -> Stage:
+        return fewer(stage, share * concepts)
+
+    made = first(stage, most)
+    if made is None and not stage.feeds_next:
+        share = _largest(lambda n: first(left(n), 1) is not None, 1, offered // concepts)
+        made = None if share is None else first(left(share), most)
+    if made is None:
+        raise _too_much(footprints, limits, offered if stage.feeds_next else concepts)
+    return replace(made, offered=offered)
+
+
+def _plan_of(footprint: Footprint, limits: MemoryLimits, stage: Stage, most: int) -> Plan | None:
+    """With one strategy: as many rows at once as fit, with as many as possible waiting there."""
+    rows = len(stage.concept_ids)
+
+    def fits(at_once: int, on_device: int | None = None) -> bool:
+        return footprint.bytes_of(rows, at_once, on_device) <= limits.device
+
+    def plan(at_once: int, on_device: int | None = None) -> Plan:
+        return Plan(
+            stage,
+            at_once,
+            footprint.strategy,
+            bytes=footprint.bytes_of(rows, at_once, on_device),
+            budget=limits.device,
+            on_device=on_device or 0,
+            host_bytes=footprint.host_bytes(rows, on_device),
+            host_limit=limits.host,
+        )
+
+    most = min(most, rows)
+    if footprint.parked is None:
+        at_once = _largest(fits, 1, most)
+        return None if at_once is None else plan(at_once)
+    for count in halved(most):
+        kept = _largest(lambda kept: fits(count, kept), 0, rows - 1)  # noqa: B023
+        if kept is not None:
+            kept = kept // count * count  # whole forwards
+            if footprint.host_bytes(rows, kept) <= limits.host:
+                return plan(count, kept)
+    return None
+
+
+def _too_much(footprints: Sequence[Footprint], limits: MemoryLimits, fewest: int) -> OutOfMemory:
+    def least(of: Footprint) -> int:
+        return of.bytes_of(fewest, 1, None if of.parked is None else 0)
+
+    smallest = min(footprints, key=least)
+    tried = ""
+    if smallest.parked is not None:
+        waiting, free = _size(smallest.host_bytes(fewest, 0)), _size(limits.host)
+        tried = f", with rows waiting in {waiting} of host memory, with {free} free"
+    what = (
+        "all rows, because later stages need them"
+        if smallest.stage.feeds_next
+        else "one row per concept"
+    )
+    return OutOfMemory(
+        f"The {smallest.stage.name} needs at least {_size(least(smallest))} beyond the model for "
+        f"{what}{tried}, but only {_size(limits.device)} may be used; lower samples, timesteps or "
+        "latent_size, or allow more memory."
+    )
+
+
+def _size(count: float) -> str:
+    """Bytes as text, in the largest unit of which there is at least a tenth."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= unit / 10:
+            return f"{count / unit:.2f} {name}"
+    return f"{count:.0f} bytes"
+
+
+def _largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
+    """The largest number that ``fits``, assuming all smaller ones do."""
+    if most < least or not fits(least):
+        return None
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle - 1)
+    return least
 
 
 def attempts(
@@ -131,29 +268,22 @@ def attempts(
     strategies (in host memory, if it is separate), then half as many rows at once, down to one."""
     yield plan
     if sweep:
-        for strategy in _further(plan, lockstep, thresholds):
-            host = plan.host_limit
-            if strategy.offloads is not None and not host:
-                host = free_host()
+        # Those that can be found: that needs a row to run, for which memory may be missing too.
+        strategies = [plan.strategy] if plan.on_device else []
+        try:
+            for strategy in ladder(plan.stage, lockstep, thresholds):
+                if strategy.slower > plan.strategy.slower:
+                    strategies.append(strategy)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        apart = [strategy for strategy in strategies if strategy.offloads is not None]
+        for strategy in apart or strategies:
+            host = plan.host_limit or (free_host() if strategy.offloads is not None else 0)
             plan = replace(plan, strategy=strategy, on_device=0, host_limit=host)
             yield plan
     rows = min(plan.at_once, plan.rows)
     yield from (replace(plan, at_once=some) for some in halved(rows) if some < rows)
-
-
-def _further(plan: Plan, lockstep: Lockstep, thresholds: Thresholds) -> list[Strategy]:
-    """The footprints that can be measured: each needs a row to run, for which memory may be missing
-    too."""
-    strategies = [plan.strategy] if plan.on_device else []
-    try:
-        for strategy in ladder(plan.stage, lockstep, thresholds):
-            if strategy.slower > plan.strategy.slower:
-                strategies.append(strategy)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-    apart = [strategy for strategy in strategies if strategy.offloads is not None]
-    return apart or strategies
 
 
 def complaint(said: str, tried: Sequence[Plan]) -> str:
@@ -166,14 +296,4 @@ def complaint(said: str, tried: Sequence[Plan]) -> str:
         f"Out of memory in the {tried[0].stage.name} ({said}). Tried: {'; '.join(named)}. Lower "
         "samples or timesteps (fewer rows), or latent_size (smaller ones), "
         "or free memory elsewhere. The model is unchanged."
-    )
-
-
-def changes_bytes(changes: Mapping[str, SiteChanges], device: torch.device) -> int:
-    """Largest size in bytes of the merged changes, as float32 factors of rank Σ r_i; they are on
-    the LoRAs' device."""
-    return sum(
-        4 * sum(site.shape) * site.rank
-        for site in changes.values()
-        if site.like.up.device.type == device.type
     )

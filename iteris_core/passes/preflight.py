@@ -2,6 +2,10 @@
 
 Every stage runs a row or two of pure noise, with no LoRA active. Otherwise these problems would
 show only at the end, after minutes or hours.
+
+A layer may get the tokens of all rows as one row, or every frame of a video as a separate row. Such
+a site is merged like any other if each row's tokens stay together, in the order of the rows.
+Running two rows together and separately checks this.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,15 +25,18 @@ from ..activations.host_pool import wait_for
 from ..activations.lockstep import Lockstep
 from ..activations.streams import Stream, find_streams
 from ..architectures.sites import weight_shape
-from ..concepts import Concept
+from ..concepts import Calibration, Concept
 from ..hosts.protocol import Stage
+from ..hosts.recorded import differ
 from .job import Job, SiteCost, StageTiming
-from .joined_rows import joined_rows
 
 UNREACHED = "is reached by no forward"
 PARTLY = 'is reached by some of the prompts only, which schedule="jacobi" of iteris takes'
 MIXED = "gets the rows of a batch mixed or split"
 REPEATED = 'is called more than once in a forward, which schedule="jacobi" of iteris takes'
+_PAIRS = 4
+_NUMBERS = 8  # numbers that represent a token
+_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -70,14 +77,12 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
             samples = host.samples(job.concepts, sites, some, lockstep, generator, quiet)
             for stage in host.stages(samples, sites):
                 every_kind = some is every_prompt
-                why, mixed, calls = _look(stage, modules, every_kind=every_kind, sweep=sweep)
+                why, mixed, timing = _look(stage, modules, some, every_kind=every_kind, sweep=sweep)
                 if mixed - joined:
                     joined |= joined_rows(stage, {site: modules[site] for site in mixed - joined})
                 found |= why | dict.fromkeys(mixed - joined, MIXED)
                 if not every_kind:
-                    seen.append(
-                        StageTiming(stage, some, calls.reached, calls.seconds, calls.device)
-                    )
+                    seen.append(timing)
                     streams |= _streams(stage, modules)
             if sites <= found.keys() and MIXED not in found.values():
                 break
@@ -86,36 +91,55 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
 
 
 def _look(
-    stage: Stage, modules: Mapping[str, nn.Module], *, every_kind: bool, sweep: bool
-) -> tuple[dict[str, str | None], set[str], _Calls]:
-    """The sites that ``stage`` reaches with its first row, or with the first row of every kind, why
-    they cannot be merged, those that get a different number of rows, and the last row's calls."""
+    stage: Stage,
+    modules: Mapping[str, nn.Module],
+    calibration: Calibration,
+    *,
+    every_kind: bool,
+    sweep: bool,
+) -> tuple[dict[str, str | None], set[str], StageTiming]:
+    """Why sites that ``stage`` reaches with its first row, or with the first row of every kind,
+    cannot be merged (None: they can); those that get a different number of rows; and the timing."""
     kinds = stage.batch_keys if stage.batch_keys and every_kind else [None] * len(stage.concept_ids)
     firsts = {kind: row for row, kind in reversed(list(enumerate(kinds)))}.values()
-    calls = _Calls(set(stage.sites))
+    wanted, device, seconds = set(stage.sites), torch.device("cpu"), 0.0
+    calls: dict[str, list[int]] = {}
+    reached: dict[str, SiteCost] = {}
     count: Counter[str] = Counter()
     mixed: set[str] = set()
     repeated: set[str] = set()
+
+    def note(site: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            nonlocal device
+            device, (out, *rest) = output.device, weight_shape(module)
+            if site in wanted:
+                calls.setdefault(site, []).append(len(args[0]))
+            tokens = output.numel() // max(out * len(output), 1)
+            reached[site] = SiteCost((out, math.prod(rest)), tokens)
+
+        return hook
+
     with ExitStack() as stack:
         for site, module in modules.items():
-            stack.enter_context(module.register_forward_hook(calls.hook(site)))
+            stack.enter_context(module.register_forward_hook(note(site)))
         for row in firsts:
             for _ in range(1 if every_kind else 2):  # the first one may load weights to the device
-                calls.rows.clear()
+                calls.clear()
                 started = time.perf_counter()
                 stage.run([row, row], 1)
-                wait_for(calls.device)
-                calls.seconds = (time.perf_counter() - started) / 2
-            count.update(calls.rows.keys())
-            mixed |= {site for site, rows in calls.rows.items() if set(rows) != {2}}
-            repeated |= {site for site, rows in calls.rows.items() if len(rows) > 1}
+                wait_for(device)
+                seconds = (time.perf_counter() - started) / 2
+            count.update(calls.keys())
+            mixed |= {site for site, rows in calls.items() if set(rows) != {2}}
+            repeated |= {site for site, rows in calls.items() if len(rows) > 1}
     for row in set(range(len(stage.concept_ids))) - set(firsts) if stage.feeds_next else ():
         stage.run([row], 1)
     why: dict[str, str | None] = dict.fromkeys(count)
     if sweep:
-        why |= {site: PARTLY for site, reached in count.items() if reached < len(firsts)}
+        why |= {site: PARTLY for site, times in count.items() if times < len(firsts)}
         why |= dict.fromkeys(repeated, REPEATED)
-    return why, mixed, calls
+    return why, mixed, StageTiming(stage, calibration, reached, seconds, device)
 
 
 def _streams(stage: Stage, modules: Mapping[str, nn.Module]) -> dict[str, Stream]:
@@ -127,26 +151,82 @@ def _streams(stage: Stage, modules: Mapping[str, nn.Module]) -> dict[str, Stream
     return find_streams(lambda: stage.run([rows[0], rows[-1]], 1), 2, modules)
 
 
-class _Calls:
-    """The calls of a forward: every site that it ``reached``, the ``rows`` of each call for the
-    selected sites, and its ``seconds`` per row."""
+def joined_rows(stage: Stage, modules: Mapping[str, nn.Module]) -> set[str]:
+    """The ``modules``, sites of ``stage``, whose inputs are the rows' tokens one row after another.
 
-    def __init__(self, wanted: Set[str]) -> None:
-        self.rows: dict[str, list[int]] = {}
-        self.reached: dict[str, SiteCost] = {}
-        self.device, self.seconds = torch.device("cpu"), 0.0
-        self._wanted = wanted
+    Two rows that may share a forward, run together, give such a site the first row's tokens
+    followed by the second's. If all rows give the same tokens, they must occur twice and not repeat
+    within a row; otherwise tokens in another order would look the same.
+    """
+    undecided = {s: m for s, m in modules.items() if not isinstance(m, nn.Conv2d)}
+    joined: set[str] = set()
+    alike: set[str] = set()
+    for one, other in _pairs(stage.batch_keys or [None] * len(stage.concept_ids)):
+        pairs = [one, one], [other, other], [one, other]
+        alone, beside, both = (_halves(stage, rows, undecided) for rows in pairs)
+        for site in list(undecided):
+            first, second, mixed = alone.get(site), beside.get(site), both.get(site)
+            if first is None or second is None or mixed is None or not _same(*first):
+                del undecided[site]
+            elif not _same(first[0], second[0]):
+                del undecided[site]
+                if _same(first[0], mixed[0]) and _same(second[0], mixed[1]):
+                    joined.add(site)
+            elif not _repeats(first[0]):
+                alike.add(site)
+        if not undecided:
+            break
+    return joined | (alike & undecided.keys())
 
-    def hook(self, site: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            out, *rest = weight_shape(module)
-            if site in self._wanted:
-                self.rows.setdefault(site, []).append(len(args[0]))
-            tokens = output.numel() // max(out * len(output), 1)
-            self.reached[site] = SiteCost((out, math.prod(rest)), tokens)
-            self.device = output.device
+
+def _pairs(kinds: Sequence[Hashable]) -> list[tuple[int, int]]:
+    """Pairs of rows of one kind, as far apart as possible."""
+    rows: dict[Hashable, list[int]] = {}
+    for row, kind in enumerate(kinds):
+        rows.setdefault(kind, []).append(row)
+    pairs = [
+        (at, some[at], some[-1 - at]) for some in rows.values() for at in range(len(some) // 2)
+    ]
+    return [(one, other) for _, one, other in sorted(pairs)[:_PAIRS]]
+
+
+def _halves(
+    stage: Stage, rows: Sequence[int], modules: Mapping[str, nn.Module]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The tokens that each of two rows gives the ``modules``, (tokens, :data:`_NUMBERS`) each, for
+    modules with equally many from both. A random projection represents a token, because a large
+    model's inputs would not fit in memory at once."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(site: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs: Tensor = args[0]
+            width = inputs.shape[-1]
+            if inputs.ndim > 1 and inputs.numel() // width % 2 == 0:
+                generator = torch.Generator().manual_seed(width)
+                factors = torch.randn(width, _NUMBERS, generator=generator)
+                tokens = inputs.detach().float() @ factors.to(inputs.device)
+                first, second = tokens.cpu().reshape(2, -1, _NUMBERS)
+                found[site] = first, second
 
         return hook
+
+    with ExitStack() as stack:
+        for site, module in modules.items():
+            stack.enter_context(module.register_forward_pre_hook(keep(site)))
+        stage.run(rows, 1)
+    return found
+
+
+def _repeats(tokens: Tensor) -> bool:
+    """True if (tokens, width) consist of one part, repeated."""
+    count = len(tokens)
+    parts = (tokens.reshape(n, -1) for n in range(2, count + 1) if count % n == 0)
+    return any(_same(some[1:], some[:-1]) for some in parts)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return not differ(one, other, _ROUNDING)
 
 
 def complaint(

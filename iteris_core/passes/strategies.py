@@ -1,7 +1,7 @@
 """The ladder of strategies for running a sweep, fastest first; all but two give the same result.
 
 Rows wait on the device at every site, which needs most memory; or in host memory, at the end of
-every level; or block by block (:mod:`..activations.replay`), on the device or in host memory. In
+every level; or block by block (:mod:`..activations.barriers`), on the device or in host memory. In
 the last case a row waits with only the inputs of a small or large block. As a last resort, rows in
 host memory are rounded to 8 or 4 bits (:mod:`..activations.packing`). The planner uses the first
 strategy that fits; if memory runs out anyway, the merge continues from there.
@@ -14,13 +14,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..activations.barriers import ExecutionTrace, watched, with_replayable
+from ..activations.barriers import Barriers, ExecutionTrace, watched, with_replayable
 from ..activations.host_pool import OffloadStore
 from ..activations.lockstep import Lockstep
-from ..activations.meter import free_memory, is_apart, usable
+from ..activations.memory import free_memory, is_apart, usable
 from ..activations.micro_batch import MicroBatch
 from ..activations.packing import PackedPlace
-from ..activations.replay import Barriers
 from ..hosts.protocol import Stage
 from ..solve.choose import THRESHOLDS, Thresholds
 
@@ -84,14 +83,14 @@ def ladder(stage: Stage, lockstep: Lockstep, thresholds: Thresholds) -> Iterator
 
 def find(stage: Stage, lockstep: Lockstep) -> ExecutionTrace:
     """The barriers of a stage, found with its first row."""
-    return watched(lockstep, _first_row(stage))
+    return watched(lockstep.run, _first_row(stage))
 
 
 def replayable(
     stage: Stage, lockstep: Lockstep, barriers: Barriers, thresholds: Thresholds = THRESHOLDS
 ) -> Barriers:
     """``barriers`` with the blocks that can be replayed."""
-    return with_replayable(barriers, lockstep, _first_row(stage), thresholds.replay_error)
+    return with_replayable(barriers, lockstep.run, _first_row(stage), thresholds.replay_error)
 
 
 def free_host() -> int:

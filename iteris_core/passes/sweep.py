@@ -9,28 +9,28 @@ active, and then, in the paper's Algorithm 1, repeatedly from the last merged mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 
 from ..activations.activation_offload import ActivationOffload
+from ..activations.barriers import Barriers
 from ..activations.collect import Collector, SweepCollector
 from ..activations.host_pool import HostPool
 from ..activations.lockstep import greenlets
+from ..activations.memory import with_less
 from ..activations.micro_batch import MicroBatch
-from ..activations.oom_retry import with_less
-from ..activations.replay import Barriers
-from ..errors import SiteError
+from ..errors import SiteError, SolveError
 from ..hosts.protocol import DENOISING, Stage
 from ..lora import LowRank, concatenate
 from ..solve.problem import Reduction, Solution, StageSolver
 from .batches import SWEEP, ExecutionConfig, Schedule, micro_batches, sampled_rows
 from .job import Run, RunLog
-from .plan import Plan, Planned
-from .planner import attempts, complaint, planned
+from .planner import Plan, Planned, attempts, complaint, planned
 from .workload import FEATURES, ITERATIONS, SOLVING, denoising_work, expect_sites
 
 Solutions = dict[str, Solution]
@@ -87,7 +87,7 @@ class _Passes:
         self.made: list[Plan] = []
         self._run, self._job, self._lockstep = run, run.job, run.lockstep
         self._solver_of, self._batching, self._schedule = solver_of, batching, schedule
-        self._sweeps, self._seen = sweeps, list(run.job.seen)
+        self._sweeps = sweeps
         self._plans: dict[str, Plan] = {}
         self._solutions: Solutions = {}
         self._turn = 0
@@ -120,40 +120,31 @@ class _Passes:
         ahead, job = self._run.ahead, self._job
         if ahead is not self._run or job.only_plans:
             for stage in ahead.stages():
-                self._reach(stage)
+                # A measurement is to find all changes cast, and a later stage needs all rows.
+                owners = stage.concept_ids
+                firsts = {owner: row for row, owner in reversed(list(enumerate(owners)))}
+                for row in range(len(owners)) if stage.feeds_next else firsts.values():
+                    run = partial(stage.run, [row], 1)
+                    self._lockstep.run(MicroBatch(run, [owners[row]], 1))
                 self._plans[stage.name] = self._planned(stage)
         if job.only_plans:
             raise Planned(self.made)
-
-    def _reach(self, stage: Stage) -> None:
-        """Run the rows that a later stage needs, or else one of every concept, so that a
-        measurement finds all changes cast."""
-        owners = stage.concept_ids
-        firsts = {owner: row for row, owner in reversed(list(enumerate(owners)))}
-        for row in range(len(owners)) if stage.feeds_next else firsts.values():
-            self._lockstep.run(MicroBatch(partial(stage.run, [row], 1), [owners[row]], 1))
 
     def _planned(self, stage: Stage) -> Plan:
         solver = self._solver_of(stage)
         plan = planned(self._run, stage, solver, self._batching, schedule=self._schedule)
         self.made.append(plan)
-        seen = plan.seen
-        if seen is not None and all(other.stage.name != stage.name for other in self._seen):
-            self._seen.append(seen)
-            self._job.eta.did(seen.products, seen.seconds)
         self._expect()
         return plan
 
     def _expect(self) -> None:
-        """Expect the passes over the stages that are known, with the strategies planned so far."""
+        """Expect the passes over all stages, with the strategies planned so far."""
         slower = {plan.stage.name: plan.strategy.slower for plan in self.made}
-        job, schedule = self._job, self._schedule
-        expect_sites(job, self._seen, self._batching, schedule, slower, self._sweeps)
+        expect_sites(self._job, self._batching, self._schedule, slower, self._sweeps)
 
     def _attempt(self, solver: StageSolver, plan: Plan) -> None:
-        for site in self._solutions.keys() & set(
-            plan.stage.sites
-        ):  # from an attempt that ran out of memory
+        # From an attempt that ran out of memory.
+        for site in self._solutions.keys() & set(plan.stage.sites):
             del self._solutions[site]
             if self._schedule.sweep:
                 del self._lockstep.merged[site]
@@ -178,7 +169,7 @@ class _Passes:
             else:
                 job.tick(FEATURES.format(stage.name), done, len(batches))
         for site in collector.sites:
-            self._solve(solver, stage, site, collector.take(site))
+            self._solve(solver, site, collector.take(site))
             if not several:
                 job.tick(SOLVING, len(self._solutions), len(self._lockstep.changes))
 
@@ -200,11 +191,6 @@ class _Passes:
             aside=nullcontext if offload is None else offload.aside,
         )
 
-        def solve(site: str) -> LowRank:
-            change = self._solve(solver, stage, site, collector.take(site))
-            job.tick(SOLVING, len(self._solutions), len(lockstep.changes))
-            return change
-
         # With every strategy, so that all give the same result.
         batches = list(micro_batches(stage, 2, collector, batching, sampled or set()))
         last = set[str]() if stage.feeds_next else set(stage.sites)
@@ -212,25 +198,23 @@ class _Passes:
             stack.enter_context(lockstep.in_barriers(strategy.barriers or Barriers()))
             if place is not None and offload is not None:
                 stack.callback(place.close)
-                offload.stay = _first(batches, plan.on_device)
+                waiting = accumulate(len(batch.owners) for batch in batches)
+                offload.stay = {n for n, rows in enumerate(waiting) if rows <= plan.on_device}
                 stack.enter_context(offload)
             stack.callback(collector.forget)  # otherwise everything it holds would be put back
-            lockstep.sweep(batches, solve, last, offload)
+            for level in stack.enter_context(closing(lockstep.sweep(batches, offload))):
+                for site in level:
+                    lockstep.merged[site] = self._solve(solver, site, collector.take(site))
+                    job.tick(SOLVING, len(self._solutions), len(lockstep.changes))
+                if last and last <= lockstep.merged.keys():
+                    break
 
-    def _solve(self, solver: StageSolver, stage: Stage, site: str, reduction: Reduction) -> LowRank:
-        self._solutions[site] = solver.solved(site, reduction)
+    def _solve(self, solver: StageSolver, site: str, reduction: Reduction) -> LowRank:
+        try:
+            self._solutions[site] = solver.solve(site, reduction)
+        except SolveError as error:
+            raise SolveError(f"Site {site}: {error}") from error
         return self._solutions[site].change
-
-
-def _first(batches: Sequence[MicroBatch], rows: int) -> set[int]:
-    """The first batches that together have that many rows."""
-    numbers: set[int] = set()
-    for number, batch in enumerate(batches):
-        rows -= len(batch.owners)
-        if rows < 0:
-            break
-        numbers.add(number)
-    return numbers
 
 
 def _largest_change(old: Solutions, new: Solutions) -> float:

@@ -8,11 +8,11 @@ follow from its shape. :class:`..progress.Forecast` turns work into time.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import cycle, islice
 
-from ..activations.meter import is_apart
+from ..activations.memory import is_apart
 from ..concepts import Calibration
 from .batches import SWEEP, ExecutionConfig, Schedule, limit_of
 from .job import Job, SiteCost, StageTiming
@@ -40,18 +40,17 @@ def forward_work(job: Job) -> float:
 
 def expect_sites(
     job: Job,
-    seen: Sequence[StageTiming],
     batching: ExecutionConfig,
     schedule: Schedule,
     slower: Mapping[str, float],
     sweeps: int,
 ) -> None:
-    """Expect the passes over the stages ``seen``: ``sweeps`` of them in all, in which the forwards
-    of a stage take ``slower`` times as long."""
+    """Expect the passes over the stages that the job has seen: ``sweeps`` of them in all, in which
+    the forwards of a stage take ``slower`` times as long."""
     eta = job.eta
     stages = {
         one.stage.name: sites_work(job, one, batching, schedule, slower.get(one.stage.name, 1.0))
-        for one in seen
+        for one in job.seen
     }
     solves = [solve for sites in stages.values() for _, solve in sites]
     steps = [way + solve for sites in stages.values() for way, solve in sites] or [1.0]

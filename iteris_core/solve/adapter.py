@@ -20,7 +20,7 @@ from ..lora import LowRank, SiteChanges
 from .inputs import CrossMoments, Factor, InputMoments, times
 from .moments import MomentReduction
 from .problem import MemoryEstimate, RegressionSpec, SiteContext, Solution, Tokens, Weighting
-from .weighting import Alike, ByAdapter, ByTokens, Weigher, weigher
+from .weighting import ByAdapter, ByTokens, Weigher, weigher
 
 _PIECE = 1 << 21  # bytes of a moment during conversion to float64, see linalg.precision.pieces
 
@@ -123,11 +123,11 @@ class Gram(_LowRankTargets):
     moments = 1
 
     def __init__(self, context: SiteContext) -> None:
-        super().__init__(context, InputMoments, Alike(), torch.float32)
+        super().__init__(context, InputMoments, Weigher(), torch.float32)
 
     def solve(self, fit: RegressionSpec) -> Solution:
         """``fit.weighting`` is ``tokens`` or ``none``."""
-        self.weigher = ByTokens() if fit.weighting == "tokens" else Alike()
+        self.weigher = ByTokens() if fit.weighting == "tokens" else Weigher()
         return super().solve(fit)
 
     def _cross(self, concept: int) -> Tensor:

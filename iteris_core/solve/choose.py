@@ -3,7 +3,7 @@
 A :class:`Thresholds` holds the numbers; docs/decisions.md gives the evidence for them. A merge uses
 :data:`THRESHOLDS` unless it is given others. Constants that decide nothing are defined where they
 are used: an algorithm's precision (:mod:`..linalg`), memory margins and pieces
-(:mod:`..activations.meter`), and the rows' prompts and sizes (:mod:`..hosts.rows`).
+(:mod:`..activations.memory`), and the rows' prompts and sizes (:mod:`..hosts.rows`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 from ..errors import SettingsError
 from ..lora import SiteChanges
 from .adapter import AdapterMoments
-from .directions import OTHERS, Directions, find_directions
-from .output import OutputMoments
+from .output import OTHERS, Directions, OutputMoments, find_directions
 from .problem import MemoryEstimate, Objective, Pull, Reduction, RegressionSpec, SiteContext
 
 

@@ -17,6 +17,8 @@ from .inputs import NOT_FINITE, Factor, InputMoments, residuals_of
 from .problem import Reduction, RegressionSpec, SiteContext, Solution, Tokens, finite_as
 from .weighting import Weigher
 
+_LEAST_RIDGE = 1e-9  # above none at all, where a bound is to be kept
+
 
 class MomentReduction(Reduction):
     """X̃ᵀX̃ for every concept, of class ``inputs``, plus a subclass's data about the targets."""
@@ -45,7 +47,7 @@ class MomentReduction(Reduction):
             raise SolveError(NOT_FINITE)
         device = solve_device(self.inputs.own[0].device)
         changes, like = self.changes.to(device=device), self.changes.like
-        rank = fit.rank_of(changes)
+        rank = min(fit.rank if isinstance(fit.rank, int) else changes.rank, *changes.shape)
         lambdas = fit.lambdas(self.weigher.values(changes, self.inputs))
         while True:
             factor = self.inputs.factor(lambdas, fit.ridge, fit.shrink, fit.dtype)
@@ -57,7 +59,7 @@ class MomentReduction(Reduction):
                 change, lost = self._change(changes, lambdas, factor, fit, rank)
             if fit.ridge >= 1 or not change.squared_norm() > fit.bound**2:
                 break
-            fit = fit.tighter()
+            fit = replace(fit, ridge=max(3 * fit.ridge, _LEAST_RIDGE))
             del factor, change  # before the next ones are made
             self.inputs.forget_factor()
         if isinstance(fit.rank, float):

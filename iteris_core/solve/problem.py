@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -27,8 +27,6 @@ from ..lora import LowRank, Rank, SiteChanges
 Objective = Literal["adapter", "output"]
 Weighting = Literal["adapter", "tokens", "full", "none"]
 Pull = Literal["mean", "size"]
-
-_LEAST_RIDGE = 1e-9  # above none at all, where a bound is to be kept
 
 
 @dataclass(frozen=True)
@@ -64,15 +62,6 @@ class RegressionSpec:
     dtype: torch.dtype = torch.float64
     residuals: bool = True
     pull: Pull = "mean"
-
-    def tighter(self) -> RegressionSpec:
-        """A copy with three times the ridge, for a solution beyond the bound."""
-        return replace(self, ridge=max(3 * self.ridge, _LEAST_RIDGE))
-
-    def rank_of(self, changes: SiteChanges) -> int:
-        """The largest rank that a site's change may have."""
-        rank = self.rank if isinstance(self.rank, int) else changes.rank
-        return min(rank, *changes.shape)
 
     def pull_of(self, changes: SiteChanges) -> float:
         """τ for a site: with ``size``, (Σ w_i ‖ΔW_i‖² / Σ w_i)^½ / ‖mean of ΔW_i‖, all Frobenius.
@@ -209,10 +198,3 @@ class StageSolver:
     dtype: torch.dtype = torch.float32
     acting: Set[str] = frozenset()
     inputs: Mapping[str, Tensor] | None = None
-
-    def solved(self, site: str, reduction: Reduction) -> Solution:
-        """``solve``, with the site's name added to errors."""
-        try:
-            return self.solve(site, reduction)
-        except SolveError as error:
-            raise SolveError(f"Site {site}: {error}") from error

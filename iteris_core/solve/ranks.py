@@ -99,7 +99,14 @@ def share_out(sites: Mapping[str, Components], target: Target, itemsize: int = 2
     first, until ``target`` is reached. ``itemsize`` is bytes per number in the file. Raises
     :class:`SettingsError` if no component fits the size."""
     if target.energy is not None:
-        return _until(sites, target.energy * sum(one.total for one in sites.values()))
+        missing = target.energy * sum(one.total for one in sites.values())
+        ranks = dict.fromkeys(sites, 0)
+        for _, worth, site in _by_worth(sites):
+            if missing <= 0:
+                break
+            ranks[site] += 1
+            missing -= worth
+        return ranks
     if target.rank is not None:
         numbers = sum(
             min(target.rank, one.change.rank) * _cost(one.change) for one in sites.values()
@@ -128,16 +135,6 @@ def share_numbers(sites: Mapping[str, Components], numbers: int, least: int = 0)
         if site not in closed:
             ranks[site] += 1
             left -= _cost(sites[site].change)
-    return ranks
-
-
-def _until(sites: Mapping[str, Components], missing: float) -> dict[str, int]:
-    ranks = dict.fromkeys(sites, 0)
-    for _, worth, site in _by_worth(sites):
-        if missing <= 0:
-            break
-        ranks[site] += 1
-        missing -= worth
     return ranks
 
 

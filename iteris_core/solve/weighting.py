@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -14,19 +13,11 @@ from .inputs import InputMoments, output_energy
 from .problem import SiteContext, Tokens, Weighting
 
 
-class Weigher(ABC):
-    """Sums for λ; λ_i is then ``values`` times the concepts' weights."""
+class Weigher:
+    """Sums for λ; λ_i is then ``values`` times the concepts' weights. By itself ``none``: 1."""
 
     def add(self, tokens: Tokens) -> None:
         """Add the tokens of one concept's rows."""
-        return
-
-    @abstractmethod
-    def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]: ...
-
-
-class Alike(Weigher):
-    """``none``: λ_i = 1."""
 
     def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]:
         return [1.0] * len(changes)
@@ -96,7 +87,7 @@ def weigher(weighting: Weighting, context: SiteContext, dtype: torch.dtype) -> W
         return ByAdapter(context.changes, dtype, context.device)
     if weighting == "full":
         return ByOutput(len(context.changes), context.device)
-    return ByTokens() if weighting == "tokens" else Alike()
+    return ByTokens() if weighting == "tokens" else Weigher()
 
 
 def token_values(counts: Sequence[float]) -> list[float]:

@@ -92,8 +92,8 @@ def test_a_merge_by_blocks(
 ) -> None:
     """As where memory is short, which it never is for models as small as these: blocks change
     arguments in place, and read options that the sampler hands on."""
-    sweep, strategies, plan = (
-        part(pack, f"iteris_core.passes.{module}") for module in ("sweep", "strategies", "plan")
+    sweep, strategies, planner = (
+        part(pack, f"iteris_core.passes.{module}") for module in ("sweep", "strategies", "planner")
     )
     trial = Trial(pack, ARCHITECTURES[name], tmp_path)
     whole = trial.merge(2)
@@ -101,11 +101,11 @@ def test_a_merge_by_blocks(
 
     def planned(run: Any, stage: Any, _: Any, batching: Any, **__: Any) -> Any:
         if not stage.sites:
-            return plan.Plan(stage, batching.rows, strategies.Strategy())
+            return planner.Plan(stage, batching.rows, strategies.Strategy())
         barriers = strategies.find(stage, run.lockstep).barriers(strategies.THRESHOLDS.blocks[-1])
         barriers = strategies.replayable(stage, run.lockstep, barriers)
         replayed.append(len(barriers.blocks))
-        return plan.Plan(stage, batching.rows, strategies.Strategy(barriers=barriers))
+        return planner.Plan(stage, batching.rows, strategies.Strategy(barriers=barriers))
 
     monkeypatch.setattr(sweep, "planned", planned)
     assert furthest(trial.merge(2), whole) < ROWS

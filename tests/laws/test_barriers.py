@@ -7,10 +7,9 @@ import torch
 from oracle import hooks_on
 from torch import nn
 
-from iteris_core.activations.barriers import watched, with_replayable
+from iteris_core.activations.barriers import Barriers, watched, with_replayable
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.micro_batch import MicroBatch
-from iteris_core.activations.replay import Barriers
 from iteris_core.errors import IterisError
 from iteris_core.lora import LowRank, SiteChanges
 from iteris_core.solve.choose import THRESHOLDS
@@ -78,9 +77,9 @@ def batch_of(model, x, observer=None, copies=1) -> MicroBatch:
 def levels_of(model, lockstep, most) -> Barriers:
     x = torch.randn(1, 3, 8).double()
 
-    found = watched(lockstep, batch_of(model, x.clone()))
+    found = watched(lockstep.run, batch_of(model, x.clone()))
     error = THRESHOLDS.replay_error
-    return with_replayable(found.barriers(most), lockstep, batch_of(model, x.clone()), error)
+    return with_replayable(found.barriers(most), lockstep.run, batch_of(model, x.clone()), error)
 
 
 def names(barriers, model) -> list[str]:
@@ -102,6 +101,15 @@ def test_a_block_that_writes_to_its_arguments_gets_copies_and_one_with_a_memory_
         barriers = levels_of(model, lockstep, 4)
     assert names(barriers, model) == ["blocks.0"]
     assert [block.written for block in barriers.blocks.values()] == [{"[0][0]"}]
+
+
+def swept(lockstep, batches) -> list[str]:
+    """The sites in the order in which they are to be solved; every change is its LoRA's."""
+    order: list[str] = []
+    for level in lockstep.sweep(batches):
+        order += level
+        lockstep.merged |= {site: lockstep.changes[site][0] for site in level}
+    return order
 
 
 class Seen:
@@ -126,11 +134,6 @@ def test_a_sweep_in_levels_shows_and_gives_what_one_by_sites_does(most, unusual)
                 block.attention.k.__class__ = block.attention.v.__class__ = Clamping
         outputs: dict[int, torch.Tensor] = {}
         seen = [Seen(), Seen()]
-        order: list[str] = []
-
-        def solve(site, lockstep=lockstep, order=order):
-            order.append(site)
-            return lockstep.changes[site][0]
 
         with lockstep:
             barriers = Barriers() if levels_at is None else levels_of(model, lockstep, levels_at)
@@ -146,7 +149,7 @@ def test_a_sweep_in_levels_shows_and_gives_what_one_by_sites_does(most, unusual)
                 for i in range(2)
             ]
             with lockstep.in_barriers(barriers):
-                lockstep.sweep(batches, solve)
+                order = swept(lockstep, batches)
         assert hooks_on(model) == 0
         results.append((outputs, [s.shown for s in seen], order))
     (one, shown, order), (other, shown_there, order_there) = results
@@ -168,5 +171,5 @@ def test_a_forward_that_takes_another_path_is_refused():
             lockstep.in_barriers(barriers),
             pytest.raises(IterisError, match="another path through the model"),
         ):
-            lockstep.sweep([batch_of(model, x, copies=2)], lambda site: lockstep.changes[site][0])
+            swept(lockstep, [batch_of(model, x, copies=2)])
     assert hooks_on(model) == 0

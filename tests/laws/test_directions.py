@@ -11,7 +11,7 @@ from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.errors import IterisError
 from iteris_core.lora import LowRank, SiteChanges
 from iteris_core.solve.choose import THRESHOLDS, Thresholds
-from iteris_core.solve.directions import find_directions as found_directions
+from iteris_core.solve.output import find_directions as found_directions
 from iteris_core.solve.problem import RegressionSpec
 
 OUT, WIDTH, RANK = 60, 40, 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,12 @@ from pipelines import PIPELINES, applied, two_concepts
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, Lora, SettingsError, merge_loras
+from iteris_core.activations.micro_batch import MicroBatch
 from iteris_core.calibration_prompts import concept_prompts, pair_prompts
 from iteris_core.concepts import PAIR_TEMPLATES, TEMPLATES
 from iteris_core.hosts.protocol import Stage
 from iteris_core.methods import block_polish
-from iteris_core.methods.segments import ByRow, Segment
+from iteris_core.methods.segments import Segment, SegmentRunner
 from iteris_core.methods.side_by_side import (
     SHOWING,
     SideBySide,
@@ -112,6 +114,16 @@ def test_styles_and_what_no_words_call_for_are_not_shown(host):
     assert "without images of two concepts; that takes" in str(result.report.notes)
 
 
+def first_row(run, name) -> MicroBatch:
+    """The first row of a stage, in two copies."""
+    for stage in run.stages():
+        if stage.name == name:
+            return MicroBatch(partial(stage.run, [0], 2), [0], 2)
+        for row in range(len(stage.concept_ids)):
+            stage.run([row], 2)
+    raise AssertionError(name)
+
+
 def test_a_block_is_to_give_each_half_as_its_own_lora_gives_it(host):
     """Against forwards with the LoRAs added to the weights."""
     concepts = named(host)
@@ -126,7 +138,8 @@ def test_a_block_is_to_give_each_half_as_its_own_lora_gives_it(host):
         run.lockstep.merged = merged
         shown = SideBySide(job, run.lockstep, drawn)
         assert shown.advance("unet")
-        passages = list(shown.passages(segment, ByRow({}, [0]), 3, lambda: None))
+        runner = SegmentRunner(segment, run.lockstep, first_row(run, "unet"))
+        passages = list(shown.recorded(runner, 3, lambda: None))
     assert sum(len(passage.rows) for passage in passages) == 8
     seen = []
     handle = module.register_forward_hook(lambda *given: seen.append(given[-1].detach()))

@@ -70,14 +70,11 @@ def within(mib: int) -> dict:
     return json.loads(found.stdout)
 
 
-def test_with_less_memory_fewer_rows_run_at_once():
+def test_with_less_memory_fewer_rows_run_at_once_and_what_was_tried_is_said():
     found = within(40)
     assert found["said"] == ""
     assert found["forwards"] > 2
     assert found["same"]
-
-
-def test_with_too_little_it_is_said_what_was_tried_and_what_to_change():
     found = within(8)
     said = found["said"]
     assert said.startswith("Out of memory in the model (")

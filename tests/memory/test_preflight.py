@@ -20,64 +20,41 @@ class Half(Net):
         return self.q(x)
 
 
-class Mixed(Net):
-    """``up`` gets the sum of the rows."""
+class Model(Net):
+    """``up`` gets what ``between`` makes of the outputs of ``q``, (rows, tokens, width)."""
+
+    def __init__(self, between=lambda x: x):
+        super().__init__()
+        self.between = between
 
     def forward(self, x):
-        return self.up(self.q(x).sum(dim=0, keepdim=True))
+        out = self.up(self.between(self.q(x)))
+        return out if len(out) == len(x) else out.reshape(len(x), -1, out.shape[-1])
 
 
-class Interleaved(Net):
-    """``up`` gets one token of every row, then the next one of every row."""
-
-    def forward(self, x):
-        x = self.q(x)
-        return self.up(x.transpose(0, 1).reshape(1, -1, x.shape[-1]))
+def joined(x):
+    return x.reshape(1, -1, x.shape[-1])
 
 
-class Plain(Net):
-    def forward(self, x):
-        return self.up(self.q(x))
+def frames(x):
+    return x.reshape(-1, 1, x.shape[-1])
 
 
-class Chosen(Net):
-    """``up`` gets those tokens of all rows that are above nothing, as the experts of a layer do."""
+class Mixing(Model):
+    """The rows of its output are no rows of the batch."""
 
     def forward(self, x):
-        x = self.q(x)
-        return self.up(x[x.sum(dim=2) > 0])
-
-
-class Repeated(Net):
-    """``up`` gets the sum of each row's tokens, once for all rows and then once more."""
-
-    def forward(self, x):
-        x = self.q(x).sum(dim=1, keepdim=True)
-        return self.up(x.repeat(2, 1, 1))
-
-
-class Joined(Net):
-    """``up`` gets the tokens of row after row as one row."""
-
-    def forward(self, x):
-        x = self.q(x)
-        return self.up(x.reshape(1, -1, x.shape[-1])).reshape(len(x), -1, self.up.out_features)
-
-
-class Frames(Net):
-    """``up`` gets every token as a row of its own."""
-
-    def forward(self, x):
-        x = self.q(x)
-        return self.up(x.reshape(-1, 1, x.shape[-1])).reshape(len(x), -1, self.up.out_features)
+        return self.up(self.between(self.q(x)))
 
 
 CASES = [
     (Half, "is reached by no forward"),
-    (Mixed, "mixed or split"),
-    (Interleaved, "mixed or split"),
-    (Chosen, "mixed or split"),
-    (Repeated, "mixed or split"),
+    (lambda: Mixing(lambda x: x.sum(dim=0, keepdim=True)), "mixed or split"),
+    (lambda: Mixing(lambda x: joined(x.transpose(0, 1))), "mixed or split"),
+    # Tokens above nothing of all rows, as experts get them.
+    (lambda: Mixing(lambda x: x[x.sum(dim=2) > 0]), "mixed or split"),
+    # The sum of each row's tokens, once for all rows and then once more.
+    (lambda: Mixing(lambda x: x.sum(dim=1, keepdim=True).repeat(2, 1, 1)), "mixed or split"),
 ]
 
 
@@ -107,14 +84,10 @@ def test_it_is_refused_with_site_and_file_before_samples_are_made(model, why):
 
 
 @pytest.mark.parametrize(("model", "why"), CASES)
-def test_the_merge_goes_on_without_it(model, why):
+def test_the_merge_goes_on_without_it_or_it_has_the_mean(model, why):
     result = merge_loras(PictureHost(model(), make_data()), concepts(), unmergeable="skip")
     assert set(result.lora.sites) == {"q"}
     assert f"{why}; they are LEFT OUT" in result.report.summary()
-
-
-@pytest.mark.parametrize(("model", "why"), CASES)
-def test_or_it_has_the_mean(model, why):
     some = concepts()
     result = merge_loras(PictureHost(model(), make_data()), some, unmergeable="mean")
     assert f"{why}; they get the mean" in result.report.summary()
@@ -135,16 +108,17 @@ def test_a_mean_is_cut_to_a_rank_at_its_best():
 
 
 @pytest.mark.parametrize("schedule", ["sweep", "jacobi"])
-@pytest.mark.parametrize("model", [Joined, Frames])
-def test_rows_that_stand_in_another_dimension_are_told_apart(model, schedule):
+@pytest.mark.parametrize("between", [joined, frames])
+def test_rows_that_stand_in_another_dimension_are_told_apart(between, schedule):
     """The merge is that of the model whose layer gets them in the first one."""
 
-    def merged(kind):
-        host = PictureHost(kind(), make_data())
+    def merged(model):
         settings = {"schedule": schedule, "precision": "float64", "micro_batch": 5}
-        return merge_loras(host, concepts(), settings=settings).lora.sites
+        return merge_loras(
+            PictureHost(model, make_data()), concepts(), settings=settings
+        ).lora.sites
 
-    wanted, found = merged(Plain), merged(model)
+    wanted, found = merged(Model()), merged(Model(between))
     assert set(found) == {"q", "up"}
     for site, change in wanted.items():
         torch.testing.assert_close(found[site].dense(), change.dense())
@@ -156,24 +130,25 @@ def test_nothing_is_left_of_it():
         merge_loras(PictureHost(Half(), make_data()), some, unmergeable="skip")
 
 
-class Twice(Net):
+class Twice(Model):
     """``up`` is called two times in a forward."""
 
     def forward(self, x):
-        x = self.q(x)
-        return self.up(x) + self.up(-x)
+        return super().forward(x) + super().forward(-x)
 
 
-def test_the_preview_of_a_method_that_sweeps_finds_a_repeated_site():
+@pytest.mark.parametrize("between", [lambda x: x, joined])
+def test_a_method_that_sweeps_refuses_a_repeated_site(between):
+    some = [Concept(make_lora(i, sites=("up",)), prompts=["unused"]) for i in (1, 2)]
     with pytest.raises(SiteError, match=r"up \(in lora-1, lora-2\): it is called more than once"):
-        preview_merge(PictureHost(Twice(), make_data()), concepts(), "regmean++")
-    assert preview_merge(PictureHost(Twice(), make_data()), concepts(), "regmean").plan
+        preview_merge(PictureHost(Twice(between), make_data()), some, "regmean++")
+    assert preview_merge(PictureHost(Twice(between), make_data()), some, "regmean").plan
 
 
 @pytest.mark.parametrize("repeats", [False, True])
 def test_what_is_alike_for_all_rows_may_not_repeat_itself(repeats):
     """A row that repeats itself hides the order of the rows."""
-    model = Joined()
+    model = Model(joined)
     given = torch.randn(12 // (1 + repeats), 12, generator=torch.Generator().manual_seed(4))
     given = given.repeat(1 + repeats, 1).double()
     forward = model.forward
@@ -185,16 +160,3 @@ def test_what_is_alike_for_all_rows_may_not_repeat_itself(repeats):
             merge_loras(host, some)
     else:
         assert set(merge_loras(host, some).lora.sites) == {"up"}
-
-
-class JoinedTwice(Joined):
-    """As :class:`Joined`, two times in a forward."""
-
-    def forward(self, x):
-        return super().forward(x) + super().forward(-x)
-
-
-def test_rows_that_are_told_apart_do_not_hide_a_repeated_layer():
-    host = PictureHost(JoinedTwice(), make_data())
-    with pytest.raises(IterisError, match="more than once"):
-        merge_loras(host, [Concept(make_lora(1, sites=("up",)), prompts=["unused"])])

@@ -6,31 +6,18 @@ import pytest
 import rivals  # noqa: F401 (registers them)
 from oracle import ModuleHost, Net, make_data, make_lora
 from test_preflight import PictureHost
-from tiny import random_lora, two_concepts
+from tiny import two_concepts
 
 from iteris_core import Calibration, Concept, Progress, merge_loras
 from iteris_core.progress import Forecast, duration
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
 class Watched(Forecast):
-    """Gives every step that it reports."""
+    """Gives every step that it reports; its clock shows ``now``."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.told: list[Progress] = []
-        super().__init__(self.told.append, clock)
+    def __init__(self) -> None:
+        self.now, self.told = 100.0, list[Progress]()
+        super().__init__(self.told.append, lambda: self.now)
 
     def tick(self, *step) -> Progress:
         super().tick(*step)
@@ -38,38 +25,38 @@ class Watched(Forecast):
 
 
 @pytest.mark.parametrize("slower", [0.5, 1.0, 4.0])
-def test_what_is_left_takes_as_long_as_what_was_done(clock: Clock, slower: float):
+def test_what_is_left_takes_as_long_as_what_was_done(slower: float):
     """Steps of very different size, all so much slower than the trial."""
-    forecast = Watched(clock)
+    forecast = Watched()
     sites = [1.0, 20.0, 3.0, 3.0, 40.0, 1.0, 1.0, 30.0]
     forecast.expect("solving sites", sites)
     assert forecast.tick("solving sites", 0, len(sites)).left is None, "nothing was done yet"
     forecast.did(0.5, 0.5)
     assert forecast.left() == pytest.approx(sum(sites))
     for done, site in enumerate(sites, 1):
-        clock.now += slower * site
+        forecast.now += slower * site
         progress = forecast.tick("solving sites", done, len(sites))
         if progress.seconds > slower * sum(sites) / 5:
             assert progress.left == pytest.approx(slower * sum(sites[done:]), rel=0.3)
     assert forecast.left() == 0
 
 
-def test_every_phase_has_its_own_speed(clock: Clock):
+def test_every_phase_has_its_own_speed():
     """The sweep turns out to be slower than denoising; what is behind both is as fast as both."""
-    forecast = Watched(clock)
+    forecast = Watched()
     forecast.expect("denoising steps", [10.0])
     forecast.expect("solving sites", [5.0] * 4)
     forecast.expect("held-out rows", [10.0])
     shares: list[float] = []
     for step in range(31):
-        clock.now += 1.0 if step else 0.0
+        forecast.now += 1.0 if step else 0.0
         shares.append(forecast.tick("denoising steps", step, 30).share)
     assert forecast.left() == pytest.approx(90.0)
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(0.25)
     forecast.tick("planning", 0, 0)
     for site in range(1, 3):
-        clock.now += 30.0
+        forecast.now += 30.0
         progress = forecast.tick("solving sites", site, 4)
     assert progress.left == pytest.approx(60.0 + 10 * 90 / 20, rel=0.06)
     forecast.expect("solving sites", [])
@@ -127,12 +114,9 @@ def test_every_step_of_a_merge_is_told(host):
 def test_every_method_tells_its_time(host, method, settings):
     told: list[Progress] = []
     calibration = {"samples": 3, "timesteps": 2, "denoising_steps": 3}
-    concepts = [
-        Concept(random_lora(host, seed), trigger=f"sks{seed}", class_word="cat") for seed in (1, 2)
-    ]
     merge_loras(
         host,
-        concepts,
+        two_concepts(host),
         method,
         settings=settings,
         calibration=calibration,

@@ -10,12 +10,27 @@ from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations.host_pool import HostPool
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.passes import sweep
-from iteris_core.passes.plan import Plan
+from iteris_core.passes.planner import Plan
 from iteris_core.passes.strategies import Strategy, find, replayable
 from iteris_core.solve.choose import THRESHOLDS, Thresholds
 
 CPU = torch.device("cpu")
 FAST = ("SD inpainting", "FLUX.1 Kontext", "Z-Image", "Wan 2.2 with two experts", "HunyuanVideo")
+
+
+def planned_as(most, offloads, replayed=None, bits=None):
+    """In place of a plan: with blocks of so many barriers (None: pausing at every site)."""
+
+    def planned(run, stage, _, batching, **__):
+        if most is None or not stage.sites:
+            return Plan(stage, batching.rows, Strategy())
+        barriers = replayable(stage, run.lockstep, find(stage, run.lockstep).barriers(most))
+        if replayed is not None:
+            replayed.extend(barriers.blocks)
+        strategy = Strategy(barriers=barriers, offloads=offloads, bits=bits)
+        return Plan(stage, batching.rows, strategy, host_limit=1 << 30)
+
+    return planned
 
 
 class Recorded(HostPool):
@@ -47,17 +62,7 @@ def test_all_ways_agree_on_every_class(name, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "HostPool", place)
 
     def merged(most, offloads):
-        """With blocks of so many barriers (None: at every site)."""
-
-        def planned(run, stage, _, batching, **__):
-            if most is None or not stage.sites:
-                return Plan(stage, batching.rows, Strategy())
-            barriers = replayable(stage, run.lockstep, find(stage, run.lockstep).barriers(most))
-            replayed.extend(barriers.blocks)
-            strategy = Strategy(barriers=barriers, offloads=offloads)
-            return Plan(stage, batching.rows, strategy, host_limit=1 << 30)
-
-        monkeypatch.setattr(sweep, "planned", planned)
+        monkeypatch.setattr(sweep, "planned", planned_as(most, offloads, replayed))
         return merge_loras(
             host,
             concepts,

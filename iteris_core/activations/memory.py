@@ -1,18 +1,23 @@
-"""Memory of tensors: what is live while something runs, and what is free."""
+"""Memory of tensors: what is live while something runs, what is free, and retries with less."""
 
 from __future__ import annotations
 
+import gc
 import math
 import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import OutOfMemory
+from ..errors import OutOfMemory, brief
+
+_Way = TypeVar("_Way")
+_Made = TypeVar("_Made")
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -143,3 +148,43 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         "can't allocate memory" in words or "out of memory" in words
     )
+
+
+def with_less(
+    ways: Iterable[_Way],
+    run: Callable[[_Way], _Made],
+    complaint: Callable[[str, Sequence[_Way]], str],
+    *,
+    release: Callable[[], None] | None = None,
+    ran_out: Callable[[Exception], bool] = is_out_of_memory,
+) -> tuple[_Made, _Way]:
+    """The result of ``run`` for the first of ``ways`` for which memory suffices, and that way.
+
+    ``release`` frees caches of allocators other than CUDA's; ``ran_out`` recognises the errors.
+    Raises :class:`OutOfMemory` with ``complaint`` applied to the last error's text and the ways
+    tried.
+    """
+    tried: list[_Way] = []
+    said = ""  # not the error itself, whose frames keep tensors alive
+    for way in ways:
+        try:
+            return run(way), way
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            tried.append(way)
+            said = brief(error)
+        gc.collect()  # frames that the error left behind
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if release is not None:
+            release()
+    raise OutOfMemory(complaint(said, tried))
+
+
+def halved(rows: int) -> Iterator[int]:
+    """``rows``, then half as many, and so on down to one."""
+    while rows > 1:
+        yield rows
+        rows //= 2
+    yield 1
