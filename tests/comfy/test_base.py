@@ -13,15 +13,6 @@ from kit import Kit, distance, part
 from reduced_models.unets import sd15
 from torch import nn
 
-METHODS = ("iteris", "regmean", "ssr", "chain-of-merges", "average")
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_leaves_the_base_as_it_was(kit: Kit, method: str) -> None:
-    before = kit.outputs()
-    assert kit.merge(method=method).lora.sites
-    assert kit.unchanged(before)
-
 
 @pytest.mark.parametrize("after", [1, 20, 60])
 @pytest.mark.parametrize("error", ["ValueError", "interrupt"])

@@ -117,31 +117,6 @@ def test_g4_fused_operations_run_unfused_and_with_gradients(pack: ModuleType) ->
     assert torch.allclose(x.grad, 2 * x, atol=1e-4)  # a turn keeps lengths
 
 
-def test_what_this_comfyui_lacks_is_not_made_up(pack: ModuleType) -> None:
-    internals, state = part(pack, "nodes.comfy_internals"), part(pack, "nodes.comfy_state")
-    before = {path: internals.optional(path) for path, _ in state.SWITCHES}
-    with state.ready_for_merge():
-        for path, value in state.SWITCHES:
-            assert internals.optional(path) is (None if before[path] is None else value)
-    assert {path: internals.optional(path) for path, _ in state.SWITCHES} == before
-    with pytest.raises(AttributeError, match="not among the names"):
-        internals.optional("comfy.model_management.something_else")
-
-
-def test_g7_what_comfyui_has_pinned_is_not_pinned_twice(
-    pack: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import comfy.model_management as memory
-
-    state, pool = part(pack, "nodes.comfy_state"), part(pack, "iteris_core.activations.host_pool")
-    monkeypatch.setattr(pool, "total_memory", lambda: 100 * GIB)
-    monkeypatch.setattr(memory, "MAX_PINNED_MEMORY", 30 * GIB)
-    for taken, left in ((10 * GIB, 20 * GIB), (40 * GIB, 0)):
-        monkeypatch.setattr(memory, "TOTAL_PINNED_MEMORY", taken)
-        with state.ready_for_merge():
-            assert pool.HostPool(torch.device("cuda"), 90 * GIB)._pinnable == left
-
-
 def test_g13_a_dora_on_bytes_of_a_gguf_is_refused(kit: Kit) -> None:
     tensors = load_file(kit.loras / "a.safetensors")
     down = next(key for key in tensors if key.startswith("lora_unet") and "lora_down" in key)

@@ -109,26 +109,6 @@ def test_saved_lora_draws_what_the_node_draws(client: Client) -> None:
     assert psnr(pixels(client, drawn["plain"]), merged) < 40
 
 
-def test_another_file_name_or_rank_does_not_start_over(client: Client, models: Path) -> None:
-    """By ComfyUI's cache a new name does not merge again. Another rank does not make latents again;
-    the sweep runs again, since later layers adapt to what is cut off."""
-
-    def counts() -> tuple[int, int]:
-        log = (models / "server.log").read_text()
-        return log.count("IterIS: making latents"), log.count("IterIS: merged with")
-
-    graph = thin_graph()
-    name = saved_name(client.run(graph))
-    latents, merges = counts()
-    assert latents
-    graph["save"]["inputs"]["filename_prefix"] = "iteris/other"
-    assert saved_name(client.run(graph)) != name
-    assert counts() == (latents, merges)
-    graph["settings"]["inputs"]["rank"] = 3
-    assert "rank 3" in client.run(graph)["report"]["text"][0]
-    assert counts() == (latents, merges + 1)
-
-
 def test_stock_save_checkpoint_bakes_the_merge(client: Client, models: Path) -> None:
     """MODEL and CLIP of a merge in one file, which draws what they draw without a LoRA."""
     merged = ["merge", 0], ["merge", 1], ["base", 2]

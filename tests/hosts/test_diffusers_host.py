@@ -47,14 +47,6 @@ def test_all_kinds_of_sites_merge(host64):
     assert difference(alone.lora, concepts[0].lora) < 1e-7
 
 
-def test_one_denoising_step_is_enough(host64):
-    calibration = Calibration(samples=3, timesteps=1, denoising_steps=1, seed=3)
-    concepts = merged_concepts(host64)
-    settings = {"precision": "float64"}
-    alone = merge_loras(host64, concepts[:1], settings=settings, calibration=calibration)
-    assert difference(alone.lora, concepts[0].lora) < 1e-7
-
-
 @pytest.mark.parametrize("latents", ["denoising", "noise"])
 def test_micro_batches_and_seeds(host64, latents):
     concepts = merged_concepts(host64)
@@ -111,17 +103,6 @@ def test_text_encoder_alone_needs_no_denoiser_at_all(host):
     assert all(site.startswith("text_encoder.") for site in result.lora.sites)
 
 
-def test_unequal_ranks_and_one_sided_sites_round_trip(host, tmp_path):
-    one = random_lora(host, 1, rank=2, select=lambda s: is_attention(s) and "attn2" not in s)
-    two = random_lora(host, 2, rank=5)
-    concepts = [Concept(lora, prompts=PROMPTS) for lora in (one, two)]
-    result = merge_loras(host, concepts, calibration=CALIBRATION)
-    assert result.lora.ranks == {5, 7}
-    for layout in ("kohya", "peft"):
-        path = result.save(tmp_path / f"{layout}.safetensors", layout=layout, dtype="float32")
-        assert difference(host.read_lora(path), result.lora) < 1e-6
-
-
 def test_files_are_never_overwritten_by_accident(host, tmp_path):
     lora = random_lora(host, 1)
     path = write_lora(lora, tmp_path / "a.safetensors")
@@ -147,15 +128,3 @@ def test_a_pipeline_without_a_text_encoder_is_an_error(pipeline):
     pipeline.text_encoder = None
     with pytest.raises(IterisError, match="has no text_encoder"):
         DiffusersHost(pipeline)
-
-
-@pytest.mark.parametrize("objective", ["adapter", "output"])
-def test_a_rank_by_share_of_energy(host64, objective):
-    settings = {"objective": objective, "precision": "float64"}
-    concepts = merged_concepts(host64)
-    exact = merge_loras(host64, concepts, settings=settings, calibration=CALIBRATION)
-    cut = merge_loras(host64, concepts, settings={**settings, "rank": 0.9}, calibration=CALIBRATION)
-    assert max(cut.lora.ranks) < max(exact.lora.ranks)
-    assert all(site.truncated <= 0.1 + 1e-6 for site in cut.report.sites.values()) or (
-        objective == "output"  # where Σ r_i itself cuts something off
-    )

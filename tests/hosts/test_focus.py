@@ -116,12 +116,3 @@ def test_two_concepts_have_none_unless_it_is_asked_for(host64):
     assert difference(merge(2), merge(2, saliency=0.0)) == 0
     assert difference(merge(2, saliency=0.5), merge(2)) > 1e-4
     assert difference(merge(3), merge(3, saliency=1 - 2 / 3)) == 0
-
-
-def test_prompts_to_preserve_are_no_lora(host64):
-    def merge(**settings):
-        settings = {"precision": "float64", **settings}
-        concepts = [*concepts_of(host64)[:2], Concept.preserve(["a cat"])]
-        return merge_loras(host64, concepts, settings=settings, calibration=CALIBRATION).lora
-
-    assert difference(merge(), merge(saliency=0.0)) == 0

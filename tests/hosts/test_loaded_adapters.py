@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-
 import pytest
 import torch
 from command_line import make_world
 from diffusers import StableDiffusionPipeline
-from language_bases import CALIBRATION, MAKERS, largest_gap, logits, make_batches, make_bert
-from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import random_lora
+from language_bases import CALIBRATION, largest_gap, logits, make_batches, make_bert
+from peft import LoraConfig, get_peft_model
 
 from iteris_core import (
     Concept,
@@ -20,7 +16,6 @@ from iteris_core import (
     add_merged_adapter,
     merge_loaded,
     merge_loras,
-    write_lora,
 )
 
 KINDS = {
@@ -114,13 +109,6 @@ def test_what_adapters_of_all_kinds_do_is_kept_on_their_own_inputs():
     assert all(error(model, name, "theirs", rows[name][0]) > 0.3 for name in names)
 
 
-def test_transposed_layers_and_patterns_are_merged():
-    model = tuned_model(["rslora", "shifts"], MAKERS["transposed"])
-    batches = make_batches("transposed", 1)
-    add_merged_adapter(model, ["shifts"], {"shifts": batches}, calibration=CALIBRATION)
-    assert error(model, "shifts", "merged", make_batches("transposed", 9)[1]) < 1e-6
-
-
 def test_a_head_is_one_adapters_own():
     model, targets = make_bert()
     torch.manual_seed(0)
@@ -137,18 +125,6 @@ def test_a_head_is_one_adapters_own():
     add_merged_adapter(model, ["b"], {"b": batches}, heads="b", calibration=CALIBRATION)
     assert_untouched(model, before, ["a"])
     assert error(model, "b", "merged", batches[0]) < 1e-6
-
-
-def test_saved_and_loaded_it_is_the_same(tmp_path):
-    model = tuned_model(["dora", "shifts"])
-    batches = make_batches("encoder", 1)
-    names = ["dora", "shifts"]
-    add_merged_adapter(model, names, dict.fromkeys(names, batches), calibration=CALIBRATION)
-    model.save_pretrained(tmp_path, selected_adapters=["merged"])
-    base = copy.deepcopy(model).unload()
-    again = PeftModel.from_pretrained(base, tmp_path / "merged").double().eval()
-    model.set_adapter("merged")
-    torch.testing.assert_close(logits(again, batches[0]), logits(model, batches[0]))
 
 
 @pytest.mark.parametrize("fails", ["merge", "writing"])
@@ -284,15 +260,3 @@ def test_a_pipelines_adapters_are_as_before_when_its_merge_fails(loaded):
         merge_loaded(pipeline, {"cow": "a"})
     with pytest.raises(IterisError, match="'dog' is an adapter to merge"):
         merge_loaded(pipeline, {"cat": "a", "dog": "b"}, "dog")
-
-
-def test_files_and_pipelines_are_taken_as_they_are(loaded, tmp_path):
-    pipeline, folder = loaded
-    pipeline.unload_lora_weights()
-    lora = DiffusersHost(pipeline).read_lora(folder / "lora1.safetensors")
-    noted = write_lora(
-        replace(lora, metadata={"modelspec.trigger_phrase": "sks cat"}), tmp_path / "n.safetensors"
-    )
-    other = Concept(random_lora(DiffusersHost(pipeline), 3), trigger="zwx")
-    result = merge_loras(pipeline, [noted, other], calibration=FEW)
-    assert result.report.concepts == ["sks", "zwx"]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import torch
 from command_line import QUICK, run
-from diffusers.modular_pipelines import SequentialPipelineBlocks
-from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from pipelines import PIPELINES, draw, two_concepts, write_lora
 from safetensors import safe_open
 
@@ -54,34 +51,6 @@ def test_the_guider_draws_at_the_calibrations_guidance():
         loop.run(["a dog"], see, steps=2, size=size, generators=start, guidance=guidance)
     assert scales == [1.0] * 2 + [5.0] * 4
     assert loop.empty_prompts
-
-
-class _Rewritten(ModularPipelineBlocks):
-    model_name = "anima"
-
-    @property
-    def inputs(self):
-        return [InputParam(name="prompt", required=True)]
-
-    @property
-    def intermediate_outputs(self):
-        return [OutputParam("prompt")]
-
-    def __call__(self, components, state):
-        raise AssertionError("no prompt of a concept is written anew")
-
-
-def test_blocks_that_rewrite_the_prompt_are_left_out(tmp_path):
-    reduced = PIPELINES["Anima"]()
-    wanted = merged(reduced, tmp_path).sites
-    blocks = reduced.pipeline.blocks.sub_blocks
-    parts = reduced.pipeline.components
-    reduced.pipeline = type(reduced.pipeline)(
-        blocks=SequentialPipelineBlocks.from_blocks_dict({"rewritten": _Rewritten(), **blocks})
-    )
-    reduced.pipeline.update_components(**parts)
-    again = merged(reduced, tmp_path).sites
-    assert all(torch.equal(again[site].dense(), wanted[site].dense()) for site in wanted)
 
 
 def test_pictures():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import greenlet
 import pytest
 import torch
 from pipelines import PIPELINES
@@ -39,37 +38,6 @@ def test_a_call_is_seen_with_the_names_of_its_arguments_and_the_forward_comes_ba
     ((name, call),) = seen
     assert name == "unet"
     assert call == {"x": call["x"], "time": 2, "extra.scale": 3, "more": 4}
-
-
-def test_a_forward_that_was_put_there_before_is_put_back():
-    """As offloading does."""
-    module = Denoiser()
-    own = module.__dict__["forward"] = lambda x, time: x * time
-    with Recorders({"unet": module}).open(lambda name, call, run: run()):
-        assert float(module(torch.ones(1), 2)) == 2.0
-    assert module.__dict__["forward"] is own
-
-
-def test_forwards_that_wait_for_each_other_do_not_mix():
-    module = Denoiser()
-    recorders = Recorders({"unet": module})
-    seen: dict[str, list] = {"a": [], "b": []}
-
-    def work(who: str) -> None:
-        def see(name, call, run):
-            seen[who].append(float(call["time"]))
-            return run()
-
-        with recorders.open(see):
-            greenlet.getcurrent().parent.switch()
-            module(torch.ones(1), {"a": 1.0, "b": 2.0}[who])
-
-    workers = [greenlet.greenlet(lambda who=who: work(who)) for who in ("a", "b")]
-    for _ in range(2):
-        for worker in workers:
-            worker.switch()
-    assert seen == {"a": [1.0], "b": [2.0]}
-    assert "forward" not in module.__dict__
 
 
 @pytest.mark.parametrize("at", ["denoising steps", "solving sites"])

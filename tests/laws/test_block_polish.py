@@ -10,7 +10,6 @@ from tiny import random_lora
 from torch import nn
 
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
-from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.linalg.whitening import Whitening
 from iteris_core.methods import block_polish
 
@@ -157,18 +156,6 @@ def test_without_memory_fewer_rows_go_at_once_and_then_a_block_stays():
     assert "blocks.1.q to blocks.1.out are not polished, for lack of memory" in said(result)
 
 
-def test_where_nothing_is_wrong_nothing_is_done():
-    """Of LoRAs too small to change a number that the model computes."""
-    sites = loras_of()[0].sites
-    nothing = Lora({s: LowRank(c.up * 1e-200, c.down) for s, c in sites.items()}, "none")
-    plain, result = (
-        merged(Blocks(), data_of(2), [nothing, nothing], block_steps=steps) for steps in (0, 3)
-    )
-    for site, change in plain.lora.sites.items():
-        assert torch.equal(result.lora.sites[site].dense(), change.dense())
-    assert not result.report.notes
-
-
 class InPlace(Attention):
     def forward(self, x: torch.Tensor, scale: float = 4.0) -> torch.Tensor:
         x = x + 0.0
@@ -258,41 +245,3 @@ def test_polish_of_other_architectures(name, tmp_path):
     ]
     assert moved
     assert all(change.up.isfinite().all() for change in polished.lora.sites.values())
-
-
-def of_steps(host, lora, **settings):
-    concepts = [Concept(lora(seed), prompts=["a dog", "a cat"]) for seed in (1, 2)]
-    calibration = Calibration(
-        samples=4, timesteps=2, denoising_steps=2, latents="noise", contexts=0.0, generic=0.0
-    )
-    return merge_loras(host, concepts, settings=settings, calibration=calibration)
-
-
-def test_gradient_checkpointing_changes_nothing(pipeline):
-    def lora(seed):
-        return random_lora(DiffusersHost(pipeline), seed)
-
-    plain = of_steps(DiffusersHost(pipeline), lora, block_steps=3, block_pairs=0.0)
-    pipeline.unet.enable_gradient_checkpointing()
-    found = of_steps(DiffusersHost(pipeline), lora, block_steps=3, block_pairs=0.0)
-    assert pipeline.unet.is_gradient_checkpointing
-    assert found.report.notes == plain.report.notes
-    for site, change in plain.lora.sites.items():
-        assert torch.equal(change.up, found.lora.sites[site].up), site
-
-
-def test_polish_of_a_bfloat16_model_moves_float32_factors():
-    """Changes are converted to the model's type anew in every step."""
-    loras = [
-        Lora({site: c.to(torch.float32) for site, c in lora.sites.items()}, lora.name)
-        for lora in loras_of()
-    ]
-    model, data = Blocks().bfloat16(), [rows.bfloat16() for rows in data_of()]
-    plain, polished = (merged(model, data, loras, block_steps=steps) for steps in (0, 20))
-    moved = [
-        site
-        for site, change in plain.lora.sites.items()
-        if not torch.equal(change.up, polished.lora.sites[site].up)
-    ]
-    assert set(moved) >= set(SITES[:4])
-    assert {change.up.dtype for change in polished.lora.sites.values()} == {torch.float32}

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from iteris_core.calibration_prompts import (
     concept_prompts,
     whole_words,
 )
-from iteris_core.concepts import KINDS, TEMPLATES, words_in
+from iteris_core.concepts import TEMPLATES, words_in
 from iteris_core.errors import ConceptError
 from iteris_core.hosts.rows import (
     SamplePrompts,
@@ -35,12 +34,6 @@ def test_prompts_from_trigger_and_class_word():
     assert set(made) == {template.format("sks dog") for template in TEMPLATES}
     only_class = prompts(Concept(None, class_word="dog"), samples=3, templates=["a {}"])
     assert only_class == ["a dog"] * 3
-
-
-def test_own_prompts_are_used_as_they_are_and_evenly():
-    made = prompts(Concept(None, prompts=["a", "b", "c"]), samples=7)
-    assert sorted(made.count(p) for p in "abc") == [2, 2, 3]
-    assert prompts(Concept(None, prompts=[""]), samples=2) == ["", ""]
 
 
 def test_every_phrase_has_its_turn():
@@ -141,33 +134,11 @@ def test_settings_out_of_range_are_errors(settings):
         Calibration(**settings)
 
 
-def test_the_words_may_stand_beside_the_file(tmp_path):
-    class Reader:
-        def read_lora(self, path):
-            return Lora({}, path.stem)
-
-    note = tmp_path / "cat.civitai.info"
-    note.write_text(json.dumps({"trainedWords": ["sks cat"]}))
-    concept = Concept.from_file(Reader(), tmp_path / "cat.safetensors", strength=0.5)
-    assert (concept.trigger, concept.class_word, concept.strength) == ("sks", "cat", 0.5)
-    assert Concept.from_file(Reader(), tmp_path / "cat.safetensors", trigger="x").class_word == ""
-
-
 @pytest.mark.parametrize("name", ["strength", "text_strength"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_strength_that_is_not_finite_is_an_error(name, value):
     with pytest.raises(ConceptError, match=f"sks: {name} must be a number, not {value}"):
         Concept(None, trigger="sks", **{name: value})
-
-
-@pytest.mark.parametrize("kind", ["subject", "style", "tags", "video"])
-def test_every_kind_has_templates_of_its_own(kind):
-    concept = Concept(None, trigger="sks, {red} hair", kind=kind)
-    calibration = Calibration(samples=40)
-    made = concept_prompts(concept, calibration, torch.Generator().manual_seed(0))
-    assert set(made) == {template.replace("{}", "sks, {red} hair") for template in KINDS[kind]}
-    assert len(set(KINDS[kind])) == 40
-    assert all(template.count("{}") == 1 for template in KINDS[kind])
 
 
 def test_an_unknown_kind_is_refused():

@@ -58,16 +58,6 @@ def test_modes_are_the_callers_after_an_error():
     assert Modes.now() == before
 
 
-def test_a_merge_under_autocast_is_near_the_merge_without():
-    loras, data = [make_lora(1), make_lora(2)], make_data(2)
-    plain = merge(loras, data, ridge=1e-3)
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = merge(loras, data, ridge=1e-3)
-        assert torch.is_autocast_enabled("cpu")
-    # float64 is left alone by autocast, and moments and solves are
-    assert difference(cast.lora, dense_changes(plain.lora)) < 1e-12
-
-
 def test_inference_mode_inside_a_model_is_refused_and_around_a_merge_is_not():
     class Inference(Net):
         def forward(self, x):

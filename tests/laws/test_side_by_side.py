@@ -12,13 +12,11 @@ from tiny import random_lora
 from iteris_core import Calibration, Concept, Lora, SettingsError, merge_loras
 from iteris_core.calibration_prompts import concept_prompts, pair_prompts
 from iteris_core.concepts import PAIR_TEMPLATES, TEMPLATES
-from iteris_core.hosts.protocol import Stage
 from iteris_core.methods import block_polish
 from iteris_core.methods.segments import ByRow, Segment
 from iteris_core.methods.side_by_side import (
     SHOWING,
     SideBySide,
-    _wanted,
     compose_halves,
     drawn_pairs,
     pairs_of,
@@ -171,23 +169,6 @@ def test_polish_on_pictures_of_two_leaves_the_base_as_it_was(host):
     for name, value in host.pipeline.unet.state_dict().items():
         assert torch.equal(value, before[name])
     assert all(not m._forward_hooks for m in host.pipeline.unet.modules())
-
-
-def words_beside(count: int):
-    """What a block is to give that gives 64 tokens of a picture of 8 × 8 and ``count`` of words."""
-    stage = Stage("denoiser", [], [0], lambda *_: None, picture=(8, 8), patches=(1,))
-    left, right = ([torch.full((1, n, 3), side) for n in (64, count)] for side in (0.0, 1.0))
-    return _wanted(left, right, stage)
-
-
-def test_words_are_no_places_where_they_are_as_many_as_a_coarser_picture_would_have():
-    picture, words = words_beside(16)
-    assert sorted(set(picture.flatten().tolist())) == [0, 1]
-    assert torch.equal(words, torch.full((1, 16, 3), 0.5))
-
-
-def test_words_as_many_as_the_picture_has_tokens_leave_no_places_known():
-    assert words_beside(64) is None
 
 
 @pytest.mark.parametrize(
