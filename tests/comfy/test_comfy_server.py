@@ -155,55 +155,6 @@ def test_errors_are_one_sentence(client: Client) -> None:
 
 
 @needs_toybox
-def test_quick_start_shows_both_concepts(client: Client) -> None:
-    """Each concept's pictures are nearer to its references than the base model's are."""
-    toybox = node("IterisToybox", tokens="sks1, sks6")
-    own = {"steps": 20, "cfg": 2.5, "batch": 4, "text": ["toybox", 5]}
-    scored = {"scorer": ["toybox", 6], "references": ["toybox", 4]}
-    graph = {
-        "toybox": toybox,
-        "merge": node(
-            "IterisMerge",
-            model=["toybox", 0],
-            clip=["toybox", 1],
-            concepts=["toybox", 3],
-            method="iteris",
-            samples=40,
-            settings=["settings", 0],
-        ),
-        "settings": node("IterisSettings", image_size=64),
-        "save": node("IterisSaveLora", lora=["merge", 2], filename_prefix="iteris/toybox"),
-        **drawing("merged", ["merge", 0], ["merge", 1], ["toybox", 2], **own),
-        **drawing("plain", ["toybox", 0], ["toybox", 1], ["toybox", 2], **own),
-        "merged like": node("IterisClipImageAlignment", images=["mergedd", 0], **scored),
-        "plain like": node("IterisClipImageAlignment", images=["plaind", 0], **scored),
-        "merged score": node("PreviewAny", source=["merged like", 0]),
-        "plain score": node("PreviewAny", source=["plain like", 0]),
-        "sheet": node(
-            "IterisScoreSheet",
-            images=["mergedd", 0],
-            labels=["toybox", 5],
-            prompts="",
-            cell=64,
-            scores=["merged like", 0],
-        ),
-        "shown": node("PreviewImage", images=["sheet", 0]),
-    }
-    outputs = client.run(graph)
-    assert len(outputs["merged"]["images"]) == 8
-    graph = {
-        "toybox": toybox,
-        "lora": stock(saved_name(outputs), ["toybox", 0], ["toybox", 1]),
-        **drawing("loaded", ["lora", 0], ["lora", 1], ["toybox", 2], **own),
-    }
-    merged = pixels(client, outputs["merged"])
-    assert psnr(pixels(client, client.run(graph)["loaded"]), merged) > 45
-    merged_scores = [float(text) for text in outputs["merged score"]["text"]]
-    plain_scores = [float(text) for text in outputs["plain score"]["text"]]
-    assert all(m > p + 0.1 for m, p in zip(merged_scores, plain_scores, strict=True))
-
-
-@needs_toybox
 def test_compare_inspect_preserve_and_stack(client: Client) -> None:
     toybox = ["toybox", 0], ["toybox", 1], ["toybox", 3]
     graph = {

@@ -27,12 +27,13 @@ def merged_concepts(host, **kwargs):
     ]
 
 
-CALIBRATION = Calibration(samples=6, timesteps=2, denoising_steps=4, seed=3)
+CALIBRATION = Calibration(samples=4, timesteps=2, denoising_steps=3, seed=3)
 
 
 def everything(site: str) -> bool:
-    """Attention, feed-forward, time embedding and 3x3 convolutions."""
-    return is_attention(site) or ".conv1" in site or ".ff." in site or "time_emb" in site
+    """Attention, feed-forward, time embedding and 3x3 convolutions, of the middle."""
+    kinds = is_attention(site) or ".conv1" in site or ".ff." in site
+    return (kinds and "mid_block" in site) or "time_emb" in site or "layers.0.self_attn" in site
 
 
 def test_all_kinds_of_sites_merge(host64):
@@ -47,9 +48,13 @@ def test_all_kinds_of_sites_merge(host64):
     assert difference(alone.lora, concepts[0].lora) < 1e-7
 
 
+def some(site: str) -> bool:
+    return is_attention(site) and ("mid_block" in site or "layers.0" in site)
+
+
 @pytest.mark.parametrize("latents", ["denoising", "noise"])
 def test_micro_batches_and_seeds(host64, latents):
-    concepts = merged_concepts(host64)
+    concepts = merged_concepts(host64, select=some)
     first, second, other = (
         merge_loras(
             host64,
@@ -72,8 +77,7 @@ def count_unet_runs(host):
     return runs, handle
 
 
-@pytest.mark.parametrize("objective", ["adapter", "output"])
-def test_text_only_sites_need_no_pass_of_the_denoiser(host64, objective):
+def test_text_only_sites_need_no_pass_of_the_denoiser(host64):
     def text_only(site):
         return is_attention(site) and (
             site.startswith("text_encoder") or "attn2.to_k" in site or "attn2.to_v" in site
@@ -81,7 +85,7 @@ def test_text_only_sites_need_no_pass_of_the_denoiser(host64, objective):
 
     concepts = merged_concepts(host64, select=text_only)
     runs, handle = count_unet_runs(host64)
-    settings = {"precision": "float64", "objective": objective, "repair": False}
+    settings = {"precision": "float64", "repair": False}
     # Every prompt once and none empty, so that both ways weigh the prompts alike.
     none = dict.fromkeys(("empty_share", "contexts", "generic", "conditions"), 0.0)
     calibration = Calibration(samples=5, timesteps=2, denoising_steps=4, **none)
@@ -92,15 +96,6 @@ def test_text_only_sites_need_no_pass_of_the_denoiser(host64, objective):
     host64._direct = set()  # make it take the long way
     slow = merge_loras(host64, concepts, settings=settings, calibration=calibration)
     assert difference(quick.lora, slow.lora) < 1e-9
-
-
-def test_text_encoder_alone_needs_no_denoiser_at_all(host):
-    concepts = merged_concepts(host, select=lambda s: is_attention(s) and s.startswith("text"))
-    runs, handle = count_unet_runs(host)
-    result = merge_loras(host, concepts, calibration=CALIBRATION)
-    handle.remove()
-    assert runs == []
-    assert all(site.startswith("text_encoder.") for site in result.lora.sites)
 
 
 def test_files_are_never_overwritten_by_accident(host, tmp_path):

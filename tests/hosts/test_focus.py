@@ -105,14 +105,3 @@ def test_schedules_and_micro_batches_agree(host64, objective):
     assert difference(merge(micro_batch=5), whole) < 1e-9
     assert difference(merge(schedule="jacobi", iterations=30), whole) < 1e-8
     assert difference(merge(saliency=0.0), whole) > 1e-4
-
-
-def test_two_concepts_have_none_unless_it_is_asked_for(host64):
-    def merge(count, **settings):
-        settings = {"precision": "float64", **settings}
-        concepts = concepts_of(host64)[:count]
-        return merge_loras(host64, concepts, settings=settings, calibration=CALIBRATION).lora
-
-    assert difference(merge(2), merge(2, saliency=0.0)) == 0
-    assert difference(merge(2, saliency=0.5), merge(2)) > 1e-4
-    assert difference(merge(3), merge(3, saliency=1 - 2 / 3)) == 0

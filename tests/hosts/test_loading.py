@@ -19,8 +19,8 @@ from iteris_core.hosts.peft_layers import peft_layers
 from iteris_core.lora_files.experts import joined_experts
 
 WAN = "Wan 2.2 with two experts"
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("SD 3", "Qwen-Image", "Z-Image")]
-NAMES = ["SDXL", "FLUX.1", WAN, *SLOW]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("SDXL", "SD 3", "Z-Image")]
+NAMES = ["FLUX.1", "Qwen-Image", WAN, *SLOW]
 QUICK = {"samples": 2, "timesteps": 1, "denoising_steps": 2}
 
 

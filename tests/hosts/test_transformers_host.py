@@ -44,7 +44,7 @@ def test_adapters_are_read_as_peft_applies_them(world):
     assert float((ours - logits(host.model, batch)).norm() / theirs.norm()) > 1e-3
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
 def test_padding_counts_for_nothing(world, side):
     """The same samples with more padding, and other tokens under it, give the same merge."""
     kind, host, folders = world

@@ -174,11 +174,11 @@ def test_rows_of_a_composite_have_latents_of_its_parts():
     assert any(n >= 100 for n in own)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"block_steps": 2}, {"schedule": "jacobi", "iterations": 2}],
-    ids=["closed form", "block polish", "jacobi"],
-)
+@pytest.mark.parametrize("settings", [
+    {},
+    pytest.param({"block_steps": 2}, marks=pytest.mark.slow),
+    pytest.param({"schedule": "jacobi", "iterations": 2}, marks=pytest.mark.slow),
+], ids=["closed form", "block polish", "jacobi"])  # fmt: skip
 def test_a_pipeline_takes_them_in_every_way_of_merging(host, settings):
     """The file is as thick as without them, and another one."""
     concepts = [

@@ -9,13 +9,11 @@ import torch
 from pipelines import PIPELINES, applied, two_concepts
 from tiny import random_lora
 
-from iteris_core import Calibration, Concept, Lora, SettingsError, merge_loras
+from iteris_core import Calibration, Concept, Lora, SettingsError
 from iteris_core.calibration_prompts import concept_prompts, pair_prompts
 from iteris_core.concepts import PAIR_TEMPLATES, TEMPLATES
-from iteris_core.methods import block_polish
 from iteris_core.methods.segments import ByRow, Segment
 from iteris_core.methods.side_by_side import (
-    SHOWING,
     SideBySide,
     compose_halves,
     drawn_pairs,
@@ -103,11 +101,6 @@ def test_styles_and_what_no_words_call_for_are_not_shown(host):
     assert pairs_of(job, rows=100) == []
     assert drawn_pairs(job, {}, 100) is None
     assert pairs_of(job_of(SimpleNamespace(pictures=False), named(host)), rows=100) == []
-    result = merge_loras(
-        host, [first, Concept(fourth.lora, ["a dog"])], settings={"block_steps": 2},
-        calibration=CALIBRATION,
-    )  # fmt: skip
-    assert "without images of two concepts; that takes" in str(result.report.notes)
 
 
 def test_a_block_is_to_give_each_half_as_its_own_lora_gives_it(host):
@@ -141,34 +134,6 @@ def test_a_block_is_to_give_each_half_as_its_own_lora_gives_it(host):
             assert torch.allclose(passage.wanted[0][row], wanted, atol=1e-4)
         assert torch.allclose(passage.found[0], given[0], atol=1e-4)
     handle.remove()
-
-
-@pytest.mark.slow
-def test_polish_on_pictures_of_two_leaves_the_base_as_it_was(host):
-    before = {name: value.clone() for name, value in host.pipeline.unet.state_dict().items()}
-    told: set[str] = set()
-
-    def of(**settings):
-        return merge_loras(
-            host,
-            named(host),
-            settings=settings,
-            calibration=CALIBRATION,
-            on_progress=lambda progress: told.add(progress.what),
-        ).lora.sites
-
-    plain, alone, both, again = (
-        of(block_steps=steps, block_pairs=pairs)
-        for steps, pairs in ((0, 0.5), (4, 0.0), (4, 0.5), (4, 0.5))
-    )
-    assert {block_polish.WHAT, SHOWING} <= told
-    moved = [site for site in plain if not torch.equal(alone[site].up, both[site].up)]
-    assert moved
-    for site in plain:
-        assert torch.equal(both[site].up, again[site].up)
-    for name, value in host.pipeline.unet.state_dict().items():
-        assert torch.equal(value, before[name])
-    assert all(not m._forward_hooks for m in host.pipeline.unet.modules())
 
 
 @pytest.mark.parametrize(
