@@ -77,8 +77,6 @@ def library() -> None:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory, library: None) -> Path:
     """ComfyUI's base directory: this pack among the custom nodes, thin checkpoints and LoRAs."""
-    from reduced_models import write_lora
-    from reduced_models.wan import SITES
     from thin_models import write_models
 
     base = tmp_path_factory.mktemp("comfyui")
@@ -87,9 +85,6 @@ def models(tmp_path_factory: pytest.TempPathFactory, library: None) -> Path:
     (base / "custom_nodes" / "iteris-lora").symlink_to(ROOT)
     (base / "custom_nodes" / "reduced_models_of_tests.py").write_text(_REDUCED)
     write_models(base / "models")
-    (base / "models" / "loras" / "experts").mkdir()
-    for seed, name in enumerate(("a_high", "a_low", "b_high", "b_low")):
-        write_lora(base / "models" / "loras" / "experts" / f"{name}.safetensors", SITES, seed)
     return base
 
 

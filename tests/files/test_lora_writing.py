@@ -107,13 +107,6 @@ def test_names_of_a_whole_real_model_are_those_of_sd_scripts(kind, tmp_path):
     assert metadata["ss_base_model_version"] == base.architecture.version
 
 
-def test_a_written_file_has_ordinary_rights(tmp_path):
-    path = write_lora(make_lora("sd1"), tmp_path / "a.safetensors")
-    ordinary = tmp_path / "b"
-    ordinary.touch()
-    assert path.stat().st_mode == ordinary.stat().st_mode
-
-
 def test_diffusers_converts_a_kohya_file_for_the_real_flux(tmp_path):
     """Its converter splits linear1 at the real width, so no tiny pipeline can hold against it."""
     from diffusers import FluxPipeline

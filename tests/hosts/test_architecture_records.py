@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from bases import KINDS, tiny_base
-from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 from safetensors.torch import save_file
 
 from iteris_core import Concept, IterisError, Lora, LowRank, architectures, merge_loras, write_lora
@@ -105,21 +102,3 @@ def test_a_single_file_is_loaded_as_what_it_is(keys, pipeline, tmp_path):
     tensors = {key: torch.zeros(shape) for key, shape in keys.items()}
     save_file(tensors, tmp_path / "a.safetensors")
     assert single_file_pipeline(tmp_path / "a.safetensors").__name__ == pipeline
-
-
-@pytest.mark.parametrize(
-    ("name", "loads"), [("StableDiffusionInpaintPipeline", True), ("DDPMPipeline", False)]
-)
-def test_a_single_file_of_another_kind_is_what_the_configuration_says(
-    name, loads, tmp_path, monkeypatch
-):
-    key = "model.diffusion_model.input_blocks.0.0.weight"
-    save_file({key: torch.zeros(8, 9, 3, 3)}, tmp_path / "a.safetensors")
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
-    released = {"pretrained_model_name_or_path": str(tmp_path)}
-    monkeypatch.setitem(DIFFUSERS_DEFAULT_PIPELINE_PATHS, "inpainting", released)
-    if loads:
-        assert single_file_pipeline(tmp_path / "a.safetensors").__name__ == name
-    else:
-        with pytest.raises(IterisError, match="'inpainting', from which diffusers loads no"):
-            single_file_pipeline(tmp_path / "a.safetensors")

@@ -30,47 +30,6 @@ def merged_concepts(host, **kwargs):
 CALIBRATION = Calibration(samples=4, timesteps=2, denoising_steps=3, seed=3)
 
 
-def everything(site: str) -> bool:
-    """Attention, feed-forward, time embedding and 3x3 convolutions, of the middle."""
-    kinds = is_attention(site) or ".conv1" in site or ".ff." in site
-    return (kinds and "mid_block" in site) or "time_emb" in site or "layers.0.self_attn" in site
-
-
-def test_all_kinds_of_sites_merge(host64):
-    concepts = merged_concepts(host64, select=everything)
-    sweep = merge_loras(
-        host64, concepts, settings={"precision": "float64"}, calibration=CALIBRATION
-    )
-    assert any(c.kernel == (3, 3) for c in sweep.lora.sites.values())
-    alone = merge_loras(
-        host64, concepts[:1], settings={"precision": "float64"}, calibration=CALIBRATION
-    )
-    assert difference(alone.lora, concepts[0].lora) < 1e-7
-
-
-def some(site: str) -> bool:
-    return is_attention(site) and ("mid_block" in site or "layers.0" in site)
-
-
-@pytest.mark.parametrize("latents", ["denoising", "noise"])
-def test_micro_batches_and_seeds(host64, latents):
-    concepts = merged_concepts(host64, select=some)
-    first, second, other = (
-        merge_loras(
-            host64,
-            concepts,
-            settings={"precision": "float64", "micro_batch": size},
-            calibration=Calibration(
-                samples=5, timesteps=2, denoising_steps=3, latents=latents, seed=seed, guidance=2.0
-            ),
-        )
-        for size, seed in ((100, 3), (3, 3), (3, 4))
-    )
-    assert difference(first.lora, second.lora) < 1e-9
-    assert difference(first.lora, other.lora) > 1e-4
-    assert first.report.rows == 2 * 5 * 2 + 4  # of generic prompts
-
-
 def count_unet_runs(host):
     runs = []
     handle = host.pipeline.unet.conv_in.register_forward_pre_hook(lambda *_: runs.append(1))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
 
-import pytest
 import torch
 from reductions import solver_of
-from test_diffusers_host import CALIBRATION, PROMPTS, difference
+from test_diffusers_host import CALIBRATION, PROMPTS
 from tiny import is_attention, random_lora
 
-from iteris_core import Concept, merge_loras
+from iteris_core import Concept
 from iteris_core.activations.collect import Collector
 from iteris_core.passes.batches import ExecutionConfig, micro_batches
 from iteris_core.passes.job import Job
@@ -88,20 +86,3 @@ def test_moments_are_weighted_by_the_effects_so_far(host64):
             weighted = tokens[part] * weights[start:stop].reshape(-1, 1)
             torch.testing.assert_close(inputs.own[concept], tokens[part].mT @ weighted)
     assert unequal > len(acting)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("objective", ["adapter", "output"])
-def test_schedules_and_micro_batches_agree(host64, objective):
-    concepts = concepts_of(host64)
-    common = {"objective": objective, "precision": "float64", "ridge": 1e-4, "saliency": FOCUS}
-    calibration = replace(CALIBRATION, conditions=0.0)  # iterations have plain rows
-
-    def merge(**settings):
-        settings = {**common, "bound": 0.0, **settings}
-        return merge_loras(host64, concepts, settings=settings, calibration=calibration).lora
-
-    whole = merge(micro_batch=100)
-    assert difference(merge(micro_batch=5), whole) < 1e-9
-    assert difference(merge(schedule="jacobi", iterations=30), whole) < 1e-8
-    assert difference(merge(saliency=0.0), whole) > 1e-4

@@ -11,12 +11,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bases import outputs, tiny
-from host_cases import CALIBRATION, CASES, PIPELINES, PROMPTS, make_case, two_concepts
+from host_cases import CALIBRATION, CASES, PIPELINES, make_case, two_concepts
 from language_bases import MAKERS, tuned_folder
 from peft import PeftModel
 
-from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras, write_lora
+from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.micro_batch import MicroBatch
 from iteris_core.errors import IterisError
@@ -195,29 +194,6 @@ def test_the_base_is_bit_identical_whatever_happens(case):
     check()
 
 
-@pytest.mark.parametrize("layout", ["kohya", "peft"])
-def test_diffusers_loads_what_was_read_and_merged(pipeline_case, layout, tmp_path):
-    case = pipeline_case
-    if case.kind in ("sd3", "flux") and layout == "kohya":
-        pytest.skip("diffusers reads no SD 3 in kohya layout, and FLUX in its own width only")
-    concepts = []
-    for seed in (1, 2):
-        # T5 LoRAs are not read by diffusers in any layout.
-        lora = case.lora(seed, lambda s: case.some(s) and "Self" not in s and "Dense" not in s)
-        path = write_lora(lora, tmp_path / f"{seed}.safetensors", layout=layout, dtype="float32")
-        concepts.append(Concept(case.host.read_lora(path), prompts=PROMPTS))
-    result = merge_loras(None, concepts, "average")
-    path = result.save(tmp_path / "merged.safetensors", layout=layout, dtype="float32")
-    loaded = copy.deepcopy(tiny(case.kind))
-    loaded.load_lora_weights(path)
-    base = outputs(case.kind, case.pipeline)
-    add_to_weights(case.host, result.lora)
-    ours, theirs = outputs(case.kind, case.pipeline), outputs(case.kind, loaded)
-    for name in (n for n in ours if not is_t5(case.kind, n)):
-        assert relative(theirs[name], ours[name]) < 1e-5
-        assert relative(base[name], ours[name]) > 1e-3
-
-
 def test_peft_loads_what_was_read_and_merged(model_case, tmp_path):
     case = model_case
     concepts = []
@@ -231,10 +207,6 @@ def test_peft_loads_what_was_read_and_merged(model_case, tmp_path):
     add_to_weights(case.host, result.lora)
     assert relative(theirs, case.outputs()) < 1e-5
     assert relative(base, theirs) > 1e-3
-
-
-def is_t5(kind: str, name: str) -> bool:
-    return name == {"flux": "text_encoder_2", "sd3": "text_encoder_3"}.get(kind)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])

@@ -109,24 +109,6 @@ def test_what_adapters_of_all_kinds_do_is_kept_on_their_own_inputs():
     assert all(error(model, name, "theirs", rows[name][0]) > 0.3 for name in names)
 
 
-def test_a_head_is_one_adapters_own():
-    model, targets = make_bert()
-    torch.manual_seed(0)
-    config = LoraConfig(
-        target_modules=targets, modules_to_save=["classifier"], init_lora_weights=False
-    )
-    model = get_peft_model(model.double(), config, adapter_name="a").eval()
-    model.add_adapter("b", config)
-    for name in ("a", "b"):
-        head = model.base_model.model.classifier.modules_to_save[name]
-        torch.nn.init.normal_(head.weight, std=0.5)
-    before = state_of(model)
-    batches = make_batches("encoder", 1)
-    add_merged_adapter(model, ["b"], {"b": batches}, heads="b", calibration=CALIBRATION)
-    assert_untouched(model, before, ["a"])
-    assert error(model, "b", "merged", batches[0]) < 1e-6
-
-
 @pytest.mark.parametrize("fails", ["merge", "writing"])
 def test_after_a_failure_all_is_as_before(fails, monkeypatch):
     model = tuned_model(["dora", "shifts"])

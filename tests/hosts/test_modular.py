@@ -10,8 +10,6 @@ from safetensors import safe_open
 from iteris_core import merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.diffusers_modular import progress_bars
-from iteris_core.score.drawing import Drawing
-from iteris_core.score.drawing import draw as draw_pictures
 
 CALIBRATION = {"samples": 4, "timesteps": 2, "denoising_steps": 3}
 
@@ -51,23 +49,6 @@ def test_the_guider_draws_at_the_calibrations_guidance():
         loop.run(["a dog"], see, steps=2, size=size, generators=start, guidance=guidance)
     assert scales == [1.0] * 2 + [5.0] * 4
     assert loop.empty_prompts
-
-
-def test_pictures():
-    from diffusers import AnimaModularPipeline
-
-    reduced = PIPELINES["Anima"]()
-    whole = AnimaModularPipeline()
-    whole.update_components(**reduced.pipeline.components)
-    scheduler, guider = whole.scheduler, whole.guider
-    drawing = Drawing(steps=2, guidance=2.0, size=(64, 64), scheduler="FlowMatchEulerDiscrete")
-    for bar in progress_bars(whole):
-        bar.set_progress_bar_config(disable=True)
-    pictures = draw_pictures(whole, [("a dog", 1), ("a bird", 1), ("a dog", 1)], drawing)
-    assert [picture.size for picture in pictures] == [(64, 64)] * 3
-    pixels = [picture.tobytes() for picture in pictures]
-    assert pixels[0] == pixels[2] != pixels[1]
-    assert (whole.scheduler, whole.guider) == (scheduler, guider)
 
 
 def test_a_folder_on_the_command_line(tmp_path, monkeypatch, capsys):

@@ -24,7 +24,6 @@ from language_bases import (
 from peft import PeftModel
 
 from iteris_core import Concept, merge_loras
-from iteris_core.activations.lockstep import Lockstep
 from iteris_core.hosts.transformers import TransformersHost
 
 
@@ -193,25 +192,6 @@ def test_repair_brings_the_output_nearer(world):
         added = repair and kind != "encoder"
         assert any(r.repair for r in result.report.sites.values()) == added
     assert errors[1] < 0.7 * errors[0]
-
-
-def test_final_outputs_are_of_one_length_for_any_rows(world):
-    """Each row's own, zero under its padding."""
-    kind, host, folders = world
-    concepts = concepts_of(kind, host, folders)
-    with Lockstep(host.sites(), {}) as lockstep:
-        samples = host.samples(
-            concepts, set(), CALIBRATION, lockstep, torch.Generator(), lambda *_: None
-        )
-    with torch.no_grad():
-        parts = [host.forward(samples, [row]) for row in range(10)]
-        together = torch.cat(parts)
-        torch.testing.assert_close(host.forward(samples, range(10)), together)
-    for row, found in zip(samples.rows, together, strict=True):
-        own = logits(host.model, row)[0]
-        length = len(own) if found.ndim == 2 else None
-        torch.testing.assert_close(found[:length], own)
-        assert length is None or not found[length:].any()
 
 
 def _error(kind, host, concepts, lora) -> float:

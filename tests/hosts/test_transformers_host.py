@@ -76,51 +76,6 @@ def test_padding_counts_for_nothing(world, side):
         assert largest_gap(merge(writing, dict), merge(writing, padded)) < 1e-6
 
 
-def test_labels_are_no_part_of_what_is_generated(world):
-    """A batch for training, labels and all, gives what its inputs alone give."""
-    kind, host, folders = world
-    if kind == "encoder":
-        pytest.skip("an encoder generates nothing")
-    host = TransformersHost(host.model, generate={"max_new_tokens": 3, "min_new_tokens": 3})
-    loras = [host.read_lora(folder) for folder in folders]
-
-    def merge(labels):
-        concepts = []
-        for i, lora in enumerate(loras):
-            batch = {k: v for k, v in make_batches(kind, i)[1].items() if "decoder" not in k}
-            more = {"labels": batch["input_ids"].clone()} if labels else {}
-            concepts.append(Concept(lora, inputs=[batch | more]))
-        return merge_loras(host, concepts, calibration=CALIBRATION).lora
-
-    assert largest_gap(merge(False), merge(True)) < 1e-9
-
-
-def test_a_decoder_makes_no_logits_that_nobody_needs():
-    model, _ = make_llama()
-    host = TransformersHost(model.eval())
-    seen = []
-    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    generator = torch.Generator().manual_seed(0)
-
-    def merge(site):
-        out, fan = host.sites()[site].weight.shape
-        concepts = [
-            Concept(
-                Lora({site: LowRank(torch.randn(out, 2, generator=generator),
-                                    torch.randn(2, fan, generator=generator))}, str(i)),
-                inputs=make_batches("decoder", i),
-            )
-            for i in range(2)
-        ]  # fmt: skip
-        merge_loras(host, concepts, settings={"repair": False}, calibration=CALIBRATION)
-
-    merge("model.model.layers.0.self_attn.q_proj")
-    assert set(seen) == {1}
-    seen.clear()
-    merge("model.lm_head")
-    assert max(seen) > 1
-
-
 def test_labels_mark_padding_of_the_decoder():
     """labels of -100 and their decoder's tokens, written out with a mask, are the same samples."""
     from transformers import T5ForConditionalGeneration

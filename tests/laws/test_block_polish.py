@@ -179,26 +179,6 @@ def test_what_a_block_changes_in_place_has_gradients():
     assert not result.report.notes
 
 
-class Unknown(torch.autograd.Function):
-    @staticmethod
-    def forward(context, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(context, gradient):
-        raise RuntimeError("no autograd formula was registered")
-
-
-def test_what_cannot_be_differentiated_stays_and_is_said():
-    loras, data, model = loras_of(), data_of(), Blocks()
-    model.blocks[2].out.register_forward_hook(lambda *given: Unknown.apply(given[-1]))
-    plain, result = (merged(model, data, loras, block_steps=steps) for steps in (0, 20))
-    for site, change in plain.lora.sites.items():
-        same = torch.equal(change.up, result.lora.sites[site].up)
-        assert same == (not site.startswith(("blocks.0", "blocks.1")))
-    assert "blocks.2.q to blocks.2.out are not polished, because it cannot" in said(result)
-
-
 def test_polish_of_a_pipeline_tells_its_progress_and_can_be_cancelled(host):
     concepts = [Concept(random_lora(host, s), prompts=["a dog", "a cat"]) for s in (1, 2)]
     calibration = Calibration(samples=4, timesteps=2, latents="noise")

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from iteris_core.hosts.rows import (
     TextRows,
     added_concepts,
 )
-from iteris_core.lora_files.sidecars import find_phrases
 
 
 def prompts(concept, **kwargs):
@@ -47,32 +45,6 @@ def test_every_phrase_has_rows_of_its_own():
         assert [drawn.owners.count(owner) for owner in range(2)] == [20, 12]
         texts = said(drawn.texts(2))
         assert all(any(phrase in text for text in texts) for phrase in many.phrases)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "words"),
-    [
-        ({"modelspec.trigger_phrase": "sks cat, zwx dog"}, {"subjects": ("sks cat", "zwx dog")}),
-        ({"modelspec.trigger_phrase": "sks cat"}, {"trigger": "sks", "class_word": "cat"}),
-        (
-            {"ss_dataset_dirs": '{"10_sks big dog": {"n_repeats": 10}}'},
-            {"trigger": "sks", "class_word": "big dog"},
-        ),
-        ({"iteris": '{"concepts": [3, {"lora": null, "trigger": "preserve"}]}'}, {}),
-        (
-            {
-                "modelspec.trigger_phrase": "sks, zwx",
-                "iteris": '{"concepts": [{"lora": "a", "trigger": "sks", "class": "cat"}, '
-                '{"lora": "b", "subjects": ["zwx dog", "a b"]}, {"lora": null, "trigger": "k"}]}',
-            },
-            {"subjects": ("sks cat", "zwx dog", "a b")},
-        ),
-        ({}, {}),
-    ],
-)
-def test_the_words_of_a_file(metadata, words):
-    found = words_in(find_phrases(Path("none.safetensors"), metadata).phrases)
-    assert found == {"trigger": "", "class_word": "", "subjects": (), **words}
 
 
 @pytest.mark.parametrize(
@@ -157,44 +129,11 @@ def test_a_share_of_the_rows_carries_further_words():
     assert all("a sks dog" in text and text.count("sks") == 1 for text in more)
 
 
-def test_from_six_loras_on_half_of_the_rows_carry_further_words():
-    """With a quarter, new words broke the pictures of six."""
-    loras = [Concept(Lora({}), trigger=f"t{i}") for i in range(6)]
-
-    def share(concepts, contexts):
-        generator = torch.Generator().manual_seed(0)
-        owners = [o for o in range(len(concepts)) for _ in range(200)]
-        prompts = [f"a t{owner} dog" for owner in owners]
-        rows = said(texts(owners, prompts, 1, 0.0, generator, concepts, contexts))
-        return sum(text not in prompts for text in rows) / len(rows)
-
-    assert share(loras, None) == pytest.approx(0.5, abs=0.05)
-    assert share(loras[:5], None) == pytest.approx(0.25, abs=0.05)
-    assert share(loras, 0.25) == pytest.approx(0.25, abs=0.05)
-    assert share(loras, 0.0) == 0
-    styled = [loras[0], Concept(Lora({}), trigger="t1", kind="style")]  # also with a style
-    assert share(styled, None) == pytest.approx(0.5, abs=0.05)
-    assert share(styled, 0.25) == pytest.approx(0.25, abs=0.05)
-
-
 def test_from_five_loras_on_a_sample_has_six_timesteps():
     assert [Calibration().settled(loras).timesteps for loras in (1, 4, 5, 20)] == [4, 4, 6, 6]
     assert Calibration(denoising_steps=3).settled(2).timesteps == 3
     assert Calibration(timesteps=2).settled(9) == Calibration(timesteps=2)
     assert Calibration().rows_each == 4
-
-
-def test_a_prompt_that_comes_often_is_denoised_with_further_words():
-    """From the seventeenth time on: latents of one prompt are of one kind."""
-    one = [Concept(Lora({}), prompts=["a sks dog"])]
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(**values):
-        calibration = Calibration(samples=50, **values)
-        return SamplePrompts.drawn(one, calibration, WORDS, generator, 0.2, denoises=True).prompts
-
-    assert [prompt == "a sks dog" for prompt in drawn()] == [True] * 16 + [False] * 34
-    assert set(drawn(contexts=0.0)) == {"a sks dog"}
 
 
 def test_rows_without_a_lora_have_latents_of_others():

@@ -62,16 +62,6 @@ def test_a_composite_asks_for_what_both_loras_do(objective, weighting):
     assert difference(ours.lora, dense) < 1e-8
 
 
-def test_a_sweep_with_a_composite_is_the_converged_iteration():
-    loras, data = [make_lora(1), make_lora(2, rank=3)], make_data(3)
-    settings = {"objective": "output", "weighting": "tokens", "ridge": 1e-4}
-    ours = merged(loras, data, rank=WIDE, repair=False, **settings)
-    iterations, weights = len(SITES) + 1, [1.0, 1.0, 0.3]
-    every = [*loras, both(*loras)]
-    dense = jacobi(Net(), every, data, iterations=iterations, weights=weights, **settings)
-    assert difference(ours.lora, dense) < 1e-8
-
-
 @pytest.mark.parametrize("objective", ["adapter", "output"])
 def test_a_composite_adds_no_rank(objective):
     ours = merged([make_lora(1), make_lora(2, rank=3)], make_data(3), objective=objective)

@@ -26,7 +26,7 @@ class Autocast(Net):
 
 
 @pytest.mark.parametrize("objective", ["adapter", "output"])
-@pytest.mark.parametrize("micro_batch", [1, 5, 7])
+@pytest.mark.parametrize("micro_batch", [1, 5])
 def test_an_autocast_block_is_the_same_in_any_number_of_micro_batches(objective, micro_batch):
     before = Modes.now()
     loras = [
@@ -58,6 +58,16 @@ def test_modes_are_the_callers_after_an_error():
     assert Modes.now() == before
 
 
+def test_a_merge_under_autocast_is_near_the_merge_without():
+    loras, data = [make_lora(1), make_lora(2)], make_data(2)
+    plain = merge(loras, data, ridge=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = merge(loras, data, ridge=1e-3)
+        assert torch.is_autocast_enabled("cpu")
+    # float64 is left alone by autocast, and moments and solves are
+    assert difference(cast.lora, dense_changes(plain.lora)) < 1e-12
+
+
 def test_inference_mode_inside_a_model_is_refused_and_around_a_merge_is_not():
     class Inference(Net):
         def forward(self, x):
@@ -73,8 +83,7 @@ def test_inference_mode_inside_a_model_is_refused_and_around_a_merge_is_not():
     assert difference(found.lora, dense_changes(wanted.lora)) < 1e-9
 
 
-@pytest.mark.parametrize("micro_batch", [3, 100])
-def test_one_float32_lora_on_a_bfloat16_base_gives_itself_back(micro_batch):
+def test_one_float32_lora_on_a_bfloat16_base_gives_itself_back():
     """Within what bfloat16 activations let through: the changes themselves are never rounded."""
     pipeline = make_pipeline()
     pipeline.unet.to(torch.bfloat16)
@@ -92,7 +101,7 @@ def test_one_float32_lora_on_a_bfloat16_base_gives_itself_back(micro_batch):
     merged = merge_loras(
         host,
         [concept],
-        settings={"objective": "adapter", "micro_batch": micro_batch},
+        settings={"objective": "adapter", "micro_batch": 3},
         calibration=calibration,
     ).lora
     for site, change in changes.items():
