@@ -127,12 +127,11 @@ def test_lockstep_rows_are_separate_runs(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["adapter", "output"])
-def test_a_sweep_is_the_converged_iteration(case64, objective):
+def test_a_sweep_is_the_converged_iteration(case64):
     every = sorted(case64.lora(1).sites)
     some = set(every[:: max(1, len(every) // 7)])
     concepts = two_concepts(case64, some.__contains__)
-    settings = {"objective": objective, "precision": "float64", "ridge": 1e-4, "repair": False}
+    settings = {"precision": "float64", "ridge": 1e-4, "repair": False}
     settings["bound"] = 0.0
     calibration = replace(CALIBRATION, conditions=0.0)  # iterations have plain rows
     # A site depends on those before it only, so that as many iterations as sites are enough.
