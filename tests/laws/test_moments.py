@@ -71,7 +71,7 @@ def test_a_choice_of_tokens_depends_on_the_row_alone():
 
 def test_fewer_tokens_change_little_and_micro_batches_nothing(host):
     loras = [
-        random_lora(host, s, select=lambda s: "mid_block" in s and "attn" in s) for s in (1, 2)
+        random_lora(host, s, select=lambda s: "down_blocks.0" in s and "attn" in s) for s in (1, 2)
     ]
     concepts = [Concept(lora, prompts=["a dog", "a cat"]) for lora in loras]
     calibration = Calibration(samples=6, timesteps=2, latents="noise", conditions=0.0)
