@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 PYTHON := $(shell command -v $(PYTHON) || command -v python3)
 RUN := .venv/bin/python
-# Tests run in JOBS processes of one thread each, a file's tests in one of them.
+# Tests run in JOBS processes of one thread each, a file's fast tests in one of them.
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
@@ -22,7 +22,7 @@ test: .venv
 	$(PYTEST)
 
 test-slow: .venv
-	$(PYTEST) -m 'slow or fuzz'
+	$(PYTEST) --dist worksteal -m 'slow or fuzz'
 
 # MATRIX="COMFYUI=PYTHON …": checkouts, each with a Python that has its requirements.
 test-comfy:

@@ -37,41 +37,24 @@ def make_pipeline():
     count = 2 * len(LETTERS) + 2
     tokenizer = clip_tokenizer(40, count - 2, count - 1)
     config = CLIPTextConfig(
-        vocab_size=count,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=40,
-        bos_token_id=count - 2,
-        eos_token_id=count - 1,
-        pad_token_id=count - 1,
-    )
+        vocab_size=count, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=40, bos_token_id=count - 2,
+        eos_token_id=count - 1, pad_token_id=count - 1,
+    )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=32,
+        attention_head_dim=4, norm_num_groups=8,
+    )  # fmt: skip
     scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="v_prediction",
-    )
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction",
+    )  # fmt: skip
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderTiny(
-            encoder_block_out_channels=(8, 8, 8, 8),
-            decoder_block_out_channels=(8, 8, 8, 8),
-            num_encoder_blocks=(1, 1, 1, 1),
-            num_decoder_blocks=(1, 1, 1, 1),
+            encoder_block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
+            num_encoder_blocks=(1, 1, 1, 1), num_decoder_blocks=(1, 1, 1, 1),
         ),
         text_encoder=CLIPTextModel(config).eval(),
         tokenizer=tokenizer,
@@ -80,7 +63,7 @@ def make_pipeline():
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    )
+    )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -50,10 +50,3 @@ def test_every_way_is_measured_with_both_bases(tmp_path):
         assert whole["rows"] == 10  # 2 of them of generic prompts
         assert whole["peak_gib"] == pytest.approx(whole["plan_gib"], rel=0.25)
         assert ways["planned, less memory"]["plan_gib"] < whole["plan_gib"]
-
-
-def test_what_there_is_no_time_for_is_said(tmp_path):
-    found, said = bench(tmp_path, "--minutes=0")
-    assert found["models"]["SDXL, 1024 px"] == {}
-    assert "SDXL, 1024 px, float8" in found["skipped"]
-    assert "SDXL, 1024 px, float8: skipped" in said

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_line import make_dino
 
 import toybox
 
@@ -67,21 +68,11 @@ def run(monkeypatch, script, *arguments):
     script.main()
 
 
-def dino(folder):
-    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
-
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    Dinov2Model(config).save_pretrained(folder)
-    size = {"height": 28, "width": 28}
-    BitImageProcessor(size={"shortest_edge": 28}, crop_size=size).save_pretrained(folder)
-
-
+@pytest.mark.slow
 def test_a_model_of_one_s_own_is_measured_as_every_world(monkeypatch, tmp_path, capsys):
     for module in (outputs, open_bench):
         monkeypatch.setattr(module, "BUILD", tmp_path / "build")
-    dino(tmp_path / "dino")
+    make_dino(tmp_path / "dino")
     file = written(tmp_path, dino="dino", seen=["a {}"])  # the model lies beside the file
     run(monkeypatch, unseen, "--world", file, "--methods", "iteris,average")
     table = capsys.readouterr().out

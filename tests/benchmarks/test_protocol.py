@@ -6,10 +6,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from new_words import FakeWorld
+import torch
 from PIL import Image
+from tiny import random_lora
 
+from iteris_core import Concept
 from iteris_core.methods import find_method
 from iteris_core.settings import declared_settings
 
@@ -21,7 +24,51 @@ from protocol.digests import digests_of  # noqa: E402
 from protocol.figures import against, figures, row, rows_of_size, stat  # noqa: E402
 from protocol.plan import BASE, SINGLE, Plan, Variant, sets_of  # noqa: E402
 from protocol.runs import Runs  # noqa: E402
-from search_settings import GRIDS, search, searched  # noqa: E402
+from protocol.world import KINDS, Wanted  # noqa: E402
+from search_settings import GRIDS  # noqa: E402
+
+
+class FakeWorld:
+    """Concepts whose likeness is a number of the LoRA."""
+
+    subjects, sizes, kinds = ("s0", "s1", "s2", "s3"), (2, 4), KINDS
+    trained, calls = 1, 4
+    roots = ()
+
+    def __init__(self, host):
+        self.host = host
+        self.calibration = {"templates": ("a {} in a picture",)}
+        self.half = {"templates": ("a {}",), "samples": 2, "timesteps": 1, "denoising_steps": 2}
+        self.loras = {
+            name: random_lora(host, seed, select=lambda site: "mid_block" in site)
+            for seed, name in enumerate(self.subjects)
+        }
+        self.drawn: list[str] = []
+
+    def concepts(self, names, trained):
+        return [Concept(self.loras[name], trigger=name, class_word="cat") for name in names]
+
+    def prompted(self, kind, names, seed):
+        if kind == "no trigger":
+            return [Wanted((), "a dog", seed, "white")]
+        seeds = range(3 if kind == "spread" else 1)
+        return [Wanted((n,), f"a {n} cat, {kind}", s, "white") for n in names for s in seeds]
+
+    def draw(self, lora, wanted):
+        own = any(lora is known for known in self.loras.values())
+        grey = 0 if lora is None else 200 if own else 100
+        self.drawn += [w.prompt for w in wanted]
+        return [Image.new("RGB", (4, 4), (grey + 10 * w.seed,) * 3) for w in wanted]
+
+    def read(self, images, wanted):
+        values = [image.getpixel((0, 0))[0] / 250 for image in images]
+        if not wanted[0].shown:
+            return [{"scene": 1.0} for _ in values]
+        return [{"likeness": v, "judge": v, "text": 0.7, "scene": 1.0} for v in values]
+
+    def embedded(self, images):
+        angles = [image.getpixel((0, 0))[0] / 250 for image in images]
+        return torch.tensor([[np.cos(a), np.sin(a)] for a in angles])
 
 
 def test_intervals_are_students_over_sets():
@@ -123,35 +170,6 @@ def test_rows_of_different_code_are_not_mixed(host, tmp_path):
     for unit in units:
         runs.known[unit.key]["code"] = older
     assert runs.stale(units) == ["average"]
-
-
-class ScaledWorld(FakeWorld):
-    """A merge's picture tells how near its change of one site is to 55 % of the LoRAs' sum."""
-
-    def draw(self, lora, wanted):
-        names = {name for w in wanted for name in w.shown}
-        if not names or lora is None:
-            return super().draw(lora, wanted)
-        site = next(iter(lora.sites))
-        whole = sum(self.loras[name].sites[site].dense() for name in names)
-        scale = float(lora.sites[site].dense().norm() / whole.norm())
-        return [
-            Image.new("RGB", (4, 4), (round(200 - 200 * abs(scale - 0.55)),) * 3) for _ in wanted
-        ]
-
-
-def test_a_search_keeps_what_it_finds_and_goes_on(host, tmp_path):
-    world = ScaledWorld(host)
-    file = tmp_path / "settings.json"
-    runs = Runs(world, tmp_path / "runs.jsonl")
-    assert not search(runs, file, ["task-arithmetic"], seconds=-1)
-    assert search(runs, file, ["task-arithmetic"])
-    found = {k: searched("task-arithmetic", k, file)["scale"] for k in world.sizes}
-    assert found == {2: 0.55, 4: 0.55}
-    assert searched("task-arithmetic", 7, file) == {"scale": 0.55}, "of the most that were searched"
-    measured = len(runs.known)
-    assert search(runs, file, ["task-arithmetic"])
-    assert len(runs.known) == measured
 
 
 @pytest.mark.parametrize("method", GRIDS)

@@ -29,7 +29,6 @@ sys.exit("\\n".join(broken) or 0)
 
 sys.path.append(str(BENCHMARKS))
 
-import markdown_tables  # noqa: E402
 import results_page  # noqa: E402
 import tables  # noqa: E402
 
@@ -104,36 +103,3 @@ def test_the_ratios_are_those_of_the_figures():
     assert json.loads(python(code)) == data["ratios"]
     for entry in (entry for part, entry in data["raw"].items() if part.startswith("floor")):
         assert entry["floor"] == entry["merge"] / entry["bare"]
-
-
-def figure(mean: float) -> dict:
-    return {"mean": mean, "interval": [mean - 0.02, mean + 0.02], "n": 3}
-
-
-def of_size() -> dict:
-    """IterIS .7 in likeness; Chain of Merges .6, and before it in attributes; the base .8."""
-    names = {"iteris": 0.7, "chain-of-merges": 0.6, "average": 0.4, "sum": 0.1, "base": 0.8}
-    columns = ("likeness", "judge", "likeness kept")
-    rows = {name: {"new words": dict.fromkeys(columns, figure(of))} for name, of in names.items()}
-    behind = {**figure(-0.05), "verdict": "behind"}
-    against = {
-        name: {"new words": {"likeness": {**figure(0.7 - of), "verdict": "first"}, "judge": behind}}
-        for name, of in names.items()
-        if name != "iteris"
-    }
-    return {"rows": rows, "against": against}
-
-
-def test_a_verdict_is_against_the_likest_rival_and_has_its_interval_and_n(tmp_path, monkeypatch):
-    """The base is none."""
-    for file in (BENCHMARKS / "results").glob("*.json"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    data = {"default": "iteris", "sizes": {"3": of_size(), "10": of_size()}}
-    (tmp_path / "unseen_reported.json").write_text(json.dumps(data))
-    monkeypatch.setattr(markdown_tables, "RESULTS", tmp_path)
-    row = "| 3 LoRAs | Chain of Merges | first (+.100 ± .020) | behind (-.050 ± .020) | 3 |"
-    assert row in results_page.verdicts()
-    lines = list(results_page.behind())
-    attributes = next(line for line in lines if line.startswith("**Attributes**"))
-    assert "Chain of Merges by .050 at 3, .050 at 10" in attributes
-    assert "base" not in attributes

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -28,11 +25,6 @@ def drawn(count: int, two: float, seed: int = 3):
     rng = np.random.default_rng(seed)
     scenes = [draw.random_scene(rng, 0.6, two) for _ in range(count)]
     return scenes, [draw.draw(scene, rng) for scene in scenes]
-
-
-def test_importing_needs_no_torch():
-    code = "import sys, toybox; toybox.concepts(); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=toybox.ROOT.parent)
 
 
 def test_its_files_are_small_and_safe():
@@ -105,7 +97,7 @@ def test_clip_retrieves_drawn_pictures():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("token", list(ALL))
+@pytest.mark.parametrize("token", ["sks1", "sks6", *toybox.pivotal_concepts()])
 def test_a_concept_is_drawn_with_its_own_lora(token, judge):
     from toybox.evaluate import load_concept, measure_concept
 

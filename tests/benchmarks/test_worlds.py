@@ -8,12 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from benchmarks.emoji.tokenizer import clip_tokenizer, tokens, word_tokenizer
-from benchmarks.emoji.train import base
-from benchmarks.emoji.train.optimizers import optimizers, steady
-from toybox.train.common import Average, Run
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -23,34 +17,6 @@ from minilm import words
 from minilm.prompts import prompts, templates, words_of
 from protocol.toybox import ToyboxWorld
 from styles.reader import STYLES
-
-
-def test_a_training_of_emoji_goes_on_bit_for_bit(tmp_path):
-    tokenizers = clip_tokenizer(tmp_path / "tokenizer"), word_tokenizer()
-
-    def train(folder: Path, until: int) -> Run:
-        torch.manual_seed(0)
-        models = base.new_models(tokenizers, double=1, single=1, heads=1)
-        made = optimizers(models["transformer"], [models["clip"], models["t5"]])
-        average = Average(list(models.values()), 0.9)
-        run = Run(folder, models, made, average, 4, 1e-2, 5, steady)
-        for step in range(run.start, until):
-            _, generator = run.generators(step)
-            latents = torch.randn(4, 64, 16, generator=generator)
-            captions = tokens(tokenizers, ["a cat face on a red background"] * 4)
-            run.descend(step, base.velocity_loss(models, latents, captions, generator))
-        run.save(until)
-        return run
-
-    whole = train(tmp_path / "whole", 4)
-    train(tmp_path / "parts", 2)
-    parts = train(tmp_path / "parts", 4)
-    assert parts.start == 2
-    for name, model in whole.modules.items():
-        for key, value in model.state_dict().items():
-            assert torch.equal(value, parts.modules[name].state_dict()[key]), (name, key)
-    for one, other in zip(whole.average.shadow, parts.average.shadow, strict=True):
-        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("kind", ["contexts", "new"])

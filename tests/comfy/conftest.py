@@ -13,7 +13,6 @@ import sys
 import time
 import urllib.error
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,8 +77,6 @@ def library() -> None:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory, library: None) -> Path:
     """ComfyUI's base directory: this pack among the custom nodes, thin checkpoints and LoRAs."""
-    from reduced_models import write_lora
-    from reduced_models.wan import SITES
     from thin_models import write_models
 
     base = tmp_path_factory.mktemp("comfyui")
@@ -88,36 +85,27 @@ def models(tmp_path_factory: pytest.TempPathFactory, library: None) -> Path:
     (base / "custom_nodes" / "iteris-lora").symlink_to(ROOT)
     (base / "custom_nodes" / "reduced_models_of_tests.py").write_text(_REDUCED)
     write_models(base / "models")
-    (base / "models" / "loras" / "experts").mkdir()
-    for seed, name in enumerate(("a_high", "a_low", "b_high", "b_low")):
-        write_lora(base / "models" / "loras" / "experts" / f"{name}.safetensors", SITES, seed)
     return base
 
 
 @pytest.fixture(scope="session")
 def client(models: Path) -> Iterator[Client]:
-    with running(models) as found:
-        yield found
-
-
-@contextmanager
-def running(base: Path) -> Iterator[Client]:
-    """A server on the base directory ``base``."""
+    """A server on the directory of ``models``."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     # PYTHONPATH may name this repository, whose `nodes` would shadow ComfyUI's.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
-    log = (base / "server.log").open("w")
+    log = (models / "server.log").open("w")
     command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
-    command += ["--disable-api-nodes", "--base-directory", str(base)]
+    command += ["--disable-api-nodes", "--base-directory", str(models)]
     process = subprocess.Popen(
         command, cwd=COMFYUI, env=environment, stdout=log, stderr=subprocess.STDOUT
     )
     found_client = Client(port)
     try:
-        _wait_until_up(found_client, process, base / "server.log")
+        _wait_until_up(found_client, process, models / "server.log")
         yield found_client
     finally:
         process.terminate()

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from kit import SETTINGS, Kit, distance, use_folders
-from PIL import Image
-from safetensors.torch import load_file
+from kit import SETTINGS, Kit, distance
 
 
 @pytest.fixture
@@ -72,40 +69,3 @@ def test_a_run_after_one_that_was_cancelled_has_the_same_rows(
     found = desk(on=other)[2]
     assert all(torch.equal(tensor, found[key]) for key, tensor in whole.items())
     assert desk.latents() == 4
-
-
-def test_a_file_of_another_precision_with_a_thumbnail(
-    kit: Kit, desk: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import folder_paths
-
-    use_folders(monkeypatch, kit.folder, "loras")
-    disk = kit.folder / "disk" / "loras"
-    folder_paths.folder_names_and_paths["loras"][0].append(str(disk))
-    lora, before = desk()[2], set(kit.loras.iterdir())
-
-    def save(name: str, **values: Any) -> dict[str, Any]:
-        made = kit.node("save_node", "SaveMergedLora").execute(lora, name, **values)
-        assert str(kit.folder) not in json.dumps([made.result, made.ui])
-        return load_file((disk if "folder" in values else kit.loras) / made.result[0])
-
-    half = save("one", thumbnail=torch.rand(2, 600, 1200, 3))
-    single = save("one", dtype="float32")
-    other = save("two", dtype="bfloat16", folder="disk/loras", rank=2)
-    assert {t.dtype for k, t in half.items() if not k.endswith("alpha")} == {torch.float16}
-    assert {t.dtype for k, t in other.items() if not k.endswith("alpha")} == {torch.bfloat16}
-    key = next(key for key in single if key.endswith("lora_up.weight"))
-    down = key.replace("lora_up", "lora_down")
-    change = single[key].flatten(1) @ single[down].flatten(1)
-    site = kit.lora.ComfySites(kit.model, kit.clip).base.written
-    wanted = lora.lora.sites[site[key.removesuffix(".lora_up.weight")][0].site].dense()
-    assert torch.allclose(change, wanted.float(), rtol=1e-5, atol=1e-8)
-    assert other[key].shape[1] == 2
-    with Image.open(kit.loras / "one.preview.png") as thumbnail:
-        assert thumbnail.size == (512, 256)
-        assert not thumbnail.info
-        assert np.asarray(thumbnail).std() > 1
-    written = [*(set(kit.loras.iterdir()) - before), *disk.iterdir()]
-    assert len(written) == 4
-    assert not any(str(kit.folder).encode() in path.read_bytes() for path in written)
-    assert "one.safetensors" in folder_paths.get_filename_list("loras")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from kit import Kit, part
+from kit import Kit
 from safetensors.torch import load_file, save_file
 
 
@@ -34,13 +34,3 @@ def test_it_is_as_if_load_lora_had_put_it_there(kit: Kit) -> None:
         if site in own.sites:
             there = there + 0.5 * own.sites[site].dense().to(there.dtype)
         assert float((ours[site].dense() - there).norm() / there.norm()) < 1e-3, site
-
-
-def test_the_node_reads_no_words_for_it(kit: Kit) -> None:
-    spec = kit.specs.make_spec(speedy(kit), kind="always on")
-    assert spec.always_on == "include"
-    line = part(kit.pack, "nodes.loras_node")._line(spec)
-    assert line == "turbo at 1: always on, part of the merged LoRA"
-    stacks = part(kit.pack, "nodes.lora_stacks")
-    named = stacks.with_words([*kit.concepts(), spec], "sks cat; zwx dog")
-    assert [list(one.phrases) for one in named] == [["sks cat"], ["zwx dog"], []]

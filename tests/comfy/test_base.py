@@ -9,18 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from kit import Kit, distance, part
+from kit import Kit, distance
 from reduced_models.unets import sd15
 from torch import nn
-
-METHODS = ("iteris", "regmean", "ssr", "chain-of-merges", "average")
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_leaves_the_base_as_it_was(kit: Kit, method: str) -> None:
-    before = kit.outputs()
-    assert kit.merge(method=method).lora.sites
-    assert kit.unchanged(before)
 
 
 @pytest.mark.parametrize("after", [1, 20, 60])
@@ -47,34 +38,6 @@ def test_a_merge_that_stops_leaves_the_base_as_it_was(
     assert kit.unchanged(before)
     assert not torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()
-
-
-@pytest.mark.parametrize("place", ["Denoiser.predict", "RowsGuider.predict_noise"])
-def test_fewer_rows_at_once_where_memory_runs_out(
-    kit: Kit, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    """In the sweep, and while samples are made. Half as many rows round otherwise."""
-    owner, _, name = place.partition(".")
-    owner = getattr(part(kit.pack, f"nodes.comfy_{_of(owner)}"), owner)
-    whole, sizes = getattr(owner, name), list[int]()
-    wanted, before = kit.merge().lora, kit.outputs()
-
-    def greedy(self: Any, latents: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
-        sizes.append(len(latents))
-        if len(latents) > 2:
-            raise torch.OutOfMemoryError("pretended")
-        return whole(self, latents, *rest, **options)
-
-    model = kit.model.clone()  # of which no samples are kept
-    monkeypatch.setattr(owner, name, greedy)
-    assert distance(kit.merge(on=(model, kit.clip)).lora, wanted) < 1e-3
-    assert max(sizes) > 2 >= sizes[-1]
-    monkeypatch.undo()
-    assert kit.unchanged(before)
-
-
-def _of(owner: str) -> str:
-    return {"Denoiser": "denoiser", "RowsGuider": "sampling"}[owner]
 
 
 def test_what_to_lower_is_said_where_nothing_fits(kit: Kit) -> None:

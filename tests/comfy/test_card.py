@@ -1,5 +1,5 @@
 """Behaviour that needs a card, simulated by stubs: ComfyUI's DynamicVRAM, its compiler, prefetched
-weights, layers that are read without being called. Each test is named after its finding.
+weights, layers that are read without being called.
 """
 
 from __future__ import annotations
@@ -14,33 +14,9 @@ from kit import Kit, part
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-GIB = 2**30
-
-
-def test_g1_weights_that_can_be_evicted_count_as_free(
-    kit: Kit, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """DynamicVRAM leaves little free, and gives what the patcher says."""
-    import comfy.model_management as memory
-    from comfy.model_patcher import ModelPatcher
-
-    def free(device: Any = None, torch_free_too: bool = False) -> Any:
-        return (GIB, GIB) if torch_free_too else GIB
-
-    monkeypatch.setattr(memory, "get_free_memory", free)
-    with monkeypatch.context() as dynamic:
-        dynamic.setattr(
-            ModelPatcher, "get_free_memory", lambda self, device: 20 * GIB, raising=False
-        )
-        plan = kit.merge().report.plan
-        assert len(plan) == 2  # texts and denoiser
-        assert all("of 18.00 GiB" in line for line in plan)
-    if not hasattr(ModelPatcher, "get_free_memory"):
-        assert all("of 0.90 GiB" in line for line in kit.merge().report.plan)
-
 
 @pytest.mark.parametrize("end", ["success", "error", "interrupt", "out of memory"])
-def test_g2_g3_g4_what_forwards_cannot_pause_with_is_off_during_a_merge(
+def test_what_forwards_cannot_pause_with_is_off_during_a_merge(
     kit: Kit, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     """The compiler, CUDA graphs and prefetched weights, of one forward at a time, and operations
@@ -87,7 +63,7 @@ def test_g2_g3_g4_what_forwards_cannot_pause_with_is_off_during_a_merge(
     assert stub.__dict__["make_prefetch_queue"] is make
 
 
-def test_g4_fused_operations_run_unfused_and_with_gradients(pack: ModuleType) -> None:
+def test_fused_operations_run_unfused_and_with_gradients(pack: ModuleType) -> None:
     """An INT8 layer that is read would not be seen; a polish goes back through a rotation."""
     import comfy.ops
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
@@ -117,32 +93,7 @@ def test_g4_fused_operations_run_unfused_and_with_gradients(pack: ModuleType) ->
     assert torch.allclose(x.grad, 2 * x, atol=1e-4)  # a turn keeps lengths
 
 
-def test_what_this_comfyui_lacks_is_not_made_up(pack: ModuleType) -> None:
-    internals, state = part(pack, "nodes.comfy_internals"), part(pack, "nodes.comfy_state")
-    before = {path: internals.optional(path) for path, _ in state.SWITCHES}
-    with state.ready_for_merge():
-        for path, value in state.SWITCHES:
-            assert internals.optional(path) is (None if before[path] is None else value)
-    assert {path: internals.optional(path) for path, _ in state.SWITCHES} == before
-    with pytest.raises(AttributeError, match="not among the names"):
-        internals.optional("comfy.model_management.something_else")
-
-
-def test_g7_what_comfyui_has_pinned_is_not_pinned_twice(
-    pack: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import comfy.model_management as memory
-
-    state, pool = part(pack, "nodes.comfy_state"), part(pack, "iteris_core.activations.host_pool")
-    monkeypatch.setattr(pool, "total_memory", lambda: 100 * GIB)
-    monkeypatch.setattr(memory, "MAX_PINNED_MEMORY", 30 * GIB)
-    for taken, left in ((10 * GIB, 20 * GIB), (40 * GIB, 0)):
-        monkeypatch.setattr(memory, "TOTAL_PINNED_MEMORY", taken)
-        with state.ready_for_merge():
-            assert pool.HostPool(torch.device("cuda"), 90 * GIB)._pinnable == left
-
-
-def test_g13_a_dora_on_bytes_of_a_gguf_is_refused(kit: Kit) -> None:
+def test_a_dora_on_bytes_of_a_gguf_is_refused(kit: Kit) -> None:
     tensors = load_file(kit.loras / "a.safetensors")
     down = next(key for key in tensors if key.startswith("lora_unet") and "lora_down" in key)
     module = down.removesuffix(".lora_down.weight")

@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from client import Client, node
 from figures import BOUNDARY, Trial
 from kit import merge_on, part
 from reduced_models import ARCHITECTURES
 from reduced_models.wan import SITES
-from safetensors.torch import load_file
 
 
 class Pair(Trial):
@@ -76,44 +74,3 @@ def test_a_concept_may_have_one_file_only_and_what_does_not_fit_is_said(pair: Pa
     ):
         with pytest.raises(pair.core.IterisError, match=message):
             pair.merged(("a_high", "a_low"), **options)
-
-
-def concept(name: str, trigger: str, **given: Any) -> dict[str, Any]:
-    return node(
-        "IterisConcept",
-        lora_name=f"experts/{name}_high.safetensors",
-        lora_low=f"experts/{name}_low.safetensors",
-        trigger=trigger,
-        **{"class_word": "cat", "strength": 1.0, "weight": 1.0},
-        **{"prompts": "", "embedding": "none"},
-        **given,
-    )
-
-
-def test_two_files_out_of_one_graph(client: Client, models: Path) -> None:
-    """High and low LoRAs of two concepts in, two files out."""
-    outputs = client.run({
-        "high": node("ReducedModel", name="wan", factor=1.0),
-        "low": node("ReducedModel", name="wan", factor=0.9),
-        "clip": node("ReducedClip", name="wan", factor=1.0),
-        "a": concept("a", "sks"),
-        "b": concept("b", "zwx", concepts=["a", 0]),
-        "merge": node(
-            "IterisMergeExperts",
-            model=["high", 0],
-            model_low=["low", 0],
-            clip=["clip", 0],
-            concepts=["b", 0],
-            boundary=BOUNDARY,
-            method="iteris",
-            samples=3,
-            settings=["settings", 0],
-        ),
-        "settings": node("IterisSettings", frames=5, timesteps=2, image_size=64),
-        "save high": node("IterisSaveLora", lora=["merge", 3], filename_prefix="iteris/high"),
-        "save low": node("IterisSaveLora", lora=["merge", 4], filename_prefix="iteris/low"),
-    })  # fmt: skip
-    names = [outputs[f"save {side}"]["text"][0] for side in ("high", "low")]
-    files = [load_file(models / "models" / "loras" / name) for name in names]
-    assert min(map(len, files)) >= 3 * len(SITES)
-    assert not all(torch.equal(files[0][key], files[1][key]) for key in files[0].keys() & files[1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -109,26 +108,6 @@ def test_saved_lora_draws_what_the_node_draws(client: Client) -> None:
     assert psnr(pixels(client, drawn["plain"]), merged) < 40
 
 
-def test_another_file_name_or_rank_does_not_start_over(client: Client, models: Path) -> None:
-    """By ComfyUI's cache a new name does not merge again. Another rank does not make latents again;
-    the sweep runs again, since later layers adapt to what is cut off."""
-
-    def counts() -> tuple[int, int]:
-        log = (models / "server.log").read_text()
-        return log.count("IterIS: making latents"), log.count("IterIS: merged with")
-
-    graph = thin_graph()
-    name = saved_name(client.run(graph))
-    latents, merges = counts()
-    assert latents
-    graph["save"]["inputs"]["filename_prefix"] = "iteris/other"
-    assert saved_name(client.run(graph)) != name
-    assert counts() == (latents, merges)
-    graph["settings"]["inputs"]["rank"] = 3
-    assert "rank 3" in client.run(graph)["report"]["text"][0]
-    assert counts() == (latents, merges + 1)
-
-
 def test_stock_save_checkpoint_bakes_the_merge(client: Client, models: Path) -> None:
     """MODEL and CLIP of a merge in one file, which draws what they draw without a LoRA."""
     merged = ["merge", 0], ["merge", 1], ["base", 2]
@@ -149,78 +128,12 @@ def test_stock_save_checkpoint_bakes_the_merge(client: Client, models: Path) -> 
     assert psnr(pixels(client, drawn["by thin"]), wanted) < 40
 
 
-def test_interrupt_leaves_the_base_as_it_was(client: Client) -> None:
-    graph = {
-        "base": node("CheckpointLoaderSimple", ckpt_name="thin.safetensors"),
-        **drawing("plain", ["base", 0], ["base", 1], ["base", 2], seed=7),
-    }
-    before = pixels(client, client.run(graph)["plain"])
-    prompt = client.start(thin_graph(samples=60, timesteps=4))
-    time.sleep(6)
-    client.post("/interrupt", {})
-    messages = client.wait(prompt)["status"]["messages"]
-    assert "execution_interrupted" in [kind for kind, _ in messages]
-    graph["plaink"]["inputs"]["seed"] = 8  # past the cache, and back again
-    client.run(graph)
-    graph["plaink"]["inputs"]["seed"] = 7
-    assert np.array_equal(pixels(client, client.run(graph)["plain"]), before)
-
-
 def test_errors_are_one_sentence(client: Client) -> None:
     with pytest.raises(PromptError, match="no concept sks99"):
         client.run({
             "toybox": node("IterisToybox", tokens="sks99"),
             "shown": node("PreviewAny", source=["toybox", 3]),
         })  # fmt: skip
-
-
-@needs_toybox
-def test_quick_start_shows_both_concepts(client: Client) -> None:
-    """Each concept's pictures are nearer to its references than the base model's are."""
-    toybox = node("IterisToybox", tokens="sks1, sks6")
-    own = {"steps": 20, "cfg": 2.5, "batch": 4, "text": ["toybox", 5]}
-    scored = {"scorer": ["toybox", 6], "references": ["toybox", 4]}
-    graph = {
-        "toybox": toybox,
-        "merge": node(
-            "IterisMerge",
-            model=["toybox", 0],
-            clip=["toybox", 1],
-            concepts=["toybox", 3],
-            method="iteris",
-            samples=40,
-            settings=["settings", 0],
-        ),
-        "settings": node("IterisSettings", image_size=64),
-        "save": node("IterisSaveLora", lora=["merge", 2], filename_prefix="iteris/toybox"),
-        **drawing("merged", ["merge", 0], ["merge", 1], ["toybox", 2], **own),
-        **drawing("plain", ["toybox", 0], ["toybox", 1], ["toybox", 2], **own),
-        "merged like": node("IterisClipImageAlignment", images=["mergedd", 0], **scored),
-        "plain like": node("IterisClipImageAlignment", images=["plaind", 0], **scored),
-        "merged score": node("PreviewAny", source=["merged like", 0]),
-        "plain score": node("PreviewAny", source=["plain like", 0]),
-        "sheet": node(
-            "IterisScoreSheet",
-            images=["mergedd", 0],
-            labels=["toybox", 5],
-            prompts="",
-            cell=64,
-            scores=["merged like", 0],
-        ),
-        "shown": node("PreviewImage", images=["sheet", 0]),
-    }
-    outputs = client.run(graph)
-    assert len(outputs["merged"]["images"]) == 8
-    graph = {
-        "toybox": toybox,
-        "lora": stock(saved_name(outputs), ["toybox", 0], ["toybox", 1]),
-        **drawing("loaded", ["lora", 0], ["lora", 1], ["toybox", 2], **own),
-    }
-    merged = pixels(client, outputs["merged"])
-    assert psnr(pixels(client, client.run(graph)["loaded"]), merged) > 45
-    merged_scores = [float(text) for text in outputs["merged score"]["text"]]
-    plain_scores = [float(text) for text in outputs["plain score"]["text"]]
-    assert all(m > p + 0.1 for m, p in zip(merged_scores, plain_scores, strict=True))
 
 
 @needs_toybox

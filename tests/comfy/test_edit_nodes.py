@@ -132,29 +132,6 @@ def test_norms_and_biases_are_extracted_in_full(kit: Kit, edits: Edits) -> None:
     assert kit.unchanged(before)
 
 
-@pytest.mark.parametrize("name", ["ResizeLora", "ExtractLora"])
-@pytest.mark.parametrize("after", [5, 60])
-def test_the_models_are_as_they_were_after_an_interrupt(
-    kit: Kit, edits: Edits, name: str, after: int
-) -> None:
-    import comfy.model_management
-
-    tuned, before, seen = kit.stock("a.safetensors"), kit.outputs(), list[Any]()
-    first = kit.outputs(*tuned)
-
-    def progress(said: Any) -> None:
-        seen.append(said)
-        if len(seen) > after:
-            raise comfy.model_management.InterruptProcessingException
-
-    edits.progress = progress
-    second = [kit.concepts()[0]] if name == "ResizeLora" else tuned[0]
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
-        edits.run(name, kit.model, second, kit.clip, *(() if name == "ResizeLora" else tuned[1:]))
-    assert kit.unchanged(before)
-    assert all(torch.equal(*pair) for pair in zip(kit.outputs(*tuned), first, strict=True))
-
-
 def test_models_that_are_alike_or_of_two_kinds(kit: Kit, edits: Edits) -> None:
     from reduced_models import zimage
 

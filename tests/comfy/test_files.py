@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import reduced_models
 import torch
-from reduced_pipelines import sdxl_pipeline
 from released_models import CONFIGS, diffusers_names, released
 from safetensors.torch import load_file
-from thin_models import load_thin, thin_pipeline
 from torch import Tensor
 
 from iteris_core import Lora, LowRank, write_lora
-from iteris_core.hosts.diffusers_lora import base_of, pipeline_parameters, pipeline_sites
 from iteris_core.lora_files import read_lora_file, released_base
-
-PROMPT = "a photo of a sks dog in the snow"
 
 
 def trained(site: str) -> bool:
@@ -125,101 +118,3 @@ def test_every_key_of_a_whole_model_is_taken(
 
 
 # -- outputs, of an SD 1.5 with one block a side and of a reduced SDXL ----------------------------
-
-
-def in_comfyui(model: Any, clip: Any, latents: Tensor) -> dict[str, Tensor]:
-    """SDXL's sizes (1024 × 768) and pooled text are one vector; SD 1.5 has none."""
-    import comfy.model_management as memory
-
-    with torch.no_grad():
-        text, pooled = clip.encode_from_tokens(clip.tokenize(PROMPT), return_pooled=True)
-        memory.load_models_gpu([model])
-        more = {}
-        if model.model.adm_channels:
-            more["y"] = model.model.encode_adm(pooled_output=pooled, width=768, height=1024)
-        time = torch.tensor([500.0])
-        noise = model.model.diffusion_model(latents, time, context=text.float(), **more)
-    return {"text": text, "pooled": pooled, "noise": noise}
-
-
-def in_diffusers(pipeline: Any, latents: Tensor, text: Tensor, pooled: Tensor) -> dict[str, Tensor]:
-    """The UNet on ComfyUI's own text, so that its outputs are compared for themselves."""
-    more: dict[str, Any] = {}
-    with torch.no_grad():
-        found = pipeline.encode_prompt(PROMPT, device="cpu", num_images_per_prompt=1,
-                                       do_classifier_free_guidance=False)  # fmt: skip
-        outputs = {"text": found[0]}
-        if len(found) > 2:
-            outputs["pooled"] = found[2]
-            sizes = torch.tensor([[1024.0, 768, 0, 0, 1024, 768]])
-            more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
-        time = torch.tensor([500.0])
-        outputs["noise"] = pipeline.unet(latents, time, text.float(), **more).sample
-    return outputs
-
-
-@pytest.fixture
-def stock(pack: Any, tmp_path: Path) -> Any:
-    """The node itself, which finds files of the test's own folder."""
-    import folder_paths
-
-    import nodes
-
-    assert hasattr(nodes, "NODE_CLASS_MAPPINGS")
-    folder_paths.add_model_folder_path("loras", str(tmp_path))
-    return nodes.LoraLoader()
-
-
-@pytest.mark.parametrize("kind", ["sd1", "sdxl", "sd1 with norms and biases"])
-def test_outputs_are_those_of_diffusers(
-    stock: Any, models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
-) -> None:
-    """diffusers loads no norms and biases, so that they are added to its weights."""
-    is_sdxl, with_vectors = kind == "sdxl", kind.endswith("biases")
-    model, clip = reduced_models.sdxl() if is_sdxl else load_thin(models)
-    pipeline = sdxl_pipeline(model, clip) if is_sdxl else thin_pipeline()
-    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    before = in_comfyui(model, clip, latents)
-    base = base_of(pipeline, pipeline_sites(pipeline))
-    lora = random_lora(base, [site for site in base.shapes if trained(site)], 4)
-    if with_vectors:
-        lora = replace(lora, vectors=vectors_of(pipeline))
-    file = write_lora(lora, tmp_path / f"{kind}.safetensors", dtype="float32")
-    with caplog.at_level(logging.WARNING):
-        patched = stock.load_lora(model, clip, file.name, 1.0, 1.0)
-    assert "not loaded" not in caplog.text
-    patches = len(patched[0].patches) + len(patched[1].patcher.patches)
-    assert patches == len(lora.sites) + len(lora.vectors)
-    theirs = in_comfyui(*patched, latents)
-    if with_vectors:
-        add_to_weights(pipeline, lora)
-    else:
-        pipeline.load_lora_weights(str(file))
-    ours = in_diffusers(pipeline, latents, theirs["text"], theirs["pooled"])
-    errors = {n: float((theirs[n] - o).norm() / o.norm()) for n, o in ours.items()}
-    moved = {n: float((theirs[n] - before[n]).norm() / o.norm()) for n, o in ours.items()}
-    assert all(error < 1e-5 for error in errors.values()), errors
-    assert all(move > 0.1 for move in moved.values()), moved
-
-
-def vectors_of(pipeline: Any) -> dict[str, Tensor]:
-    """A change of every norm and bias."""
-    generator = torch.Generator().manual_seed(1)
-    weights = {
-        name: getattr(module, name.rpartition(".")[2])
-        for name, module in pipeline_parameters(pipeline).items()
-    }
-    return {
-        name: 0.05 * torch.randn(weight.shape, generator=generator)
-        for name, weight in weights.items()
-        if weight.ndim == 1
-    }
-
-
-@torch.no_grad()
-def add_to_weights(pipeline: Any, lora: Lora) -> None:
-    sites, modules = pipeline_sites(pipeline), pipeline_parameters(pipeline)
-    for site, change in lora.sites.items():
-        sites[site].weight += change.dense().reshape(sites[site].weight.shape)
-    for name, vector in lora.vectors.items():
-        getattr(modules[name], name.rpartition(".")[2]).add_(vector)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib
 import importlib.util
@@ -107,21 +106,3 @@ def test_an_old_python_is_told_so(
     again()
     assert sys.modules[NAME].__all__ == []
     assert "needs Python 3.10 or newer" in caplog.text
-
-
-def test_they_are_taken_in_one_module() -> None:
-    """No other file of the nodes imports from comfy."""
-    for file in sorted((ROOT / "nodes").glob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        names = [
-            name
-            for node in ast.walk(tree)
-            if isinstance(node, (ast.Import, ast.ImportFrom))
-            for name in (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-            )
-            if not getattr(node, "level", 0)
-        ]
-        assert not [name for name in names if name.partition(".")[0] == "comfy"], file.name

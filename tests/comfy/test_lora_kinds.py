@@ -150,27 +150,3 @@ def test_dora(pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path, site: str
     assert float((ours - wanted).norm() / wanted.norm()) < 1e-5
     theirs_again = rows * moved / base.norm(dim=1, keepdim=True) - base
     assert float((theirs - theirs_again).norm() / theirs_again.norm()) < 1e-5
-
-
-def test_of_oft_lycoris_is_followed_where_comfyui_differs(
-    pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path
-) -> None:
-    """ComfyUI bounds ‖Q‖ by alpha, which LyCORIS and sd-scripts mean as a share of the outputs,
-    and leaves out the rescale."""
-    blocks = tensors(oft_blocks=(8, 8, 8))
-    plain, _ = both(pack, sdxl, tmp_path, LINEAR, blocks)
-    ours, theirs = both(pack, sdxl, tmp_path, LINEAR, blocks | ALPHA)
-    assert torch.equal(ours, plain)  # ‖Q‖ is below 2 · 64
-    assert float((theirs - plain).norm() / plain.norm()) > 0.1
-    scale = 1 + tensors(seed=1, m=(64, 1))["m"].abs()
-    ours, theirs = both(pack, sdxl, tmp_path, LINEAR, blocks | {"rescale": scale})
-    base = weight_of(pack, sdxl, LINEAR)
-    assert torch.allclose(ours, scale * (base + plain) - base, atol=1e-5)
-    assert torch.allclose(theirs, plain, atol=1e-5)
-
-
-def test_what_no_lora_can_say_is_refused(
-    pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path
-) -> None:
-    with pytest.raises(part(pack, "iteris_core").LoraFileError, match="OFT in a form"):
-        both(pack, sdxl, tmp_path, LINEAR, tensors(oft_diag=(8, 8, 8)) | ALPHA)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kit import Kit, part, use_folders
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 
 class Bench:
@@ -174,15 +174,6 @@ def test_entries_that_are_not_known_are_refused(bench: Bench) -> None:
         bench.module("lora_stacks").specs_of([("gone", 1.0)])
 
 
-def test_a_stack_at_clip_0_leaves_the_text_encoders_alone(bench: Bench, kit: Kit) -> None:
-    def components(entry: Any) -> set[str]:
-        specs = bench.module("lora_stacks").specs_of([entry])
-        return {site.partition(".")[0] for site in kit.merge(concepts=specs).lora.sites}
-
-    assert components(("a.safetensors", 1.0)) == {"text_encoder", "unet"}
-    assert components({"name": "a", "strength": 1.0, "clip_strength": 0.0}) == {"unet"}
-
-
 def test_without_a_clip(bench: Bench, kit: Kit) -> None:
     """Methods that look at weights take none where no LoRA changes it."""
 
@@ -199,14 +190,3 @@ def test_without_a_clip(bench: Bench, kit: Kit) -> None:
         merge("average", 1.0)
     with pytest.raises(bench.error, match="prompts need one"):
         merge("iteris", 0.0)
-
-
-def test_a_lora_with_norms_merges_with_skip(bench: Bench, kit: Kit) -> None:
-    tensors = load_file(bench.folder / "a.safetensors")
-    norm = next(key for key, _ in kit.model.model.named_parameters() if "norm" in key)
-    named = {f"{norm.removesuffix('.weight')}.diff": torch.ones(32)}
-    save_file(tensors | named, bench.folder / "norms.safetensors")
-    specs = bench.stack(("norms", 1.0), ("b", 0.7))
-    with pytest.raises(bench.error, match=r"norms\.safetensors"):
-        kit.merge(concepts=specs, unmergeable="refuse")
-    assert "left out" in kit.merge(concepts=specs, unmergeable="skip").report.summary()

@@ -129,22 +129,6 @@ def test_slices_of_a_fused_weight(pack: ModuleType, tmp_path: Path, name: str) -
         assert float((change.dense() - theirs).norm() / theirs.norm()) < 1e-5
 
 
-def test_parts_of_a_fused_weight_keep_their_ranks(pack: ModuleType, tmp_path: Path) -> None:
-    """q, k and v of FLUX are one site of the sum of their ranks; nothing else grows with it."""
-    files, comfy_lora = part(pack, "iteris_core.lora_files"), part(pack, "nodes.comfy_lora")
-    sites = comfy_lora.ComfySites(*reduced_models.flux())
-    block = "transformer.transformer_blocks.0."
-    names = {f"{block}attn.to_{n}": (64, 64) for n in "qkv"} | {f"{block}ff.net.2": (64, 256)}
-    path = reduced_models.write_lora(tmp_path / "a.safetensors", names, 1, rank=5)
-    lora = sites.read_lora(path)
-    tensors, _ = files.to_tensors(lora)
-    ranks = {key.partition(".lora_down")[0]: len(t) for key, t in tensors.items() if "down" in key}
-    assert ranks == {
-        "lora_unet_double_blocks_0_img_attn_qkv": 15,
-        "lora_unet_double_blocks_0_img_mlp_2": 5,
-    }
-
-
 def test_weights_that_no_lora_is_of(pack: ModuleType, tmp_path: Path) -> None:
     """A name that ComfyUI has, of a normalisation and of a 3D convolution: refused with file, key
     and weight, or left out where that is asked for."""

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from kit import Kit, part
-from safetensors.torch import load_file, save_file
 
 GRAPH = {
     "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "z_image_turbo_bf16.safetensors"}},
@@ -77,21 +76,3 @@ def test_empty_prompts(kit: Kit) -> None:
     assert empties(kit.model, None) > 5
     assert empties(kit.model, True) == empties(speedy, None) == 0
     assert empties(speedy, False) > 5
-
-
-def test_what_the_model_does_not_know_is_left_out_or_refused(kit: Kit) -> None:
-    tensors = load_file(kit.loras / "a.safetensors")
-    tensors |= {
-        key.replace("attentions_0", "attentions_9"): value.clone()
-        for key, value in list(tensors.items())
-        if "mid_block_attentions_0" in key
-    }
-    file = kit.loras / "strange.safetensors"
-    save_file(tensors, file)
-    specs = [kit.specs.make_spec(file, trigger="sks", class_word="cat"), kit.concepts()[1]]
-
-    with pytest.raises(kit.core.IterisError, match="attentions_9"):
-        kit.merge(concepts=specs, method="average", unmergeable="refuse")
-    result = kit.merge(concepts=specs, method="average", unmergeable="skip")
-    assert "attentions_9" in result.report.summary()
-    assert not any("attentions.9" in site for site in result.lora.sites)

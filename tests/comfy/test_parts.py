@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,33 +15,6 @@ try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10, for which pytest brings it
     import tomli as tomllib
-
-
-@pytest.mark.parametrize(
-    ("metadata", "words"),
-    [
-        ({"modelspec.trigger_phrase": "sks cat, zwx dog"}, ("", "", ("sks cat", "zwx dog"))),
-        ({"ss_dataset_dirs": json.dumps({"10_sks dog": {"n_repeats": 10}})}, ("sks", "dog", ())),
-        ({"ss_dataset_dirs": json.dumps({"img": {}}), "ss_tag_frequency": "{}"}, ("", "", ())),
-        ({"ss_tag_frequency": json.dumps({"a": {"red hair": 3, "xyz": 9}})}, ("xyz", "", ())),
-        ({"ss_tag_frequency": "not JSON"}, ("", "", ())),
-        ({"ss_tag_frequency": json.dumps({"a": {"xyz": None}})}, ("", "", ())),
-        ({"ss_tag_frequency": json.dumps({"a": {"1girl": 9, "solo": 9}})}, ("", "", ())),
-        ({}, ("", "", ())),
-    ],
-)
-def test_words_of_a_file(
-    pack: ModuleType, tmp_path: Path, metadata: dict[str, str], words: tuple[Any, ...]
-) -> None:
-    save_file({"a": torch.ones(1)}, tmp_path / "lora.safetensors", metadata)
-    specs = part(pack, "nodes.concept_specs")
-    spec = specs.make_spec(tmp_path / "lora.safetensors")
-    assert (spec.trigger, spec.class_word, spec.subjects) == words
-    core = part(pack, "iteris_core")
-    reader = type("Reader", (), {"read_lora": lambda *_: core.Lora({})})()
-    phrases = list(words[2]) or [w for w in [f"{words[0]} {words[1]}".strip()] if w]
-    read = part(pack, "iteris_core.reading").read_concept
-    assert list(read(spec, reader).phrases) == phrases
 
 
 def test_what_comfyui_reads_of_the_project_file(library: None) -> None:
@@ -123,23 +95,3 @@ def test_the_settings_of_other_methods(pack: ModuleType) -> None:
     assert settings("task-arithmetic", scale=0.7) == {"scale": 0.7}
     assert settings("iteris", pull="size")["pull"] == "size"
     assert "pull" not in settings("iteris", pull="auto")
-
-
-def test_the_plan_stays_on_the_node(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    import comfy.utils
-
-    # Of later versions, which leave out what comes within it.
-    monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0.0, raising=False)
-    runtime, progress = part(pack, "nodes.comfy_runtime"), part(pack, "iteris_core.progress")
-    shown: list[str] = []
-    monkeypatch.setattr(runtime, "show_text", lambda text, _: shown.append(text))
-    show, plan = runtime.NodeProgress(None), "denoiser: 2 sites, 1 of 2 rows"
-    show(progress.Progress("denoising steps", 0, 9))
-    show(progress.Progress(f"plan: {plan}", left=200.0, share=0.2, plan=plan))
-    show(progress.Progress("solving sites", 3, 9, left=100.0, share=0.5))
-    show(progress.Progress("solving sites", 4, 9, left=90.0, share=0.55))
-    assert shown == [
-        "Denoising steps 0 of 9",
-        "Plan: denoiser: 2 sites, 1 of 2 rows\nAbout 3 min left",
-        "Plan: denoiser: 2 sites, 1 of 2 rows\nSolving sites 3 of 9, about 2 min left",
-    ], "one that follows at once is not worth a message"

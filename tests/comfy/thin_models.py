@@ -27,45 +27,26 @@ def thin_pipeline() -> Any:
     )
     tokenizer.model_max_length = 77
     config = CLIPTextConfig(
-        hidden_size=768,
-        intermediate_size=3072,
-        projection_dim=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        bos_token_id=49406,
-        eos_token_id=49407,
-        pad_token_id=49407,
-    )
+        hidden_size=768, intermediate_size=3072, projection_dim=768, num_hidden_layers=12,
+        num_attention_heads=12, bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
+    )  # fmt: skip
     unet = UNet(
-        sample_size=8,
-        block_out_channels=(320,),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        cross_attention_dim=768,
-        attention_head_dim=8,
-    )
+        sample_size=8, block_out_channels=(320,), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=768, attention_head_dim=8,
+    )  # fmt: skip
     scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
     text_encoder = CLIPTextModel(config).eval()
     for module in (unet, text_encoder):
         _fill(module)
     return StableDiffusionPipeline(
-        vae=AutoencoderTiny(),
-        unet=unet.eval(),
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
+        vae=AutoencoderTiny(), unet=unet.eval(), text_encoder=text_encoder, tokenizer=tokenizer,
+        scheduler=scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
-    )
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -109,12 +90,9 @@ def _checkpoint(pipeline: Any) -> dict[str, Tensor]:
     import comfy.utils
 
     config = {
-        "num_res_blocks": [1],
-        "channel_mult": [1],
-        "transformer_depth": [1],
-        "transformer_depth_output": [1, 1],
-        "transformer_depth_middle": 1,
-    }
+        "num_res_blocks": [1], "channel_mult": [1], "transformer_depth": [1],
+        "transformer_depth_output": [1, 1], "transformer_depth_middle": 1,
+    }  # fmt: skip
     unet = pipeline.unet.state_dict()
     state = {
         f"model.diffusion_model.{ours}": unet[theirs]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
@@ -124,31 +123,6 @@ def test_layers_are_kept_and_dropped_by_name():
 def test_what_names_no_part_of_a_lora_is_refused(name, blocks, layers, message):
     with pytest.raises(IterisError, match=message):
         filtered(whole_lora(name), blocks, layers)
-
-
-def test_inspect_says_what_each_block_holds(tmp_path, monkeypatch, capsys):
-    folder = make_world(tmp_path)
-    file = folder / "lora1.safetensors"
-    code, out, err = run(monkeypatch, capsys, "inspect", file, "--base", folder / "base", "--json")
-    assert code == 0, err
-    blocks = json.loads(out)["files"][0]["blocks"]
-    assert set(blocks) == {"BASE", "IN01", "M00", "OUT02", "OUT03"}
-    assert sum(block["share"] for block in blocks.values()) == pytest.approx(1)
-    tensors = load_file(file)
-    ups = {key for key in tensors if key.endswith(".lora_up.weight")}
-    assert sum(block["layers"] for block in blocks.values()) == len(ups)
-    middle = [key for key in ups if "mid_block" in key]
-    assert blocks["M00"]["layers"] == len(middle)
-    alpha = tensors[middle[0].replace("lora_up.weight", "alpha")]
-    squares = sum(
-        float((tensors[key] @ tensors[key.replace("up", "down", 1)]).float().square().sum())
-        for key in middle
-    )
-    scale = float(alpha) / tensors[middle[0]].shape[1]
-    assert blocks["M00"]["norm"] == pytest.approx(scale * squares**0.5, rel=1e-2)
-    code, out, _ = run(monkeypatch, capsys, "inspect", file, "--base", folder / "base")
-    assert "share of energy" in out
-    assert "OUT03" in out
 
 
 def test_a_merge_takes_the_part_of_a_lora_and_its_recipe_says_so(tmp_path, monkeypatch, capsys):

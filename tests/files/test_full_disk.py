@@ -13,16 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import make_world, run
-from PIL import Image
 from safetensors.torch import load_file
 
 from iteris_core import IterisError, Lora, LowRank, write_lora
 from iteris_core.errors import SaveError
 from iteris_core.lora_files import write_loras
 from iteris_core.lora_files.peft_folder import write_adapter
-from iteris_core.score.compare import Comparison
-from iteris_core.score.results import write_results
-from iteris_core.score.statistics import Stat
 
 
 @contextmanager
@@ -116,15 +112,6 @@ def test_an_adapter_folder_is_whole_or_not_there(tmp_path):
     assert files_in(tmp_path) == []
 
 
-def test_the_files_of_a_comparison_are_all_there_or_none_of_them(tmp_path):
-    noise = Image.effect_noise((64, 64), 90).convert("RGB")
-    one = {"image": Stat(0.5, 0.1)}
-    comparison = Comparison(["a dog"], rows={"base": one}, pictures={"base": [noise]})
-    with largest_file(16384), pytest.raises(SaveError, match=r"cannot be written"):
-        write_results(comparison, tmp_path)
-    assert files_in(tmp_path) == []
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
@@ -149,35 +136,3 @@ def test_the_command_keeps_a_merge_that_its_disk_does_not_take(
     kept = Path(said.partition("The merge is not lost: it is in ")[2].partition(". [")[0])
     assert kept.name == out.name
     assert len(load_file(kept)) > 30
-
-
-def test_the_command_says_so_where_no_disk_takes_it(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    out = tmp_path / "merged.safetensors"
-    with largest_file(16384):
-        code, _, said = run(monkeypatch, capsys, *command(world, out))
-    assert code == 2
-    assert f"{out} cannot be written (File too large" in said
-    assert "not lost" not in said
-    assert files_in(tmp_path) == []
-
-
-def test_a_folder_without_writing_is_found_before_the_base_is_loaded(
-    world, small_disk, monkeypatch, capsys
-):
-    monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "load_base", pytest.fail)
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    arguments = command(world, small_disk / "merged.safetensors")
-    code, _, said = run(monkeypatch, capsys, *arguments)
-    assert code == 2
-    assert "merged.safetensors cannot be written (Read-only file system)" in said
-
-
-def test_a_link_stays_one_and_its_file_is_replaced(tmp_path):
-    (tmp_path / "there").mkdir()
-    kept = write_lora(lora(64), tmp_path / "there/merged.safetensors")
-    link = tmp_path / "link.safetensors"
-    link.symlink_to(kept)
-    write_lora(lora(32), link, overwrite=True)
-    assert link.is_symlink()
-    assert {len(t) for t in load_file(kept).values() if t.ndim} == {4, 32}

@@ -248,10 +248,10 @@ def test_some_hostile_files():
 @pytest.mark.fuzz
 def test_thousands_of_hostile_files():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    taken = fuzz(6000)
+    taken = fuzz(3000)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert len(taken) >= 5000
-    assert sum(taken) > 100  # some of what is changed does no harm
+    assert len(taken) >= 2500
+    assert sum(taken) > 50  # some of what is changed does no harm
     assert grown < 300, f"{grown} MB more for files of less than 100 kB"
 
 

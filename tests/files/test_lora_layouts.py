@@ -84,7 +84,12 @@ def furthest(found, wanted) -> float:
     return max(float((found[n] - w).norm() / w.norm()) for n, w in wanted.items())
 
 
-@pytest.mark.parametrize(("kind", "layout", "alpha"), MATRIX)
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MATRIX if case[0] == "sdxl"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "alpha"), [*(case for case in MATRIX if case[0] != "sdxl"), *SLOW]
+)
 def test_every_layout(kind, layout, alpha, tmp_path):
     lora = make_lora(kind, chosen(kind, layout))
     scale = 1.0 if alpha is None else alpha / 4

@@ -7,15 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bases import make_lora, tiny, tiny_base, trained_sites
+from bases import make_lora, tiny_base, trained_sites
 from command_line import run
 from safetensors.torch import load_file, save_file
 
 from iteris_core import IterisError, write_lora
-from iteris_core.config import ConceptConfig
 from iteris_core.edit.convert import convert_lora, largest_error
-from iteris_core.lora_files import ReadOptions, ReleasedBases, read_lora_file
-from iteris_core.reading import read_concept
+from iteris_core.lora_files import ReadOptions, read_lora_file
 
 WITH = ReadOptions(vectors=True)
 
@@ -71,22 +69,6 @@ def test_a_value_that_half_precision_does_not_hold_is_refused(tmp_path):
         write_lora(lora, tmp_path / "out.safetensors")
 
 
-def test_a_look_at_the_file_counts_them(tmp_path, monkeypatch, capsys):
-    lora = with_vectors("sd1")
-    path = write_lora(lora, tmp_path / "in.safetensors")
-    notes = read_lora_file(path, tiny_base("sd1"), options=WITH).notes
-    counted = (
-        f"{len(lora.vectors)} changes of biases and normalisations, which a merge does not support"
-    )
-    assert notes == [counted]
-    tiny("sd1").save_pretrained(tmp_path / "base")
-    code, text, err = run(
-        monkeypatch, capsys, "inspect", path, "--base", tmp_path / "base", "--json"
-    )
-    assert code == 0, err
-    assert json.loads(text)["files"][0]["notes"] == [counted]
-
-
 def test_a_file_that_is_resized_keeps_them(tmp_path, monkeypatch, capsys):
     lora = with_vectors("sd1")
     path, out = write_lora(lora, tmp_path / "in.safetensors"), tmp_path / "out.safetensors"
@@ -97,20 +79,3 @@ def test_a_file_that_is_resized_keeps_them(tmp_path, monkeypatch, capsys):
     kept = {key for key in before if key.endswith((".diff", ".diff_b"))}
     assert kept
     assert all(torch.equal(before[key], after[key]) for key in kept)
-
-
-def test_a_concept_is_read_with_every_given_option(tmp_path):
-    """As ``resize --base`` and the node that inspects LoRAs read one."""
-    asked = []
-
-    class Host(ReleasedBases):
-        def read_lora(self, path, options=None):
-            asked.append(options)
-            return read_lora_file(path, tiny_base("sd1"), options=options)
-
-    lora = with_vectors("sd1")
-    config = ConceptConfig(file=write_lora(lora, tmp_path / "in.safetensors"), blocks="ALL")
-    options = ReadOptions(allow_partial=True, of_weight=False, vectors=True)
-    read = read_concept(config, Host(), options).lora
-    assert read.vectors.keys() == lora.vectors.keys()
-    assert asked == [replace(options, blocks="ALL")]

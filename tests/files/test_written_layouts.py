@@ -41,7 +41,7 @@ def in_memory(draw, kind: str) -> tuple[Lora, str]:
     sites = draw(st.one_of(few, st.sampled_from(selected)))
     dtype = draw(st.sampled_from(sorted(DTYPES)))
     ranks = draw(st.lists(st.integers(1, 8), min_size=1, max_size=4))
-    size = draw(st.sampled_from([1e-4, 0.02, 0.5, 2.0]))
+    size = draw(st.sampled_from([1e-4, 0.02, 0.5]))
     zero = draw(st.sets(st.sampled_from(sites), max_size=len(sites) - 1))
     return lora_of(kind, zero, sites=sites, ranks=ranks, size=size, dtype=DTYPES[dtype]), dtype
 
@@ -131,4 +131,4 @@ def test_files_of_trainers_in_every_layout(kind):
 @pytest.mark.fuzz
 @pytest.mark.parametrize("kind", KINDS)
 def test_hundreds_of_loras_in_every_layout(kind):
-    law(kind, st.one_of(in_memory(kind), of_trainers(kind)), 400)
+    law(kind, st.one_of(in_memory(kind), of_trainers(kind)), 100)

@@ -27,51 +27,7 @@ def merged_concepts(host, **kwargs):
     ]
 
 
-CALIBRATION = Calibration(samples=6, timesteps=2, denoising_steps=4, seed=3)
-
-
-def everything(site: str) -> bool:
-    """Attention, feed-forward, time embedding and 3x3 convolutions."""
-    return is_attention(site) or ".conv1" in site or ".ff." in site or "time_emb" in site
-
-
-def test_all_kinds_of_sites_merge(host64):
-    concepts = merged_concepts(host64, select=everything)
-    sweep = merge_loras(
-        host64, concepts, settings={"precision": "float64"}, calibration=CALIBRATION
-    )
-    assert any(c.kernel == (3, 3) for c in sweep.lora.sites.values())
-    alone = merge_loras(
-        host64, concepts[:1], settings={"precision": "float64"}, calibration=CALIBRATION
-    )
-    assert difference(alone.lora, concepts[0].lora) < 1e-7
-
-
-def test_one_denoising_step_is_enough(host64):
-    calibration = Calibration(samples=3, timesteps=1, denoising_steps=1, seed=3)
-    concepts = merged_concepts(host64)
-    settings = {"precision": "float64"}
-    alone = merge_loras(host64, concepts[:1], settings=settings, calibration=calibration)
-    assert difference(alone.lora, concepts[0].lora) < 1e-7
-
-
-@pytest.mark.parametrize("latents", ["denoising", "noise"])
-def test_micro_batches_and_seeds(host64, latents):
-    concepts = merged_concepts(host64)
-    first, second, other = (
-        merge_loras(
-            host64,
-            concepts,
-            settings={"precision": "float64", "micro_batch": size},
-            calibration=Calibration(
-                samples=5, timesteps=2, denoising_steps=3, latents=latents, seed=seed, guidance=2.0
-            ),
-        )
-        for size, seed in ((100, 3), (3, 3), (3, 4))
-    )
-    assert difference(first.lora, second.lora) < 1e-9
-    assert difference(first.lora, other.lora) > 1e-4
-    assert first.report.rows == 2 * 5 * 2 + 4  # of generic prompts
+CALIBRATION = Calibration(samples=4, timesteps=2, denoising_steps=3, seed=3)
 
 
 def count_unet_runs(host):
@@ -80,8 +36,7 @@ def count_unet_runs(host):
     return runs, handle
 
 
-@pytest.mark.parametrize("objective", ["adapter", "output"])
-def test_text_only_sites_need_no_pass_of_the_denoiser(host64, objective):
+def test_text_only_sites_need_no_pass_of_the_denoiser(host64):
     def text_only(site):
         return is_attention(site) and (
             site.startswith("text_encoder") or "attn2.to_k" in site or "attn2.to_v" in site
@@ -89,7 +44,7 @@ def test_text_only_sites_need_no_pass_of_the_denoiser(host64, objective):
 
     concepts = merged_concepts(host64, select=text_only)
     runs, handle = count_unet_runs(host64)
-    settings = {"precision": "float64", "objective": objective, "repair": False}
+    settings = {"precision": "float64", "repair": False}
     # Every prompt once and none empty, so that both ways weigh the prompts alike.
     none = dict.fromkeys(("empty_share", "contexts", "generic", "conditions"), 0.0)
     calibration = Calibration(samples=5, timesteps=2, denoising_steps=4, **none)
@@ -100,26 +55,6 @@ def test_text_only_sites_need_no_pass_of_the_denoiser(host64, objective):
     host64._direct = set()  # make it take the long way
     slow = merge_loras(host64, concepts, settings=settings, calibration=calibration)
     assert difference(quick.lora, slow.lora) < 1e-9
-
-
-def test_text_encoder_alone_needs_no_denoiser_at_all(host):
-    concepts = merged_concepts(host, select=lambda s: is_attention(s) and s.startswith("text"))
-    runs, handle = count_unet_runs(host)
-    result = merge_loras(host, concepts, calibration=CALIBRATION)
-    handle.remove()
-    assert runs == []
-    assert all(site.startswith("text_encoder.") for site in result.lora.sites)
-
-
-def test_unequal_ranks_and_one_sided_sites_round_trip(host, tmp_path):
-    one = random_lora(host, 1, rank=2, select=lambda s: is_attention(s) and "attn2" not in s)
-    two = random_lora(host, 2, rank=5)
-    concepts = [Concept(lora, prompts=PROMPTS) for lora in (one, two)]
-    result = merge_loras(host, concepts, calibration=CALIBRATION)
-    assert result.lora.ranks == {5, 7}
-    for layout in ("kohya", "peft"):
-        path = result.save(tmp_path / f"{layout}.safetensors", layout=layout, dtype="float32")
-        assert difference(host.read_lora(path), result.lora) < 1e-6
 
 
 def test_files_are_never_overwritten_by_accident(host, tmp_path):
@@ -147,15 +82,3 @@ def test_a_pipeline_without_a_text_encoder_is_an_error(pipeline):
     pipeline.text_encoder = None
     with pytest.raises(IterisError, match="has no text_encoder"):
         DiffusersHost(pipeline)
-
-
-@pytest.mark.parametrize("objective", ["adapter", "output"])
-def test_a_rank_by_share_of_energy(host64, objective):
-    settings = {"objective": objective, "precision": "float64"}
-    concepts = merged_concepts(host64)
-    exact = merge_loras(host64, concepts, settings=settings, calibration=CALIBRATION)
-    cut = merge_loras(host64, concepts, settings={**settings, "rank": 0.9}, calibration=CALIBRATION)
-    assert max(cut.lora.ranks) < max(exact.lora.ranks)
-    assert all(site.truncated <= 0.1 + 1e-6 for site in cut.report.sites.values()) or (
-        objective == "output"  # where Σ r_i itself cuts something off
-    )

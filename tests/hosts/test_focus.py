@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
 
-import pytest
 import torch
 from reductions import solver_of
-from test_diffusers_host import CALIBRATION, PROMPTS, difference
+from test_diffusers_host import CALIBRATION, PROMPTS
 from tiny import is_attention, random_lora
 
-from iteris_core import Concept, merge_loras
+from iteris_core import Concept
 from iteris_core.activations.collect import Collector
 from iteris_core.passes.batches import ExecutionConfig, micro_batches
 from iteris_core.passes.job import Job
@@ -88,40 +86,3 @@ def test_moments_are_weighted_by_the_effects_so_far(host64):
             weighted = tokens[part] * weights[start:stop].reshape(-1, 1)
             torch.testing.assert_close(inputs.own[concept], tokens[part].mT @ weighted)
     assert unequal > len(acting)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("objective", ["adapter", "output"])
-def test_schedules_and_micro_batches_agree(host64, objective):
-    concepts = concepts_of(host64)
-    common = {"objective": objective, "precision": "float64", "ridge": 1e-4, "saliency": FOCUS}
-    calibration = replace(CALIBRATION, conditions=0.0)  # iterations have plain rows
-
-    def merge(**settings):
-        settings = {**common, "bound": 0.0, **settings}
-        return merge_loras(host64, concepts, settings=settings, calibration=calibration).lora
-
-    whole = merge(micro_batch=100)
-    assert difference(merge(micro_batch=5), whole) < 1e-9
-    assert difference(merge(schedule="jacobi", iterations=30), whole) < 1e-8
-    assert difference(merge(saliency=0.0), whole) > 1e-4
-
-
-def test_two_concepts_have_none_unless_it_is_asked_for(host64):
-    def merge(count, **settings):
-        settings = {"precision": "float64", **settings}
-        concepts = concepts_of(host64)[:count]
-        return merge_loras(host64, concepts, settings=settings, calibration=CALIBRATION).lora
-
-    assert difference(merge(2), merge(2, saliency=0.0)) == 0
-    assert difference(merge(2, saliency=0.5), merge(2)) > 1e-4
-    assert difference(merge(3), merge(3, saliency=1 - 2 / 3)) == 0
-
-
-def test_prompts_to_preserve_are_no_lora(host64):
-    def merge(**settings):
-        settings = {"precision": "float64", **settings}
-        concepts = [*concepts_of(host64)[:2], Concept.preserve(["a cat"])]
-        return merge_loras(host64, concepts, settings=settings, calibration=CALIBRATION).lora
-
-    assert difference(merge(), merge(saliency=0.0)) == 0

@@ -11,24 +11,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bases import outputs, tiny
-from host_cases import CALIBRATION, CASES, PIPELINES, PROMPTS, make_case, two_concepts
+from host_cases import CALIBRATION, CASES, PIPELINES, make_case, two_concepts
 from language_bases import MAKERS, tuned_folder
 from peft import PeftModel
 
-from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras, write_lora
+from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.micro_batch import MicroBatch
 from iteris_core.errors import IterisError
 from iteris_core.lora_files.peft_folder import write_adapter
 
+FAST = [pytest.param(c, marks=pytest.mark.slow) if c in ("sdxl", "sd3") else c for c in CASES]
+"""SDXL and SD 3 have the kinds of blocks that SD 1.x and FLUX.1 have, and more of them."""
 
-@pytest.fixture(params=CASES)
+
+@pytest.fixture(params=FAST)
 def case(request):
     return make_case(request.param)
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=FAST)
 def case64(request):
     return make_case(request.param, torch.float64)
 
@@ -125,12 +127,11 @@ def test_lockstep_rows_are_separate_runs(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["adapter", "output"])
-def test_a_sweep_is_the_converged_iteration(case64, objective):
+def test_a_sweep_is_the_converged_iteration(case64):
     every = sorted(case64.lora(1).sites)
     some = set(every[:: max(1, len(every) // 7)])
     concepts = two_concepts(case64, some.__contains__)
-    settings = {"objective": objective, "precision": "float64", "ridge": 1e-4, "repair": False}
+    settings = {"precision": "float64", "ridge": 1e-4, "repair": False}
     settings["bound"] = 0.0
     calibration = replace(CALIBRATION, conditions=0.0)  # iterations have plain rows
     # A site depends on those before it only, so that as many iterations as sites are enough.
@@ -179,7 +180,7 @@ def test_the_base_is_bit_identical_whatever_happens(case):
     merge(two_concepts(case))
     check()
     total = len(steps)
-    for stop_at in (1, total // 2, total - 1):
+    for stop_at in (total // 3, total - 1):
         with pytest.raises(KeyboardInterrupt):
             merge(two_concepts(case), stop_at)
         check()
@@ -192,46 +193,19 @@ def test_the_base_is_bit_identical_whatever_happens(case):
     check()
 
 
-@pytest.mark.parametrize("layout", ["kohya", "peft"])
-def test_diffusers_loads_what_was_read_and_merged(pipeline_case, layout, tmp_path):
-    case = pipeline_case
-    if case.kind in ("sd3", "flux") and layout == "kohya":
-        pytest.skip("diffusers reads no SD 3 in kohya layout, and FLUX in its own width only")
-    concepts = []
-    for seed in (1, 2):
-        # T5 LoRAs are not read by diffusers in any layout.
-        lora = case.lora(seed, lambda s: case.some(s) and "Self" not in s and "Dense" not in s)
-        path = write_lora(lora, tmp_path / f"{seed}.safetensors", layout=layout, dtype="float32")
-        concepts.append(Concept(case.host.read_lora(path), prompts=PROMPTS))
-    result = merge_loras(case.host, concepts, calibration=CALIBRATION)
-    path = result.save(tmp_path / "merged.safetensors", layout=layout, dtype="float32")
-    loaded = copy.deepcopy(tiny(case.kind))
-    loaded.load_lora_weights(path)
-    base = outputs(case.kind, case.pipeline)
-    add_to_weights(case.host, result.lora)
-    ours, theirs = outputs(case.kind, case.pipeline), outputs(case.kind, loaded)
-    for name in (n for n in ours if not is_t5(case.kind, n)):
-        assert relative(theirs[name], ours[name]) < 1e-5
-        assert relative(base[name], ours[name]) > 1e-3
-
-
 def test_peft_loads_what_was_read_and_merged(model_case, tmp_path):
     case = model_case
     concepts = []
     for seed in (1, 2):
         folder = tuned_folder(case.model, case.targets, tmp_path / f"{seed}", seed, r=2 + seed)
         concepts.append(case.concept(case.host.read_lora(folder), seed))
-    result = merge_loras(case.host, concepts, calibration=CALIBRATION)
+    result = merge_loras(None, concepts, "average")
     folder = write_adapter(result.lora, tmp_path / "merged")
     loaded = PeftModel.from_pretrained(copy.deepcopy(case.model), folder)
     base, theirs = case.outputs(), case.outputs(loaded)
     add_to_weights(case.host, result.lora)
     assert relative(theirs, case.outputs()) < 1e-5
     assert relative(base, theirs) > 1e-3
-
-
-def is_t5(kind: str, name: str) -> bool:
-    return name == {"flux": "text_encoder_2", "sd3": "text_encoder_3"}.get(kind)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])

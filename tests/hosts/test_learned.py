@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from bases import make_sdxl
-from PIL import Image
 from safetensors.torch import save_file
 from tiny import make_pipeline, random_lora
 
-from iteris_core import Calibration, Concept, Lora, cli, merge_loras, write_lora
+from iteris_core import Calibration, Concept, Lora, merge_loras, write_lora
 from iteris_core.concepts import words_in
 from iteris_core.errors import LoraFileError
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.learned import embedding_triggers
 from iteris_core.hosts.learned_tokens import in_force
-from iteris_core.lora_files.embeddings import bundled, file_name
+from iteris_core.lora_files.embeddings import bundled
 from iteris_core.lora_files.metadata import trigger_phrases
 from iteris_core.lora_files.tensors import read_tensors
-from iteris_core.score import compare
 
 QUICK = Calibration(samples=3, timesteps=1, denoising_steps=2)
 
@@ -74,17 +71,6 @@ def test_what_calls_for_an_embedding(embeddings, given, words, uncalled):
     warnings = calls.warnings(in_force)
     assert len(warnings) == bool(uncalled)
     assert all("not active" in warning for warning in warnings)
-
-
-def test_words_are_replaced_whole():
-    calls = embedding_triggers(concept(ONE, trigger="toy"))
-    said = calls.replaced(
-        "a toy dog, (Toy:1.2) <toy> toys embedding:a/toy.v2 toy.", lambda word: "X"
-    )
-    assert said == "a X dog, (X:1.2) <toy> toys embedding:a/toy.v2 X."
-    calls = embedding_triggers(concept(TWO, prompts=["<s0><s1>"]))
-    assert calls.renamed("a <s0><s1> dog, <s1>", {"toy": "new"}) == "a new dog, <s1>"
-    assert calls.renamed("<s0><s1> toy", {"toy": "toy"}) == "<toy> toy"
 
 
 def encoded(pipeline, *prompts):
@@ -270,91 +256,3 @@ def test_embeddings_in_every_place(pipeline, tmp_path):
     save_file({"bundle_emb.x.clip_l": torch.ones(1, 2, 3)}, tmp_path / "bad.safetensors")
     with pytest.raises(LoraFileError, match="is not an embedding"):
         host.read_lora(tmp_path / "bad.safetensors")
-
-
-def test_what_an_earlier_merge_left_is_none_of_a_later_ones(pipeline, tmp_path):
-    """Of one that comes with no embedding, over a file that came with one."""
-    host = DiffusersHost(pipeline)
-    lora = random_lora(host, 1, select=small)
-    for embeddings in ({"toy": {"clip_l": vectors(1)}}, {}):
-        result = merge_loras(None, [concept(embeddings, "sks", "dog", lora)], "sum")
-        path = result.save(tmp_path / "m.safetensors", overwrite=True)
-        assert (tmp_path / "m_emb.safetensors").exists()
-        assert host.read_lora(path).embeddings.keys() == embeddings.keys()
-
-
-def test_names_that_no_file_can_have(pipeline, tmp_path):
-    assert [file_name(name) for name in ("<toy>", "a/b c", "…", "日本")] == [
-        "toy", "a_b_c", "embedding", "日本",
-    ]  # fmt: skip
-    host = DiffusersHost(pipeline)
-    same = {"<a>": {"clip_l": vectors(1)}, "a": {"clip_l": vectors(2)}}
-    lora = listing(replace(random_lora(host, 1, select=small), embeddings=same))
-    path = write_lora(lora, tmp_path / "m.safetensors")
-    assert sorted(p.name for p in tmp_path.glob("*_emb*")) == [
-        "m_a-2_emb.safetensors", "m_a_emb.safetensors",
-    ]  # fmt: skip
-    assert set(host.read_lora(path).embeddings) == {"<a>", "a"}
-
-
-def test_methods_are_compared_with_them_in_force(pipeline, monkeypatch):
-    """Pictures of a method are drawn with what came with the LoRAs, those of the base without."""
-    host = DiffusersHost(pipeline)
-    lora = random_lora(host, 1, select=small)
-    seen = []
-
-    def draw(pipeline, wanted, *_):
-        seen.append(encoded(pipeline, wanted[0][0]))
-        return [Image.new("RGB", (8, 8))] * len(wanted)
-
-    class Scorer:
-        def embed_images(self, pictures):
-            return torch.ones(len(pictures), 2)
-
-        embed_texts = embed_images
-
-    monkeypatch.setattr(compare, "draw", draw)
-    found = compare.compare_methods(
-        pipeline, host, [concept(ONE, "toy", "dog", lora)], [[Image.new("RGB", (8, 8))]],
-        compare.CompareConfig(["base", "sum"], ["a {1}"], compare.Drawing(images_per_prompt=1)),
-        Scorer(),
-    )  # fmt: skip
-    assert found.prompts == ["a toy dog"]
-    hand = copy.deepcopy(pipeline)
-    assert torch.equal(seen[0], encoded(hand, "a toy dog"))
-    hand.load_textual_inversion({"<e>": ONE["toy"]["emb_params"]}, token="<e>")
-    modules = DiffusersHost(hand).sites()
-    with torch.no_grad():
-        for site, change in lora.sites.items():
-            modules[site].weight += change.dense()
-    torch.testing.assert_close(seen[1], encoded(hand, "a <e> dog"), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_the_toybox_with_embeddings(tmp_path, monkeypatch, capsys):
-    """`toy-a` and `toy-b` through the command line."""
-    import toybox
-    from toybox.evaluate import measure_concept
-
-    world, out = toybox.pivotal_concepts(), tmp_path / "merged.safetensors"
-    given = [f"--concept={c.lora}:{token}:{c.class_word}" for token, c in world.items()]
-    templates = f"--templates={toybox.ROOT / 'templates.txt'}"
-    command = ["iteris", "merge", str(toybox.BASE), "-o", str(out), "--device=cpu", templates]
-    monkeypatch.setattr(sys, "argv", [*command, *given])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    text = capsys.readouterr().out
-    assert not stop.value.code
-    assert "not active" not in text
-    pipeline = toybox.load_pipeline()
-    pipeline.load_lora_weights(str(out))
-    for token in world:
-        file = out.with_name(f"merged_{token.strip('<>')}_emb.safetensors")
-        assert f"Its embedding {token} is in {file}" in text
-        pipeline.load_textual_inversion(str(file))
-    judge = toybox.load_judge()
-    marks = [measure_concept(pipeline, judge, c, 30)["attributes"] for c in world.values()]
-    # .72 and .80 of 60 pictures with two seeds (.83 without contexts and generic rows), and 1.0;
-    # far less where an embedding is not in force.
-    assert marks[0] >= 0.62
-    assert marks[1] >= 0.95

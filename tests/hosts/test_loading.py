@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bases import make_lora, tiny, tiny_base, trained_sites
+from bases import make_lora, tiny, trained_sites
 from pipelines import PIPELINES, applied, draw, two_concepts
 
 from iteris_core import Concept, IterisError, merge_loaded, merge_loras
@@ -19,8 +19,8 @@ from iteris_core.hosts.peft_layers import peft_layers
 from iteris_core.lora_files.experts import joined_experts
 
 WAN = "Wan 2.2 with two experts"
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("SD 3", "Qwen-Image", "Z-Image")]
-NAMES = ["SDXL", "FLUX.1", WAN, *SLOW]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("SDXL", "SD 3", "Z-Image")]
+NAMES = ["FLUX.1", "Qwen-Image", WAN, *SLOW]
 QUICK = {"samples": 2, "timesteps": 1, "denoising_steps": 2}
 
 
@@ -105,31 +105,6 @@ def test_what_a_pipeline_does_not_load_in_full_is_in_a_file(place):
 def adapters_of(pipeline):
     layers = peft_layers(pipeline.transformer).items()
     return {n: (dict(layer.scaling), layer.active_adapters) for n, layer in layers if layer.scaling}
-
-
-def test_what_another_pipeline_refuses_is_in_a_file(place):
-    lora = make_lora("flux")
-    result = merge_loras(None, [Concept(lora, trigger="sks")], "sum")
-    pipeline = copy.deepcopy(tiny("sd1"))
-    with pytest.raises(IterisError, match="StableDiffusionPipeline") as bad:
-        result.load_into(pipeline, "both")
-    assert_same(in_file(bad, tiny("flux")), lora)
-    assert not any(pipeline.get_list_adapters().values())
-    assert set(DiffusersHost(pipeline).sites()) == set(tiny_base("sd1").shapes)
-
-
-def test_what_cannot_be_saved_is_in_a_file(place):
-    lora = make_lora("sd1")
-    result = merge_loras(None, [Concept(lora, trigger="sks")], "sum")
-    (place / "both.safetensors").touch()
-    for path, why in (
-        ("both.safetensors", "exists already"),
-        ("both.bin", "must end in"),
-        ("none/both.safetensors", "does not exist"),
-    ):
-        with pytest.raises(IterisError, match=why) as bad:
-            result.save(place / path)
-        assert_same(in_file(bad, tiny("sd1")), lora)
 
 
 def test_a_merge_of_two_experts_is_saved_in_two_files(tmp_path):

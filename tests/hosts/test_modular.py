@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import torch
 from command_line import QUICK, run
-from diffusers.modular_pipelines import SequentialPipelineBlocks
-from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from pipelines import PIPELINES, draw, two_concepts, write_lora
 from safetensors import safe_open
 
 from iteris_core import merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.diffusers_modular import progress_bars
-from iteris_core.score.drawing import Drawing
-from iteris_core.score.drawing import draw as draw_pictures
 
 CALIBRATION = {"samples": 4, "timesteps": 2, "denoising_steps": 3}
 
@@ -54,51 +49,6 @@ def test_the_guider_draws_at_the_calibrations_guidance():
         loop.run(["a dog"], see, steps=2, size=size, generators=start, guidance=guidance)
     assert scales == [1.0] * 2 + [5.0] * 4
     assert loop.empty_prompts
-
-
-class _Rewritten(ModularPipelineBlocks):
-    model_name = "anima"
-
-    @property
-    def inputs(self):
-        return [InputParam(name="prompt", required=True)]
-
-    @property
-    def intermediate_outputs(self):
-        return [OutputParam("prompt")]
-
-    def __call__(self, components, state):
-        raise AssertionError("no prompt of a concept is written anew")
-
-
-def test_blocks_that_rewrite_the_prompt_are_left_out(tmp_path):
-    reduced = PIPELINES["Anima"]()
-    wanted = merged(reduced, tmp_path).sites
-    blocks = reduced.pipeline.blocks.sub_blocks
-    parts = reduced.pipeline.components
-    reduced.pipeline = type(reduced.pipeline)(
-        blocks=SequentialPipelineBlocks.from_blocks_dict({"rewritten": _Rewritten(), **blocks})
-    )
-    reduced.pipeline.update_components(**parts)
-    again = merged(reduced, tmp_path).sites
-    assert all(torch.equal(again[site].dense(), wanted[site].dense()) for site in wanted)
-
-
-def test_pictures():
-    from diffusers import AnimaModularPipeline
-
-    reduced = PIPELINES["Anima"]()
-    whole = AnimaModularPipeline()
-    whole.update_components(**reduced.pipeline.components)
-    scheduler, guider = whole.scheduler, whole.guider
-    drawing = Drawing(steps=2, guidance=2.0, size=(64, 64), scheduler="FlowMatchEulerDiscrete")
-    for bar in progress_bars(whole):
-        bar.set_progress_bar_config(disable=True)
-    pictures = draw_pictures(whole, [("a dog", 1), ("a bird", 1), ("a dog", 1)], drawing)
-    assert [picture.size for picture in pictures] == [(64, 64)] * 3
-    pixels = [picture.tobytes() for picture in pictures]
-    assert pixels[0] == pixels[2] != pixels[1]
-    assert (whole.scheduler, whole.guider) == (scheduler, guider)
 
 
 def test_a_folder_on_the_command_line(tmp_path, monkeypatch, capsys):

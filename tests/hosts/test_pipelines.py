@@ -13,12 +13,9 @@ from iteris_core import Concept, IterisError, architectures, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
 
 ALONE, ROWS, FILE = 1e-3, 5e-3, 1e-3
-FAST = (
-    *("SD inpainting", "FLUX.1 Kontext", "Z-Image", "Wan 2.2 with two experts", "HunyuanVideo"),
-    *("CogVideoX from a picture", "Qwen-Image 2.1", "Anima", "MiniMax H3"),
-)
-"""One of each kind: masks, references, lists, experts, frames, a picture for each prompt, no
-tokenizer, blocks, and one row alone; the others are slow tests."""
+FAST = (*("FLUX.1 Kontext", "Z-Image", "Wan 2.2 with two experts", "Qwen-Image 2.1", "Anima"),)
+"""One of each kind: references, lists, experts with frames, no tokenizer, and blocks; the others
+are slow tests."""
 
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES]
 

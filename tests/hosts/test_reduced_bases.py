@@ -57,9 +57,7 @@ def test_a_half_precision_base_merges_as_well(kind):
         assert float((merges[dtype] - merges[torch.float32]).norm() / moved) < apart
 
 
-@pytest.mark.parametrize(
-    "kind", ["sd1", "decoder", "both", pytest.param("flux", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kind", ["decoder", pytest.param("sd1", marks=pytest.mark.slow)])
 def test_weights_may_be_offloaded(kind):
     """accelerate brings each module's weights in when it runs; they are on no device until then."""
     plain, away = make_case(kind), make_case(kind)

@@ -11,7 +11,6 @@ from language_bases import (
     MAKERS,
     add_to_weights,
     concepts_of,
-    largest_gap,
     logits,
     make_batches,
     make_bert,
@@ -177,22 +176,6 @@ def test_layers_wired_otherwise_have_no_streams():
     for model in models:
         host = TransformersHost(model)
         assert host.streams(set(host.sites())) == {}
-
-
-@pytest.mark.slow
-def test_a_repaired_sweep_is_the_converged_iteration(world):
-    kind, host, folders = world
-    settings = {"precision": "float64", "ridge": 1e-4}
-    sweep, iterated = (
-        merge_loras(
-            host,
-            concepts_of(kind, host, folders),
-            settings={**settings, **more},
-            calibration=CALIBRATION,
-        ).lora
-        for more in ({"micro_batch": 2}, {"schedule": "jacobi", "iterations": 20})
-    )
-    assert largest_gap(sweep, iterated) < 1e-9
 
 
 def test_repair_brings_the_output_nearer(world):

@@ -10,7 +10,6 @@ from tiny import random_lora
 from torch import nn
 
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
-from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.linalg.whitening import Whitening
 from iteris_core.methods import block_polish
 
@@ -157,18 +156,6 @@ def test_without_memory_fewer_rows_go_at_once_and_then_a_block_stays():
     assert "blocks.1.q to blocks.1.out are not polished, for lack of memory" in said(result)
 
 
-def test_where_nothing_is_wrong_nothing_is_done():
-    """Of LoRAs too small to change a number that the model computes."""
-    sites = loras_of()[0].sites
-    nothing = Lora({s: LowRank(c.up * 1e-200, c.down) for s, c in sites.items()}, "none")
-    plain, result = (
-        merged(Blocks(), data_of(2), [nothing, nothing], block_steps=steps) for steps in (0, 3)
-    )
-    for site, change in plain.lora.sites.items():
-        assert torch.equal(result.lora.sites[site].dense(), change.dense())
-    assert not result.report.notes
-
-
 class InPlace(Attention):
     def forward(self, x: torch.Tensor, scale: float = 4.0) -> torch.Tensor:
         x = x + 0.0
@@ -190,26 +177,6 @@ def test_what_a_block_changes_in_place_has_gradients():
     ]
     assert set(moved) == set(SITES[:-1])
     assert not result.report.notes
-
-
-class Unknown(torch.autograd.Function):
-    @staticmethod
-    def forward(context, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(context, gradient):
-        raise RuntimeError("no autograd formula was registered")
-
-
-def test_what_cannot_be_differentiated_stays_and_is_said():
-    loras, data, model = loras_of(), data_of(), Blocks()
-    model.blocks[2].out.register_forward_hook(lambda *given: Unknown.apply(given[-1]))
-    plain, result = (merged(model, data, loras, block_steps=steps) for steps in (0, 20))
-    for site, change in plain.lora.sites.items():
-        same = torch.equal(change.up, result.lora.sites[site].up)
-        assert same == (not site.startswith(("blocks.0", "blocks.1")))
-    assert "blocks.2.q to blocks.2.out are not polished, because it cannot" in said(result)
 
 
 def test_polish_of_a_pipeline_tells_its_progress_and_can_be_cancelled(host):
@@ -242,7 +209,7 @@ def test_polish_of_a_pipeline_tells_its_progress_and_can_be_cancelled(host):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Z-Image", "Wan 2.2 with two experts", "FLUX.1", "Qwen-Image"])
+@pytest.mark.parametrize("name", ["Z-Image", "Wan 2.2 with two experts"])
 def test_polish_of_other_architectures(name, tmp_path):
     """Their blocks are found, give alone what they gave within the model, and come closer."""
     host, concepts = two_concepts(PIPELINES[name](), tmp_path)
@@ -258,41 +225,3 @@ def test_polish_of_other_architectures(name, tmp_path):
     ]
     assert moved
     assert all(change.up.isfinite().all() for change in polished.lora.sites.values())
-
-
-def of_steps(host, lora, **settings):
-    concepts = [Concept(lora(seed), prompts=["a dog", "a cat"]) for seed in (1, 2)]
-    calibration = Calibration(
-        samples=4, timesteps=2, denoising_steps=2, latents="noise", contexts=0.0, generic=0.0
-    )
-    return merge_loras(host, concepts, settings=settings, calibration=calibration)
-
-
-def test_gradient_checkpointing_changes_nothing(pipeline):
-    def lora(seed):
-        return random_lora(DiffusersHost(pipeline), seed)
-
-    plain = of_steps(DiffusersHost(pipeline), lora, block_steps=3, block_pairs=0.0)
-    pipeline.unet.enable_gradient_checkpointing()
-    found = of_steps(DiffusersHost(pipeline), lora, block_steps=3, block_pairs=0.0)
-    assert pipeline.unet.is_gradient_checkpointing
-    assert found.report.notes == plain.report.notes
-    for site, change in plain.lora.sites.items():
-        assert torch.equal(change.up, found.lora.sites[site].up), site
-
-
-def test_polish_of_a_bfloat16_model_moves_float32_factors():
-    """Changes are converted to the model's type anew in every step."""
-    loras = [
-        Lora({site: c.to(torch.float32) for site, c in lora.sites.items()}, lora.name)
-        for lora in loras_of()
-    ]
-    model, data = Blocks().bfloat16(), [rows.bfloat16() for rows in data_of()]
-    plain, polished = (merged(model, data, loras, block_steps=steps) for steps in (0, 20))
-    moved = [
-        site
-        for site, change in plain.lora.sites.items()
-        if not torch.equal(change.up, polished.lora.sites[site].up)
-    ]
-    assert set(moved) >= set(SITES[:4])
-    assert {change.up.dtype for change in polished.lora.sites.values()} == {torch.float32}

@@ -1,27 +1,24 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from iteris_core import Calibration, Concept, IterisError, Lora, SettingsError
+from iteris_core import Calibration, Concept, IterisError, Lora
 from iteris_core.calibration_prompts import (
     Wording,
     calling_words,
     concept_prompts,
     whole_words,
 )
-from iteris_core.concepts import KINDS, TEMPLATES, words_in
+from iteris_core.concepts import TEMPLATES, words_in
 from iteris_core.errors import ConceptError
 from iteris_core.hosts.rows import (
     SamplePrompts,
     TextRows,
     added_concepts,
 )
-from iteris_core.lora_files.sidecars import find_phrases
 
 
 def prompts(concept, **kwargs):
@@ -37,22 +34,6 @@ def test_prompts_from_trigger_and_class_word():
     assert only_class == ["a dog"] * 3
 
 
-def test_own_prompts_are_used_as_they_are_and_evenly():
-    made = prompts(Concept(None, prompts=["a", "b", "c"]), samples=7)
-    assert sorted(made.count(p) for p in "abc") == [2, 2, 3]
-    assert prompts(Concept(None, prompts=[""]), samples=2) == ["", ""]
-
-
-def test_every_phrase_has_its_turn():
-    concept = Concept(Lora({}), subjects=["sks cat", "zwx dog", "abc bird"])
-    made = prompts(concept, samples=31)
-    assert [sum(phrase in prompt for prompt in made) for phrase in concept.subjects] == [11, 10, 10]
-    assert [next(i for i, s in enumerate(concept.subjects) if s in p) for p in made[:6]] == [
-        0, 1, 2, 0, 1, 2,
-    ]  # fmt: skip
-    assert concept.subject == "sks cat and zwx dog and abc bird"
-
-
 def test_every_phrase_has_rows_of_its_own():
     """Also of more phrases than samples, and whichever rows get the empty prompt."""
     many = Concept(Lora({}), subjects=[f"sks{n} cat" for n in range(20)])
@@ -64,32 +45,6 @@ def test_every_phrase_has_rows_of_its_own():
         assert [drawn.owners.count(owner) for owner in range(2)] == [20, 12]
         texts = said(drawn.texts(2))
         assert all(any(phrase in text for text in texts) for phrase in many.phrases)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "words"),
-    [
-        ({"modelspec.trigger_phrase": "sks cat, zwx dog"}, {"subjects": ("sks cat", "zwx dog")}),
-        ({"modelspec.trigger_phrase": "sks cat"}, {"trigger": "sks", "class_word": "cat"}),
-        (
-            {"ss_dataset_dirs": '{"10_sks big dog": {"n_repeats": 10}}'},
-            {"trigger": "sks", "class_word": "big dog"},
-        ),
-        ({"iteris": '{"concepts": [3, {"lora": null, "trigger": "preserve"}]}'}, {}),
-        (
-            {
-                "modelspec.trigger_phrase": "sks, zwx",
-                "iteris": '{"concepts": [{"lora": "a", "trigger": "sks", "class": "cat"}, '
-                '{"lora": "b", "subjects": ["zwx dog", "a b"]}, {"lora": null, "trigger": "k"}]}',
-            },
-            {"subjects": ("sks cat", "zwx dog", "a b")},
-        ),
-        ({}, {}),
-    ],
-)
-def test_the_words_of_a_file(metadata, words):
-    found = words_in(find_phrases(Path("none.safetensors"), metadata).phrases)
-    assert found == {"trigger": "", "class_word": "", "subjects": (), **words}
 
 
 @pytest.mark.parametrize(
@@ -124,50 +79,11 @@ def test_no_prompts_are_errors():
         prompts(Concept(Lora({}, "cat")))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"samples": 0},
-        {"timesteps": 11},
-        {"empty_share": 1.0},
-        {"latents": "pictures"},
-        {"templates": ["a dog"]},
-        {"templates": []},
-        {"latent_size": 0},
-    ],
-)
-def test_settings_out_of_range_are_errors(settings):
-    with pytest.raises(SettingsError):
-        Calibration(**settings)
-
-
-def test_the_words_may_stand_beside_the_file(tmp_path):
-    class Reader:
-        def read_lora(self, path):
-            return Lora({}, path.stem)
-
-    note = tmp_path / "cat.civitai.info"
-    note.write_text(json.dumps({"trainedWords": ["sks cat"]}))
-    concept = Concept.from_file(Reader(), tmp_path / "cat.safetensors", strength=0.5)
-    assert (concept.trigger, concept.class_word, concept.strength) == ("sks", "cat", 0.5)
-    assert Concept.from_file(Reader(), tmp_path / "cat.safetensors", trigger="x").class_word == ""
-
-
 @pytest.mark.parametrize("name", ["strength", "text_strength"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_strength_that_is_not_finite_is_an_error(name, value):
     with pytest.raises(ConceptError, match=f"sks: {name} must be a number, not {value}"):
         Concept(None, trigger="sks", **{name: value})
-
-
-@pytest.mark.parametrize("kind", ["subject", "style", "tags", "video"])
-def test_every_kind_has_templates_of_its_own(kind):
-    concept = Concept(None, trigger="sks, {red} hair", kind=kind)
-    calibration = Calibration(samples=40)
-    made = concept_prompts(concept, calibration, torch.Generator().manual_seed(0))
-    assert set(made) == {template.replace("{}", "sks, {red} hair") for template in KINDS[kind]}
-    assert len(set(KINDS[kind])) == 40
-    assert all(template.count("{}") == 1 for template in KINDS[kind])
 
 
 def test_an_unknown_kind_is_refused():
@@ -213,44 +129,11 @@ def test_a_share_of_the_rows_carries_further_words():
     assert all("a sks dog" in text and text.count("sks") == 1 for text in more)
 
 
-def test_from_six_loras_on_half_of_the_rows_carry_further_words():
-    """With a quarter, new words broke the pictures of six."""
-    loras = [Concept(Lora({}), trigger=f"t{i}") for i in range(6)]
-
-    def share(concepts, contexts):
-        generator = torch.Generator().manual_seed(0)
-        owners = [o for o in range(len(concepts)) for _ in range(200)]
-        prompts = [f"a t{owner} dog" for owner in owners]
-        rows = said(texts(owners, prompts, 1, 0.0, generator, concepts, contexts))
-        return sum(text not in prompts for text in rows) / len(rows)
-
-    assert share(loras, None) == pytest.approx(0.5, abs=0.05)
-    assert share(loras[:5], None) == pytest.approx(0.25, abs=0.05)
-    assert share(loras, 0.25) == pytest.approx(0.25, abs=0.05)
-    assert share(loras, 0.0) == 0
-    styled = [loras[0], Concept(Lora({}), trigger="t1", kind="style")]  # also with a style
-    assert share(styled, None) == pytest.approx(0.5, abs=0.05)
-    assert share(styled, 0.25) == pytest.approx(0.25, abs=0.05)
-
-
 def test_from_five_loras_on_a_sample_has_six_timesteps():
     assert [Calibration().settled(loras).timesteps for loras in (1, 4, 5, 20)] == [4, 4, 6, 6]
     assert Calibration(denoising_steps=3).settled(2).timesteps == 3
     assert Calibration(timesteps=2).settled(9) == Calibration(timesteps=2)
     assert Calibration().rows_each == 4
-
-
-def test_a_prompt_that_comes_often_is_denoised_with_further_words():
-    """From the seventeenth time on: latents of one prompt are of one kind."""
-    one = [Concept(Lora({}), prompts=["a sks dog"])]
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(**values):
-        calibration = Calibration(samples=50, **values)
-        return SamplePrompts.drawn(one, calibration, WORDS, generator, 0.2, denoises=True).prompts
-
-    assert [prompt == "a sks dog" for prompt in drawn()] == [True] * 16 + [False] * 34
-    assert set(drawn(contexts=0.0)) == {"a sks dog"}
 
 
 def test_rows_without_a_lora_have_latents_of_others():

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from reductions import by_moments
-from tiny import random_lora, two_concepts
+from tiny import random_lora
 
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.errors import IterisError
 from iteris_core.lora import LowRank, SiteChanges
 from iteris_core.solve.choose import THRESHOLDS, Thresholds
 from iteris_core.solve.output import find_directions as found_directions
@@ -80,55 +79,24 @@ def test_what_the_directions_leave_out_counts_as_cut_off():
     assert found.truncated == pytest.approx(wanted.truncated, abs=0.1)
 
 
-def test_noise_hardly_moves_the_directions():
-    """The error on the fit's own rows is within two hundredths of the solve in all directions."""
-    changes, inputs, targets = problem(noise=1.0, beyond=6)
-    wanted = solved(changes, inputs, targets, None)
-    directions = find_directions(changes, [t[::4] for t in targets], 16)
-    found = solved(changes, inputs, targets, directions)
-    for ours, best in zip(found.after, wanted.after, strict=True):
-        assert ours <= 1.02 * best
-
-
-@pytest.mark.parametrize("micro_batch", [1, 3, 100])
-@pytest.mark.parametrize("row_tokens", [None, 9])
-def test_a_merge_in_directions_is_the_same_for_any_micro_batch(host64, micro_batch, row_tokens):
-    concepts = two_concepts(host64)
+def test_a_merge_in_directions_is_the_same_for_any_micro_batch(host64):
+    loras = [random_lora(host64, s, select=lambda s: "down_blocks.0.att" in s) for s in (1, 2)]
+    concepts = [Concept(lora, trigger=f"sks{i}") for i, lora in enumerate(loras)]
     calibration = Calibration(samples=3, timesteps=1, latents="noise", latent_size=4)
 
-    def merge(micro_batch, thresholds):
-        settings = {
-            "precision": "float64",
-            "ridge": 1e-3,
-            "micro_batch": micro_batch,
-            "row_tokens": row_tokens,
-        }
-        return merge_loras(
-            host64,
-            concepts,
-            settings=settings,
-            calibration=calibration,
-            thresholds=thresholds,
-        ).lora.sites
+    def merge(micro_batch, thresholds, row_tokens=None):
+        settings = {"precision": "float64", "ridge": 1e-3, "row_tokens": row_tokens}
+        found = merge_loras(
+            host64, concepts, settings={**settings, "micro_batch": micro_batch},
+            calibration=calibration, thresholds=thresholds,
+        )  # fmt: skip
+        return {site: change.dense() for site, change in found.lora.sites.items()}
 
-    dense = merge(2, THRESHOLDS)
-    wanted, found = merge(2, Few()), merge(micro_batch, Few())
-    for site, change in wanted.items():
-        assert (found[site].dense() - change.dense()).norm() <= 1e-5 * change.dense().norm(), site
-    assert any(
-        (dense[site].dense() - change.dense()).norm() > 1e-5 * change.dense().norm()
-        for site, change in wanted.items()
-    )
+    def furthest(found, wanted):
+        return max(float((found[s] - w).norm() / w.norm()) for s, w in wanted.items())
 
-
-def test_nan_is_said_where_targets_are_in_directions(host64):
-    lora = random_lora(host64, 1)
-    site = next(name for name in lora.sites if name.startswith("unet"))
-    lora.sites[site].up[0, 0] = float("nan")
-    concepts = [
-        Concept(lora, None, "sks1", "cat"),
-        Concept(random_lora(host64, 2), None, "sks2", "cat"),
-    ]
-    calibration = Calibration(samples=2, timesteps=1, latents="noise", latent_size=4)
-    with pytest.raises(IterisError, match="NaN"):
-        merge_loras(host64, concepts, calibration=calibration, thresholds=Few())
+    whole, some = merge(2, Few()), merge(2, Few(), 9)
+    for size in (1, 100):
+        assert furthest(merge(size, Few()), whole) < 1e-5
+    assert furthest(merge(3, Few(), 9), some) < 1e-5
+    assert furthest(merge(2, THRESHOLDS), whole) > 1e-5

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import rivals  # noqa: F401 (registers them)
 import torch
 from oracle import (
-    ModuleHost,
     Net,
     dense_changes,
     difference,
-    hooks_on,
-    make_data,
     make_lora,
 )
 from small_merge import merge
 
 from iteris_core import Concept, Lora, LowRank, merge_loras
 from iteris_core.errors import IterisError
-from iteris_core.methods.registry import all_methods
 
 WIDE = 1000  # a rank beyond every site's size: nothing is truncated
 
@@ -47,95 +41,11 @@ def test_all_zero_inputs_give_the_mean(objective, weighting):
     assert difference(ours.lora, {s: (first[s] + second[s]) / 2 for s in first}) < 1e-9
 
 
-@pytest.mark.parametrize("method", [method.name for method in all_methods() if method.needs_host])
-def test_every_method_merges_under_autocast(method):
-    model = Net().float()
-    sites = ("q", "up")
-    loras = [make_lora(seed, sites=sites) for seed in (1, 2)]
-    concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
-    host = ModuleHost(model, [rows.float() for rows in make_data()])
-    if method == "custom-diffusion":
-        pytest.skip("it merges cross-attention alone")
-    plain = merge_loras(host, concepts, method).lora
-    with torch.autocast("cpu", torch.bfloat16):
-        lora = merge_loras(host, concepts, method).lora
-    assert difference(lora, dense_changes(plain)) < 0.1
-
-
 def test_nan_in_the_base_is_an_error_that_names_the_site():
     model = Net()
     model.q.weight.data[0, 0] = float("nan")
     with pytest.raises(IterisError, match=r"Site q: .*NaN"):
         merge([make_lora(1), make_lora(2)], model=model)
-
-
-@pytest.mark.parametrize("end", ["success", "exception", "cancel"])
-@pytest.mark.parametrize("schedule", ["sweep", "jacobi"])
-def test_the_base_is_bit_identical_afterwards(schedule, end):
-    model = Net()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    host = ModuleHost(model, make_data(2))
-    concepts = [Concept(make_lora(i), prompts=["unused"]) for i in (1, 2)]
-    calls = itertools.count()
-
-    def on_progress(_):
-        if end != "success" and next(calls) == 3:
-            raise RuntimeError("broken") if end == "exception" else KeyboardInterrupt
-
-    def run():
-        return merge_loras(
-            host,
-            concepts,
-            settings={"schedule": schedule, "micro_batch": 5},
-            on_progress=on_progress,
-        )
-
-    if end == "success":
-        run()
-    elif end == "cancel":
-        with pytest.raises(KeyboardInterrupt):
-            run()
-    else:
-        with pytest.raises(RuntimeError, match="broken"):
-            run()
-    assert hooks_on(model) == 0
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name])
-
-
-def test_an_exception_in_a_paused_forward_unwinds_all_of_them():
-    """Every micro-batch's forward is left through its own finally blocks."""
-    model, entered, left = Net(), [], []
-
-    class Host(ModuleHost):
-        def stages(self, samples, sites):
-            for stage in super().stages(samples, sites):
-
-                def run(rows, copies, stage=stage):
-                    entered.append(1)
-                    try:
-                        stage.run(rows, copies)
-                    finally:
-                        left.append(1)
-
-                yield type(stage)(stage.name, stage.sites, stage.concept_ids, run)
-
-    def tick(progress):
-        if progress.done == 2:
-            raise KeyboardInterrupt
-
-    concepts = [Concept(make_lora(i), prompts=["unused"]) for i in (1, 2)]
-    with pytest.raises(KeyboardInterrupt):
-        merge_loras(
-            Host(model, make_data(2)),
-            concepts,
-            settings={"micro_batch": 3},
-            on_progress=tick,
-            memory_budget=None,  # planning runs a row, too
-        )
-    assert len(entered) == 4
-    assert len(left) == 4
-    assert hooks_on(model) == 0
 
 
 def test_a_site_that_is_never_reached_is_an_error():
@@ -159,23 +69,3 @@ def test_changes_of_different_shapes_are_an_error():
     two = Lora({"q": LowRank(torch.ones(5, 1), torch.ones(1, 4))})
     with pytest.raises(IterisError, match="Site q has changes of different shapes"):
         merge_loras(None, [Concept(one), Concept(two)], "sum")
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"rank": 0},
-        {"rank": -3},
-        {"ridge": -1.0},
-        {"ridge": float("nan")},
-        {"saliency": 1.5},
-        {"objective": "both"},
-        {"micro_batch": 0},
-        {"repair_inputs": 0.0},
-        {"iterations": 0},
-        {"nonsense": 1},
-    ],
-)
-def test_settings_out_of_range_are_errors(settings):
-    with pytest.raises(IterisError):
-        merge([make_lora(1)], **settings)

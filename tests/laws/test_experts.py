@@ -86,6 +86,7 @@ def _drawn(reduced, high, low):
         reduced.pipeline.unload_lora_weights()
 
 
+@pytest.mark.slow
 def test_two_concepts_and_again_from_the_file(world, tmp_path, monkeypatch):
     """Each expert's part is merged from rows that it ran; the recipe finds all four files."""
     folder, _reduced = world

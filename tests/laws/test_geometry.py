@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from oracle import ModuleHost
 from torch import nn
-from transformers import ResNetConfig, ResNetModel
 
 from iteris_core import Concept, Lora, LowRank, merge_loras
 from iteris_core.activations.site import site_of
 from iteris_core.errors import IterisError
-from iteris_core.hosts.transformers import TransformersHost
 
 
 class Forked(nn.Module):
@@ -69,62 +65,6 @@ def test_convolutions_of_one_tensor_give_one_lora_back(objective, schedule):
     for site, change in lora.sites.items():
         gap = merged.sites[site].dense() - change.dense()
         assert gap.norm() <= 1e-8 * change.dense().norm(), site
-
-
-def test_saliency_of_one_tensor_in_two_geometries():
-    """Weights of places are as many as a site has tokens, whoever shares its tensor."""
-    generator = torch.Generator().manual_seed(1)
-    data = [torch.randn(5, 3, 8, 8, generator=generator, dtype=torch.float64) for _ in range(3)]
-
-    class Pictures(ForkedHost):
-        def streams(self, sites):
-            return {"first": self.model.first} if sites else {}
-
-        def stages(self, samples, sites):
-            for stage in super().stages(samples, sites):
-                yield replace(stage, spatial=True)
-
-    class Behind(Forked):
-        """A site that tells where a LoRA acts, and then two geometries of one tensor."""
-
-        def __init__(self):
-            super().__init__()
-            self.first = nn.Conv2d(3, 3, 1).double()
-
-        def forward(self, x):
-            return super().forward(x + self.first(x))
-
-    host = Pictures(Behind(), data)
-    concepts = [Concept(random_lora(host.sites(), s), prompts=["unused"]) for s in (1, 2, 3)]
-
-    def merge(**settings):
-        settings = {"precision": "float64", "repair": False, **settings}
-        return merge_loras(host, concepts, settings=settings).lora.sites
-
-    weighted, alike = merge(saliency=0.5), merge(saliency=0.0)
-    assert set(weighted) == set(host.sites())
-    for site in ("wide", "strided"):
-        assert (weighted[site].dense() - alike[site].dense()).norm() > 1e-3
-
-
-def test_one_lora_alone_gives_itself_back_on_a_resnet():
-    torch.manual_seed(0)
-    config = ResNetConfig(
-        num_channels=3,
-        embedding_size=8,
-        hidden_sizes=[16, 24],
-        depths=[1, 1],
-        layer_type="bottleneck",
-        downsample_in_bottleneck=True,
-    )
-    host = TransformersHost(ResNetModel(config).eval())
-    lora = random_lora(host.sites(), 5)
-    batch = {"pixel_values": torch.randn(64, 3, 32, 32)}
-    settings = {"precision": "float64"}
-    merged = merge_loras(host, [Concept(lora, inputs=[batch])], settings=settings).lora
-    for site, change in lora.sites.items():
-        gap = merged.sites[site].dense() - change.dense()
-        assert gap.norm() <= 1e-5 * change.dense().norm(), site
 
 
 def test_what_is_no_site_is_said():

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from pipelines import PIPELINES, two_concepts
-from tiny import random_lora
 from tiny import two_concepts as two_of
 
 from iteris_core import Calibration, Concept, merge_loras
@@ -66,23 +65,6 @@ def test_a_merge_says_what_it_keeps_and_is_not_lost_where_it_cannot_be_measured(
     assert not result.report.kept
     assert "not measured: Out of memory" in str(result.report.notes["held-out rows"])
     assert result.lora.sites
-
-
-def test_convolutions_have_phantoms_too(host):
-    loras = [random_lora(host, seed, select=lambda s: "resnets" in s) for seed in (1, 2)]
-    assert any(change.kernel for change in loras[0].sites.values())
-    concepts = [Concept(lora, trigger=f"s{i}", class_word="cat") for i, lora in enumerate(loras)]
-    found = kept(job_of(host, concepts), dict(loras[0].sites))
-    assert found[BESIDE][0] == pytest.approx(1.0, abs=1e-4)
-
-
-def test_outputs_that_no_lora_reaches_are_not_measured(host):
-    """Keys and values of the text alone: the rows end there."""
-    loras = [random_lora(host, s, select=lambda s: s.endswith("attn2.to_k")) for s in (1, 2)]
-    concepts = [Concept(lora, trigger=f"s{i}", class_word="cat") for i, lora in enumerate(loras)]
-    report = merge_loras(host, concepts, settings={"repair": False}, calibration=CALIBRATION).report
-    assert not report.kept
-    assert "changes nothing in the outputs" in str(report.notes["held-out rows"])
 
 
 def test_a_concept_that_preserves_the_base_is_not_measured(host):

@@ -182,16 +182,6 @@ def test_regmean_is_equation_four(shrink):
     assert difference(ours.lora, wanted) < 1e-4  # statistics are float32
 
 
-@pytest.mark.parametrize("name", ["regmean", "regmean++"])
-def test_by_tokens_regmean_counts_loras_alike(name):
-    """Whatever the number of a LoRA's rows."""
-    data = make_data(3)
-    more = [torch.cat([rows] * count) for rows, count in zip(data, (1, 3, 2), strict=True)]
-    for weighting, alike in (("tokens", True), ("none", False)):
-        first, again = (merge(LORAS, name, d, weighting=weighting).lora for d in (data, more))
-        assert (difference(first, dense_changes(again)) < 1e-5) == alike
-
-
 def test_regmean_plus_plus_sees_the_merged_layers():
     ours = merge(LORAS, "regmean++", shrink=1.0)
     seen = [captured_inputs(changed(Net(), dense_changes(ours.lora)), x) for x in make_data(3)]
@@ -221,13 +211,6 @@ def test_ssr_is_its_published_router():
         wanted = up @ router @ stacked
         found = ours.lora.sites[site].dense()
         assert float((found - wanted).norm() / wanted.norm()) < 1e-4
-
-
-def test_ssr_passes_sites_of_one_lora_through():
-    one, two = make_lora(1, sites=("q", "out")), make_lora(2, sites=("out", "up"))
-    ours = merge([one, two], "ssr")
-    for lora, site in ((one, "q"), (two, "up")):
-        assert torch.equal(ours.lora.sites[site].dense(), lora.sites[site].dense())
 
 
 def test_ssr_refuses_weights():
@@ -302,27 +285,6 @@ def test_wudi_goes_to_its_closed_form():
         right = sum(d[site] @ gram for d, gram in zip(DENSE, grams, strict=True))
         plain = right @ torch.linalg.pinv(sum(grams), rtol=1e-10)
         torch.testing.assert_close(closed[site], plain, atol=1e-7, rtol=1e-7)
-
-
-@pytest.mark.parametrize("shrink", [1.0, 0.9])
-def test_chain_of_merges_fits_each_loras_own_outputs(shrink):
-    """Every site by plain least squares on inputs that passed the merged sites before it."""
-    ours = merge(LORAS, "chain-of-merges", ridge=0.0, shrink=shrink, rank=WIDE).lora
-    base = Net()
-    whole = changed(base, dense_changes(ours))
-    seen = [captured_inputs(whole, x) for x in make_data(3)]
-    for site in SITES:
-        weight = base.get_submodule(site).weight.detach().flatten(1)
-        left = torch.zeros_like(weight)
-        total = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
-        for dense, x, merged in zip(DENSE, references(), seen, strict=True):
-            target = x[site] @ (weight + dense[site]).mT - merged[site] @ weight.mT
-            gram = merged[site].mT @ merged[site]
-            left += shrink * target.mT @ merged[site] + (1 - shrink) * dense[site] * gram.diag()
-            total += shrink * gram + (1 - shrink) * gram.diag().diag()
-        wanted = left @ torch.linalg.inv(total)
-        found = ours.sites[site].dense()
-        assert float((found - wanted).norm() / wanted.norm()) < 1e-2, site
 
 
 def test_chain_of_merges_is_the_plain_sweep():

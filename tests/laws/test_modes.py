@@ -26,7 +26,7 @@ class Autocast(Net):
 
 
 @pytest.mark.parametrize("objective", ["adapter", "output"])
-@pytest.mark.parametrize("micro_batch", [1, 5, 7])
+@pytest.mark.parametrize("micro_batch", [1, 5])
 def test_an_autocast_block_is_the_same_in_any_number_of_micro_batches(objective, micro_batch):
     before = Modes.now()
     loras = [
@@ -83,8 +83,7 @@ def test_inference_mode_inside_a_model_is_refused_and_around_a_merge_is_not():
     assert difference(found.lora, dense_changes(wanted.lora)) < 1e-9
 
 
-@pytest.mark.parametrize("micro_batch", [3, 100])
-def test_one_float32_lora_on_a_bfloat16_base_gives_itself_back(micro_batch):
+def test_one_float32_lora_on_a_bfloat16_base_gives_itself_back():
     """Within what bfloat16 activations let through: the changes themselves are never rounded."""
     pipeline = make_pipeline()
     pipeline.unet.to(torch.bfloat16)
@@ -102,7 +101,7 @@ def test_one_float32_lora_on_a_bfloat16_base_gives_itself_back(micro_batch):
     merged = merge_loras(
         host,
         [concept],
-        settings={"objective": "adapter", "micro_batch": micro_batch},
+        settings={"objective": "adapter", "micro_batch": 3},
         calibration=calibration,
     ).lora
     for site, change in changes.items():

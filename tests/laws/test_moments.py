@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reductions import by_moments, moments_of, solved
+from reductions import moments_of
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations.token_sampling import TokenSampling
-from iteris_core.errors import SolveError
-from iteris_core.linalg.cholesky import factorise
-from iteris_core.lora import LowRank
 from iteris_core.solve.inputs import InputMoments
 
 
@@ -60,20 +57,6 @@ def test_a_factor_in_single_precision_has_digits(ridge, single):
     assert gap.norm() <= 0.1 * solution.norm()
 
 
-def test_a_solve_in_the_moments_precision_gives_the_same_outputs():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 300, generator=generator) * torch.logspace(0, -2, 300)
-    wanted = torch.randn(400, 300, generator=generator)
-    change = LowRank(torch.zeros(300, 8), torch.zeros(8, 300))
-    reduction = by_moments([change], [x], [wanted], "none")
-    found = {
-        dtype: solved(reduction, [1.0], ridge=1e-6, weighting="none", dtype=dtype).change.dense()
-        for dtype in (torch.float64, torch.float32)
-    }
-    gap = (found[torch.float64] - found[torch.float32]) @ x.mT
-    assert 0 < gap.norm() <= 1e-3 * (found[torch.float64] @ x.mT).norm()
-
-
 def test_a_choice_of_tokens_depends_on_the_row_alone():
     whole = TokenSampling(range(6), lambda width: width, seed=3)
     part = TokenSampling(range(2, 4), lambda width: width, seed=3)
@@ -87,8 +70,11 @@ def test_a_choice_of_tokens_depends_on_the_row_alone():
 
 
 def test_fewer_tokens_change_little_and_micro_batches_nothing(host):
-    concepts = [Concept(random_lora(host, s), prompts=["a dog", "a cat"]) for s in (1, 2)]
-    calibration = Calibration(samples=8, timesteps=2, latents="noise")
+    loras = [
+        random_lora(host, s, select=lambda s: "down_blocks.0" in s and "attn" in s) for s in (1, 2)
+    ]
+    concepts = [Concept(lora, prompts=["a dog", "a cat"]) for lora in loras]
+    calibration = Calibration(samples=6, timesteps=2, latents="noise", conditions=0.0)
 
     def merge(**settings):
         settings = {"ridge": 1e-3, **settings}
@@ -102,16 +88,3 @@ def test_fewer_tokens_change_little_and_micro_batches_nothing(host):
     assert 1e-6 < gap(some, every) < 0.5
     assert gap(merge(row_tokens=10_000), every) < 1e-6
     assert gap(merge(row_tokens=32, micro_batch=5), some) < 1e-3
-
-
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_equations_that_are_not_finite_are_an_error(value):
-    with pytest.raises(SolveError, match="not finite"):
-        factorise(
-            lambda matrix: matrix.fill_diagonal_(value),
-            lambda vector: vector,
-            4,
-            dtype=torch.float64,
-            device=torch.device("cpu"),
-            step=1e-12,
-        )

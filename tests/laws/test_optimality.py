@@ -3,6 +3,8 @@ change is factorised, is no worse at a higher rank, and leaves a merged LoRA as 
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from oracle import SITES, ModuleHost, Net, make_data, make_lora
@@ -12,6 +14,7 @@ from torch import Tensor
 from iteris_core import Concept, Lora, LowRank, merge_loras
 from iteris_core.lora import SiteChanges
 from iteris_core.solve.adapter import Gram
+from iteris_core.solve.problem import RegressionSpec
 
 OUT, WIDTH, RIDGE = 6, 8, 1e-2
 WEIGHTS = [1.0, 0.5, 2.0]
@@ -22,14 +25,15 @@ def randn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def problem():
+def problem(composite: bool = True):
     """Two LoRAs and, last, the sum of both: (changes, inputs, reference inputs, targets)."""
     one, two = (LowRank(randn(OUT, 2, seed=i), randn(2, WIDTH, seed=10 + i)) for i in (1, 2))
     inputs, references, targets = (
-        [randn(n, width, seed=seed + n) for n in COUNTS]
+        [randn(n, width, seed=seed + n) for n in COUNTS[: 3 if composite else 2]]
         for seed, width in ((20, WIDTH), (40, WIDTH), (60, OUT))
     )
-    return SiteChanges((one, two), sums=((0, 1),)), inputs, references, targets
+    sums = ((0, 1),) if composite else ()
+    return SiteChanges((one, two), sums=sums), inputs, references, targets
 
 
 def gradient(loss, at: Tensor) -> float:
@@ -43,36 +47,53 @@ def gradient(loss, at: Tensor) -> float:
     return sizes[0] / sizes[1]
 
 
-def test_the_layers_objective_has_no_slope_at_its_solution():
-    changes, inputs, _, targets = problem()
+def size_of(changes: SiteChanges) -> float:
+    """By which the mean of two changes is multiplied that the ridge pulls to, with pull="size"."""
+    pairs = [(w, c.dense()) for w, c in zip(WEIGHTS, changes, strict=False)]
+    total = sum(w for w, _ in pairs)
+    mean = sum(w * d for w, d in pairs) / total
+    own = sum(w * d.square().sum() for w, d in pairs) / total
+    return math.sqrt(min(float(own / mean.square().sum()), 2))
+
+
+@pytest.mark.parametrize("pull", ["mean", "size"])
+def test_the_layers_objective_has_no_slope_at_its_solution(pull):
+    changes, inputs, _, targets = problem(composite=pull == "mean")
+    weights = WEIGHTS[: len(inputs)]
+    tau = 1.0 if pull == "mean" else size_of(changes)
 
     def loss(change: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
-        for own, x, t, weight in zip(changes, inputs, targets, WEIGHTS, strict=True):
+        for own, x, t, weight in zip(changes, inputs, targets, weights, strict=True):
             rho = RIDGE * (x.mT @ x).norm()
             distance = (t - x @ change.mT).square().sum()
             total = total + weight / len(x) * distance
-            total = total + weight / len(x) * rho * (change - own.dense()).square().sum()
+            total = total + weight / len(x) * rho * (change - tau * own.dense()).square().sum()
         return total
 
-    found = solved(by_moments(changes, inputs, targets), WEIGHTS, ridge=RIDGE, rank=OUT)
+    settings = {"ridge": RIDGE, "rank": OUT, "pull": pull}
+    found = solved(by_moments(changes, inputs, targets), weights, **settings)
     assert gradient(loss, found.change.dense()) < 1e-9
 
 
-def test_the_papers_objective_has_no_slope_at_its_solution():
-    changes, inputs, references, _ = problem()
+@pytest.mark.parametrize("pull", ["mean", "size"])
+def test_the_papers_objective_has_no_slope_at_its_solution(pull):
+    changes, inputs, references, _ = problem(composite=pull == "mean")
+    weights = WEIGHTS[: len(inputs)]
+    tau = 1.0 if pull == "mean" else size_of(changes)
 
     def loss(change: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
-        for own, x, ref, weight in zip(changes, inputs, references, WEIGHTS, strict=True):
+        for own, x, ref, weight in zip(changes, inputs, references, weights, strict=True):
             target = ref @ own.dense().mT
             left, right = RIDGE * (x.mT @ x).norm(), RIDGE * (ref.mT @ x).norm()
             total = total + weight / len(x) * (target - x @ change.mT).square().sum()
-            pull = left * change.square() - 2 * right * change * own.dense()
-            total = total + weight / len(x) * pull.sum()
+            toward = left * change.square() - 2 * right * tau * change * own.dense()
+            total = total + weight / len(x) * toward.sum()
         return total
 
-    found = solved(by_adapter(changes, inputs, references), WEIGHTS, ridge=RIDGE, rank=OUT)
+    settings = {"ridge": RIDGE, "rank": OUT, "pull": pull}
+    found = solved(by_adapter(changes, inputs, references), weights, **settings)
     assert gradient(loss, found.change.dense()) < 1e-9
 
 
@@ -99,6 +120,22 @@ def test_regmean_has_no_slope_at_its_solution():
 def reduction_solution(reduction: Gram, shrink: float) -> Tensor:
     found = solved(reduction, WEIGHTS[:2], ridge=0.0, weighting="none", shrink=shrink)
     return found.change.dense().double()
+
+
+def test_the_size_that_the_ridge_pulls_to():
+    """Like changes are pulled to themselves, unlike ones to their size, and what cancels is not
+    blown up."""
+
+    def pull(*changes: LowRank) -> float:
+        fit = RegressionSpec([1.0] * len(changes), RIDGE, pull="size")
+        return fit.pull_of(SiteChanges(changes))
+
+    one, rows, up = problem()[0][0], torch.eye(WIDTH, dtype=torch.float64), randn(OUT, 2, seed=0)
+    assert pull(*[one] * 4) == pytest.approx(1)
+    assert pull(*(LowRank(up, rows[2 * i : 2 * i + 2]) for i in range(4))) == pytest.approx(2)
+    assert pull(one, one.scaled(-1.0)) in (1.0, pytest.approx(2**0.5))
+    assert pull(one, one.scaled(-0.99)) == pytest.approx(2**0.5)
+    assert pull(one.scaled(0.0), one.scaled(0.0)) == 1.0
 
 
 def test_a_higher_rank_is_no_worse():

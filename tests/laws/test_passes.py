@@ -111,7 +111,7 @@ def test_rows_that_are_left_out_are_of_all_steps_and_of_most_samples(kept):
         assert max(by_step) - min(by_step) <= 0.2 * kept
 
 
-def test_g13_without_greenlet_a_sweep_says_so_at_once_and_others_run(monkeypatch):
+def test_without_greenlet_a_sweep_says_so_at_once_and_others_run(monkeypatch):
     monkeypatch.setitem(sys.modules, "greenlet", None)
     host = ModuleHost(Net(), make_data())
     concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]

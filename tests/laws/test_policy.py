@@ -57,6 +57,7 @@ def ridges_of(host, concepts, **more) -> set[float]:
     return asked
 
 
+@pytest.mark.slow
 def test_rows_that_a_plan_leaves_out_do_not_count_for_the_ridge(host):
     concepts = two_concepts(host)
     calibration = Calibration(samples=12, timesteps=2, latents="noise")

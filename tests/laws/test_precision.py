@@ -7,9 +7,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from oracle import ModuleHost, Net, make_data, make_lora
 
-from iteris_core import Concept, merge_loras
 from iteris_core.linalg.precision import full_precision
 
 CPU = torch.device("cpu")
@@ -66,13 +64,6 @@ def test_settings_are_full_within_and_as_they_were_behind(put, value):
         }
         assert torch.get_float32_matmul_precision() == "highest"
     assert settings() == before
-
-
-def test_a_merge_runs_under_the_newer_setting():
-    MATMUL.fp32_precision = "tf32"
-    concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
-    merge_loras(ModuleHost(Net(), make_data()), concepts)
-    assert MATMUL.fp32_precision == "tf32"
 
 
 def test_of_two_threads_the_last_one_puts_the_setting_back():

@@ -26,6 +26,7 @@ def of_round(number, site):
     return (encoder, reads_text(site) and not encoder, not reads_text(site))[number]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_each_round_is_a_merge_on_a_base_with_those_before(name):
     base = copy.deepcopy(tiny("sd1"))

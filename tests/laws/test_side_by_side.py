@@ -10,17 +10,13 @@ import torch
 from pipelines import PIPELINES, applied, two_concepts
 from tiny import random_lora
 
-from iteris_core import Calibration, Concept, Lora, SettingsError, merge_loras
+from iteris_core import Calibration, Concept, Lora, SettingsError
 from iteris_core.activations.micro_batch import MicroBatch
 from iteris_core.calibration_prompts import concept_prompts, pair_prompts
 from iteris_core.concepts import PAIR_TEMPLATES, TEMPLATES
-from iteris_core.hosts.protocol import Stage
-from iteris_core.methods import block_polish
 from iteris_core.methods.segments import Segment, SegmentRunner
 from iteris_core.methods.side_by_side import (
-    SHOWING,
     SideBySide,
-    _wanted,
     compose_halves,
     drawn_pairs,
     pairs_of,
@@ -107,11 +103,6 @@ def test_styles_and_what_no_words_call_for_are_not_shown(host):
     assert pairs_of(job, rows=100) == []
     assert drawn_pairs(job, {}, 100) is None
     assert pairs_of(job_of(SimpleNamespace(pictures=False), named(host)), rows=100) == []
-    result = merge_loras(
-        host, [first, Concept(fourth.lora, ["a dog"])], settings={"block_steps": 2},
-        calibration=CALIBRATION,
-    )  # fmt: skip
-    assert "without images of two concepts; that takes" in str(result.report.notes)
 
 
 def first_row(run, name) -> MicroBatch:
@@ -156,51 +147,6 @@ def test_a_block_is_to_give_each_half_as_its_own_lora_gives_it(host):
             assert torch.allclose(passage.wanted[0][row], wanted, atol=1e-4)
         assert torch.allclose(passage.found[0], given[0], atol=1e-4)
     handle.remove()
-
-
-@pytest.mark.slow
-def test_polish_on_pictures_of_two_leaves_the_base_as_it_was(host):
-    before = {name: value.clone() for name, value in host.pipeline.unet.state_dict().items()}
-    told: set[str] = set()
-
-    def of(**settings):
-        return merge_loras(
-            host,
-            named(host),
-            settings=settings,
-            calibration=CALIBRATION,
-            on_progress=lambda progress: told.add(progress.what),
-        ).lora.sites
-
-    plain, alone, both, again = (
-        of(block_steps=steps, block_pairs=pairs)
-        for steps, pairs in ((0, 0.5), (4, 0.0), (4, 0.5), (4, 0.5))
-    )
-    assert {block_polish.WHAT, SHOWING} <= told
-    moved = [site for site in plain if not torch.equal(alone[site].up, both[site].up)]
-    assert moved
-    for site in plain:
-        assert torch.equal(both[site].up, again[site].up)
-    for name, value in host.pipeline.unet.state_dict().items():
-        assert torch.equal(value, before[name])
-    assert all(not m._forward_hooks for m in host.pipeline.unet.modules())
-
-
-def words_beside(count: int):
-    """What a block is to give that gives 64 tokens of a picture of 8 × 8 and ``count`` of words."""
-    stage = Stage("denoiser", [], [0], lambda *_: None, picture=(8, 8), patches=(1,))
-    left, right = ([torch.full((1, n, 3), side) for n in (64, count)] for side in (0.0, 1.0))
-    return _wanted(left, right, stage)
-
-
-def test_words_are_no_places_where_they_are_as_many_as_a_coarser_picture_would_have():
-    picture, words = words_beside(16)
-    assert sorted(set(picture.flatten().tolist())) == [0, 1]
-    assert torch.equal(words, torch.full((1, 16, 3), 0.5))
-
-
-def test_words_as_many_as_the_picture_has_tokens_leave_no_places_known():
-    assert words_beside(64) is None
 
 
 @pytest.mark.parametrize(

@@ -45,20 +45,3 @@ def test_every_pair_is_merged_once(tmp_path):
     assert "3 merges, 2 there already" in run()
     assert kept.stat().st_mtime_ns == before
     assert len(list(out.glob("*.json"))) == 3
-
-
-@pytest.mark.slow
-def test_a_broken_file_is_named_and_the_others_are_merged(tmp_path):
-    pipeline = make_pipeline()
-    pipeline.save_pretrained(tmp_path / "base")
-    host = DiffusersHost(pipeline)
-    good = [write_lora(random_lora(host, s), tmp_path / f"l{s}.safetensors") for s in range(2)]
-    bad = tmp_path / "bad.safetensors"
-    bad.write_bytes(b"nothing")
-    command = [sys.executable, str(EXAMPLE), str(tmp_path / "base"), str(tmp_path / "out")]
-    command += [f"{file}:sks:cat" for file in (*good, bad)]
-    command += ["--calibration", '{"samples": 3, "timesteps": 1, "denoising_steps": 2}']
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "bad" in done.stderr
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1

@@ -15,7 +15,7 @@ from .parts import write_lora
 from .pictures import PICTURES, qwen, zimage
 from .reduced import Reduced
 from .sounds import SOUNDS
-from .unets import UNETS, sdxl
+from .unets import UNETS, sd15, sdxl
 from .videos import VIDEOS
 from .wan import WAN, wan
 
@@ -24,6 +24,7 @@ __all__ = [
     "Reduced",
     "flux",
     "qwen",
+    "sd15",
     "sdxl",
     "wan",
     "write_lora",

@@ -16,26 +16,12 @@ from .parts import clip_of, model_of_class
 from .reduced import Reduced
 
 _PREDICT2 = {
-    "max_img_h": 240,
-    "max_img_w": 240,
-    "max_frames": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_spatial": 2,
-    "patch_temporal": 1,
-    "model_channels": 96,
-    "num_blocks": 2,
-    "num_heads": 2,
-    "crossattn_emb_channels": 64,
-    "concat_padding_mask": True,
-    "pos_emb_cls": "rope3d",
-    "pos_emb_learnable": True,
-    "pos_emb_interpolation": "crop",
-    "min_fps": 1,
-    "max_fps": 30,
-    "use_adaln_lora": True,
-    "adaln_lora_dim": 32,
-}
+    "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16, "out_channels": 16,
+    "patch_spatial": 2, "patch_temporal": 1, "model_channels": 96, "num_blocks": 2, "num_heads": 2,
+    "crossattn_emb_channels": 64, "concat_padding_mask": True, "pos_emb_cls": "rope3d",
+    "pos_emb_learnable": True, "pos_emb_interpolation": "crop", "min_fps": 1, "max_fps": 30,
+    "use_adaln_lora": True, "adaln_lora_dim": 32,
+}  # fmt: skip
 
 
 def _predict2(kind: str, **other: Any) -> tuple[Any, Any]:

@@ -11,17 +11,9 @@ from .reduced import Reduced
 
 def _pixart(kind: str, **other: Any) -> tuple[Any, Any]:
     model = model_of_class(
-        kind,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=96,
-        depth=2,
-        num_heads=2,
-        input_size=16,
-        caption_channels=64,
-        pe_interpolation=1,
-        **other,
-    )
+        kind, patch_size=2, in_channels=4, hidden_size=96, depth=2, num_heads=2, input_size=16,
+        caption_channels=64, pe_interpolation=1, **other,
+    )  # fmt: skip
     return model, texts.t5xxl("pixart_t5", "PixArtTokenizer", "pixart_te")
 
 
@@ -41,10 +33,8 @@ DITS = {
         lambda: _pixart("PixArtSigma", image_model="pixart_sigma", micro_condition=False), side=34
     ),
     "PixArt alpha": Reduced(
-        lambda: _pixart("PixArtAlpha", image_model="pixart_alpha", micro_condition=True),
-        side=34,
-        entries={"width": 512, "height": 768},
-        slow=True,
+        lambda: _pixart("PixArtAlpha", image_model="pixart_alpha", micro_condition=True), side=34,
+        entries={"width": 512, "height": 768}, slow=True,
     ),
     "HunyuanDiT": Reduced(
         lambda: _hunyuan("HunyuanDiT", image_model="hydit", size_cond=False, use_style_cond=False),
@@ -56,4 +46,4 @@ DITS = {
         **_HUNYUAN,
         slow=True,
     ),
-}
+}  # fmt: skip

@@ -12,24 +12,11 @@ from .reduced import Reduced
 
 def config(**other: Any) -> dict[str, Any]:
     return {
-        "image_model": "flux",
-        "in_channels": 16,
-        "out_channels": 16,
-        "vec_in_dim": 64,
-        "context_in_dim": 64,
-        "hidden_size": 64,
-        "mlp_ratio": 4.0,
-        "num_heads": 2,
-        "depth": 1,
-        "depth_single_blocks": 1,
-        "axes_dim": [8, 12, 12],
-        "theta": 10000,
-        "patch_size": 2,
-        "qkv_bias": True,
-        "guidance_embed": True,
-        "txt_ids_dims": [],
-        **other,
-    }
+        "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 64,
+        "context_in_dim": 64, "hidden_size": 64, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1,
+        "depth_single_blocks": 1, "axes_dim": [8, 12, 12], "theta": 10000, "patch_size": 2,
+        "qkv_bias": True, "guidance_embed": True, "txt_ids_dims": [], **other,
+    }  # fmt: skip
 
 
 def flux() -> tuple[Any, Any]:
@@ -44,36 +31,18 @@ def flux_narrow(kind: str = "Flux", **other: Any) -> tuple[Any, Any]:
 
 def flux2() -> tuple[Any, Any]:
     found = config(
-        image_model="flux2",
-        in_channels=128,
-        out_channels=128,
-        vec_in_dim=None,
-        context_in_dim=192,
-        hidden_size=128,
-        mlp_ratio=3.0,
-        axes_dim=[16, 16, 16, 16],
-        theta=2000,
-        patch_size=1,
-        qkv_bias=False,
-        txt_ids_dims=[3],
-        global_modulation=True,
-        mlp_silu_act=True,
-        ops_bias=False,
-        default_ref_method="index",
-        ref_index_scale=10.0,
-    )
+        image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=192,
+        hidden_size=128, mlp_ratio=3.0, axes_dim=[16, 16, 16, 16], theta=2000, patch_size=1,
+        qkv_bias=False, txt_ids_dims=[3], global_modulation=True, mlp_silu_act=True, ops_bias=False,
+        default_ref_method="index", ref_index_scale=10.0,
+    )  # fmt: skip
     return model_of_class("Flux2", **found), texts.mistral()
 
 
 _CHROMA = {
-    "in_channels": 64,
-    "out_channels": 64,
-    "in_dim": 64,
-    "out_dim": 64,
-    "hidden_dim": 64,
-    "n_layers": 2,
-    "vec_in_dim": None,
-}
+    "in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 64, "hidden_dim": 64,
+    "n_layers": 2, "vec_in_dim": None,
+}  # fmt: skip
 
 
 def _chroma(**other: Any) -> dict[str, Any]:
@@ -111,20 +80,11 @@ def chroma_radiance() -> tuple[Any, Any]:
 
     later = {"use_sequential_txt_ids": False}
     found = _chroma(
-        image_model="chroma_radiance",
-        in_channels=3,
-        out_channels=3,
-        patch_size=16,
-        nerf_hidden_size=16,
-        nerf_mlp_ratio=2,
-        nerf_depth=1,
-        nerf_max_freqs=4,
-        nerf_tile_size=512,
-        nerf_final_head_type="conv",
-        nerf_embedder_dtype=None,
-        use_x0=False,
+        image_model="chroma_radiance", in_channels=3, out_channels=3, patch_size=16,
+        nerf_hidden_size=16, nerf_mlp_ratio=2, nerf_depth=1, nerf_max_freqs=4, nerf_tile_size=512,
+        nerf_final_head_type="conv", nerf_embedder_dtype=None, use_x0=False,
         **{name: value for name, value in later.items() if name in Params.__dataclass_fields__},
-    )
+    )  # fmt: skip
     return model_of_class("ChromaRadiance", **found), _pixart_t5()
 
 

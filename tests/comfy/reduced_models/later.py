@@ -18,15 +18,9 @@ from .reduced import Reduced
 
 def ernie_image() -> tuple[Any, Any]:
     model = model_of_class(
-        "ErnieImage",
-        image_model="ernie",
-        hidden_size=96,
-        num_attention_heads=2,
-        num_layers=2,
-        ffn_hidden_size=128,
-        text_in_dim=64,
-        rope_axes_dim=(16, 16, 16),
-    )
+        "ErnieImage", image_model="ernie", hidden_size=96, num_attention_heads=2, num_layers=2,
+        ffn_hidden_size=128, text_in_dim=64, rope_axes_dim=(16, 16, 16),
+    )  # fmt: skip
     text = import_module("comfy.text_encoders.ernie")
     tokenizer = texts.qwen("ministral3_3b", start=1, pad=11, left=True)
     options = {"ministral3_3b_model_config": texts.LLAMA}
@@ -55,17 +49,9 @@ def _qwen3_vl(module: str, tokenizer: str, size: str, layers: int = 4) -> Any:
 def krea2() -> tuple[Any, Any]:
     """Twelve layers of its text encoder at once, for layers of its own to join."""
     model = model_of_class(
-        "Krea2",
-        image_model="krea2",
-        features=96,
-        tdim=32,
-        txtdim=64,
-        heads=2,
-        kvheads=1,
-        layers=2,
-        txtheads=2,
-        txtkvheads=2,
-    )
+        "Krea2", image_model="krea2", features=96, tdim=32, txtdim=64, heads=2, kvheads=1, layers=2,
+        txtheads=2, txtkvheads=2,
+    )  # fmt: skip
     text = import_module("comfy.text_encoders.krea2")
     with mock.patch.object(text, "KREA2_TAP_LAYERS", list(range(1, 13))):
         return model, _qwen3_vl("krea2", "Krea2Tokenizer", "qwen3vl_4b", 13)
@@ -74,13 +60,9 @@ def krea2() -> tuple[Any, Any]:
 def ideogram4() -> tuple[Any, Any]:
     """Thirteen layers of its text encoder side by side; no text at all without guidance."""
     extra = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 32,
-        "intermediate_size": 128,
-        "adaln_dim": 32,
-        "llm_features_dim": 13 * 64,
-        "mrope_section": [6, 5, 5],
-    }
+        "num_attention_heads": 2, "attention_head_dim": 32, "intermediate_size": 128,
+        "adaln_dim": 32, "llm_features_dim": 13 * 64, "mrope_section": [6, 5, 5],
+    }  # fmt: skip
     model = model_of_class(
         "Ideogram4", extra, image_model="ideogram4", in_channels=128, num_layers=2
     )
@@ -92,47 +74,28 @@ def ideogram4() -> tuple[Any, Any]:
 def boogu() -> tuple[Any, Any]:
     """OmniGen's blocks behind others with two streams."""
     model = model_of_class(
-        "Boogu",
-        image_model="boogu",
-        in_channels=16,
-        hidden_size=96,
-        num_layers=2,
-        num_double_stream_layers=1,
-        num_refiner_layers=1,
-        num_attention_heads=2,
-        num_kv_heads=1,
-        multiple_of=32,
-        axes_dim_rope=(16, 16, 16),
-        axes_lens=(300, 512, 512),
+        "Boogu", image_model="boogu", in_channels=16, hidden_size=96, num_layers=2,
+        num_double_stream_layers=1, num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1,
+        multiple_of=32, axes_dim_rope=(16, 16, 16), axes_lens=(300, 512, 512),
         instruction_feat_dim=64,
-    )
+    )  # fmt: skip
     return model, _qwen3_vl("boogu", "BooguTokenizer", "qwen3vl_8b")
 
 
 def mage_flow() -> tuple[Any, Any]:
     model = model_of_class(
-        "MageFlow",
-        image_model="mage_flow",
-        num_layers=2,
-        attention_head_dim=48,
-        num_attention_heads=2,
-        joint_attention_dim=64,
-        axes_dims_rope=(16, 16, 16),
-    )
+        "MageFlow", image_model="mage_flow", num_layers=2, attention_head_dim=48,
+        num_attention_heads=2, joint_attention_dim=64, axes_dims_rope=(16, 16, 16),
+    )  # fmt: skip
     return model, _qwen3_vl("mage_flow", "MageFlowTokenizer", "qwen3vl_4b")
 
 
 def joy_image() -> tuple[Any, Any]:
     extra = {"rope_dim_list": [16, 16, 16]}
     model = model_of_class(
-        "JoyImage",
-        extra,
-        image_model="joyimage",
-        hidden_size=96,
-        num_attention_heads=2,
-        text_dim=64,
-        num_layers=2,
-    )
+        "JoyImage", extra, image_model="joyimage", hidden_size=96, num_attention_heads=2,
+        text_dim=64, num_layers=2,
+    )  # fmt: skip
     return model, _qwen3_vl("joyimage", "JoyImageTokenizer", "qwen3vl_8b")
 
 

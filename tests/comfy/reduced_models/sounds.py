@@ -23,23 +23,11 @@ def ace_step() -> tuple[Any, Any]:
     lyrics = functools.partial(ldm.LyricEncoder, **narrow)
     with mock.patch.object(ldm, "LyricEncoder", lyrics):
         model = model_of_class(
-            "ACEStep",
-            audio_model="ace",
-            attention_head_dim=32,
-            num_attention_heads=2,
-            inner_dim=64,
-            in_channels=8,
-            out_channels=8,
-            num_layers=2,
-            mlp_ratio=2.0,
-            max_height=16,
-            max_width=4096,
-            max_position=4096,
-            patch_size=[16, 1],
-            text_embedding_dim=64,
-            lyric_hidden_size=64,
-            lyric_encoder_vocab_size=6693,
-        )
+            "ACEStep", audio_model="ace", attention_head_dim=32, num_attention_heads=2,
+            inner_dim=64, in_channels=8, out_channels=8, num_layers=2, mlp_ratio=2.0, max_height=16,
+            max_width=4096, max_position=4096, patch_size=[16, 1], text_embedding_dim=64,
+            lyric_hidden_size=64, lyric_encoder_vocab_size=6693,
+        )  # fmt: skip
     options = {"_model_config": {**texts.T5, "vocab_size": 32128}}
     data = {"spiece_model": texts.pile()}
     return model, clip_of(text.AceT5Tokenizer, text.AceT5Model, options, data)
@@ -57,17 +45,9 @@ def stable_audio() -> tuple[Any, Any]:
             random = torch.randn(weight.shape, generator=generator) * 0.1
             weights[f"conditioner.conditioners.{name}.{key}"] = random
     model = model_of_class(
-        "StableAudio",
-        weights=weights,
-        audio_model="dit1.0",
-        io_channels=64,
-        embed_dim=96,
-        depth=2,
-        num_heads=2,
-        cond_token_dim=768,
-        global_cond_dim=2 * 768,
-        project_cond_tokens=True,
-    )
+        "StableAudio", weights=weights, audio_model="dit1.0", io_channels=64, embed_dim=96, depth=2,
+        num_heads=2, cond_token_dim=768, global_cond_dim=2 * 768, project_cond_tokens=True,
+    )  # fmt: skip
     options = {"t5base_model_config": {**texts.T5, "d_model": 768}}
     clip = texts.clip("comfy.text_encoders.sa_t5", "SAT5Tokenizer", "SAT5Model", **options)
     return model, clip
@@ -81,20 +61,11 @@ def ltx2() -> tuple[Any, Any]:
     if not hasattr(llama, "GEMMA3_VISION_CONFIG"):
         pytest.skip("this ComfyUI has a text encoder of LTX-2 that cannot be narrow")
     model = model_of_class(
-        "LTXAV",
-        image_model="ltxav",
-        cross_attention_dim=64,
-        audio_cross_attention_dim=32,
-        attention_head_dim=32,
-        audio_attention_head_dim=16,
-        num_attention_heads=2,
-        audio_num_attention_heads=2,
-        caption_channels=64,
-        num_layers=2,
-        connector_attention_head_dim=32,
-        connector_num_attention_heads=2,
-        connector_num_layers=1,
-    )
+        "LTXAV", image_model="ltxav", cross_attention_dim=64, audio_cross_attention_dim=32,
+        attention_head_dim=32, audio_attention_head_dim=16, num_attention_heads=2,
+        audio_num_attention_heads=2, caption_channels=64, num_layers=2,
+        connector_attention_head_dim=32, connector_num_attention_heads=2, connector_num_layers=1,
+    )  # fmt: skip
     eyes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
     options = {"_model_config": {**texts.LANGUAGE_MODEL, "vocab_size": 32128}}
     with mock.patch.dict(llama.GEMMA3_VISION_CONFIG, {**eyes, "num_hidden_layers": 1}):

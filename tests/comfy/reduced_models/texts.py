@@ -25,19 +25,13 @@ FULL_CLIP = {"num_hidden_layers": 3, "intermediate_size": 64}
 CLIP = {**FULL_CLIP, "hidden_size": 64, "num_attention_heads": 2}
 T5 = {"num_layers": 2, "d_model": 64, "d_ff": 64, "num_heads": 2, "d_kv": 32}
 LANGUAGE_MODEL = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
     "num_key_value_heads": 2,
-}
+}  # fmt: skip
 LLAMA = {**LANGUAGE_MODEL, "vocab_size": 152064}
 _BERT = {
-    "hidden_size": 1024,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 2,
-    "intermediate_size": 64,
-}
+    "hidden_size": 1024, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64,
+}  # fmt: skip
 _BYT5 = {"num_layers": 1, "d_model": 1472, "d_ff": 64, "num_heads": 2, "d_kv": 32}
 
 
@@ -161,12 +155,9 @@ def hidream() -> Any:
     import comfy.text_encoders.hidream as text
 
     options = {
-        "clip_l_model_config": CLIP,
-        "clip_g_model_config": CLIP,
-        "t5xxl_model_config": T5,
-        "llama_model_config": LANGUAGE_MODEL,
-        "vocab_size": LLAMA["vocab_size"],
-    }
+        "clip_l_model_config": CLIP, "clip_g_model_config": CLIP, "t5xxl_model_config": T5,
+        "llama_model_config": LANGUAGE_MODEL, "vocab_size": LLAMA["vocab_size"],
+    }  # fmt: skip
     encoder = text.hidream_clip(dtype_t5=torch.float32, dtype_llama=torch.float32)
     with _llama():
         return clip_of(text.HiDreamTokenizer, encoder, options)
@@ -182,11 +173,8 @@ def pile() -> Tensor:
 
 
 _HEADERS = {
-    "<|start_header_id|>": 128006,
-    "<|end_header_id|>": 128007,
-    "<|eot_id|>": 128009,
-    "user": 882,
-}
+    "<|start_header_id|>": 128006, "<|end_header_id|>": 128007, "<|eot_id|>": 128009, "user": 882,
+}  # fmt: skip
 """Tokens of Llama's by which ComfyUI cuts the template off."""
 
 

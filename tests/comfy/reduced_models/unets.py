@@ -11,26 +11,16 @@ from .parts import model_of_class
 from .reduced import Reduced
 
 _UNET = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 32,
-    "channel_mult": [1, 2],
-    "num_res_blocks": [1, 1],
-    "transformer_depth": [0, 1],
-    "transformer_depth_output": [0, 0, 1, 1],
-    "transformer_depth_middle": 1,
-    "use_spatial_transformer": True,
-    "use_temporal_attention": False,
-    "use_checkpoint": False,
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32,
+    "channel_mult": [1, 2], "num_res_blocks": [1, 1], "transformer_depth": [0, 1],
+    "transformer_depth_output": [0, 0, 1, 1], "transformer_depth_middle": 1,
+    "use_spatial_transformer": True, "use_temporal_attention": False, "use_checkpoint": False,
     "legacy": False,
-}
+}  # fmt: skip
 _SDXL = {
-    "context_dim": 2048,
-    "adm_in_channels": 2816,
-    "num_classes": "sequential",
+    "context_dim": 2048, "adm_in_channels": 2816, "num_classes": "sequential",
     "use_linear_in_transformer": True,
-}
+}  # fmt: skip
 _SDXL_NARROW = {**_SDXL, "context_dim": 128, "adm_in_channels": 64 + 6 * 256}
 
 
@@ -68,14 +58,10 @@ def sd21_unclip() -> tuple[Any, Any]:
 def sd_x4_upscaler() -> tuple[Any, Any]:
     """The small picture beside the latents; its outer blocks see the text twice, not themselves."""
     model = unet(
-        "SD_X4Upscaler",
-        {"disable_self_attentions": [True, False]},
-        context_dim=64,
-        in_channels=7,
-        transformer_depth=[1, 1],
-        transformer_depth_output=[1, 1, 1, 1],
+        "SD_X4Upscaler", {"disable_self_attentions": [True, False]}, context_dim=64, in_channels=7,
+        transformer_depth=[1, 1], transformer_depth_output=[1, 1, 1, 1],
         use_linear_in_transformer=True,
-    )
+    )  # fmt: skip
     return model, _clip_h()
 
 
@@ -97,29 +83,19 @@ def sdxl_refiner() -> tuple[Any, Any]:
 
 def cascade_c() -> tuple[Any, Any]:
     config = {
-        "stable_cascade_stage": "c",
-        "c_cond": 64,
-        "c_hidden": [64, 64],
-        "c_clip_text": 64,
-        "c_clip_text_pooled": 64,
-        "nhead": [2, 2],
-        "blocks": [[1, 1], [1, 1]],
-    }
+        "stable_cascade_stage": "c", "c_cond": 64, "c_hidden": [64, 64], "c_clip_text": 64,
+        "c_clip_text_pooled": 64, "nhead": [2, 2], "blocks": [[1, 1], [1, 1]],
+    }  # fmt: skip
     return model_of_class("Stable_Cascade_C", **config), _cascade_clip()
 
 
 def cascade_b() -> tuple[Any, Any]:
     """Only its pooled text is used, and the prior of stage C where there is one."""
     config = {
-        "stable_cascade_stage": "b",
-        "c_cond": 64,
-        "c_clip": 64,
-        "c_hidden": [32, 64],
-        "nhead": [-1, 2],
-        "blocks": [[1, 1], [1, 1]],
-        "block_repeat": [[1, 1], [2, 2]],
+        "stable_cascade_stage": "b", "c_cond": 64, "c_clip": 64, "c_hidden": [32, 64],
+        "nhead": [-1, 2], "blocks": [[1, 1], [1, 1]], "block_repeat": [[1, 1], [2, 2]],
         "level_config": ["CT", "CTA"],
-    }
+    }  # fmt: skip
     return model_of_class("Stable_Cascade_B", **config), _cascade_clip()
 
 

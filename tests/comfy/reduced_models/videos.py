@@ -11,27 +11,12 @@ from .pictures import BYT5, KANDINSKY5
 from .reduced import Reduced
 
 _HUNYUAN = {
-    "image_model": "hunyuan_video",
-    "in_channels": 16,
-    "out_channels": 16,
-    "vec_in_dim": 64,
-    "context_in_dim": 64,
-    "hidden_size": 96,
-    "mlp_ratio": 4.0,
-    "num_heads": 2,
-    "depth": 1,
-    "depth_single_blocks": 1,
-    "axes_dim": [16, 16, 16],
-    "theta": 256,
-    "patch_size": [1, 2, 2],
-    "qkv_bias": True,
-    "guidance_embed": True,
-    "byt5": False,
-    "meanflow": False,
-    "use_cond_type_embedding": False,
-    "vision_in_dim": None,
-    "meanflow_sum": False,
-}
+    "image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "vec_in_dim": 64,
+    "context_in_dim": 64, "hidden_size": 96, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1,
+    "depth_single_blocks": 1, "axes_dim": [16, 16, 16], "theta": 256, "patch_size": [1, 2, 2],
+    "qkv_bias": True, "guidance_embed": True, "byt5": False, "meanflow": False,
+    "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False,
+}  # fmt: skip
 
 
 def hunyuan_video(kind: str = "HunyuanVideo", **other: Any) -> tuple[Any, Any]:
@@ -40,51 +25,30 @@ def hunyuan_video(kind: str = "HunyuanVideo", **other: Any) -> tuple[Any, Any]:
 
 def hunyuan_video15() -> tuple[Any, Any]:
     config = {
-        **_HUNYUAN,
-        "in_channels": 65,
-        "out_channels": 32,
-        "vec_in_dim": None,
-        "patch_size": [1, 1, 1],
-        "guidance_embed": False,
-        "byt5": True,
-        "use_cond_type_embedding": True,
-        "vision_in_dim": 64,
-        "meanflow_sum": True,
-    }
+        **_HUNYUAN, "in_channels": 65, "out_channels": 32, "vec_in_dim": None,
+        "patch_size": [1, 1, 1], "guidance_embed": False, "byt5": True,
+        "use_cond_type_embedding": True, "vision_in_dim": 64, "meanflow_sum": True,
+    }  # fmt: skip
     clip = texts.qwen25("hunyuan_video", "HunyuanVideo15Tokenizer")
     return model_of_class("HunyuanVideo15", **config), clip
 
 
 def ltxv() -> tuple[Any, Any]:
     model = model_of_class(
-        "LTXV",
-        image_model="ltxv",
-        in_channels=128,
-        cross_attention_dim=64,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        caption_channels=64,
-        num_layers=2,
-        positional_embedding_theta=10000.0,
-        positional_embedding_max_pos=[20, 2048, 2048],
-        causal_temporal_positioning=False,
-        vae_scale_factors=(8, 32, 32),
-    )
+        "LTXV", image_model="ltxv", in_channels=128, cross_attention_dim=64, attention_head_dim=32,
+        num_attention_heads=2, caption_channels=64, num_layers=2,
+        positional_embedding_theta=10000.0, positional_embedding_max_pos=[20, 2048, 2048],
+        causal_temporal_positioning=False, vae_scale_factors=(8, 32, 32),
+    )  # fmt: skip
     return model, texts.t5xxl("lt", "LTXVT5Tokenizer", "ltxv_te")
 
 
 def cogvideox(**other: Any) -> tuple[Any, Any]:
     kind = "CogVideoX_I2V" if other else "CogVideoX_T2V"
     model = model_of_class(
-        kind,
-        image_model="cogvideox",
-        num_attention_heads=1,
-        time_embed_dim=64,
-        text_embed_dim=64,
-        num_layers=2,
-        use_rotary_positional_embeddings=True,
-        **other,
-    )
+        kind, image_model="cogvideox", num_attention_heads=1, time_embed_dim=64, text_embed_dim=64,
+        num_layers=2, use_rotary_positional_embeddings=True, **other,
+    )  # fmt: skip
     return model, texts.t5xxl("cogvideo", "CogVideoXTokenizer", "cogvideo_te")
 
 
@@ -132,10 +96,8 @@ def kandinsky5_video() -> tuple[Any, Any]:
 VIDEOS = {
     "HunyuanVideo": Reduced(hunyuan_video, video=True),
     "HunyuanVideo I2V": Reduced(
-        lambda: hunyuan_video("HunyuanVideoI2V", in_channels=33),
-        video=True,
-        entries=given.first_frame(16, 3),
-        slow=True,
+        lambda: hunyuan_video("HunyuanVideoI2V", in_channels=33), video=True,
+        entries=given.first_frame(16, 3), slow=True,
     ),
     "SkyReels I2V": Reduced(
         lambda: hunyuan_video("HunyuanVideoSkyreelsI2V", in_channels=32),  # without a mask
@@ -144,26 +106,18 @@ VIDEOS = {
         slow=True,
     ),
     "HunyuanVideo 1.5": Reduced(
-        hunyuan_video15,
-        video=True,
-        apart=("byt5_in.", "vision_in."),
-        left_out=f"{BYT5['left_out']}; vision_in: only a first frame reaches it",
-        slow=True,
+        hunyuan_video15, video=True, apart=("byt5_in.", "vision_in."),
+        left_out=f"{BYT5['left_out']}; vision_in: only a first frame reaches it", slow=True,
     ),
     "HunyuanVideo 1.5 I2V": Reduced(
-        hunyuan_video15,
-        video=True,
-        entries={**given.first_frame(32, 3), **given.seen(64)},
-        **BYT5,
+        hunyuan_video15, video=True, entries={**given.first_frame(32, 3), **given.seen(64)}, **BYT5,
     ),
     "LTX-Video": Reduced(ltxv, video=True),
     "Mochi": Reduced(mochi, video=True),
     "CogVideoX": Reduced(cogvideox, video=True),
     "CogVideoX I2V": Reduced(
-        cogvideox_i2v,
-        video=True,
-        entries={"concat_latent_image": given.picture(16, 3, 8, 8)},
+        cogvideox_i2v, video=True, entries={"concat_latent_image": given.picture(16, 3, 8, 8)},
         slow=True,
     ),
     "Kandinsky 5 video": Reduced(kandinsky5_video, video=True, slow=True),
-}
+}  # fmt: skip

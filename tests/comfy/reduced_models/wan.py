@@ -12,23 +12,11 @@ from .reduced import Reduced
 
 def _wan(kind: str, model_type: str = "t2v", **other: Any) -> tuple[Any, Any]:
     config = {
-        "image_model": "wan2.1",
-        "model_type": model_type,
-        "dim": 96,
-        "in_dim": 16,
-        "out_dim": 16,
-        "num_heads": 2,
-        "num_layers": 2,
-        "ffn_dim": 128,
-        "patch_size": (1, 2, 2),
-        "freq_dim": 32,
-        "window_size": (-1, -1),
-        "qk_norm": True,
-        "cross_attn_norm": True,
-        "eps": 1e-6,
-        "text_dim": 64,
-        **other,
-    }
+        "image_model": "wan2.1", "model_type": model_type, "dim": 96, "in_dim": 16, "out_dim": 16,
+        "num_heads": 2, "num_layers": 2, "ffn_dim": 128, "patch_size": (1, 2, 2), "freq_dim": 32,
+        "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6,
+        "text_dim": 64, **other,
+    }  # fmt: skip
     return model_of_class(kind, **config), texts.umt5()
 
 
@@ -80,10 +68,8 @@ WAN = {
         slow=True,
     ),
     "Wan 2.2 Camera": Reduced(
-        lambda: _wan("WAN22_Camera", "camera_2.2", in_dim=36),
-        video=True,
-        entries={**given.first_frame(16, _FRAMES), **_RAYS},
-        slow=True,
+        lambda: _wan("WAN22_Camera", "camera_2.2", in_dim=36), video=True,
+        entries={**given.first_frame(16, _FRAMES), **_RAYS}, slow=True,
     ),
     "Wan 2.1 VACE": Reduced(
         # Blocks of their own for a control video and its mask.
@@ -132,4 +118,4 @@ WAN = {
     "Wan 2.1 causal": Reduced(
         lambda: _wan("WAN21_CausalAR_T2V", causal_ar=True), video=True, slow=True
     ),
-}
+}  # fmt: skip
