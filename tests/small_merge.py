@@ -6,6 +6,9 @@ from oracle import ModuleHost, Net, make_data
 
 from iteris_core import Concept, merge_loras
 
+EXACT = {"precision": "float64", "weighting": "tokens", "shrink": 1.0}
+"""A model without images has other defaults where tokens are few."""
+
 
 def merge(loras, data=None, model=None, *, weights=None, strengths=None, **settings):
     data = data or make_data(len(loras))
@@ -19,4 +22,4 @@ def merge(loras, data=None, model=None, *, weights=None, strengths=None, **setti
         )
         for i, lora in enumerate(loras)
     ]
-    return merge_loras(host, concepts, settings={"precision": "float64", **settings})
+    return merge_loras(host, concepts, settings={**EXACT, **settings})

@@ -8,6 +8,7 @@ so one sweep gives the same result as the iteration, if that converges.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
@@ -109,11 +110,17 @@ class Solvers:
             ran = stage.samples or job.calibration.samples, job.calibration.rows_each, job.loras
             ridge = job.thresholds.ridge_for(*ran)
             pull = pull or job.thresholds.pull_for(*ran)
+        pictures, shrink, few = job.host.pictures, settings.shrink, math.inf
+        if shrink is None:
+            shrink, few = (
+                (1.0, 0.0) if pictures else (job.thresholds.shrink, job.thresholds.few_tokens)
+            )
         fit = RegressionSpec(
             job.weights,
             ridge,
-            settings.weighting,
-            shrink=settings.shrink,
+            settings.weighting or ("tokens" if pictures else "none"),
+            shrink=shrink,
+            shrinks_below=few,
             rank=settings.rank,
             pull=pull or "mean",
         )

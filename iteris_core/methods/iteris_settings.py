@@ -33,10 +33,11 @@ class IterisSettings(Settings):
         above=0,
         below=1,
     )
-    weighting: Literal["tokens", "adapter", "full", "none"] = setting(
-        "tokens",
+    weighting: Literal["tokens", "adapter", "full", "none"] | None = setting(
+        None,
         "How to balance the concepts: by the number of tokens, the size of each LoRA's own "
         "outputs (adapter: the paper's eq. 8), the layer's whole output, or not at all.",
+        none="tokens; for models of texts none",
     )
     ridge: float | None = setting(
         None,
@@ -65,10 +66,12 @@ class IterisSettings(Settings):
         low=0,
         most=1000,
     )
-    shrink: float = setting(
-        1.0,
-        "Factor on off-diagonal entries of the moments. Use less than 1 if a concept has hardly "
-        "more tokens than a layer has inputs, such as 0.5 for text classifiers.",
+    shrink: float | None = setting(
+        None,
+        "Factor on off-diagonal entries of the moments. Less than 1 is for a concept that has "
+        "hardly more tokens than a layer has inputs.",
+        none="1; for models of texts 0.7 in layers where a concept has fewer than four tokens for "
+        "each input",
         above=0,
         high=1,
     )

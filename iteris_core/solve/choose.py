@@ -31,7 +31,8 @@ class Thresholds:
     than ``enough_samples`` per LoRA for two LoRAs (proportionally fewer with more LoRAs), a fit
     follows its sample. The ``ridge`` then grows with the ``ridge_power`` of the shortfall, up to
     ``most_ridge``, and pulls to the mean at the changes' own size. A change's norm is at most
-    ``bound`` times the LoRAs', and ``conditions`` is the share of rows that show other uses. Two
+    ``bound`` times the LoRAs', and ``conditions`` is the share of rows that show other uses. On
+    models of texts ``shrink`` applies where no concept has ``few_tokens`` tokens per input. Two
     concepts on an image model hardly compete, so repair uses only ``repair_share`` of a
     feed-forward's hidden units, and never more than ``repair_width``.
 
@@ -59,6 +60,8 @@ class Thresholds:
     bound: float = 4.0
     conditions: float = 0.5
     enough_samples: int = 50
+    shrink: float = 0.7
+    few_tokens: float = 4.0
     repair_share: float = 0.5
     repair_width: int = 6144
     blocks: tuple[int, ...] = (3, 8)

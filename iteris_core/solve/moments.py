@@ -49,6 +49,8 @@ class MomentReduction(Reduction):
         changes, like = self.changes.to(device=device), self.changes.like
         rank = min(fit.rank if isinstance(fit.rank, int) else changes.rank, *changes.shape)
         lambdas = fit.lambdas(self.weigher.values(changes, self.inputs))
+        if float(self.inputs.tokens.max()) >= fit.shrinks_below * self.inputs.width:
+            fit = replace(fit, shrink=1.0)
         while True:
             factor = self.inputs.factor(lambdas, fit.ridge, fit.shrink, fit.dtype)
             if factor is None:

@@ -41,7 +41,8 @@ class RegressionSpec:
     With few tokens, a second pull per feature keeps the fit from following the sample. With
     ``shrink`` s, the off-diagonal entries of X̃_iᵀX̃_i and X_iᵀX̃_i are multiplied by s, as in
     RegMean, and T_iᵀX̃_i becomes s T_iᵀX̃_i + (1 − s) ΔW_i diag(X̃_iᵀX̃_i): a ridge of (1 − s) / s
-    times each feature's own energy, toward ΔW_i.
+    times each feature's own energy, toward ΔW_i. Only sites at which every concept has less than
+    ``shrinks_below`` tokens for each input have it.
 
     ``bound`` is the largest ‖ΔW‖_F allowed: the ridge is tripled until the solution keeps it, or
     reaches 1. A change is free where inputs have hardly any energy; there large parts cancel on the
@@ -57,6 +58,7 @@ class RegressionSpec:
     ridge: float
     weighting: Weighting = "tokens"
     shrink: float = 1.0
+    shrinks_below: float = math.inf
     bound: float = math.inf
     rank: Rank | None = None
     dtype: torch.dtype = torch.float64

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from oracle import SITES, ModuleHost, Net, difference, jacobi, make_data, make_lora
+from small_merge import EXACT
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
@@ -37,7 +38,7 @@ def merged(loras, data, weight=0.3, method="iteris", strengths=(1.0, 1.0), **set
         Concept(lora, prompts=["unused"], strength=strength)
         for lora, strength in zip(loras, strengths, strict=True)
     ]
-    settings = {"precision": "float64", **settings} if method == "iteris" else settings
+    settings = {**EXACT, **settings} if method == "iteris" else settings
     return merge_loras(StyledHost(data, weight), concepts, method, settings=settings)
 
 

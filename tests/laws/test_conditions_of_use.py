@@ -18,6 +18,7 @@ from oracle import (
     make_lora,
 )
 from reductions import by_moments, solved
+from small_merge import EXACT
 
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
 from iteris_core.activations.conditions import PLAIN, Condition, under_conditions
@@ -51,7 +52,7 @@ def merged(loras, data, *, conditions=None, **settings) -> Lora:
                 yield replace(stage, conditions=[conditions or PLAIN] * rows)
 
     concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
-    settings = {"precision": "float64", "bound": 0.0, **settings}
+    settings = {**EXACT, "bound": 0.0, **settings}
     return merge_loras(Host(Net(), data), concepts, settings=settings).lora
 
 

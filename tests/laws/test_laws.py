@@ -18,7 +18,7 @@ from oracle import (
     make_data,
     make_lora,
 )
-from small_merge import merge
+from small_merge import EXACT, merge
 
 from iteris_core import Concept, merge_loras
 
@@ -136,9 +136,7 @@ def test_strength_zero_removes_a_concept(objective):
         Concept(lora, prompts=["unused"], strength=s)
         for lora, s in zip(loras, (1, 0, 1), strict=True)
     ]
-    ours = merge_loras(
-        Host(Net(), data), concepts, settings={"precision": "float64", "objective": objective}
-    )
+    ours = merge_loras(Host(Net(), data), concepts, settings={**EXACT, "objective": objective})
     assert difference(ours.lora, dense_changes(without.lora)) < 1e-12
 
 

@@ -17,6 +17,7 @@ from oracle import (
     make_lora,
 )
 from peft.utils import merge_utils
+from small_merge import EXACT
 
 from iteris_core import Concept, SettingsError, all_methods, merge_loras
 from iteris_core.methods.trimming import least_kept
@@ -288,8 +289,8 @@ def test_wudi_goes_to_its_closed_form():
 
 
 def test_chain_of_merges_is_the_plain_sweep():
-    plain = {"ridge": 1e-5, "weighting": "none", "repair": False, "saliency": 0.0}
-    sweep = merge(LORAS, "iteris", row_tokens="all", precision="float32", **plain)
+    plain = {**EXACT, "ridge": 1e-5, "weighting": "none", "repair": False, "saliency": 0.0}
+    sweep = merge(LORAS, "iteris", row_tokens="all", **{**plain, "precision": "float32"})
     ours = merge(LORAS, "chain-of-merges", ridge=1e-5)
     assert difference(ours.lora, dense_changes(sweep.lora)) < 1e-5
 

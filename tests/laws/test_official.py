@@ -65,6 +65,7 @@ def gaps(model, loras, samples, *, iterations, pretrained, alpha=1e-7, schedule=
             "schedule": schedule,
             "iterations": iterations,
             "ridge": alpha,
+            "shrink": 1.0,
             "rank": 10_000,
             "repair": False,
             "precision": "float64",

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from language_bases import make_t5
+from oracle import ModuleHost, Net, dense_changes, difference, make_data, make_lora
 from tiny import random_lora, two_concepts
 
 from iteris_core import Calibration, Concept, merge_loras
@@ -82,3 +83,19 @@ def test_inputs_of_ones_own_count_for_the_ridge():
         for seed in (1, 2)
     ]
     assert ridges_of(host, concepts) == {6}
+
+
+@pytest.mark.parametrize(("rows", "shrink"), [(1, 0.7), (20, 1.0)])
+def test_texts_are_balanced_alike_and_shrunk_where_tokens_are_few(rows, shrink):
+    """One row has 12 tokens for at least 12 inputs."""
+    host = ModuleHost(Net(), make_data(2, rows=rows))
+    concepts = [Concept(make_lora(i), prompts=["unused"]) for i in (1, 2)]
+    explicit = {"weighting": "none", "shrink": shrink}
+    found, wanted = (
+        merge_loras(host, concepts, settings={"precision": "float64", **more}).lora
+        for more in ({}, explicit)
+    )
+    assert difference(found, dense_changes(wanted)) == 0
+    host.pictures = True
+    images = merge_loras(host, concepts, settings={"precision": "float64"}).lora
+    assert (difference(images, dense_changes(wanted)) > 1e-3) == (shrink < 1)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from oracle import ModuleHost, changed, difference
+from small_merge import EXACT
 from torch import nn
 from torch.nn import functional as F
 
@@ -88,7 +89,7 @@ def merge(loras, data, model=None, *, pictures=False, **settings):
     concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
     host = Host(model or Net(), data)
     host.pictures = pictures
-    return merge_loras(host, concepts, settings={"precision": "float64", **settings})
+    return merge_loras(host, concepts, settings={**EXACT, **settings})
 
 
 def seen_at(model, site, data):
