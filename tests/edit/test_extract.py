@@ -156,10 +156,11 @@ def test_the_command(pipeline, tuned, tmp_path, monkeypatch, capsys):
     told = json.loads(text)
     assert told["error"] < 1
     assert (told["exact"], told["left"]) == (["unet.conv_norm_out.weight"], [])
-    smaller = make_pipeline()
-    smaller.unet.conv_in = torch.nn.Conv2d(5, 32, 3, padding=1)
-    smaller.save_pretrained(tmp_path / "smaller")
-    code, _, err = run(monkeypatch, capsys, "extract", tmp_path / "base", tmp_path / "smaller",
+    wider = make_pipeline()
+    config = {**wider.unet.config, "in_channels": 5, "_use_default_values": []}
+    wider.unet = type(wider.unet).from_config(config)
+    wider.save_pretrained(tmp_path / "wider")
+    code, _, err = run(monkeypatch, capsys, "extract", tmp_path / "base", tmp_path / "wider",
                        "-o", tmp_path / "no.safetensors", "--rank", 4)  # fmt: skip
     assert code == 2
     assert "have different architectures: unet.conv_in" in err
