@@ -110,7 +110,10 @@ class Solvers:
             ran = stage.samples or job.calibration.samples, job.calibration.rows_each, job.loras
             ridge = job.thresholds.ridge_for(*ran)
             pull = pull or job.thresholds.pull_for(*ran)
-        pictures, shrink, few = job.host.pictures, settings.shrink, math.inf
+        pictures, weighting = job.host.pictures, settings.weighting
+        if weighting == "auto":
+            weighting = "tokens" if pictures else "none"
+        shrink, few = settings.shrink, math.inf
         if shrink is None:
             shrink, few = (
                 (1.0, 0.0) if pictures else (job.thresholds.shrink, job.thresholds.few_tokens)
@@ -118,7 +121,7 @@ class Solvers:
         fit = RegressionSpec(
             job.weights,
             ridge,
-            settings.weighting or ("tokens" if pictures else "none"),
+            weighting,
             shrink=shrink,
             shrinks_below=few,
             rank=settings.rank,

@@ -33,11 +33,11 @@ class IterisSettings(Settings):
         above=0,
         below=1,
     )
-    weighting: Literal["tokens", "adapter", "full", "none"] | None = setting(
-        None,
+    weighting: Literal["auto", "tokens", "adapter", "full", "none"] = setting(
+        "auto",
         "How to balance the concepts: by the number of tokens, the size of each LoRA's own "
-        "outputs (adapter: the paper's eq. 8), the layer's whole output, or not at all.",
-        none="tokens; for models of texts none",
+        "outputs (adapter: the paper's eq. 8), the layer's whole output, or not at all. auto is "
+        "tokens, and none for models of texts.",
     )
     ridge: float | None = setting(
         None,

@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,22 +91,28 @@ def models(tmp_path_factory: pytest.TempPathFactory, library: None) -> Path:
 
 @pytest.fixture(scope="session")
 def client(models: Path) -> Iterator[Client]:
-    """A server on the directory of ``models``."""
+    with running(models) as found:
+        yield found
+
+
+@contextmanager
+def running(base: Path) -> Iterator[Client]:
+    """A server on the base directory ``base``."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     # PYTHONPATH may name this repository, whose `nodes` would shadow ComfyUI's.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
-    log = (models / "server.log").open("w")
+    log = (base / "server.log").open("w")
     command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
-    command += ["--disable-api-nodes", "--base-directory", str(models)]
+    command += ["--disable-api-nodes", "--base-directory", str(base)]
     process = subprocess.Popen(
         command, cwd=COMFYUI, env=environment, stdout=log, stderr=subprocess.STDOUT
     )
     found_client = Client(port)
     try:
-        _wait_until_up(found_client, process, models / "server.log")
+        _wait_until_up(found_client, process, base / "server.log")
         yield found_client
     finally:
         process.terminate()

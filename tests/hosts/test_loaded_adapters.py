@@ -105,7 +105,8 @@ def test_what_adapters_of_all_kinds_do_is_kept_on_their_own_inputs():
         for i, name in enumerate(names)
     }
     before = state_of(model)
-    add_merged_adapter(model, names, rows, calibration=CALIBRATION, settings={"ridge": 1e-9})
+    add_merged_adapter(model, names, rows, calibration=CALIBRATION,
+                       settings={"ridge": 1e-9, "shrink": 1.0})  # fmt: skip
     assert_untouched(model, before, [names[0]])
     for name in names:
         assert error(model, name, "merged", rows[name][0]) < 1e-3
