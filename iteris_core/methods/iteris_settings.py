@@ -70,8 +70,7 @@ class IterisSettings(Settings):
         None,
         "Factor on off-diagonal entries of the moments. Less than 1 is for a concept that has "
         "hardly more tokens than a layer has inputs.",
-        none="1; for models of texts 0.7 in layers where a concept has fewer than four tokens for "
-        "each input",
+        none="1; less for models of texts, in layers where tokens are few",
         above=0,
         high=1,
     )
