@@ -211,7 +211,7 @@ def _kohya(base: BaseModel, stored: Mapping[str, Factors]) -> dict[str, Factors]
     for name, alias in names.items():
         whole = len(alias) == 1 and len(alias[0].rows) == 1
         modules[name] = stored[alias[0].site] if whole else _fuse(name, alias, stored)
-    return modules | _recognisable(modules)
+    return modules | _recognisable(modules, {n: names[n][0].site for n in modules})
 
 
 def _fuse(name: str, alias: Alias, stored: Mapping[str, Factors]) -> Factors:
@@ -235,18 +235,19 @@ def _fuse(name: str, alias: Alias, stored: Mapping[str, Factors]) -> Factors:
     return Factors(up, down, first.scale, first.kernel)
 
 
-def _recognisable(modules: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Zero factors for an ``out_proj`` of each text encoder that needs them. Only CLIP does:
-    language models name that layer differently, and no loader looks for it."""
-    known = {name.partition("_text_")[0] for name in modules if name.endswith("_out_proj")}
+def _recognisable(modules: Mapping[str, Factors], sites: Mapping[str, str]) -> dict[str, Factors]:
+    """Zero factors for an ``out_proj`` of each text encoder that needs them; ``sites`` by module.
+    Only CLIP does: language models name that layer differently, and no loader looks for it."""
+    components = {name: site.partition(".")[0] for name, site in sites.items()}
+    known = {components[name] for name in modules if name.endswith("_out_proj")}
     added: dict[str, Factors] = {}
     for name, like in modules.items():
         encoder, _, layer = name.partition("_text_")
         stem, attention, _ = layer.rpartition("_self_attn_")
         stem = stem if attention else "model_encoder_layers_0"
         needed = layer == "projection" or (layer.startswith("model_") and attention)
-        if needed and encoder not in known:
-            known.add(encoder)
+        if needed and components[name] not in known:
+            known.add(components[name])
             added[f"{encoder}_text_{stem}_self_attn_out_proj"] = _zeros(like.down.shape[1], like)
     return added
 
