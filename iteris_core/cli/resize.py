@@ -49,7 +49,7 @@ def resize(context: typer.Context, options: ResizeOptions, calibration: dict[str
     \b
     iteris resize cat.safetensors:sks:cat --base BASE --rank 8 \\
       -o cat-8.safetensors
-    iteris resize cat.safetensors --size 20 -o cat-small.safetensors
+    iteris resize cat.safetensors --size 20 -o cat-20mb.safetensors
     """
     target, how, output = options.target, options.run(calibration), options.output
     reading = ReadOptions(options.allow_partial, vectors=True)
