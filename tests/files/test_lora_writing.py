@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from test_lora_layouts import furthest, with_changes
 
 from iteris_core import Lora, LowRank, write_lora
-from iteris_core.lora_files import read_lora_file, released_base
+from iteris_core.lora_files import read_lora_file, released_base, to_tensors
 
 
 def assert_same(one: Lora, two: Lora):
@@ -131,3 +132,15 @@ def test_diffusers_converts_a_kohya_file_for_the_real_flux(tmp_path):
         wanted = changes[site].up.double() @ (changes[site].down.double() @ x)
         assert float((found - wanted).norm() / wanted.norm()) < 1e-5, site
     assert len(theirs) == 2 * len(sites)
+
+
+def test_a_projection_under_another_prefix_brings_no_zeros():
+    """ComfyUI has names of its own for it; zeros under a second name would take a layer's place."""
+    base = tiny_base("sdxl")
+    assert "lora_te2_text_projection" in base.written
+    names = {n.replace("te2_text_proj", "te9_text_proj"): a for n, a in base.written.items()}
+    base = replace(base, written=names)
+    lora = make_lora("sdxl", [site for site in base.shapes if site.startswith("text_encoder_2.")])
+    tensors, _ = to_tensors(replace(lora, base=base), dtype="float32")
+    assert "lora_te9_text_projection.lora_up.weight" in tensors
+    assert all(bool(tensor.any()) for tensor in tensors.values())
