@@ -115,9 +115,7 @@ class Solvers:
             weighting = "tokens" if pictures else "none"
         shrink, few = settings.shrink, math.inf
         if shrink is None:
-            shrink, few = (
-                (1.0, 0.0) if pictures else (job.thresholds.shrink, job.thresholds.few_tokens)
-            )
+            shrink, few = job.thresholds.shrink_for(pictures), job.thresholds.few_tokens
         fit = RegressionSpec(
             job.weights,
             ridge,

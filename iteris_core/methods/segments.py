@@ -160,7 +160,10 @@ class SegmentRunner:
         with torch.inference_mode(False), torch.enable_grad():
             named = [*module.named_parameters(), *module.named_buffers()]
             self._copied = {n: value.detach().clone() for n, value in named if value.is_inference()}
-            yield
+            try:
+                yield
+            finally:
+                self._copied = {}
 
     def __call__(self, batch: SegmentBatch) -> Sequence[Tensor]:
         """The outputs by row of the segment by itself, on merged rows only."""

@@ -145,6 +145,10 @@ class Thresholds:
         """The saliency f: two concepts hardly compete."""
         return max(0.0, 1 - 2 / loras)
 
+    def shrink_for(self, pictures: bool) -> float:
+        """The shrink of layers with few tokens."""
+        return 1.0 if pictures else self.shrink
+
     def repair_inputs_for(self, loras: int, pictures: bool) -> float:
         """Share of a feed-forward's hidden units that a repair may use."""
         return self.repair_share if pictures and loras == 2 else 1.0
