@@ -165,7 +165,7 @@ def with_less(
     tried.
     """
     tried: list[_Way] = []
-    said = ""  # not the error itself, whose frames keep tensors alive
+    message = ""  # not the error itself, whose frames keep tensors alive
     for way in ways:
         try:
             return run(way), way
@@ -173,13 +173,13 @@ def with_less(
             if not ran_out(error):
                 raise
             tried.append(way)
-            said = brief(error)
+            message = brief(error)
         gc.collect()  # frames that the error left behind
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if release is not None:
             release()
-    raise OutOfMemory(complaint(said, tried))
+    raise OutOfMemory(complaint(message, tried))
 
 
 def halved(rows: int) -> Iterator[int]:

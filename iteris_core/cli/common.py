@@ -54,7 +54,7 @@ def progress_bars(*, visible: bool = True) -> Generator[OnProgress]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}", style="progress.remaining"),
     )
-    said, last = set[str](), ""
+    announced, last = set[str](), ""
     tasks: dict[str, TaskID] = {}
     with Bars(*columns, console=console, disable=not visible) as bars:
 
@@ -62,9 +62,9 @@ def progress_bars(*, visible: bool = True) -> Generator[OnProgress]:
             nonlocal last
             what = progress.what
             if not progress.total:
-                if what not in said and visible:
+                if what not in announced and visible:
                     bars.console.print(what, style="dim", highlight=False)
-                said.add(what)
+                announced.add(what)
                 return
             if what not in tasks:
                 tasks[what] = bars.add_task(what, left="")
