@@ -31,13 +31,12 @@ from iteris_core.architectures import unet
 from iteris_core.architectures.sites import residual_streams
 from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import SiteChanges
+from iteris_core.methods.fitting import with_repairs
 from iteris_core.methods.iteris import IterisSettings, Solvers
-from iteris_core.methods.repair import with_repairs
 from iteris_core.passes.batches import ExecutionConfig, limit_of
 from iteris_core.passes.footprint import Footprint, Measure, MemoryLimits
 from iteris_core.passes.job import Job
-from iteris_core.passes.planner import others, plan_stage
-from iteris_core.passes.strategies import IN_HOST, ON_DEVICE
+from iteris_core.passes.planner import IN_HOST, ON_DEVICE, others, plan_stage
 
 FILE = result_file("memory.json")
 GIB = 2**30
@@ -192,7 +191,7 @@ def planned(model: Model) -> dict[str, Any]:
         patch("torch.nn.functional.scaled_dot_product_attention", fused),
         patch("torch.is_autocast_enabled", lambda *_: False),  # it knows no meta device
         patch("iteris_core.activations.barriers.alike", lambda *_: True),  # nothing to compare
-        patch("iteris_core.passes.strategies.is_apart", lambda *_: True),
+        patch("iteris_core.passes.planner.is_apart", lambda *_: True),
     ):
         lockstep, limit = session.lockstep, limit_of(stage, batching)
         measure = Measure(stage, lockstep, 2, limit, solver.dtype.itemsize)

@@ -22,8 +22,8 @@ from .hosts.rows import CLASSES
 from .lora import SiteChanges
 from .merge_result import MergeResult, Notes, result_of
 from .methods import Method, find_method
+from .methods.fitting import notes_on, sizes_of, streams_of
 from .methods.registry import Merged, settings_over
-from .methods.repair import notes_on, sizes_of, streams_of
 from .passes import preflight
 from .passes.changes import (
     always_on,
@@ -34,8 +34,7 @@ from .passes.changes import (
     with_wordless_on,
 )
 from .passes.held_out import WHAT, expect_held_out, kept
-from .passes.job import Budget, Job, RunLog
-from .passes.workload import within_time
+from .passes.job import Budget, Job, RunLog, within_time
 from .presets import PresetName
 from .progress import Forecast, OnProgress
 from .reading import read_concepts

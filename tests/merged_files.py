@@ -33,8 +33,7 @@ from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import read_tensors
 from iteris_core.lora_files.experts import split_experts
 from iteris_core.passes import sweep
-from iteris_core.passes.planner import Plan
-from iteris_core.passes.strategies import Strategy, find, replayable
+from iteris_core.passes.planner import Plan, Strategy, find, replayable
 from iteris_core.solve.choose import THRESHOLDS
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))

@@ -10,7 +10,7 @@ from torch import Tensor
 from iteris_core.lora import SiteChanges
 from iteris_core.solve.adapter import AdapterMoments
 from iteris_core.solve.inputs import CrossMoments, InputMoments
-from iteris_core.solve.output import OutputMoments
+from iteris_core.solve.moments import OutputMoments
 from iteris_core.solve.problem import (
     MemoryEstimate,
     RegressionSpec,

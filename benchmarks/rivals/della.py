@@ -15,8 +15,8 @@ from torch import Tensor
 from iteris_core.errors import SettingsError
 from iteris_core.linalg.lowrank import cut_dense
 from iteris_core.lora import LowRank
+from iteris_core.methods.elected_signs import disjoint_mean
 from iteris_core.methods.registry import AtSite, on_weights, rank_setting
-from iteris_core.methods.ties import disjoint_mean
 from iteris_core.settings import Settings, setting
 
 

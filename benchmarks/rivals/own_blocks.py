@@ -21,7 +21,7 @@ from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.micro_batch import MicroBatch
 from iteris_core.hosts.protocol import Stage
 from iteris_core.passes.job import Run
-from iteris_core.passes.strategies import find
+from iteris_core.passes.planner import find
 
 _Rows = dict[nn.Module, Set[str]]
 """Block → paths, in (args, kwargs), of its arguments with an entry per row."""

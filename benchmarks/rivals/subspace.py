@@ -6,7 +6,7 @@ outputs X_i ΔW_iᵀ of each LoRA on the merged model's inputs:
     R = (Σ λ_i E_i H_iᵀ Z̃_i + pull) (Σ λ_i Z̃_iᵀZ̃_i + pull)⁻¹,   H_i = X_i down_iᵀ,
 
 E_i placing concept i's rows, and the pull, α ‖Z̃_iᵀZ̃_i‖_F, going toward the λ-mean of the LoRAs.
-:mod:`iteris_core.methods.ssr` is this with X̃ = X, λ = 1 and a pull toward zero.
+:mod:`iteris_core.methods.regmean` is this with X̃ = X, λ = 1 and a pull toward zero.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from iteris_core.linalg.precision import full_precision
 from iteris_core.lora import SiteChanges
-from iteris_core.methods.ssr import routed, rows_of
+from iteris_core.methods.regmean import routed, rows_of
 from iteris_core.solve.problem import (
     MemoryEstimate,
     Reduction,
@@ -23,8 +23,8 @@ from iteris_core.solve.problem import (
     SiteContext,
     Solution,
     Tokens,
+    token_values,
 )
-from iteris_core.solve.weighting import token_values
 
 
 class Subspace(Reduction):

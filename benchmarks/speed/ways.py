@@ -16,16 +16,15 @@ from models import toybox_concepts, toybox_host
 from rounds import in_turn, medians
 
 from iteris_core import Calibration, IterisError, LowRank, merge_loras
-from iteris_core.activations.host_pool import HostPool
+from iteris_core.activations.host_pool import FORMATS, HostPool
 from iteris_core.activations.memory import MemoryMeter
-from iteris_core.activations.packing import FORMATS
 from iteris_core.passes import sweep as loops
-from iteris_core.passes.planner import Plan
-from iteris_core.passes.strategies import (
+from iteris_core.passes.planner import (
     BLOCKS,
     IN_HOST,
     ON_DEVICE,
     PACKED,
+    Plan,
     Strategy,
     find,
     replayable,

@@ -26,10 +26,8 @@ from ..errors import SiteError, UsageError
 from ..lora import LowRank, SiteChanges, in_one
 from .activation_offload import ActivationOffload
 from .barriers import Barriers, ReplayDone, replay_hook
-from .conditions import added, by_row, under_conditions
-from .micro_batch import MicroBatch
-from .modes import Modes
-from .site import Site, site_of
+from .micro_batch import MicroBatch, Modes
+from .site import Site, added, by_row, site_of, under_conditions
 from .streams import Source, Stream
 from .tokens import Observation
 

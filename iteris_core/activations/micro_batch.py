@@ -1,4 +1,4 @@
-"""One of the forwards that run in step, and its state."""
+"""One of the forwards that run in step, its state, and how it pauses."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..errors import SiteError
-from .conditions import Condition
-from .saliency import Saliency
+from .site import Condition
 from .streams import Source
-from .token_sampling import TokenSampling
+from .token_sampling import Saliency, TokenSampling
 from .tokens import Group, Observation
 
 
@@ -137,3 +137,36 @@ class MicroBatch:
     def alive(self) -> set[Group]:
         """Groups whose tensor may still reach another site."""
         return {(self.stage, entry.group) for entry in self._seen if entry.tensor() is not None}
+
+
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+@dataclass(frozen=True)
+class Modes:
+    """Torch's modes: gradients, autocast per device with its dtype, and its cache."""
+
+    grad: bool
+    inference: bool
+    autocast: tuple[tuple[bool, torch.dtype], ...]
+    cache: bool
+
+    @staticmethod
+    def now() -> Modes:
+        return Modes(
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            tuple(
+                (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+                for device in _DEVICES
+            ),
+            torch.is_autocast_cache_enabled(),
+        )
+
+    def restore(self) -> None:
+        """Set all but inference mode, which cannot be set."""
+        torch.set_grad_enabled(self.grad)
+        for device, (enabled, dtype) in zip(_DEVICES, self.autocast, strict=True):
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(self.cache)

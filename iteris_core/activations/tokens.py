@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from ..lora import LowRank, SiteChanges
-from .conditions import by_row
-from .saliency import Saliency
-from .site import Site
-from .token_sampling import TokenSampling
+from .site import Site, by_row
+from .token_sampling import Saliency, TokenSampling
 
 Group = tuple[str, int]
 """Identifies a tensor as a site received it: its stage, and a number. An in-place change of the

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations.conditions import PLAIN, Condition
 from ..activations.lockstep import Lockstep
 from ..activations.memory import free_memory, usable
+from ..activations.site import PLAIN, Condition
 from ..architectures import text as text_wirings
 from ..architectures.sites import in_changed_parts, residual_streams
 from ..calibration_prompts import whole_words

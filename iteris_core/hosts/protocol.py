@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..activations.conditions import PLAIN, Condition
 from ..activations.lockstep import Lockstep
+from ..activations.site import PLAIN, Condition
 from ..architectures.sites import plain_parameter, plain_weight
 from ..concepts import Calibration, Concept
 from ..errors import BaseError, ModelStateError

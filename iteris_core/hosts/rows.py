@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..activations.conditions import PLAIN, Condition
+from ..activations.site import PLAIN, Condition
 from ..calibration_prompts import (
     Wording,
     calling_words,

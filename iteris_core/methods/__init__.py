@@ -1,4 +1,4 @@
-"""Merge methods, one file each, registered by a decorator of :mod:`.registry`.
+"""Merge methods, registered by a decorator of :mod:`.registry`.
 
 To add one, write a file like :mod:`.linear` in this folder and import it here. A package outside
 this one registers its own in the same way.
@@ -6,19 +6,17 @@ this one registers its own in the same way.
 
 from __future__ import annotations
 
-from . import chain_of_merges, dare, iteris, knots, linear, regmean, ssr, ties
+from . import chain_of_merges, elected_signs, iteris, knots, linear, regmean
 from .registry import Method, all_methods, find_method
 
 __all__ = [
     "Method",
     "all_methods",
     "chain_of_merges",
-    "dare",
+    "elected_signs",
     "find_method",
     "iteris",
     "knots",
     "linear",
     "regmean",
-    "ssr",
-    "ties",
 ]

@@ -28,9 +28,8 @@ from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
 from ..lora import LowRank
 from ..passes.batches import ExecutionConfig, chunks, micro_batches
-from ..passes.job import Job, Run
-from ..passes.strategies import find
-from ..passes.workload import forward_work
+from ..passes.job import Job, Run, forward_work
+from ..passes.planner import find
 from .segments import Segment, SegmentBatch, SegmentRunner, segments_of, within
 from .side_by_side import SHOWING, SideBySide, drawn_pairs, pairs_of, samples_each
 from .training import STEP, Factors, NoGradients

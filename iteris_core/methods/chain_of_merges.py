@@ -14,7 +14,7 @@ import torch
 from ..lora import SiteChanges
 from ..passes.job import Job
 from ..settings import Settings, setting
-from ..solve.output import OutputMoments
+from ..solve.moments import OutputMoments
 from ..solve.problem import MemoryEstimate, RegressionSpec, SiteContext
 from .registry import micro_batch_setting, on_activations, rank_setting
 

@@ -4,13 +4,18 @@ There are two schedules. ``jacobi`` is the paper's Algorithm 1: solve every site
 of the last merged model, repeatedly. ``sweep`` solves every site once, in execution order, on
 inputs that already passed through the solved sites. A site's inputs depend only on earlier sites,
 so one sweep gives the same result as the iteration, if that converges.
+
+With shared ranks, a layer counts by √(E / Y): E is the energy of the change's outputs, Σ λ_i ‖X̃_i
+ΔWᵀ‖², and Y that of the layer's whole outputs under the LoRAs. A merge of many LoRAs has many
+components of similar energy. If s is the share of E not yet covered, a component is worth its
+reduction of s². The first components of every layer therefore come before the last ones of any.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -21,21 +26,28 @@ from ..lora import SiteChanges
 from ..passes.batches import SWEEP, ExecutionConfig, Schedule
 from ..passes.job import Job, Run
 from ..passes.sweep import solve_sites
-from ..solve.problem import Reduction, RegressionSpec, Solution, StageSolver
+from ..solve.inputs import InputMoments
+from ..solve.moments import OutputMoments
+from ..solve.problem import (
+    ByOutput,
+    Reduction,
+    SiteContext,
+    Solution,
+    StageSolver,
+    Tokens,
+    Weigher,
+)
+from ..solve.ranks import Components, share_numbers
 from .block_polish import BlockSteps, expect_block_polish, polish_blocks
-from .iteris_settings import IterisSettings
-from .registry import Merged, on_model
-from .repair import (
+from .fitting import (
     Repairs,
-    at_all_inputs,
-    sizes_of,
+    Solvers,
     streams_of,
     with_repairs,
     without_idle,
 )
-from .shared_ranks import shared_ranks
-
-_NO_RANKS: Mapping[str, int] = {}
+from .iteris_settings import IterisSettings
+from .registry import Merged, on_model
 
 
 def _sweeps(settings: IterisSettings) -> int:
@@ -88,89 +100,60 @@ def _shared(run: Run, solvers: Solvers, batching: ExecutionConfig) -> dict[str, 
     return shared_ranks(run, partial(uncut.of, residuals=True), batching, numbers)
 
 
-@dataclass(frozen=True)
-class Solvers:
-    """Solves the sites of a ``job``'s stages. ``acting`` are the sites that show where in an image
-    a LoRA acts."""
+def shared_ranks(
+    run: Run, solver_of: Callable[[Stage], StageSolver], batching: ExecutionConfig, numbers: int
+) -> dict[str, int]:
+    """Site → its rank in a file of that many ``numbers``, at least 1. ``solver_of`` makes solvers
+    that cut nothing, reduce to :class:`..solve.moments.OutputMoments` and report residuals."""
+    found: dict[str, Components] = {}
 
-    job: Job
-    settings: IterisSettings
-    acting: Set[str]
-    repairs: Repairs
+    def weighed(stage: Stage) -> StageSolver:
+        solver = solver_of(stage)
 
-    def of(
-        self, stage: Stage, *, ranks: Mapping[str, int] = _NO_RANKS, residuals: bool = False
-    ) -> StageSolver:
-        """A stage's solver. ``ranks`` holds each site's rank (none: the settings'). With
-        ``residuals``, repairs report their residual too; only the search for ranks reads it."""
-        job, settings, repairs = self.job, self.settings, self.repairs
-        dtype: torch.dtype = getattr(torch, settings.precision)
-        ridge, pull = settings.ridge, settings.pull
-        if ridge is None:
-            ran = stage.samples or job.calibration.samples, job.calibration.rows_each, job.loras
-            ridge = job.thresholds.ridge_for(*ran)
-            pull = pull or job.thresholds.pull_for(*ran)
-        pictures, weighting = job.host.pictures, settings.weighting
-        if weighting == "auto":
-            weighting = "tokens" if pictures else "none"
-        shrink, few = settings.shrink, math.inf
-        if shrink is None:
-            shrink, few = job.thresholds.shrink_for(pictures), job.thresholds.few_tokens
-        fit = RegressionSpec(
-            job.weights,
-            ridge,
-            weighting,
-            shrink=shrink,
-            shrinks_below=few,
-            rank=settings.rank,
-            pull=pull or "mean",
-        )
-        repairing = replace(fit, dtype=dtype, residuals=residuals)  # many inputs wide
-        inputs = {site: chosen for site, chosen in repairs.items() if chosen is not None}
-
-        bounds = _bounds(job, settings)
-
-        def fit_of(site: str) -> RegressionSpec:
-            of = repairing if site in repairs else fit
-            if site in bounds:
-                of = replace(of, bound=bounds[site])
-            return replace(of, rank=ranks[site]) if ranks else of
+        def begin(context: SiteContext) -> Reduction:
+            reduction = solver.begin(context)
+            assert isinstance(reduction, OutputMoments)
+            reduction.weigher = _WithOutputs(reduction.weigher, context)
+            return reduction
 
         def solve(site: str, reduction: Reduction) -> Solution:
-            solution = reduction.solve(fit_of(site))
-            if site not in inputs:
-                return solution
-            width = job.changes[site].shape[1]
-            return replace(solution, change=at_all_inputs(solution.change, inputs[site], width))
+            solution = solver.solve(site, reduction)
+            found[site] = _components(reduction, solution)
+            return solution
 
-        def used(site: str) -> SiteChanges:
-            changes = job.changes[site]
-            return changes.at(inputs[site]) if site in inputs else changes
+        return replace(solver, begin=begin, solve=solve)
 
-        return StageSolver(
-            begin=lambda context: job.thresholds.choose(context, fit, settings.objective, dtype),
-            solve=solve,
-            bytes=lambda site, sweep: job.thresholds.bytes(
-                used(site), fit_of(site), settings.objective, dtype.itemsize, sweep=sweep
-            ),
-            dtype=dtype,
-            acting=self.acting,
-            inputs=inputs,
-        )
+    solve_sites(run, weighed, batching, sweeps=2)
+    return share_numbers(found, numbers, least=1)
 
 
-def _bounds(job: Job, settings: IterisSettings) -> dict[str, float]:
-    """Site → the largest norm of its change. Unless the settings say it, there is none in a
-    component with gates, except at layers whose output is added without one."""
-    sizes = sizes_of(job.changes)
-    if settings.bound is not None:
-        return {s: settings.bound * size for s, size in sizes.items()} if settings.bound else {}
-    streams = streams_of(job)
-    free = {site for site, stream in streams.items() if stream.gate is not None}
-    gated = {site.partition(".")[0] for site in free}
-    plain = streams.keys() - free
-    return {
-        site: job.thresholds.bound * size
-        for site, size in sizes.items()
-        if site in plain or site.partition(".")[0] not in gated
-    }
+class _WithOutputs(Weigher):
+    """λ from ``inner``, plus the energy of the whole outputs."""
+
+    def __init__(self, inner: Weigher, context: SiteContext) -> None:
+        self._inner = inner
+        self.outputs = ByOutput(len(context.changes), context.device)
+
+    def add(self, tokens: Tokens) -> None:
+        self._inner.add(tokens)
+        self.outputs.add(tokens)
+
+    def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]:
+        return self._inner.values(changes, inputs)
+
+
+def _components(reduction: Reduction, solution: Solution) -> Components:
+    assert isinstance(reduction, OutputMoments)
+    assert isinstance(reduction.weigher, _WithOutputs)
+    targets, outputs = reduction.energies, reduction.weigher.outputs.energies
+    explained = [1 - min(after, 1.0) ** 2 for after in solution.after]
+    weights = torch.tensor(solution.weighting, dtype=torch.float64)
+    given = float((weights * targets.double().cpu() * torch.tensor(explained)).sum())
+    whole = max(float((weights * outputs.double().cpu()).sum()), 1e-30)
+    # Both factors' norms contain the roots of the singular values at the output, up to one common
+    # factor.
+    shares = solution.change.up.double().norm(dim=0) ** 4
+    shares = (shares / shares.sum().clamp(min=1e-30)).cpu()
+    total = math.sqrt(given / whole)
+    lost = torch.cat([shares.new_ones(1), 1 - shares.cumsum(0)])
+    return Components(solution.change, total * (lost[:-1].square() - lost[1:].square()), total)

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..linalg.lowrank import cut_to
 from ..lora import LowRank
 from ..settings import Settings, setting
+from .elected_signs import disjoint_mean
 from .registry import AtSite, on_weights, rank_setting
-from .ties import disjoint_mean
 
 
 @dataclass(frozen=True)

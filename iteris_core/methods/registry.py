@@ -8,7 +8,8 @@ model and the check that no site was missed happen here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,7 +25,6 @@ from ..passes.sweep import solve_sites
 from ..presets import PRESETS, PresetName
 from ..settings import Settings, setting
 from ..solve.problem import RegressionSpec, Solution, StageSolver
-from .trimming import least_kept, magnitudes
 
 
 def rank_setting(
@@ -104,6 +104,40 @@ class AtSite:
         return torch.stack(
             [e.where(magnitudes(e) >= self.least.get(concept, 0.0), 0) for concept, e in parts]
         )
+
+
+def least_kept(
+    sites: Callable[[], Iterable[Mapping[int, Tensor]]], density: float
+) -> dict[int, float]:
+    """concept → the magnitude that the ``density`` share of its entries reaches; none at 1.
+
+    ``sites()`` gives every site's entries of each concept, twice. Float32 bits are in the order of
+    magnitudes: the first pass counts them by their upper half, the second those that share the
+    answer's upper half by the lower one, as ``torch.kthvalue`` of all entries at once would.
+    """
+    places: dict[int, int] = {}
+    found: dict[int, int] = defaultdict(int)
+    for shift in (16, 0) if density < 1 else ():
+        counts: dict[int, Tensor] = defaultdict(lambda: torch.zeros(1 << 16, dtype=torch.int64))
+        for site in sites():
+            for concept, entries in site.items():
+                bits = magnitudes(entries).flatten().view(torch.int32)
+                if not shift:
+                    bits = bits[bits >> 16 == found[concept]]
+                counts[concept] += torch.bincount(bits >> shift & 0xFFFF, minlength=1 << 16).cpu()
+        for concept, count in counts.items():
+            place = places.setdefault(concept, max(1, int(density * int(count.sum()))))
+            above = count.flip(0).cumsum(0)
+            larger = int((above < place).sum())
+            found[concept] = (found[concept] << 16) + len(count) - 1 - larger
+            places[concept] = place - (int(above[larger - 1]) if larger else 0)
+    bits = torch.tensor(list(found.values()), dtype=torch.int32).view(torch.float32)
+    return dict(zip(found, bits.tolist(), strict=True))
+
+
+def magnitudes(entries: Tensor) -> Tensor:
+    """What entries are compared by, float32."""
+    return entries.abs().float()
 
 
 def on_weights(

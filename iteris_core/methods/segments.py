@@ -19,11 +19,10 @@ from torch.func import functional_call
 from torch.utils import _pytree
 
 from ..activations.barriers import ExecutionTrace, alike, tensors
-from ..activations.conditions import Condition
 from ..activations.lockstep import Lockstep
 from ..activations.memory import is_out_of_memory, tensors_in
 from ..activations.micro_batch import MicroBatch
-from ..activations.site import site_of
+from ..activations.site import Condition, site_of
 from ..solve.choose import Thresholds
 
 _log = logging.getLogger(__name__)

@@ -1,6 +1,8 @@
 """Adam steps on merged changes: the trained factors, and the training loop.
 
-:mod:`.block_polish` defines the rows and targets.
+A gradient step on a change D, (rank, in), moves most where inputs are large and hardly where they
+are small, however much the outputs depend on it. For P = D M^½, with M the inputs' moments, every
+direction counts by its effect on the outputs: a natural gradient with respect to inputs.
 """
 
 from __future__ import annotations
@@ -15,8 +17,51 @@ from torch import Tensor
 from ..activations.lockstep import Lockstep
 from ..activations.memory import is_out_of_memory
 from ..errors import IterisError, brief
-from ..linalg.whitening import Whitening
+from ..linalg.precision import full_precision
 from ..lora import LowRank
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """M = XᵀX / tr(XᵀX) · in + floor I for tokens X, (tokens, in); M's eigenvalues have mean 1 +
+    ``floor``.
+
+    ``directions`` are the eigenvectors of XᵀX with nonzero eigenvalues, (k, in), and ``roots`` the
+    square roots of M's eigenvalues there, (k,); elsewhere the root is √floor. float32.
+    """
+
+    directions: Tensor
+    roots: Tensor
+    floor: float
+
+    @classmethod
+    def of(cls, tokens: Tensor, floor: float) -> Whitening:
+        """The whitening of (tokens, in), which must be finite. Tokens that are all zero give √floor
+        everywhere."""
+        tokens = tokens.double()
+        count, width = tokens.shape
+        with full_precision(tokens.device):
+            gram = tokens.mT @ tokens if width <= count else tokens @ tokens.mT
+            values, vectors = torch.linalg.eigh(gram)
+            kept = values > 1e-10 * values[-1]
+            values, vectors = values[kept], vectors[:, kept]
+            if width > count:
+                vectors = tokens.mT @ vectors / values.sqrt()
+        values = values * (width / float(values.sum())) if len(values) else values
+        return cls(vectors.mT.float(), (values + floor).sqrt().float(), floor)
+
+    def root(self, rows: Tensor) -> Tensor:
+        """``rows`` (…, in) times M^½."""
+        return self._times(rows, self.roots, self.floor**0.5)
+
+    def inverse_root(self, rows: Tensor) -> Tensor:
+        """``rows`` (…, in) times M^-½."""
+        return self._times(rows, 1 / self.roots, self.floor**-0.5)
+
+    def _times(self, rows: Tensor, values: Tensor, elsewhere: float) -> Tensor:
+        within = rows @ self.directions.mT
+        return rows * elsewhere + (within * (values - elsewhere)) @ self.directions
+
 
 STEP = 3.0
 """The time of a step in forwards: one, plus two for the gradients."""
@@ -29,7 +74,7 @@ class NoGradients(IterisError):
 @dataclass(frozen=True)
 class Factors:
     """Up and down factors by site, as float32 leaves. Down factors are those for whitened inputs
-    (:mod:`..linalg.whitening`), so a step of a given size moves a site's output about equally in
+    (:mod:`..methods.training`), so a step of a given size moves a site's output about equally in
     every direction."""
 
     ups: Mapping[str, Tensor]

@@ -12,8 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..activations.micro_batch import MicroBatch, Observer
-from ..activations.saliency import Saliency
-from ..activations.token_sampling import TokenSampling
+from ..activations.token_sampling import Saliency, TokenSampling
 from ..hosts.protocol import Stage
 from ..solve.choose import THRESHOLDS, Thresholds
 
@@ -25,8 +24,8 @@ class ExecutionConfig:
     """``rows`` per forward. At most ``row_tokens`` tokens of each row count (None: all; "enough":
     for images the ``thresholds``'s number, for texts all), chosen at random by ``seed``.
 
-    ``saliency`` is the share in :mod:`..activations.saliency`, for stages whose tokens are image
-    positions.
+    ``saliency`` is the share in :class:`..activations.token_sampling.Saliency`, for stages whose
+    tokens are image positions.
     """
 
     rows: int

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ..activations.activation_offload import ActivationOffload
 from ..activations.barriers import Barriers
-from ..activations.host_pool import OffloadStore
+from ..activations.host_pool import OffloadStore, PackedPlace
 from ..activations.lockstep import Lockstep
 from ..activations.memory import MemoryMeter
 from ..activations.micro_batch import MicroBatch
@@ -24,7 +24,27 @@ from ..activations.token_sampling import TokenSampling
 from ..activations.tokens import Group, Observation
 from ..hosts.protocol import Stage
 from ..solve.problem import MemoryEstimate
-from .strategies import Strategy
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Rows pause at the end of each of the ``barriers`` (None: at every site). If it ``offloads`` a
+    device, rows without space there wait in host memory, at ``bits`` bits (None: unchanged). A
+    sweep takes ``slower`` times as long as with the first strategy."""
+
+    name: str = ""
+    slower: float = 1.0
+    barriers: Barriers | None = field(default=None, repr=False)
+    offloads: torch.device | None = None
+    bits: int | None = None
+
+    def place(self, place: OffloadStore) -> OffloadStore:
+        """``place``, packed if this strategy packs rows."""
+        return PackedPlace(place, self.bits) if self.bits else place
+
+    @property
+    def by_blocks(self) -> bool:
+        return self.barriers is not None and bool(self.barriers.blocks)
 
 
 @dataclass

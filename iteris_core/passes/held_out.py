@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations.conditions import phantom_of
 from ..activations.memory import halved, with_less
+from ..activations.site import phantom_of
 from ..concepts import Calibration
 from ..errors import SiteError
 from ..hosts.protocol import Host
 from ..lora import LowRank
 from .batches import chunks
 from .changes import added, beside
-from .job import Job
-from .workload import forward_work
+from .job import Job, forward_work
 
 _SAMPLES, _TIMESTEPS, _BATCH = 2, 2, 8
 _SEED = 1 << 20
@@ -107,7 +106,7 @@ def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
     ‖f_base − f_LoRA‖² of the final outputs f: 1 for the LoRA itself, 0 for the base.
 
     Both are loaded at each of :data:`STRENGTHS`, and at 1 with another LoRA at 0.6, which the base
-    has there too: a phantom, see :mod:`..activations.conditions`. Empty for models of texts, whose
+    has there too: a phantom, see :mod:`..activations.site`. Empty for models of texts, whose
     rows are given.
     """
     if not job.host.pictures:

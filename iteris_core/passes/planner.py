@@ -1,10 +1,13 @@
 """Keeps a memory budget: how many rows run at once, where others wait, and how many run at all.
 
 The budget is the user's limit, or the host's free memory. Before a stage runs, its longest row is
-measured (:mod:`.footprint`). In a sweep every row waits at each site, on the device or in host
-memory, in addition to the moments and the solve of one site; otherwise there are the moments of all
-sites. The first strategy that fits is used. If memory runs out anyway, because other programs took
-it, the next ones are tried.
+measured (:mod:`.footprint`), and the first strategy that fits is used. If memory runs out anyway,
+because other programs took it, the next ones are tried.
+
+In a sweep rows wait on the device at every site, which needs most memory; or in host memory, at the
+end of every level; or block by block (:mod:`..activations.barriers`), on the device or in host
+memory, with only the inputs of a small or large block. As a last resort, rows in host memory are
+rounded to 8 or 4 bits. All but these two give the same result.
 """
 
 from __future__ import annotations
@@ -15,17 +18,78 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+import torch
+
+from ..activations.barriers import Barriers, ExecutionTrace, watched, with_replayable
 from ..activations.host_pool import HostPool, OffloadStore
 from ..activations.lockstep import Lockstep
-from ..activations.memory import halved, is_apart, is_out_of_memory
+from ..activations.memory import free_memory, halved, is_apart, is_out_of_memory, usable
+from ..activations.micro_batch import MicroBatch
 from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
-from ..solve.choose import Thresholds
+from ..solve.choose import THRESHOLDS, Thresholds
 from ..solve.problem import StageSolver
 from .batches import ExecutionConfig, Schedule, fewer, limit_of, sampled_rows, selected
-from .footprint import Footprint, Measure, MemoryLimits, reduces_at_once
+from .footprint import Footprint, Measure, MemoryLimits, Strategy, reduces_at_once
 from .job import Run
-from .strategies import ON_DEVICE, Strategy, free_host, ladder
+
+BLOCKS = {"small blocks": 1.4, "large blocks": 2.1}
+"""Sizes of :attr:`..solve.choose.Thresholds.blocks`, and the measured slowdown of a sweep
+(docs/decisions.md)."""
+_IN_HOST, _BLOCKS_IN_HOST = 1.4, 1.25  # times longer
+_PACKED = {8: 1.1, 4: 1.2}
+"""Bits at which rows wait, and the estimated slowdown of a sweep."""
+
+
+ON_DEVICE = Strategy("waiting on the device")
+IN_HOST = "waiting in host memory"
+PACKED = ", at {} bits"
+
+
+def ladder(stage: Stage, lockstep: Lockstep, thresholds: Thresholds) -> Iterator[Strategy]:
+    """All strategies after the first, :data:`ON_DEVICE`; a row or two run to find them."""
+    found = find(stage, lockstep)
+    apart = is_apart(found.device)
+    last = Strategy(IN_HOST, _IN_HOST, found.barriers(), found.device)
+    if apart:
+        yield last
+    before = None
+    for most, (size, slower) in zip(thresholds.blocks, BLOCKS.items(), strict=False):
+        barriers = replayable(stage, lockstep, found.barriers(most), thresholds)
+        if not barriers.blocks or barriers.blocks == before:
+            continue
+        before = barriers.blocks
+        yield Strategy(f"{ON_DEVICE.name}, by {size}", slower, barriers)
+        if apart:
+            slower *= _BLOCKS_IN_HOST
+            last = Strategy(f"{IN_HOST}, by {size}", slower, barriers, found.device)
+            yield last
+    if apart:
+        for bits, slower in _PACKED.items():
+            name = last.name + PACKED.format(bits)
+            yield replace(last, name=name, slower=slower * last.slower, bits=bits)
+
+
+def find(stage: Stage, lockstep: Lockstep) -> ExecutionTrace:
+    """The barriers of a stage, found with its first row."""
+    return watched(lockstep.run, _first_row(stage))
+
+
+def replayable(
+    stage: Stage, lockstep: Lockstep, barriers: Barriers, thresholds: Thresholds = THRESHOLDS
+) -> Barriers:
+    """``barriers`` with the blocks that can be replayed."""
+    return with_replayable(barriers, lockstep.run, _first_row(stage), thresholds.replay_error)
+
+
+def free_host() -> int:
+    """Bytes of host memory that a merge may use."""
+    return usable(free_memory(torch.device("cpu")))
+
+
+def _first_row(stage: Stage) -> MicroBatch:
+    return MicroBatch(lambda: stage.run([0], 1), [stage.concept_ids[0]], 1)
+
 
 _log = logging.getLogger(__name__)
 

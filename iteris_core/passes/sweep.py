@@ -29,9 +29,8 @@ from ..hosts.protocol import DENOISING, Stage
 from ..lora import LowRank, concatenate
 from ..solve.problem import Reduction, Solution, StageSolver
 from .batches import SWEEP, ExecutionConfig, Schedule, micro_batches, sampled_rows
-from .job import Run, RunLog
+from .job import FEATURES, ITERATIONS, SOLVING, Run, RunLog, denoising_work, expect_sites
 from .planner import Plan, Planned, attempts, complaint, planned
-from .workload import FEATURES, ITERATIONS, SOLVING, denoising_work, expect_sites
 
 Solutions = dict[str, Solution]
 SolverOf = Callable[[Stage], StageSolver]

@@ -25,9 +25,9 @@ BRITTLE = 0.5
 class SiteReport:
     """One site. Sequences run over the concepts, as in :class:`.solve.Solution`.
 
-    ``repair`` marks a site that no LoRA changes, see :mod:`.methods.repair`; it has no ``before``
+    ``repair`` marks a site that no LoRA changes, see :mod:`.methods.fitting`; it has no ``before``
     and ``after``. ``growth`` is ‖ΔW‖ / (Σ ‖ΔW_i‖²)^½; of a repair it is relative to the other
-    sites of its component, as in :func:`..methods.repair.sizes_of`.
+    sites of its component, as in :func:`..methods.fitting.sizes_of`.
     """
 
     rank: int

@@ -19,8 +19,18 @@ from ..linalg.precision import frobenius, pieces
 from ..lora import LowRank, SiteChanges
 from .inputs import CrossMoments, Factor, InputMoments, times
 from .moments import MomentReduction
-from .problem import MemoryEstimate, RegressionSpec, SiteContext, Solution, Tokens, Weighting
-from .weighting import ByAdapter, ByTokens, Weigher, weigher
+from .problem import (
+    ByAdapter,
+    ByTokens,
+    MemoryEstimate,
+    RegressionSpec,
+    SiteContext,
+    Solution,
+    Tokens,
+    Weigher,
+    Weighting,
+    weigher,
+)
 
 _PIECE = 1 << 21  # bytes of a moment during conversion to float64, see linalg.precision.pieces
 

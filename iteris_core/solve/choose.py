@@ -15,7 +15,7 @@ import torch
 from ..errors import SettingsError
 from ..lora import SiteChanges
 from .adapter import AdapterMoments
-from .output import OTHERS, Directions, OutputMoments, find_directions
+from .moments import OTHERS, Directions, OutputMoments, find_directions
 from .problem import MemoryEstimate, Objective, Pull, Reduction, RegressionSpec, SiteContext
 
 

@@ -1,21 +1,42 @@
-"""The common part of reductions to input moments: λ, the factor of M, and the final steps."""
+"""Reductions to input moments, and the official objective: the *layer* reproduces LoRA i's layer.
+
+T_i is (W0 + ΔW_i) on X_i minus W0 on X̃_i, so drift from earlier layers is repaired too. The ridge
+is ρ_i on both sides: the pull is toward ΔW_i, and no weight is read. ΔW is dense, and is cut in the
+metric of M, ‖(ΔW − ΔW_k) M^{1/2}‖_F.
+
+If there are many outputs, TᵀX̃ and ΔW are restricted to a few directions D of the outputs. A change
+uses as many as its rank. The candidates are those of the LoRAs' own changes, [up_1 … up_N], and the
+principal directions of the targets T on a sample of tokens. Reduced-rank regression (Izenman 1975)
+within them is as good on held-out rows as with all directions (docs/decisions.md).
+"""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import SolveError
-from ..linalg.lowrank import truncate_factors
-from ..linalg.precision import full_precision, solve_device
+from ..linalg.lowrank import leading_eigenvectors, searches, truncate_factors, truncate_matrix
+from ..linalg.precision import energy, energy_dtype, full_precision, pieces, solve_device
 from ..lora import LowRank, SiteChanges
-from .inputs import NOT_FINITE, Factor, InputMoments, residuals_of
-from .problem import Reduction, RegressionSpec, SiteContext, Solution, Tokens, finite_as
-from .weighting import Weigher
+from .inputs import NOT_FINITE, Factor, InputMoments, residuals_of, times
+from .problem import (
+    MemoryEstimate,
+    Reduction,
+    RegressionSpec,
+    SiteContext,
+    Solution,
+    Tokens,
+    Weigher,
+    Weighting,
+    finite_as,
+    weigher,
+)
 
 _LEAST_RIDGE = 1e-9  # above none at all, where a bound is to be kept
 
@@ -106,3 +127,155 @@ class MomentReduction(Reduction):
     def _energies(self) -> list[float]:
         """Energies of whole tensors, which reveal NaN and infinite values."""
         return []
+
+
+OTHERS = 8
+"""Random extra directions, to estimate what the used ones leave out."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Orthonormal columns in a site's outputs, (out, k + q): a change may use the first k,
+    ``used``; the other q, chosen at random, estimate the energy in the rest of the outputs.
+    """
+
+    matrix: Tensor
+    used: int
+
+
+def find_directions(changes: SiteChanges, targets: Sequence[Tensor], count: int) -> Directions:
+    """At most ``count`` directions, and a few others to estimate what those leave out.
+
+    ``targets`` are a sample of T for every concept, (tokens, out), on one device, in one dtype.
+    Concepts count equally, however many tokens they have. Deterministic up to the order of tokens.
+    """
+    tokens = torch.cat([rows / max(len(rows), 1) ** 0.5 for rows in targets])
+    device = tokens.device
+    if device.type == "mps":  # it has no QR
+        tokens = tokens.cpu()
+    ups = [change.up.to(tokens) for change in changes.own.values()]
+    ups = [up for up in ups if bool(up.any())]
+    parts: list[Tensor] = []
+    with full_precision(tokens.device):
+        if ups:
+            parts.append(torch.linalg.qr(torch.cat(ups, dim=1)).Q[:, :count])
+            tokens = tokens - (tokens @ parts[0]) @ parts[0].mT
+        left = count - sum(part.shape[1] for part in parts)
+        if left > 0 and len(tokens):
+            vectors, values = leading_eigenvectors((tokens @ tokens.mT).double(), left)
+            vectors = vectors[:, :left][:, values[:left] > values[0] * 1e-12]
+            parts.append(tokens.mT @ vectors.to(tokens))
+        used = sum(part.shape[1] for part in parts)
+        out = tokens.shape[1]
+        generator = torch.Generator().manual_seed(0)
+        others = torch.randn(out, min(OTHERS, out - used), generator=generator)
+        parts = [part / part.norm(dim=0).clamp(min=1e-30) for part in (*parts, others.to(tokens))]
+        return Directions(torch.linalg.qr(torch.cat(parts, dim=1)).Q.to(device), used)
+
+
+class OutputMoments(MomentReduction):
+    """X̃ᵀX̃ and DᵀTᵀX̃, (directions, in), for every concept; without ``directions``, TᵀX̃."""
+
+    def __init__(
+        self,
+        context: SiteContext,
+        weighting: Weighting,
+        dtype: torch.dtype,
+        directions: Directions | None = None,
+    ) -> None:
+        super().__init__(context, InputMoments, weigher(weighting, context, dtype))
+        self._directions = directions
+        rows = self.changes.shape[0] if directions is None else directions.matrix.shape[1]
+        count, device = len(self.changes), context.device
+        shape = (count, rows, self.inputs.width)
+        self.targets = list(torch.zeros(shape, dtype=self.inputs.dtype, device=device))
+        self.energies = torch.zeros(count, dtype=energy_dtype(device), device=device)
+        """‖T_i‖²_F of the whole T_i"""
+
+    def _add_targets(self, tokens: Tokens) -> None:
+        target = tokens.target
+        self.energies[tokens.concept] += energy(target)
+        if self._directions is not None:
+            target = target @ self._directions.matrix
+        self.targets[tokens.concept].addmm_(target.mT, tokens.merged)
+
+    def _within(self, up: Tensor) -> Tensor:
+        """Dᵀ up for ``up``, (out, rank)."""
+        return up if self._directions is None else self._directions.matrix.to(up).mT @ up
+
+    def _energies(self) -> list[float]:
+        return self.energies.tolist()
+
+    def _change(
+        self,
+        changes: SiteChanges,
+        lambdas: list[float],
+        factor: Factor,
+        fit: RegressionSpec,
+        rank: int,
+    ) -> tuple[LowRank, float]:
+        lower, jitter = factor.cholesky.lower, factor.cholesky.jitter
+        right = self._right_side(changes, lambdas, factor, fit)
+        if jitter:
+            mean = changes.mean(fit.weights, right.dtype)
+            right += jitter * (self._within(mean.up) @ mean.down)
+        like, search = changes.like.to(torch.float64), self.inputs.dtype
+        if self._directions is None:
+            return truncate_matrix(right, rank, lower, like=like, search=search)
+        matrix, used = self._directions.matrix, self._directions.used
+        out, count = matrix.shape
+        right, others = right.split([used, count - used])
+        rest = torch.linalg.solve_triangular(lower.mT, others, upper=True, left=False)
+        # Each of the others stands for so many directions.
+        elsewhere = float((rest**2).sum()) * ((out - used) / max(count - used, 1))
+        change, lost = truncate_matrix(
+            right, rank, lower, like=like, search=search, elsewhere=elsewhere
+        )
+        up = matrix[:, :used].to(change.up) @ change.up
+        return LowRank(up, change.down, change.kernel), lost
+
+    def _right_side(
+        self, changes: SiteChanges, lambdas: list[float], factor: Factor, fit: RegressionSpec
+    ) -> Tensor:
+        """DᵀK, (directions, in)."""
+        lower = factor.cholesky.lower
+        right = torch.zeros(self.targets[0].shape, dtype=lower.dtype, device=lower.device)
+        toward = fit.pull_of(changes)
+        for concept, (target, value) in enumerate(zip(self.targets, lambdas, strict=True)):
+            for rows in pieces(target):
+                right[rows].add_(target[rows].to(right.device), alpha=value * fit.shrink)
+            change = changes[concept]
+            if change is not None:
+                pull = toward * fit.ridge * factor.norms[concept]
+                pull = pull + (1 - fit.shrink) * self.inputs.own[concept].diagonal().to(right)
+                up = self._within(change.up.to(right))
+                right.addmm_(up, change.down.to(right) * pull, alpha=value)
+        return right
+
+    def _wanted(self, concept: int, candidate: LowRank) -> tuple[float, Tensor]:
+        # Both candidates lie within the directions.
+        crossed = times(self._within(candidate.up).mT, self.targets[concept])
+        return float(self.energies[concept]), (crossed * candidate.down).sum(1)
+
+    @staticmethod
+    def bytes(
+        changes: SiteChanges, itemsize: int, directions: int | None, dtype: torch.dtype
+    ) -> MemoryEstimate:
+        """X̃ᵀX̃ and the targets for every concept. The float64 solve needs M and the right side. A
+        search for the leading directions also needs M's factor and the right side in the moments'
+        precision, and products of that size; using all directions needs six times the right side in
+        float64. In float32 everything takes at most half."""
+        out, width = changes.shape
+        rows = out if directions is None else directions
+        kept = len(changes) * width * (width + rows) * itemsize
+        shared = len(changes) * width * width * itemsize
+        left = shared + width * width * dtype.itemsize
+        low = changes.rank * (4 * width + 2 * rows)
+        search = searches(rows, width, changes.rank)
+        if dtype == torch.float64:
+            dense = 12 * width * width + 16 * rows * width
+            if not search:
+                dense = 8 * width * width + 48 * rows * width
+            return MemoryEstimate(kept, dense + 12 * low, left, shared)
+        dense = 4 * width * width + (9 if search else 26) * rows * width
+        return MemoryEstimate(kept, dense + 6 * low, left, shared)

@@ -1,4 +1,4 @@
-"""Tokens that count more where a LoRA acts (iteris_core/activations/saliency.py)."""
+"""Tokens that count more where a LoRA acts (iteris_core/activations/token_sampling.py)."""
 
 from __future__ import annotations
 

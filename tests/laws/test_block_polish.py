@@ -10,8 +10,8 @@ from tiny import random_lora
 from torch import nn
 
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
-from iteris_core.linalg.whitening import Whitening
 from iteris_core.methods import block_polish
+from iteris_core.methods.training import Whitening
 
 WIDTH = 12
 

@@ -21,10 +21,9 @@ from reductions import by_moments, solved
 from small_merge import EXACT
 
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
-from iteris_core.activations.conditions import PLAIN, Condition, under_conditions
-from iteris_core.activations.site import site_of
+from iteris_core.activations.site import PLAIN, Condition, site_of, under_conditions
 from iteris_core.hosts.rows import drawn_uses
-from iteris_core.methods.repair import sizes_of
+from iteris_core.methods.fitting import sizes_of
 from iteris_core.passes.changes import changes_of
 
 LORAS = [make_lora(1), make_lora(2, rank=3)]

@@ -10,7 +10,7 @@ from tiny import random_lora
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.lora import LowRank, SiteChanges
 from iteris_core.solve.choose import THRESHOLDS, Thresholds
-from iteris_core.solve.output import find_directions as found_directions
+from iteris_core.solve.moments import find_directions as found_directions
 from iteris_core.solve.problem import RegressionSpec
 
 OUT, WIDTH, RANK = 60, 40, 3

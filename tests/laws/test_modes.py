@@ -9,7 +9,7 @@ from small_merge import merge
 from tiny import make_pipeline
 
 from iteris_core import Calibration, Concept, IterisError, Lora, LowRank, merge_loras
-from iteris_core.activations.modes import Modes
+from iteris_core.activations.micro_batch import Modes
 from iteris_core.hosts.diffusers import DiffusersHost
 
 

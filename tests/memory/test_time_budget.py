@@ -6,8 +6,7 @@ from bases import make_lora, tiny
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.passes.job import Job
-from iteris_core.passes.workload import LEAST, within_time
+from iteris_core.passes.job import LEAST, Job, within_time
 from iteris_core.preview import preview_merge
 
 

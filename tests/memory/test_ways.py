@@ -10,8 +10,7 @@ from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations.host_pool import HostPool
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.passes import sweep
-from iteris_core.passes.planner import Plan
-from iteris_core.passes.strategies import Strategy, find, replayable
+from iteris_core.passes.planner import Plan, Strategy, find, replayable
 from iteris_core.solve.choose import THRESHOLDS, Thresholds
 
 CPU = torch.device("cpu")

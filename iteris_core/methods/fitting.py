@@ -1,4 +1,4 @@
-"""Sites that no LoRA changes, added to a merge to remove the drift that the others leave.
+"""How ``iteris`` fits each site; and the sites that no LoRA changes, added to remove drift.
 
 When LoRAs want different outputs for similar inputs, least squares cannot satisfy all of them. The
 rest stays in the residual stream as drift, and no later site that aligns its own output sees it.
@@ -8,17 +8,15 @@ that of its merged rows):
     T_i = (W0 + ΔW_i) X_i - W0 X̃_i + h_i - h̃_i.
 
 A block's feed-forward output has the widest inputs and removes most of the drift, whether or not
-the LoRAs change it; if they do not, ΔW_i = 0.
-
-It has many similar hidden units, so a part of them repairs nearly as well, and the moments of half
-of them cost a quarter.
+the LoRAs change it; if they do not, ΔW_i = 0. It has many similar hidden units, so a part of them
+repairs nearly as well, and the moments of half of them cost a quarter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
@@ -26,9 +24,11 @@ from torch import Tensor
 
 from ..activations.site import site_of
 from ..activations.streams import Source, Stream
+from ..hosts.protocol import Stage
 from ..lora import LowRank, SiteChanges
 from ..passes.job import Job
-from ..solve.problem import Solution
+from ..solve.problem import Reduction, RegressionSpec, Solution, StageSolver
+from .iteris_settings import IterisSettings
 
 Repairs = Mapping[str, Tensor | None]
 """Repair sites, and which of their inputs they may use (None: all)."""
@@ -133,3 +133,94 @@ def _largest_ranks(changes: Mapping[str, SiteChanges]) -> dict[str, list[int]]:
         for concept, change in some.own.items():
             largest[concept] = max(largest[concept], change.rank)
     return ranks
+
+
+_NO_RANKS: Mapping[str, int] = {}
+
+
+@dataclass(frozen=True)
+class Solvers:
+    """Solves the sites of a ``job``'s stages. ``acting`` are the sites that show where in an image
+    a LoRA acts."""
+
+    job: Job
+    settings: IterisSettings
+    acting: Set[str]
+    repairs: Repairs
+
+    def of(
+        self, stage: Stage, *, ranks: Mapping[str, int] = _NO_RANKS, residuals: bool = False
+    ) -> StageSolver:
+        """A stage's solver. ``ranks`` holds each site's rank (none: the settings'). With
+        ``residuals``, repairs report their residual too; only the search for ranks reads it."""
+        job, settings, repairs = self.job, self.settings, self.repairs
+        dtype: torch.dtype = getattr(torch, settings.precision)
+        ridge, pull = settings.ridge, settings.pull
+        if ridge is None:
+            ran = stage.samples or job.calibration.samples, job.calibration.rows_each, job.loras
+            ridge = job.thresholds.ridge_for(*ran)
+            pull = pull or job.thresholds.pull_for(*ran)
+        pictures, weighting = job.host.pictures, settings.weighting
+        if weighting == "auto":
+            weighting = "tokens" if pictures else "none"
+        shrink, few = settings.shrink, math.inf
+        if shrink is None:
+            shrink, few = job.thresholds.shrink_for(pictures), job.thresholds.few_tokens
+        fit = RegressionSpec(
+            job.weights,
+            ridge,
+            weighting,
+            shrink=shrink,
+            shrinks_below=few,
+            rank=settings.rank,
+            pull=pull or "mean",
+        )
+        repairing = replace(fit, dtype=dtype, residuals=residuals)  # many inputs wide
+        inputs = {site: chosen for site, chosen in repairs.items() if chosen is not None}
+
+        bounds = _bounds(job, settings)
+
+        def fit_of(site: str) -> RegressionSpec:
+            of = repairing if site in repairs else fit
+            if site in bounds:
+                of = replace(of, bound=bounds[site])
+            return replace(of, rank=ranks[site]) if ranks else of
+
+        def solve(site: str, reduction: Reduction) -> Solution:
+            solution = reduction.solve(fit_of(site))
+            if site not in inputs:
+                return solution
+            width = job.changes[site].shape[1]
+            return replace(solution, change=at_all_inputs(solution.change, inputs[site], width))
+
+        def used(site: str) -> SiteChanges:
+            changes = job.changes[site]
+            return changes.at(inputs[site]) if site in inputs else changes
+
+        return StageSolver(
+            begin=lambda context: job.thresholds.choose(context, fit, settings.objective, dtype),
+            solve=solve,
+            bytes=lambda site, sweep: job.thresholds.bytes(
+                used(site), fit_of(site), settings.objective, dtype.itemsize, sweep=sweep
+            ),
+            dtype=dtype,
+            acting=self.acting,
+            inputs=inputs,
+        )
+
+
+def _bounds(job: Job, settings: IterisSettings) -> dict[str, float]:
+    """Site → the largest norm of its change. Unless the settings say it, there is none in a
+    component with gates, except at layers whose output is added without one."""
+    sizes = sizes_of(job.changes)
+    if settings.bound is not None:
+        return {s: settings.bound * size for s, size in sizes.items()} if settings.bound else {}
+    streams = streams_of(job)
+    free = {site for site, stream in streams.items() if stream.gate is not None}
+    gated = {site.partition(".")[0] for site in free}
+    plain = streams.keys() - free
+    return {
+        site: job.thresholds.bound * size
+        for site, size in sizes.items()
+        if site in plain or site.partition(".")[0] not in gated
+    }
