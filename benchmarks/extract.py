@@ -24,7 +24,7 @@ from protocol.toybox import ToyboxWorld
 import toybox
 from iteris_core import Calibration, Concept, Lora, LowRank
 from iteris_core.edit.extract import differences, extract_lora, output_error
-from iteris_core.edit.vectors import other_differences, with_vectors
+from iteris_core.edit.resize import other_differences, with_vectors
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.diffusers_lora import base_of
 from iteris_core.linalg.lowrank import truncate_matrix

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .errors import ConceptError, SettingsError
 from .lora import Lora
-from .lora_files.phrases import bare, parted
-from .lora_files.sidecars import find_phrases
+from .lora_files.metadata import bare, find_phrases, parted
 from .settings import Settings, setting
 
 PromptKind = Literal["subject", "style", "tags", "video"]

@@ -15,7 +15,7 @@ from .concepts import PRESERVE_WEIGHT, AlwaysOn, Concept, Phrased, PromptKind, w
 from .errors import ConceptError, IterisError, MergeFileError, did_you_mean
 from .lora import Lora
 from .lora_files import ReadOptions
-from .lora_files.sidecars import find_phrases
+from .lora_files.metadata import find_phrases
 from .presets import PresetName
 
 Unmergeable = Literal["refuse", "skip", "mean"]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..iteris_core.activations.lockstep import Lockstep
 from ..iteris_core.activations.memory import usable, with_spare
-from ..iteris_core.architectures import text as text_wirings
 from ..iteris_core.architectures import unet
+from ..iteris_core.architectures.record import TEXT_WIRINGS
 from ..iteris_core.architectures.sites import in_changed_parts, residual_streams
 from ..iteris_core.calibration_prompts import whole_words
 from ..iteris_core.concepts import Calibration, Concept
@@ -202,7 +202,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         modules = self.sites()
-        encoders = residual_streams(self.clip.cond_stage_model, modules, text_wirings.WIRINGS)
+        encoders = residual_streams(self.clip.cond_stage_model, modules, TEXT_WIRINGS)
         streams = in_changed_parts(encoders, sites)
         for number, denoiser in enumerate(self._denoisers):
             if self._sites_of(number, sites):

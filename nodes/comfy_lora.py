@@ -18,9 +18,9 @@ from ..iteris_core.architectures.sites import weight_shape
 from ..iteris_core.errors import BaseError, IterisError, LoraFileError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import BaseModel, ReadOptions, read_lora_file
+from ..iteris_core.lora_files.aliases import vector_names
 from ..iteris_core.lora_files.embeddings import file_names, unbundled
 from ..iteris_core.lora_files.parts import split_key
-from ..iteris_core.lora_files.vectors import vector_names
 from .comfy_internals import comfy, memory
 from .comfy_learned import with_embeddings
 from .comfy_names import (

@@ -9,7 +9,7 @@ from ..iteris_core.architectures import architecture_of_file
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files import read_header
 from ..iteris_core.lora_files.blocks import LISTS, PRESETS
-from ..iteris_core.lora_files.sidecars import find_phrases
+from ..iteris_core.lora_files.metadata import find_phrases
 from .lora_stacks import lora_path
 
 

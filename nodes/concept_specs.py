@@ -12,7 +12,7 @@ from ..iteris_core.concepts import PromptKind, lines_of
 from ..iteris_core.config import ConceptConfig
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files import read_header
-from ..iteris_core.lora_files.sidecars import sidecars
+from ..iteris_core.lora_files.metadata import sidecars
 
 DENOISER = "unet"
 """The component name of a MODEL in site names."""

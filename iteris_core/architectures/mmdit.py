@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from .record import Architecture
+from .record import T5_XXL, Architecture, clip, text_component
 from .row_mapping import Alias, Shapes, fused, swapped
 from .sites import Component
-from .text import T5_XXL, clip, text_component
 
 _PREFIX = "transformer."
 

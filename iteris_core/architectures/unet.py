@@ -7,10 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .record import Architecture
+from .record import Architecture, clip
 from .row_mapping import Alias, Shapes, whole
 from .sites import Component, Wiring
-from .text import clip
 
 WIRINGS = (
     # diffusers' and ComfyUI's UNets use the same names for these modules.

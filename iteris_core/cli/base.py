@@ -101,8 +101,8 @@ def load_base(
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    from ..hosts.diffusers_loop import is_modular, progress_bars
     from ..hosts.diffusers_lora import single_file_pipeline
-    from ..hosts.diffusers_modular import is_modular, progress_bars
 
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()

@@ -14,7 +14,7 @@ from ..lora_files import Layout, is_lora, read_header, read_tensors
 from ..lora_files.blocks import weights_by_block
 from ..lora_files.embeddings import embedding_targets, split_embeddings
 from ..lora_files.experts import by_expert, expert_files
-from ..lora_files.rebuild import check_whole
+from ..lora_files.formulas import check_whole
 from ..report.provenance import join_embeddings, shared_triggers
 
 _FEW = 8

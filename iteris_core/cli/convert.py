@@ -14,7 +14,7 @@ from ..config import ConceptConfig
 from ..edit.convert import Names, convert_lora, largest_error
 from ..lora import Lora
 from ..lora_files import DTYPES, ReadOptions, check_target, read_lora_file
-from ..lora_files.sidecars import find_phrases
+from ..lora_files.metadata import find_phrases
 from ..lora_files.tensors import dtypes_of, read_tensors
 from .base import lora_reader
 from .checks import check_apart, check_concepts

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..architectures import architecture_of_file
-from ..architectures.detection import said_base
+from ..architectures import architecture_of_file, said_base
 from ..config import ConceptConfig
 from ..errors import InputFileError, LoraFileError
 from ..lora_files import is_lora, read_header

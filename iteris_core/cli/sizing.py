@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from ..concepts import Calibration
-from ..edit.reduced import Reduced
+from ..edit.resize import Reduced
 from ..lora_files import DTYPES, Layout
 from ..lora_files.experts import write_by_expert
 from ..solve.ranks import Target

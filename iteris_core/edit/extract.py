@@ -19,13 +19,12 @@ from ..errors import MismatchError, SolveError
 from ..hosts.protocol import Host, Tick
 from ..lora import Lora, LowRank, SiteChanges
 from ..lora_files import BaseModel, Layout
-from ..lora_files.vectors import placed
+from ..lora_files.aliases import placed
 from ..passes.held_out import FinalOutputs, error_of, held_out
 from ..passes.preflight import unmergeable_sites
 from ..progress import OnProgress
 from ..solve.ranks import Components, Target, kept, share_out
-from .reduced import Reduced, calibration_of, fitted, job_of, look
-from .vectors import other_differences, with_vectors
+from .resize import Reduced, calibration_of, fitted, job_of, look, other_differences, with_vectors
 
 _LEAST, _MOST = 64, 256
 """The smallest and largest number of components of a change to consider."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..activations.lockstep import Lockstep
 from ..activations.memory import free_memory, usable
 from ..activations.site import PLAIN, Condition
-from ..architectures import text as text_wirings
+from ..architectures.record import TEXT_WIRINGS
 from ..architectures.sites import in_changed_parts, residual_streams
 from ..calibration_prompts import whole_words
 from ..concepts import Calibration, Concept
@@ -37,8 +37,7 @@ from .diffusers_lora import (
     read_lora,
 )
 from .diffusers_rows import RecordedRows, record_rows
-from .learned import EmbeddingTriggers
-from .learned_tokens import Placeholders, in_force
+from .learned import EmbeddingTriggers, Placeholders, in_force
 from .protocol import Host, Stage, Tick, check_model, check_ready
 from .recorded import Call, entries, joined, kind, size
 from .rows import SamplePrompts, TextRows, added_concepts
@@ -195,7 +194,7 @@ class DiffusersHost(Host):
         for component in sorted({site.partition(".")[0] for site in sites}):
             if component.startswith(OF_TEXT):
                 encoder = getattr(self.pipeline, component)
-                known = residual_streams(encoder, self._sites, text_wirings.WIRINGS)
+                known = residual_streams(encoder, self._sites, TEXT_WIRINGS)
                 streams |= in_changed_parts(known, sites)
             elif any(s.startswith(f"{component}.") and s not in self._direct for s in sites):
                 denoiser = getattr(self.pipeline, component)

@@ -15,9 +15,8 @@ from torch import Tensor
 from ..activations.lockstep import Lockstep
 from ..activations.micro_batch import MicroBatch
 from ..concepts import Calibration
-from .diffusers_arguments import Arguments, ones_like
+from .diffusers_arguments import Arguments, ones_like, token_sides
 from .diffusers_loop import Enough, PipelineLoop
-from .diffusers_size import token_sides
 from .protocol import DENOISING, Tick
 from .recorded import Call, differ, entries
 from .rows import drawn_steps

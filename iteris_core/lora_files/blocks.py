@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
+from ..architectures.record import text_component
 from ..architectures.row_mapping import whole
-from ..architectures.text import text_component
 from ..errors import ConceptError, LoraFileError
 from ..lora import Lora
 from .aliases import BaseModel

@@ -1,5 +1,11 @@
-"""What LoRA files say about themselves, in metadata and file names. Untrusted: they may contain any
-text."""
+"""What LoRA files say about themselves: in metadata, in their names, and in files beside them.
+
+LoRA browsers and download helpers keep trigger words beside a LoRA: Lora-Manager in
+``.metadata.json``, which is also written here, Civitai Helper in ``.civitai.info``, rgthree in
+``.rgthree-info.json``, and Automatic1111's user interface in ``.json``. All of this is untrusted
+and may contain any text. Common words and booru tags invoke no LoRA: the base knows them already,
+and captions of other LoRAs contain them too.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +14,20 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import dropwhile
 from pathlib import Path, PurePath, PureWindowsPath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from .phrases import cleaned, is_common
+from ..saving import atomically
+from .tensors import file_digest
 
 Purpose = Literal["speed", "edit"]
 """The purpose of a LoRA that is not a concept: it makes a base draw in few steps without guidance,
 or edit images. It belongs on the base model."""
 
-_BASES = re.compile(r"(z[-_ ]?image|sd|sdxl|sd3(\.5)?)[-_ ]?turbo|qwen[-_ ]?image[-_ ]?edit", re.I)
+_TURBO = re.compile(r"(z[-_ ]?image|sd|sdxl|sd3(\.5)?)[-_ ]?turbo|qwen[-_ ]?image[-_ ]?edit", re.I)
 """Bases with these words in their names, which their LoRAs' names repeat."""
-_WORDS: Mapping[Purpose, re.Pattern[str]] = {
+_PURPOSES: Mapping[Purpose, re.Pattern[str]] = {
     "speed": re.compile(
         r"lightning|turbo|schnell|lightx2v|caus(al)?vid|distill|self[-_ ]?forcing"
         r"|\b(lcm|tcd|pcm|dmd2?|accvid(eo)?)\b|\bhyper[-_ ]?(sd|flux)"
@@ -135,15 +143,15 @@ def public_name(base: str) -> str:
 def is_fast(names: Iterable[str]) -> str:
     """The first of ``names`` (models and LoRAs) that suggests that the base draws in few steps
     without guidance; empty if none does."""
-    words = _WORDS["speed"]
+    words = _PURPOSES["speed"]
     return next((name for name in names if words.search(_words(PurePath(name).stem))), "")
 
 
 def purpose_of(name: str, metadata: Mapping[str, str]) -> Purpose | None:
     """The purpose of a LoRA that is not a concept, from its file's ``name`` and its metadata."""
     known = [name, *(metadata.get(key, "") for key in _NAMED)]
-    texts = [_words(_BASES.sub(" ", text)) for text in known]
-    for purpose, words in _WORDS.items():
+    texts = [_words(_TURBO.sub(" ", text)) for text in known]
+    for purpose, words in _PURPOSES.items():
         if any(words.search(text) for text in texts):
             return purpose
     return None
@@ -152,3 +160,161 @@ def purpose_of(name: str, metadata: Mapping[str, str]) -> Purpose | None:
 def _words(text: str) -> str:
     """Separate words by spaces, also at capitals or underscores."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])|[_.]", " ", text)
+
+
+_FOLDER = Path(__file__).parents[1] / "prompts"
+_COMMON_WORDS = frozenset((_FOLDER / "common_words.txt").read_text(encoding="utf-8").split())
+_TAGS = frozenset(re.split(r", |\n", (_FOLDER / "common_tags.txt").read_text(encoding="utf-8")))
+_COUNT = re.compile(r"\d+\+?(girl|boy|other)s?")
+_LOOKS = (" hair", " eyes", " background", " breasts", " quality")
+_LORA = re.compile(r"<(lora|lyco|hypernet):[^>]*>", re.I)
+_LEADING = re.compile(r"^\s*((a|an|the|(photo|photograph|picture|image) of)\s+)*(?=\S)", re.I)
+
+
+def cleaned(phrase: str) -> str:
+    """``phrase`` without ``<lora:…>`` and without common tags at its start; may be empty."""
+    parts = filter(None, (part.strip() for part in _LORA.sub(" ", phrase).split(",")))
+    return ", ".join(dropwhile(_is_tag, parts))
+
+
+def is_common(phrase: str) -> bool:
+    """True if ``phrase`` is a common tag, or all its words are common: it then invokes no LoRA."""
+    return _is_tag(phrase) or all(map(_is_common, phrase.split()))
+
+
+def bare(phrase: str) -> str:
+    """``phrase`` without leading articles and "photo of", which the templates have."""
+    return _LEADING.sub("", phrase).strip()
+
+
+def parted(phrase: str) -> tuple[str, str, str]:
+    """The words before the first one that is not common, that word, and those after it; all of them
+    before it if there is none."""
+    words = phrase.split()
+    at = next((n for n, word in enumerate(words) if not _is_common(word)), len(words))
+    before, word, after = map(" ".join, (words[:at], words[at : at + 1], words[at + 1 :]))
+    return before, word, after
+
+
+def _is_tag(phrase: str) -> bool:
+    tag = phrase.strip().lower()
+    if _COUNT.fullmatch(tag) or tag in _TAGS or tag.replace("_", " ") in _TAGS:
+        return True
+    return tag.replace("_", " ").endswith(_LOOKS) and all(map(_is_common, tag.split()))
+
+
+def _is_common(word: str) -> bool:
+    word = word.lower().strip(".,;:!?()\"'").removesuffix("'s")
+    if _COUNT.fullmatch(word) or word in _TAGS:
+        return True
+    parts = filter(None, re.split(r"[-_'/]", word))
+    return all(part.isdigit() or {part, part.removesuffix("s")} & _COMMON_WORDS for part in parts)
+
+
+_PREVIEWS = tuple(f".preview.{kind}" for kind in ("png", "jpg", "jpeg", "webp"))
+_SHOWN = {
+    "sd_v1": "SD 1.5",
+    "sd_v2": "SD 2.1",
+    "sdxl_base_v1-0": "SDXL 1.0",
+    "flux1": "Flux.1 D",
+}
+"""``ss_base_model_version`` → Lora-Manager's name for that base."""
+
+_ENDINGS = (".metadata.json", ".civitai.info", ".rgthree-info.json", ".json")
+_NAMES = ("trainedWords", "trigger_words")
+
+
+class FoundPhrases(NamedTuple):
+    """A LoRA's trigger phrases, and their source: ``"file"``, a sidecar's extension, ``"captions"``
+    for a guess from the trainer's notes, or empty."""
+
+    phrases: tuple[str, ...] = ()
+    source: str = ""
+
+
+def find_phrases(file: Path, metadata: Mapping[str, str]) -> FoundPhrases:
+    """The trigger phrases of the LoRA in ``file``: those its ``metadata`` name explicitly,
+    otherwise from files beside it, otherwise the best guess from its captions."""
+    if noted := noted_phrases(metadata):
+        return FoundPhrases(tuple(noted), "file")
+    beside = sidecar_phrases(file)
+    if beside.phrases:
+        return beside
+    guessed = trigger_words(metadata)[:1]
+    return FoundPhrases(tuple(guessed), "captions" if guessed else "")
+
+
+def sidecar_phrases(file: Path) -> FoundPhrases:
+    """The trigger words from the first file beside ``file`` that has any."""
+    for path in sidecars(file):
+        if phrases := _phrases(path):
+            ending = next(end for end in _ENDINGS if path.name.endswith(end))
+            return FoundPhrases(tuple(phrases), ending)
+    return FoundPhrases()
+
+
+def sidecars(file: Path) -> list[Path]:
+    """The files beside ``file`` that may contain words, named after it with or without its
+    extension."""
+    paths = [file.with_name(f"{base}{end}") for end in _ENDINGS for base in (file.stem, file.name)]
+    return [path for path in paths if path.is_file()]
+
+
+def previews(file: Path) -> list[Path]:
+    """The images beside ``file`` that LoRA browsers show for it."""
+    paths = [file.with_name(f"{file.stem}{end}") for end in _PREVIEWS]
+    return [path for path in paths if path.is_file()]
+
+
+def write_sidecar(file: Path, metadata: Mapping[str, str]) -> Path:
+    """Write Lora-Manager's ``.metadata.json`` for the LoRA in ``file``, and return its path.
+
+    A user's notes in an existing file stay; trigger words and data about the LoRA file are updated.
+    Paths in it are names without a folder, which Lora-Manager completes.
+    """
+    path = file.with_suffix(_ENDINGS[0])
+    there = _content(path)
+    civitai = there.get("civitai")
+    facts = {
+        "file_name": file.stem,
+        "file_path": file.name,
+        "size": file.stat().st_size,
+        "modified": file.stat().st_mtime,
+        "sha256": file_digest(file),
+        "preview_url": next((picture.name for picture in previews(file)), ""),
+        "civitai": {
+            **(civitai if isinstance(civitai, dict) else {}),
+            _NAMES[0]: list(find_phrases(file, metadata).phrases),
+        },
+    }
+    limits = {n: float(metadata[n]) for n in ("strength_min", "strength_max") if n in metadata}
+    first = {
+        **({"usage_tips": json.dumps(limits)} if limits else {}),
+        "model_name": file.stem,
+        "base_model": _SHOWN.get(metadata.get("ss_base_model_version", ""), "Unknown"),
+        "modelDescription": metadata.get("modelspec.description", ""),
+        "from_civitai": False,
+    }
+    with atomically(path) as unfinished:
+        text = json.dumps({**first, **there, **facts}, indent=2, ensure_ascii=False)
+        unfinished.write_text(text, encoding="utf-8")
+    return path
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _phrases(path: Path) -> list[str]:
+    content = _content(path)
+    tables = [content, content.get("civitai")]
+    lists = [table.get(name) for table in tables if isinstance(table, dict) for name in _NAMES]
+    words = [word for some in lists if isinstance(some, list) for word in some]
+    words.append(content.get("activation text"))  # Automatic1111's, the words as one text
+    texts = [word.get("word") if isinstance(word, dict) else word for word in words]
+    phrases = [cleaned(text) for text in texts if isinstance(text, str)]
+    return list(dict.fromkeys(phrase for phrase in phrases if phrase))

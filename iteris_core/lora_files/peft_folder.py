@@ -17,8 +17,7 @@ from ..errors import LoraFileError, OutputError
 from ..lora import Lora
 from ..saving import atomically, check_place
 from .aliases import BaseModel
-from .alphas import lora_config
-from .factors import Factors
+from .factors import Factors, lora_config
 from .metadata import public_name
 from .read import ReadOptions, lora_of
 from .tensors import read_tensors, save_tensors

@@ -20,15 +20,13 @@ from ..architectures.row_mapping import Alias, Piece, file_rows
 from ..errors import LoraFileError, SettingsError
 from ..linalg.lowrank import extract
 from ..lora import Lora, LowRank, in_one
-from .aliases import BaseModel, released_base
-from .alphas import adapter_configs, scale_of
+from .aliases import BaseModel, released_base, vectors_of_file
 from .blocks import check_layers, filtered, weights_by_block
 from .embeddings import split_embeddings
-from .formulas import Parts, Rebuilt, needs_weight
+from .factors import adapter_configs, scale_of
+from .formulas import Parts, Rebuilt, needs_weight, rebuild
 from .parts import refusal, split_key
-from .rebuild import rebuild
 from .tensors import file_digest, read_header, read_tensors
-from .vectors import vectors_of_file
 
 _NO_MODULE, _UNKNOWN = "matches no module of the base model", "is of an unknown kind"
 

@@ -32,12 +32,10 @@ from ..architectures.row_mapping import Alias, file_rows
 from ..errors import OutputError
 from ..lora import Lora, LowRank
 from ..saving import check_new, together
-from .aliases import BaseModel, base_model
-from .alphas import lora_config
+from .aliases import BaseModel, base_model, vectors_to_file
 from .embeddings import embedding_targets, to_file
-from .factors import Factors, store_all
+from .factors import Factors, lora_config, store_all
 from .tensors import content_hash, save_tensors
-from .vectors import vectors_to_file
 
 Layout = Literal["kohya", "peft"]
 

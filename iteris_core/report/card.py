@@ -7,8 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..lora_files.metadata import merged_concepts, noted_phrases, parse_object
-from ..lora_files.sidecars import previews, write_sidecar
+from ..lora_files.metadata import (
+    merged_concepts,
+    noted_phrases,
+    parse_object,
+    previews,
+    write_sidecar,
+)
 from ..lora_files.tensors import read_header
 from ..saving import atomically
 from .report import MergeReport
@@ -23,7 +28,7 @@ def card_files(file: Path) -> list[Path]:
 
 def write_card(file: Path, report: MergeReport | None = None) -> list[Path]:
     """Write the card of the LoRA in ``file`` beside it, replacing an older one, and the notes that
-    LoRA browsers read (:func:`..lora_files.sidecars.write_sidecar`); returns both paths.
+    LoRA browsers read (:func:`..lora_files.metadata.write_sidecar`); returns both paths.
 
     Trigger words, sources with their licences and the recipe come from the file's metadata, the
     verdict from the ``report``, and images from files of the same name beside it.

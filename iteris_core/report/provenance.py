@@ -23,10 +23,10 @@ from ..lora_files.metadata import (
     Purpose,
     merge_tag_frequency,
     parse_object,
+    parted,
     public_name,
     purpose_of,
 )
-from ..lora_files.phrases import parted
 from .report import MergeReport
 
 _NO_CONCEPT: Mapping[Purpose, str] = {

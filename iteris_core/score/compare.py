@@ -12,8 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..concepts import Calibration, Concept
-from ..hosts.learned import embedding_triggers
-from ..hosts.learned_tokens import in_force
+from ..hosts.learned import embedding_triggers, in_force
 from ..hosts.protocol import Host
 from ..merge import MergeResult, merge_loras
 from ..passes.changes import always_on

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ..errors import ScoreError, brief
-from ..hosts.diffusers_modular import is_modular
+from ..hosts.diffusers_loop import is_modular
 from ..progress import Forecast, OnProgress
 from ..settings import Settings, setting
 

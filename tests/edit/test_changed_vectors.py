@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from iteris_core.edit.vectors import with_vectors
+from iteris_core.edit.resize import with_vectors
 
 CHANGES = {"net.0.bias": torch.full((4,), 0.5), "net.scale": torch.full((4,), -0.25)}
 

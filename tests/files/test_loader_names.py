@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 
 from iteris_core.architectures import ARCHITECTURES
 from iteris_core.errors import IterisError, LoraFileError
-from iteris_core.hosts.diffusers_converters import fingerprints
-from iteris_core.hosts.diffusers_lora import base_of, pipeline_sites, read_lora
+from iteris_core.hosts.diffusers_lora import base_of, fingerprints, pipeline_sites, read_lora
 from iteris_core.lora_files import ReadOptions, write_lora
 
 OTHERS = [n for n in PIPELINES if not n.startswith(("SD", "FLUX.1", "InstructPix2Pix"))]

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from iteris_core import Concept, Lora, merge_loras
-from iteris_core.lora_files.sidecars import sidecar_phrases, write_sidecar
+from iteris_core.lora_files.metadata import sidecar_phrases, write_sidecar
 from iteris_core.report.card import write_card
 
 LORA_MANAGER = (

@@ -14,7 +14,7 @@ from test_lora_layouts import furthest, with_changes
 from iteris_core import LoraFileError
 from iteris_core.hosts.diffusers_lora import pipeline_sites, read_lora
 from iteris_core.lora_files import ReadOptions
-from iteris_core.lora_files.alphas import configured_scale
+from iteris_core.lora_files.factors import configured_scale
 
 TARGETS = ["to_q", "to_k", "to_out.0", "net.2", "proj_out"]
 CONFIGS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from iteris_core.lora_files.sidecars import find_phrases, sidecar_phrases
+from iteris_core.lora_files.metadata import find_phrases, sidecar_phrases
 
 SIDECARS = {
     "toy.metadata.json": {"civitai": {"trainedWords": ["sks cat", "red hat, sks"]}},

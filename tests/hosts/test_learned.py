@@ -16,8 +16,7 @@ from iteris_core import Calibration, Concept, Lora, merge_loras, write_lora
 from iteris_core.concepts import words_in
 from iteris_core.errors import LoraFileError
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.hosts.learned import embedding_triggers
-from iteris_core.hosts.learned_tokens import in_force
+from iteris_core.hosts.learned import embedding_triggers, in_force
 from iteris_core.lora_files.embeddings import bundled
 from iteris_core.lora_files.metadata import trigger_phrases
 from iteris_core.lora_files.tensors import read_tensors

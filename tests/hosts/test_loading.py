@@ -15,7 +15,7 @@ from pipelines import PIPELINES, applied, draw, two_concepts
 
 from iteris_core import Concept, IterisError, merge_loaded, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.hosts.peft_layers import peft_layers
+from iteris_core.hosts.diffusers_lora import peft_layers
 from iteris_core.lora_files.experts import joined_experts
 
 WAN = "Wan 2.2 with two experts"

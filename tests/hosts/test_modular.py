@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from iteris_core import merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.hosts.diffusers_modular import progress_bars
+from iteris_core.hosts.diffusers_loop import progress_bars
 
 CALIBRATION = {"samples": 4, "timesteps": 2, "denoising_steps": 3}
 

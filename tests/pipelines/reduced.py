@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iteris_core.hosts.diffusers_modular import progress_bars
+from iteris_core.hosts.diffusers_loop import progress_bars
 
 PROMPTS = (
     *("a dog", "sks cat on a table", "two red dogs in the rain with a small green bird"),
