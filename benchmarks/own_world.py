@@ -20,18 +20,15 @@ from torch import Tensor
 
 from iteris_core import Calibration, Concept
 from iteris_core.cli.base import check_base, device_of, load_base
-from iteris_core.cli.checks import check_concepts
 from iteris_core.cli.compare import picture_size
-from iteris_core.cli.concept_options import concept_of
-from iteris_core.cli.inputs import open_images
-from iteris_core.cli.merge_file import MergeFile, read_mapping
+from iteris_core.cli.inputs import check_concepts, open_images
+from iteris_core.cli.merge_file import MergeFile, concept_of, read_mapping
 from iteris_core.cli.options import check_settings
-from iteris_core.config import ConceptConfig
+from iteris_core.config import ConceptConfig, read_concept
 from iteris_core.errors import ConceptError, MergeFileError, did_you_mean
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora import Lora
 from iteris_core.passes.changes import changes_always, switched_on
-from iteris_core.reading import read_concept
 from iteris_core.score import ClipScorer, DinoScorer, without_tokens
 from iteris_core.score.drawing import Drawing, draw, find_scheduler
 

@@ -21,7 +21,7 @@ def merge_one(job: dict[str, Any]) -> dict[str, Any]:
     """One merge in a worker; the report is written beside the file, last."""
     from iteris_core import merge_loras
     from iteris_core.cli.base import load_base
-    from iteris_core.cli.concept_options import parse_concept
+    from iteris_core.cli.merge_file import parse_concept
     from iteris_core.hosts.diffusers import DiffusersHost
 
     host = DiffusersHost(load_base(job["base"], None))

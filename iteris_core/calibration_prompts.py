@@ -1,4 +1,5 @@
-"""Prompts on which features are collected: for one concept, for two, and for none.
+"""Prompts on which features are collected: for one concept, for two, for a subject in a style, and
+for none.
 
 A least squares fit constrains a merge only on what its rows show: a word that no row contains meets
 a change fitted to accidents. Some of a concept's rows therefore get extra words (:class:`Wording`).
@@ -8,6 +9,9 @@ Separate rows have *generic* prompts, which name no concept; on them the base sh
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
+from itertools import takewhile
+from math import lcm
 from typing import TypeVar
 
 import torch
@@ -52,39 +56,30 @@ def turns_of(concept: Concept) -> int:
 
 
 def samples_of(concept: Concept, calibration: Calibration) -> int:
-    """The number of a concept's samples: the calibration's, but at least one for every phrase."""
+    """The calibration's number, but at least one for every phrase."""
     return max(calibration.samples, turns_of(concept))
 
 
 def prompt_pools(concept: Concept, calibration: Calibration) -> list[list[str]]:
     """The concept's own prompts, or one list per phrase made from templates. Raises
     :class:`IterisError` if there are none."""
+    if concept.prompts:
+        return [[str(prompt) for prompt in concept.prompts]]
     if concept.prompts is not None:
-        pools = [[str(prompt) for prompt in concept.prompts]]
-        if not pools[0]:
-            raise ConceptError(
-                f"Concept {concept.name!r} has an empty prompt list; give prompts, or a trigger "
-                "and a class word from which to make them."
-            )
-    else:
-        templates = templates_of(concept, calibration)
-        # No str.format: a phrase of tags may contain braces.
-        pools = [[t.replace("{}", phrase) for t in templates] for phrase in concept.phrases]
-    if not pools:
+        raise ConceptError(
+            f"Concept {concept.name!r} has an empty prompt list; give prompts, or a trigger and a "
+            "class word from which to make them."
+        )
+    if not concept.phrases:
         raise ConceptError(
             f"LoRA {concept.name!r} has no trigger word and no prompts. Type its trigger word: in "
             "the node under words, in Python as Concept(trigger=…). A style, slider or detailer "
             "that acts on every prompt has none: make it always on, in Python always_on='include'. "
             "Prompts of its own (Concept(prompts=[…])) are for a LoRA that only these invoke."
         )
-    return pools
-
-
-def distinct_prompts(concept: Concept, calibration: Calibration) -> int:
-    """Number of different prompts of a concept; 0 if it has inputs instead."""
-    if concept.prompts is not None:
-        return len(set(map(str, concept.prompts)))
-    return len(templates_of(concept, calibration)) * len(concept.phrases)
+    templates = templates_of(concept, calibration)
+    # No str.format: a phrase of tags may contain braces.
+    return [[t.replace("{}", phrase) for t in templates] for phrase in concept.phrases]
 
 
 def templates_of(concept: Concept, calibration: Calibration) -> Sequence[str]:
@@ -100,8 +95,11 @@ def context_shares(concepts: Sequence[Concept], calibration: Calibration) -> lis
     least = _SHARE_OF_MANY if many else _SHARE
 
     def share(concept: Concept) -> float:
-        distinct = distinct_prompts(concept, calibration)
-        if concept.lora is None or not distinct:
+        if concept.prompts is not None:
+            distinct = len(set(map(str, concept.prompts)))
+        else:
+            distinct = len(templates_of(concept, calibration)) * len(concept.phrases)
+        if concept.lora is None or not distinct:  # without prompts it has inputs
             return 0.0
         if calibration.contexts is not None:
             return calibration.contexts
@@ -132,27 +130,18 @@ def in_random_order(pool: Sequence[_T], count: int, generator: torch.Generator) 
 def whole_words(pieces: Iterable[str]) -> list[str]:
     """The words that are a single token in a tokenizer's vocabulary, sorted: only letters, at least
     three of them."""
-    every = list(pieces)
-    ends = any(piece.endswith("</w>") for piece in every)
-    begins = any(piece.startswith(_MARKS) for piece in every)
-    found: set[str] = set()
-    for piece in every:
-        if ends:
-            word = piece.removesuffix("</w>") if piece.endswith("</w>") else ""
-        elif begins:
-            word = piece[1:] if piece.startswith(_MARKS) else ""
-        else:  # as in BERT's, where "##" marks a continuation
-            word = piece
-        if len(word) >= _LEAST_LETTERS and word.isalpha():
-            found.add(word.lower())
-    return sorted(found)
+    words = list(pieces)  # as they are in BERT's, where "##" marks a continuation
+    if ends := [piece[:-4] for piece in words if piece.endswith("</w>")]:
+        words = ends
+    elif begins := [piece[1:] for piece in words if piece.startswith(_MARKS)]:
+        words = begins
+    return sorted({w.lower() for w in words if len(w) >= _LEAST_LETTERS and w.isalpha()})
 
 
 class Wording:
-    """Makes generic prompts, and contexts for a concept's prompts, from built-in captions and
-    random words of the ``vocabulary`` of the host's text encoder (empty: captions only). A caption
-    is used only if the encoder knows most of its words. None contains a word that invokes one of
-    the ``concepts``."""
+    """Makes generic prompts, and contexts for a concept's prompts, from built-in captions of which
+    the host's text encoder knows most words, and random words of its ``vocabulary``. None invokes
+    one of the ``concepts``."""
 
     def __init__(
         self, vocabulary: Sequence[str], concepts: Iterable[Concept], generator: torch.Generator
@@ -160,11 +149,12 @@ class Wording:
         avoided, known = calling_words(concepts), set(vocabulary)
         self.generator = generator
         self._words = [word for word in vocabulary if word not in avoided]
-        self._captions = [
-            caption
-            for caption in CAPTIONS
-            if not _words(caption) & avoided and (not known or _is_known(caption, known))
-        ]
+        self._captions: list[str] = []
+        for caption in CAPTIONS:
+            words = [word for word in _words(caption) if len(word) >= _LEAST_LETTERS]
+            enough = sum(word in known for word in words) >= _KNOWN_SHARE * len(words)
+            if not _words(caption) & avoided and (enough or not known):
+                self._captions.append(caption)
 
     def generic(self, count: int) -> list[str]:
         """``count`` prompts that name no concept."""
@@ -200,13 +190,94 @@ class Wording:
         return int(torch.randint(below, (1,), generator=self.generator))
 
 
+@dataclass(frozen=True)
+class Composite(Concept):
+    """Prompts that name all of its ``parts``, which are concepts of the same merge: a subject in a
+    style. It has no LoRA of its own; the parts' LoRAs act together, at their strengths.
+
+    Rows of single concepts never show the two at once, so least squares serves each only on its own
+    prompts. The target here is the sum of the changes, T = X (ΔW_subject + ΔW_style)ᵀ.
+    """
+
+    parts: Sequence[Concept] = ()
+
+    def has(self, concept: Concept) -> bool:
+        return any(concept is part for part in self.parts)
+
+
+def composites_of(
+    concepts: Sequence[Concept], calibration: Calibration, wording: Wording, rows: int
+) -> list[Composite]:
+    """One composite per subject and style, each with ``rows`` rows. There are no more than subjects
+    and styles; the seed then chooses among the pairs, and every subject and style is in one. Each
+    subject, or each style if there are more styles, brings the calibration's weight, which all
+    composites share. Half of the prompts get extra words.
+
+    A style is invoked by its phrases, or by the words with which all of its own prompts end. A LoRA
+    with embeddings takes no part: its words mean something only under that LoRA.
+    """
+    fit = [c for c in concepts if c.lora is not None and not c.lora.embeddings and c.inputs is None]
+    subjects = [c for c in fit if c.kind == "subject" and (c.prompts is not None or c.phrases)]
+    styles = [concept for concept in fit if concept.kind == "style" and _words_of(concept)]
+    if not calibration.composites or not subjects or not styles:
+        return []
+    pairs = _pairs(subjects, styles, wording)
+    weight = calibration.composites * (max(len(subjects), len(styles)) / len(pairs))
+    return [
+        Composite(
+            None,
+            _composite_prompts(subject, style, calibration, wording, rows),
+            trigger=f"{subject.name} in {style.name}",
+            weight=weight,
+            parts=(subject, style),
+        )
+        for subject, style in pairs
+    ]
+
+
+def _pairs(
+    subjects: Sequence[Concept], styles: Sequence[Concept], wording: Wording
+) -> list[tuple[Concept, Concept]]:
+    """Different pairs in which every subject, and every style, occurs about equally often."""
+    every, most = len(subjects) * len(styles), len(subjects) + len(styles)
+    if every > most:
+        subjects, styles = (
+            in_random_order(some, len(some), wording.generator) for some in (subjects, styles)
+        )
+    turn = lcm(len(subjects), len(styles))  # then both begin again, one of them a step further
+    return [
+        (subjects[n % len(subjects)], styles[(n + n // turn) % len(styles)])
+        for n in range(min(every, most))
+    ]
+
+
+def _words_of(style: Concept) -> Sequence[str]:
+    if style.phrases:
+        return style.phrases
+    backwards = zip(*(str(prompt).split()[::-1] for prompt in style.prompts or ()), strict=False)
+    ending = [some[0] for some in takewhile(lambda some: len(set(some)) == 1, backwards)]
+    return [" ".join(reversed(ending))] if ending else []
+
+
+def _composite_prompts(
+    subject: Concept, style: Concept, calibration: Calibration, wording: Wording, count: int
+) -> list[str]:
+    """The subject's prompts followed by the style's words, with and without a comma."""
+    plain = concept_prompts(subject, calibration, wording.generator)
+    words = _words_of(style)
+    found: list[str] = []
+    for number in range(count):
+        join = (", ", " ")[number % 2]
+        prompt = join.join((plain[number % len(plain)], words[number % len(words)]))
+        found.append(wording.in_context(prompt) if number % 4 > 1 else prompt)
+    return found
+
+
 def calling_words(concepts: Iterable[Concept]) -> Set[str]:
     """Words that invoke the concepts with a LoRA: those of the trigger; without a trigger, those of
     the phrases, or those that all of the concept's own prompts share."""
     found: set[str] = set()
-    for concept in concepts:
-        if concept.lora is None:
-            continue
+    for concept in (one for one in concepts if one.lora is not None):
         if concept.trigger:
             found |= _words(concept.trigger)
         elif concept.phrases:
@@ -214,11 +285,6 @@ def calling_words(concepts: Iterable[Concept]) -> Set[str]:
         elif concept.prompts:
             found |= set.intersection(*(_words(str(prompt)) for prompt in concept.prompts))
     return found
-
-
-def _is_known(caption: str, vocabulary: Set[str]) -> bool:
-    words = [word for word in _words(caption) if len(word) >= _LEAST_LETTERS]
-    return sum(word in vocabulary for word in words) >= _KNOWN_SHARE * len(words)
 
 
 def _words(text: str) -> set[str]:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import ConceptError, SettingsError
 from .lora import Lora
@@ -35,12 +35,6 @@ PAIR_TEMPLATES = prompt_list("pairs")
 """Templates for two things side by side, the left one first."""
 PRESERVE_WEIGHT = 0.2
 """Weight of prompts on which the base model should not change; a large one weakens the concepts."""
-
-
-class LoraReader(Protocol):
-    """The part of a host that reads LoRA files."""
-
-    def read_lora(self, path: str | Path) -> Lora: ...
 
 
 class Phrased(ABC):
@@ -108,7 +102,7 @@ class Concept(Phrased, Settings):
     )
     always_on: AlwaysOn = setting("no", "Whether the LoRA is always on.")  # noqa: RUF009
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raise :class:`ConceptError` for a field of the wrong type or out of range."""
         if isinstance(self.lora, str | Path):
             raise ConceptError(
@@ -122,12 +116,12 @@ class Concept(Phrased, Settings):
                     f"{name}=[{getattr(self, name)!r}]."
                 )
         try:
-            super().check()
+            super().__post_init__()
         except SettingsError as error:
             raise ConceptError(f"{self.name}: {error}") from None
 
     @classmethod
-    def from_file(cls, host: LoraReader, path: str | Path, **values: Any) -> Concept:
+    def from_file(cls, host: Any, path: str | Path, **values: Any) -> Concept:
         """The LoRA in a file, read for the base model of ``host``.
 
         ``values`` are the other fields, such as ``strength=0.8``. Without ``trigger``,
@@ -279,30 +273,29 @@ class Calibration(Settings):
         """Rows per sample; until :meth:`settled`, the number for a few LoRAs."""
         return self.timesteps or min(_STEPS, self.denoising_steps)
 
-    def check(self) -> None:
-        super().check()
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.timesteps is not None and self.timesteps > self.denoising_steps:
             raise SettingsError(
                 f"timesteps ({self.timesteps}) cannot exceed denoising_steps "
                 f"({self.denoising_steps})."
             )
-        if not self._with(1) or not all("{}" in template for template in self.templates):
+        slots = {template.count("{}") for template in self.templates}
+        if 1 not in slots or 0 in slots:
             raise SettingsError('templates must hold "{}" where the concept goes.')
-        if len(self._with(1)) + len(self._with(2)) < len(self.templates):
+        if slots - {1, 2}:
             raise SettingsError('templates must hold "{}" once, or twice for two concepts.')
-
-    def _with(self, slots: int) -> list[str]:
-        return [template for template in self.templates if template.count("{}") == slots]
 
     @property
     def single_templates(self) -> Sequence[str]:
         """Templates for one concept."""
-        return self._with(1)
+        return [template for template in self.templates if template.count("{}") == 1]
 
     @property
     def pair_templates(self) -> Sequence[str]:
         """Templates for two concepts side by side; :data:`PAIR_TEMPLATES` if there are none."""
-        return self._with(2) or PAIR_TEMPLATES
+        found = [template for template in self.templates if template.count("{}") == 2]
+        return found or PAIR_TEMPLATES
 
 
 def lines_of(text: str) -> list[str]:

@@ -1,20 +1,24 @@
 """A merge as one value: its concepts, method and settings.
 
-The command line, a merge file, the recipe in a merged file, Python and the nodes all build one.
+The command line, a merge file, a recipe, Python and the nodes all build one, and all read its
+concepts' LoRAs here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from .concepts import PRESERVE_WEIGHT, AlwaysOn, Concept, Phrased, PromptKind, words_in
-from .errors import ConceptError, IterisError, MergeFileError, did_you_mean
+from .errors import ConceptError, IterisError, MergeFileError, SettingsError, did_you_mean
+from .hosts.protocol import Host
 from .lora import Lora
-from .lora_files import ReadOptions
+from .lora_files import ReadOptions, ReleasedBases
+from .lora_files.experts import joined_experts
 from .lora_files.metadata import find_phrases
 from .presets import PresetName
 
@@ -82,6 +86,21 @@ class Config(BaseModel):
 _NUMBERS = ("strength", "text_strength", "weight")
 
 
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number")
+    return value
+
+
+def _part(value: Any) -> Any:
+    """A string, or a list of its parts."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+_Number = Annotated[float, BeforeValidator(_number)]
+_Part = Annotated[str, BeforeValidator(_part)]
+
+
 class ConceptConfig(Phrased, Config):
     """A concept whose LoRA is still in a file. Without ``file`` the base should not change.
 
@@ -101,11 +120,11 @@ class ConceptConfig(Phrased, Config):
     class_word: str = Field(default="", validation_alias="class", serialization_alias="class")
     kind: PromptKind = "subject"
     always_on: AlwaysOn = "no"
-    strength: float = 1.0
-    text_strength: float | None = None
-    weight: float = Field(default=1.0, ge=0)
-    blocks: str = ""
-    layers: str = ""
+    strength: _Number = 1.0
+    text_strength: _Number | None = None
+    weight: _Number = Field(default=1.0, ge=0)
+    blocks: _Part = ""
+    layers: _Part = ""
     prompts: tuple[str, ...] | None = None
     subjects: tuple[str, ...] = ()
     sha256: str = ""
@@ -114,23 +133,10 @@ class ConceptConfig(Phrased, Config):
     source: str = Field(default="", exclude=True)
     changed: int = Field(default=0, exclude=True)
 
-    @field_validator(*_NUMBERS, mode="before")
-    @classmethod
-    def _number(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            raise ValueError("a number")
-        return value
-
     @field_validator("always_on", mode="before")
     @classmethod
     def _word(cls, value: Any) -> Any:
         return {"False": "no", "True": "yes"}.get(str(value), value)  # what YAML makes of them
-
-    @field_validator("blocks", "layers", mode="before")
-    @classmethod
-    def _part(cls, value: Any) -> Any:
-        """A string, or a list of its parts."""
-        return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
 
     @field_validator("reading")
     @classmethod
@@ -259,3 +265,59 @@ class MergeConfig(Config):
         """The configuration in built-in types only."""
         concepts = [concept.to_dict() for concept in self.concepts]
         return {key: getattr(self, key) for key in self.key_names()} | {"concepts": concepts}
+
+
+def read_concepts(host: Host | None, concepts: Any) -> list[Concept]:
+    """``concepts`` with their LoRAs; a file has its words in its metadata or in a note beside it.
+    Raises :class:`SettingsError` for anything but a list of concepts."""
+    if isinstance(concepts, str | Path | Concept):
+        what = "a single Concept" if isinstance(concepts, Concept) else repr(str(concepts))
+        raise SettingsError(f"concepts must be a list, not {what}; put it in brackets: [...].")
+    read: list[Concept] = []
+    for one in concepts:
+        if isinstance(one, str | Path):
+            one = ConceptConfig(file=Path(one))
+        if isinstance(one, ConceptConfig):
+            one = read_concept(one, host or ReleasedBases())
+        if not isinstance(one, Concept):
+            raise SettingsError(
+                f"concepts must be a list of Concept, not of {type(one).__name__}; pass "
+                "[Concept(host.read_lora(file), trigger=…), …]."
+            )
+        if one.lora is None and one.always_on != "no":
+            raise SettingsError(f"{one.name}: only a concept with a LoRA can be always on.")
+        read.append(one)
+    return read
+
+
+def read_concept(
+    config: ConceptConfig, host: Host | ReleasedBases, options: ReadOptions | None = None
+) -> Concept:
+    """The concept with its LoRA, or with those of two experts as one.
+
+    ``options`` apply unless a recipe recorded others. Raises :class:`IterisError` for a file that
+    does not fit ``host``.
+    """
+    if config.file is None:
+        return config.concept()
+    given, recorded = options or ReadOptions(), config.reading
+    text = config.strength if config.text_strength is None else config.text_strength
+    options = replace(
+        given,
+        allow_partial=bool(recorded.get("allow_partial")) or given.allow_partial,
+        energy=recorded.get("energy", given.energy),
+        text=text != 0,  # at strength 0 its text encoders may be those of another base, or missing
+        blocks=config.blocks or recorded.get("blocks", ""),
+        layers=config.layers or recorded.get("layers", ""),
+    )
+    lora = host.read_lora(config.file, options)
+    if config.low is not None:
+        experts = getattr(host, "experts", None)
+        if not experts:
+            raise ConceptError(
+                f"{config.low}: the base has one denoiser; give one file per concept."
+            )
+        read_low = getattr(host, "read_low", host.read_lora)
+        lora = joined_experts(lora, read_low(config.low, options), experts)
+    named = config if config.prompts is not None else config.with_found_words(lora.metadata)
+    return named.concept(lora)

@@ -4,45 +4,89 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import replace
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 
-from .composites import Composite
+from .calibration_prompts import Composite
 from .concepts import Calibration, Concept
-from .config import Unmergeable
+from .config import Unmergeable, read_concepts
 from .errors import IterisError, SettingsError, SiteError
-from .hosts.learned import EmbeddingTriggers, embedding_triggers
+from .hosts.diffusers_lora import load_adapter
+from .hosts.learned import embedding_triggers
 from .hosts.of_model import host_of
 from .hosts.protocol import Host
 from .hosts.rows import CLASSES
-from .lora import SiteChanges
-from .merge_result import MergeResult, Notes, result_of
+from .lora import Lora, SiteChanges
+from .lora_files import Layout
+from .lora_files.experts import write_by_expert
 from .methods import Method, find_method
 from .methods.fitting import notes_on, sizes_of, streams_of
 from .methods.registry import Merged, settings_over
+from .passes import changes as of_loras
 from .passes import preflight
-from .passes.changes import (
-    always_on,
-    changes_of,
-    check_sites,
-    means_of,
-    switched_on,
-    with_wordless_on,
-)
 from .passes.held_out import WHAT, expect_held_out, kept
 from .passes.job import Budget, Job, RunLog, within_time
 from .presets import PresetName
 from .progress import Forecast, OnProgress
-from .reading import read_concepts
+from .report.provenance import join_embeddings, lacks_of, merge_metadata, notes_of
+from .report.report import MergeReport, SiteReport
+from .saving import rescued
 from .settings import Settings
 from .solve.choose import THRESHOLDS, Thresholds
 from .solve.problem import Solution
 
 _log = logging.getLogger(__name__)
+
+Notes = list[tuple[str, list[str]]]
+"""Notes by the name of what they are on, for the report."""
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    lora: Lora
+    report: MergeReport
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        layout: Layout | None = None,
+        dtype: str | torch.dtype = "float16",
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the merged LoRA; see :func:`.lora_files.write_lora`. If that fails, the error says
+        where the merge is instead, as float32. One for two experts becomes two files,
+        ``<stem>_high_noise`` and ``<stem>_low_noise``; returns the first."""
+        with self._rescued():
+            return write_by_expert(
+                self.lora, Path(path), layout=layout, dtype=dtype, overwrite=overwrite
+            )[0]
+
+    def load_into(self, pipeline: Any, adapter_name: str = "iteris") -> None:
+        """Load the merged LoRA into a diffusers pipeline, just like its file, as the only active
+        adapter; an earlier one of that name is replaced.
+
+        ``pipeline.unload_lora_weights()`` removes it. Embeddings that came with the LoRAs are not
+        loaded; to use them, save the LoRA. Raises :class:`OutputError` if the pipeline cannot load
+        all of it, which also says in which file the merge is.
+        """
+        with self._rescued():
+            load_adapter(pipeline, self.lora, adapter_name)
+
+    @contextmanager
+    def _rescued(self) -> Generator[None]:
+        """Context whose errors say in which file the merge is."""
+        try:
+            yield
+        except IterisError as error:
+            write = partial(write_by_expert, self.lora, dtype="float32")
+            raise rescued(write, "merged.safetensors", error) from error
 
 
 def merge_loras(
@@ -100,25 +144,68 @@ def merge_loras(
         merged = Merged({}, RunLog())
     elif host is None or not chosen.needs_host:  # weights make no use of prompts
         merging = [concept for concept in merging if concept.lora is not None]
-        job = replace(job, concepts=merging, changes=changes_of(merging))
+        job = replace(job, concepts=merging, changes=of_loras.changes_of(merging))
         merged = chosen.merge(job, settings)
     else:
-        with switched_on(host, always):
+        with of_loras.switched_on(host, always):
             job, others, more = prepared(job, always, chosen, settings, unmergeable)
             merged, shares = _by_features(job, chosen, settings, more)
         noted += more
         if unmergeable == "mean":
-            means = means_of(job.concepts, others)
+            means = of_loras.means_of(job.concepts, others)
             solved = {site: Solution(change) for site, change in means.items()}
             merged = replace(merged, sites={**merged.sites, **solved})
         samples = job.calibration.samples  # that the time allowed, for the recipe
         calibration = replace(calibration, samples=samples, minutes=None)
-    sizes = sizes_of({**{site: SiteChanges(()) for site in merged.repairs}, **job.changes})
     seconds = time.perf_counter() - started
     job.eta.end()
-    return result_of(
-        merging, merged, sizes, always, chosen, settings, calibration, noted, shares, seconds
+    sizes = sizes_of({**{site: SiteChanges(()) for site in merged.repairs}, **job.changes})
+    log, every = merged.log, [*merging, *always]
+    solutions = {site: solution.change for site, solution in merged.sites.items()}
+    included = of_loras.changes_always(of_loras.always_on(always, "include"))
+    sites = of_loras.beside(solutions, included)
+    joined, notes = join_embeddings(every), notes_of(every)
+    where = {"include": "part of the merged LoRA", "outside": "load it beside the merged LoRA"}
+    for one in always:
+        why = "" if one.phrases else "no trigger word, so it acts on every prompt: "
+        note = f"{why}on while the others were merged; {where[one.always_on]}"
+        noted.append((one.name, [note]))
+    for name, more in (*noted, ("sites", log.notes), ("embeddings", joined.warnings)):
+        if more:
+            notes.setdefault(name, []).extend(more)
+    report = MergeReport(
+        method=chosen.name,
+        concepts=[concept.name for concept in merging],
+        sites={
+            site: SiteReport.of(
+                replace(merged.sites.get(site, Solution(change)), change=change),
+                len(merging),
+                repair=site in merged.repairs,
+                size=sizes.get(site, 0.0),
+            )
+            for site, change in sites.items()
+        },
+        seconds=seconds,
+        settings=asdict(settings),
+        calibration=asdict(calibration) if chosen.needs_host else {},
+        notes=notes,
+        rows=log.rows,
+        plan=list(log.plan),
+        short=list(log.short),
+        convergence=list(log.convergence),
+        preserved=[concept.name for concept in merging if concept.lora is None],
+        lacks=lacks_of(every),
+        kept=shares,
     )
+    bases = (concept.lora.base for concept in every if concept.lora is not None)
+    lora = Lora(
+        sites,
+        "merged",
+        merge_metadata(every, report, joined, [*map(embedding_triggers, every)]),
+        base=next((base for base in bases if base is not None), None),
+        embeddings=joined.embeddings,
+    )
+    return MergeResult(lora, report)
 
 
 def begun(
@@ -132,9 +219,9 @@ def begun(
 ) -> tuple[Job, list[Concept]]:
     """A job with its concepts and no changes yet, and the concepts that are always on."""
     if method.needs_host and host is not None and host.pictures:
-        concepts = with_wordless_on(concepts)
+        concepts = of_loras.with_wordless_on(concepts)
     counting = [concept for concept in concepts if concept.counts]
-    merged = always_on(counting, "no")
+    merged = of_loras.always_on(counting, "no")
     calibration = calibration.settled(sum(concept.lora is not None for concept in merged))
     eta, generator = Forecast(on_progress), torch.Generator().manual_seed(calibration.seed)
     job = Job(
@@ -148,7 +235,7 @@ def begun(
         thresholds=thresholds,
         eta=eta,
     )
-    return job, always_on(counting)
+    return job, of_loras.always_on(counting)
 
 
 def prepared(
@@ -165,7 +252,7 @@ def prepared(
     are no others."""
     concepts, wanted = job.concepts, job.calibration.samples
     job = _with_added(job, concepts, method)
-    check_sites(job.host, job.changes)
+    of_loras.check_sites(job.host, job.changes)
     sweeps = method.sweeps(settings)
     looked = preflight.unmergeable_sites(job, sweep=sweeps > 0)
     conditions = job.calibration.conditions
@@ -186,7 +273,7 @@ def prepared(
     if job.calibration.samples < wanted:
         job = _with_added(job, concepts, method)
     others = {site: job.changes[site] for site in found}
-    kept = {site: some for site, some in job.changes.items() if site not in found}
+    left = {site: some for site, some in job.changes.items() if site not in found}
     added = job.concepts[len(concepts) :]
     noted = [(one.name, [_added_note(one, concepts, always)]) for one in added]
     if job.calibration.samples < wanted:
@@ -197,26 +284,30 @@ def prepared(
         what = "get the mean of the LoRAs" if unmergeable == "mean" else "are LEFT OUT"
         note = f"{preflight.complaint(found, concepts, refused=False)}; they {what}"
         noted.append(("sites", [note]))
-    job = replace(job, changes=kept)
+    job = replace(job, changes=left)
     if job.host.pictures and len(job.concepts) > 1 and getattr(settings, "repair", False):
-        noted.append(("drift", notes_on(streams_of(job), kept)))
+        noted.append(("drift", notes_on(streams_of(job), left)))
     return job, others, noted
 
 
 def _with_added(job: Job, concepts: Sequence[Concept], method: Method) -> Job:
     """``job`` with ``concepts`` and those that its host adds for its number of samples."""
     added = job.host.added(concepts, job.calibration)
-    taken = [one for one in added if method.sums or not isinstance(one, Composite)]
-    return replace(job, concepts=[*concepts, *taken], changes=changes_of([*concepts, *taken]))
+    every = [*concepts, *(a for a in added if method.sums or not isinstance(a, Composite))]
+    return replace(job, concepts=every, changes=of_loras.changes_of(every))
 
 
 def _by_features(
     job: Job, method: Method, settings: Settings, noted: Notes
 ) -> tuple[Merged, dict[str, list[float]]]:
-    """The merge, and what held-out rows keep; adds notes to ``noted``."""
+    """The merge, and what held-out rows keep; adds to ``noted``, and logs inactive embeddings."""
     calls = [embedding_triggers(concept) for concept in job.concepts]
     with job.host.activate(calls) as in_force:
-        noted += _learned(job.concepts, calls, in_force)
+        for concept, of_one, names in zip(job.concepts, calls, in_force, strict=True):
+            warnings = of_one.warnings(names)
+            noted.append((concept.name, [*of_one.notes(names), *warnings]))
+            for warning in warnings:
+                _log.warning("%s: %s", concept.name, warning)
         merged = method.merge(job, settings)
         changes = {site: solution.change for site, solution in merged.sites.items()}
         try:
@@ -241,16 +332,3 @@ def _added_note(added: Concept, concepts: Sequence[Concept], always: Sequence[Co
         f"{note}. {', '.join(wordless)} has no trigger word, so a part of it may reach them; if it "
         "should act on every prompt, mark it as always on (always_on=include)"
     )
-
-
-def _learned(
-    concepts: Sequence[Concept], calls: Sequence[EmbeddingTriggers], in_force: Sequence[Set[str]]
-) -> Notes:
-    """Notes on each concept's embeddings; warnings are logged as well."""
-    found: Notes = []
-    for concept, of_one, names in zip(concepts, calls, in_force, strict=True):
-        warnings = of_one.warnings(names)
-        found.append((concept.name, [*of_one.notes(names), *warnings]))
-        for warning in warnings:
-            _log.warning("%s: %s", concept.name, warning)
-    return found

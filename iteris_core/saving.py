@@ -14,11 +14,7 @@ from pathlib import Path
 
 from .errors import IterisError, OutputError, SaveError, brief
 
-_FULL = {
-    code
-    for name in ("ENOSPC", "EDQUOT", "EFBIG")
-    if (code := getattr(errno, name, None)) is not None
-}
+_FULL = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -48,11 +44,13 @@ def atomically(path: Path, undo: ExitStack | None = None) -> Generator[Path]:
             unfinished.replace(target)
     except IterisError:
         raise
+    except OSError as error:
+        raise SaveError(_sentence(path, error, error.errno or 0)) from error
     except Exception as error:
-        code = _code_of(error)
-        if code is None:
+        match = _OS_ERROR.search(str(error))  # other libraries name it only in their message
+        if match is None:
             raise
-        raise SaveError(_sentence(path, error, code)) from error
+        raise SaveError(_sentence(path, error, int(match[1]))) from error
 
 
 def _undone(path: Path, undo: ExitStack) -> None:
@@ -111,22 +109,11 @@ def check_place(path: Path) -> None:
         raise SaveError(_sentence(path, error, error.errno or 0)) from error
 
 
-def _code_of(error: Exception) -> int | None:
-    """The operating system's error number; other libraries have it only in their message."""
-    if isinstance(error, OSError):
-        return error.errno or 0
-    match = _OS_ERROR.search(str(error))
-    return int(match[1]) if match else None
-
-
 def _sentence(path: Path, error: Exception, code: int) -> str:
     there = "the existing file is unchanged" if path.exists() else "no partial file is left"
-    why, what = (
-        os.strerror(code) if code else brief(error),
-        "Make it writable, or choose another folder.",
-    )
+    why = os.strerror(code) if code else brief(error)
+    what = "Make it writable, or choose another folder."
     if code in _FULL:
-        free = shutil.disk_usage(path.parent).free / 1e6
-        why = f"{why}; {free:.1f} MB free on the disk"
+        why = f"{why}; {shutil.disk_usage(path.parent).free / 1e6:.1f} MB free on the disk"
         what = "Make room, or choose a folder on another disk."
     return f"{path} cannot be written ({why}); {there}. {what}"

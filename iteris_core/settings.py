@@ -74,7 +74,11 @@ class Setting:
         elif isinstance(value, float) and int in self.types:
             right = float in self.types and 0 < value < 1
         else:
-            right, expected = self._within(value), self._range() or expected
+            right, expected = math.isfinite(value), self._range() or expected
+            right &= self.low is None or self.low <= value
+            right &= self.above is None or self.above < value
+            right &= self.high is None or value <= self.high
+            right &= self.below is None or value < self.below
         if not right:
             others = f" (or {', or '.join(self._alternatives())})" if self._alternatives() else ""
             written = repr(value) if isinstance(value, str) else value
@@ -110,15 +114,6 @@ class Setting:
         """The help text, with the meaning of None."""
         return f"{self.help} none: {self.none}." if self.none else self.help
 
-    def _within(self, value: float) -> bool:
-        return (
-            math.isfinite(value)
-            and (self.low is None or self.low <= value)
-            and (self.above is None or self.above < value)
-            and (self.high is None or value <= self.high)
-            and (self.below is None or value < self.below)
-        )
-
     def _type(self) -> str:
         if bool in self.types:
             return "true or false"
@@ -143,7 +138,7 @@ class Setting:
     def _alternatives(self) -> list[str]:
         of = f" of {self.share}" if self.share else ""
         share = [f"a share{of} between 0 and 1"] if {int, float} <= self.types else []
-        words = list(self.choices) if self.types & {int, float} else []
+        words = self.choices if self.types & {int, float} else ()
         return [*share, *words, *(["none"] if self.optional else [])]
 
 
@@ -158,9 +153,6 @@ class Settings:
     removed: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
-        self.check()
-
-    def check(self) -> None:
         """Raise :class:`SettingsError` for the first field that is out of range."""
         for declared in declared_settings(type(self)).values():
             declared.check(getattr(self, declared.name))

@@ -8,10 +8,8 @@ from comfy_api.latest import ComfyExtension, io
 
 from .comfy_internals import missing, sentence
 from .comfy_routes import add_routes
-from .concept_nodes import IterisConcept, PreservePrompts
-from .edit_nodes import ExtractLora, ResizeLora
-from .inspect_node import InspectLoras
-from .loras_node import IterisLoras
+from .concept_nodes import IterisConcept, IterisLoras, PreservePrompts
+from .edit_nodes import ExtractLora, InspectLoras, ResizeLora
 from .merge_nodes import CompareMerges, IterisMerge, IterisMergeExperts
 from .merge_settings import IterisMergeSettings
 from .save_node import SaveMergedLora

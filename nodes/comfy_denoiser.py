@@ -172,9 +172,12 @@ class Denoiser:
 
     def _converted(self, text: Conditioning) -> list[dict[str, Any]]:
         conds = comfy.sampler_helpers.convert_cond([self.references.beside(text)])
+        controls = [cond["control"] for cond in conds if cond.get("control") is not None]
+        hooked = any("hooks" in cond for cond in conds)
+        hooked = hooked or any(control.get_extra_hooks() for control in controls)
         # For these models, weights move to the device when used.
         known = optional("comfy.model_patcher.ModelPatcher.is_dynamic") is not None
-        if known and self.model.is_dynamic() and any(map(_has_hooks, conds)):
+        if hooked and known and self.model.is_dynamic():
             raise ModelStateError(
                 "The CLIP or the CONDITIONING has hooks for MODEL. Under DynamicVRAM these run on "
                 "a copy of the model that a merge cannot see. Load the LoRA with Load LoRA "
@@ -190,8 +193,3 @@ class Denoiser:
         if mask is not None:
             mask = comfy.sampler_helpers.prepare_mask(mask, torch.Size(shape), "cpu")
         return latent, mask
-
-
-def _has_hooks(cond: dict[str, Any]) -> bool:
-    control = cond.get("control")
-    return "hooks" in cond or (control is not None and bool(control.get_extra_hooks()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from ..iteris_core.architectures import Architecture, architecture_of_sites
-from ..iteris_core.architectures.row_mapping import Alias, Shapes
+from ..iteris_core.architectures.row_mapping import Alias, Shapes, permuted, whole
 from ..iteris_core.architectures.sites import weight_shape
 from ..iteris_core.errors import BaseError, IterisError, LoraFileError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import BaseModel, ReadOptions, read_lora_file
-from ..iteris_core.lora_files.aliases import vector_names
+from ..iteris_core.lora_files.aliases import kohya_names, vector_names
 from ..iteris_core.lora_files.embeddings import file_names, unbundled
 from ..iteris_core.lora_files.parts import split_key
 from .comfy_internals import comfy, memory
 from .comfy_learned import with_embeddings
-from .comfy_names import (
-    alias_of,
-    best_names,
-    in_denoiser,
-    names_to_write,
-    our_names,
-    with_missing_names,
-)
 
 _TEXT = re.compile(r"(lora|lycoris)_te|text_encoder|te\d?[._]|clip_[lgh]\.|t5xxl|text_model|cond_")
 """Prefix of text encoders' names in LoRA files."""
@@ -78,7 +70,10 @@ class ComfySites:
                 self._refused[name] = alias
             else:
                 aliases[name] = alias
-        kind = _architecture(model, shapes)
+        # A UNet's sites have diffusers' names; other denoisers have just the class name.
+        unet = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+        known = architecture_of_sites(shapes) if unet else None
+        kind = known or Architecture("comfyui", type(model.model).__name__, denoiser="unet")
         written = names_to_write(kind, shapes, {n: a for n, a in aliases.items() if n in stock})
         others = {k: p for k, p in _parameters(model, clip).items() if k not in self.names}
         self._parameters = {our_name(key): key for key in others}
@@ -115,7 +110,11 @@ class ComfySites:
             return converted
 
         lora = read_lora_file(path, self.base, self.weight, options, convert)
-        return replace(lora, source=_name_of(path))
+        whole = path.resolve()
+        for folder in map(Path, folder_paths.get_folder_paths("loras")):
+            if whole.is_relative_to(folder.resolve()):  # as Load LoRA lists it
+                return replace(lora, source=whole.relative_to(folder.resolve()).as_posix())
+        return replace(lora, source=path.name)
 
     def _root(self, key: str) -> nn.Module:
         root: nn.Module = self._model.model if in_denoiser(key) else self._clip.cond_stage_model
@@ -185,14 +184,6 @@ def _stock_key_map(model: Any, clip: Any) -> dict[str, Any]:
     return comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
 
 
-def _name_of(path: Path) -> str:
-    """The name below models/loras, as Load LoRA lists it; for a file elsewhere, its own name."""
-    for folder in folder_paths.get_folder_paths("loras"):
-        if path.resolve().is_relative_to(Path(folder).resolve()):
-            return path.resolve().relative_to(Path(folder).resolve()).as_posix()
-    return path.name
-
-
 def _weight_key(target: Any) -> str:
     return target if isinstance(target, str) else target[0]
 
@@ -204,13 +195,6 @@ def _parameters(model: Any, clip: Any) -> dict[str, nn.Parameter]:
     return {key: value for key, value in found.items() if value.is_floating_point()}
 
 
-def _architecture(model: Any, shapes: Shapes) -> Architecture:
-    """A UNet's architecture, whose sites have diffusers' names; for others, just the class name."""
-    unet = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    kind = architecture_of_sites(shapes) if unet else None
-    return kind or Architecture("comfyui", type(model.model).__name__, denoiser="unet")
-
-
 def _is_site(root: nn.Module, path: str) -> bool:
     try:
         module = root.get_submodule(path)
@@ -218,3 +202,99 @@ def _is_site(root: nn.Module, path: str) -> bool:
         return False
     # Quantised layers are not nn.Linear, but expose their width.
     return isinstance(module, nn.Conv2d) or hasattr(module, "in_features")
+
+
+def in_denoiser(key: str) -> bool:
+    return key.startswith("diffusion_model.")
+
+
+def our_names(model: Any, clip: Any) -> Callable[[str], str]:
+    """A function from a parameter's key in ComfyUI to its name here.
+
+    A UNet's modules get diffusers' names; other denoisers keep their own, as in kohya files.
+    """
+    unet = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    named = {f"diffusion_model.{ours}": theirs for theirs, ours in unet.items()}
+    encoders = [] if clip is None else [n for n, _ in clip.cond_stage_model.named_children()]
+    order = [name for name in ("clip_l", "clip_h", "clip_g") if name in encoders]
+    order += [name for name in encoders if name not in order]
+
+    def name(key: str) -> str:
+        if in_denoiser(key):
+            module, _, leaf = key.rpartition(".")
+            weight = named.get(f"{module}.weight", f"{module.removeprefix('diffusion_model.')}.")
+            return f"unet.{weight.rpartition('.')[0]}.{leaf}"
+        encoder, _, rest = key.partition(".")
+        number = order.index(encoder) + 1 if encoder in order else 1
+        component = "text_encoder" if number == 1 else f"text_encoder_{number}"
+        # A layer outside the encoders, such as LTX-2's projection, keeps its name.
+        rest = rest.removeprefix("transformer.") if "." in rest else key
+        return f"{component}.{rest}"
+
+    return name
+
+
+def with_missing_names(key_map: dict[str, Any]) -> dict[str, Any]:
+    """Names that current diffusers and transformers write but ComfyUI's maps lack."""
+    added: dict[str, Any] = {}
+    for name, target in key_map.items():
+        if ".processor.to_" in name:
+            plain = name.replace(".processor.to_", ".to_")
+            added[f"{plain}.0" if plain.endswith(".to_out") else plain] = target
+        if name.startswith("text_encoder") and ".text_model." in name:
+            added[name.replace(".text_model.", ".", 1)] = target
+    return {**added, **key_map}
+
+
+def names_to_write(
+    kind: Architecture, shapes: Shapes, stock: Mapping[str, Alias]
+) -> dict[str, Alias]:
+    """One name per site: sd-scripts' if the stock key map has it, otherwise another kohya name,
+    otherwise ComfyUI's generic one (``text_encoders.…``)."""
+    written = {n: a for n, a in kohya_names(kind, shapes).items() if stock.get(n) == a}
+    named = {alias[0].site for alias in written.values()}
+    for prefix in ("lora_unet_", "lora_te", "lora_", "text_encoders.", ""):
+        for name, alias in stock.items():
+            site = alias[0].site
+            if name.startswith(prefix) and site not in named and alias == whole(site, shapes):
+                written[name] = alias
+                named.add(site)
+    return written
+
+
+def best_names(stock: Mapping[str, Any]) -> dict[str, str]:
+    """Key of a whole tensor → its name for writing: sd-scripts' for a UNet, with diffusers' module
+    names, or ComfyUI's own."""
+    best: dict[str, str] = {}
+    for prefix in ("lora_unet_", "text_encoders.", ""):
+        for name, target in reversed(stock.items()):
+            if isinstance(target, str) and name.startswith(prefix):
+                best.setdefault(target, name)
+    return best
+
+
+def alias_of(site: str, shapes: Shapes, target: Any) -> Alias | str:
+    """The alias for a name in ComfyUI's key map, or a description of a change that no alias can
+    express.
+
+    ``target`` is a weight key, or (key, (dimension, start, length) or None[, function on the
+    change]); ComfyUI's functions swap the halves of the rows.
+    """
+    if isinstance(target, str):
+        return whole(site, shapes)
+    offset, function = (*target[1:], None)[:2]
+    dimension, start, length = offset or (0, 0, shapes[site][0])
+    if dimension != 0:
+        return f"columns {start} to {start + length} of {site}, which is not read here"
+    if start + length > shapes[site][0]:  # Lumina 2 under Z-Image's names, with fewer heads in k, v
+        return f"rows {start} to {start + length} of {site}, which has {shapes[site][0]}"
+    rows = torch.arange(length)[:, None]
+    if function is None:
+        return permuted(site, range(length), start)
+    try:
+        order = function(rows).flatten()
+    except Exception as error:  # it may need more than one column
+        return f"{site} by an unknown function ({error})"
+    if order.dtype != rows.dtype or order.sort().values.tolist() != list(range(length)):
+        return f"{site} by a function that is not a row permutation, which is not supported"
+    return permuted(site, order.tolist(), start)

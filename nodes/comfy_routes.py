@@ -10,7 +10,7 @@ from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files import read_header
 from ..iteris_core.lora_files.blocks import LISTS, PRESETS
 from ..iteris_core.lora_files.metadata import find_phrases
-from .lora_stacks import lora_path
+from .concept_specs import lora_path
 
 
 def words_of_lora(name: str) -> dict[str, str]:

@@ -40,7 +40,10 @@ class TextEncoders:
     """The text encoders of one CLIP; :meth:`close` restores it."""
 
     def __init__(self, clip: Any) -> None:
-        if _changes_over_steps(clip):
+        groups = (clip.patcher.forced_hooks, getattr(clip, "apply_hooks_to_conds", None))
+        hooks = [hook for group in groups if group is not None for hook in group.hooks]
+        scheduled = bool(hooks) and getattr(clip, "use_clip_schedule", False)
+        if scheduled or any(not hook.hook_keyframe.is_empty() for hook in hooks):
             raise IterisError(
                 "The CLIP has a hook schedule, so its weights change between steps; connect the "
                 "CLIP from before Set CLIP Hooks."
@@ -197,7 +200,12 @@ class TextBatch:
         keys = [(loaded if self.sites else _NOTHING, _key(section)) for section in sections]
         outputs_of = self._found[copy]
         if all(key in outputs_of for key in keys):
-            return _join([outputs_of[key] for key in keys])
+            states, pooled, *extra = zip(*(outputs_of[key] for key in keys), strict=True)
+            return (
+                torch.cat(states),
+                None if pooled[0] is None else torch.cat(pooled),
+                *({key: torch.cat([e[key] for e in some]) for key in some[0]} for some in extra),
+            )
         outputs: list[Any] = []  # for a composite that alters the tokens
 
         def run() -> None:
@@ -207,13 +215,6 @@ class TextBatch:
         merged = copy == 1
         lockstep.run(MicroBatch(run, owners, 1, merged_only=merged, conditions=conditions))
         return outputs[0]
-
-
-def _changes_over_steps(clip: Any) -> bool:
-    groups = (clip.patcher.forced_hooks, getattr(clip, "apply_hooks_to_conds", None))
-    hooks = [hook for group in groups if group is not None for hook in group.hooks]
-    scheduled = any(not hook.hook_keyframe.is_empty() for hook in hooks)
-    return scheduled or bool(hooks and getattr(clip, "use_clip_schedule", False))
 
 
 def _sections(encoder: Any, pairs: Sequence[Any]) -> list[list[Any]]:
@@ -245,13 +246,4 @@ def _slice(outputs: Any, at: int) -> Any:
         states[at : at + 1].to(where),
         None if pooled is None else pooled[at : at + 1].to(where),
         *({key: value[at : at + 1] for key, value in some.items()} for some in extra),
-    )
-
-
-def _join(rows: Sequence[Any]) -> Any:
-    states, pooled, *extra = zip(*rows, strict=True)
-    return (
-        torch.cat(states),
-        None if pooled[0] is None else torch.cat(pooled),
-        *({key: torch.cat([e[key] for e in some]) for key in some[0]} for some in extra),
     )

@@ -1,17 +1,29 @@
-"""Nodes that define what to merge."""
+"""Nodes that define what to merge: one concept, prompts to preserve, and many LoRAs."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import folder_paths
 from comfy_api.latest import io
 
 from ..iteris_core.concepts import PRESERVE_WEIGHT, PromptKind, lines_of
 from ..iteris_core.config import ConceptConfig
 from ..iteris_core.errors import IterisError
-from .concept_specs import ALWAYS, Kind, changed, make_spec
-from .lora_stacks import lora_path, specs_of
+from .comfy_runtime import show_text
+from .concept_specs import (
+    ALWAYS,
+    KINDS,
+    Kind,
+    changed,
+    lora_path,
+    make_spec,
+    phrases_in,
+    specs_of,
+    with_words,
+)
 from .schema import (
     NONE,
     advanced,
@@ -116,3 +128,107 @@ class PreservePrompts(io.ComfyNode):
             raise IterisError("Preserve Prompts is empty; write one prompt per line.")
         spec = ConceptConfig.preserve(lines, weight)
         return io.NodeOutput((*specs_of(concepts), spec))
+
+
+ROWS = 10
+"""Number of LoRAs on one node; the front end shows those in use and one more (web/iteris.js)."""
+
+_SOURCES = {"you": "", "file": " (from the file)", "captions": " (a guess from its captions)",
+            "input": " (from trigger_words)"}  # fmt: skip
+
+
+def _named(number: int, what: str) -> dict[str, Any]:
+    return {"display_name": f"{number} {what}", "optional": True}
+
+
+def _row(number: int, names: list[str]) -> list[Any]:
+    named = partial(_named, number)
+    return [
+        io.Combo.Input(f"lora_{number}", options=names, default=NONE, **named("LoRA")),
+        io.Boolean.Input(
+            f"on_{number}", default=True, label_on="on", label_off="off", **named("on")
+        ),
+        strength_input(f"strength_{number}", **named("strength")),
+        strength_input(f"clip_{number}", **named("clip strength")),
+        weight_input(f"weight_{number}", **named("weight")),
+        io.Combo.Input(
+            f"prompts_{number}", options=list(KINDS), default="subject", **named("prompts")
+        ),
+        io.String.Input(f"words_{number}", default="", **named("words")),
+    ]
+
+
+class IterisLoras(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        names = [NONE, *folder_paths.get_filename_list("loras")]
+        return schema(
+            "IterisLoras",
+            ["lora stack", "power lora loader", "multi lora", "lora merger", "load loras"],
+            inputs=[
+                *(part for number in range(1, ROWS + 1) for part in _row(number, names)),
+                io.String.Input("lines", default="", multiline=True, optional=True),
+                # After all others, so that older saved graphs keep the positions of their values.
+                *(
+                    io.String.Input(f"blocks_{number}", default="", **_named(number, "blocks"))
+                    for number in range(1, ROWS + 1)
+                ),
+                io.String.Input("trigger_words", optional=True, force_input=True),
+                concepts_input(optional=True),
+            ],
+            outputs=("concepts", "trigger_words"),
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, lines: str = "", trigger_words: str | None = None, concepts: Any = (), **rows: Any
+    ) -> io.NodeOutput:
+        of_rows = (_spec(number, lines, rows) for number in range(1, ROWS + 1))
+        specs = [*specs_of(concepts), *filter(None, of_rows)]
+        specs = list(with_words(specs, trigger_words or ""))
+        show_text("\n".join(map(_line, specs)) or "No LoRA is on.", cls.hidden.unique_id)
+        phrases = [phrase for spec in specs if spec.file is not None for phrase in spec.phrases]
+        return io.NodeOutput(tuple(specs), ", ".join(dict.fromkeys(phrases)))
+
+    @classmethod
+    def fingerprint_inputs(cls, **values: Any) -> Any:
+        names = [values.get(f"lora_{number}") for number in range(1, ROWS + 1)]
+        return [changed(lora_path(name)) for name in names if name not in (None, NONE)]
+
+
+def _spec(number: int, lines: str, rows: dict[str, Any]) -> ConceptConfig | None:
+    def value(name: str, default: Any) -> Any:
+        return rows.get(f"{name}_{number}", default)
+
+    name, kind = value("lora", NONE), value("prompts", "subject")
+    if name in (None, NONE) or not value("on", True):
+        return None
+    if kind == "lines" and not lines.strip():
+        raise IterisError(
+            f"The prompts of LoRA {number}, {name}, are set to lines, but lines is empty; write "
+            "one prompt per line there, or choose another kind of prompts."
+        )
+    return make_spec(
+        lora_path(name),
+        prompts=lines if kind == "lines" else "",
+        strength=value("strength", 1.0),
+        text_strength=value("clip", 1.0),
+        weight=value("weight", 1.0),
+        kind=kind,
+        phrases=phrases_in(value("words", "")),
+        blocks=value("blocks", "").strip(),
+    )
+
+
+def _line(spec: ConceptConfig) -> str:
+    """The line for a concept on the node."""
+    if spec.file is None:
+        return "base: unchanged"
+    if spec.always_on != "no":
+        return f"{spec.file.stem} at {spec.strength:g}: always on, part of the merged LoRA"
+    words = "; ".join(spec.phrases) or "no words: it acts on every prompt"
+    clip = spec.strength if spec.text_strength is None else spec.text_strength
+    strengths = f"{spec.strength:g}" if clip == spec.strength else f"{spec.strength:g}/{clip:g}"
+    source = _SOURCES.get(spec.source, f" (from {spec.source})") if spec.phrases else ""
+    return f"{spec.file.stem} at {strengths}: {words}{source}"

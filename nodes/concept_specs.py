@@ -1,18 +1,22 @@
-"""The nodes' concepts, before there is a MODEL for which to read their LoRA files."""
+"""The nodes' concepts, before there is a MODEL for which to read their LoRA files; other packs'
+stacks as concepts."""
 
 from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import folder_paths
 
 from ..iteris_core.concepts import PromptKind, lines_of
 from ..iteris_core.config import ConceptConfig
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files import read_header
 from ..iteris_core.lora_files.metadata import sidecars
+from .schema import NONE
 
 DENOISER = "unet"
 """The component name of a MODEL in site names."""
@@ -48,9 +52,8 @@ def make_spec(
     if kind == ALWAYS:
         return spec.model_copy(update={"always_on": "include"})
     if not spec.phrases:
-        spec = (
-            spec.called(phrases, "you") if phrases else spec.with_found_words(read_header(file)[1])
-        )
+        found = spec.with_found_words
+        spec = spec.called(phrases, "you") if phrases else found(read_header(file)[1])
     if embedding:
         spec = spec.model_copy(update={"trigger": f"embedding:{embedding}", "subjects": ()})
     return spec.model_copy(update={"prompts": filled(lines, spec.phrases, file) or None})
@@ -79,16 +82,12 @@ def changed(file: Path) -> int:
     """The time stamp of a LoRA file, or of a newer file beside it: embeddings, trigger words,
     prompts."""
     beside = list(file.parent.glob(f"{glob.escape(file.stem)}_*.safetensors"))
-    beside += [*sidecars(file), *filter(Path.is_file, [_prompts_file(file)])]
+    beside += [*sidecars(file), *filter(Path.is_file, [file.with_name(file.stem + _PROMPTS)])]
     return max(path.stat().st_mtime_ns for path in (file, *beside))
 
 
-def _prompts_file(file: Path) -> Path:
-    return file.with_name(file.stem + _PROMPTS)
-
-
 def _prompts_beside(file: Path) -> list[str]:
-    path = _prompts_file(file)
+    path = file.with_name(file.stem + _PROMPTS)
     try:
         lines = lines_of(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -99,3 +98,96 @@ def _prompts_beside(file: Path) -> list[str]:
     if not lines:
         raise IterisError(f"{path.name} is empty; write one prompt per line.")
     return lines
+
+
+_NAMES = ("name", "lora_name", "lora", "file", "path")
+_STRENGTHS = ("strength", "strength_model", "model_strength", "model_weight", "weight")
+_CLIP = ("clip_strength", "strength_clip", "strengthTwo", "clip_weight")
+_ON = ("on", "enabled", "active")
+
+
+def lora_path(name: str) -> Path:
+    return Path(folder_paths.get_full_path_or_raise("loras", name))
+
+
+def specs_of(value: Any) -> tuple[ConceptConfig, ...]:
+    """Concepts unchanged, and every LoRA of a LORA_STACK with its known trigger words."""
+    given = [one for one in value or () if one is not None]  # core's rows may have gaps
+    made = (one if isinstance(one, ConceptConfig) else _spec(one) for one in given)
+    return tuple(spec for spec in made if spec is not None)
+
+
+def with_words(specs: Sequence[ConceptConfig], text: str) -> tuple[ConceptConfig, ...]:
+    """``specs`` with another node's trigger words: one phrase per LoRA in order, or the unassigned
+    words for the only LoRA without any."""
+    phrases = phrases_in(text)
+    named = [spec.file is not None and spec.always_on == "no" for spec in specs]
+    loras = [at for at, one in enumerate(named) if one]
+    if not phrases or not loras:
+        return tuple(specs)
+    named = list(specs)
+    if len(phrases) == len(loras):
+        for at, phrase in zip(loras, phrases, strict=True):
+            named[at] = named[at].called([phrase], "input")
+        return tuple(named)
+    silent = [at for at in loras if not named[at].phrases]
+    known = {phrase.lower() for spec in specs for phrase in spec.phrases}
+    left = [phrase for phrase in phrases if phrase.lower() not in known]
+    if len(silent) == 1 and left:
+        named[silent[0]] = named[silent[0]].called(left, "input")
+    elif silent:
+        names = ", ".join(file.name for at in silent if (file := named[at].file))
+        raise IterisError(
+            f"trigger_words has {len(phrases)} phrases for {len(loras)} LoRAs, and it is unclear "
+            f"which are for {names}; give one phrase per LoRA, in order, separated by ;."
+        )
+    return tuple(named)
+
+
+def _spec(entry: Any) -> ConceptConfig | None:
+    """An entry of a stack: (name, strength[, clip strength]), or an equivalent dictionary; None if
+    it is off or has no name."""
+    if isinstance(entry, Mapping):
+        values = dict(entry)
+        if not all(values.get(name, True) for name in _ON):
+            return None
+        name, strength = _first(values, _NAMES, str), _first(values, _STRENGTHS, (int, float))
+        clip = _first(values, _CLIP, (int, float))
+    elif isinstance(entry, Sequence) and not isinstance(entry, str) and entry:
+        name, strength, clip = (*entry, None, None)[:3]
+    else:
+        raise _unreadable(entry)
+    if name is None or name in ("", "None", NONE):
+        if isinstance(entry, Mapping) and name is None:
+            raise _unreadable(entry)
+        return None
+    try:
+        strengths = [None if value is None else float(value) for value in (strength, clip)]
+    except (TypeError, ValueError) as error:
+        raise _unreadable(entry) from error
+    strength = 1.0 if strengths[0] is None else strengths[0]
+    return make_spec(_found(str(name)), strength=strength, text_strength=strengths[1])
+
+
+def _found(name: str) -> Path:
+    """The LoRA ``name`` in models/loras, with or without its extension or folders."""
+    if path := folder_paths.get_full_path("loras", name):
+        return Path(path)
+    for known in folder_paths.get_filename_list("loras"):
+        plain = known.replace("\\", "/")
+        ours = name.replace("\\", "/")
+        if ours in (plain, plain.rpartition(".")[0]) or ours.endswith(f"/{plain}"):
+            return lora_path(known)
+    raise IterisError(f"There is no LoRA {name} in models/loras; is it in a subfolder?")
+
+
+def _first(values: Mapping[str, Any], names: Sequence[str], kind: Any) -> Any:
+    return next((values[n] for n in names if isinstance(values.get(n), kind)), None)
+
+
+def _unreadable(entry: Any) -> IterisError:
+    keys = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
+    return IterisError(
+        f"The LORA_STACK has an entry in an unknown format ({keys}); expected is (name, strength, "
+        "clip strength) or a dictionary with name and strength."
+    )

@@ -1,29 +1,49 @@
-"""Nodes besides merging: resize a LoRA, and extract one from a fine-tune."""
+"""Nodes besides merging: they inspect LoRAs and preview their merge, resize a LoRA, and extract one
+from a fine-tune."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, Literal
 
 from comfy_api.latest import io
 
 from ..iteris_core.concepts import Calibration, lines_of
+from ..iteris_core.config import read_concept
 from ..iteris_core.edit.extract import extract_lora
 from ..iteris_core.edit.resize import resize_lora
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
-from ..iteris_core.reading import read_concept
+from ..iteris_core.preview import preview_merge
+from ..iteris_core.report.inspection import (
+    describe,
+    interference,
+    numbered,
+    plot_loras,
+    to_table,
+)
 from ..iteris_core.solve.ranks import Target
 from .comfy_host import ComfyHost
 from .comfy_lora import apply_lora
 from .comfy_runtime import NodeProgress, files_behind, show_text
 from .comfy_state import ready_for_merge
-from .lora_stacks import specs_of
+from .concept_specs import specs_of
 from .merge_settings import Request
 from .merging import LoraModel as TensorsOfLora
-from .schema import GRAPH, MERGED, MergeSettings, concepts_input, schema, setting_input
+from .pictures import figure_image
+from .schema import (
+    GRAPH,
+    MERGED,
+    MergeSettings,
+    concepts_input,
+    method_inputs,
+    model_inputs,
+    schema,
+    setting_input,
+)
 
 _ITEMSIZE = 2  # bytes per number in the file: float16
 
@@ -165,3 +185,68 @@ class ExtractLora(io.ComfyNode):
                 base, tuned, target, base.base, prompts=lines_of(prompts) or None, **edit.run
             )
         return edit.output(found.lora, [found.summary()])
+
+
+_ALIKE = 0.5
+"""The conflict at which two LoRAs count as alike. For changes of equal size it is their cosine:
+they share half of their effect."""
+
+
+class InspectLoras(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "IterisInspectLoras",
+            ["lora info", "lora interference", "dry run", "lora compatibility"],
+            inputs=[*model_inputs(), *method_inputs()],
+            group="files",
+            outputs=("plot", "table"),
+            hidden=GRAPH,
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, concepts: Any, clip: Any = None, method: str = "iteris", **values: Any
+    ) -> io.NodeOutput:
+        node_id = cls.hidden.unique_id
+        request = Request.of(values, files_behind(cls.hidden, "model"), model)
+        specs = specs_of(concepts)
+        with ready_for_merge(clip), ComfyHost(model, clip, **request.base) as host:
+            reading = ReadOptions(allow_partial=True, vectors=True)
+            loaded = [read_concept(spec, host, reading) for spec in specs]
+            loras = numbered([replace(c.lora, name=c.name) for c in loaded if c.lora is not None])
+            if not loras:
+                raise IterisError("No LoRA is connected; connect at least one.")
+            pairs = [interference(one, two) for one, two in combinations(loras, 2)]
+            facts = [describe(lora) for lora in loras]
+            lines = [to_table(facts, pairs)]
+            for lora in loras:
+                lines += [f"{lora.name}: {note}" for note in lora.notes]
+            lines += [
+                f"{pair.first} and {pair.second} are ALIKE ({pair.conflict:.0%}): two versions of "
+                "one LoRA? Merge one of them."
+                for pair in pairs
+                if pair.conflict > _ALIKE
+            ]
+            lines += [
+                f"{concept.name}: no trigger words and no prompts; it acts on every prompt. Type "
+                "its words if it has any."
+                for spec, concept in zip(specs, loaded, strict=True)
+                if spec.file is not None
+                and spec.prompts is None
+                and not spec.phrases
+                and spec.always_on == "no"
+            ]
+            try:
+                lines += preview_merge(
+                    host,
+                    loaded,
+                    **request.config(specs, method).choices,
+                    on_progress=NodeProgress(node_id),
+                    memory_budget=request.memory_budget,
+                ).lines()
+            except IterisError as error:
+                lines.append(f"A merge would fail: {error}")
+        table = "\n".join(lines)
+        show_text(table, node_id)
+        return io.NodeOutput(figure_image(plot_loras(facts)), table)

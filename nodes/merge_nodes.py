@@ -16,10 +16,10 @@ from ..iteris_core.report.provenance import scaled_lora
 from .comfy_host import BOUNDARY
 from .comfy_lora import apply_lora
 from .comfy_runtime import files_behind, show_text
-from .lora_folders import how_to_call
-from .lora_stacks import specs_of
+from .concept_specs import specs_of
 from .merge_settings import Request
 from .merging import as_lora_model, as_lora_models, merged
+from .save_node import how_to_call
 from .schema import (
     GRAPH,
     MERGED,

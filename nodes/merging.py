@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..iteris_core.concepts import Calibration
-from ..iteris_core.config import ConceptConfig, MergeConfig
+from ..iteris_core.config import ConceptConfig, MergeConfig, read_concept
 from ..iteris_core.errors import IterisError, OutOfMemory
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions, to_tensors
@@ -24,7 +24,6 @@ from ..iteris_core.lora_files.experts import split_experts
 from ..iteris_core.lora_files.tensors import content_hash
 from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
-from ..iteris_core.reading import read_concept
 from ..iteris_core.report.provenance import cut_lora, is_ordered
 from ..iteris_core.settings import declared_settings
 from ..iteris_core.solve.choose import THRESHOLDS, Thresholds

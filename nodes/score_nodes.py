@@ -12,7 +12,7 @@ from torch import Tensor
 from ..iteris_core.concepts import lines_of
 from ..iteris_core.errors import IterisError
 from ..iteris_core.score import ClipScorer, ImageScorer, clip_score, without_tokens
-from ..iteris_core.score.sheet import contact_sheet
+from ..iteris_core.score.results import contact_sheet
 from .comfy_runtime import show_text
 from .comfy_scorer import ARCHITECTURES, ComfyScorer, ComfyVisionScorer, check_open_clip
 from .pictures import figure_image, to_image, to_pil
@@ -20,14 +20,6 @@ from .schema import Scorer, schema
 
 _FOLDERS = ("clip_vision", "text_encoders")
 _SCORED = ("cosine", "clip_score", "scores", "plot")
-
-
-def _weight_path(name: str) -> str:
-    for folder in _FOLDERS:
-        path = folder_paths.get_full_path(folder, name)
-        if path is not None:
-            return path
-    raise IterisError(f"{name} is not in any of the folders {', '.join(_FOLDERS)}.")
 
 
 def _score_output(values: Tensor, title: str, node_id: str | None) -> io.NodeOutput:
@@ -67,7 +59,11 @@ class ClipScorerLoader(io.ComfyNode):
                 f"{architecture!r} is not one of {', '.join(ARCHITECTURES)}; with others score by "
                 "`iteris score`."
             )
-        return io.NodeOutput(ComfyScorer.load(architecture, _weight_path(weights)))
+        paths = (folder_paths.get_full_path(folder, weights) for folder in _FOLDERS)
+        path = next(filter(None, paths), None)
+        if path is None:
+            raise IterisError(f"{weights} is not in any of the folders {', '.join(_FOLDERS)}.")
+        return io.NodeOutput(ComfyScorer.load(architecture, path))
 
 
 class VisionScorer(io.ComfyNode):

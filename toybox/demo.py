@@ -22,8 +22,13 @@ from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.progress import OnProgress, Progress
 from iteris_core.score import ClipScorer, without_tokens
-from iteris_core.score.page import html_details, html_gallery, html_page, html_table
-from iteris_core.score.sheet import contact_sheet
+from iteris_core.score.results import (
+    contact_sheet,
+    html_details,
+    html_gallery,
+    html_page,
+    html_table,
+)
 
 from . import (
     BASE,

@@ -36,8 +36,8 @@ class DellaSettings(Settings):
     )
     rank: int | float | None = rank_setting()
 
-    def check(self) -> None:
-        super().check()
+    def __post_init__(self) -> None:
+        super().__post_init__()
         least, most = self.density - self.window / 2, self.density + self.window / 2
         if least <= 0 or most > 1:
             raise SettingsError(

@@ -10,21 +10,14 @@ import typer
 from rich.markup import escape
 
 from ..errors import IterisError, UsageError
-from .bake import bake
+from .about import PACKAGE, demo, doctor, explain, methods, version_of
 from .common import console, spelled, warn
-from .compare import compare
-from .convert import convert
-from .demo import demo
-from .doctor import PACKAGE, doctor, version_of
-from .explain import explain
-from .extract import extract
+from .compare import compare, score
+from .files import bake, convert, inspect
 from .init import init
-from .inspect import inspect
 from .merge import merge
-from .methods import methods
 from .options import CONCEPT_FORMS, is_setting
-from .resize import resize
-from .score import score
+from .resize import extract, resize
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -84,7 +77,11 @@ def main() -> None:
         _stop(spelled(str(error)), error.code)
     except _TyperError as error:
         where = error.ctx.command_path if error.ctx is not None else "iteris"
-        message = _of_a_setting(error) or error.format_message()
+        message = error.format_message()
+        name = getattr(error, "option_name", "").removeprefix("--").replace("-", "_")
+        options = [] if error.ctx is None else error.ctx.command.params
+        if is_setting(name) and any("--set" in one.opts for one in options):
+            message = f"{name} is a setting of the method: --set {name}=VALUE"
         end = "" if message.endswith((".", "?")) else "."
         _stop(f"{message}{end} All options: {where} -h", UsageError.code)
     except typer.Abort:
@@ -93,15 +90,6 @@ def main() -> None:
         if error.filename is None:
             raise
         _stop(f"{error.filename}: {error.strerror}.")
-
-
-def _of_a_setting(error: Any) -> str:
-    """The advice for a setting that was given as an option; empty for any other mistake."""
-    name = getattr(error, "option_name", "").removeprefix("--").replace("-", "_")
-    options = [] if error.ctx is None else error.ctx.command.params
-    if not is_setting(name) or not any("--set" in one.opts for one in options):
-        return ""
-    return f"{name} is a setting of the method: --set {name}=VALUE"
 
 
 def _stop(what: str, code: str = "", status: int = 2) -> NoReturn:

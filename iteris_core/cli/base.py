@@ -5,18 +5,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..activations.memory import is_out_of_memory
-from ..architectures import architecture_of_file
 from ..errors import BaseError, DeviceError, IterisError, OutOfMemory, brief
 from ..lora import Lora
-from ..lora_files import BaseModel, ReadOptions, ReleasedBases, is_lora, read_header, released_base
+from ..lora_files import ReadOptions, ReleasedBases, is_lora, read_header
 
 INDEXES = ("model_index.json", "modular_model_index.json")
 """A diffusers pipeline folder has one of these files; a modular pipeline has the second."""
@@ -109,7 +107,7 @@ def load_base(
         library.disable_progress_bar()
     device, base = device_of(device), located(base)
     check_base(base)
-    with _loading(base):
+    try:
         if base.endswith(".safetensors"):
             of_file = single_file_pipeline(Path(base)) if Path(base).is_file() else None
             pipeline = (of_file or StableDiffusionPipeline).from_single_file(base)
@@ -130,6 +128,19 @@ def load_base(
             pipeline.enable_sequential_cpu_offload(device=device)
         else:
             pipeline.to(device)
+    except IterisError:
+        raise
+    except Exception as error:  # libraries raise many types; their message is what helps
+        if is_out_of_memory(error):
+            raise OutOfMemory(
+                f"Out of memory while loading the base {base!r} ({brief(error)}); try "
+                "--offload model, --base-dtype bfloat16, or a device with more memory."
+            ) from error
+        here = "" if Path(base).exists() else " There is no folder or file of that name here."
+        raise BaseError(
+            f"The base {base!r} cannot be loaded ({brief(error)}).{here} Give a folder with a "
+            "pipeline of diffusers, a .safetensors checkpoint or a hub name."
+        ) from error
     for bar in progress_bars(pipeline):
         bar.set_progress_bar_config(disable=True)
     return pipeline
@@ -152,47 +163,19 @@ def _whole_pipeline(base: str) -> Any:
     return pipeline
 
 
-def known_base(path: Path) -> BaseModel:
-    """The released model for which a LoRA file was made."""
-    return released_base(architecture_of_file(*read_header(path)).name)
-
-
 def lora_reader(base: str | None) -> Callable[[Path, ReadOptions], Lora]:
     """A function that reads LoRA files for the ``base``; without a base, each file is read for the
     bundled base that it names, or the released model for which it was made."""
 
     @functools.cache
-    def reader_for(base: str) -> Callable[[Path, ReadOptions], Lora]:
+    def host_for(base: str) -> Any:
         check_base(base)
         from ..hosts.diffusers import DiffusersHost
 
-        return DiffusersHost(load_base(base, "cpu")).read_lora
-
-    if base is not None:
-        return reader_for(base)
+        return DiffusersHost(load_base(base, "cpu"))
 
     def read(path: Path, options: ReadOptions) -> Lora:
-        named = named_base(read_header(path)[1])
-        return (reader_for(named) if named else ReleasedBases.read_lora)(path, options)
+        named = base or named_base(read_header(path)[1])
+        return (host_for(named) if named else ReleasedBases).read_lora(path, options)
 
     return read
-
-
-@contextmanager
-def _loading(base: str) -> Generator[None]:
-    """Turn any exception of a library into an :class:`IterisError`."""
-    try:
-        yield
-    except IterisError:
-        raise
-    except Exception as error:  # libraries raise many types; their message is what helps
-        if is_out_of_memory(error):
-            raise OutOfMemory(
-                f"Out of memory while loading the base {base!r} ({brief(error)}); try "
-                "--offload model, --base-dtype bfloat16, or a device with more memory."
-            ) from error
-        here = "" if Path(base).exists() else " There is no folder or file of that name here."
-        raise BaseError(
-            f"The base {base!r} cannot be loaded ({brief(error)}).{here} Give a folder with a "
-            "pipeline of diffusers, a .safetensors checkpoint or a hub name."
-        ) from error

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +14,9 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from ..errors import IterisError, SaveError
+from ..lora import Lora
 from ..lora_files import Layout
+from ..lora_files.experts import write_by_expert
 from ..progress import OnProgress, Progress
 from ..saving import rescued
 
@@ -35,9 +38,10 @@ def print_table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", caption: str = ""
 ) -> None:
     """Print a table to stdout, with or without ``headings``."""
-    table = Table(*headings, title=title or None, caption=caption or None)
+    table = Table(
+        *headings, title=title or None, caption=caption or None, show_header=bool(headings)
+    )
     table.title_justify = table.caption_justify = "left"
-    table.show_header = bool(headings)
     for row in rows:
         table.add_row(*row)
     Console().print(table)
@@ -78,27 +82,26 @@ def progress_bars(*, visible: bool = True) -> Generator[OnProgress]:
         yield on_progress
 
 
-Write = Callable[[Path, Layout | None, str], Sequence[Path]]
-"""``write(path, layout, dtype)`` returns what it wrote."""
-
-
-def save_or_keep(path: Path, write: Write, layout: Layout | None, dtype: str) -> Sequence[Path]:
-    """Call ``write`` so that hours of merging are not lost; return the paths.
+def save_or_keep(
+    lora: Lora, path: Path, layout: Layout | None, dtype: str, overwrite: bool
+) -> list[Path]:
+    """Write ``lora`` so that hours of merging are not lost; return the paths.
 
     Values that do not fit in ``dtype`` are written as float32. If ``path`` or ``layout`` cannot be
     written at all, the merge goes into the system's folder for temporary files, in the base's own
     layout as float32, and the error says where it is.
     """
+    write = partial(write_by_expert, lora, overwrite=overwrite)
     try:
-        return write(path, layout, dtype)
+        return write(path, layout=layout, dtype=dtype)
     except IterisError as error:
         failed = error
     if dtype != "float32" and not isinstance(failed, SaveError):
         try:
-            paths = write(path, layout, "float32")
+            paths = write(path, layout=layout, dtype="float32")
         except IterisError as error:
             failed = error
         else:
             warn(f"Written as float32, not {dtype}: {failed}")
             return paths
-    raise rescued(lambda other: write(other, None, "float32"), path.name, failed) from failed
+    raise rescued(partial(write, dtype="float32"), path.name, failed) from failed

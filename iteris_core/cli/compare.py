@@ -1,7 +1,8 @@
-"""``iteris compare``"""
+"""``iteris compare`` and ``iteris score``."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,40 +11,24 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import ConceptConfig
+from ..config import ConceptConfig, read_concept
 from ..errors import UsageError
 from ..methods import find_method
 from ..methods.registry import settings_over
-from ..reading import read_concept
 from ..score.compare import CompareConfig, Comparison, compare_methods, own_references
 from ..score.drawing import Drawing, find_scheduler
-from ..score.judged import PROMPT_LISTS, fill_prompts
+from ..score.measures import ALONE, BASE, PROMPT_LISTS, fill_prompts, markdown_table
 from ..score.results import check_results_folder, write_results
-from ..score.row_scores import ALONE, BASE
-from ..score.statistics import markdown_table
+from . import options as shared
 from .base import check_base, device_of, load_base
-from .checks import check_concepts, warnings_of
-from .common import progress_bars, warn
-from .concept_options import parse_concept
-from .inputs import open_images, read_lines
-from .options import (
-    CALIBRATION,
-    CONCEPT_HELP,
-    PICTURES,
-    BaseDtype,
-    Device,
-    Memory,
-    Offload,
-    Overwrite,
-    Preset,
-    bytes_of,
-    command,
-    given,
-    option,
-    parse_settings,
-    setting_names,
-)
-from .score import ClipName, ClipWeights, DinoName
+from .common import print_table, progress_bars, warn
+from .inputs import check_concepts, open_images, read_lines, warnings_of
+from .merge_file import parse_concept
+from .options import CALIBRATION, PICTURES, bytes_of, command, given, option, parse_settings
+
+ClipName = Annotated[str, option("An open_clip architecture, or local-dir:FOLDER")]
+ClipWeights = Annotated[str | None, option("A weights file or an open_clip tag; default: openai")]
+DinoName = Annotated[str | None, option("Also score with a DINO model: a hub name or a folder")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +37,7 @@ class CompareOptions:
 
     base: Annotated[str, typer.Argument(help="A diffusers pipeline, as for merge")]
     output: Annotated[Path, option("A folder for the results", "--output", "-o")]
-    concept: Annotated[list[str], option(CONCEPT_HELP)]
+    concept: Annotated[list[str], option(shared.CONCEPT_HELP)]
     refs: Annotated[
         list[Path] | None,
         option(
@@ -72,10 +57,10 @@ class CompareOptions:
             "[METHOD.]NAME=VALUE, such as ties.density=0.3 or samples=25: for one method, for "
             "every method with that setting, or for the calibration",
             "--set",
-            autocompletion=setting_names,
+            autocompletion=shared.setting_names,
         ),
     ] = None
-    preset: Preset = None
+    preset: shared.Preset = None
     prompts: Annotated[
         str,
         option(
@@ -103,11 +88,11 @@ class CompareOptions:
     clip: ClipName = "ViT-L-14"
     clip_weights: ClipWeights = None
     dino: DinoName = None
-    device: Device = None
-    base_dtype: BaseDtype = None
-    offload: Offload = None
-    memory: Memory = None
-    overwrite: Overwrite = False
+    device: shared.Device = None
+    base_dtype: shared.BaseDtype = None
+    offload: shared.Offload = None
+    memory: shared.Memory = None
+    overwrite: shared.Overwrite = False
 
 
 @command(CompareOptions, Drawing, PICTURES)
@@ -210,3 +195,56 @@ def picture_size(text: str | None) -> tuple[int, int] | None:
         nearest = "x".join(str(max(8, round(side / 8) * 8)) for side in (width, height))
         raise UsageError(f"--size {text!r}: both sides must be multiples of 8, such as {nearest}.")
     return width, height
+
+
+def score(
+    images: Annotated[list[Path], typer.Argument(help="Images, or folders of images")],
+    refs: Annotated[Path | None, option("A folder of reference images")] = None,
+    prompts: Annotated[
+        Path | None, option("A text file: one prompt per image, or one for all")
+    ] = None,
+    clip: ClipName = "ViT-L-14",
+    clip_weights: ClipWeights = None,
+    dino: DinoName = None,
+    device: shared.Device = None,
+    as_json: shared.AsJson = False,
+) -> None:
+    """Measure CLIP image and text alignment of images: raw cosine and the CLIPScore scale.
+
+    \b
+    iteris score pictures --refs references --prompts prompts.txt
+    """
+    from ..score import ClipScorer, DinoScorer, clip_score
+
+    if refs is None and prompts is None:
+        raise UsageError("Nothing to score against: give --refs, --prompts or both.")
+    files, pictures = open_images(*images)
+    references = open_images(refs)[1] if refs is not None else None
+    lines = read_lines(prompts) if prompts is not None else None
+    if lines is not None and len(lines) not in (1, len(pictures)):
+        raise UsageError(
+            f"{prompts} has {len(lines)} prompts for {len(pictures)} images; write one per image, "
+            "or one for all."
+        )
+    columns: dict[str, Any] = {}
+    device = device_of(device)
+    scorer = ClipScorer.load(clip, clip_weights, device=device)
+    if references is not None:
+        columns["image"] = scorer.image_alignment(pictures, references)
+        if dino is not None:
+            other = DinoScorer.load(dino, device=device)
+            columns["dino"] = other.image_alignment(pictures, references)
+    if lines is not None:
+        lines = lines * len(pictures) if len(lines) == 1 else lines
+        columns["text"] = scorer.text_alignment(pictures, lines)
+        columns["clipscore"] = clip_score(columns["text"])
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    rows = [dict(zip(columns, row, strict=True)) for row in values]
+    means = {name: float(column.mean()) for name, column in columns.items()}
+    if as_json:
+        named = [{"file": str(file), **row} for file, row in zip(files, rows, strict=True)]
+        typer.echo(json.dumps({"pictures": named, "mean": means}))
+        return
+    names = [*(file.name for file in files), "mean"]
+    cells = [[f"{value:.4f}" for value in row.values()] for row in (*rows, means)]
+    print_table(("picture", *columns), [[n, *row] for n, row in zip(names, cells, strict=True)])

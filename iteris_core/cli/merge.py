@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import typer
 
-from ..concepts import Calibration, Concept
-from ..config import MergeConfig
+from ..concepts import Calibration
+from ..config import MergeConfig, read_concept
 from ..errors import UsageError
-from ..hosts.protocol import Host
 from ..lora import Lora
-from ..lora_files import Layout, ReadOptions, ReleasedBases, check_target
+from ..lora_files import ReadOptions, ReleasedBases, check_target
 from ..lora_files.embeddings import embedding_targets
-from ..lora_files.experts import expert_files, write_by_expert
+from ..lora_files.experts import expert_files
 from ..lora_files.metadata import trigger_phrases
 from ..merge import MergeResult, merge_loras
 from ..methods.registry import settings_over
 from ..preview import preview_merge
 from ..progress import Progress
-from ..reading import read_concept
-from ..report.card import card_files, write_card
-from ..report.provenance import with_run
+from ..report.provenance import card_files, with_run, write_card
+from ..report.report import MergeReport
 from ..saving import check_new
 from .base import check_base, device_of, load_base
-from .checks import (
-    check_apart,
-    check_concepts,
-    check_embeddings,
-    room_warnings,
-    warnings_of,
-)
 from .common import console, progress_bars, save_or_keep, spelled, warn
-from .inputs import open_picture
+from .inputs import check_apart, check_concepts, check_embeddings, open_picture, warnings_of
 from .merge_file import MergeFile
 from .options import CALIBRATION, bytes_of, command, given
 from .request import MergeOptions, requested
@@ -58,7 +48,7 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
     pictures = given(image=options.image, mask_image=options.mask_image)
     call = {name: open_picture(path) for name, path in pictures.items()}
     device = device_of(options.device)
-    for line in [*warnings_of(config.concepts), *room_warnings(options.output, config.concepts)]:
+    for line in warnings_of(config.concepts, options.output):
         warn(line)
     with progress_bars(visible=not options.quiet) as show:
 
@@ -67,19 +57,25 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
                 show(progress)
 
         on_progress(Progress("loading the base", 0, 1))
-        loaded = _load(config, options, device, reading, call)
+        host = None
+        if config.base:
+            from ..hosts.diffusers import DiffusersHost
+
+            how = {"dtype": options.base_dtype, "offload": options.offload}
+            host = DiffusersHost(load_base(config.base, device, **how), **call)
+        concepts = [read_concept(one, host or ReleasedBases(), reading) for one in config.concepts]
+        check_embeddings(concepts, options.output, options.layout, overwrite=options.overwrite)
         on_progress(Progress("loading the base", 1, 1))
-        how: dict[str, Any] = {**config.choices, "memory_budget": bytes_of(options.memory)}
         run = preview_merge if options.plan else merge_loras
-        done = run(*loaded, on_progress=on_progress, **how)
+        budget = bytes_of(options.memory)
+        done = run(host, concepts, **config.choices, memory_budget=budget, on_progress=on_progress)
     if not isinstance(done, MergeResult):
         if options.as_json:
             typer.echo(json.dumps(asdict(done)))
         elif not options.quiet:
             typer.echo("\n".join([*done.lines(), "Nothing was merged or written."]))
         return
-    lora = with_run(done.lora, config.base, config.unmergeable)
-    _write(replace(done, lora=lora), options)
+    _write(with_run(done.lora, config.base, config.unmergeable), done.report, options)
 
 
 def _check(config: MergeConfig, options: MergeOptions) -> None:
@@ -104,54 +100,23 @@ def _check(config: MergeConfig, options: MergeOptions) -> None:
     settings_over(config.preset, config.method, config.settings, config.calibration)
 
 
-def _load(
-    config: MergeConfig,
-    options: MergeOptions,
-    device: str,
-    reading: ReadOptions,
-    call: dict[str, Any],
-) -> tuple[Host | None, list[Concept]]:
-    """The base, if there is one, with further arguments to ``call`` it, and the concepts with their
-    LoRAs."""
-    host = None
-    if config.base:
-        from ..hosts.diffusers import DiffusersHost
-
-        how = {"dtype": options.base_dtype, "offload": options.offload}
-        host = DiffusersHost(load_base(config.base, device, **how), **call)
-    concepts = [read_concept(one, host or ReleasedBases(), reading) for one in config.concepts]
-    check_embeddings(concepts, options.output, options.layout, overwrite=options.overwrite)
-    return host, concepts
-
-
-def _write(result: MergeResult, options: MergeOptions) -> None:
-    def write(path: Path, layout: Layout | None, dtype: str) -> list[Path]:
-        return write_by_expert(
-            result.lora, path, layout=layout, dtype=dtype, overwrite=options.overwrite
-        )
-
-    paths = save_or_keep(options.output, write, options.layout, options.dtype)
-    lines = [spelled(result.report.summary())]
+def _write(lora: Lora, report: MergeReport, options: MergeOptions) -> None:
+    paths = save_or_keep(lora, options.output, options.layout, options.dtype, options.overwrite)
+    lines = [spelled(report.summary())]
     lines += [f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB)." for path in paths]
-    lines += _lines_of_embeddings(result.lora, paths[0])
+    if lora.embeddings:
+        found = embedding_targets(paths[0], list(lora.embeddings), overwrite=True)
+        phrases = ", ".join(map(repr, trigger_phrases(lora.metadata)))
+        lines += [
+            *(f"Its embedding {n} is in {f}: load it beside the LoRA." for n, f in found.items()),
+            f"In prompts write {phrases}; in ComfyUI put the files into models/embeddings and "
+            "write embedding:FILE in place of a name.",
+        ]
     if options.card:
-        cards = [write_card(path, result.report) for path in paths]
+        cards = [write_card(path, report) for path in paths]
         lines += [f"Wrote {' and '.join(map(str, files))}." for files in cards]
     if options.as_json:
         more = {"paths": [str(path) for path in paths]} if len(paths) > 1 else {}
-        typer.echo(json.dumps({"path": str(paths[0]), **more, **result.report.to_dict()}))
+        typer.echo(json.dumps({"path": str(paths[0]), **more, **report.to_dict()}))
     elif not options.quiet:
         typer.echo("\n".join(lines))
-
-
-def _lines_of_embeddings(lora: Lora, path: Path) -> list[str]:
-    """Lines about the embeddings of the LoRA in ``path``: their files and trigger words."""
-    if not lora.embeddings:
-        return []
-    files = embedding_targets(path, list(lora.embeddings), overwrite=True)
-    phrases = ", ".join(map(repr, trigger_phrases(lora.metadata)))
-    return [
-        *(f"Its embedding {n} is in {file}: load it beside the LoRA." for n, file in files.items()),
-        f"In prompts write {phrases}; in ComfyUI put the files into models/embeddings and write "
-        "embedding:FILE in place of a name.",
-    ]

@@ -1,24 +1,132 @@
-"""A merge file: YAML with every option of ``iteris merge`` as a key, and with concepts, settings
-and calibration written out. Relative paths are relative to the file."""
+"""Concepts and merge files from text. A merge file is YAML with every option of ``iteris merge`` as
+a key, and with concepts, settings and calibration written out; relative paths are relative to it.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, cast
 
 import typer
 import yaml
 
-from ..config import MergeConfig
-from ..errors import MergeFileError, brief, did_you_mean
+from ..config import ConceptConfig, MergeConfig
+from ..errors import (
+    ConceptError,
+    LoraFileError,
+    MergeFileError,
+    RecipeError,
+    brief,
+    did_you_mean,
+)
+from ..lora_files.tensors import file_digest
 from .base import BUNDLED
+from .inputs import read_prompts
 
 SUFFIXES = (".yaml", ".yml")
 KEYS = ("base", "concepts", "settings", "calibration")
 """Keys that are not options of ``iteris merge``."""
+_CONCEPT = ConceptConfig.key_names()[:-3]
+"""Keys of a concept; only recipes contain the last three."""
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+# A path may contain colons, as in C:\loras\cat.safetensors:sks:cat.
+_STRENGTHS = f"({_NUMBER})(?:/({_NUMBER}))?"
+_SHORT = re.compile(f"(.+?):([^:]*):([^:]*)(?::{_STRENGTHS})?")
+_WORDLESS = re.compile(rf"(.+\.safetensors)(?::{_STRENGTHS})?")
+_KEY = re.compile(rf",\s*(?=(?:{'|'.join(_CONCEPT)})=)")
+_UNKNOWN_KEY = re.compile(r",\s*([A-Za-z_]\w*)=")
+
+Find = Callable[[str], Path]
+"""File name → path."""
+
+
+def parse_concept(text: str, find: Find = Path, option: str = "--concept") -> ConceptConfig:
+    """Parse FILE[:TRIGGER:CLASS][:STRENGTH[/TEXT]][,KEY=VALUE]…, where FILE may be HIGH+LOW. Error
+    messages name the ``option``."""
+    where = f"{option} {text!r}"
+    head, *pairs = _KEY.split(f",{text}")
+    head = head.removeprefix(",")
+    for part in (head, *pairs):
+        if unknown := _UNKNOWN_KEY.search(part):  # otherwise it would become part of the words
+            raise ConceptError(
+                f"{where}: there is no key {unknown[1]!r}{did_you_mean(unknown[1], _CONCEPT)} The "
+                f"keys are {', '.join(_CONCEPT)}. Words with a comma and an = must go into a merge "
+                "file."
+            )
+    split = [pair.partition("=") for pair in pairs]
+    given = [*(_short(head, bool(pairs), where) if head else ()), *((k, v) for k, _, v in split)]
+    keys = [key for key, _ in given]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ConceptError(f"{where} gives {', '.join(twice)} twice; leave one out.")
+    return concept_of(dict(given), where, find)
+
+
+def _short(text: str, alone: bool, where: str) -> list[tuple[str, str]]:
+    """Keys and values in a concept's text before any KEY=VALUE."""
+    keys = ("file", "strength", "text_strength")
+    parts = _WORDLESS.fullmatch(text)
+    if parts is None:
+        _, named, words = text.rpartition(".safetensors:")
+        strength = ":".join(words.split(":")[2:])
+        if named and words.count(":") > 1 and not re.fullmatch(_STRENGTHS, strength):
+            raise ConceptError(
+                f"{where}: the strength must be a number such as 0.8, or two such as 0.8/0.5 "
+                f"(model and text encoders), not {strength!r}."
+            )
+        keys, parts = ("file", "trigger", "class", *keys[1:]), _SHORT.fullmatch(text)
+        if parts is None and alone and not named:
+            return [("file", text)]
+    if parts is None:
+        raise ConceptError(
+            f"{where} is not FILE:TRIGGER:CLASS or FILE, if its metadata contain a trigger, with a "
+            "strength behind it (:0.8, or :0.8/0.5 for model and text encoders), such as "
+            "cat.safetensors:sks:cat:0.8/0.5, optionally followed by ,weight=2 or "
+            ",prompts=cat.txt; or FILE,trigger=sks without a class."
+        )
+    return [(key, value) for key, value in zip(keys, parts.groups(), strict=True) if value]
+
+
+def concept_of(entry: Any, where: str, find: Find = Path) -> ConceptConfig:
+    """The concept of a merge file's ``entry``, a text as for :func:`parse_concept` or a mapping;
+    ``find`` locates prompt files."""
+    if isinstance(entry, str):
+        return parse_concept(entry, find)
+    if not isinstance(entry, Mapping):
+        raise MergeFileError(f"{where} must be FILE:TRIGGER:CLASS or a mapping, not {entry!r}.")
+    values = dict(cast(Mapping[str, Any], entry))
+    if isinstance(prompts := values.get("prompts"), str):
+        values["prompts"] = read_prompts(find(prompts))
+    return ConceptConfig.from_dict(values, where)
+
+
+def found_in(folders: Sequence[Path], concept: ConceptConfig) -> ConceptConfig:
+    """``concept``, with its files looked up in ``folders``."""
+    digests = concept.sha256.split("+")
+    pairs = itertools.zip_longest(concept.files, digests, fillvalue="")
+    files = [find_file(folders, str(name), digest) for name, digest in pairs if name]
+    return concept.model_copy(update=dict(zip(("file", "low"), files, strict=False)))
+
+
+def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
+    """The file in one of ``folders``, by its recorded path or file name; its content must be the
+    same."""
+    whole = os.path.expanduser(name)
+    names = dict.fromkeys((whole, PureWindowsPath(name).name))  # either kind of slash
+    candidates = [folder / part for folder in folders for part in names]
+    present = [path for path in candidates if path.exists()]
+    for path in present:
+        if not digest or (path.is_file() and file_digest(path) == digest):
+            return path
+    if present:
+        raise RecipeError(f"{present[0]} is not the file that was merged: its SHA-256 differs.")
+    places = ", ".join(str(folder) for folder in dict.fromkeys(folders[:3]))  # not subfolders
+    kind = RecipeError if digest else LoraFileError  # only a recipe has a digest
+    raise kind(f"{name} is not in any of the folders {places}; pass its folder with --loras.")
 
 
 @dataclass(frozen=True)
@@ -36,11 +144,6 @@ class MergeFile:
         beside = self.path.parent / path
         return beside if beside.exists() else path
 
-    def place(self, base: str) -> str:
-        """The path of the base; a hub name or a bundled base's stays as it is."""
-        path = self.find(base)
-        return base if base in BUNDLED or not path.exists() else str(path)
-
 
 def use_merge_file(context: typer.Context, base: str | None) -> str | None:
     """The base given as BASE or in a merge file. The other keys of a merge file become defaults of
@@ -56,12 +159,14 @@ def use_merge_file(context: typer.Context, base: str | None) -> str | None:
     file = MergeFile(path, cast(list[Any], entries), MergeConfig.from_dict(own, str(path)))
     context.obj = file
     context.default_map = _defaults(context, file, data)
-    return None if name is None else file.place(str(name))
+    if name is None or str(name) in BUNDLED:
+        return name
+    place = file.find(str(name))
+    return str(place) if place.exists() else str(name)
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe YAML loader that refuses duplicate keys; otherwise the later one would silently
-    win."""
+    """A safe YAML loader that refuses duplicate keys, of which the later one would silently win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

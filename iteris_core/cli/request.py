@@ -16,36 +16,12 @@ from ..errors import ConceptError, MergeFileError, RecipeError, SettingsError, U
 from ..lora_files import Layout, read_tensors
 from ..lora_files.metadata import parse_object
 from ..methods import find_method
+from . import options as shared
 from .base import BUNDLED
 from .common import warn
-from .concept_options import concept_of, found_in
 from .inputs import read_lines
-from .merge_file import MergeFile, use_merge_file
-from .options import (
-    AGAIN,
-    BASE,
-    CALIBRATION,
-    CONCEPT_HELP,
-    METHOD,
-    READING,
-    RESULT,
-    AsJson,
-    BaseDtype,
-    Device,
-    Dtype,
-    Energy,
-    Memory,
-    Offload,
-    Overwrite,
-    Partial,
-    Preset,
-    check_settings,
-    given,
-    method_names,
-    option,
-    parse_settings,
-    setting_names,
-)
+from .merge_file import MergeFile, concept_of, found_in, use_merge_file
+from .options import BASE, RESULT, check_settings, given, option, parse_settings
 
 _WHOLE = ("method", "settings", "calibration", "concepts")
 """Keys of every recipe."""
@@ -69,17 +45,17 @@ class MergeOptions:
             callback=use_merge_file,
         ),
     ] = None
-    concept: Annotated[list[str] | None, option(CONCEPT_HELP)] = None
-    preset: Preset = None
-    overwrite: Overwrite = False
+    concept: Annotated[list[str] | None, option(shared.CONCEPT_HELP)] = None
+    preset: shared.Preset = None
+    overwrite: shared.Overwrite = False
     plan: Annotated[bool, option("Check everything, show the plan, and stop", "--plan")] = False
     quiet: Annotated[bool, option("Show nothing but errors", "--quiet", "-q", panel=RESULT)] = False
     method: Annotated[
         str | None,
         option(
             "Default: iteris; the command iteris methods lists all",
-            autocompletion=method_names,
-            panel=METHOD,
+            autocompletion=shared.method_names,
+            panel=shared.METHOD,
         ),
     ] = None
     setting: Annotated[
@@ -88,8 +64,8 @@ class MergeOptions:
             "NAME=VALUE for the method or the calibration, such as rank=16, guidance=2.5; iteris "
             "methods lists all",
             "--set",
-            autocompletion=setting_names,
-            panel=METHOD,
+            autocompletion=shared.setting_names,
+            panel=shared.METHOD,
         ),
     ] = None
     from_file: Annotated[
@@ -97,21 +73,21 @@ class MergeOptions:
         option(
             "Repeat the merge that wrote this file; by default BASE is looked up beside it",
             "--from",
-            panel=AGAIN,
+            panel=shared.AGAIN,
         ),
     ] = None
     loras: Annotated[
         Path | None,
         option(
             "With --from or a merge file: a folder above the LoRAs, if they are not beside it",
-            panel=AGAIN,
+            panel=shared.AGAIN,
         ),
     ] = None
     templates: Annotated[
         Path | None,
         option(
             "A text file of prompt templates, with {} for the concept (two {} for pairs)",
-            panel=CALIBRATION,
+            panel=shared.CALIBRATION,
         ),
     ] = None
     layout: Annotated[
@@ -121,28 +97,28 @@ class MergeOptions:
             panel=RESULT,
         ),
     ] = None
-    dtype: Annotated[Dtype, option("Type of the file", panel=RESULT)] = "float16"
+    dtype: Annotated[shared.Dtype, option("Type of the file", panel=RESULT)] = "float16"
     image: Annotated[
         Path | None, option("Input image of the base: to edit, to start from, …", panel=BASE)
     ] = None
     mask_image: Annotated[
         Path | None, option("Mask of --image, for an inpainting base", panel=BASE)
     ] = None
-    device: Device = None
-    base_dtype: BaseDtype = None
-    offload: Offload = None
-    memory: Memory = None
-    allow_partial: Partial = False
+    device: shared.Device = None
+    base_dtype: shared.BaseDtype = None
+    offload: shared.Offload = None
+    memory: shared.Memory = None
+    allow_partial: shared.Partial = False
     unmergeable: Annotated[
         Unmergeable | None,
         option(
             "For layers whose features cannot be collected: refuse (default), skip them, or use "
             "the LoRAs' mean",
-            panel=READING,
+            panel=shared.READING,
         ),
     ] = None
-    energy: Energy = 0.999
-    as_json: AsJson = False
+    energy: shared.Energy = 0.999
+    as_json: shared.AsJson = False
     card: Annotated[
         bool,
         option(

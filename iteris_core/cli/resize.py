@@ -1,27 +1,76 @@
-"""``iteris resize``"""
+"""``iteris resize`` and ``iteris extract``, which share the size, the base and the output."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from ..concepts import Calibration
-from ..config import ConceptConfig
-from ..edit.resize import resize_lora
-from ..errors import UsageError
-from ..lora_files import ReadOptions, check_target
+from ..config import ConceptConfig, read_concept
+from ..edit.extract import extract_lora
+from ..edit.resize import Reduced, resize_lora
+from ..errors import InputFileError, UsageError
+from ..lora_files import DTYPES, Layout, ReadOptions, check_target
 from ..lora_files.own_names import read_by_own_names
-from ..reading import read_concept
-from .base import load_base
-from .checks import check_apart, check_concepts
-from .common import progress_bars
-from .concept_options import parse_concept
-from .options import CALIBRATION, Offload, Partial, command, option
-from .sizing import Sizing
+from ..solve.ranks import Target
+from . import options as shared
+from .base import check_base, device_of, load_base
+from .common import progress_bars, save_or_keep
+from .inputs import check_apart, check_concepts, read_prompts
+from .merge_file import parse_concept
+from .options import CALIBRATION, RESULT, bytes_of, command, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizing:
+    """One field per option, with the option's name."""
+
+    output: Annotated[Path, option("The .safetensors to write", "--output", "-o")]
+    rank: Annotated[
+        int | None, option("Make the file as small as this rank in every layer would")
+    ] = None
+    size: Annotated[float | None, option("Limit the file to this many megabytes")] = None
+    energy: Annotated[
+        float | None, option("Share to keep of what the LoRA adds to the layers' outputs")
+    ] = None
+    layout: Annotated[Layout | None, option("Naming scheme of the file", panel=RESULT)] = None
+    dtype: Annotated[shared.Dtype, option("Type of the file", panel=RESULT)] = "float16"
+    overwrite: shared.Overwrite = False
+    as_json: shared.AsJson = False
+    quiet: Annotated[
+        bool, option("Show only warnings and errors", "--quiet", "-q", panel=RESULT)
+    ] = False
+    device: shared.Device = None
+    base_dtype: shared.BaseDtype = None
+    memory: shared.Memory = None
+
+    @property
+    def target(self) -> Target:
+        return Target(self.rank, self.size, self.energy)
+
+    def run(self, calibration: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments for the functions of :mod:`..edit`."""
+        return {
+            "calibration": Calibration.from_mapping(calibration),
+            "itemsize": DTYPES[self.dtype].itemsize,
+            "memory_budget": bytes_of(self.memory),
+        }
+
+    def save(self, made: Reduced, layout: Layout | None, source: Path) -> None:
+        """Write the LoRA that was made of ``source``, or keep it elsewhere if that fails."""
+        path = save_or_keep(made.lora, self.output, layout, self.dtype, self.overwrite)[0]
+        sizes = [file.stat().st_size / 1e6 for file in (source, path) if file.is_file()]
+        if self.as_json:
+            typer.echo(json.dumps({"path": str(path), "megabytes": sizes, **made.to_dict()}))
+        elif not self.quiet:
+            typer.echo(escape(made.summary()))
+            typer.echo(f"Wrote {path} ({' → '.join(f'{size:.3g}' for size in sizes)} MB).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +87,8 @@ class ResizeOptions(Sizing):
             "values of the weights decide"
         ),
     ] = None
-    offload: Offload = None
-    allow_partial: Partial = False
+    offload: shared.Offload = None
+    allow_partial: shared.Partial = False
 
 
 @command(ResizeOptions, Calibration, CALIBRATION)
@@ -75,6 +124,53 @@ def resize(context: typer.Context, options: ResizeOptions, calibration: dict[str
         concept = read_concept(config, host, reading)
     with progress_bars(visible=not options.quiet) as on_progress:
         found = resize_lora(concept, target, host, on_progress=on_progress, **how)
-    report = options.save(found, output, options.layout or own_layout, file)
-    if options.as_json:
-        typer.echo(json.dumps(report))
+    options.save(found, options.layout or own_layout, file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions(Sizing):
+    """One field per option, with the option's name."""
+
+    base: Annotated[
+        str,
+        typer.Argument(help="The model that was fine-tuned: a diffusers pipeline", metavar="BASE"),
+    ]
+    tuned: Annotated[
+        str, typer.Argument(help="The fine-tune, of the same architecture", metavar="TUNED")
+    ]
+    prompts: Annotated[
+        Path | None,
+        option(
+            "A text file of prompts that show the fine-tuning, one per line; default: built-in "
+            "captions"
+        ),
+    ] = None
+
+
+@command(ExtractOptions, Calibration, CALIBRATION)
+def extract(context: typer.Context, options: ExtractOptions, calibration: dict[str, Any]) -> None:
+    """Extract a LoRA from a fine-tune and its base, and compare it with the fine-tune.
+
+    \b
+    iteris extract BASE TUNED --rank 32 -o tuned.safetensors
+    """
+    from ..hosts.diffusers import DiffusersHost
+    from ..hosts.diffusers_lora import base_of
+
+    target, how, bases = options.target, options.run(calibration), (options.base, options.tuned)
+    check_target(options.output, options.layout, options.dtype, options.overwrite)
+    device = device_of(options.device)
+    for base in bases:
+        check_base(base)
+    if options.prompts is not None:
+        how["prompts"] = read_prompts(options.prompts)
+        if not how["prompts"]:
+            raise InputFileError(f"{options.prompts} has no prompts; write one per line.")
+    pipelines = [load_base(base, device, dtype=options.base_dtype) for base in bases]
+    of_base, of_tuned = map(DiffusersHost, pipelines)
+    with progress_bars(visible=not options.quiet) as on_progress:
+        kind = base_of(pipelines[0], of_base.sites())
+        found = extract_lora(
+            of_base, of_tuned, target, kind, layout=options.layout, on_progress=on_progress, **how
+        )
+    options.save(found, options.layout, Path(options.tuned))

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from ..activations.site import PLAIN, Condition
 from ..calibration_prompts import (
+    Composite,
     Wording,
     calling_words,
+    composites_of,
     concept_prompts,
     context_shares,
     in_random_order,
@@ -27,7 +29,6 @@ from ..calibration_prompts import (
     templates_of,
     turns_of,
 )
-from ..composites import Composite, composites_of
 from ..concepts import Calibration, Concept
 
 GENERIC, CLASSES = "generic", "class words"

@@ -131,8 +131,8 @@ class IterisSettings(Settings):
     )
     removed: ClassVar[Mapping[str, str]] = {"polish_steps": "block_steps", "polish_rate": ""}
 
-    def check(self) -> None:
-        super().check()
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.share_ranks:
             return
         if not isinstance(self.rank, int):

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from ..activations.lockstep import Lockstep
 from ..activations.micro_batch import MicroBatch
-from ..composites import Composite
+from ..calibration_prompts import Composite
 from ..concepts import Concept
 from ..errors import MismatchError
 from ..hosts.protocol import Host

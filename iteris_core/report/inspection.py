@@ -77,9 +77,11 @@ def block_facts(lora: Lora) -> dict[str, BlockFacts]:
     for site, change in lora.sites.items():
         squares[names.get(site) or block_of(site)].append(max(change.squared_norm(), 0.0))
     total = sum(map(sum, squares.values())) or 1.0
+    listed = (*LISTS[26], *LISTS[61])  # in the order of weight lists, then others in their own
+    order = [block for block in listed if block in squares]
     return {
-        block: BlockFacts(len(some), math.sqrt(sum(some)), sum(some) / total)
-        for block, some in sorted(squares.items(), key=lambda item: _place(item[0]))
+        block: BlockFacts(len(some := squares[block]), math.sqrt(sum(some)), sum(some) / total)
+        for block in dict.fromkeys([*order, *squares])
     }
 
 
@@ -98,31 +100,20 @@ def block_of(site: str) -> str:
     return ".".join([*prefix, *parts[:-1]]) or site
 
 
-def _place(block: str) -> int:
-    """Sort key: blocks in the order of weight lists; others keep their order."""
-    every = (*LISTS[26], *LISTS[61])
-    return every.index(block) if block in every else len(every)
-
-
-def coverage(lora: Lora) -> dict[str, tuple[int, int]]:
-    """Changed sites and all sites, for each component of the base."""
-    shapes = lora.base.shapes if lora.base is not None else {}
-    changed = Counter(site.partition(".")[0] for site in lora.sites)
-    total = Counter(site.partition(".")[0] for site in shapes)
-    return {component: (count, total[component]) for component, count in changed.items()}
-
-
 def describe(lora: Lora, tensors: Mapping[str, Tensor] | None = None) -> LoraFacts:
     """Facts about a LoRA, and about its file's ``tensors``."""
     tensors = tensors or {}
     scales = {s: lora.scales.get(s, 1.0) * change.rank for s, change in lora.sites.items()}
+    changed = Counter(site.partition(".")[0] for site in lora.sites)
+    shapes = lora.base.shapes if lora.base is not None else {}
+    total = Counter(site.partition(".")[0] for site in shapes)
     return LoraFacts(
         name=lora.name,
         base=lora.base.architecture.title if lora.base is not None else "unknown",
         ranks=dict(sorted(Counter(change.rank for change in lora.sites.values()).items())),
         alphas=dict(sorted(Counter(f"{alpha:g}" for alpha in scales.values()).items())),
         sites=len(lora.sites),
-        coverage=coverage(lora),
+        coverage={component: (count, total[component]) for component, count in changed.items()},
         triggers=trigger_words(lora.metadata),
         blocks=block_facts(lora),
         embeddings=[

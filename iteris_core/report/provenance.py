@@ -1,14 +1,17 @@
-"""Metadata of a merged file: its origin, and the recipe to repeat the merge."""
+"""Metadata of a merged file: its origin, and the recipe to repeat the merge; and its card, which is
+made from them."""
 
 from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,17 +25,24 @@ from ..lora import Lora
 from ..lora_files.metadata import (
     Purpose,
     merge_tag_frequency,
+    merged_concepts,
+    noted_phrases,
     parse_object,
     parted,
+    previews,
     public_name,
     purpose_of,
+    write_sidecar,
 )
+from ..lora_files.tensors import read_header
+from ..saving import atomically
 from .report import MergeReport
 
 _NO_CONCEPT: Mapping[Purpose, str] = {
     "speed": "makes the base draw in few steps",
     "edit": "makes the base edit pictures",
 }
+_MARKS = re.compile(r"([\\`*_\[\]<>|#!])")
 _PACKAGES = ("iteris-lora", "torch", "diffusers", "transformers", "peft", "safetensors")
 
 
@@ -158,12 +168,21 @@ def _limits(low: float, high: float) -> dict[str, str]:
 
 
 def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:
-    """Notes on each concept by name: about its file, and about triggers that it shares."""
+    """Notes on each concept by name: about its file, a purpose other than a concept, and triggers
+    that it shares."""
     notes: dict[str, list[str]] = {}
     for concept, shared in zip(concepts, shared_triggers(concepts), strict=True):
-        of_file = list(concept.lora.notes) if concept.lora is not None else []
-        if notes_of_one := [*of_file, *_of_the_base(concept), *shared]:
-            notes.setdefault(concept.name, []).extend(notes_of_one)
+        lora, found = concept.lora or Lora({}), list[str]()
+        purpose = purpose_of(lora.source or lora.name, lora.metadata)
+        # A merged LoRA may have such a name among others.
+        if purpose is not None and concept.always_on == "no" and "iteris" not in lora.metadata:
+            found = [
+                f"judging by its name, this LoRA {_NO_CONCEPT[purpose]}. Mark it as always on "
+                "(always_on=include): all concepts are then merged with it on, and the file "
+                "includes it"
+            ]
+        if found := [*lora.notes, *found, *shared]:
+            notes.setdefault(concept.name, []).extend(found)
     return notes
 
 
@@ -192,9 +211,17 @@ def shared_triggers(concepts: Sequence[Phrased]) -> list[list[str]]:
 def _clash(one: Phrased, two: Phrased) -> str:
     if one.preserves or two.preserves:
         return ""
+
+    def plain(text: str) -> str:
+        return " ".join(text.lower().split())
+
     for concept, other in ((one, two), (two, one)):
-        triggers = _triggers(concept)
-        for phrase in map(_in_lower_case, other.phrases):
+        texts = [
+            plain(text) for text in ([concept.trigger] if concept.trigger else concept.subjects)
+        ]
+        # Whole, and by the word that is not common: "sks dog" and "sks cat" share it.
+        triggers = {word for text in texts for word in (text, parted(text)[1])} - {""}
+        for phrase in map(plain, other.phrases):
             if within := [word for word in triggers if f" {word} " in f" {phrase} "]:
                 return (
                     f"{max(within, key=len)!r} is the trigger of one concept and part of "
@@ -202,31 +229,6 @@ def _clash(one: Phrased, two: Phrased) -> str:
                     "one of them other words, or train it with another trigger"
                 )
     return ""
-
-
-def _triggers(concept: Phrased) -> set[str]:
-    """In lower case, whole and by the word that is not common: "sks dog" and "sks cat" share it."""
-    texts = map(_in_lower_case, [concept.trigger] if concept.trigger else concept.subjects)
-    return {word for text in texts for word in (text, parted(text)[1])} - {""}
-
-
-def _in_lower_case(text: str) -> str:
-    return " ".join(text.lower().split())
-
-
-def _of_the_base(concept: Concept) -> list[str]:
-    """A note on a LoRA that is not a concept; a merged LoRA may contain such a name among
-    others."""
-    lora = concept.lora
-    if lora is None or concept.always_on != "no" or "iteris" in lora.metadata:
-        return []
-    purpose = purpose_of(lora.source or lora.name, lora.metadata)
-    if purpose is None:
-        return []
-    return [
-        f"judging by its name, this LoRA {_NO_CONCEPT[purpose]}. Mark it as always on "
-        "(always_on=include): all concepts are then merged with it on, and the file includes it"
-    ]
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,11 @@ def join_embeddings(concepts: Sequence[Concept]) -> Joined:
         lora, own_names = concept.lora or Lora({}), dict[str, str]()
         for name, parts in lora.embeddings.items():
             joined_name = name
-            if joined_name in joined and not _same(parts, joined[joined_name]):
+            there = joined.get(name)
+            if there is not None and not (
+                there.keys() == parts.keys()
+                and all(torch.equal(there[part], parts[part]) for part in parts)
+            ):
                 joined_name = f"{lora.name or index + 1}-{name}"
                 while joined_name in joined:
                     joined_name += "-2"
@@ -262,5 +268,65 @@ def join_embeddings(concepts: Sequence[Concept]) -> Joined:
     return Joined(joined, names, warnings)
 
 
-def _same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[part], two[part]) for part in one)
+def card_files(file: Path) -> list[Path]:
+    """The files that :func:`write_card` writes beside ``file``."""
+    return [file.with_suffix(".md"), file.with_suffix(".metadata.json")]
+
+
+def write_card(file: Path, report: MergeReport | None = None) -> list[Path]:
+    """Write the card of the LoRA in ``file`` beside it, replacing an older one, and the notes that
+    LoRA browsers read (:func:`..lora_files.metadata.write_sidecar`); returns both paths.
+
+    Trigger words, sources with their licences and the recipe come from the file's metadata, the
+    verdict from the ``report``, and images from files of the same name beside it.
+    """
+    _, metadata = read_header(file)
+    card, _ = card_files(file)
+    with atomically(card) as unfinished:
+        unfinished.write_text(card_of(file, metadata, report), encoding="utf-8")
+    return [card, write_sidecar(file, metadata)]
+
+
+def card_of(file: Path, metadata: Mapping[str, str], report: MergeReport | None = None) -> str:
+    """The Markdown of a card."""
+    recipe = parse_object(metadata.get("iteris"))
+    parts = [
+        "---\ntags:\n- lora\n- iteris\n---",
+        f"# {_plain(file.stem)}",
+        *[f"![{_plain(picture.stem)}](<{picture.name}>)" for picture in previews(file)],
+        _plain(metadata.get("modelspec.description", "")),
+    ]
+    if phrases := noted_phrases(metadata):
+        parts += ["## Trigger words", "\n".join(f"- {_code(phrase)}" for phrase in phrases)]
+    if concepts := merged_concepts(metadata):
+        rows = ["| LoRA | SHA-256 | strength | weight |", "|---|---|--:|--:|"]
+        for one in concepts:
+            digest = str(one.get("sha256") or "")[:12]
+            numbers = [str(one.get(name, 1.0)) for name in ("strength", "weight")]
+            rows.append(f"| {' | '.join([_plain(str(one['lora'])), digest, *numbers])} |")
+        parts += ["## Merged from", "\n".join(rows)]
+    if licences := metadata.get("modelspec.license", ""):
+        parts += ["Licences of the sources: " + _plain(licences)]
+    if report is not None:
+        parts += ["## Result", _plain(report.verdict())]
+    lines: list[str] = []
+    for name in ("method", "base", "preset", "settings", "calibration", "versions"):
+        given = recipe.get(name)
+        if isinstance(given, Mapping):
+            given = ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
+        if given:
+            lines.append(f"- {name}: {_code(str(given))}")
+    if recipe:
+        again = f"`iteris merge --from {file.name} -o again.safetensors`"
+        lines += ["", f"The file contains the full recipe: {again}."]
+        parts += ["## Recipe", "\n".join(lines)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text on one line, with Markdown escaped."""
+    return _MARKS.sub(r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    return f"`{' '.join(text.replace('`', chr(39)).split())}`"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -45,11 +46,16 @@ class SiteReport:
     ) -> SiteReport:
         """The report on a ``solution`` for its first ``concepts``, without generic prompts, where
         the LoRAs' changes have the norm ``size`` together."""
-        every = solution.weighting, solution.before, solution.after
-        weighting, before, after = (values[:concepts] for values in every)
-        growth = math.sqrt(solution.change.squared_norm()) / size if size else math.nan
-        rest = solution.condition, solution.truncated, repair, growth
-        return cls(solution.change.rank, weighting, before, after, *rest)
+        return cls(
+            solution.change.rank,
+            solution.weighting[:concepts],
+            solution.before[:concepts],
+            solution.after[:concepts],
+            solution.condition,
+            solution.truncated,
+            repair,
+            math.sqrt(solution.change.squared_norm()) / size if size else math.nan,
+        )
 
 
 @dataclass(frozen=True)
@@ -98,8 +104,9 @@ class MergeReport:
         kept = self._kept()
         if kept.get("1", 0.0) < LITTLE:
             return None
-        fine = [use for use, share in kept.items() if use[0].isdigit() and self._holds(share)]
-        return min(map(float, fine)), max(map(float, fine))
+        enough = BRITTLE * kept["1"]
+        fine = [float(u) for u, share in kept.items() if u[0].isdigit() and share >= enough]
+        return min(fine), max(fine)
 
     def grown(self) -> list[tuple[str, float]]:
         """Sites and their ``growth``, largest first."""
@@ -109,9 +116,6 @@ class MergeReport:
     def _kept(self) -> dict[str, float]:
         """Use → what is kept, the mean over the LoRAs."""
         return {use: fmean(shares) for use, shares in self.kept.items()}
-
-    def _holds(self, share: float) -> bool:
-        return share >= BRITTLE * self._kept()["1"]
 
     def residuals(self) -> list[tuple[float, float]]:
         """(before, after) for every concept: root mean square over the sites."""
@@ -139,7 +143,11 @@ class MergeReport:
         if self.lacks:
             wrong.append(f"Incomplete: the merge lacks {' and '.join(self.lacks)}.")
         if self.converged is False:
-            wrong.append(self._convergence())
+            wrong.append(
+                f"Not converged: after {len(self.convergence) + 1} iterations the largest change "
+                f"of a site was still {self.convergence[-1]:.2g} of its size. Use schedule=sweep, "
+                "which needs no iterations, or allow more of them."
+            )
         if self.loras > 1 and samples < FEW:
             wrong.append(
                 f"Too few prompts: {samples} per LoRA; with other prompts the merge does less of "
@@ -148,7 +156,7 @@ class MergeReport:
         kept = self._kept()
         if kept and kept["1"] < LITTLE:
             wrong.append(f"Keeps little. {self._shares()} {self._advice()}.")
-        elif broken := [use for use, share in kept.items() if not self._holds(share)]:
+        elif broken := [use for use, share in kept.items() if share < BRITTLE * kept["1"]]:
             uses = " and ".join(map(_loaded, broken))
             wrong.append(
                 f"Brittle {uses}. {self._shares()} The method iteris "
@@ -188,29 +196,16 @@ class MergeReport:
             return "Lower ridge, or leave it to the merge"
         return "Give it more prompts or a larger weight"
 
-    def _convergence(self) -> str:
-        passes, change = len(self.convergence) + 1, self.convergence[-1]
-        if self.converged:
-            return (
-                f"Converged after {passes} iterations: the last one changed no site by more than "
-                f"{change:.2g} of its size."
-            )
-        return (
-            f"Not converged: after {passes} iterations the largest change of a site was still "
-            f"{change:.2g} of its size. Use schedule=sweep, which needs no iterations, or allow "
-            "more of them."
-        )
-
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN or infinity; None stands for anything not measured."""
-        data = asdict(self)
-        data["verdict"] = self.verdict()
-        data["converged"] = self.converged
-        data["residuals"] = {
-            name: {"before": before, "after": after}
-            for name, (before, after) in zip(self.concepts, self.residuals(), strict=True)
+        errors = zip(self.concepts, self.residuals(), strict=True)
+        data = {
+            **asdict(self),
+            "verdict": self.verdict(),
+            "converged": self.converged,
+            "residuals": {name: {"before": b, "after": a} for name, (b, a) in errors},
         }
-        return _in_json(data)
+        return json.loads(json.dumps(data), parse_constant=lambda _: None)
 
     def summary(self) -> str:
         """A few readable lines."""
@@ -229,7 +224,10 @@ class MergeReport:
             for line in self.short
         ]
         if self.converged:
-            lines.append(f"  {self._convergence()}")
+            lines.append(
+                f"  Converged after {len(self.convergence) + 1} iterations: the last one changed "
+                f"no site by more than {self.convergence[-1]:.2g} of its size."
+            )
         if grown := self.grown()[:3]:
             listed = ", ".join(f"{site} {size:.1f}" for site, size in grown)
             lines.append(f"  largest changes, as multiples of the LoRAs' there: {listed}")
@@ -241,13 +239,3 @@ class MergeReport:
 
 def _loaded(use: str) -> str:
     return f"at strength {use}" if use[0].isdigit() else use
-
-
-def _in_json(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _in_json(one) for key, one in value.items()}  # pyright: ignore
-    if isinstance(value, (list, tuple)):
-        return [_in_json(one) for one in value]  # pyright: ignore
-    return value

@@ -19,10 +19,18 @@ from ..passes.changes import always_on
 from ..presets import PresetName
 from ..progress import OnProgress
 from .drawing import Drawing, draw
-from .judged import PROMPT_LISTS, fill_prompts, judged_prompts
-from .row_scores import ALONE, BASE, Measure, add_shares, stats_of
+from .measures import (
+    ALONE,
+    BASE,
+    PROMPT_LISTS,
+    Measure,
+    Stat,
+    add_shares,
+    fill_prompts,
+    judged_prompts,
+    stats_of,
+)
 from .scorers import ClipScorer, DinoScorer
-from .statistics import Stat
 
 _OWN = 6
 """Images that a LoRA draws as its own references."""

@@ -1,21 +1,29 @@
-"""Files of a comparison: figures as JSON and Markdown, images as a sheet and a page."""
+"""Files of a comparison: figures as JSON and Markdown, images as a labelled sheet and as one
+self-contained HTML page, also for phones and screen readers."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import math
 import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
+from jinja2 import Environment, FileSystemLoader
+from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import OutputError, SaveError, brief
 from ..saving import together
 from .compare import Comparison
-from .page import html_details, html_gallery, html_page, html_table, picture_bytes
-from .row_scores import ALONE, BASE
-from .sheet import contact_sheet
-from .statistics import columns_of, markdown_table
+from .measures import ALONE, BASE, Stat, columns_of, markdown_table
 
+_TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+_PARTS: Any = _TEMPLATES.get_template("parts.html").module
+_SIDE = 320
+"""Largest side in pixels of an image on the page: twice the widest cell."""
 OWN = "iteris"
 """The row that pages highlight."""
 _FIGURES = "comparison.json"
@@ -107,3 +115,113 @@ def _page(comparison: Comparison) -> str:
             ("", html_details("How this was made", "\n".join(made))),
         ],
     )
+
+
+def html_table(
+    columns: Sequence[str],
+    rows: Mapping[str, Sequence[Stat | float | None]],
+    highlighted: str = "",
+    caption: str = "Scores",
+    apart: Collection[str] = (),
+    low: Collection[str] = (),
+) -> str:
+    """A sortable table of three-digit figures, with standard errors after ±.
+
+    Row ``highlighted`` stands out. The best value of each column is marked, in columns ``low`` the
+    smallest; rows ``apart``, such as the one without any LoRA, do not compete.
+    """
+    stats = {
+        name: [Stat(v, math.nan) if isinstance(v, float | int) else v for v in values]
+        for name, values in rows.items()
+    }
+    best: list[str | None] = []
+    for index, column in enumerate(columns):
+        known = {name: stat.mean for name, row in stats.items() if (stat := row[index])}
+        running = [name for name in known if name not in apart]
+        first = (min if column in low else max)(running, key=lambda n: known[n], default=None)
+        best.append(first if len(running) > 1 else None)
+    return _PARTS.table(list(columns), stats, highlighted, caption, best)
+
+
+def html_gallery(
+    rows: Mapping[str, Sequence[Image.Image | None]],
+    columns: Sequence[str],
+    caption: str,
+    highlighted: str = "",
+) -> str:
+    """Images by row and column, each with alt text; None leaves a gap."""
+    pictures = {name: [one and _embedded(one) for one in row] for name, row in rows.items()}
+    return _PARTS.gallery(columns, pictures, highlighted, caption)
+
+
+def _embedded(picture: Image.Image) -> dict[str, str | int]:
+    """An image embedded in the page, with its size in pixels: small ones as PNG, others as JPEG at
+    most :data:`_SIDE` wide."""
+    small = picture.convert("RGB")
+    small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    kind = "PNG" if max(small.size) <= 128 else "JPEG"
+    data = base64.b64encode(picture_bytes(small, kind)).decode()
+    source = f"data:image/{kind.lower()};base64,{data}"
+    return {"source": source, "width": small.width, "height": small.height}
+
+
+def picture_bytes(picture: Image.Image, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format=kind, optimize=kind == "PNG", quality=88)
+    return buffer.getvalue()
+
+
+def html_details(summary: str, text: str) -> str:
+    """Collapsible plain text."""
+    return _PARTS.details(summary, text)
+
+
+def html_page(title: str, parts: Sequence[tuple[str, str]]) -> str:
+    """``parts`` are (heading, HTML) in order; an empty heading is omitted."""
+    return _TEMPLATES.get_template("page.html").render(title=title, parts=parts)
+
+
+def contact_sheet(
+    rows: Mapping[str, Sequence[Image.Image | None]],
+    columns: Sequence[str],
+    *,
+    cell: int = 128,
+    title: str = "",
+) -> Image.Image:
+    """One row per label of ``rows``, one column per label of ``columns``; None leaves a gap.
+
+    Images are scaled to ``cell`` pixels; column labels wrap to the width of a cell.
+    """
+    small, large = ImageFont.load_default(12), ImageFont.load_default(16)
+    gap, left = 4, 8 + max(int(large.getlength(label)) for label in rows)
+    labels = [_wrap(label, small, cell) for label in columns]
+    heading = 28 if title else 8
+    top = heading + 15 * max(len(lines) for lines in labels) + 6
+    width = left + len(columns) * (cell + gap) + 4
+    sheet = Image.new("RGB", (width, top + len(rows) * (cell + gap) + 4), "white")
+    pen = ImageDraw.Draw(sheet)
+    if title:
+        pen.text((8, 5), title, fill="black", font=large)
+    for index, lines in enumerate(labels):
+        x = left + index * (cell + gap)
+        for number, line in enumerate(lines):
+            pen.text((x, heading + 15 * number), line, fill="#333", font=small)
+    for row, (label, pictures) in enumerate(rows.items()):
+        y = top + row * (cell + gap)
+        pen.text((4, y + cell // 2 - 10), label, fill="black", font=large)
+        for index, picture in enumerate(pictures):
+            if picture is not None:
+                scaled = picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
+                sheet.paste(scaled, (left + index * (cell + gap), y))
+    return sheet
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

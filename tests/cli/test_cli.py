@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_pipeline, random_lora
 
 from iteris_core import Lora, LowRank, cli, merge_loras, write_lora
-from iteris_core.cli.concept_options import parse_concept
+from iteris_core.cli.merge_file import parse_concept
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import read_lora_file, released_base
 

@@ -20,10 +20,15 @@ from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.presets import PRESETS
 from iteris_core.score.compare import own_references
 from iteris_core.score.drawing import Drawing, draw
-from iteris_core.score.judged import fill_prompts, judged_prompts
-from iteris_core.score.page import html_table
-from iteris_core.score.row_scores import add_shares
-from iteris_core.score.statistics import Stat, markdown_table, over_seeds
+from iteris_core.score.measures import (
+    Stat,
+    add_shares,
+    fill_prompts,
+    judged_prompts,
+    markdown_table,
+    over_seeds,
+)
+from iteris_core.score.results import html_table
 
 CLIP = f"--clip=local-dir:{toybox.ROOT / 'weights' / 'clip'}"
 

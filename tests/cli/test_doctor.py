@@ -10,7 +10,7 @@ from command_line import run
 
 import iteris_core.cli
 
-doctor = sys.modules["iteris_core.cli.doctor"]
+doctor = sys.modules["iteris_core.cli.about"]
 
 
 def test_nothing_is_missing_here(monkeypatch, capsys):
@@ -52,4 +52,4 @@ def test_from_a_checkout_that_is_not_installed(monkeypatch, capsys):
 
     monkeypatch.setattr(doctor, "requires", none)
     assert doctor._wanted() == {}
-    assert iteris_core.cli.doctor is not None
+    assert iteris_core.cli.doctor is doctor.doctor

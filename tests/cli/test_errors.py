@@ -8,7 +8,7 @@ from pathlib import Path
 from command_line import run
 
 from iteris_core import errors
-from iteris_core.cli.explain import errors_page
+from iteris_core.cli.about import errors_page
 from iteris_core.errors import KINDS, IterisError, LoraFileError, remedy_of
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from command_line import QUICK, make_world, recipe_of, run
 from safetensors.torch import load_file, save_file
 
 import toybox
-from iteris_core.cli.folder import base_near, loras_in
+from iteris_core.cli.init import base_near, loras_in
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,8 @@ from tiny import make_pipeline, random_lora
 from iteris_core import Concept, IterisError, Lora, LowRank, cli, merge_loras, write_lora
 from iteris_core import __main__ as program
 from iteris_core.architectures import Architecture
-from iteris_core.cli.checks import check_embeddings
-from iteris_core.cli.concept_options import parse_concept
-from iteris_core.cli.inputs import read_lines
+from iteris_core.cli.inputs import check_embeddings, read_lines
+from iteris_core.cli.merge_file import parse_concept
 from iteris_core.errors import OutOfMemory
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import BaseModel

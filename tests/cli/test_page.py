@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from iteris_core.score.compare import Comparison
+from iteris_core.score.measures import Stat
 from iteris_core.score.results import write_results
-from iteris_core.score.statistics import Stat
 
 CHROMIUM = shutil.which("chromium")
 CORE = any(

@@ -22,7 +22,7 @@ from iteris_core import (
     merge_loras,
     write_lora,
 )
-from iteris_core.cli.concept_options import find_file
+from iteris_core.cli.merge_file import find_file
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import read_lora_file
 from iteris_core.lora_files.metadata import merge_tag_frequency, trigger_words

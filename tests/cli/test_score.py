@@ -8,8 +8,7 @@ from PIL import Image
 
 from iteris_core import IterisError
 from iteris_core.score import ClipScorer, clip_score, without_tokens
-from iteris_core.score.page import html_gallery, html_page, html_table
-from iteris_core.score.sheet import contact_sheet
+from iteris_core.score.results import contact_sheet, html_gallery, html_page, html_table
 
 
 class ColorModel(torch.nn.Module):

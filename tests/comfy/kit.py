@@ -72,7 +72,7 @@ class Kit:
         self.core, self.merging = part(pack, "iteris_core"), part(pack, "nodes.merging")
         self.host, self.lora = part(pack, "nodes.comfy_host"), part(pack, "nodes.comfy_lora")
         self.specs = part(pack, "nodes.concept_specs")
-        self.read_concept = part(pack, "iteris_core.reading").read_concept
+        self.read_concept = part(pack, "iteris_core.config").read_concept
         self.model, self.clip = sd15(**reduced)
         self.loras.mkdir()
         write_loras(self.model, self.clip, self.loras)

@@ -19,7 +19,7 @@ def inspect(kit: Kit) -> Any:
         given = {"clip": kit.clip, "samples": 4, "settings": WITH_MEMORY, **values}
         with torch.inference_mode():
             plot, table = (
-                kit.node("inspect_node", "InspectLoras").execute(kit.model, specs, **given).result
+                kit.node("edit_nodes", "InspectLoras").execute(kit.model, specs, **given).result
             )
         assert plot.ndim == 4
         return table

@@ -18,9 +18,9 @@ class Bench:
         self.kit, self.folder, self.shown = kit, kit.loras, list[str]()
         use_folders(monkeypatch, kit.folder, "loras")
         save_file({"lora_unet_x.alpha": torch.ones(1)}, self.folder / "mute.safetensors")
-        node = self.module("loras_node")
+        node = self.module("concept_nodes")
         monkeypatch.setattr(node, "show_text", lambda text, _: self.shown.append(text))
-        self.node, self.error = kit.node("loras_node", "IterisLoras"), kit.core.IterisError
+        self.node, self.error = kit.node("concept_nodes", "IterisLoras"), kit.core.IterisError
 
     def module(self, name: str) -> Any:
         return part(self.kit.pack, f"nodes.{name}")
@@ -30,7 +30,7 @@ class Bench:
 
     def stack(self, *entries: Any) -> Any:
         """Both with words."""
-        stacks = self.module("lora_stacks")
+        stacks = self.module("concept_specs")
         return stacks.with_words(stacks.specs_of(entries), "sks cat; zwx dog")
 
     def beside(self, name: str, *words: str) -> None:
@@ -147,7 +147,7 @@ STACKS = {
 
 @pytest.mark.parametrize("kind", STACKS)
 def test_stacks_of_other_packs(bench: Bench, kind: str) -> None:
-    stacks = bench.module("lora_stacks")
+    stacks = bench.module("concept_specs")
     assert stacks.specs_of(None) == ()
     specs = stacks.specs_of(STACKS[kind])
     assert [(spec.file.name, spec.strength, spec.text_strength) for spec in specs] == [
@@ -169,9 +169,9 @@ def test_stacks_of_other_packs(bench: Bench, kind: str) -> None:
 def test_entries_that_are_not_known_are_refused(bench: Bench) -> None:
     for entry in (7, "a.safetensors", {"strength": 1.0}, ("a.safetensors", "much")):
         with pytest.raises(bench.error, match="LORA_STACK has an entry"):
-            bench.module("lora_stacks").specs_of([entry])
+            bench.module("concept_specs").specs_of([entry])
     with pytest.raises(bench.error, match="no LoRA gone"):
-        bench.module("lora_stacks").specs_of([("gone", 1.0)])
+        bench.module("concept_specs").specs_of([("gone", 1.0)])
 
 
 def test_without_a_clip(bench: Bench, kit: Kit) -> None:

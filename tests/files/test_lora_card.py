@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from iteris_core import Concept, Lora, merge_loras
 from iteris_core.lora_files.metadata import sidecar_phrases, write_sidecar
-from iteris_core.report.card import write_card
+from iteris_core.report.provenance import write_card
 
 LORA_MANAGER = (
     *("file_name", "model_name", "file_path", "size", "modified", "sha256", "base_model"),

@@ -11,8 +11,7 @@ from small_merge import EXACT
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
-from iteris_core.calibration_prompts import Wording
-from iteris_core.composites import Composite, composites_of
+from iteris_core.calibration_prompts import Composite, Wording, composites_of
 from iteris_core.hosts.rows import SamplePrompts
 from iteris_core.passes.changes import changes_of
 

@@ -1,0 +1,258 @@
+"""``iteris inspect``, ``convert`` and ``bake``: what runs no base."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.markup import escape
+
+from ..architectures import architecture_of_file
+from ..config import ConceptConfig
+from ..edit.bake import FP8, places_in, weight_in
+from ..edit.bake import bake as bake_model
+from ..edit.convert import Names, convert_lora, largest_error
+from ..errors import BaseError, OutputError, UsageError
+from ..lora_files import (
+    DTYPES,
+    ReadOptions,
+    check_target,
+    read_header,
+    read_lora_file,
+    read_tensors,
+    released_base,
+)
+from ..lora_files.metadata import find_phrases
+from ..lora_files.peft_folder import check_folder
+from ..lora_files.tensors import dtypes_of
+from ..passes.changes import changes_always
+from ..progress import Progress
+from ..report.inspection import Interference, LoraFacts, describe, interference, plot_loras
+from ..saving import atomically, check_new
+from .base import check_base, located, lora_reader
+from .common import print_table, progress_bars
+from .inputs import check_apart, check_concepts
+from .merge_file import parse_concept
+from .options import AsJson, Dtype, Energy, Overwrite, Partial, option
+
+_PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
+_COLUMNS = (
+    "0: disjoint; 1: identical. Row spaces: the inputs that two LoRAs read from a layer. Column "
+    "spaces: the outputs that they write. Conflict: the share of their outputs in which they "
+    "disagree."
+)
+
+
+def inspect(
+    files: Annotated[list[Path], typer.Argument(help="LoRA files")],
+    base: Annotated[
+        str | None, option("The base, if its shape differs from SD 1.5, XL, 3 or FLUX")
+    ] = None,
+    as_json: AsJson = False,
+    plot: Annotated[Path | None, option("Write a PNG of each block's content")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Show what LoRA files contain, and where two of them will interfere.
+
+    \b
+    iteris inspect cat.safetensors dog.safetensors
+    """
+    if plot is not None:
+        if plot.suffix.lower() not in _PLOTS:
+            raise OutputError(f"--plot {plot}: the name must end in one of {', '.join(_PLOTS)}.")
+        check_new(plot, overwrite=overwrite)
+        if importlib.util.find_spec("matplotlib") is None:
+            raise OutputError("--plot needs matplotlib: pip install matplotlib")
+    options = ReadOptions(allow_partial=True, of_weight=False, vectors=True)
+    read = lora_reader(base)
+    tensors = [read_tensors(path)[0] for path in files]
+    loras = [read(path, options) for path in files]
+    facts = [describe(*pair) for pair in zip(loras, tensors, strict=True)]
+    both = list(combinations(zip(loras, facts, strict=True), 2))
+    pairs = [interference(a, b) for (a, of_a), (b, of_b) in both if of_a.base == of_b.base]
+    if plot is not None:
+        with atomically(plot) as unfinished:
+            plot_loras(facts).savefig(unfinished)
+    if as_json:
+        data = {"files": [asdict(f) for f in facts], "interference": [asdict(p) for p in pairs]}
+        typer.echo(json.dumps(data))
+        return
+    for fact in facts:
+        print_table((), _facts(fact), fact.name)
+        rows = [(name, str(block.layers), f"{block.norm:.3g}", f"{block.share:.1%}")
+                for name, block in fact.blocks.items()]  # fmt: skip
+        headings = ("block", "layers", "norm", "share of energy")
+        print_table(headings, rows, f"Blocks of {fact.name}")
+    if pairs:
+        headings = ("pair", "row spaces", "column spaces", "conflict")
+        print_table(headings, map(_figures, pairs), "Interference", _COLUMNS)
+    for (_, one), (_, two) in both:
+        if one.base != two.base:
+            typer.echo(
+                f"{one.name} is a LoRA for {one.base}, {two.name} for {two.base}: they have no "
+                "layer in common and cannot be merged."
+            )
+
+
+def _facts(facts: LoraFacts) -> list[tuple[str, str]]:
+    def counts(counted: Mapping[Any, int]) -> str:
+        if len(counted) == 1:
+            return str(next(iter(counted)))
+        return ", ".join(f"{value} ({count} ×)" for value, count in counted.items())
+
+    return [
+        ("base", facts.base),
+        ("layout", ", ".join(facts.layouts)),
+        ("kind", counts(facts.kinds)),
+        ("dtype", counts(facts.dtypes)),
+        ("rank", counts(facts.ranks)),
+        ("alpha", counts(facts.alphas)),
+        ("sites", "; ".join(f"{c}: {n} of {m}" for c, (n, m) in facts.coverage.items())),
+        ("trigger words", ", ".join(facts.triggers) or "none in the metadata"),
+        *([("embeddings", ", ".join(facts.embeddings))] if facts.embeddings else []),
+        *(("note", note) for note in facts.notes),
+    ]
+
+
+def _figures(pair: Interference) -> list[str]:
+    name = f"{pair.first} / {pair.second}: {pair.shared or 'no'} shared sites"
+    figures = (pair.rows, pair.columns, pair.conflict)
+    return [name, *(f"{figure:.3f}" if pair.shared else "" for figure in figures)]
+
+
+def convert(
+    file: Annotated[
+        Path, typer.Argument(help="A LoRA file of any layout and kind", metavar="FILE")
+    ],
+    output: Annotated[Path, option("The .safetensors to write", "--output", "-o")],
+    layout: Annotated[Names, option("Naming scheme of the file")] = "kohya",
+    base: Annotated[
+        str | None, option("The base, for a DoRA or if its shape differs from SD 1.5, XL, 3, FLUX")
+    ] = None,
+    dtype: Annotated[Dtype | None, option("Type of the file; unchanged by default")] = None,
+    energy: Energy = 0.999,
+    allow_partial: Partial = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rename a LoRA for another tool; LoHa, LoKr, LoCon and DoRA become a plain LoRA.
+
+    \b
+    iteris convert cat.safetensors --layout comfyui -o cat-comfyui.safetensors
+    """
+    check_target(output, None, "float16", overwrite)
+    config = ConceptConfig(file=file)
+    check_concepts([config])
+    check_apart([output], [config])
+    lora = lora_reader(base)(
+        file, ReadOptions(allow_partial, energy, vectors=layout != "diffusers")
+    )
+    found = find_phrases(file, lora.metadata)
+    if found.source not in ("", "file"):  # from notes beside the file
+        words = {"modelspec.trigger_phrase": ", ".join(found.phrases)}
+        lora = replace(lora, metadata={**lora.metadata, **words})
+    own = next(iter(dtypes_of(read_tensors(file)[0])), "float16")  # the most common one
+    written = dtype or (own if own in DTYPES else "float16")
+    path = convert_lora(lora, output, layout, dtype=written, overwrite=overwrite)
+    notes = list(lora.notes)
+    if own.startswith("float8"):
+        notes.append(f"{own} becomes {written}: few tools load a LoRA in float8")
+    assert lora.base is not None  # convert_lora refuses others
+    back = read_lora_file(path, lora.base, options=ReadOptions(vectors=True))
+    error = largest_error(lora, back)
+    if as_json:
+        report = {"path": str(path), "dtype": written, "error": error, "notes": notes}
+        typer.echo(json.dumps(report))
+        return
+    for note in notes:
+        typer.echo(escape(note))
+    outcome = f"within {error:.2g} of" if error else "bit-identical to"
+    typer.echo(f"Read back: every layer's change is {outcome} the original.")
+    typer.echo(f"Wrote {path} ({written}, {len(lora.sites)} layers).")
+
+
+def bake(
+    base: Annotated[
+        str, typer.Argument(help="A .safetensors checkpoint, or a diffusers folder", metavar="BASE")
+    ],
+    lora: Annotated[
+        list[str],
+        option("FILE, FILE:0.8, or FILE:0.8/0.5 (model and text encoders); repeat for each LoRA"),
+    ],
+    output: Annotated[Path, option("The file or folder to write", "--output", "-o")],
+    dtype: Annotated[
+        Literal["float16", "bfloat16", "float32", "fp8"] | None,
+        option(
+            "Type of the weights; unchanged by default. fp8: linear layers as float8 with one "
+            "scale each, for ComfyUI"
+        ),
+    ] = None,
+    energy: Energy = 0.999,
+    allow_partial: Partial = False,
+    overwrite: Overwrite = False,
+    quiet: Annotated[bool, option("Show only warnings and errors", "--quiet", "-q")] = False,
+) -> None:
+    """Add LoRAs to a model's weights; names in its files stay the same.
+
+    \b
+    iteris bake model.safetensors --lora cat.safetensors:0.8 -o baked.safetensors
+    """
+    source = Path(located(base))
+    configs = [parse_concept(text, option="--lora") for text in lora]
+    _check_baking(source, base, output, configs, dtype, overwrite=overwrite)
+    options = ReadOptions(allow_partial, energy)
+    kind = "" if source.is_dir() else architecture_of_file(*read_header(configs[0].files[0])).name
+    places, model = places_in(source, released_base(kind) if kind else None)
+    weight, files = weight_in(places), [config.files[0] for config in configs]
+    read = [read_lora_file(file, model, weight, options) for file in files]
+    concepts = [config.concept(one) for config, one in zip(configs, read, strict=True)]
+    changes = changes_always(concepts)
+    written = FP8 if dtype == "fp8" else DTYPES[dtype] if dtype else None
+    with progress_bars(visible=not quiet) as on_progress:
+
+        def tick(done: int, total: int) -> None:
+            on_progress(Progress("writing weights", done, total))
+
+        bake_model(source, output, changes, places, written, tick)
+    if not quiet:
+        for one in read:
+            for note in one.notes:
+                typer.echo(f"{one.name}: {note}")
+        typer.echo(f"Wrote {output}: {len(changes)} layers changed.")
+
+
+def _check_baking(
+    source: Path,
+    base: str,
+    output: Path,
+    loras: Sequence[ConceptConfig],
+    dtype: str | None,
+    *,
+    overwrite: bool,
+) -> None:
+    """Raise :class:`IterisError` if the LoRAs cannot be baked or the result written; reads headers
+    only."""
+    if not source.exists():
+        raise BaseError(f"The base {base!r} does not exist; give an existing file or folder.")
+    if not all(lora.files for lora in loras):
+        raise UsageError("--lora must name a LoRA file.")
+    check_base(base)
+    check_concepts(loras)
+    if output.exists() and output.samefile(source):
+        raise OutputError(f"{output} is the base itself, which would be lost; choose another name.")
+    if source.is_file():
+        check_target(output, None, "float16", overwrite)
+        return
+    check_folder(output)
+    if output.suffix == ".safetensors":
+        raise OutputError(
+            f"{base} is a folder, and so is the result; give {output.with_suffix('')} as its name."
+        )
+    if dtype == "fp8":
+        raise OutputError("A diffusers folder cannot hold fp8 with scales; bake a single file.")
