@@ -61,8 +61,7 @@ def samples_of(concept: Concept, calibration: Calibration) -> int:
 
 
 def prompt_pools(concept: Concept, calibration: Calibration) -> list[list[str]]:
-    """The concept's own prompts, or one list per phrase made from templates. Raises
-    :class:`IterisError` if there are none."""
+    """The concept's own prompts, or one list per phrase, from templates; never none."""
     if concept.prompts:
         return [[str(prompt) for prompt in concept.prompts]]
     if concept.prompts is not None:
@@ -128,8 +127,7 @@ def in_random_order(pool: Sequence[_T], count: int, generator: torch.Generator) 
 
 
 def whole_words(pieces: Iterable[str]) -> list[str]:
-    """The words that are a single token in a tokenizer's vocabulary, sorted: only letters, at least
-    three of them."""
+    """A tokenizer's words that are a single token of at least three letters, sorted."""
     words = list(pieces)  # as they are in BERT's, where "##" marks a continuation
     if ends := [piece[:-4] for piece in words if piece.endswith("</w>")]:
         words = ends
@@ -165,8 +163,7 @@ class Wording:
         return self._words[self._number(len(self._words))] if self._words else ""
 
     def in_context(self, prompt: str) -> str:
-        """``prompt`` with extra words after it, before it, or both. A long prompt stays as it is,
-        because text encoders truncate."""
+        """``prompt``, unless it is long, with extra words after it, before it, or both."""
         if len(prompt.split()) > _LONG:
             return prompt
         place = self._number(4)

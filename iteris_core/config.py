@@ -20,7 +20,7 @@ from .lora import Lora
 from .lora_files import ReadOptions, ReleasedBases
 from .lora_files.experts import joined_experts
 from .lora_files.metadata import find_phrases
-from .presets import PresetName
+from .settings import PresetName
 
 Unmergeable = Literal["refuse", "skip", "mean"]
 _Kind = TypeVar("_Kind", bound="Config")
@@ -38,8 +38,7 @@ _EXPECTED = {
 
 
 class Config(BaseModel):
-    """A part of a merge. Raises ``failure`` for an unknown key, and for a value of the wrong type
-    or out of range."""
+    """A part of a merge. Raises ``failure`` for an unknown key or a wrong value."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False
@@ -75,8 +74,7 @@ class Config(BaseModel):
 
     @classmethod
     def of_mapping(cls: type[_Kind], values: Mapping[Any, Any], where: str) -> _Kind:
-        """One with ``values``, without those that are None. Error messages use ``where`` to name
-        them."""
+        """One with those ``values`` that are not None; errors name it as ``where``."""
         try:
             return cls(**{str(key): value for key, value in values.items() if value is not None})
         except cls.failure as error:
@@ -208,8 +206,7 @@ class ConceptConfig(Phrased, Config):
         return self.model_copy(update={**words_in(phrases), "source": source})
 
     def with_found_words(self, metadata: Mapping[str, str]) -> ConceptConfig:
-        """A copy with trigger words from the file's ``metadata`` or the notes beside it, if it has
-        none yet."""
+        """A copy with words from ``metadata`` or a note beside the file, if it has none yet."""
         if self.file is None or self.phrases or self.always_on != "no":
             return self
         return self.called(*find_phrases(self.file, metadata))

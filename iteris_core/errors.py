@@ -171,13 +171,11 @@ def remedy_of(kind: type[IterisError]) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """A library's error message on one line, at most 300 characters and whole words; its class
-    name if it is empty."""
+    """A library's message on one line, at most 300 characters; its class name if empty."""
     return shorten(str(error), 300, placeholder=" …") or type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown ``name``: suggests the nearest of ``known``, if
-    any."""
+    """The end of a sentence about an unknown ``name``, with the nearest of ``known``."""
     near = get_close_matches(name, list(known), 1)
     return f"; did you mean {near[0]!r}?" if near else "."

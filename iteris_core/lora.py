@@ -42,8 +42,7 @@ class LowRank:
 
     @classmethod
     def whole(cls, dense: Tensor, kernel: tuple[int, int] | None = None) -> LowRank:
-        """An exact factorisation of a full ΔW, (out, in): one factor is the identity on its shorter
-        side."""
+        """An exact factorisation of ΔW, (out, in), with an identity on its shorter side."""
         out, width = dense.shape
         if width <= out:
             return cls(dense, torch.eye(width, dtype=dense.dtype, device=dense.device), kernel)

@@ -32,12 +32,11 @@ from .passes import changes as of_loras
 from .passes import preflight
 from .passes.held_out import WHAT, expect_held_out, kept
 from .passes.job import Budget, Job, RunLog, within_time
-from .presets import PresetName
 from .progress import Forecast, OnProgress
 from .report.provenance import join_embeddings, lacks_of, merge_metadata, notes_of
 from .report.report import MergeReport, SiteReport
 from .saving import rescued
-from .settings import Settings
+from .settings import PresetName, Settings
 from .solve.choose import THRESHOLDS, Thresholds
 from .solve.problem import Solution
 

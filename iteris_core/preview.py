@@ -17,8 +17,8 @@ from .methods import find_method
 from .methods.registry import settings_over
 from .passes.changes import changes_of, switched_on
 from .passes.planner import Planned
-from .presets import PresetName
 from .progress import OnProgress, duration
+from .settings import PresetName
 from .solve.choose import THRESHOLDS, Thresholds
 
 

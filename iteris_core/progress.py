@@ -50,8 +50,7 @@ def duration(seconds: float) -> str:
 
 @dataclass
 class _Phase:
-    """The work of each of its ``steps``, in order, the ``share`` of them that is done, and the
-    seconds that this ``took``."""
+    """Work by step, the ``share`` of the steps that is done, and the seconds that it ``took``."""
 
     steps: Sequence[float]
     share: float = 0.0
@@ -95,8 +94,7 @@ class Forecast:
         self._phases.setdefault(what, _Phase(steps)).steps = steps
 
     def tick(self, what: str, done: int, total: int, plan: str = "") -> None:
-        """Report ``done`` of ``total`` for ``what``. It counts as work if it was expected, or if
-        nothing was."""
+        """Report ``done`` of ``total``; it counts as work if it was expected, or nothing was."""
         now = self.clock()
         if total and (what in self._phases or not self._phases):
             phase = self._phases.setdefault(what, _Phase([1.0]))

@@ -74,8 +74,7 @@ def _undone(path: Path, undo: ExitStack) -> None:
 
 
 def rescued(write: Callable[[Path], Sequence[Path]], name: str, error: IterisError) -> IterisError:
-    """``error``, plus where ``write`` wrote what would be lost otherwise: under ``name`` in the
-    system's folder for temporary files, if possible."""
+    """``error``, with the file below the system's temporary folder that ``write`` wrote, if any."""
     folder = Path(tempfile.gettempdir(), f"iteris-{secrets.token_hex(4)}")
     try:
         folder.mkdir()
@@ -88,8 +87,7 @@ def rescued(write: Callable[[Path], Sequence[Path]], name: str, error: IterisErr
 
 
 def check_new(path: Path, *, overwrite: bool) -> None:
-    """Raise :class:`OutputError` if ``path`` exists, unless ``overwrite``, or as
-    :func:`check_place` does."""
+    """As :func:`check_place`; also refuses an existing ``path``, unless ``overwrite``."""
     if path.exists() and not overwrite:
         raise OutputError(
             f"{path} exists already; choose another name, or overwrite it (option overwrite)."
@@ -98,8 +96,7 @@ def check_new(path: Path, *, overwrite: bool) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Raise :class:`OutputError` if the folder of ``path`` does not exist, and :class:`SaveError`
-    if no file can be written there."""
+    """Raise :class:`IterisError` if no file can be written in the folder of ``path``."""
     if not path.parent.is_dir():
         raise OutputError(f"The folder {path.parent} does not exist; create it first.")
     try:

@@ -74,14 +74,12 @@ class References:
         return [states, {**self.entries, **own}]
 
     def key(self, forget: Callable[[Any], None]) -> Hashable:
-        """A key, equal for references to the same objects while they exist; ``forget`` is called
-        when one of them is deleted."""
+        """Equal for references to the same objects; ``forget`` is called when one is deleted."""
         return _identity((self.entries, self.latent, self.mask), forget)
 
 
 def kind(inputs: Inputs) -> Hashable:
-    """A key, equal for texts whose rows may share a forward: they have the same inputs, with equal
-    shapes and equal constants."""
+    """A key, equal for texts with the same inputs, shapes and constants: they share a forward."""
     conds = inputs["model_conds"]
     rows = {n: 0 for n, c in conds.items() if not isinstance(c, comfy.conds.CONDConstant)}
     return recorded.kind(_call(inputs), rows, masks=False)

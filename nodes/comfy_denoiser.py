@@ -101,8 +101,7 @@ class Denoiser:
         return free_beside(model)
 
     def shape(self, calibration: Calibration) -> tuple[int, ...]:
-        """(1, channels, …) of the latents: from the connected LATENT, otherwise by the size
-        rule."""
+        """(1, channels, …) of the latents: the connected LATENT's, otherwise by the size rule."""
         latent = self.references.latent
         if latent is None:
             return latent_shape(self.model, calibration)
@@ -143,8 +142,7 @@ class Denoiser:
         return noisy * mask + kept * (1 - mask)
 
     def inputs(self, text: Conditioning, shape: Sequence[int]) -> Inputs:
-        """ComfyUI's inputs for this text, besides a latent of ``shape`` (…, channels, height,
-        width)."""
+        """ComfyUI's inputs for this text and a latent of ``shape`` (…, channels, height, width)."""
         device, shape = self.model.load_device, (1, *shape[1:])
         latent, mask = self._begun(shape)
         inputs = comfy.samplers.process_conds(

@@ -81,8 +81,7 @@ def _copied(tokenizer: Any, vectors: Mapping[int, Mapping[str, Tensor]], names: 
         look_up = own._try_get_embedding
 
     def find(text: str) -> tuple[Any, ...]:
-        """Replaces ``_try_get_embedding``: returns the vectors, in later versions the name, and the
-        text after it."""
+        """For ``_try_get_embedding``: the vectors, in later versions the name, and the rest."""
         name, *rest = text.split()
         plain = name.rstrip(",")
         theirs = look_up(text)

@@ -73,8 +73,7 @@ class NodeProgress:
 
 
 def files_behind(hidden: Any, name: str) -> list[str]:
-    """The names of files that upstream nodes of the input ``name`` load: checkpoints, LoRAs on
-    them."""
+    """The files that nodes upstream of the input ``name`` load: checkpoints, LoRAs on them."""
     graph: dict[str, Any] = hidden.prompt or {}
     seen: set[str] = set()
     found: list[str] = []

@@ -48,8 +48,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Sampling:
-    """The samples to denoise: ``owners`` is the concept of each. A forward has at most ``rows`` of
-    them."""
+    """The samples to denoise, by concept (``owners``), at most ``rows`` in a forward."""
 
     owners: Sequence[int]
     texts: Texts
@@ -273,8 +272,7 @@ def comfy_samples(
     drawn: SamplePrompts,
     tokenize: Callable[[Sequence[int], Sequence[str]], Sequence[Any]],
 ) -> ComfySamples:
-    """One row per recorded latent of a denoiser, plus those that ``drawn`` adds on the same
-    latents."""
+    """One row per recorded latent of a denoiser, and those that ``drawn`` adds on them."""
     parts = [drawn.texts(kept.picks.shape[1]) for kept in kept_by] or [drawn.texts(None)]
     text = TextRows.of(
         [owner for part in parts for owner in part.owners],

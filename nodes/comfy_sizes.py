@@ -58,8 +58,7 @@ def latent_shape(model: Any, calibration: Calibration) -> tuple[int, ...]:
 
 
 def token_sides(model: Any) -> list[int]:
-    """Latents per token side, in each transformer block of a UNet, or in all blocks of a
-    transformer."""
+    """Latents per token side, by transformer block of a UNet, or of all blocks."""
     network = model.model.diffusion_model
     if isinstance(network, comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel):
         blocks = (*network.input_blocks, network.middle_block, *network.output_blocks)

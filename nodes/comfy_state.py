@@ -113,8 +113,7 @@ def training() -> Generator[None]:
 
 
 class _Unfused(TorchFunctionMode):
-    """comfy-kitchen's fallback for machines without a kernel: plain torch operations with the same
-    result."""
+    """comfy-kitchen's fallback without kernels: plain torch operations, the same result."""
 
     def __init__(self) -> None:
         super().__init__()

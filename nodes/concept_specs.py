@@ -79,8 +79,7 @@ def phrases_in(text: str) -> list[str]:
 
 
 def changed(file: Path) -> int:
-    """The time stamp of a LoRA file, or of a newer file beside it: embeddings, trigger words,
-    prompts."""
+    """The time stamp of a LoRA file, or of a newer file beside it that counts."""
     beside = list(file.parent.glob(f"{glob.escape(file.stem)}_*.safetensors"))
     beside += [*sidecars(file), *filter(Path.is_file, [file.with_name(file.stem + _PROMPTS)])]
     return max(path.stat().st_mtime_ns for path in (file, *beside))
@@ -145,8 +144,7 @@ def with_words(specs: Sequence[ConceptConfig], text: str) -> tuple[ConceptConfig
 
 
 def _spec(entry: Any) -> ConceptConfig | None:
-    """An entry of a stack: (name, strength[, clip strength]), or an equivalent dictionary; None if
-    it is off or has no name."""
+    """A stack's (name, strength[, clip strength]) or dictionary; None if off or nameless."""
     if isinstance(entry, Mapping):
         values = dict(entry)
         if not all(values.get(name, True) for name in _ON):

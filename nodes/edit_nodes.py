@@ -66,8 +66,7 @@ def _run_inputs() -> list[Any]:
 
 @dataclass(frozen=True)
 class _Edit:
-    """Translates a node's ``values`` into library arguments, and results into the node's display
-    and outputs."""
+    """A node's ``values`` as library arguments; results as the node's display and outputs."""
 
     hidden: Any
     model: Any

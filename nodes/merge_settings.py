@@ -3,7 +3,7 @@ library."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -14,8 +14,7 @@ from ..iteris_core.config import ConceptConfig, MergeConfig, Unmergeable
 from ..iteris_core.lora_files.metadata import is_fast
 from ..iteris_core.methods import all_methods, find_method
 from ..iteris_core.methods.iteris import IterisSettings
-from ..iteris_core.presets import PresetName
-from ..iteris_core.settings import declared_settings
+from ..iteris_core.settings import PresetName, declared_settings
 from .comfy_conds import References
 from .comfy_sizes import scale
 from .schema import changed, schema, setting_input
@@ -78,8 +77,7 @@ class Request:
         )
 
     def _settings(self, method: str) -> dict[str, Any]:
-        """Settings of the method; methods other than iteris use rank and :data:`OTHERS`, if they
-        have them."""
+        """The method's settings; of methods other than iteris, rank and :data:`OTHERS`."""
         if method != _DEFAULT_METHOD:
             known = declared_settings(find_method(method).settings)
             given = {n: self.values.get(n) for n in ("rank", *OTHERS)}
@@ -136,27 +134,28 @@ def other_input(name: str) -> Any:
     )
 
 
-def _all_inputs() -> Iterable[Any]:
-    yield io.Int.Input("image_size", default=0, min=0, max=4096, step=64, optional=True)
-    yield from (setting_input(Calibration, name) for name in CALIBRATION)
-    yield io.Combo.Input(
-        "empty_prompts", options=["auto", "yes", "no"], default="auto", optional=True
-    )
-    yield io.Combo.Input(
-        "cannot_merge", options=list(get_args(Unmergeable)), default="refuse", optional=True
-    )
-    yield io.Float.Input("memory", default=0.0, min=0.0, max=1024.0, step=0.1, optional=True)
-    yield from (setting_input(IterisSettings, name) for name in ITERIS)
-    yield from map(other_input, OTHERS)
-
-
 class IterisMergeSettings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             "IterisSettings",
             ["merge settings", "density", "ridge", "image size", "rank"],
-            inputs=list(_all_inputs()),
+            inputs=[
+                io.Int.Input("image_size", default=0, min=0, max=4096, step=64, optional=True),
+                *(setting_input(Calibration, name) for name in CALIBRATION),
+                io.Combo.Input(
+                    "empty_prompts", options=["auto", "yes", "no"], default="auto", optional=True
+                ),
+                io.Combo.Input(
+                    "cannot_merge",
+                    options=list(get_args(Unmergeable)),
+                    default="refuse",
+                    optional=True,
+                ),
+                io.Float.Input("memory", default=0.0, max=1024.0, min=0.0, step=0.1, optional=True),
+                *(setting_input(IterisSettings, name) for name in ITERIS),
+                *map(other_input, OTHERS),
+            ],
             outputs=("settings",),
         )
 

@@ -168,8 +168,7 @@ def merged(
     node_id: str | None,
     **experts: Any,
 ) -> MergeResult:
-    """The merge of ``config``, from the cache if possible; ``experts`` as in
-    :func:`.merging.merge_on`."""
+    """The merge of ``config``, perhaps cached; ``experts`` as in :func:`.merging.merge_on`."""
     key = (
         *_key_of((model, clip, experts.get("low")), request.references, _forget),
         (config, experts.get("boundary"), request.distilled, request.memory_budget),

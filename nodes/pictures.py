@@ -37,8 +37,7 @@ def figure_image(figure: Any) -> Tensor:
 
 
 def save_thumbnail(batch: Tensor, path: Path) -> None:
-    """Save the first image, scaled down, as a PNG without metadata; it appears only when
-    complete."""
+    """Save the first image, scaled down, as a complete PNG without metadata."""
     picture = to_pil(batch[:1])[0]
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     with atomically(path) as unfinished:

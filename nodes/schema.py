@@ -13,8 +13,7 @@ from comfy_api.latest import io
 
 from ..iteris_core.concepts import Calibration
 from ..iteris_core.methods import all_methods
-from ..iteris_core.presets import PRESETS, PresetName
-from ..iteris_core.settings import Settings, declared_settings
+from ..iteris_core.settings import PRESETS, PresetName, Settings, declared_settings
 
 _LOCALES = Path(__file__).parents[1] / "locales"
 _TEXTS = json.loads((_LOCALES / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
@@ -112,14 +111,10 @@ _NONE: Mapping[str, float | str] = {"saliency": -1, "contexts": -1, "pull": "aut
 """Setting → the value that means none, if 0 has another meaning."""
 
 
-def none_of(name: str) -> float | str:
-    return _NONE.get(name, 0)
-
-
 def setting_input(owner: type[Settings], name: str) -> Any:
     """The input of a setting, with its limits and help."""
     declared = declared_settings(owner)[name]
-    none = none_of(name)
+    none = _NONE.get(name, 0)
     tooltip = f"{declared.help} {none}: {declared.none}." if declared.none else declared.help
     default = none if declared.default is None else declared.default
     shared: dict[str, Any] = {"default": default, "tooltip": tooltip, "optional": True}
@@ -139,12 +134,11 @@ def setting_input(owner: type[Settings], name: str) -> Any:
 
 
 def changed(owner: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that differ from the settings' defaults, with None for the value that means
-    none."""
+    """The values that are not the settings' defaults; None for the one that means none."""
     given: dict[str, Any] = {}
     for name, value in values.items():
         declared = declared_settings(owner)[name]
-        value = None if declared.optional and value == none_of(name) else value
+        value = None if declared.optional and value == _NONE.get(name, 0) else value
         if value != declared.default:
             given[name] = value
     return given
@@ -155,15 +149,11 @@ def model_inputs() -> list[Any]:
 
 
 def sampling_inputs() -> list[Any]:
-    return [_samples_input(), setting_input(Calibration, "seed")]
-
-
-def _samples_input() -> Any:
-    """0 leaves the number to the preset; any explicit number counts."""
+    """Samples and seed. 0 samples leave the number to the preset; any explicit number counts."""
     declared = declared_settings(Calibration)["samples"]
     numbers = {p: PRESETS[p].calibration.get("samples", declared.default) for p in PRESETS}
     by_preset = ", ".join(f"{preset} {number}" for preset, number in numbers.items())
-    return io.Int.Input(
+    samples = io.Int.Input(
         "samples",
         default=0,
         min=0,
@@ -172,6 +162,7 @@ def _samples_input() -> Any:
         optional=True,
         control_after_generate=False,
     )
+    return [samples, setting_input(Calibration, "seed")]
 
 
 def preset_input() -> Any:

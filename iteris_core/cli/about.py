@@ -22,8 +22,7 @@ from ..activations.memory import free_memory
 from ..concepts import Calibration
 from ..errors import KINDS, IterisError, UsageError, remedy_of
 from ..methods import all_methods, find_method
-from ..presets import PRESETS
-from ..settings import Setting, Settings, declared_settings
+from ..settings import PRESETS, Setting, Settings, declared_settings
 from .base import device_of
 from .common import print_table, progress_bars, spelled
 from .options import AsJson, option

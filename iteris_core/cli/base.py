@@ -37,8 +37,7 @@ def named_base(metadata: Mapping[str, str]) -> str:
 
 
 def device_of(device: str | None = None) -> str:
-    """``device``, or the best available one. Raises :class:`IterisError` for a missing device
-    before anything is loaded."""
+    """``device`` if it exists, checked before anything is loaded, or the best available one."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -164,8 +163,7 @@ def _whole_pipeline(base: str) -> Any:
 
 
 def lora_reader(base: str | None) -> Callable[[Path, ReadOptions], Lora]:
-    """A function that reads LoRA files for the ``base``; without a base, each file is read for the
-    bundled base that it names, or the released model for which it was made."""
+    """Reads LoRA files for the ``base``, or each for the bundled or released base of its own."""
 
     @functools.cache
     def host_for(base: str) -> Any:

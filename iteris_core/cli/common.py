@@ -29,8 +29,7 @@ def warn(text: str) -> None:
 
 
 def spelled(text: str) -> str:
-    """``text`` of the core with its options as on this command line: "option allow_partial" is
-    --allow-partial."""
+    """``text`` with options as on this command line: option allow_partial is --allow-partial."""
     return re.sub(r"\boption ([a-z_]+)", lambda m: "--" + m[1].replace("_", "-"), text)
 
 

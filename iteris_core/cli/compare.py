@@ -24,7 +24,17 @@ from .base import check_base, device_of, load_base
 from .common import print_table, progress_bars, warn
 from .inputs import check_concepts, open_images, read_lines, warnings_of
 from .merge_file import parse_concept
-from .options import CALIBRATION, PICTURES, bytes_of, command, given, option, parse_settings
+from .options import (
+    CALIBRATION,
+    PICTURES,
+    argument,
+    bytes_of,
+    command,
+    given,
+    offered,
+    option,
+    parse_settings,
+)
 
 ClipName = Annotated[str, option("An open_clip architecture, or local-dir:FOLDER")]
 ClipWeights = Annotated[str | None, option("A weights file or an open_clip tag; default: openai")]
@@ -35,56 +45,41 @@ DinoName = Annotated[str | None, option("Also score with a DINO model: a hub nam
 class CompareOptions:
     """One field per option, with the option's name."""
 
-    base: Annotated[str, typer.Argument(help="A diffusers pipeline, as for merge")]
-    output: Annotated[Path, option("A folder for the results", "--output", "-o")]
-    concept: Annotated[list[str], option(shared.CONCEPT_HELP)]
-    refs: Annotated[
-        list[Path] | None,
-        option(
-            "A folder of reference images for each --concept; default: images by each LoRA alone"
-        ),
-    ] = None
-    methods: Annotated[
-        str,
-        option(
-            "Comma-separated names. base: no LoRA. alone: each LoRA by itself; the other rows then "
-            "show their share of it"
-        ),
-    ] = "base,sum,average,iteris"
-    setting: Annotated[
-        list[str] | None,
-        option(
-            "[METHOD.]NAME=VALUE, such as ties.density=0.3 or samples=25: for one method, for "
-            "every method with that setting, or for the calibration",
-            "--set",
-            autocompletion=shared.setting_names,
-        ),
-    ] = None
+    base: str = argument("A diffusers pipeline, as for merge")
+    output: Path = offered("A folder for the results", "--output", "-o", default=...)
+    concept: list[str] = offered(shared.CONCEPT_HELP, default=...)
+    refs: list[Path] | None = offered(
+        "A folder of reference images for each --concept; default: images by each LoRA alone"
+    )
+    methods: str = offered(
+        "Comma-separated names. base: no LoRA. alone: each LoRA by itself; the other rows then "
+        "show their share of it",
+        default="base,sum,average,iteris",
+    )
+    setting: list[str] | None = offered(
+        "[METHOD.]NAME=VALUE, such as ties.density=0.3 or samples=25: for one method, for "
+        "every method with that setting, or for the calibration",
+        "--set",
+        autocompletion=shared.setting_names,
+    )
     preset: shared.Preset = None
-    prompts: Annotated[
-        str,
-        option(
-            "composition, objects, animals, or a text file of prompts with {each}, {all}, or {1}, "
-            "{2} …, for the concepts. A concept's likeness is measured on prompts that name only "
-            "that concept",
-            panel=PICTURES,
-        ),
-    ] = "composition"
-    scheduler: Annotated[
-        str | None,
-        option(
-            "Scheduler for the images: a diffusers class, such as DDIM or EulerDiscrete",
-            panel=PICTURES,
-        ),
-    ] = None
-    size: Annotated[
-        str | None,
-        option("Image size in pixels: 512, or 768x512 for width x height", panel=PICTURES),
-    ] = None
-    templates: Annotated[
-        Path | None,
-        option("A text file of prompt templates, with {} for the concept", panel=CALIBRATION),
-    ] = None
+    prompts: str = offered(
+        "composition, objects, animals, or a text file of prompts with {each}, {all}, or {1}, "
+        "{2} …, for the concepts. A concept's likeness is measured on prompts that name only "
+        "that concept",
+        panel=PICTURES,
+        default="composition",
+    )
+    scheduler: str | None = offered(
+        "Scheduler for the images: a diffusers class, such as DDIM or EulerDiscrete",
+        panel=PICTURES,
+    )
+    size: str | None = offered(
+        "Image size in pixels: 512, or 768x512 for width x height", panel=PICTURES
+    )
+    templates: Path | None = offered(
+        "A text file of prompt templates, with {} for the concept", panel=CALIBRATION
+    )
     clip: ClipName = "ViT-L-14"
     clip_weights: ClipWeights = None
     dino: DinoName = None
@@ -147,8 +142,7 @@ def compare(context: typer.Context, options: CompareOptions, drawing: dict[str, 
 def _checked(
     options: CompareOptions, pictures: Mapping[str, Any]
 ) -> tuple[CompareConfig, list[ConceptConfig], list[list[Any]]]:
-    """The comparison, its concepts, and the reference images of each. Raises :class:`IterisError`
-    for any mistake before a base is loaded."""
+    """The comparison, its concepts and their references, checked before a base is loaded."""
     names = [name.strip() for name in options.methods.split(",") if name.strip()]
     if not names:
         raise UsageError("--methods is empty; give names, such as base,alone,average,iteris.")

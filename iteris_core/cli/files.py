@@ -236,8 +236,7 @@ def _check_baking(
     *,
     overwrite: bool,
 ) -> None:
-    """Raise :class:`IterisError` if the LoRAs cannot be baked or the result written; reads headers
-    only."""
+    """Refuse LoRAs that cannot be baked, or a result that cannot be written, by headers."""
     if not source.exists():
         raise BaseError(f"The base {base!r} does not exist; give an existing file or folder.")
     if not all(lora.files for lora in loras):

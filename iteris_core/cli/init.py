@@ -18,8 +18,8 @@ from ..config import ConceptConfig
 from ..errors import InputFileError, LoraFileError, OutputError
 from ..lora_files import is_lora, read_header
 from ..lora_files.metadata import parse_object
-from ..presets import PRESETS
 from ..saving import atomically, check_new
+from ..settings import PRESETS
 from .base import BUNDLED, INDEXES, named_base
 from .common import warn
 from .merge_file import SUFFIXES
@@ -111,8 +111,7 @@ def _text(output: Path, base: str, how: str, loras: Sequence[FoundLora]) -> str:
 
 @dataclass(frozen=True)
 class FoundLora:
-    """``family`` is the title of the base model's architecture, or the name of a bundled base;
-    ``source`` describes where the trigger words come from; ``folder`` was searched."""
+    """``family`` is an architecture's title or a bundled base; ``source`` tells of its words."""
 
     option: ConceptConfig
     family: str

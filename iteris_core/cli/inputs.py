@@ -28,8 +28,7 @@ _FEW = 8
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a prompt file, thinned out evenly if it is very long, because a merged file's
-    metadata record every prompt."""
+    """The lines of a prompt file, thinned out if very many: a merged file records them all."""
     lines = read_lines(path)
     if len(lines) <= _MOST_PROMPTS:
         return lines
@@ -130,8 +129,7 @@ def check_apart(outputs: Sequence[Path], concepts: Sequence[ConceptConfig]) -> N
 def check_embeddings(
     concepts: Sequence[Concept], output: Path, layout: Layout | None, *, overwrite: bool
 ) -> None:
-    """Raise :class:`IterisError` before the merge if its embeddings cannot be written beside
-    ``output``, or its base has no names in ``layout``."""
+    """Refuse embeddings that cannot be written beside ``output``, and a base without names."""
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     beside = expert_files(output)[0] if any(len(by_expert(lora)) > 1 for lora in loras) else output
     embedding_targets(beside, list(join_embeddings(concepts).embeddings), overwrite)

@@ -92,8 +92,7 @@ def _short(text: str, alone: bool, where: str) -> list[tuple[str, str]]:
 
 
 def concept_of(entry: Any, where: str, find: Find = Path) -> ConceptConfig:
-    """The concept of a merge file's ``entry``, a text as for :func:`parse_concept` or a mapping;
-    ``find`` locates prompt files."""
+    """The concept of a merge file's ``entry``, text or mapping; ``find`` locates prompts."""
     if isinstance(entry, str):
         return parse_concept(entry, find)
     if not isinstance(entry, Mapping):
@@ -113,8 +112,7 @@ def found_in(folders: Sequence[Path], concept: ConceptConfig) -> ConceptConfig:
 
 
 def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
-    """The file in one of ``folders``, by its recorded path or file name; its content must be the
-    same."""
+    """The file in ``folders`` of the recorded path or name, with the recorded content."""
     whole = os.path.expanduser(name)
     names = dict.fromkeys((whole, PureWindowsPath(name).name))  # either kind of slash
     candidates = [folder / part for folder in folders for part in names]
@@ -131,8 +129,7 @@ def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
 
 @dataclass(frozen=True)
 class MergeFile:
-    """A merge file without its base and options, which become those of the command line.
-    ``entries`` are its concepts."""
+    """A merge file's concepts (``entries``) and settings; its options become defaults."""
 
     path: Path
     entries: Sequence[Any] = ()
@@ -146,8 +143,7 @@ class MergeFile:
 
 
 def use_merge_file(context: typer.Context, base: str | None) -> str | None:
-    """The base given as BASE or in a merge file. The other keys of a merge file become defaults of
-    the options."""
+    """The base, given as BASE or in a merge file, whose other keys become defaults."""
     if base is None or context.resilient_parsing or Path(base).suffix not in SUFFIXES:
         return base
     path = Path(base)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import field, fields
 from inspect import Parameter, Signature
 from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
@@ -13,8 +13,7 @@ import typer
 from ..concepts import Calibration
 from ..errors import SettingsError, did_you_mean
 from ..methods import all_methods, find_method
-from ..presets import PresetName
-from ..settings import Settings, declared_settings
+from ..settings import PresetName, Settings, declared_settings
 
 _O = TypeVar("_O")
 _Run = Callable[[typer.Context, _O, dict[str, Any]], None]
@@ -24,12 +23,25 @@ BASE, CALIBRATION, READING = "Base", "Calibration: prompts and latents", "LoRA f
 RESULT, PICTURES = "Result", "Pictures"
 METHOD, AGAIN = "Method and settings", "Repeat a merge, or use a merge file"
 """Headings of the help."""
+_TYPER = "typer"
 
 
-def option(help: str, *names: str, panel: str | None = None, **limits: Any) -> Any:
-    """A typer option. Its ``names`` default to the parameter's; ``panel`` is its heading in the
-    help."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, **limits)
+def option(help: str, *names: str, panel: str | None = None, **how: Any) -> Any:
+    """A typer option, by default named as the parameter, under the help's heading ``panel``."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **how)
+
+
+def offered(
+    help: str, *names: str, default: Any = None, panel: str | None = None, **how: Any
+) -> Any:
+    """A field of a dataclass of options, as :func:`option`; with ``default=...`` it is required."""
+    info = typer.Option(default, *names, help=help, rich_help_panel=panel, **how)
+    return field(default=default, metadata={_TYPER: info})
+
+
+def argument(help: str, default: Any = ..., **how: Any) -> Any:
+    """A field of a dataclass of options that is an argument; required without a ``default``."""
+    return field(default=default, metadata={_TYPER: typer.Argument(default, help=help, **how)})
 
 
 Device = Annotated[str | None, option("cpu, cuda, …; default: the best available", panel=BASE)]
@@ -117,8 +129,7 @@ def command(
     hints, declared = get_type_hints(options, include_extras=True), declared_settings(settings)
     hinted: dict[str, tuple[Any, Any]] = {"context": (typer.Context, Parameter.empty)}
     for one in fields(cast(Any, options)):
-        default = Parameter.empty if one.default is MISSING else one.default
-        hinted[one.name] = hints[one.name], default
+        hinted[one.name] = hints[one.name], one.metadata.get(_TYPER, one.default)
     for name, one in declared.items():
         help = f"{one.explained()} Default: {one.shown(one.default)}."
         form = f"<{'|'.join(one.choices) or one.kind.__name__}>"
@@ -174,8 +185,7 @@ def parse_settings(
 
 
 def check_settings(kind: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """``values`` from a file, checked; strings are parsed as after ``NAME=``. Error messages use
-    ``where`` to name the file."""
+    """``values`` from a file, checked and parsed as after ``NAME=``; errors name ``where``."""
     checked: dict[str, Any] = {}
     for name, value in values.items():
         declared = declared_settings(kind).get(name)

@@ -6,9 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from ..concepts import Calibration
 from ..config import ConceptConfig, MergeConfig, Unmergeable
@@ -21,7 +19,7 @@ from .base import BUNDLED
 from .common import warn
 from .inputs import read_lines
 from .merge_file import MergeFile, concept_of, found_in, use_merge_file
-from .options import BASE, RESULT, check_settings, given, option, parse_settings
+from .options import BASE, RESULT, argument, check_settings, given, offered, parse_settings
 
 _WHOLE = ("method", "settings", "calibration", "concepts")
 """Keys of every recipe."""
@@ -33,100 +31,71 @@ _OF_RUN = ("base", "unmergeable")
 class MergeOptions:
     """One field per option, with the option's name, in the order of the help."""
 
-    output: Annotated[Path, option("The .safetensors to write", "--output", "-o")]
-    base: Annotated[
-        str | None,
-        typer.Argument(
-            help="A diffusers pipeline (a folder, a .safetensors, a hub name), or a merge file "
-            "(.yaml), which can set every option. Methods that look at weights only, such as "
-            "average, need none.",
-            metavar="BASE",
-            is_eager=True,
-            callback=use_merge_file,
-        ),
-    ] = None
-    concept: Annotated[list[str] | None, option(shared.CONCEPT_HELP)] = None
+    output: Path = offered("The .safetensors to write", "--output", "-o", default=...)
+    base: str | None = argument(
+        "A diffusers pipeline (a folder, a .safetensors, a hub name), or a merge file "
+        "(.yaml), which can set every option. Methods that look at weights only, such as "
+        "average, need none.",
+        metavar="BASE",
+        is_eager=True,
+        callback=use_merge_file,
+        default=None,
+    )
+    concept: list[str] | None = offered(shared.CONCEPT_HELP)
     preset: shared.Preset = None
     overwrite: shared.Overwrite = False
-    plan: Annotated[bool, option("Check everything, show the plan, and stop", "--plan")] = False
-    quiet: Annotated[bool, option("Show nothing but errors", "--quiet", "-q", panel=RESULT)] = False
-    method: Annotated[
-        str | None,
-        option(
-            "Default: iteris; the command iteris methods lists all",
-            autocompletion=shared.method_names,
-            panel=shared.METHOD,
-        ),
-    ] = None
-    setting: Annotated[
-        list[str] | None,
-        option(
-            "NAME=VALUE for the method or the calibration, such as rank=16, guidance=2.5; iteris "
-            "methods lists all",
-            "--set",
-            autocompletion=shared.setting_names,
-            panel=shared.METHOD,
-        ),
-    ] = None
-    from_file: Annotated[
-        Path | None,
-        option(
-            "Repeat the merge that wrote this file; by default BASE is looked up beside it",
-            "--from",
-            panel=shared.AGAIN,
-        ),
-    ] = None
-    loras: Annotated[
-        Path | None,
-        option(
-            "With --from or a merge file: a folder above the LoRAs, if they are not beside it",
-            panel=shared.AGAIN,
-        ),
-    ] = None
-    templates: Annotated[
-        Path | None,
-        option(
-            "A text file of prompt templates, with {} for the concept (two {} for pairs)",
-            panel=shared.CALIBRATION,
-        ),
-    ] = None
-    layout: Annotated[
-        Layout | None,
-        option(
-            "Naming scheme of the file; default: kohya, or peft if the base has no kohya names",
-            panel=RESULT,
-        ),
-    ] = None
-    dtype: Annotated[shared.Dtype, option("Type of the file", panel=RESULT)] = "float16"
-    image: Annotated[
-        Path | None, option("Input image of the base: to edit, to start from, …", panel=BASE)
-    ] = None
-    mask_image: Annotated[
-        Path | None, option("Mask of --image, for an inpainting base", panel=BASE)
-    ] = None
+    plan: bool = offered("Check everything, show the plan, and stop", "--plan", default=False)
+    quiet: bool = offered("Show nothing but errors", "--quiet", "-q", panel=RESULT, default=False)
+    method: str | None = offered(
+        "Default: iteris; the command iteris methods lists all",
+        autocompletion=shared.method_names,
+        panel=shared.METHOD,
+    )
+    setting: list[str] | None = offered(
+        "NAME=VALUE for the method or the calibration, such as rank=16, guidance=2.5; iteris "
+        "methods lists all",
+        "--set",
+        autocompletion=shared.setting_names,
+        panel=shared.METHOD,
+    )
+    from_file: Path | None = offered(
+        "Repeat the merge that wrote this file; by default BASE is looked up beside it",
+        "--from",
+        panel=shared.AGAIN,
+    )
+    loras: Path | None = offered(
+        "With --from or a merge file: a folder above the LoRAs, if they are not beside it",
+        panel=shared.AGAIN,
+    )
+    templates: Path | None = offered(
+        "A text file of prompt templates, with {} for the concept (two {} for pairs)",
+        panel=shared.CALIBRATION,
+    )
+    layout: Layout | None = offered(
+        "Naming scheme of the file; default: kohya, or peft if the base has no kohya names",
+        panel=RESULT,
+    )
+    dtype: shared.Dtype = offered("Type of the file", panel=RESULT, default="float16")
+    image: Path | None = offered("Input image of the base: to edit, to start from, …", panel=BASE)
+    mask_image: Path | None = offered("Mask of --image, for an inpainting base", panel=BASE)
     device: shared.Device = None
     base_dtype: shared.BaseDtype = None
     offload: shared.Offload = None
     memory: shared.Memory = None
     allow_partial: shared.Partial = False
-    unmergeable: Annotated[
-        Unmergeable | None,
-        option(
-            "For layers whose features cannot be collected: refuse (default), skip them, or use "
-            "the LoRAs' mean",
-            panel=shared.READING,
-        ),
-    ] = None
+    unmergeable: Unmergeable | None = offered(
+        "For layers whose features cannot be collected: refuse (default), skip them, or use "
+        "the LoRAs' mean",
+        panel=shared.READING,
+    )
     energy: shared.Energy = 0.999
     as_json: shared.AsJson = False
-    card: Annotated[
-        bool,
-        option(
-            "Also write a card (.md), and the notes that LoRA browsers read (.metadata.json)",
-            "--card",
-            panel=RESULT,
-        ),
-    ] = False
+    card: bool = offered(
+        "Also write a card (.md), and the notes that LoRA browsers read (.metadata.json)",
+        "--card",
+        panel=RESULT,
+        default=False,
+    )
 
 
 def requested(
@@ -231,8 +200,7 @@ def read_recipe(path: Path) -> MergeConfig:
 
 
 def _checked(config: MergeConfig, where: str) -> MergeConfig:
-    """``config`` from a file, with its settings checked; strings among them are parsed as on the
-    command line."""
+    """``config`` from a file, with its settings checked and parsed as on the command line."""
     kinds = {"settings": find_method(config.method).settings, "calibration": Calibration}
     changes = {
         name: check_settings(kind, getattr(config, name), f"{where}: {name}")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.markup import escape
@@ -24,28 +24,24 @@ from .base import check_base, device_of, load_base
 from .common import progress_bars, save_or_keep
 from .inputs import check_apart, check_concepts, read_prompts
 from .merge_file import parse_concept
-from .options import CALIBRATION, RESULT, bytes_of, command, option
+from .options import CALIBRATION, RESULT, argument, bytes_of, command, offered
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizing:
     """One field per option, with the option's name."""
 
-    output: Annotated[Path, option("The .safetensors to write", "--output", "-o")]
-    rank: Annotated[
-        int | None, option("Make the file as small as this rank in every layer would")
-    ] = None
-    size: Annotated[float | None, option("Limit the file to this many megabytes")] = None
-    energy: Annotated[
-        float | None, option("Share to keep of what the LoRA adds to the layers' outputs")
-    ] = None
-    layout: Annotated[Layout | None, option("Naming scheme of the file", panel=RESULT)] = None
-    dtype: Annotated[shared.Dtype, option("Type of the file", panel=RESULT)] = "float16"
+    output: Path = offered("The .safetensors to write", "--output", "-o", default=...)
+    rank: int | None = offered("Make the file as small as this rank in every layer would")
+    size: float | None = offered("Limit the file to this many megabytes")
+    energy: float | None = offered("Share to keep of what the LoRA adds to the layers' outputs")
+    layout: Layout | None = offered("Naming scheme of the file", panel=RESULT)
+    dtype: shared.Dtype = offered("Type of the file", panel=RESULT, default="float16")
     overwrite: shared.Overwrite = False
     as_json: shared.AsJson = False
-    quiet: Annotated[
-        bool, option("Show only warnings and errors", "--quiet", "-q", panel=RESULT)
-    ] = False
+    quiet: bool = offered(
+        "Show only warnings and errors", "--quiet", "-q", panel=RESULT, default=False
+    )
     device: shared.Device = None
     base_dtype: shared.BaseDtype = None
     memory: shared.Memory = None
@@ -77,16 +73,11 @@ class Sizing:
 class ResizeOptions(Sizing):
     """One field per option, with the option's name."""
 
-    file: Annotated[
-        str, typer.Argument(help="A LoRA file, FILE or FILE:TRIGGER:CLASS", metavar="FILE")
-    ]
-    base: Annotated[
-        str | None,
-        option(
-            "The base; every layer is fitted to its inputs in that model. Without it, singular "
-            "values of the weights decide"
-        ),
-    ] = None
+    file: str = argument("A LoRA file, FILE or FILE:TRIGGER:CLASS", metavar="FILE")
+    base: str | None = offered(
+        "The base; every layer is fitted to its inputs in that model. Without it, singular "
+        "values of the weights decide",
+    )
     offload: shared.Offload = None
     allow_partial: shared.Partial = False
 
@@ -131,20 +122,12 @@ def resize(context: typer.Context, options: ResizeOptions, calibration: dict[str
 class ExtractOptions(Sizing):
     """One field per option, with the option's name."""
 
-    base: Annotated[
-        str,
-        typer.Argument(help="The model that was fine-tuned: a diffusers pipeline", metavar="BASE"),
-    ]
-    tuned: Annotated[
-        str, typer.Argument(help="The fine-tune, of the same architecture", metavar="TUNED")
-    ]
-    prompts: Annotated[
-        Path | None,
-        option(
-            "A text file of prompts that show the fine-tuning, one per line; default: built-in "
-            "captions"
-        ),
-    ] = None
+    base: str = argument("The model that was fine-tuned: a diffusers pipeline", metavar="BASE")
+    tuned: str = argument("The fine-tune, of the same architecture", metavar="TUNED")
+    prompts: Path | None = offered(
+        "A text file of prompts that show the fine-tuning, one per line; default: built-in "
+        "captions",
+    )
 
 
 @command(ExtractOptions, Calibration, CALIBRATION)

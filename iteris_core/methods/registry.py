@@ -22,8 +22,7 @@ from ..lora import LowRank, SiteChanges
 from ..passes.batches import REFERENCE, SWEEP, ExecutionConfig
 from ..passes.job import Job, RunLog
 from ..passes.sweep import solve_sites
-from ..presets import PRESETS, PresetName
-from ..settings import Settings, setting
+from ..settings import PRESETS, PresetName, Settings, setting
 from ..solve.problem import RegressionSpec, Solution, StageSolver
 
 

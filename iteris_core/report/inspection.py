@@ -28,8 +28,7 @@ from ..lora_files.tensors import dtypes_of
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """The number of changed ``layers``, their total ‖ΔW‖_F, and the ``share`` of its square in the
-    whole LoRA's."""
+    """Changed ``layers``, their total ‖ΔW‖_F, and its square's ``share`` of the whole LoRA's."""
 
     layers: int
     norm: float

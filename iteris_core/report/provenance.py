@@ -102,8 +102,7 @@ def merge_metadata(
 def recipe(
     concepts: Sequence[Concept], report: MergeReport, called: Sequence[Sequence[str]]
 ) -> dict[str, object]:
-    """Everything that ``iteris merge --from`` needs to repeat the merge, and each concept's trigger
-    phrases (``called``) in the result."""
+    """What ``iteris merge --from`` needs, and each concept's phrases in the result (``called``)."""
     config = MergeConfig(
         concepts=tuple(ConceptConfig.of(concept) for concept in concepts),
         method=report.method,
@@ -137,8 +136,7 @@ def with_recipe(lora: Lora, **more: Any) -> Lora:
 
 
 def with_run(lora: Lora, base: str, unmergeable: str) -> Lora:
-    """``lora`` with its base in the recipe: a hub name, or the last part of a path, because no
-    local path goes into a file."""
+    """``lora`` with its base in the recipe, as a name: no local path goes into a file."""
     return with_recipe(lora, base=public_name(base), unmergeable=unmergeable)
 
 
@@ -233,8 +231,7 @@ def _clash(one: Phrased, two: Phrased) -> str:
 
 @dataclass(frozen=True)
 class Joined:
-    """All embeddings of a merged LoRA; ``names`` maps their original names, by concept, to their
-    names there."""
+    """A merged LoRA's embeddings; ``names``: by concept, their old names → those there."""
 
     embeddings: Mapping[str, Mapping[str, Tensor]]
     names: Sequence[Mapping[str, str]]

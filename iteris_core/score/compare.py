@@ -16,8 +16,8 @@ from ..hosts.learned import embedding_triggers, in_force
 from ..hosts.protocol import Host
 from ..merge import MergeResult, merge_loras
 from ..passes.changes import always_on
-from ..presets import PresetName
 from ..progress import OnProgress
+from ..settings import PresetName
 from .drawing import Drawing, draw
 from .measures import (
     ALONE,
@@ -142,8 +142,7 @@ def own_references(
     drawing: Drawing,
     on_progress: OnProgress = lambda progress: None,
 ) -> list[list[Image.Image]]:
-    """For each concept, images by its LoRA alone: references where there are no others. Their seeds
-    come after those of the comparison's images."""
+    """For each concept, images by its LoRA alone, with seeds after the comparison's."""
     always = [replace(one, always_on="include") for one in always_on(concepts)]
     seeds = [drawing.seed + drawing.images_per_prompt + index for index in range(_OWN)]
     references: list[list[Image.Image]] = []

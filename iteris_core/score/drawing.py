@@ -73,8 +73,7 @@ def _drawn(
 
 
 def find_scheduler(name: str) -> Any:
-    """The diffusers class ``name``, with or without its suffix. Raises :class:`IterisError` if
-    there is none."""
+    """The diffusers class ``name``, with or without its suffix."""
     import diffusers
 
     whole = name if name.endswith("Scheduler") else f"{name}Scheduler"

@@ -92,8 +92,7 @@ def judged_prompts(templates: Sequence[str], concepts: Sequence[Concept]) -> lis
 
 @dataclass(frozen=True)
 class Measure:
-    """Scores of one row's images. ``judged[i]`` are the prompts that judge concept i;
-    ``references[i]`` are images of it."""
+    """Scores of a row's images. Concept i has ``references[i]`` and prompts ``judged[i]``."""
 
     concepts: Sequence[Concept]
     references: Sequence[Sequence[Image.Image]]

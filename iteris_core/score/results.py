@@ -37,8 +37,7 @@ _LEAD = (
 
 
 def check_results_folder(folder: Path, *, overwrite: bool) -> None:
-    """Before any work is done, raise :class:`IterisError` if :func:`write_results` could not write,
-    or would replace the results of another comparison. Creates nothing."""
+    """Refuse, before any work, a folder that cannot be written or has other results."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; give a folder for the results.")
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -52,8 +51,7 @@ def check_results_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def write_results(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write comparison.json, .md, index.html and sheet.png, all of them or none; returns the
-    paths."""
+    """Write comparison.json, .md, index.html and sheet.png, all or none; returns the paths."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -155,8 +153,7 @@ def html_gallery(
 
 
 def _embedded(picture: Image.Image) -> dict[str, str | int]:
-    """An image embedded in the page, with its size in pixels: small ones as PNG, others as JPEG at
-    most :data:`_SIDE` wide."""
+    """An image with its size for the page: PNG if small, otherwise JPEG."""
     small = picture.convert("RGB")
     small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     kind = "PNG" if max(small.size) <= 128 else "JPEG"

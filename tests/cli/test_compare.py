@@ -17,7 +17,6 @@ import iteris_core.score.drawing as drawing_module
 import toybox
 from iteris_core import Concept, IterisError, Lora, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.presets import PRESETS
 from iteris_core.score.compare import own_references
 from iteris_core.score.drawing import Drawing, draw
 from iteris_core.score.measures import (
@@ -29,6 +28,7 @@ from iteris_core.score.measures import (
     over_seeds,
 )
 from iteris_core.score.results import html_table
+from iteris_core.settings import PRESETS
 
 CLIP = f"--clip=local-dir:{toybox.ROOT / 'weights' / 'clip'}"
 

@@ -26,8 +26,7 @@ from iteris_core.cli.options import Dtype, parse_settings
 from iteris_core.lora_files import DTYPES
 from iteris_core.methods.elected_signs import TiesSettings
 from iteris_core.methods.registry import settings_over
-from iteris_core.presets import PRESETS
-from iteris_core.settings import Settings, declared_settings, setting
+from iteris_core.settings import PRESETS, Settings, declared_settings, setting
 
 ROOT = Path(__file__).resolve().parents[2]
 

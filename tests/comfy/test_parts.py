@@ -56,7 +56,7 @@ def test_a_concept(pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_inputs_go_over_a_preset_where_they_are_changed(pack: ModuleType) -> None:
     inputs, core = part(pack, "nodes.merge_settings"), part(pack, "iteris_core")
-    shown = {i.id: i for i in inputs._all_inputs()}
+    shown = {i.id: i for i in inputs.IterisMergeSettings.define_schema().inputs}
     usual = {name: i.default for name, i in shown.items()}
     declared = set(core.settings.declared_settings(core.IterisSettings))
     assert declared - set(shown) == {"micro_batch", "block_rate", "bound"}
