@@ -24,17 +24,7 @@ from .base import check_base, device_of, load_base
 from .common import print_table, progress_bars, warn
 from .inputs import check_concepts, open_images, read_lines, warnings_of
 from .merge_file import parse_concept
-from .options import (
-    CALIBRATION,
-    PICTURES,
-    argument,
-    bytes_of,
-    command,
-    given,
-    offered,
-    option,
-    parse_settings,
-)
+from .options import argument, command, given, offered, option, parse_settings
 
 ClipName = Annotated[str, option("An open_clip architecture, or local-dir:FOLDER")]
 ClipWeights = Annotated[str | None, option("A weights file or an open_clip tag; default: openai")]
@@ -67,18 +57,18 @@ class CompareOptions:
         "composition, objects, animals, or a text file of prompts with {each}, {all}, or {1}, "
         "{2} …, for the concepts. A concept's likeness is measured on prompts that name only "
         "that concept",
-        panel=PICTURES,
+        panel=shared.PICTURES,
         default="composition",
     )
     scheduler: str | None = offered(
         "Scheduler for the images: a diffusers class, such as DDIM or EulerDiscrete",
-        panel=PICTURES,
+        panel=shared.PICTURES,
     )
     size: str | None = offered(
-        "Image size in pixels: 512, or 768x512 for width x height", panel=PICTURES
+        "Image size in pixels: 512, or 768x512 for width x height", panel=shared.PICTURES
     )
     templates: Path | None = offered(
-        "A text file of prompt templates, with {} for the concept", panel=CALIBRATION
+        "A text file of prompt templates, with {} for the concept", panel=shared.CALIBRATION
     )
     clip: ClipName = "ViT-L-14"
     clip_weights: ClipWeights = None
@@ -90,7 +80,7 @@ class CompareOptions:
     overwrite: shared.Overwrite = False
 
 
-@command(CompareOptions, Drawing, PICTURES)
+@command(CompareOptions, Drawing, shared.PICTURES)
 def compare(context: typer.Context, options: CompareOptions, drawing: dict[str, Any]) -> None:
     """Merge with several methods, draw the same prompts with each, and score the results side by
     side.
@@ -173,7 +163,7 @@ def _checked(
     if options.scheduler is not None:
         find_scheduler(options.scheduler)
     check_base(options.base)
-    budget = bytes_of(options.memory)
+    budget = shared.bytes_of(options.memory)
     config = CompareConfig(names, templates, drawing, settings, calibration, preset, budget)
     return config, concepts, references
 
