@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from iteris_core import Calibration, Concept, Lora, LowRank
-from iteris_core.activations.host_pool import Slot
-from iteris_core.activations.memory import resize
+from iteris_core.activations.host_pool import HostPool, Slot
 from iteris_core.architectures import unet
 from iteris_core.architectures.sites import residual_streams
 from iteris_core.hosts.protocol import Stage
@@ -145,16 +144,14 @@ class MetaHost:
         return residual_streams(self._model, self._sites, unet.WIRINGS)
 
 
-class Nowhere:
+class Nowhere(HostPool):
     """A place for storages without bytes."""
 
-    device = torch.device("meta")
+    def __init__(self) -> None:
+        super().__init__(torch.device("meta"), 0)
 
-    def put(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> Slot:
-        return Slot([torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta")])
-
-    def fill(self, storage: torch.UntypedStorage, slot: Slot) -> None:
-        resize(storage, slot.nbytes)
+    def _piece(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device="meta")
 
     def free(self, slot: Slot) -> None: ...
 

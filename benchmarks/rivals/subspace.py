@@ -23,7 +23,6 @@ from iteris_core.solve.problem import (
     SiteContext,
     Solution,
     Tokens,
-    token_values,
 )
 
 
@@ -62,7 +61,9 @@ class Subspace(Reduction):
         left = torch.zeros_like(self._own[0], dtype=torch.float64)
         right = torch.zeros_like(left)
         counts = self._counts.tolist()
-        values = token_values(counts) if fit.weighting == "tokens" else [1.0] * len(counts)
+        values = [1.0 / max(count, 1.0) for count in counts]
+        if fit.weighting != "tokens":
+            values = [1.0] * len(counts)
         rows, toward = rows_of(self.changes), fit.pull_of(self.changes)
         for concept, (own, value) in enumerate(zip(self._own, values, strict=True)):
             value *= fit.weights[concept]

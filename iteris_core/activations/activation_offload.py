@@ -1,15 +1,12 @@
-"""Lets forwards wait in host memory instead of on the device.
+"""Lets forwards wait in host memory, so that the device holds only one micro-batch.
 
-In a sweep every micro-batch waits at each site with everything it needs to run on. While it waits,
-the storages that it made are moved off the device; before it goes on, they are refilled. Tensors
-and views remain the same objects, as when FSDP frees and refills a flat parameter. The device holds
-only one micro-batch, regardless of their number.
-
-A storage that has been idle for some pauses is put back only when an operation needs it, so skip
-connections move once instead of at every site. A solve's inputs are put back one micro-batch after
-another. Weights, storages made outside the forwards, those of tensor subclasses, and those that
-cannot be resized stay where they are. A storage that another micro-batch turns out to use (such as
-a cached table) is put back for good.
+While a micro-batch waits at a site, the storages that it made are moved off the device; before it
+goes on, they are refilled. Tensors and views remain the same objects, as when FSDP frees and
+refills a flat parameter. A storage that has been idle for some pauses is put back only when an
+operation needs it, so skip connections move once. A solve's inputs are put back one micro-batch
+after another. Weights, storages made outside the forwards, those of tensor subclasses, and those
+that cannot be resized stay. A storage that another micro-batch turns out to use (such as a cached
+table) is put back for good.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .host_pool import OffloadStore, Slot
+from .host_pool import HostPool, Slot
 from .memory import resize, storage_of
 
 IDLE_PAUSES = 3
@@ -49,18 +46,15 @@ class _Held:
 
 class ActivationOffload(TorchDispatchMode):
     """Active during a sweep, which announces whose turn it is. Forwards in ``stay`` wait on the
-    device.
-
-    The weights of ``modules`` never move.
-    """
+    device, the others in ``place``, half-precision data at ``bits`` bits (None: as they are). The
+    weights of ``modules`` never move."""
 
     def __init__(
-        self, place: OffloadStore, stay: Set[int] = frozenset(), modules: Sequence[nn.Module] = ()
+        self, place: HostPool, bits: int | None = None, modules: Sequence[nn.Module] = ()
     ) -> None:
         super().__init__()
-        self._place = place
-        self.stay = stay
-        self._modules = modules
+        self.stay: Set[int] = frozenset()
+        self._place, self._bits, self._modules = place, bits, modules
         self._held: dict[int, _Held] = {}
         self._forwards: dict[int, dict[int, _Held]] = {}
         self._pauses: dict[int, int] = {}
@@ -185,7 +179,7 @@ class ActivationOffload(TorchDispatchMode):
             self._forget(held)
             return
         if held.slot is None:
-            held.slot = self._place.put(storage, held.dtype)
+            held.slot = self._place.put(storage, held.dtype, self._bits)
         resize(storage, 0)
         held.away = True
 
@@ -214,11 +208,9 @@ class ActivationOffload(TorchDispatchMode):
             self._remove(storage._cdata)
 
     def _weights(self) -> set[int]:
-        weights = (
-            tensor
-            for module in self._modules
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        )
+        weights: list[Tensor] = []
+        for module in self._modules:
+            weights += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         return {plain.untyped_storage()._cdata for weight in weights for plain in _plain(weight)}
 
 

@@ -163,15 +163,6 @@ def watched(run: Run, batch: MicroBatch) -> ExecutionTrace:
     return watch.found
 
 
-def with_replayable(barriers: Barriers, run: Run, batch: MicroBatch, most: float) -> Barriers:
-    """``barriers`` with the blocks whose replay reproduces their output within ``most``, and the
-    arguments that they write to; ``batch`` has one row."""
-    blocks: dict[nn.Module, Block] = {}
-    with _trials(barriers.blocks, blocks, most):
-        run(batch)
-    return Barriers(barriers.ends, blocks)
-
-
 class _Watch(TorchDispatchMode):
     """Observes every operation between one site and the next."""
 
@@ -229,16 +220,24 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         asked = self._outputs.keys() & _storages((args, kwargs))
         result = func(*args, **(kwargs or {}))
-        if asked and not _is_view(func, result, asked):
+        made = _storages(result) if asked else set[int | None]()
+        is_view = not func._schema.is_mutable and made and asked >= made
+        if asked and not is_view:
             self._begin()
         return result
 
 
-@contextmanager
-def _trials(
-    blocks: Mapping[nn.Module, Block], good: dict[nn.Module, Block], most: float
-) -> Generator[None]:
-    """Run every block on copies of its arguments before the real run."""
+def _storages(tree: Any) -> set[int | None]:
+    """The storages of the tensors; None for tensors without one."""
+    found = map(storage_of, tensors_in(tree))
+    return {None if storage is None else storage._cdata for storage in found}
+
+
+def with_replayable(barriers: Barriers, run: Run, batch: MicroBatch, most: float) -> Barriers:
+    """``barriers`` with the blocks whose replay reproduces their output within ``most``, and the
+    arguments that they write to. ``batch`` has one row; every block runs on copies of its arguments
+    before the real run."""
+    blocks: dict[nn.Module, Block] = {}
     entered: dict[nn.Module, tuple[Any, dict[str, tuple[Tensor, int | None]]]] = {}
     trying: list[nn.Module] = []
 
@@ -264,14 +263,15 @@ def _trials(
             path for path, (t, was) in there.items() if t.is_inference() or version_of(t) != was
         }
         if alike(_pytree.tree_leaves(again), _pytree.tree_leaves(output), most):
-            good[module] = Block(blocks[module].ends, frozenset(written))
+            blocks[module] = Block(barriers.blocks[module].ends, frozenset(written))
 
     with ExitStack() as stack:
-        for module in blocks:
+        for module in barriers.blocks:
             entering = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
             stack.enter_context(entering)
             stack.enter_context(module.register_forward_hook(after, with_kwargs=True))
-        yield
+        run(batch)
+    return Barriers(barriers.ends, blocks)
 
 
 def alike(some: Sequence[Any], others: Sequence[Any], most: float) -> bool:
@@ -283,15 +283,3 @@ def alike(some: Sequence[Any], others: Sequence[Any], most: float) -> bool:
         for a, b in zip(some, others, strict=True)
         if isinstance(a, Tensor) and isinstance(b, Tensor)
     )
-
-
-def _storages(tree: Any) -> list[int | None]:
-    """The storage of every tensor; None for tensors without one."""
-    found = map(storage_of, tensors_in(tree))
-    return [None if storage is None else storage._cdata for storage in found]
-
-
-def _is_view(func: Any, result: Any, asked: Set[int | None]) -> bool:
-    """True if all outputs of an operation are views of its arguments."""
-    made = _storages(result)
-    return not func._schema.is_mutable and bool(made) and asked >= set(made)

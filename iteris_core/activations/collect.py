@@ -7,31 +7,30 @@ reduced together; otherwise tokens are reduced as they stream by.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import SiteError
 from ..lora import SiteChanges
-from ..solve.inputs import InputMoments
+from ..solve.inputs import InputMoments, shared_moments
 from ..solve.problem import Reduction, SiteContext, StageSolver
 from .tokens import ConceptTokens, Group, Observation
 
 
 class Collector:
-    """Holds the sites' reductions until :meth:`take`, and adds tokens to them as they arrive.
-
-    Sites that receive the same tensor in the same geometry share their input moments.
-    """
+    """Holds the sites' reductions until :meth:`take`, and adds tokens to them as they arrive. Sites
+    that receive the same tensor in the same geometry share their input moments."""
 
     def __init__(self, changes: Mapping[str, SiteChanges], solver: StageSolver) -> None:
         self._changes, self._solver = changes, solver
         self._inputs = solver.inputs or {}
-        self._shared: dict[tuple[Group, Hashable], InputMoments] = {}
+        self._shared: dict[Any, InputMoments] = {}
         self._order: dict[tuple[str, int], Group] = {}
         self._reductions: dict[str, Reduction] = {}
 
@@ -59,59 +58,45 @@ class Collector:
         """Hand over a site's reduction, ready to be solved, and forget it."""
         return self._reductions.pop(site)
 
-    def _keep(self, shown: Observation) -> None:
-        if shown.name not in self._reductions:
-            self._reductions[shown.name] = self._opened(shown)
-        self._add(self._reductions[shown.name], shown)
-
     def forget(self) -> None:
         """Drop everything that was observed but not taken."""
         self._reductions.clear()
         self._shared.clear()
         self._order.clear()
 
-    def _opened(
-        self, shown: Observation, sample: Callable[[int], list[Tensor]] | None = None
-    ) -> Reduction:
+    def _keep(self, shown: Observation) -> None:
+        self._reduce([shown])
+
+    def _reduce(
+        self, some: Sequence[Observation], sample: Callable[[int], list[Tensor]] | None = None
+    ) -> None:
+        """Add the tokens of one site; its targets can be sampled if all its tensors are there."""
+        shown = some[0]
         changes, inputs = self._changes[shown.name], self._inputs.get(shown.name)
-        # Only tensors still alive can be shared; the rest is freed.
-        for key in [key for key in self._shared if key[0] not in shown.alive]:
-            del self._shared[key]
-        key = shown.group, shown.site.geometry
-
-        def share(kind: type[InputMoments]) -> tuple[InputMoments, bool]:
-            shared = None if inputs is not None else self._shared.get(key)
-            if isinstance(shared, kind):
-                return shared, False
-            width = changes.shape[1] if inputs is None else len(inputs)
-            moments = kind(len(changes), width, self._solver.dtype, shown.inputs.device)
-            if inputs is None:
-                self._shared[key] = moments
-            return moments, True
-
-        return self._solver.begin(
-            SiteContext(
-                changes if inputs is None else changes.at(inputs),
-                shown.inputs.device,
-                share,
-                sample=sample,
-            )
-        )
-
-    def _add(self, reduction: Reduction, shown: Observation) -> None:
-        inputs = self._inputs.get(shown.name)
-        for tokens in shown.of_concepts(self._changes[shown.name], self._solver.dtype, inputs):
-            reduction.add(tokens)
+        reduction = self._reductions.get(shown.name)
+        if reduction is None:
+            # Only tensors still alive can be shared; the rest is freed.
+            for key in [key for key in self._shared if key[0] not in shown.alive]:
+                del self._shared[key]
+            own, device, key = changes, shown.inputs.device, (shown.group, shown.site.geometry)
+            if inputs is not None:
+                own, key = changes.at(inputs), None
+            made_of = len(own), own.shape[1], self._solver.dtype, device
+            share = partial(shared_moments, self._shared, key, made_of)
+            context = SiteContext(own, device, share, sample)
+            reduction = self._reductions[shown.name] = self._solver.begin(context)
+        for shown in some:
+            for span in shown.spans:
+                tokens = ConceptTokens(shown, changes, *span, self._solver.dtype, inputs)
+                reduction.add(tokens)
 
 
 class SweepCollector(Collector):
-    """Keeps a site's observed tensors until the site is taken, and reduces them then.
-
-    ``sampled`` are the rows from which targets are sampled (None: all). ``narrow`` keeps copies of
-    the tokens that count instead of the model's own tensors. With ``rows``, the number of
-    all rows, nothing waits once all of ``sampled`` have been observed: later tensors are reduced
-    immediately, within the context ``aside()``. Rows with masked tokens always wait.
-    """
+    """Keeps a site's observed tensors until the site is taken, and reduces them then. ``sampled``
+    are the rows from which targets are sampled (None: all). ``narrow`` keeps copies of the tokens
+    that count instead of the model's own tensors. With ``rows``, the number of all rows, nothing
+    waits once all of ``sampled`` have been observed: later tensors are reduced immediately, within
+    the context ``aside()``. Rows with masked tokens always wait."""
 
     def __init__(
         self,
@@ -130,7 +115,7 @@ class SweepCollector(Collector):
 
     def take(self, site: str) -> Reduction:
         if site in self._waiting:
-            self._reduce(site)
+            self._reduce_waiting(site)
         return super().take(site)
 
     def forget(self) -> None:
@@ -156,16 +141,11 @@ class SweepCollector(Collector):
         rows = sum(shown.rows for shown in waiting)
         if rows < self._rows and sum(map(len, map(self._sample_of, waiting))) == len(self._sampled):
             with self._aside():
-                self._reduce(shown.name)
+                self._reduce_waiting(shown.name)
 
-    def _reduce(self, site: str) -> None:
-        """Reduce the waiting tensors."""
+    def _reduce_waiting(self, site: str) -> None:
         waiting = self._waiting[site]
-        sample = partial(self._sample, site, waiting)
-        reduction = self._opened(waiting[0], sample=sample)
-        for shown in waiting:
-            self._add(reduction, shown)
-        self._reductions[site] = reduction
+        self._reduce(waiting, partial(self._sample, site, waiting))
         del self._waiting[site]
 
     def _sample_of(self, shown: Observation) -> list[int]:
@@ -181,13 +161,13 @@ class SweepCollector(Collector):
         offered = sum(replace(shown, mask=None).count(row, row + 1) for shown, row in of_rows)
         counted = sum(shown.count(row, row + 1) for shown, row in of_rows)
         few = math.ceil(tokens / max(len(of_rows), 1) * offered / max(counted, 1))
-        changes, shown = self._changes[site], waiting[0]
-        none = shown.outputs.new_zeros(0, changes.shape[0], dtype=self._solver.dtype)
+        changes, dtype = self._changes[site], self._solver.dtype
+        none = waiting[0].outputs.new_zeros(0, changes.shape[0], dtype=dtype)
         sample = [[none] for _ in range(len(changes))]
         for shown in waiting:
             part = replace(shown, choice=shown.choice.at_most(few))
             for row in self._sample_of(shown):
                 concept = next(c for c, start, stop in shown.spans if start <= row < stop)
-                tokens_of = ConceptTokens(part, changes, concept, row, row + 1, self._solver.dtype)
+                tokens_of = ConceptTokens(part, changes, concept, row, row + 1, dtype)
                 sample[concept].append(tokens_of.target)
         return [torch.cat(parts) for parts in sample]

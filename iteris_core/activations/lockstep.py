@@ -12,8 +12,6 @@ time.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -22,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SiteError, UsageError
+from ..errors import SiteError
 from ..lora import LowRank, SiteChanges, in_one
 from .activation_offload import ActivationOffload
 from .barriers import Barriers, ReplayDone, replay_hook
-from .micro_batch import MicroBatch, Modes
+from .memory import tensors_in
+from .micro_batch import MicroBatch, Modes, greenlets, pausing
 from .site import Site, added, by_row, site_of, under_conditions
 from .streams import Source, Stream
-from .tokens import Observation
 
 
 class Lockstep:
@@ -49,14 +47,12 @@ class Lockstep:
         joined: Set[str] = frozenset(),
     ) -> None:
         self.changes = {name: SiteChanges.of(some) for name, some in changes.items()}
-        self._modules = modules
-        self._streams = streams or {}
-        self._joined = joined
+        self.merged: dict[str, LowRank] = {}
+        self._modules, self._streams, self._joined = modules, streams or {}, joined
         self._active: MicroBatch | None = None
         self._hooks = ExitStack()
         self._cast: dict[tuple[str, int | None], tuple[LowRank, LowRank]] = {}
         self._barriers = Barriers()
-        self.merged: dict[str, LowRank] = {}
 
     def __enter__(self) -> Lockstep:
         try:
@@ -68,7 +64,7 @@ class Lockstep:
                 self._hooks.enter_context(module.register_forward_hook(hook))
             streams = [of for name, of in self._streams.items() if name in self.changes]
             for source in dict.fromkeys(source for of in streams for source in of.sources):
-                self._hooks.enter_context(source.keep(self._keep))
+                self._hooks.enter_context(source.register(partial(self._keep, source)))
         except BaseException:
             self.close()
             raise
@@ -80,8 +76,7 @@ class Lockstep:
     @property
     def cast_bytes(self) -> int:
         """Bytes of changes that were cast to the model's dtype or moved to its device."""
-        factors = (f for _, cast in self._cast.values() for f in (cast.up, cast.down))
-        return sum(factor.numel() * factor.element_size() for factor in factors)
+        return sum(f.nbytes for _, cast in self._cast.values() for f in (cast.up, cast.down))
 
     def close(self) -> None:
         self._hooks.close()
@@ -130,7 +125,7 @@ class Lockstep:
             with torch.no_grad():
                 outside = Modes.now()
                 for batch in batches:
-                    batch.pause = _pausing(outside, greenlet.getcurrent)
+                    batch.pause = pausing(outside, greenlet.getcurrent)
                     batch.passed.update(self.merged)
                 while True:
                     arrived: list[Any] = []
@@ -162,9 +157,11 @@ class Lockstep:
             for batch in batches:
                 batch.pending.clear()
 
-    def _keep(self, source: Source, tensor: Tensor) -> None:
+    def _keep(self, source: Source, module: nn.Module, args: Any, more: Any) -> None:
+        """``more`` are the keyword arguments, or the output."""
         if self._active is not None and self._active.observer is not None:
-            self._active.kept[source] = tensor
+            given = tensors_in(more if source.returned else (args, more))
+            self._active.kept[source] = given[source.number]
 
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._active is not None and self._active.observer is not None:
@@ -198,7 +195,7 @@ class Lockstep:
         # A zero change, as at repair sites, adds nothing.
         given = self.changes[name]
         some = (c if c is None or bool(c.up.any()) else None for c in given.by_concept)
-        changes = SiteChanges(tuple(some), given.sums)
+        changes, joined = SiteChanges(tuple(some), given.sums), name in self._joined
 
         def change_of(concept: int, inputs: Tensor) -> LowRank | None:
             parts = [self._ready(name, id(p), p, inputs) for p in changes.parts(concept)]
@@ -215,7 +212,7 @@ class Lockstep:
                     site.add(change, inputs, output)
                 return output
             rows, shape = len(batch.owners), output.shape
-            if name in self._joined:
+            if joined:
                 inputs, output = (_by_rows(t, rows * batch.copies) for t in (inputs, output))
             if inputs.shape[0] != rows * batch.copies:
                 raise SiteError(
@@ -223,13 +220,14 @@ class Lockstep:
                     "expected: the model mixes or splits the batch, which lockstep cannot follow."
                 )
             strengths = None
-            if batch.conditions:
-                of = batch.conditions
-                strengths = under_conditions(name, site, of, inputs, output, change_of)
+            if conditions := batch.conditions:
+                beside = {of.phantom for of in conditions if of.phantom is not None}
+                phantoms = {concept: change_of(concept, inputs) for concept in beside}
+                strengths = under_conditions(name, site, conditions, inputs, output, phantoms)
+            merged = self.merged.get(name)
             if batch.merged_only:
-                merged = self.merged.get(name)
                 if merged is None:
-                    return output.reshape(shape) if batch.conditions else None
+                    return output.reshape(shape) if conditions else None
                 change = site.delta(self._ready(name, None, merged, inputs), inputs)
                 return (output + by_row(change, strengths)).reshape(shape)
             for concept, start, stop in batch.spans:
@@ -237,33 +235,18 @@ class Lockstep:
                 if change is not None:
                     own = None if strengths is None else strengths[start:stop]
                     added(site, change, inputs[start:stop], output[start:stop], own)
-            stream = gate = None
-            if name not in self._joined:
-                stream, gate = self._stream_of(name, batch, output)
-            call = batch.call_of(name)
-            solved = name in batch.passed and not call
-            if batch.observer is not None and not solved:
-                batch.observer.observe(
-                    Observation(
-                        name,
-                        site,
-                        inputs,
-                        output,
-                        rows,
-                        batch.copies,
-                        batch.spans,
-                        batch.group_of(name, args[0]),
-                        batch.alive(),
-                        call,
-                        batch.choice,
-                        _mask_for(batch, name, inputs),
-                        stream,
-                        batch.saliency,
-                        strengths=strengths,
-                        gate=gate,
-                        normed=gate is not None and self._streams[name].norm is not None,
-                    )
-                )
+            stream, gate = (None, None) if joined else self._stream_of(name, batch, output)
+            solved = batch.observe(
+                name,
+                site,
+                args[0],
+                inputs,
+                output,
+                stream=stream,
+                strengths=strengths,
+                gate=gate,
+                normed=gate is not None and self._streams[name].norm is not None,
+            )
 
             def add_merged() -> None:
                 merged = self.merged.get(name)
@@ -276,7 +259,7 @@ class Lockstep:
                 add_merged()
             else:
                 self._reach(batch, name, add_merged)
-            return output.view(shape) if name in self._joined else output
+            return output.view(shape) if joined else output
 
         return hook
 
@@ -311,43 +294,3 @@ def _by_rows(tensor: Tensor, rows: int) -> Tensor:
     """(rows, tokens, width) from the rows' concatenated tokens; unchanged for other inputs."""
     tokens = tensor.numel() // tensor.shape[-1]
     return tensor if tokens % rows else tensor.reshape(rows, -1, tensor.shape[-1])
-
-
-def _mask_for(batch: MicroBatch, site: str, inputs: Tensor) -> Tensor | None:
-    """The mask of a site whose inputs are (rows, tokens, in); pooled inputs have no tokens."""
-    mask = batch.mask_of(site) if batch.mask_of is not None else None
-    if mask is None or inputs.ndim != 3 or inputs.shape[1] != mask.shape[1]:
-        return None
-    return mask
-
-
-def greenlets() -> Any:
-    """The greenlet package. Raises :class:`UsageError` if it is not installed."""
-    try:
-        return importlib.import_module("greenlet")
-    except ImportError as error:
-        raise UsageError(
-            "A merge in one sweep needs the package greenlet, which this Python lacks: run "
-            f'"{sys.executable}" -m pip install greenlet. Without it there is schedule="jacobi".'
-        ) from error
-
-
-def _pausing(outside: Modes, current: Callable[[], Any]) -> Callable[[str], None]:
-    """A pause that hands over to the sweep until a site is solved.
-
-    Greenlets share the thread, and with it torch's modes; each one restores its own.
-    """
-
-    def pause(site: str) -> None:
-        mine = Modes.now()
-        if mine.inference != outside.inference:
-            raise SiteError(
-                f"Site {site} is called in another inference mode of torch than the merge, which "
-                "cannot be left while a sweep waits there; run the model under torch.no_grad(), or "
-                'merge with schedule="jacobi".'
-            )
-        sweep = current().parent
-        sweep.switch(site)
-        mine.restore()
-
-    return pause

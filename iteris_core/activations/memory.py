@@ -21,11 +21,8 @@ _Made = TypeVar("_Made")
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Context that counts the bytes of new tensors still alive: ``live`` and ``peak``.
-
-    It counts requests to PyTorch, on any device; it excludes allocator rounding and caching, and
-    kernel workspaces.
-    """
+    """Context that counts the bytes of new tensors still alive, ``live`` and ``peak``, on any
+    device, without allocator rounding and caching, and kernel workspaces."""
 
     _on: ClassVar[list[MemoryMeter]] = []
 
@@ -159,11 +156,8 @@ def with_less(
     ran_out: Callable[[Exception], bool] = is_out_of_memory,
 ) -> tuple[_Made, _Way]:
     """The result of ``run`` for the first of ``ways`` for which memory suffices, and that way.
-
     ``release`` frees caches of allocators other than CUDA's; ``ran_out`` recognises the errors.
-    Raises :class:`OutOfMemory` with ``complaint`` applied to the last error's text and the ways
-    tried.
-    """
+    Raises :class:`OutOfMemory` with ``complaint`` of the last error's text and the ways tried."""
     tried: list[_Way] = []
     message = ""  # not the error itself, whose frames keep tensors alive
     for way in ways:

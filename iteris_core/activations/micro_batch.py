@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,11 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import SiteError
-from .site import Condition
+from ..errors import SiteError, UsageError
+from .site import Condition, Site
 from .streams import Source
 from .token_sampling import Saliency, TokenSampling
 from .tokens import Group, Observation
+
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class Observer(Protocol):
@@ -41,17 +45,14 @@ def version_of(tensor: Tensor) -> int | None:
 
 @dataclass
 class MicroBatch:
-    """``run`` does one forward of ``copies`` times the rows that ``owners`` (concepts) lists.
-
-    With ``merged_only`` all rows get the merged changes, and none its LoRA's. ``of_one``: all rows
+    """``run`` does one forward of ``copies`` times the rows that ``owners`` (concepts) lists. With
+    ``merged_only`` all rows get the merged changes, and none its LoRA's. ``of_one``: all rows
     belong to the first owner, however many rows the model makes of them. ``mask_of(site)`` says
     which tokens of the site's inputs count, (rows, tokens); ``choice`` selects some of them, and
     ``saliency`` weights them. ``conditions`` are the rows' (empty: all plain). With ``pause`` the
-    forward stops at the end of every level: ``pause``, called with the level's last site, returns
-    when its sites are solved. ``passed`` are the solved sites, ``reached`` those of the current
-    level; ``pending`` add their merged changes once known. ``until`` is where a replay ends.
-    ``kept`` are the tensors of residual streams and gates.
-    """
+    forward stops at the end of every level, until its sites are solved. ``passed`` are the solved
+    sites, ``reached`` those of the current level; ``pending`` add their merged changes once known.
+    ``until`` is where a replay ends. ``kept`` are the tensors of residual streams and gates."""
 
     run: Callable[[], None]
     owners: Sequence[int]
@@ -90,14 +91,47 @@ class MicroBatch:
         """Record that ``site`` is called with ``tensor``, which it may change in place."""
         self._entered[site] = id(tensor), version_of(tensor)
 
-    def group_of(self, site: str, tensor: Tensor) -> Group:
-        """A key for this tensor as ``site`` received it.
+    def observe(
+        self, name: str, site: Site, received: Tensor, inputs: Tensor, outputs: Tensor, **more: Any
+    ) -> bool:
+        """Show a site's ``inputs``, as it ``received`` them, and ``outputs`` to the observer, with
+        ``more`` of :class:`.tokens.Observation`, unless it is solved; returns whether it is."""
+        call = self._calls[name]
+        if self.until is None:  # not a replay
+            self._calls[name] += 1
+        else:
+            call = 0
+        solved = name in self.passed and not call
+        if self.observer is not None and not solved:
+            mask = self.mask_of(name) if self.mask_of is not None else None
+            # Pooled inputs have no tokens.
+            if mask is not None and (inputs.ndim != 3 or inputs.shape[1] != mask.shape[1]):
+                mask = None
+            shown = Observation(
+                name,
+                site,
+                inputs,
+                outputs,
+                len(self.owners),
+                self.copies,
+                self.spans,
+                self._group_of(name, received),
+                {(self.stage, entry.group) for entry in self._seen if entry.tensor() is not None},
+                call,
+                self.choice,
+                mask,
+                saliency=self.saliency,
+                **more,
+            )
+            self.observer.observe(shown)
+        return solved
 
-        Sites that receive the same tensor object, unchanged in between, form a group: their tokens
-        are the same, so moments are computed once. fp8 layers clamp their input in place; if two in
-        a row change it, the second is assumed to repeat the first one's change. Groups are numbered
-        in execution order, which is the same for every micro-batch.
-        """
+    def _group_of(self, site: str, tensor: Tensor) -> Group:
+        """A key for this tensor as ``site`` received it. Sites that receive the same tensor object,
+        unchanged in between, form a group: their tokens are the same, so moments are computed once.
+        fp8 layers clamp their input in place; if two in a row change it, the second is assumed to
+        repeat the first one's change. Groups are numbered in execution order, which is the same for
+        every micro-batch."""
         self._seen = [entry for entry in self._seen if entry.tensor() is not None]
         now = version_of(tensor)
         called_with, before = self._entered.pop(site, (None, now))
@@ -114,13 +148,6 @@ class MicroBatch:
             self._seen.append(_Received(weakref.ref(tensor), now, changed, self._groups))
         return self.stage, self._groups
 
-    def call_of(self, site: str) -> int:
-        """The number of earlier calls of the site in this forward, excluding block replays."""
-        if self.until is not None:
-            return 0
-        self._calls[site] += 1
-        return self._calls[site] - 1
-
     def wait(self, level: Sequence[str]) -> None:
         """Wait until the sites of ``level`` are solved; they must be those that were reached."""
         reached, self.reached = self.reached, []
@@ -134,39 +161,58 @@ class MicroBatch:
             self.pause(level[-1])
         self.passed.update(level)
 
-    def alive(self) -> set[Group]:
-        """Groups whose tensor may still reach another site."""
-        return {(self.stage, entry.group) for entry in self._seen if entry.tensor() is not None}
-
-
-_DEVICES = ("cpu", "cuda", "mps", "xpu")
-
 
 @dataclass(frozen=True)
 class Modes:
-    """Torch's modes: gradients, autocast per device with its dtype, and its cache."""
+    """Torch's modes of this thread: gradients, autocast per device with its dtype, its cache."""
 
     grad: bool
     inference: bool
-    autocast: tuple[tuple[bool, torch.dtype], ...]
+    autocast: Sequence[tuple[str, bool, torch.dtype]]
     cache: bool
 
     @staticmethod
     def now() -> Modes:
-        return Modes(
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            tuple(
-                (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-                for device in _DEVICES
-            ),
-            torch.is_autocast_cache_enabled(),
-        )
+        autocast = [
+            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in _DEVICES
+        ]
+        inference, cache = torch.is_inference_mode_enabled(), torch.is_autocast_cache_enabled()
+        return Modes(torch.is_grad_enabled(), inference, autocast, cache)
 
     def restore(self) -> None:
         """Set all but inference mode, which cannot be set."""
         torch.set_grad_enabled(self.grad)
-        for device, (enabled, dtype) in zip(_DEVICES, self.autocast, strict=True):
+        for device, enabled, dtype in self.autocast:
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)
         torch.set_autocast_cache_enabled(self.cache)
+
+
+def greenlets() -> Any:
+    """The greenlet package. Raises :class:`UsageError` if it is not installed."""
+    try:
+        return importlib.import_module("greenlet")
+    except ImportError as error:
+        raise UsageError(
+            "A merge in one sweep needs the package greenlet, which this Python lacks: run "
+            f'"{sys.executable}" -m pip install greenlet. Without it there is schedule="jacobi".'
+        ) from error
+
+
+def pausing(outside: Modes, current: Callable[[], Any]) -> Callable[[str], None]:
+    """A pause that hands over to the sweep until a site is solved. Greenlets share the thread, and
+    with it torch's modes; each one restores its own."""
+
+    def pause(site: str) -> None:
+        mine = Modes.now()
+        if mine.inference != outside.inference:
+            raise SiteError(
+                f"Site {site} is called in another inference mode of torch than the merge, which "
+                "cannot be left while a sweep waits there; run the model under torch.no_grad(), or "
+                'merge with schedule="jacobi".'
+            )
+        current().parent.switch(site)
+        mine.restore()
+
+    return pause

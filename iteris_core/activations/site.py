@@ -13,7 +13,7 @@ LoRA's size and no meaning.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from zlib import crc32
@@ -145,15 +145,12 @@ def under_conditions(
     conditions: Sequence[Condition],
     inputs: Tensor,
     outputs: Tensor,
-    change_of: Callable[[int, Tensor], LowRank | None],
+    changes: Mapping[int, LowRank | None],
 ) -> Tensor | None:
     """Add the rows' phantoms to ``outputs`` in place; returns the rows' strengths, (rows,), or None
-    if all are 1.
-
-    ``inputs`` and ``outputs`` are the tensors of ``site`` called ``name``, rows first, every row as
-    often as there are copies. ``change_of(concept, inputs)`` is a LoRA's change in the inputs'
-    dtype.
-    """
+    if all are 1. ``inputs`` and ``outputs`` are the tensors of ``site`` called ``name``, rows
+    first, every row as often as there are copies; ``changes`` those of the phantoms' concepts, in
+    the inputs' dtype."""
     rows = len(conditions)
     others = [row for row, of in enumerate(conditions) if of.phantom is not None]
     signs = torch.empty(len(others), site.shape[0])
@@ -162,7 +159,7 @@ def under_conditions(
     signs = signs.to(inputs)  # of all rows at once
     for index, row in enumerate(others):
         of = conditions[row]
-        change = change_of(of.phantom, inputs) if of.phantom is not None else None
+        change = changes[of.phantom] if of.phantom is not None else None
         if change is not None:
             phantom = replace(change, up=change.up * (signs[index] * of.beside)[:, None])
             outputs[row::rows] += site.delta(phantom, inputs[row::rows])
@@ -173,11 +170,9 @@ def under_conditions(
 
 def phantom_of(changes: Mapping[str, LowRank], strength: float, seed: int) -> dict[str, LowRank]:
     """Site → a phantom's change, made from a LoRA's ``changes`` at ``strength``."""
+    signs = {name: _signs(name, seed, len(change.up)) for name, change in changes.items()}
     return {
-        name: replace(
-            change,
-            up=change.up * (_signs(name, seed, len(change.up)) * strength).to(change.up)[:, None],
-        )
+        name: replace(change, up=change.up * (signs[name] * strength).to(change.up)[:, None])
         for name, change in changes.items()
     }
 

@@ -1,10 +1,10 @@
 """Residual streams of a model that gates what it adds, found by running it.
 
-A block adds g ⊙ y to its stream, with y a layer's output and g the same for all tokens of a row:
-z − h = g ⊙ y. Which layers do so, and where the run has h and g, is not listed by architecture: h
-and z are tensors that modules receive or return, and g is a part of one that has no tokens, perhaps
-through tanh, plus a constant. An RMS norm may lie between: z − h = g ⊙ w ⊙ y / rms(y). A layer for
-which no such h, z and g are found has no stream.
+A block adds z − h = g ⊙ y to its stream, with y a layer's output and g the same for all tokens of a
+row. Which layers do so, and where the run has h and g, is not listed by architecture: h and z are
+tensors that modules receive or return, and g is a part of one that has no tokens, perhaps through
+tanh, plus a constant. An RMS norm may lie between: z − h = g ⊙ w ⊙ y / rms(y). A layer for which no
+such h, z and g are found has no stream.
 """
 
 from __future__ import annotations
@@ -37,19 +37,12 @@ class Source:
     number: int = 0
     returned: bool = False
 
-    def keep(self, put: Callable[[Source, Tensor], None]) -> Any:
-        """A hook that calls ``put`` with this and its tensor, whenever the module runs."""
+    def register(self, hook: Callable[[nn.Module, Any, Any], None]) -> Any:
+        """Call ``hook`` whenever the module runs, with the module, its arguments, and its keyword
+        arguments or what it returned."""
         if self.returned:
-
-            def after(module: nn.Module, args: Any, output: Any) -> None:
-                put(self, tensors_in(output)[self.number])
-
-            return self.module.register_forward_hook(after)
-
-        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            put(self, tensors_in((args, kwargs))[self.number])
-
-        return self.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+            return self.module.register_forward_hook(hook)
+        return self.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
 
 
 @dataclass(frozen=True)
@@ -99,31 +92,27 @@ def find_streams(
 ) -> dict[str, Stream]:
     """Site → its stream, from ``run``, a forward of two ``rows`` or more that differ in timestep
     and prompt."""
-    if (root := _root(run, sites)) is None:
-        return {}
-    watch = _Watch(rows, {module: site for site, module in sites.items()})
-    with ExitStack() as stack:
-        for module in root.modules():
-            for hook in watch.hooks(module):
-                stack.enter_context(hook)
-        for block in _blocks(root):
-            stack.enter_context(block.register_forward_pre_hook(watch.enter, prepend=True))
-            stack.enter_context(block.register_forward_hook(watch.leave))
-        run()
-    return watch.found
-
-
-def _root(run: Callable[[], None], sites: Mapping[str, nn.Module]) -> nn.Module | None:
-    """The first module of a forward that contains one of the ``sites``."""
-    modules, roots = set(sites.values()), list[nn.Module]()
+    names = {module: site for site, module in sites.items()}
+    roots: list[nn.Module] = []  # the first module of the forward that contains a site
 
     def see(module: nn.Module, args: Any) -> None:
-        if not roots and not modules.isdisjoint(module.modules()):
+        if not roots and not names.keys().isdisjoint(module.modules()):
             roots.append(module)
 
     with nn.modules.module.register_module_forward_pre_hook(see):
         run()
-    return roots[0] if roots else None
+    if not roots:
+        return {}
+    watch = _Watch(rows, names)
+    with ExitStack() as stack:
+        for module in roots[0].modules():
+            stack.enter_context(module.register_forward_pre_hook(watch.before, with_kwargs=True))
+            stack.enter_context(module.register_forward_hook(watch.after))
+        for block in _blocks(roots[0]):
+            stack.enter_context(block.register_forward_pre_hook(watch.enter, prepend=True))
+            stack.enter_context(block.register_forward_hook(watch.leave))
+        run()
+    return watch.found
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -161,25 +150,21 @@ class _Watch:
     _turn: int = 0
     _inside: bool = False
 
-    def hooks(self, module: nn.Module) -> Iterator[Any]:
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            for number, tensor in enumerate(tensors_in((args, kwargs))):
-                self._see(Source(module, number), tensor)
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        for number, tensor in enumerate(tensors_in((args, kwargs))):
+            self._see(Source(module, number), tensor)
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            if (site := self.sites.get(module)) is not None and self._inside:
-                seen = self._sampled(None, output)
-                if seen is not None:
-                    self._outputs.append((site, seen))
-            if self._inside and "norm" in type(module).__name__.lower():
-                given, made = (self._sampled(None, some) for some in (args[0], output))
-                if given is not None and made is not None:
-                    self._norms.append((given.values, made))
-            for number, tensor in enumerate(tensors_in(output)):
-                self._see(Source(module, number, returned=True), tensor, stream=False)
-
-        yield module.register_forward_pre_hook(before, with_kwargs=True)
-        yield module.register_forward_hook(after)
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if (site := self.sites.get(module)) is not None and self._inside:
+            seen = self._sampled(None, output)
+            if seen is not None:
+                self._outputs.append((site, seen))
+        if self._inside and "norm" in type(module).__name__.lower():
+            given, made = (self._sampled(None, some) for some in (args[0], output))
+            if given is not None and made is not None:
+                self._norms.append((given.values, made))
+        for number, tensor in enumerate(tensors_in(output)):
+            self._see(Source(module, number, returned=True), tensor, stream=False)
 
     def enter(self, module: nn.Module, args: Any) -> None:
         self._inside = True

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Sequence, Set
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,13 +23,11 @@ from torch import Tensor
 
 
 class TokenSampling:
-    """At most ``limit(width)`` tokens of every row at a site with that many inputs (None: all).
-
-    ``rows`` are the rows' indices among all samples. A row's selection depends only on its index,
-    ``seed`` and the number of tokens, not on the micro-batch; a smaller selection is a subset of a
-    larger one. ``whole`` is the original number of tokens, if the present ones are already a
-    selection. ``gathered`` caches selected tokens of tensors while they are in use.
-    """
+    """At most ``limit(width)`` tokens of every row at a site with that many inputs (None: all). A
+    row's selection depends only on its index in ``rows``, ``seed`` and the number of tokens; a
+    smaller selection is a subset of a larger one. ``whole`` is the original number of tokens, if
+    the present ones are already a selection. ``gathered`` caches selected tokens of live
+    tensors."""
 
     def __init__(
         self,
@@ -51,7 +50,12 @@ class TokenSampling:
         if length <= limit:
             return None
         if (length, limit) not in self._picks:
-            picks = [self._pick(row, length, limit) for row in self.rows]
+            picks: list[Tensor] = []
+            for row in self.rows:
+                pick = self._first(row, self._whole or length, limit)
+                if self._whole is not None:
+                    pick = torch.searchsorted(self._first(row, self._whole, length), pick)
+                picks.append(pick)
             self._picks[length, limit] = torch.stack(picks)
         offsets = torch.arange(stop - start)[:, None] * length
         return (self._picks[length, limit][start:stop] + offsets).flatten()
@@ -76,13 +80,8 @@ class TokenSampling:
             self._made[length] = TokenSampling(self.rows, self._limit, self._seed, length)
         return self._made[length]
 
-    def _pick(self, row: int, length: int, limit: int) -> Tensor:
-        if self._whole is None:
-            return self._first(row, length, limit)
-        there = self._first(row, self._whole, length)
-        return torch.searchsorted(there, self._first(row, self._whole, limit))
-
     def _first(self, row: int, length: int, limit: int) -> Tensor:
+        """``limit`` indices of a row's ``length`` tokens, ascending."""
         digest = hashlib.blake2b(f"{self._seed} {row} {length}".encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         return torch.randperm(length, generator=generator)[:limit].sort().values
@@ -93,9 +92,7 @@ class Saliency:
     """The running e for one micro-batch's rows, by number of tokens; ``share`` is f."""
 
     share: float
-    _given: dict[tuple[Hashable, int], Tensor | None] = field(
-        default_factory=dict[tuple[Hashable, int], Tensor | None]
-    )
+    _given: dict[tuple[Hashable, int], Tensor | None] = field(default_factory=dict[Any, Any])
     _sums: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     _counts: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
@@ -116,13 +113,10 @@ class Saliency:
         many tokens of the ``tensor`` with this key. ``alive`` are keys that may occur again."""
         key = tensor, length
         if key not in self._given:
-            self._given = {k: weights for k, weights in self._given.items() if k[0] in alive}
-            self._given[key] = self._now(length)
+            weights, count = None, self._counts.get(length)
+            if count is not None:
+                mean = self._sums[length] / count.clamp(min=1)
+                weights = torch.where(count > 0, 1 - self.share + self.share * mean, 1.0)
+            self._given = {k: given for k, given in self._given.items() if k[0] in alive}
+            self._given[key] = weights
         return self._given[key]
-
-    def _now(self, length: int) -> Tensor | None:
-        if length not in self._sums:
-            return None
-        count = self._counts[length]
-        mean = self._sums[length] / count.clamp(min=1)
-        return torch.where(count > 0, 1 - self.share + self.share * mean, 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,20 +24,17 @@ _REPAIR = 0.3
 @dataclass(frozen=True)
 class Observation:
     """The inputs and outputs of one micro-batch at one site, before the merged change is added.
-
     ``inputs`` and ``outputs`` are the site's own tensors, rows first, reference rows before merged
-    rows; ``outputs`` include the reference rows' changes. ``strengths`` are the rows' (None: 1),
-    and tokens of ``inputs`` are multiplied by them. ``spans`` lists (concept, start, stop) in
-    reference rows; a merged row is ``rows`` further down (``copies=2``) or the reference row itself
-    (``copies=1``). ``group`` is the same for sites that received the same tensor; ``alive`` lists
-    the groups that may still occur; ``call`` counts the site's earlier calls in this forward.
-    ``choice`` selects some of every row's tokens. ``mask`` is (rows, tokens), True for tokens that
-    count; None if all do. ``stream`` is the residual stream to which the output will be added,
-    shaped like ``outputs``; None if there is none. ``gate``, (rows, out), multiplies the output
-    before that; None if nothing does. With ``normed`` an RMS norm comes first. ``saliency`` is the
-    micro-batch's, and ``weights``, (rows, tokens), its values at this site; None if all count
-    equally. Copy or reduce: the model may change these tensors later.
-    """
+    rows; the model may change them later. ``outputs`` include the reference rows' changes.
+    ``spans`` lists (concept, start, stop) in reference rows; a merged row is ``rows`` further down
+    (``copies=2``) or the reference row itself (``copies=1``). ``group`` is the same for sites that
+    received the same tensor; ``alive`` lists the groups that may still occur; ``call`` counts the
+    site's earlier calls in this forward. ``choice`` selects some of every row's tokens; ``mask``,
+    (rows, tokens), is True for those that count (None: all). ``stream`` is the residual stream to
+    which the output will be added, shaped like ``outputs`` (None: unknown), and ``gate``, (rows,
+    out), multiplies the output before that, with ``normed`` after an RMS norm. ``weights``, (rows,
+    tokens), are the values of the micro-batch's ``saliency`` here (None: all count equally), and
+    ``strengths`` the rows', by which tokens of ``inputs`` are multiplied (None: 1)."""
 
     name: str
     site: Site
@@ -100,10 +97,8 @@ class Observation:
         )
 
     def input_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
-        """Inputs of the reference rows ``start`` to ``stop``, or of the merged rows, (tokens, in).
-
-        For a convolution, tokens are patches; masked tokens are left out.
-        """
+        """Inputs of the reference rows ``start`` to ``stop``, or of the merged rows, (tokens, in),
+        without masked tokens; for a convolution, tokens are patches."""
         tokens = self._tokens(self.site.tokens, self.inputs, start, stop, merged)
         if self.strengths is None:
             return tokens
@@ -120,10 +115,9 @@ class Observation:
         there is no drift to remove."""
         if self.stream is None or self.copies == 1:
             return None
-        own, merged = (
-            self._tokens(self.site.outputs, self.stream, start, stop, of) for of in (False, True)
-        )
-        return own, merged
+        flatten, stream = self.site.outputs, self.stream
+        own = self._tokens(flatten, stream, start, stop, False)
+        return own, self._tokens(flatten, stream, start, stop, True)
 
     def gates(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
         """The gates of the reference rows and of the merged ones, (tokens, out), for
@@ -147,14 +141,8 @@ class Observation:
         effect = added.square().sum(1).reshape(stop - start, -1)
         return effect if self.mask is None else effect * self.mask[start:stop]
 
-    def of_concepts(
-        self, changes: SiteChanges, dtype: torch.dtype, inputs: Tensor | None
-    ) -> Iterator[ConceptTokens]:
-        """The tokens of every span; ``inputs`` are the input indices that count (None: all)."""
-        for concept, start, stop in self.spans:
-            yield ConceptTokens(self, changes, concept, start, stop, dtype, inputs)
-
     def changed(self, change: LowRank, start: int, stop: int) -> Tensor:
+        """ΔW x for the reference rows, (tokens, out)."""
         inputs = self.inputs[start:stop]
         delta = self.site.delta(change.to(inputs.dtype, inputs.device), inputs)
         strengths = None if self.strengths is None else self.strengths[start:stop]
@@ -229,14 +217,18 @@ class ConceptTokens:
     @property
     def target(self) -> Tensor:
         """(W0 + ΔW_i) X minus W0 X̃, both with the layer's bias, plus the drift d = h_i − h̃_i, the
-        difference between LoRA i's residual stream and the merged rows'.
-
-        Behind a gate g the output y is what minimises ‖g̃ y − g_i y_i − d‖² / ‖h̃‖² + ε² ‖y − y_i‖² /
-        ‖y_i‖² for every token: y_i + (d + (g_i − g̃) y_i) g̃ / (g̃² + ε² ‖h̃‖² / ‖y_i‖²). So a layer
-        that adds little to its stream repairs little. A norm between them belongs to the gates, at
-        the size that y_i has."""
+        difference between LoRA i's residual stream and the merged rows'. Behind a gate g the output
+        y is what minimises ‖g̃ y − g_i y_i − d‖² / ‖h̃‖² + ε² ‖y − y_i‖² / ‖y_i‖² for every token:
+        y_i + (d + (g_i − g̃) y_i) g̃ / (g̃² + ε² ‖h̃‖² / ‖y_i‖²). So a layer that adds little to
+        its stream repairs little. A norm between them belongs to the gates, at the size that y_i
+        has."""
         full = self.shown.output_tokens(self.start, self.stop)
-        target = full.to(self.dtype) - self._base(full).to(self.dtype)
+        rows, base = (self.start, self.stop), full  # W0 X̃
+        if self.shown.copies == 2:
+            base = self.shown.output_tokens(*rows, merged=True)
+        elif (change := self.changes[self.concept]) is not None:
+            base = full - self.shown.chosen(self.shown.changed(change, *rows), *rows)
+        target = full.to(self.dtype) - base.to(self.dtype)
         streams = self.shown.stream_tokens(self.start, self.stop)
         if streams is None:
             return self._weighted(target)
@@ -253,16 +245,6 @@ class ConceptTokens:
         least = _REPAIR**2 * stream.square().mean(1, keepdim=True) / size.clamp(min=1e-30)
         missing = drift + (own - merged) * full
         return self._weighted(target.add_(missing * merged / (merged.square() + least)))
-
-    def _base(self, full: Tensor) -> Tensor:
-        """W0 X̃, (tokens, out)."""
-        if self.shown.copies == 2:
-            return self.shown.output_tokens(self.start, self.stop, merged=True)
-        change = self.changes[self.concept]
-        if change is None:
-            return full
-        rows = self.start, self.stop
-        return full - self.shown.chosen(self.shown.changed(change, *rows), *rows)
 
     def _weighted(self, tokens: Tensor) -> Tensor:
         tokens, weights = tokens.to(self.dtype), self.shown.weights

@@ -1,1 +1,1 @@
-"""Dense linear algebra that knows nothing of sites: precision, Cholesky factors, low-rank cuts."""
+"""Dense linear algebra that knows nothing of sites: precision, and low-rank cuts."""

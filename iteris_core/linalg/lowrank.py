@@ -1,8 +1,8 @@
 """Rank reduction of factors, of full matrices, and of solutions to normal equations.
 
-Precondition: finite matrices. Everything is float64, with two exceptions. :func:`truncate_matrix`
-searches for the leading directions in the input's precision, because their errors enter the kept
-energy only squared. A float32 matrix or metric is divided in float32. Without a metric, each is
+Matrices are finite. Everything is float64, except that :func:`truncate_matrix` searches for the
+leading directions in the input's precision, because their errors enter the kept energy only
+squared, and that a float32 matrix or metric is divided in float32. Without a metric, each is
 equivalent to ``torch.linalg.svd``, which takes ten times as long.
 """
 
@@ -22,15 +22,11 @@ _SMALL = 256  # up to here, all directions are cheaper than a search for the lea
 def truncate_factors(
     change: LowRank, rank: Rank, metric: Tensor | None = None
 ) -> tuple[LowRank, float]:
-    """The best change of rank at most ``rank``, and the share of energy lost.
-
-    A ``rank`` between 0 and 1 is the share of energy to keep, in the same norm.
-
-    It minimises ‖(ΔW − ΔW_k) L‖_F, where ``metric`` is L, (in, in), a lower Cholesky factor of the
-    inputs' second moment M = L Lᵀ, so the outputs on those inputs change least; without it L is the
-    identity (plain SVD). Works on factors: two QR and one SVD of rank × rank, float64. The result
-    has the input's dtype.
-    """
+    """The best change of rank at most ``rank``, or that keeps this share of energy, and the share
+    lost. It minimises ‖(ΔW − ΔW_k) L‖_F, where ``metric`` is L, (in, in), a lower Cholesky factor
+    of the inputs' second moment M = L Lᵀ, so the outputs on those inputs change least; without it L
+    is the identity (plain SVD). Works on factors: two QR and one SVD of rank × rank, float64. The
+    result has the input's dtype."""
     up, down = change.up.double(), change.down.double()
     if metric is not None:
         down = down @ metric.double()
@@ -76,9 +72,8 @@ def extract(
     share lost. An ``energy`` of 1 drops only singular values below 1e-12 of the largest."""
     u, s, vt = _gram_svd(dense.double())
     keep = rank_for(s**2, energy) if energy < 1 else int((s > s[0] * 1e-12).sum())
-    change = _change(u, s, vt, keep, None, kernel).to(torch.float32)
-    up, down = change.up.contiguous(), change.down.contiguous()
-    return LowRank(up, down, kernel), _lost(s**2, keep)
+    cut = _change(u, s, vt, keep, None, kernel).to(torch.float32)
+    return LowRank(cut.up.contiguous(), cut.down.contiguous(), kernel), _lost(s**2, keep)
 
 
 def truncate_matrix(
@@ -90,14 +85,11 @@ def truncate_matrix(
     search: torch.dtype = torch.float64,
     elsewhere: float = 0.0,
 ) -> tuple[LowRank, float]:
-    """:func:`truncate_factors` for a change without factors, K = ΔW L Lᵀ, (out, in).
-
-    With L from a Cholesky factorisation of M, this solves ΔW M = K and cuts ΔW in one step; without
-    a ``metric``, K is ΔW. ``like`` gives dtype and kernel of the result; ``elsewhere`` is energy
-    outside K, which counts as lost. Small matrices, and ranks above a third of the shorter side,
-    use the eigenvectors of that side's Gram matrix (singular values below 1e-8 of the largest
-    cannot be resolved, and do not count); others use :func:`_leading_directions` in ``search``.
-    """
+    """:func:`truncate_factors` for a change without factors, K = ΔW L Lᵀ, (out, in). With L from a
+    Cholesky factorisation of M, this solves ΔW M = K and cuts ΔW in one step; without a ``metric``,
+    K is ΔW. ``like`` gives dtype and kernel; ``elsewhere`` is energy outside K, which counts as
+    lost. Small matrices, and ranks above a third of the shorter side, use the eigenvectors of that
+    side's Gram matrix, others :func:`_leading_directions` in ``search``."""
     out, width = matrix.shape
     if rank < 1 or not searches(out, width, int(rank)):
         weighted = _over(matrix, metric).double()

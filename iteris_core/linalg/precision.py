@@ -11,16 +11,13 @@ import torch
 from torch import Tensor
 
 _HIGHEST = "highest"
-_EXACT = ("none", "ieee")
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Generator[None]:
-    """True float32 products: no TF32, no bfloat16 passes, no autocast.
-
-    PyTorch's setting is process-wide: with several threads, the first to enter raises it if needed,
-    and the last to leave restores it.
-    """
+    """True float32 products: no TF32, no bfloat16 passes, no autocast. PyTorch's setting is
+    process-wide: with several threads, the first to enter raises it if needed, and the last to
+    leave restores it."""
     _SETTING.enter()
     try:
         with torch.autocast(device.type, enabled=False):
@@ -41,33 +38,29 @@ class _Setting:
 
     def enter(self) -> None:
         with self._lock:
-            if not self._inside:
-                self._raise()
             self._inside += 1
+            if self._inside > 1:
+                return
+            backends = [(one, one.fp32_precision) for one in _backends()]
+            self._backends = [pair for pair in backends if pair[1] not in ("none", "ieee")]
+            for backend, _ in self._backends:
+                backend.fp32_precision = "ieee"
+            self._value = torch.get_float32_matmul_precision()
+            if self._value != _HIGHEST:
+                self._backends = backends  # the backends' values follow the single value
+                torch.set_float32_matmul_precision(_HIGHEST)
 
     def leave(self) -> None:
         with self._lock:
             self._inside -= 1
-            if not self._inside:
-                self._put_back()
-
-    def _raise(self) -> None:
-        backends = [(one, one.fp32_precision) for one in _backends()]
-        self._backends = [pair for pair in backends if pair[1] not in _EXACT]
-        for backend, _ in self._backends:
-            backend.fp32_precision = "ieee"
-        self._value = torch.get_float32_matmul_precision()
-        if self._value != _HIGHEST:
-            self._backends = backends  # the backends' values follow the single value
-            torch.set_float32_matmul_precision(_HIGHEST)
-
-    def _put_back(self) -> None:
-        if self._value != _HIGHEST:
-            torch.set_float32_matmul_precision(self._value)
-        for backend, precision in self._backends:
-            backend.fp32_precision = "none"  # as the settings above this one say
-            if backend.fp32_precision != precision:
-                backend.fp32_precision = precision
+            if self._inside:
+                return
+            if self._value != _HIGHEST:
+                torch.set_float32_matmul_precision(self._value)
+            for backend, precision in self._backends:
+                backend.fp32_precision = "none"  # as the settings above this one say
+                if backend.fp32_precision != precision:
+                    backend.fp32_precision = precision
 
 
 _SETTING = _Setting()
@@ -75,8 +68,7 @@ _SETTING = _Setting()
 
 def _backends() -> list[Any]:
     """PyTorch's per-backend settings for products; empty before 2.9."""
-    named: list[Any] = [torch.backends.cuda.matmul]
-    named.append(getattr(torch.backends.mkldnn, "matmul", None))
+    named: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     return [backend for backend in named if hasattr(backend, "fp32_precision")]
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
 
 import torch
@@ -28,9 +29,9 @@ from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
 from ..lora import LowRank
 from ..passes.batches import ExecutionConfig, chunks, micro_batches
-from ..passes.job import Job, Run, forward_work
+from ..passes.job import Job, Run
 from ..passes.planner import find
-from .segments import Segment, SegmentBatch, SegmentRunner, segments_of, within
+from .segments import NotReproduced, Segment, SegmentBatch, SegmentRunner, segments_of, within
 from .side_by_side import SHOWING, SideBySide, drawn_pairs, pairs_of, samples_each
 from .training import STEP, Factors, NoGradients
 
@@ -49,7 +50,7 @@ class BlockSteps:
 
 def expect_block_polish(job: Job, how: BlockSteps) -> None:
     """Expect its work: each of several segments takes part of a forward."""
-    rows, forward = _row_count(job), forward_work(job)
+    rows, forward = _row_count(job), job.forward_work
     forwards = STEP * how.steps * job.thresholds.polish_at_once + 2 * 3 * rows
     if how.pairs and (pairs := pairs_of(job, rows)):
         samples = len(pairs) * samples_each(job, pairs, rows)
@@ -63,6 +64,7 @@ def polish_blocks(
 ) -> tuple[dict[str, LowRank], list[str]]:
     """The ``merged`` changes after polishing every segment, and notes on them."""
     job, lockstep, notes = run.job, run.lockstep, list[str]()
+    at_once = job.thresholds.polish_at_once
     drawn = drawn_pairs(job, merged, _row_count(job)) if how.pairs else None
     if how.pairs and drawn is None and job.host.pictures and job.loras > 1:
         notes.append(
@@ -74,11 +76,9 @@ def polish_blocks(
     for stage in run.stages():
         if stage.sites and not stage.feeds_next:
             shown = showing if showing and showing.advance(stage.name) else None
-            at_once = job.thresholds.polish_at_once
             notes += _StagePolish(job, lockstep, stage, how, shown, at_once).run()
         if stage.feeds_next:
-            config = ExecutionConfig(job.thresholds.polish_at_once)
-            for batch in micro_batches(stage, 2, None, config):
+            for batch in micro_batches(stage, 2, None, ExecutionConfig(at_once)):
                 lockstep.run(batch)
     job.eta.expect(WHAT, [])
     polished = {s: lockstep.merged[s].to(change.up.dtype) for s, change in merged.items()}
@@ -91,7 +91,7 @@ def _row_count(job: Job) -> int:
 
 @dataclass
 class _StagePolish:
-    """The polish of one stage."""
+    """The polish of one stage. ``in_place``: a segment changes arguments, and gets copies."""
 
     job: Job
     lockstep: Lockstep
@@ -105,13 +105,13 @@ class _StagePolish:
 
     def run(self) -> list[str]:
         """Polish the stage; returns notes on what is not polished."""
-        share = self.job.thresholds.segment_share
         found = find(self.stage, self.lockstep)
         found.sites = [site for site in found.sites if site in self.lockstep.merged]
-        segments = segments_of(found, share)
+        segments = segments_of(found, self.job.thresholds.segment_share)
         for number, segment in enumerate(segments):
             before = {site: self.lockstep.merged[site] for site in segment.sites}
-            if not self._gains(segment, number, len(segments), before):
+            tick = partial(self._tick, number, len(segments))
+            if not self._gains(segment, before, tick):
                 self.lockstep.merged |= before
         if segments and self.shown is not None and not self.paired:
             self.notes.append(
@@ -120,9 +120,11 @@ class _StagePolish:
             )
         return self.notes
 
-    def _gains(
-        self, segment: Segment, number: int, count: int, before: Mapping[str, LowRank]
-    ) -> bool:
+    def _tick(self, number: int, count: int, done: int = 0) -> None:
+        steps = self.how.steps
+        self.job.tick(WHAT, number * steps + done, count * steps)
+
+    def _gains(self, segment: Segment, before: Mapping[str, LowRank], tick: partial[None]) -> bool:
         """:meth:`_polish`; retries with fewer rows at once when memory runs out, and with copies of
         arguments that the segment changes in place."""
 
@@ -130,34 +132,27 @@ class _StagePolish:
             self.at_once = rows
             self.lockstep.merged |= before
             try:
-                return self._polish(segment, number, count)
+                return self._polish(segment, tick)
             except NoGradients as error:
                 if self.in_place or "inplace" not in str(error):
                     raise
             self.in_place = True
             return polish(rows)
 
-        def complaint(said: str, tried: Sequence[int]) -> str:
-            return "for lack of memory"
-
         try:
-            return with_less(halved(self.at_once), polish, complaint)[0]
+            return with_less(halved(self.at_once), polish, lambda said, tried: "")[0]
         except NoGradients as error:
-            self._note(segment, f"because it cannot be differentiated ({error})")
-        except OutOfMemory as error:
-            self._note(segment, str(error))
-        return False
-
-    def _note(self, segment: Segment, why: str) -> None:
+            why = f"because it cannot be differentiated ({error})"
+        except OutOfMemory:
+            why = "for lack of memory"
+        except NotReproduced:
+            why = "because they give a different result when run by themselves"
         first, *_, last = segment.sites
         self.notes.append(f"{first} to {last} are not polished, {why}")
+        return False
 
-    def _polish(self, segment: Segment, number: int, count: int) -> bool:
+    def _polish(self, segment: Segment, tick: partial[None]) -> bool:
         """True if the segment got closer to its targets."""
-
-        def tick(done: int = 0) -> None:
-            self.job.tick(WHAT, number * self.how.steps + done, count * self.how.steps)
-
         rows = self._rows()
         runner = SegmentRunner(segment, self.lockstep, self._batch(rows[:1]))
 
@@ -174,16 +169,10 @@ class _StagePolish:
             self.paired |= bool(pairs)
         checked = [b for some in (singles, pairs) for b in some[: thresholds.polish_checked]]
         mutations = torch.autograd.graph.allow_mutation_on_saved_tensors
-        with (
-            self.stage.gradients(),
-            runner.gradients(),
-            mutations() if self.in_place else nullcontext(),
-        ):
+        copies = mutations() if self.in_place else nullcontext()
+        with self.stage.gradients(), runner.gradients(), copies:
             modules = self.job.host.sites()
             tokens = runner.sample_inputs(modules, [*singles, *pairs], thresholds)
-            if tokens is None:
-                self._note(segment, "because they give a different result when run by themselves")
-                return False
             factors = Factors.white(self.lockstep.merged, tokens, thresholds.polish_floor)
             before = self._error(runner, checked)
             if not before:
@@ -204,8 +193,8 @@ class _StagePolish:
 
     def _batch(self, rows: Sequence[int]) -> MicroBatch:
         owners = [self.stage.concept_ids[row] for row in rows]
-        conditions = self.stage.conditions_of(rows)
-        return MicroBatch(lambda: self.stage.run(rows, 2), owners, 2, conditions=conditions)
+        run, conditions = partial(self.stage.run, rows, 2), self.stage.conditions_of(rows)
+        return MicroBatch(run, owners, 2, conditions=conditions)
 
     def _rows(self) -> list[int]:
         """Equally many rows of every concept, in random order."""
@@ -220,23 +209,18 @@ class _StagePolish:
         return rows
 
     def _loss(self, runner: SegmentRunner, batch: SegmentBatch) -> Tensor:
+        mask = None
+        if self.stage.mask is not None:
+            mask = self.stage.mask(runner.segment.sites[-1], batch.rows)
         by_row: list[Tensor] = []
         for output, wanted in zip(runner(batch), batch.wanted, strict=True):
             errors = (output.float() - wanted.to(output.device).float()).square()
-            mask = self._mask(runner.segment, batch, errors)
-            by_row.append((errors if mask is None else errors * mask).flatten(1).sum(1))
+            if mask is not None and errors.ndim == 3 and mask.shape == errors.shape[:2]:
+                errors = errors * mask.to(errors.device)[..., None]
+            by_row.append(errors.flatten(1).sum(1))
         total, weights = torch.stack(by_row).sum(0), self.job.weights
         means = [fmean(weights[owner] for owner in owners) for owners in batch.owners]
         return (total * total.new_tensor(means)).sum()
-
-    def _mask(self, segment: Segment, batch: SegmentBatch, errors: Tensor) -> Tensor | None:
-        """1 for each token that counts, if the segment outputs tokens."""
-        if self.stage.mask is None or errors.ndim != 3:
-            return None
-        mask = self.stage.mask(segment.sites[-1], batch.rows)
-        if mask is None or mask.shape != errors.shape[:2]:
-            return None
-        return mask.to(errors.device)[..., None]
 
     def _error(self, runner: SegmentRunner, batches: Sequence[SegmentBatch]) -> float:
         with torch.no_grad():

@@ -35,16 +35,12 @@ def ties(at: AtSite, settings: TiesSettings) -> tuple[LowRank, float]:
     return cut_dense(at.changes, settings.scale * merged, settings.rank)
 
 
-def elect_signs(changes: Tensor) -> Tensor:
-    """The sign of the sum over (concepts, …) per entry; if that is zero, the sign of the total."""
-    total = changes.sum(dim=0)
-    majority = total.sum().sign()
-    return torch.where(total == 0, majority, total.sign())
-
-
 def disjoint_mean(changes: Tensor) -> Tensor:
-    """Mean over (concepts, …) of the entries that have the elected sign."""
-    agree = (changes.sign() == elect_signs(changes)) & (changes != 0)
+    """Mean over (concepts, …) of the entries that have the elected sign: that of their sum, or of
+    the total if the sum is zero."""
+    total = changes.sum(dim=0)
+    elected = torch.where(total == 0, total.sum().sign(), total.sign())
+    agree = (changes.sign() == elected) & (changes != 0)
     return (changes * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
 
 

@@ -14,7 +14,6 @@ reduction of s². The first components of every layer therefore come before the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -28,25 +27,10 @@ from ..passes.job import Job, Run
 from ..passes.sweep import solve_sites
 from ..solve.inputs import InputMoments
 from ..solve.moments import OutputMoments
-from ..solve.problem import (
-    ByOutput,
-    Reduction,
-    SiteContext,
-    Solution,
-    StageSolver,
-    Tokens,
-    Weigher,
-)
+from ..solve.problem import ByOutput, Reduction, SiteContext, Solution, StageSolver, Tokens, Weigher
 from ..solve.ranks import Components, share_numbers
 from .block_polish import BlockSteps, expect_block_polish, polish_blocks
-from .fitting import (
-    Repairs,
-    Solvers,
-    streams_of,
-    with_repairs,
-    without_idle,
-)
-from .iteris_settings import IterisSettings
+from .fitting import IterisSettings, Repairs, Solvers, streams_of, with_repairs, without_idle
 from .registry import Merged, on_model
 
 
@@ -79,7 +63,7 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
     with job.run() as run:
         solver_of = solvers.of
         if settings.share_ranks:
-            solver_of = partial(solver_of, ranks=_shared(run, solvers, batching))
+            solver_of = partial(solver_of, ranks=_shared_ranks(run, solvers, batching))
         solutions, log = solve_sites(run, solver_of, batching, schedule)
         solutions = without_idle(solutions, repairs)
         changes = {site: solution.change for site, solution in solutions.items()}
@@ -90,25 +74,17 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
     return Merged(sites, log, repairs.keys())
 
 
-def _shared(run: Run, solvers: Solvers, batching: ExecutionConfig) -> dict[str, int]:
-    """Ranks of all sites, for a file as large as with ``settings.rank`` at every site of a LoRA."""
-    job, settings = solvers.job, solvers.settings
+def _shared_ranks(run: Run, solvers: Solvers, batching: ExecutionConfig) -> dict[str, int]:
+    """Site → its rank, at least 1, in a file as large as with ``settings.rank`` at every site of a
+    LoRA, by the result of a sweep without a cut."""
+    job, settings, rank = solvers.job, solvers.settings, cast(int, solvers.settings.rank)
     own = [changes for site, changes in job.changes.items() if site not in solvers.repairs]
-    rank = cast(int, settings.rank)
     numbers = sum(min(rank, changes.rank) * sum(changes.shape) for changes in own)
     uncut = replace(solvers, settings=replace(settings, rank=None, share_ranks=False))
-    return shared_ranks(run, partial(uncut.of, residuals=True), batching, numbers)
-
-
-def shared_ranks(
-    run: Run, solver_of: Callable[[Stage], StageSolver], batching: ExecutionConfig, numbers: int
-) -> dict[str, int]:
-    """Site → its rank in a file of that many ``numbers``, at least 1. ``solver_of`` makes solvers
-    that cut nothing, reduce to :class:`..solve.moments.OutputMoments` and report residuals."""
     found: dict[str, Components] = {}
 
     def weighed(stage: Stage) -> StageSolver:
-        solver = solver_of(stage)
+        solver = uncut.of(stage, residuals=True)
 
         def begin(context: SiteContext) -> Reduction:
             reduction = solver.begin(context)

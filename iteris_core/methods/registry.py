@@ -2,8 +2,7 @@
 
 One of three decorators registers a method. :func:`on_weights` is for methods that look at one
 site's changes at a time, :func:`on_activations` for methods that reduce a site's tokens and solve
-from the reduction, :func:`on_model` for everything else. The loop over sites, the passes over the
-model and the check that no site was missed happen here.
+from the reduction, :func:`on_model` for everything else.
 """
 
 from __future__ import annotations
@@ -91,29 +90,24 @@ class AtSite:
 
     def dense(self) -> list[Tensor]:
         """w_i ΔW_i, (out, in), float64."""
-        return [
-            change.up.double() @ change.down.double() * self.weights[concept]
-            for concept, change in self.changes.present.items()
-        ]
+        present = self.changes.present.items()
+        return [c.up.double() @ c.down.double() * self.weights[i] for i, c in present]
 
     def trimmed(self, entries: Sequence[Tensor]) -> Tensor:
         """(concepts, …): the ``entries`` of the concepts that change the site, with small ones set
         to 0."""
         parts = zip(self.changes.present, entries, strict=True)
-        return torch.stack(
-            [e.where(magnitudes(e) >= self.least.get(concept, 0.0), 0) for concept, e in parts]
-        )
+        kept = [e.where(magnitudes(e) >= self.least.get(i, 0.0), 0) for i, e in parts]
+        return torch.stack(kept)
 
 
 def least_kept(
     sites: Callable[[], Iterable[Mapping[int, Tensor]]], density: float
 ) -> dict[int, float]:
     """concept → the magnitude that the ``density`` share of its entries reaches; none at 1.
-
     ``sites()`` gives every site's entries of each concept, twice. Float32 bits are in the order of
     magnitudes: the first pass counts them by their upper half, the second those that share the
-    answer's upper half by the lower one, as ``torch.kthvalue`` of all entries at once would.
-    """
+    answer's upper half by the lower one, as ``torch.kthvalue`` of all entries at once would."""
     places: dict[int, int] = {}
     found: dict[int, int] = defaultdict(int)
     for shift in (16, 0) if density < 1 else ():
@@ -140,21 +134,26 @@ def magnitudes(entries: Tensor) -> Tensor:
 
 
 def on_weights(
-    name: str,
-    settings: type[Settings],
-    trims: Callable[[AtSite], Sequence[Tensor]] | None = None,
+    name: str, settings: type[Settings], trims: Callable[[AtSite], Sequence[Tensor]] | None = None
 ) -> Callable[[Function], Function]:
     """Register ``function(at, settings) -> (change, share of energy lost in a cut)``. It is called
-    for every site; the first line of its docstring is the method's summary.
-
-    ``trims(at)`` returns the entries of each concept that changes the site. Of these, the settings'
-    ``density`` share is kept over all sites together; ``at.trimmed`` applies it.
-    """
+    for every site; the first line of its docstring is the method's summary. ``trims(at)`` returns
+    the entries of each concept that changes the site. Of these, the settings' ``density`` share is
+    kept over all sites together; ``at.trimmed`` applies it."""
 
     def register(function: Function) -> Function:
         def merge(job: Job, given: Any) -> Merged:
             merged: dict[str, Solution] = {}
-            least = {} if trims is None else least_kept(_entries(job, trims), given.density)
+
+            def entries() -> Iterator[dict[int, Tensor]]:
+                """A pass over all sites: their entries by concept."""
+                job.eta.expect(_MERGING, [1.0])
+                for done, changes in enumerate(job.changes.values(), 1):
+                    some = trims(AtSite(changes, job.weights, job.generator)) if trims else ()
+                    yield dict(zip(changes.present, some, strict=True))
+                    job.tick("trimming sites", done, len(job.changes))
+
+            least = {} if trims is None else least_kept(entries, given.density)
             for site, changes in job.changes.items():
                 change, lost = function(AtSite(changes, job.weights, job.generator, least), given)
                 merged[site] = Solution(change, truncated=lost)
@@ -166,21 +165,6 @@ def on_weights(
     return register
 
 
-def _entries(
-    job: Job, trims: Callable[[AtSite], Sequence[Tensor]]
-) -> Callable[[], Iterator[dict[int, Tensor]]]:
-    """A pass over all sites: their entries by concept."""
-
-    def sites() -> Iterator[dict[int, Tensor]]:
-        job.eta.expect(_MERGING, [1.0])
-        for done, changes in enumerate(job.changes.values(), 1):
-            at = AtSite(changes, job.weights, job.generator)
-            yield dict(zip(changes.present, trims(at), strict=True))
-            job.tick("trimming sites", done, len(job.changes))
-
-    return sites
-
-
 def on_activations(
     name: str,
     settings: type[Settings],
@@ -190,11 +174,9 @@ def on_activations(
     sums: bool = True,
 ) -> Callable[[Function], Function]:
     """Register ``function(job, settings) -> RegressionSpec``: how to solve from the ``reduction``
-    of a site's tokens.
-
-    With ``merged_inputs``, sites are solved in one sweep, on inputs that passed through the sites
-    solved before; otherwise on reference rows alone. ``settings`` must have a ``micro_batch``.
-    """
+    of a site's tokens. With ``merged_inputs``, sites are solved in one sweep, on inputs that passed
+    through the sites solved before; otherwise on reference rows alone. ``settings`` must have a
+    ``micro_batch``."""
 
     def register(function: Function) -> Function:
         def merge(job: Job, given: Any) -> Merged:
@@ -247,7 +229,7 @@ def settings_over(
     settings: Settings | Mapping[str, Any] | None,
     calibration: Calibration | Mapping[str, Any] | None,
 ) -> tuple[Settings, Calibration]:
-    """The given settings, over the preset's settings for ``method``."""
+    """The given settings, over the preset's for ``method``; a whole dataclass replaces those."""
     if preset not in PRESETS:
         raise SettingsError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}.")
     chosen = PRESETS[preset]
@@ -259,7 +241,6 @@ def settings_over(
 
 
 def _over(preset: Mapping[str, Any], given: _S | Mapping[str, Any] | None, kind: type[_S]) -> _S:
-    """``given`` over the preset; a whole dataclass replaces the preset."""
     if isinstance(given, kind):
         return given
     if given is None or isinstance(given, Mapping):

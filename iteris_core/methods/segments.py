@@ -1,9 +1,5 @@
-"""Parts of a model that can run on their own: their inputs, and their outputs under each LoRA
-alone.
-
-A segment is a module with a substantial part of a stage's sites, such as a transformer block or a
-UNet level. It runs many times on inputs that were recorded once.
-"""
+"""Parts of a model that can run on their own, on inputs that were recorded once: a segment is a
+module with a substantial part of a stage's sites, such as a transformer block or a UNet level."""
 
 from __future__ import annotations
 
@@ -55,11 +51,9 @@ class _Kept:
 
 @dataclass(frozen=True)
 class SegmentBatch:
-    """One micro-batch of merged rows through a segment, in host memory.
-
-    ``owners`` are the concepts of each row; an image may show several. ``given`` are the arguments,
-    (args, kwargs); ``wanted`` are the target tensors, (rows, …), and ``found`` the actual ones.
-    """
+    """One micro-batch of merged rows through a segment, in host memory. ``owners`` are the concepts
+    of each row; an image may show several. ``given`` are the arguments, (args, kwargs); ``wanted``
+    are the target tensors, (rows, …), and ``found`` the actual ones."""
 
     owners: Sequence[Sequence[int]]
     rows: Sequence[int]
@@ -85,6 +79,10 @@ def within(batches: Iterable[SegmentBatch], most_bytes: int, least: int) -> list
         if taken + batch.bytes > most_bytes and len(found) >= least:
             break
     return found
+
+
+class NotReproduced(Exception):
+    """A segment by itself gives another output than within the model."""
 
 
 class _Passed(BaseException):
@@ -187,9 +185,9 @@ class SegmentRunner:
         modules: Mapping[str, nn.Module],
         batches: Sequence[SegmentBatch],
         thresholds: Thresholds,
-    ) -> dict[str, Tensor] | None:
-        """Sampled inputs of every site in the segment, (tokens, in); None if the segment by itself
-        does not reproduce its output within the model."""
+    ) -> dict[str, Tensor]:
+        """Sampled inputs of every site in the segment, (tokens, in). Raises :class:`NotReproduced`
+        if the segment by itself does not give its output within the model."""
         tokens: dict[str, list[Tensor]] = {}
         generator = torch.Generator().manual_seed(0)
         each = -(-thresholds.polish_tokens // len(batches))
@@ -210,12 +208,12 @@ class SegmentRunner:
                 for batch in batches:
                     found = self(batch)
                     if not found or not alike(found, batch.found, thresholds.segment_error):
-                        return None
+                        raise NotReproduced
             except Exception as error:  # a row's share of an argument may be unknown
-                if is_out_of_memory(error):
+                if is_out_of_memory(error) or isinstance(error, NotReproduced):
                     raise
                 _log.debug("%s cannot run by itself", self.segment.sites[0], exc_info=True)
-                return None
+                raise NotReproduced from error
         return {site: torch.cat(some) for site, some in tokens.items()}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -41,7 +42,14 @@ class Pairs:
 def pairs_of(job: Job, rows: int) -> list[tuple[int, int]]:
     """The pairs to show, which share ``rows`` rows: every concept occurs equally often, each time
     with a different partner. Empty unless two concepts have trigger words."""
-    able = [number for number, concept in enumerate(job.concepts) if _is_shown(concept)]
+    # A style or motion cannot fill half an image, and a learned embedding is active only in its own
+    # concept's prompts.
+    able = [
+        number
+        for number, one in enumerate(job.concepts)
+        if one.kind == "subject" and one.phrases
+        if one.lora is not None and not one.lora.embeddings
+    ]
     count = len(able)
     if not job.host.pictures or count < 2:
         return []
@@ -52,14 +60,6 @@ def pairs_of(job: Job, rows: int) -> list[tuple[int, int]]:
         for place, one in enumerate(able)
     ]
     return found[: max(most, count)]
-
-
-def _is_shown(concept: Concept) -> bool:
-    """A style or motion cannot fill half an image, and a learned embedding is active only in its
-    own concept's prompts."""
-    lora = concept.lora
-    named = concept.kind == "subject" and bool(concept.phrases)
-    return named and lora is not None and not lora.embeddings
 
 
 def samples_each(job: Job, pairs: Sequence[Any], rows: int) -> int:
@@ -126,7 +126,7 @@ class SideBySide:
     def _batch(self, side: _Side, rows: Sequence[int]) -> MicroBatch:
         stage = self._stages[side]
         owners = [pair[side or 0] for pair in self._pairs(stage, rows)]
-        return MicroBatch(lambda: stage.run(rows, 1), owners, 1, merged_only=side is None)
+        return MicroBatch(partial(stage.run, rows, 1), owners, 1, merged_only=side is None)
 
     def _pairs(self, stage: Stage, rows: Sequence[int]) -> list[tuple[int, int]]:
         return [self._drawn.pairs[stage.concept_ids[row]] for row in rows]
@@ -134,7 +134,7 @@ class SideBySide:
     def recorded(
         self, runner: SegmentRunner, at_once: int, tick: Callable[[], None]
     ) -> Iterator[SegmentBatch]:
-        """Inputs and targets of a segment of the stage, in batches of several pairs; empty if the
+        """Inputs and targets of a segment of the stage, in batches of several pairs; none if the
         segment has no spatial output. ``tick`` is called before every batch, and may raise."""
         stage = self._stages[None]
         order = torch.randperm(len(stage.concept_ids), generator=self._job.generator).tolist()
@@ -143,53 +143,39 @@ class SideBySide:
             merged, *sides = (self._batch(side, rows) for side in (None, 0, 1))
             batch = runner.record(merged, rows)
             left, right = map(runner.outputs, sides)
-            wanted = _wanted(left, right, stage)
-            if wanted is None:
+            placed = [
+                compose_halves(*both, stage.picture, stage.patches)
+                for both in zip(left, right, strict=True)
+            ]
+            fitting = [some for some in placed if some is not None]
+            # If two outputs have as many tokens as the image, one may be the text.
+            if not fitting or sum(some.ndim == 3 for some in fitting) > 1:
                 return
+            # Text tokens have no position, so their target is the mean of both.
+            wanted = [
+                (one + other) / 2 if some is None else some
+                for some, one, other in zip(placed, left, right, strict=True)
+            ]
             yield replace(batch, owners=self._pairs(stage, rows), wanted=wanted)
-
-
-def _wanted(left: Sequence[Tensor], right: Sequence[Tensor], stage: Stage) -> list[Tensor] | None:
-    """The targets. Text tokens have no position, so their target is the mean of both. None if no
-    output is spatial, or if two outputs have as many tokens as the image: one may be the text."""
-    placed = [
-        compose_halves(*both, stage.picture, stage.patches)
-        for both in zip(left, right, strict=True)
-    ]
-    fitting = [some for some in placed if some is not None]
-    if not fitting or sum(some.ndim == 3 for some in fitting) > 1:
-        return None
-    return [
-        (one + other) / 2 if some is None else some
-        for some, one, other in zip(placed, left, right, strict=True)
-    ]
 
 
 def compose_halves(
     left: Tensor, right: Tensor, picture: Sequence[int] | None, patches: Sequence[int]
 ) -> Tensor | None:
-    """The left half of ``left`` beside the right half of ``right``, two tensors of one shape.
-
-    They are (rows, channels, …, height, width), or (rows, tokens, channels) with one token per
-    patch of a ``picture`` of (…, height, width), in reading order. A patch's side is one of
-    ``patches``. None for any other shape.
-    """
-    first = _in_left_half(left, picture, patches)
-    return None if first is None else torch.where(first, left, right)
-
-
-def _in_left_half(
-    tensor: Tensor, picture: Sequence[int] | None, patches: Sequence[int]
-) -> Tensor | None:
-    if tensor.ndim >= 4:
-        width = tensor.shape[-1]
-        return torch.arange(width, device=tensor.device) < width / 2
-    if tensor.ndim != 3 or picture is None:
+    """The left half of ``left`` beside the right half of ``right``, two tensors of one shape. They
+    are (rows, channels, …, height, width), or (rows, tokens, channels) with one token per patch of
+    a ``picture`` of (…, height, width), in reading order. A patch's side is one of ``patches``.
+    None for any other shape."""
+    shape = left.shape
+    if len(shape) >= 4:
+        width = shape[-1]
+        return torch.where(torch.arange(width, device=left.device) < width / 2, left, right)
+    if len(shape) != 3 or picture is None:
         return None
     *others, height, width = picture
     for patch in patches:
         rows, columns = height // patch, width // patch
-        if rows * columns * prod(others) == tensor.shape[1]:
-            column = torch.arange(tensor.shape[1], device=tensor.device) % columns
-            return (column < columns / 2)[:, None]
+        if rows * columns * prod(others) == shape[1]:
+            column = torch.arange(shape[1], device=left.device) % columns
+            return torch.where((column < columns / 2)[:, None], left, right)
     return None

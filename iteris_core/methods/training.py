@@ -7,7 +7,7 @@ direction counts by its effect on the outputs: a natural gradient with respect t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +20,15 @@ from ..errors import IterisError, brief
 from ..linalg.precision import full_precision
 from ..lora import LowRank
 
+STEP = 3.0
+"""The time of a step in forwards: one, plus two for the gradients."""
+
 
 @dataclass(frozen=True)
 class Whitening:
-    """M = XᵀX / tr(XᵀX) · in + floor I for tokens X, (tokens, in); M's eigenvalues have mean 1 +
-    ``floor``.
-
+    """M = XᵀX / tr(XᵀX) · in + floor I for tokens X, (tokens, in), without an (in, in) matrix.
     ``directions`` are the eigenvectors of XᵀX with nonzero eigenvalues, (k, in), and ``roots`` the
-    square roots of M's eigenvalues there, (k,); elsewhere the root is √floor. float32.
-    """
+    square roots of M's eigenvalues there, (k,); elsewhere the root is √floor. float32."""
 
     directions: Tensor
     roots: Tensor
@@ -63,19 +63,14 @@ class Whitening:
         return rows * elsewhere + (within * (values - elsewhere)) @ self.directions
 
 
-STEP = 3.0
-"""The time of a step in forwards: one, plus two for the gradients."""
-
-
 class NoGradients(IterisError):
     """The factors do not reach the loss, or reach it through operations without gradients."""
 
 
 @dataclass(frozen=True)
 class Factors:
-    """Up and down factors by site, as float32 leaves. Down factors are those for whitened inputs
-    (:mod:`..methods.training`), so a step of a given size moves a site's output about equally in
-    every direction."""
+    """Up and down factors by site, as float32 leaves. Down factors are those for whitened inputs,
+    so a step of a given size moves a site's output about equally in every direction."""
 
     ups: Mapping[str, Tensor]
     downs: Mapping[str, Tensor]
@@ -94,9 +89,8 @@ class Factors:
         for site, whitening in whitenings.items():
             change = merged[site].to(torch.float32, whitening.roots.device)
             up, across = torch.linalg.qr(change.up)
-            left, values, right = torch.linalg.svd(
-                across @ whitening.root(change.down), full_matrices=False
-            )
+            whole = across @ whitening.root(change.down)
+            left, values, right = torch.linalg.svd(whole, full_matrices=False)
             root = values.sqrt()
             ups[site] = (up @ left * root).detach().requires_grad_()
             downs[site] = (root[:, None] * right).detach().requires_grad_()
@@ -120,10 +114,9 @@ class Factors:
         :class:`NoGradients` if a step is impossible.
         """
         factors = [*self.ups.values(), *self.downs.values()]
-        sizes = (float(factor.detach().square().mean().sqrt()) for factor in factors)
         groups: list[dict[str, Any]] = [
-            {"params": [factor], "lr": rate * size}
-            for factor, size in zip(factors, sizes, strict=True)
+            {"params": [factor], "lr": rate * float(factor.detach().square().mean().sqrt())}
+            for factor in factors
         ]
         adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -131,25 +124,19 @@ class Factors:
         )
         for step in range(1, steps + 1):
             with torch.enable_grad():
-                gradients = _gradients(loss(), factors)
+                error, gradients = loss(), list[Tensor | None]()
+            try:
+                if error.requires_grad:
+                    gradients += torch.autograd.grad(error, factors, allow_unused=True)
+            except RuntimeError as failed:
+                if is_out_of_memory(failed):
+                    raise
+                raise NoGradients(brief(failed)) from failed
+            # A site that does not reach the loss has none, such as a text encoder's last layers.
+            if all(gradient is None for gradient in gradients):
+                raise NoGradients("no change reaches the compared output")
             for factor, gradient in zip(factors, gradients, strict=True):
                 factor.grad = gradient
             adam.step()
             schedule.step()
             tick(step)
-
-
-def _gradients(loss: Tensor, factors: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """The gradients of ``factors``; None for a site that does not reach the loss, such as a text
-    encoder's last layers."""
-    found: list[Tensor | None] = []
-    try:
-        if loss.requires_grad:
-            found += torch.autograd.grad(loss, factors, allow_unused=True)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise NoGradients(brief(error)) from error
-    if all(gradient is None for gradient in found):
-        raise NoGradients("no change reaches the compared output")
-    return found

@@ -22,11 +22,8 @@ _GOLDEN = 0.618034
 @dataclass(frozen=True)
 class ExecutionConfig:
     """``rows`` per forward. At most ``row_tokens`` tokens of each row count (None: all; "enough":
-    for images the ``thresholds``'s number, for texts all), chosen at random by ``seed``.
-
-    ``saliency`` is the share in :class:`..activations.token_sampling.Saliency`, for stages whose
-    tokens are image positions.
-    """
+    for images the ``thresholds``'s number, for texts all), chosen at random by ``seed``;
+    ``saliency`` is the share in :class:`..activations.token_sampling.Saliency` for images."""
 
     rows: int
     row_tokens: int | Literal["enough"] | None = None
@@ -64,18 +61,14 @@ def micro_batches(
     Rows in ``first`` come before all others."""
     every, limit = range(len(stage.concept_ids)), limit_of(stage, batching)
     parts = [row for row in every if row in first], [row for row in every if row not in first]
-    weighs = stage.spatial and batching.saliency
+    weighs, mask = stage.spatial and batching.saliency, stage.mask
     for rows in (rows for part in parts for rows in chunks(part, stage.batch_keys, batching.rows)):
-
-        def mask_of(site: str, rows: Sequence[int] = rows) -> Tensor | None:
-            return stage.mask(site, rows) if stage.mask is not None else None
-
         yield MicroBatch(
             partial(stage.run, rows, copies),
             [stage.concept_ids[row] for row in rows],
             copies,
             observer if stage.sites else None,
-            mask_of=mask_of,
+            mask_of=None if mask is None else lambda site, rows=rows: mask(site, rows),
             stage=stage.name,
             choice=TokenSampling(rows, limit, batching.seed),
             saliency=Saliency(batching.saliency) if weighs else None,
@@ -112,7 +105,7 @@ def limit_of(stage: Stage, batching: ExecutionConfig) -> Callable[[int], int] | 
     if limit != "enough":
         return lambda width: limit
     rows = max(Counter(stage.concept_ids).values())  # concepts without a LoRA have fewer
-    return lambda width: thresholds.row_tokens(width, rows)
+    return partial(thresholds.row_tokens, rows=rows)
 
 
 def fewer(stage: Stage, count: int) -> Stage:
@@ -131,23 +124,17 @@ def _by_concept(stage: Stage) -> list[list[int]]:
 
 
 def _evenly(rows: Sequence[int], count: int) -> list[int]:
-    """``count`` of the ``rows``, spread evenly; if more than half, the omitted ones are spread
-    evenly."""
-    if count * 2 <= len(rows):
-        return [rows[index] for index in _spread(len(rows), count)]
-    gone = set(_spread(len(rows), max(len(rows) - count, 0)))
-    return [row for index, row in enumerate(rows) if index not in gone]
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """One index from each of ``count`` equal parts of ``range(total)``, at golden-ratio offsets. A
-    sample's rows are ordered by step, so taking every fourth would always pick its noisiest
-    step."""
-    ends = [part * total // max(count, 1) for part in range(count + 1)]
-    return [
+    """``count`` of the ``rows``; these, or the omitted ones if they are fewer, are one of each of
+    so many equal parts, at golden-ratio offsets. A sample's rows are ordered by step, so taking
+    every fourth would always pick its noisiest step."""
+    total, few = len(rows), count * 2 <= len(rows)
+    parts = count if few else max(total - count, 0)
+    ends = [part * total // max(parts, 1) for part in range(parts + 1)]
+    picked = {
         start + int(part * _GOLDEN % 1 * (stop - start))
         for part, (start, stop) in enumerate(pairwise(ends))
-    ]
+    }
+    return [row for index, row in enumerate(rows) if (index in picked) == few]
 
 
 def selected(stage: Stage, rows: Sequence[int]) -> Stage:

@@ -1,9 +1,9 @@
 """The concepts' changes by site, and a check that the base has these sites.
 
-Speed LoRAs, such as turbo and lightning, are on in every forward of a merge. A concept's target is
-then its LoRA's effect together with them. They act as part of the base: hooks add their change to
-each site's output before anything else sees it. The merged change therefore covers only the
-concepts; a file that includes speed LoRAs adds their exact change, Δ = Δ_always + Δ_merged.
+Speed LoRAs, such as turbo and lightning, are on in every forward of a merge, as part of the base:
+hooks add their change to each site's output before anything else sees it. The merged change
+therefore covers only the concepts; a file that includes speed LoRAs adds their exact change, Δ =
+Δ_always + Δ_merged.
 """
 
 from __future__ import annotations
@@ -38,10 +38,19 @@ def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
     kinds = sorted({lora.base.architecture.title for lora in loras if lora.base is not None})
     if len(kinds) > 1:
         raise MismatchError(f"The LoRAs were made for different base models: {', '.join(kinds)}.")
+
+    def change_of(concept: Concept, site: str) -> LowRank | None:
+        """None if there is none at the concept's strength."""
+        strength = concept.strength_at(site)
+        change = None if concept.lora is None else concept.lora.sites.get(site)
+        if change is None or strength == 0 or not (change.up.any() and change.down.any()):
+            return None
+        return change.scaled(strength)
+
     sites = {site: None for lora in loras for site in lora.sites}
     changes: dict[str, SiteChanges] = {}
     for site in sites:
-        at_site = SiteChanges(tuple(_change(concept, site) for concept in own), sums)
+        at_site = SiteChanges(tuple(change_of(concept, site) for concept in own), sums)
         if not at_site.own:
             continue
         shapes = {change.shape for change in at_site.own.values()}
@@ -57,16 +66,6 @@ def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
             "have sites?"
         )
     return changes
-
-
-def _change(concept: Concept, site: str) -> LowRank | None:
-    """The change of the concept's LoRA at ``site``, at its strength; None if there is none, or it
-    is zero."""
-    strength = concept.strength_at(site)
-    change = None if concept.lora is None else concept.lora.sites.get(site)
-    if change is None or strength == 0 or not (change.up.any() and change.down.any()):
-        return None
-    return change.scaled(strength)
 
 
 def check_sites(host: Host, changes: Collection[str]) -> None:

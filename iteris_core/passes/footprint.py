@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from ..activations.activation_offload import ActivationOffload
 from ..activations.barriers import Barriers
-from ..activations.host_pool import OffloadStore, PackedPlace
+from ..activations.host_pool import HostPool
 from ..activations.lockstep import Lockstep
 from ..activations.memory import MemoryMeter
 from ..activations.micro_batch import MicroBatch
@@ -38,10 +39,6 @@ class Strategy:
     offloads: torch.device | None = None
     bits: int | None = None
 
-    def place(self, place: OffloadStore) -> OffloadStore:
-        """``place``, packed if this strategy packs rows."""
-        return PackedPlace(place, self.bits) if self.bits else place
-
     @property
     def by_blocks(self) -> bool:
         return self.barriers is not None and bool(self.barriers.blocks)
@@ -49,11 +46,10 @@ class Strategy:
 
 @dataclass
 class Step:
-    """A row's step to ``site`` from the previous site: bytes that it holds there (``waiting``), its
-    peak on the way (``running``), its tensors that the solve reads (``shown``), and their
-    reductions (``reduced``). ``forward`` is used on the way regardless of the number of rows. The
-    inputs of the sites ``beside`` are still alive there, so others may share their moments; for a
-    site that ``shares``, the moments of its inputs already exist."""
+    """A row's step to ``site``: bytes that it holds there (``waiting``), its peak on the way
+    (``running``), its tensors that the solve reads (``shown``), their reductions (``reduced``), and
+    what a forward of any number of rows takes on the way. The inputs of the sites ``beside`` are
+    still alive there; for a site that ``shares``, the moments of its inputs already exist."""
 
     site: str
     waiting: int = 0
@@ -90,19 +86,23 @@ class Measure:
     limit: Callable[[int], int] | None = None
     itemsize: int = 4
 
-    def row(self, barriers: Barriers | None = None, place: OffloadStore | None = None) -> Cost:
-        """The cost of a row that waits on the device, or in ``place``, at the end of each of the
-        ``barriers`` (None: at every site).
-
-        The first run casts changes to the model's dtype, and loads weights that are offloaded as a
-        whole model. Both stay on the device and belong to no row, so a run that leaves something
-        behind does not count.
-        """
+    def row(
+        self,
+        barriers: Barriers | None = None,
+        place: HostPool | None = None,
+        bits: int | None = None,
+    ) -> Cost:
+        """The cost of a row that waits on the device, or in ``place`` at so many ``bits``, at the
+        end of each of the ``barriers`` (None: at every site). The first run casts changes to the
+        model's dtype, and loads weights that are offloaded as a whole model. Both stay on the
+        device and belong to no row, so a run that leaves something behind does not count."""
         row = _longest(self.stage)
-        one = _MeasuredForward(self, [row], barriers, place)
+        offload = None if place is None else partial(ActivationOffload, place, bits)
+        measured = partial(_MeasuredForward, self, barriers, offload)
+        one = measured([row])
         if one.meter.live:
-            one = _MeasuredForward(self, [row], barriers, place)
-        two = _MeasuredForward(self, [row, row], barriers, place)
+            one = measured([row])
+        two = measured([row, row])
         for step, both in zip(one.steps, two.steps, strict=True):
             step.forward = max(2 * step.running - both.running, 0)
             step.waiting = self.copies * max(both.waiting - step.waiting, 0)
@@ -119,23 +119,23 @@ class _MeasuredForward:
     def __init__(
         self,
         measure: Measure,
-        rows: Sequence[int],
         barriers: Barriers | None,
-        place: OffloadStore | None,
+        offload: Callable[[], ActivationOffload] | None,
+        rows: Sequence[int],
     ) -> None:
         self.steps: list[Step] = []
         self.meter = MemoryMeter()
-        self.device = torch.device("cpu") if place is None else place.device
+        self.device = torch.device("cpu")
         self._measure = measure
         self._narrow = barriers is not None
         self._keeps = barriers is None or not reduces_at_once(measure.stage, barriers)
         self._groups: dict[Group, str] = {}
         self._level: list[Observation] = []
         self._solved = 0
-        self._offload = None if place is None else ActivationOffload(place)
+        self._offload = offload() if offload is not None else None
         stage, lockstep = measure.stage, measure.lockstep
         batch = MicroBatch(
-            lambda: stage.run(rows, 1),
+            partial(stage.run, rows, 1),
             [stage.concept_ids[row] for row in rows],
             1,
             self,
@@ -263,6 +263,11 @@ class Footprint:
         """Bytes at every moment that may be the peak. Running rows may or may not have left the
         previous barrier. Observed tensors of ``sampled`` rows wait at their level; those of other
         rows are reduced while they run."""
+
+        def beside(step: Step) -> int:
+            """Bytes left over from sites whose inputs are still alive."""
+            return sum(self.sites[site].left for site in step.beside if site in self.sites)
+
         there = rows if on_device is None else on_device
         parked = self.cost if on_device is None or self.parked is None else self.parked
         sampled = min(self.sampled, rows)
@@ -287,19 +292,15 @@ class Footprint:
             before, waiting = step.waiting, there * step.waiting
             if sampled and sites:
                 waiting += sampled * shown if sampled == rows else 0
-                shared = self._beside(step)
+                shared = beside(step)
                 yield waiting + kept + max(site.solve for _, site in sites) + shared
                 left = max(site.left for _, site in sites) + shared
                 continue
             for some, site in sites:
-                read, shared = at_once * some.shown if there < rows else 0, self._beside(some)
+                read, shared = at_once * some.shown if there < rows else 0, beside(some)
                 most = max(at_once * some.reduced, site.solve)
                 yield waiting + read + site.kept + most + shared
                 left = site.left + shared
-
-    def _beside(self, step: Step) -> int:
-        """Bytes left over from sites whose inputs are still alive."""
-        return sum(self.sites[site].left for site in step.beside if site in self.sites)
 
     def _of_barriers(self, steps: Sequence[Step]) -> list[list[Step]]:
         """The steps by level; those after the last barrier form their own."""

@@ -17,7 +17,7 @@ from ..hosts.protocol import Host
 from ..lora import LowRank
 from .batches import chunks
 from .changes import added, beside
-from .job import Job, forward_work
+from .job import Job
 
 _SAMPLES, _TIMESTEPS, _BATCH = 2, 2, 8
 _SEED = 1 << 20
@@ -98,21 +98,23 @@ def expect_held_out(job: Job) -> None:
         rows = job.loras * calibration.samples * calibration.rows_each
         denoised = job.loras * calibration.samples * calibration.denoising_steps
         forwards = denoised + rows * (2 + 2 * (len(STRENGTHS) + 1))
-        job.eta.expect(WHAT, [forward_work(job) * forwards])
+        job.eta.expect(WHAT, [job.forward_work * forwards])
 
 
 def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
     """How the merged LoRA is loaded → for every concept with a LoRA, 1 − ‖f_merged − f_LoRA‖² /
-    ‖f_base − f_LoRA‖² of the final outputs f: 1 for the LoRA itself, 0 for the base.
-
-    Both are loaded at each of :data:`STRENGTHS`, and at 1 with another LoRA at 0.6, which the base
-    has there too: a phantom, see :mod:`..activations.site`. Empty for models of texts, whose
-    rows are given.
-    """
+    ‖f_base − f_LoRA‖² of the final outputs f: 1 for the LoRA itself, 0 for the base. Both are
+    loaded at each of :data:`STRENGTHS`, and at 1 with another LoRA at 0.6, which the base has there
+    too: a phantom, see :mod:`..activations.site`. Empty for models of texts, whose rows are
+    given."""
     if not job.host.pictures:
         return {}
     calibration = held_out(job.calibration, _SAMPLES, _TIMESTEPS)
     generator = torch.Generator().manual_seed(calibration.seed)
+
+    def quiet(what: str, done: int, total: int) -> None:
+        pass
+
     loras = [i for i, concept in enumerate(job.concepts) if concept.lora is not None]
     own = [
         {site: change for site, some in job.changes.items() if (change := some.by_concept[i])}
@@ -121,30 +123,24 @@ def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
     phantom = phantom_of(own[0], _BESIDE, calibration.seed)
     sites, total = job.changes.keys(), len(STRENGTHS) + 1
     with torch.no_grad(), job.run() as run:
-        samples = job.host.samples(
-            job.concepts, sites, calibration, run.lockstep, generator, _quiet
-        )
+        samples = job.host.samples(job.concepts, sites, calibration, run.lockstep, generator, quiet)
     final = FinalOutputs.of(job.host, samples, sites).of_concepts(loras)
     alone = final.under({})
+
+    def scaled(changes: Mapping[str, LowRank], strength: float) -> dict[str, LowRank]:
+        return {site: change.scaled(strength) for site, change in changes.items()}
+
     found: dict[str, list[float]] = {}
     for done, strength in enumerate([*STRENGTHS, None]):
         job.tick(WHAT, done, total)
         other, base = ({}, alone) if strength else (phantom, final.under(phantom))
-        given = final.under(beside(_scaled(merged, strength or 1.0), other))
+        given = final.under(beside(scaled(merged, strength or 1.0), other))
         found[BESIDE if strength is None else f"{strength:g}"] = [
             1 - error_of(given, base, final.of_concepts([i]).under(beside(lora, other)))
-            for i, lora in zip(loras, (_scaled(one, strength or 1.0) for one in own), strict=True)
+            for i, lora in zip(loras, (scaled(one, strength or 1.0) for one in own), strict=True)
         ]
     job.tick(WHAT, total, total)
     return found
-
-
-def _quiet(what: str, done: int, total: int) -> None:
-    pass
-
-
-def _scaled(changes: Mapping[str, LowRank], strength: float) -> dict[str, LowRank]:
-    return {site: change.scaled(strength) for site, change in changes.items()}
 
 
 def error_of(

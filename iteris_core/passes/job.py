@@ -31,6 +31,13 @@ from .batches import SWEEP, ExecutionConfig, Schedule, limit_of
 Budget = int | Literal["free"] | None
 """Bytes beyond the model (``"free"``: what is free; None: no limit)."""
 
+SOLVING, ITERATIONS, FEATURES = "solving sites", "iterations", "features of the {}"
+LEAST = 12
+"""Minimum samples per concept; with fewer, a merge keeps too little (the preset ``fast`` uses
+this)."""
+_FACTORS = 4.0  # cost of factors and eigenvectors, relative to the same number of products
+_FLOAT32 = 8.0  # cost of a product in float32 on a graphics card, relative to one in a forward
+
 
 @dataclass(frozen=True)
 class RunLog:
@@ -83,7 +90,7 @@ class Job:
 
     ``tick`` reports progress, and ``eta`` estimates the time left by the stages ``seen``.
     ``joined``: see :class:`~.preflight.PreflightResult`. With ``only_plans``,
-    :func:`~.sweep.solve_sites` raises :class:`~.plan.Planned` once it has planned.
+    :func:`~.sweep.solve_sites` raises :class:`~.planner.Planned` once it has planned.
     """
 
     host: Host
@@ -118,6 +125,17 @@ class Job:
             return 0
         steps = calibration.denoising_steps * (2 if calibration.guidance > 1 else 1)
         return self.samples_of(calibration) * steps
+
+    @property
+    def denoising_work(self) -> float:
+        """The work of making the samples."""
+        each = [seen.products for seen in self.seen if seen.stage.spatial]
+        return self.denoised * sum(each) / len(each) if each else 0.0
+
+    @property
+    def forward_work(self) -> float:
+        """The work of a row's forward in the last stage (0: unknown)."""
+        return self.seen[-1].products if self.seen else 0.0
 
     def samples_of(self, calibration: Calibration) -> int:
         """The number of samples of all concepts with a LoRA."""
@@ -169,27 +187,6 @@ class Run:
             yield replace(stage, samples=count) if stage.samples is None else stage
 
 
-SOLVING, ITERATIONS, FEATURES = "solving sites", "iterations", "features of the {}"
-LEAST = 12
-"""Minimum samples per concept; with fewer, a merge keeps too little (the preset ``fast`` uses
-this)."""
-
-_NEXT_SWEEP = "next sweep"
-_FACTORS = 4.0  # cost of factors and eigenvectors, relative to the same number of products
-_FLOAT32 = 8.0  # cost of a product in float32 on a graphics card, relative to one in a forward
-
-
-def denoising_work(job: Job) -> float:
-    """The work of making the samples."""
-    each = [seen.products for seen in job.seen if seen.stage.spatial]
-    return job.denoised * sum(each) / len(each) if each else 0.0
-
-
-def forward_work(job: Job) -> float:
-    """The work of a row's forward in the last stage (0: unknown)."""
-    return job.seen[-1].products if job.seen else 0.0
-
-
 def expect_sites(
     job: Job,
     batching: ExecutionConfig,
@@ -210,7 +207,7 @@ def expect_sites(
         eta.expect(ITERATIONS, [sum(steps)] * schedule.passes)
     elif schedule.sweep:
         eta.expect(SOLVING, steps)
-        eta.expect(_NEXT_SWEEP, [sum(steps)] * (sweeps - 1))
+        eta.expect("next sweep", [sum(steps)] * (sweeps - 1))
     else:
         for name, sites in stages.items():
             eta.expect(FEATURES.format(name), [sum(way for way, _ in sites)])
@@ -226,39 +223,29 @@ def sites_work(
 ) -> list[tuple[float, float]]:
     """For each of the job's sites in a stage, in order: the work of one pass's forwards from the
     site before, which take ``slower`` times as long, and that of its moments and solve."""
-    stage = replace(seen.stage, concept_ids=_owners(job, seen), samples=None)
-    rows, limit = len(stage.concept_ids), limit_of(stage, batching)
-    slow = _FLOAT32 if is_apart(seen.device) else 1.0
+
+    def count(calibration: Calibration) -> int:
+        return job.samples_of(calibration) * (calibration.rows_each if seen.stage.spatial else 1)
+
+    # Roughly the rows seen, as often as there are more samples.
+    owners = seen.stage.concept_ids
+    rows = round(len(owners) * count(job.calibration) / count(seen.calibration))
+    stage = replace(seen.stage, concept_ids=list(islice(cycle(owners), rows)), samples=None)
+    limit, slow = limit_of(stage, batching), _FLOAT32 if is_apart(seen.device) else 1.0
     work: list[tuple[float, float]] = []
     way = 0.0
     for site, reached in seen.sites.items():
         way += slower * rows * schedule.copies * reached.products
         if site in job.changes:
-            width = reached.shape[1]
+            out, width = reached.shape
             tokens = rows * min(reached.tokens, limit(width) if limit else reached.tokens)
-            work.append((way, slow * _solve(reached, tokens, job.changes[site].rank)))
+            # X̃ᵀX̃ or, with fewer tokens than inputs, X̃X̃ᵀ; its factor; and the target in some
+            # output directions.
+            few, directions = min(tokens, width), min(out, int(1.25 * job.changes[site].rank) + 32)
+            solve = tokens * width * (few + 2 * directions)
+            work.append((way, slow * (solve + _FACTORS * few * width * (few / 3 + directions))))
             way = 0.0
     return work
-
-
-def _solve(reached: SiteCost, tokens: int, rank: int) -> float:
-    """The products for a site's moments and solve: X̃ᵀX̃ or, with fewer tokens than inputs, X̃X̃ᵀ;
-    its factor; and the target in some output directions."""
-    out, width = reached.shape
-    few, rows = min(tokens, width), min(out, int(1.25 * rank) + 32)
-    return tokens * width * (few + 2 * rows) + _FACTORS * few * width * (few / 3 + rows)
-
-
-def _owners(job: Job, seen: StageTiming) -> list[int]:
-    """The concept of each of a stage's rows, roughly: those seen, as often as there are more
-    samples."""
-
-    def count(calibration: Calibration) -> int:
-        return job.samples_of(calibration) * (calibration.rows_each if seen.stage.spatial else 1)
-
-    owners = seen.stage.concept_ids
-    total = len(owners) * count(job.calibration) / count(seen.calibration)
-    return list(islice(cycle(owners), round(total)))
 
 
 def within_time(job: Job, sweeps: int) -> Job:
@@ -274,7 +261,7 @@ def within_time(job: Job, sweeps: int) -> Job:
         of = replace(job, calibration=replace(calibration, samples=samples))
         batching = ExecutionConfig(1, "enough", thresholds=job.thresholds)
         sites = (sum(pair) for seen in job.seen for pair in sites_work(of, seen, batching))
-        return rate * (denoising_work(of) + sweeps * sum(sites))
+        return rate * (of.denoising_work + sweeps * sum(sites))
 
     most, budget = calibration.samples, 60 * calibration.minutes
     few = min(LEAST, most)

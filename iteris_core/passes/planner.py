@@ -17,11 +17,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from ..activations.barriers import Barriers, ExecutionTrace, watched, with_replayable
-from ..activations.host_pool import HostPool, OffloadStore
+from ..activations.host_pool import HostPool
 from ..activations.lockstep import Lockstep
 from ..activations.memory import free_memory, halved, is_apart, is_out_of_memory, usable
 from ..activations.micro_batch import MicroBatch
@@ -33,13 +34,14 @@ from .batches import ExecutionConfig, Schedule, fewer, limit_of, sampled_rows, s
 from .footprint import Footprint, Measure, MemoryLimits, Strategy, reduces_at_once
 from .job import Run
 
+_log = logging.getLogger(__name__)
+
 BLOCKS = {"small blocks": 1.4, "large blocks": 2.1}
 """Sizes of :attr:`..solve.choose.Thresholds.blocks`, and the measured slowdown of a sweep
 (docs/decisions.md)."""
 _IN_HOST, _BLOCKS_IN_HOST = 1.4, 1.25  # times longer
 _PACKED = {8: 1.1, 4: 1.2}
 """Bits at which rows wait, and the estimated slowdown of a sweep."""
-
 
 ON_DEVICE = Strategy("waiting on the device")
 IN_HOST = "waiting in host memory"
@@ -82,24 +84,20 @@ def replayable(
     return with_replayable(barriers, lockstep.run, _first_row(stage), thresholds.replay_error)
 
 
-def free_host() -> int:
+def _first_row(stage: Stage) -> MicroBatch:
+    return MicroBatch(partial(stage.run, [0], 1), [stage.concept_ids[0]], 1)
+
+
+def _free_host() -> int:
     """Bytes of host memory that a merge may use."""
     return usable(free_memory(torch.device("cpu")))
 
 
-def _first_row(stage: Stage) -> MicroBatch:
-    return MicroBatch(lambda: stage.run([0], 1), [stage.concept_ids[0]], 1)
-
-
-_log = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a stage: ``at_once`` rows at a time out of ``offered``, with a ``strategy``,
-    using ``bytes`` of the ``budget`` beyond the model. If the strategy offloads, ``on_device`` rows
-    wait on the device and the others in ``host_bytes`` of host memory, limited to
-    ``host_limit``."""
+    """``at_once`` rows of a stage at a time out of ``offered``, with a ``strategy``, using
+    ``bytes`` of the ``budget`` beyond the model. If the strategy offloads, ``on_device`` rows wait
+    on the device and the others in ``host_bytes`` of host memory, of ``host_limit``."""
 
     stage: Stage
     at_once: int
@@ -149,11 +147,11 @@ def planned(
     run: Run, stage: Stage, solver: StageSolver, batching: ExecutionConfig, *, schedule: Schedule
 ) -> Plan:
     """A plan within the run's memory budget; without a budget, the fastest strategy."""
-    fastest = ON_DEVICE if schedule.sweep else Strategy()
+    offered, fastest = len(stage.concept_ids), ON_DEVICE if schedule.sweep else Strategy()
     if run.job.memory_budget is None or not stage.sites:
-        return Plan(stage, batching.rows, fastest, len(stage.concept_ids))
+        return Plan(stage, batching.rows, fastest, offered)
     made = _fitting(run, stage, solver, batching, schedule, fastest)
-    made = replace(made, offered=len(stage.concept_ids))
+    made = replace(made, offered=offered)
     if made.rows < made.offered:
         _log.warning(
             "Not enough memory for all rows: %s; lower samples, timesteps or latent_size, or allow "
@@ -175,7 +173,7 @@ def _fitting(
     """The plan for as many rows as fit. With fewer rows, more tokens per row may count, so a
     reduced stage is measured again."""
     lockstep, sweep = run.lockstep, schedule.sweep
-    free_memory, available = run.job.host.free_memory, run.job.memory_budget
+    free, available = run.job.host.free_memory, run.job.memory_budget
     limit, itemsize = limit_of(stage, batching), solver.dtype.itemsize
     measure = Measure(stage, lockstep, schedule.copies, limit, itemsize)
     cost = measure.row()
@@ -189,15 +187,15 @@ def _fitting(
     first = Footprint(stage, fastest, cost, None, sites, fixed, sweep)
     wanted = first.bytes_of(len(stage.concept_ids), batching.rows)
     if isinstance(available, int):
-        free_memory(min(wanted, available))
+        free(min(wanted, available))
     else:
-        available = free_memory(wanted)
+        available = free(wanted)
     limits, footprints = MemoryLimits(available), [first]
     if sweep and wanted > available:
         with ExitStack() as stack:
             place = None
             if is_apart(cost.device):
-                limits = MemoryLimits(available, free_host())
+                limits = MemoryLimits(available, _free_host())
                 place = HostPool(cost.device, limits.host)
                 stack.callback(place.close)
             footprints += others(first, measure, place, batching)
@@ -205,12 +203,12 @@ def _fitting(
     if made.rows < made.offered and stage.spatial and batching.row_tokens == "enough":
         return _fitting(run, made.stage, solver, batching, schedule, fastest)
     if made.bytes < wanted:
-        free_memory(made.bytes)  # weights evicted for more than this come back
+        free(made.bytes)  # weights evicted for more than this come back
     return made
 
 
 def others(
-    footprint: Footprint, measure: Measure, place: OffloadStore | None, batching: ExecutionConfig
+    footprint: Footprint, measure: Measure, place: HostPool | None, batching: ExecutionConfig
 ) -> Iterator[Footprint]:
     """``footprint`` with the other strategies; offloaded rows wait in ``place``."""
     stage, barriers, cost = footprint.stage, None, footprint.cost
@@ -220,7 +218,7 @@ def others(
             cost = measure.row(barriers)
         parked = sampled = None
         if strategy.offloads is not None and place is not None:
-            parked = measure.row(barriers, strategy.place(place))
+            parked = measure.row(barriers, place, strategy.bits)
         if barriers is not None and reduces_at_once(stage, barriers):
             sampled = sampled_rows(stage, batching.thresholds)
         yield replace(
@@ -230,25 +228,22 @@ def others(
 
 def plan_stage(footprints: Sequence[Footprint], limits: MemoryLimits, most: int) -> Plan:
     """The first plan of up to ``most`` rows at once that fits into the ``limits``. ``footprints``
-    are those of the strategies, fastest first.
-
-    If none fits, rows are left out evenly over the concepts, except in a stage that a later one
-    needs in full. Raises :class:`OutOfMemory` if even one row per concept does not fit.
-    """
+    are those of the strategies, fastest first. If none fits, rows are left out evenly over the
+    concepts, except in a stage that a later one needs in full. Raises :class:`OutOfMemory` if even
+    one row per concept does not fit."""
     stage = footprints[0].stage
     offered, concepts = len(stage.concept_ids), len(set(stage.concept_ids))
 
-    def first(stage: Stage, most: int) -> Plan | None:
-        plans = (_plan_of(footprint, limits, stage, most) for footprint in footprints)
+    def first(most: int, share: int | None = None) -> Plan | None:
+        """With that many rows of each concept (None: all)."""
+        some = stage if share is None else fewer(stage, share * concepts)
+        plans = (_plan_of(footprint, limits, some, most) for footprint in footprints)
         return next(filter(None, plans), None)
 
-    def left(share: int) -> Stage:
-        return fewer(stage, share * concepts)
-
-    made = first(stage, most)
+    made = first(most)
     if made is None and not stage.feeds_next:
-        share = _largest(lambda n: first(left(n), 1) is not None, 1, offered // concepts)
-        made = None if share is None else first(left(share), most)
+        share = _largest(lambda share: first(1, share) is not None, 1, offered // concepts)
+        made = None if share is None else first(most, share)
     if made is None:
         raise _too_much(footprints, limits, offered if stage.feeds_next else concepts)
     return replace(made, offered=offered)
@@ -278,7 +273,7 @@ def _plan_of(footprint: Footprint, limits: MemoryLimits, stage: Stage, most: int
         at_once = _largest(fits, 1, most)
         return None if at_once is None else plan(at_once)
     for count in halved(most):
-        kept = _largest(lambda kept: fits(count, kept), 0, rows - 1)  # noqa: B023
+        kept = _largest(partial(fits, count), 0, rows - 1)
         if kept is not None:
             kept = kept // count * count  # whole forwards
             if footprint.host_bytes(rows, kept) <= limits.host:
@@ -290,29 +285,26 @@ def _too_much(footprints: Sequence[Footprint], limits: MemoryLimits, fewest: int
     def least(of: Footprint) -> int:
         return of.bytes_of(fewest, 1, None if of.parked is None else 0)
 
+    def size(count: float) -> str:
+        """In the largest unit of which there is at least a tenth."""
+        for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+            if count >= unit / 10:
+                return f"{count / unit:.2f} {name}"
+        return f"{count:.0f} bytes"
+
     smallest = min(footprints, key=least)
     tried = ""
     if smallest.parked is not None:
-        waiting, free = _size(smallest.host_bytes(fewest, 0)), _size(limits.host)
+        waiting, free = size(smallest.host_bytes(fewest, 0)), size(limits.host)
         tried = f", with rows waiting in {waiting} of host memory, with {free} free"
-    what = (
-        "all rows, because later stages need them"
-        if smallest.stage.feeds_next
-        else "one row per concept"
-    )
+    what = "one row per concept"
+    if smallest.stage.feeds_next:
+        what = "all rows, because later stages need them"
     return OutOfMemory(
-        f"The {smallest.stage.name} needs at least {_size(least(smallest))} beyond the model for "
-        f"{what}{tried}, but only {_size(limits.device)} may be used; lower samples, timesteps or "
+        f"The {smallest.stage.name} needs at least {size(least(smallest))} beyond the model for "
+        f"{what}{tried}, but only {size(limits.device)} may be used; lower samples, timesteps or "
         "latent_size, or allow more memory."
     )
-
-
-def _size(count: float) -> str:
-    """Bytes as text, in the largest unit of which there is at least a tenth."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if count >= unit / 10:
-            return f"{count / unit:.2f} {name}"
-    return f"{count:.0f} bytes"
 
 
 def _largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
@@ -343,7 +335,7 @@ def attempts(
                 raise
         apart = [strategy for strategy in strategies if strategy.offloads is not None]
         for strategy in apart or strategies:
-            host = plan.host_limit or (free_host() if strategy.offloads is not None else 0)
+            host = plan.host_limit or (_free_host() if strategy.offloads is not None else 0)
             plan = replace(plan, strategy=strategy, on_device=0, host_limit=host)
             yield plan
     rows = min(plan.at_once, plan.rows)
@@ -352,12 +344,12 @@ def attempts(
 
 def complaint(said: str, tried: Sequence[Plan]) -> str:
     """The message if memory did not suffice for any of the plans ``tried``."""
-    rows = [f"{p.at_once} rows at once" if p.at_once > 1 else "one row at once" for p in tried]
-    named = [
-        ", ".join(filter(None, (r, p.strategy.name))) for r, p in zip(rows, tried, strict=True)
-    ]
+    ways: list[str] = []
+    for plan in tried:
+        rows = f"{plan.at_once} rows at once" if plan.at_once > 1 else "one row at once"
+        ways.append(", ".join(filter(None, (rows, plan.strategy.name))))
     return (
-        f"Out of memory in the {tried[0].stage.name} ({said}). Tried: {'; '.join(named)}. Lower "
+        f"Out of memory in the {tried[0].stage.name} ({said}). Tried: {'; '.join(ways)}. Lower "
         "samples or timesteps (fewer rows), or latent_size (smaller ones), "
         "or free memory elsewhere. The model is unchanged."
     )

@@ -1,11 +1,9 @@
 """A short pass before a merge: finds sites that no forward reaches, and sites that mix rows.
 
-Every stage runs a row or two of pure noise, with no LoRA active. Otherwise these problems would
-show only at the end, after minutes or hours.
-
-A layer may get the tokens of all rows as one row, or every frame of a video as a separate row. Such
-a site is merged like any other if each row's tokens stay together, in the order of the rows.
-Running two rows together and separately checks this.
+Every stage runs a row or two of pure noise, with no LoRA active. A layer may get the tokens of all
+rows as one row, or every frame of a video as a separate row. Such a site is merged like any other
+if each row's tokens stay together, in the order of the rows; running two rows together and
+separately checks this.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,11 +51,9 @@ class PreflightResult:
 
 
 def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
-    """Why sites of the job's changes cannot be merged, by a ``sweep`` or otherwise.
-
-    A separate generator keeps the merge's random draws independent of this pass. Text models are
-    skipped: their rows may be available only once, and all their layers are reached.
-    """
+    """Why sites of the job's changes cannot be merged, by a ``sweep`` or otherwise. A separate
+    generator keeps the merge's random draws independent of this pass. Text models are skipped:
+    their rows may be available only once, and all their layers are reached."""
     host, calibration, sites = job.host, job.calibration, job.changes.keys()
     if not host.pictures:
         return PreflightResult()
@@ -148,46 +145,49 @@ def _streams(stage: Stage, modules: Mapping[str, nn.Module]) -> dict[str, Stream
         return {}
     kinds = stage.batch_keys or [None] * len(stage.concept_ids)
     rows = [row for row, kind in enumerate(kinds) if kind == kinds[0]]
-    return find_streams(lambda: stage.run([rows[0], rows[-1]], 1), 2, modules)
+    return find_streams(partial(stage.run, [rows[0], rows[-1]], 1), 2, modules)
 
 
 def joined_rows(stage: Stage, modules: Mapping[str, nn.Module]) -> set[str]:
-    """The ``modules``, sites of ``stage``, whose inputs are the rows' tokens one row after another.
+    """The ``modules``, sites of ``stage``, whose inputs are the rows' tokens one row after another:
+    two rows of one kind, run together, give the first row's tokens followed by the second's. If all
+    rows give the same tokens, they must not repeat within a row, where another order would look the
+    same."""
 
-    Two rows that may share a forward, run together, give such a site the first row's tokens
-    followed by the second's. If all rows give the same tokens, they must occur twice and not repeat
-    within a row; otherwise tokens in another order would look the same.
-    """
+    def same(one: Tensor, other: Tensor) -> bool:
+        return not differ(one, other, _ROUNDING)
+
+    def repeats(tokens: Tensor) -> bool:
+        """True if (tokens, width) consist of one part, repeated."""
+        count = len(tokens)
+        parts = (tokens.reshape(n, -1) for n in range(2, count + 1) if count % n == 0)
+        return any(same(some[1:], some[:-1]) for some in parts)
+
+    of_kinds: dict[Hashable, list[int]] = {}
+    for row, kind in enumerate(stage.batch_keys or [None] * len(stage.concept_ids)):
+        of_kinds.setdefault(kind, []).append(row)
+    every = of_kinds.values()
+    # Pairs of rows as far apart as possible.
+    pairs = sorted((at, some[at], some[-1 - at]) for some in every for at in range(len(some) // 2))
     undecided = {s: m for s, m in modules.items() if not isinstance(m, nn.Conv2d)}
     joined: set[str] = set()
     alike: set[str] = set()
-    for one, other in _pairs(stage.batch_keys or [None] * len(stage.concept_ids)):
-        pairs = [one, one], [other, other], [one, other]
-        alone, beside, both = (_halves(stage, rows, undecided) for rows in pairs)
+    for _, one, other in pairs[:_PAIRS]:
+        ways = [one, one], [other, other], [one, other]
+        alone, beside, both = (_halves(stage, rows, undecided) for rows in ways)
         for site in list(undecided):
             first, second, mixed = alone.get(site), beside.get(site), both.get(site)
-            if first is None or second is None or mixed is None or not _same(*first):
+            if first is None or second is None or mixed is None or not same(*first):
                 del undecided[site]
-            elif not _same(first[0], second[0]):
+            elif not same(first[0], second[0]):
                 del undecided[site]
-                if _same(first[0], mixed[0]) and _same(second[0], mixed[1]):
+                if same(first[0], mixed[0]) and same(second[0], mixed[1]):
                     joined.add(site)
-            elif not _repeats(first[0]):
+            elif not repeats(first[0]):
                 alike.add(site)
         if not undecided:
             break
     return joined | (alike & undecided.keys())
-
-
-def _pairs(kinds: Sequence[Hashable]) -> list[tuple[int, int]]:
-    """Pairs of rows of one kind, as far apart as possible."""
-    rows: dict[Hashable, list[int]] = {}
-    for row, kind in enumerate(kinds):
-        rows.setdefault(kind, []).append(row)
-    pairs = [
-        (at, some[at], some[-1 - at]) for some in rows.values() for at in range(len(some) // 2)
-    ]
-    return [(one, other) for _, one, other in sorted(pairs)[:_PAIRS]]
 
 
 def _halves(
@@ -216,17 +216,6 @@ def _halves(
             stack.enter_context(module.register_forward_pre_hook(keep(site)))
         stage.run(rows, 1)
     return found
-
-
-def _repeats(tokens: Tensor) -> bool:
-    """True if (tokens, width) consist of one part, repeated."""
-    count = len(tokens)
-    parts = (tokens.reshape(n, -1) for n in range(2, count + 1) if count % n == 0)
-    return any(_same(some[1:], some[:-1]) for some in parts)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return not differ(one, other, _ROUNDING)
 
 
 def complaint(

@@ -21,15 +21,14 @@ from ..activations.activation_offload import ActivationOffload
 from ..activations.barriers import Barriers
 from ..activations.collect import Collector, SweepCollector
 from ..activations.host_pool import HostPool
-from ..activations.lockstep import greenlets
 from ..activations.memory import with_less
-from ..activations.micro_batch import MicroBatch
+from ..activations.micro_batch import MicroBatch, greenlets
 from ..errors import SiteError, SolveError
 from ..hosts.protocol import DENOISING, Stage
 from ..lora import LowRank, concatenate
 from ..solve.problem import Reduction, Solution, StageSolver
 from .batches import SWEEP, ExecutionConfig, Schedule, micro_batches, sampled_rows
-from .job import FEATURES, ITERATIONS, SOLVING, Run, RunLog, denoising_work, expect_sites
+from .job import FEATURES, ITERATIONS, SOLVING, Run, RunLog, expect_sites
 from .planner import Plan, Planned, attempts, complaint, planned
 
 Solutions = dict[str, Solution]
@@ -93,24 +92,22 @@ class _Passes:
 
     def solved(self, turn: int) -> Solutions:
         """One pass, number ``turn``."""
-        schedule, self._turn, self._solutions = self._schedule, turn, {}
+        job, schedule, self._turn, self._solutions = self._job, self._schedule, turn, {}
         if not turn:
-            self._job.eta.expect(DENOISING, [denoising_work(self._job)])
+            job.eta.expect(DENOISING, [job.denoising_work])
             self._expect()
             self._plan_ahead()
             _ = self._run.samples
-            self._job.eta.expect(DENOISING, [])  # some may have been cached
+            job.eta.expect(DENOISING, [])  # some may have been cached
         if schedule.sweep:
-            self._job.tick(SOLVING, 0, len(self._lockstep.changes))
+            job.tick(SOLVING, 0, len(self._lockstep.changes))
         if schedule.passes > 1:
-            self._job.tick(ITERATIONS, turn, schedule.passes)
+            job.tick(ITERATIONS, turn, schedule.passes)
         for stage in self._run.stages():
             made = self._plans.get(stage.name)
             plan = self._planned(stage) if made is None else made.of(stage)
-            solver = self._solver_of(plan.stage)
-            thresholds = self._batching.thresholds
-            tried = attempts(plan, self._lockstep, thresholds, sweep=schedule.sweep)
-            attempt = partial(self._attempt, solver)
+            attempt = partial(self._attempt, self._solver_of(plan.stage))
+            tried = attempts(plan, self._lockstep, self._batching.thresholds, sweep=schedule.sweep)
             _, self._plans[stage.name] = with_less(tried, attempt, complaint)
         return self._solutions
 
@@ -159,8 +156,7 @@ class _Passes:
         job, turn = self._job, self._turn
         several = self._schedule.passes > 1
         collector = Collector(self._lockstep.changes, solver)
-        copies = 2 if turn else 1
-        batches = list(micro_batches(stage, copies, collector, batching))
+        batches = list(micro_batches(stage, 2 if turn else 1, collector, batching))
         for done, batch in enumerate(batches, 1):
             self._lockstep.run(batch)
             if several:
@@ -179,7 +175,7 @@ class _Passes:
         if strategy.offloads is not None:
             place = HostPool(strategy.offloads, plan.host_limit)
             modules = list(job.host.sites().values())
-            offload = ActivationOffload(strategy.place(place), modules=modules)
+            offload = ActivationOffload(place, strategy.bits, modules)
         sampled = sampled_rows(stage, batching.thresholds)
         collector = SweepCollector(
             lockstep.changes,
@@ -189,7 +185,6 @@ class _Passes:
             rows=plan.rows if strategy.by_blocks else None,
             aside=nullcontext if offload is None else offload.aside,
         )
-
         # With every strategy, so that all give the same result.
         batches = list(micro_batches(stage, 2, collector, batching, sampled or set()))
         last = set[str]() if stage.feeds_next else set(stage.sites)

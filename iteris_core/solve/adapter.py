@@ -8,8 +8,7 @@ ridge: Σ r_i right-hand sides, no dense ΔW and no SVD. Without factors it is e
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,21 +34,21 @@ from .problem import (
 _PIECE = 1 << 21  # bytes of a moment during conversion to float64, see linalg.precision.pieces
 
 
-class _LowRankTargets(MomentReduction):
-    """T_i = X ΔW_iᵀ with a (in, in) moment XᵀX̃ that a subclass names; it has so many ``moments`` of
-    a concept. Without a weigher ``by`` λ is eq. 8's, of what the targets are counted by."""
+class AdapterMoments(MomentReduction):
+    """X̃ᵀX̃ and, for targets T_i = X ΔW_iᵀ, XᵀX̃ for every concept. With ``adapter`` weighting, λ
+    is eq. 8's, of what the targets are counted by."""
 
-    moments: ClassVar[int]
+    kind: ClassVar[type[InputMoments]] = CrossMoments
 
-    def __init__(
-        self,
-        context: SiteContext,
-        inputs: type[InputMoments],
-        by: Weigher | None,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, context: SiteContext, weighting: Weighting, dtype: torch.dtype) -> None:
         self._outputs = ByAdapter(context.changes, dtype, context.device)
-        super().__init__(context, inputs, by or self._outputs)
+        by = self._outputs if weighting == "adapter" else weigher(weighting, context, dtype)
+        super().__init__(context, self.kind, by)
+
+    def _add_inputs(self, tokens: Tokens) -> None:
+        super()._add_inputs(tokens)
+        if isinstance(self.inputs, CrossMoments):
+            self.inputs.add_cross(tokens.concept, tokens.reference, tokens.merged)
 
     def _add_targets(self, tokens: Tokens) -> None:
         if self._outputs is not self.weigher:
@@ -64,12 +63,13 @@ class _LowRankTargets(MomentReduction):
         square = width * width
         low = 18 * rank * (4 * width + 2 * out) + 32 * rank * rank
         solve = 8 * square + min(8 * square, _PIECE) + low
-        kept = len(changes) * cls.moments * square * itemsize
+        kept = len(changes) * (2 if cls.kind is CrossMoments else 1) * square * itemsize
         return MemoryEstimate(kept, solve, kept + 8 * square, kept)
 
-    @abstractmethod
     def _cross(self, concept: int) -> Tensor:
         """A concept's XᵀX̃, (in, in)."""
+        inputs = self.inputs
+        return (inputs.cross if isinstance(inputs, CrossMoments) else inputs.own)[concept]
 
     def _change(
         self,
@@ -79,7 +79,7 @@ class _LowRankTargets(MomentReduction):
         fit: RegressionSpec,
         rank: int,
     ) -> tuple[LowRank, float]:
-        lower, jitter = factor.cholesky.lower.double(), factor.cholesky.jitter
+        lower, jitter = factor.lower.double(), factor.jitter
         _, width = changes.shape
         rows = torch.empty(changes.listed_rank, width, dtype=torch.float64, device=lower.device)
         free, toward = rows, fit.pull_of(changes)
@@ -109,36 +109,15 @@ class _LowRankTargets(MomentReduction):
         return self._outputs.energy(concept), crossed
 
 
-class AdapterMoments(_LowRankTargets):
-    """X̃ᵀX̃ and XᵀX̃ for every concept."""
-
-    moments = 2
-
-    def __init__(self, context: SiteContext, weighting: Weighting, dtype: torch.dtype) -> None:
-        by = None if weighting == "adapter" else weigher(weighting, context, dtype)
-        super().__init__(context, CrossMoments, by, dtype)
-
-    def _add_inputs(self, tokens: Tokens) -> None:
-        super()._add_inputs(tokens)
-        inputs = cast(CrossMoments, self.inputs)
-        inputs.add_cross(tokens.concept, tokens.reference, tokens.merged)
-
-    def _cross(self, concept: int) -> Tensor:
-        return cast(CrossMoments, self.inputs).cross[concept]
-
-
-class Gram(_LowRankTargets):
+class Gram(AdapterMoments):
     """X̃ᵀX̃ alone, for targets X̃ ΔW_iᵀ: RegMean, where both moments coincide."""
 
-    moments = 1
+    kind = InputMoments
 
     def __init__(self, context: SiteContext) -> None:
-        super().__init__(context, InputMoments, Weigher(), torch.float32)
+        super().__init__(context, "none", torch.float32)
 
     def solve(self, fit: RegressionSpec) -> Solution:
         """``fit.weighting`` is ``tokens`` or ``none``."""
         self.weigher = ByTokens() if fit.weighting == "tokens" else Weigher()
         return super().solve(fit)
-
-    def _cross(self, concept: int) -> Tensor:
-        return self.inputs.own[concept]

@@ -15,7 +15,7 @@ import torch
 from ..errors import SettingsError
 from ..lora import SiteChanges
 from .adapter import AdapterMoments
-from .moments import OTHERS, Directions, OutputMoments, find_directions
+from .moments import OTHERS, OutputMoments, find_directions
 from .problem import MemoryEstimate, Objective, Pull, Reduction, RegressionSpec, SiteContext
 
 
@@ -27,23 +27,23 @@ class Thresholds:
     it has more than ``small_target`` entries and this takes ``directions_gain`` times fewer
     operations. Directions are found from ``tokens_a_direction`` tokens each; for images, from those
     of ``sample_rows`` rows per concept. An image row contributes ``least_row_tokens`` tokens, or as
-    many as give every concept ``tokens_an_input`` tokens per input of a site. With fewer prompts
-    than ``enough_samples`` per LoRA for two LoRAs (proportionally fewer with more LoRAs), a fit
-    follows its sample. The ``ridge`` then grows with the ``ridge_power`` of the shortfall, up to
+    many as give every concept ``tokens_an_input`` tokens per input of a site.
+
+    With fewer prompts than ``enough_samples`` per LoRA for two LoRAs (proportionally fewer with
+    more LoRAs), the ``ridge`` grows with the ``ridge_power`` of the shortfall, up to
     ``most_ridge``, and pulls to the mean at the changes' own size. A change's norm is at most
     ``bound`` times the LoRAs', and ``conditions`` is the share of rows that show other uses. On
-    models of texts ``shrink`` applies where no concept has ``few_tokens`` tokens per input. Two
-    concepts on an image model hardly compete, so repair uses only ``repair_share`` of a
-    feed-forward's hidden units, and never more than ``repair_width``.
+    models of texts ``shrink`` applies where no concept has ``few_tokens`` tokens per input. Repair
+    of two LoRAs uses ``repair_share`` of a feed-forward's hidden units, never more than
+    ``repair_width``.
 
-    Blocks in which rows wait have at most this many barriers (``blocks``: small ones, such as an
-    attention, and large ones, which a transformer repeats). A block is replayed if its second run
-    reproduces the first output within ``replay_error``, and polished by itself if within
-    ``segment_error``. A polished part has at most ``segment_share`` of a stage's sites, so
-    gradients never pass through the whole model. It gets ``polish_rows`` rows, or
-    ``polish_rows_each`` per concept if there are many, ``polish_at_once`` at a time and within
-    ``polish_bytes`` of host memory. ``polish_checked`` batches check the gain. ``polish_tokens``
-    tokens give its input moments; ``polish_floor`` times their mean is added to each.
+    Blocks in which rows wait have at most this many barriers (``blocks``: small and large ones). A
+    block is replayed if its second run reproduces the first output within ``replay_error``, and
+    polished by itself if within ``segment_error``. A polished part has at most ``segment_share`` of
+    a stage's sites. It gets ``polish_rows`` rows, or ``polish_rows_each`` per concept if there are
+    many, ``polish_at_once`` at a time, within ``polish_bytes`` of host memory. ``polish_checked``
+    batches check the gain. ``polish_tokens`` tokens give its input moments; ``polish_floor`` times
+    their mean is added to each.
     """
 
     small_target: int = 1 << 16
@@ -82,7 +82,14 @@ class Thresholds:
         """The reduction for a site; ``dtype`` is that of its moments."""
         if objective == "adapter":
             return AdapterMoments(context, fit.weighting, dtype)
-        directions = self._directions(context, fit)
+        most = fit.rank if isinstance(fit.rank, int) else 0
+        count = self.directions(*context.changes.shape, max(context.changes.rank, most))
+        directions = None
+        if count is not None and context.sample is not None:
+            targets = context.sample(self.tokens_a_direction * count)
+            # Where they are not finite, the solve reports it.
+            if all(bool(torch.isfinite(rows).all()) for rows in targets):
+                directions = find_directions(context.changes, targets, count)
         return OutputMoments(context, fit.weighting, dtype, directions)
 
     def bytes(
@@ -107,17 +114,6 @@ class Thresholds:
         count = int(rank * self.reserve) + self.more_directions
         gains = 2 * self.directions_gain * count * (out + width) <= 2 * out * width
         return count if out * width > self.small_target and gains else None
-
-    def _directions(self, context: SiteContext, fit: RegressionSpec) -> Directions | None:
-        most = fit.rank if isinstance(fit.rank, int) else 0
-        rank = max(context.changes.rank, most)
-        count = self.directions(*context.changes.shape, rank)
-        if count is None or context.sample is None:
-            return None
-        targets = context.sample(self.tokens_a_direction * count)
-        if not all(bool(torch.isfinite(rows).all()) for rows in targets):
-            return None  # the solve reports it
-        return find_directions(context.changes, targets, count)
 
     def row_tokens(self, width: int, rows: int) -> int:
         """The number of tokens per row, of a concept's ``rows``, that suffices for ``width``
@@ -144,10 +140,6 @@ class Thresholds:
     def saliency_for(self, loras: int) -> float:
         """The saliency f: two concepts hardly compete."""
         return max(0.0, 1 - 2 / loras)
-
-    def shrink_for(self, pictures: bool) -> float:
-        """The shrink of layers with few tokens."""
-        return 1.0 if pictures else self.shrink
 
     def repair_inputs_for(self, loras: int, pictures: bool) -> float:
         """Share of a feed-forward's hidden units that a repair may use."""

@@ -13,24 +13,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import SolveError
 from ..linalg.precision import frobenius, full_precision, pieces, solve_device
-from ..lora import LowRank, SiteChanges, concatenate
+from ..lora import LowRank
 
 _ERROR = 0.1  # relative change of a probe's solution; above it single precision is not enough
-_NOT_FINITE = "the normal equations are not finite; lower the concepts' weights."
-CANNOT = "the normal equations cannot be factorised; raise `ridge`."
+NOT_FINITE = "its inputs or outputs contain NaN or infinite values; try a base model in float32."
 
 
 @dataclass(frozen=True)
-class Cholesky:
-    """``lower`` is L with L Lᵀ = M + ``jitter`` · I, (n, n)."""
+class Factor:
+    """``lower`` is L, (in, in), with L Lᵀ = M + ``jitter`` · I for M = Σ λ_i (X̃_iᵀX̃_i + ρ_i I);
+    ``norms`` are ‖X̃_iᵀX̃_i‖_F."""
 
     lower: Tensor
+    norms: Sequence[float]
     jitter: float = 0.0
 
     @property
@@ -40,112 +42,27 @@ class Cholesky:
         return float((diagonal.max() / diagonal.min()) ** 2)
 
 
-def factorise(
-    add: Callable[[Tensor], None],
-    times: Callable[[Tensor], Tensor],
-    size: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    step: float,
-) -> Cholesky | None:
-    """The factor of M; ``add(zeros)`` adds M to an (n, n) matrix. None if M is zero.
-
-    ``times(v)`` is M v in float64 for a probe v, (n,). ``dtype`` is float32 or float64; the factor
-    has that dtype, or float64 if float32 is not precise enough. ``step`` is the first multiple of I
-    to try, relative to the mean of M's diagonal. Raises :class:`SolveError` if M still has no
-    factor.
-    """
-    matrix = torch.zeros(size, size, dtype=dtype, device=device)
-    add(matrix)
-    trace = float(matrix.diagonal().sum())
-    if trace <= 0:
-        return None
-    if not math.isfinite(trace):
-        raise SolveError(_NOT_FINITE)
-    # In place: LAPACK's order of entries is that of the transpose, and M is symmetric.
-    info = torch.zeros((), dtype=torch.int32, device=device)
-    lower, _ = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
-    if dtype != torch.float64:
-        if int(info) == 0 and _has_digits(lower, times):
-            return Cholesky(lower)
-        del matrix, lower
-        return factorise(add, times, size, dtype=torch.float64, device=device, step=step)
-    if int(info) == 0:
-        return Cholesky(lower)
-    matrix.zero_()
-    add(matrix)
-    return _with_jitter(matrix, trace, step * trace / size)
-
-
-def _has_digits(lower: Tensor, times: Callable[[Tensor], Tensor]) -> bool:
-    """True if M x = v, solved with the factor for a probe v of signs, has a correct digit.
-
-    The probe has a component in every direction, so its solution is dominated by the smallest
-    eigenvalues, where digits are lost first.
-    """
-    generator = torch.Generator(device=lower.device).manual_seed(0)
-    signs = torch.randint(0, 2, (len(lower),), generator=generator, device=lower.device)
-    probe = (2 * signs - 1).double()
-    solution = torch.cholesky_solve(probe.to(lower)[:, None], lower)[:, 0]
-    left = probe - times(solution.double())
-    correction = torch.cholesky_solve(left.to(lower)[:, None], lower)[:, 0]
-    return float(correction.norm()) <= _ERROR * float(solution.norm())
-
-
-def _with_jitter(matrix: Tensor, trace: float, step: float) -> Cholesky:
-    jitter = 0.0
-    while True:
-        matrix.diagonal().add_(step)
-        jitter += step
-        step *= 10
-        if jitter > trace:
-            raise SolveError(CANNOT)
-        lower, info = torch.linalg.cholesky_ex(matrix)
-        if int(info) == 0:
-            return Cholesky(lower, jitter)
-
-
-NOT_FINITE = "its inputs or outputs contain NaN or infinite values; try a base model in float32."
-
-
-@dataclass(frozen=True)
-class Factor:
-    """The factor of M = Σ λ_i (X̃_iᵀX̃_i + ρ_i I), with ‖X̃_iᵀX̃_i‖_F for every concept."""
-
-    cholesky: Cholesky
-    norms: Sequence[float]
-
-
 class InputMoments:
-    """X̃_iᵀX̃_i for every concept, (in, in) each; ``tokens`` counts tokens.
-
-    While tokens are added, only the upper block triangle is valid; :meth:`complete` mirrors it.
-    """
+    """X̃_iᵀX̃_i for every concept, (in, in) each; ``tokens`` counts tokens. While tokens are added,
+    only the upper block triangle is valid; :meth:`complete` mirrors it."""
 
     def __init__(self, concepts: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (concepts, width, width)
+        self.width, self.dtype = width, dtype
         self.own = list(torch.zeros(shape, dtype=dtype, device=device))
         self.tokens = torch.zeros(concepts, dtype=torch.float64)
+        # Rows of one piece of a symmetric update: many enough for the matrix units.
+        self._block = max(128 if device.type == "cpu" else 512, -(-width // 16))
         self._whole = True
         self._factors: dict[tuple[object, ...], Factor | None] = {}
-
-    @property
-    def width(self) -> int:
-        return len(self.own[0])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.own[0].dtype
 
     def add(self, concept: int, merged: Tensor) -> None:
         """``merged`` is X̃, (tokens, in), in the moments' dtype."""
         own = self.own[concept]
-        block = _block(self.width, own.device)
-        for start in range(0, self.width, block):
-            rows = slice(start, start + block)
+        for start in range(0, self.width, self._block):
+            rows = slice(start, start + self._block)
             own[rows, start:].addmm_(merged[:, rows].mT, merged[:, start:])
-        self._whole = self.width <= block
+        self._whole = self.width <= self._block
         self.forget_factor()
         self.tokens[concept] += len(merged)
 
@@ -153,10 +70,9 @@ class InputMoments:
         """Mirror the upper block triangles."""
         if self._whole:
             return
-        block = _block(self.width, self.own[0].device)
         for own in self.own:
-            for stop in range(block, self.width, block):
-                rows = slice(stop - block, stop)
+            for stop in range(self._block, self.width, self._block):
+                rows = slice(stop - self._block, stop)
                 own[stop:, rows] = own[rows, stop:].mT
         self._whole = True
 
@@ -168,10 +84,9 @@ class InputMoments:
         self, lambdas: Sequence[float], ridge: float, shrink: float, dtype: torch.dtype
     ) -> Factor | None:
         """The factor of M, cached for the next site that needs it; None if no input has energy.
-
-        Off-diagonal entries of X̃_iᵀX̃_i are multiplied by ``shrink``. Raises :class:`SolveError`
-        if a moment is not finite, or M cannot be factorised.
-        """
+        Off-diagonal entries of X̃_iᵀX̃_i are multiplied by ``shrink``. The factor has the
+        ``dtype``, or float64 if that is not precise enough. Raises :class:`SolveError` if a moment
+        is not finite, or M cannot be factorised."""
         self.complete()
         key = (*lambdas, ridge, shrink, dtype)
         if key not in self._factors:
@@ -196,7 +111,7 @@ class InputMoments:
             for pull in pulls:
                 matrix.diagonal().add_(pull)
 
-        def times(vector: Tensor) -> Tensor:
+        def times_m(vector: Tensor) -> Tensor:
             product = sum(pulls) * vector
             for value, own in zip(lambdas, self.own, strict=True):
                 moved = vector.to(own.device)
@@ -205,15 +120,63 @@ class InputMoments:
                 product += value * (shrink * whole + (1 - shrink) * rest).to(product)
             return product
 
-        cholesky = factorise(
-            add,
-            times,
-            self.width,
-            dtype=dtype,
-            device=solve_device(self.own[0].device),
-            step=torch.finfo(self.dtype).eps,
-        )
-        return None if cholesky is None else Factor(cholesky, norms)
+        device = solve_device(self.own[0].device)
+        matrix = torch.zeros(self.width, self.width, dtype=dtype, device=device)
+        add(matrix)
+        trace = float(matrix.diagonal().sum())
+        if trace <= 0:
+            return None
+        if not math.isfinite(trace):
+            raise SolveError("the normal equations are not finite; lower the concepts' weights.")
+        # In place: LAPACK's order of entries is that of the transpose, and M is symmetric.
+        info = torch.zeros((), dtype=torch.int32, device=device)
+        lower, _ = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
+        if int(info) == 0 and (dtype == torch.float64 or _has_digits(lower, times_m)):
+            return Factor(lower, norms)
+        if dtype != torch.float64:
+            del matrix, lower
+            return self._factorised(lambdas, ridge, shrink, torch.float64)
+        add(matrix.zero_())
+        jitter, step = 0.0, torch.finfo(self.dtype).eps * trace / self.width
+        while True:
+            matrix.diagonal().add_(step)
+            jitter += step
+            step *= 10
+            if jitter > trace:
+                raise SolveError("the normal equations cannot be factorised; raise `ridge`.")
+            lower, info = torch.linalg.cholesky_ex(matrix)
+            if int(info) == 0:
+                return Factor(lower, norms, jitter)
+
+
+def _has_digits(lower: Tensor, times: Callable[[Tensor], Tensor]) -> bool:
+    """True if M x = v, solved with the factor for a probe v of signs, has a correct digit;
+    ``times(v)`` is M v in float64. The probe has a component in every direction, so its solution is
+    dominated by the smallest eigenvalues, where digits are lost first."""
+    generator = torch.Generator(device=lower.device).manual_seed(0)
+    signs = torch.randint(0, 2, (len(lower),), generator=generator, device=lower.device)
+    probe = (2 * signs - 1).double()
+    solution = torch.cholesky_solve(probe.to(lower)[:, None], lower)[:, 0]
+    left = probe - times(solution.double())
+    correction = torch.cholesky_solve(left.to(lower)[:, None], lower)[:, 0]
+    return float(correction.norm()) <= _ERROR * float(solution.norm())
+
+
+def shared_moments(
+    known: dict[Any, InputMoments],
+    key: object,
+    made_of: tuple[int, int, torch.dtype, torch.device],
+    kind: type[InputMoments],
+) -> tuple[InputMoments, bool]:
+    """The moments of that ``key`` (None: shared with no other site) and ``kind``, and whether they
+    are new, so that tokens are to be added."""
+    moments = known.get(key)
+    if isinstance(moments, kind):
+        return moments, False
+    moments = kind(*made_of)
+    if key is not None:
+        known[key] = moments
+    return moments, True
 
 
 class CrossMoments(InputMoments):
@@ -226,48 +189,6 @@ class CrossMoments(InputMoments):
     def add_cross(self, concept: int, reference: Tensor, merged: Tensor) -> None:
         """``reference`` X and ``merged`` X̃ are (tokens, in) of the same samples."""
         self.cross[concept].addmm_(reference.mT, merged)
-
-
-def _block(width: int, device: torch.device) -> int:
-    """Rows of one piece of a symmetric update: many enough for the matrix units."""
-    return max(128 if device.type == "cpu" else 512, -(-width // 16))
-
-
-Wanted = Callable[[int, LowRank], tuple[float, Tensor]]
-"""``wanted(concept, candidate)``: ‖T_i‖² and, per component of the candidate, tr(T_iᵀ X̃_i ΔWᵀ)."""
-
-
-def residuals_of(
-    mean: LowRank, solution: LowRank, changes: SiteChanges, inputs: InputMoments, wanted: Wanted
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """‖T_i − X̃_i ΔWᵀ‖ / ‖T_i‖ for every concept, with the mean and with the solution, from rank ×
-    rank products with finite, completed moments. From rows it would be ``(T - X @
-    change.dense().mT).norm() / T.norm()``.
-
-    If T_i is zero, it is relative to the other concepts' own changes there. Everything is float64,
-    except products with the moments themselves, which have the moments' precision.
-    """
-    before: list[float] = []
-    after: list[float] = []
-    sizes = [mean.rank, solution.rank]
-    both = concatenate(
-        [mean, solution]
-    )  # the expensive (in, in) products are computed once for both
-    downs = both.down.split(sizes)
-    grams = [up.mT @ up for up in both.up.split(sizes, dim=1)]
-    for concept, own in enumerate(inputs.own):
-        target, crossed = wanted(concept, both)
-        scale = target
-        if scale <= 0:
-            scale = sum(output_energy(change, own) for change in changes.own.values())
-        weighted = times(both.down, own).split(sizes)
-        for rows, down, gram, cross, errors in zip(
-            weighted, downs, grams, crossed.split(sizes), (before, after), strict=True
-        ):
-            output = float(((rows @ down.mT) * gram).sum())
-            left = max(0.0, target - 2 * float(cross.sum()) + output)
-            errors.append(math.sqrt(left / scale) if scale > 0 else 0.0)
-    return tuple(before), tuple(after)
 
 
 def output_energy(change: LowRank, own: Tensor) -> float:

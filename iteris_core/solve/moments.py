@@ -23,8 +23,8 @@ from torch import Tensor
 from ..errors import SolveError
 from ..linalg.lowrank import leading_eigenvectors, searches, truncate_factors, truncate_matrix
 from ..linalg.precision import energy, energy_dtype, full_precision, pieces, solve_device
-from ..lora import LowRank, SiteChanges
-from .inputs import NOT_FINITE, Factor, InputMoments, residuals_of, times
+from ..lora import LowRank, SiteChanges, concatenate
+from .inputs import NOT_FINITE, Factor, InputMoments, output_energy, times
 from .problem import (
     MemoryEstimate,
     Reduction,
@@ -60,10 +60,7 @@ class MomentReduction(Reduction):
 
     def solve(self, fit: RegressionSpec) -> Solution:
         """See :class:`.problem.Reduction`; a share of energy as rank refers to the solution at Σ
-        r_i.
-
-        If no input has energy, any change fits, and the mean of the changes is used.
-        """
+        r_i. If no input has energy, any change fits, and the mean of the changes is used."""
         if not all(map(math.isfinite, self._energies())):
             raise SolveError(NOT_FINITE)
         device = solve_device(self.inputs.own[0].device)
@@ -86,22 +83,47 @@ class MomentReduction(Reduction):
             del factor, change  # before the next ones are made
             self.inputs.forget_factor()
         if isinstance(fit.rank, float):
-            change, more = truncate_factors(change, fit.rank, factor and factor.cholesky.lower)
+            change, more = truncate_factors(change, fit.rank, factor and factor.lower)
             lost = 1 - (1 - lost) * (1 - more)
         total = sum(lambdas)
         solution = Solution(
             finite_as(change, like),
             tuple(value / total for value in lambdas),
-            condition=math.inf if factor is None else factor.cholesky.condition,
+            condition=math.inf if factor is None else factor.condition,
             truncated=lost,
         )
         if not fit.residuals:
             return solution
         mean = changes.mean(fit.weights, torch.float64)
-        before, after = residuals_of(
-            mean, change.to(torch.float64), changes, self.inputs, self._wanted
-        )
+        before, after = self._residuals(mean, change.to(torch.float64), changes)
         return replace(solution, before=before, after=after)
+
+    def _residuals(
+        self, mean: LowRank, solution: LowRank, changes: SiteChanges
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """‖T_i − X̃_i ΔWᵀ‖ / ‖T_i‖ for every concept, with the mean and with the solution, from
+        rank × rank products with finite, completed moments. If T_i is zero, it is relative to the
+        other concepts' own changes there. Everything is float64, except products with the moments.
+        """
+        before: list[float] = []
+        after: list[float] = []
+        sizes = [mean.rank, solution.rank]
+        both = concatenate([mean, solution])  # expensive products are computed once for both
+        downs = both.down.split(sizes)
+        grams = [up.mT @ up for up in both.up.split(sizes, dim=1)]
+        for concept, own in enumerate(self.inputs.own):
+            target, crossed = self._wanted(concept, both)
+            scale = target
+            if scale <= 0:
+                scale = sum(output_energy(change, own) for change in changes.own.values())
+            weighted = times(both.down, own).split(sizes)
+            for rows, down, gram, cross, errors in zip(
+                weighted, downs, grams, crossed.split(sizes), (before, after), strict=True
+            ):
+                output = float(((rows @ down.mT) * gram).sum())
+                left = max(0.0, target - 2 * float(cross.sum()) + output)
+                errors.append(math.sqrt(left / scale) if scale > 0 else 0.0)
+        return tuple(before), tuple(after)
 
     def _add_inputs(self, tokens: Tokens) -> None:
         self.inputs.add(tokens.concept, tokens.merged)
@@ -122,7 +144,7 @@ class MomentReduction(Reduction):
 
     @abstractmethod
     def _wanted(self, concept: int, candidate: LowRank) -> tuple[float, Tensor]:
-        """See :data:`.inputs.Wanted`."""
+        """‖T_i‖² and, per component of the candidate, tr(T_iᵀ X̃_i ΔWᵀ)."""
 
     def _energies(self) -> list[float]:
         """Energies of whole tensors, which reveal NaN and infinite values."""
@@ -136,19 +158,15 @@ OTHERS = 8
 @dataclass(frozen=True)
 class Directions:
     """Orthonormal columns in a site's outputs, (out, k + q): a change may use the first k,
-    ``used``; the other q, chosen at random, estimate the energy in the rest of the outputs.
-    """
+    ``used``; the other q, chosen at random, estimate the energy in the rest of the outputs."""
 
     matrix: Tensor
     used: int
 
 
 def find_directions(changes: SiteChanges, targets: Sequence[Tensor], count: int) -> Directions:
-    """At most ``count`` directions, and a few others to estimate what those leave out.
-
-    ``targets`` are a sample of T for every concept, (tokens, out), on one device, in one dtype.
-    Concepts count equally, however many tokens they have. Deterministic up to the order of tokens.
-    """
+    """At most ``count`` directions, from a sample of ``targets`` T for every concept, (tokens,
+    out); and a few others. Concepts count equally, however many tokens they have."""
     tokens = torch.cat([rows / max(len(rows), 1) ** 0.5 for rows in targets])
     device = tokens.device
     if device.type == "mps":  # it has no QR
@@ -214,7 +232,7 @@ class OutputMoments(MomentReduction):
         fit: RegressionSpec,
         rank: int,
     ) -> tuple[LowRank, float]:
-        lower, jitter = factor.cholesky.lower, factor.cholesky.jitter
+        lower, jitter = factor.lower, factor.jitter
         right = self._right_side(changes, lambdas, factor, fit)
         if jitter:
             mean = changes.mean(fit.weights, right.dtype)
@@ -238,7 +256,7 @@ class OutputMoments(MomentReduction):
         self, changes: SiteChanges, lambdas: list[float], factor: Factor, fit: RegressionSpec
     ) -> Tensor:
         """DᵀK, (directions, in)."""
-        lower = factor.cholesky.lower
+        lower = factor.lower
         right = torch.zeros(self.targets[0].shape, dtype=lower.dtype, device=lower.device)
         toward = fit.pull_of(changes)
         for concept, (target, value) in enumerate(zip(self.targets, lambdas, strict=True)):
@@ -261,10 +279,9 @@ class OutputMoments(MomentReduction):
     def bytes(
         changes: SiteChanges, itemsize: int, directions: int | None, dtype: torch.dtype
     ) -> MemoryEstimate:
-        """X̃ᵀX̃ and the targets for every concept. The float64 solve needs M and the right side. A
-        search for the leading directions also needs M's factor and the right side in the moments'
-        precision, and products of that size; using all directions needs six times the right side in
-        float64. In float32 everything takes at most half."""
+        """The float64 solve needs M and the right side; a search for the leading directions also
+        M's factor and the right side in the moments' precision, and products of that size; all
+        directions six times the right side. In float32 everything takes at most half."""
         out, width = changes.shape
         rows = out if directions is None else directions
         kept = len(changes) * width * (width + rows) * itemsize

@@ -7,7 +7,7 @@ With rows as tokens, a site's change solves (paper, eqs. 5 to 8)
 where ρ_i = α ‖X̃_iᵀX̃_i‖_F, X̃_i are the merged model's inputs on concept i's samples, and T_i are
 the target outputs there. In directions without input, ΔW is τ times the mean of the ΔW_i weighted
 by λ_i ρ_i; the paper's τ is 1. A :class:`Reduction` defines what the tokens are reduced to and how
-that is solved; there is one file for each.
+that is solved; a :class:`Weigher` finds λ_i.
 """
 
 from __future__ import annotations
@@ -40,16 +40,10 @@ class RegressionSpec:
     (``none``). ``ridge`` is α in eq. 7. ``pull`` defines τ: 1 (``mean``), or the factor that gives
     the mean the changes' size (``size``, see :meth:`pull_of`).
 
-    With few tokens, a second pull per feature keeps the fit from following the sample. With
-    ``shrink`` s, the off-diagonal entries of X̃_iᵀX̃_i and X_iᵀX̃_i are multiplied by s, as in
-    RegMean, and T_iᵀX̃_i becomes s T_iᵀX̃_i + (1 − s) ΔW_i diag(X̃_iᵀX̃_i): a ridge of (1 − s) / s
-    times each feature's own energy, toward ΔW_i. Only sites at which every concept has less than
-    ``shrinks_below`` tokens for each input have it.
-
-    ``bound`` is the largest ‖ΔW‖_F allowed: the ridge is tripled until the solution keeps it, or
-    reaches 1. A change is free where inputs have hardly any energy; there large parts cancel on the
-    rows and nowhere else. As ρ grows, ΔW tends to τ times the mean, which is no larger than
-    (Σ ‖ΔW_i‖²)^½.
+    With ``shrink`` s, the off-diagonal entries of X̃_iᵀX̃_i and X_iᵀX̃_i are multiplied by s, as in
+    RegMean, and T_iᵀX̃_i becomes s T_iᵀX̃_i + (1 − s) ΔW_i diag(X̃_iᵀX̃_i), where every concept has
+    less than ``shrinks_below`` tokens for each input. ``bound`` is the largest ‖ΔW‖_F allowed: the
+    ridge is tripled until the solution keeps it, or reaches 1.
 
     ``rank`` is the largest rank of the result, or the share of output energy to keep (None: Σ r_i).
     ``dtype`` is the precision of the normal equations if it suffices; otherwise float64.
@@ -68,29 +62,21 @@ class RegressionSpec:
     pull: Pull = "mean"
 
     def pull_of(self, changes: SiteChanges) -> float:
-        """τ for a site: with ``size``, (Σ w_i ‖ΔW_i‖² / Σ w_i)^½ / ‖mean of ΔW_i‖, all Frobenius.
-
-        The mean of unrelated changes is √N times smaller than each of them, so τ is √N; the mean of
-        equal changes is as large as each, so τ is 1. τ never exceeds √N, and is 1 if the mean is
-        zero.
-        """
+        """τ for a site: with ``size``, (Σ w_i ‖ΔW_i‖² / Σ w_i)^½ / ‖mean of ΔW_i‖, all Frobenius; 1
+        if the mean is zero. It is √N for unrelated changes, and 1 for equal ones."""
         if self.pull == "mean":
             return 1.0
         mean = changes.mean(self.weights, torch.float64).squared_norm()
         if mean <= 0:
             return 1.0
         count = len(changes.by_concept)
-        squares = {i: change.squared_norm() for i, change in changes.own.items()}
-        own = sum(self.weights[i] * square for i, square in squares.items())
+        own = sum(self.weights[i] * change.squared_norm() for i, change in changes.own.items())
         own /= sum(self.weights[:count])
         return math.sqrt(min(own / mean, count))
 
     def lambdas(self, values: Sequence[float]) -> list[float]:
-        """λ_i times the concepts' weights, scaled so that the largest is 1; just the weights if all
-        are 0.
-
-        A common factor does not matter, because the ridge is relative.
-        """
+        """λ_i times the concepts' weights, scaled so that the largest is 1, because the ridge is
+        relative; just the weights if all are 0."""
         weighted = [value * weight for value, weight in zip(values, self.weights, strict=True)]
         largest = max(weighted)
         if largest <= 0:
@@ -100,13 +86,11 @@ class RegressionSpec:
 
 @dataclass(frozen=True)
 class Solution:
-    """A site's change and its quality.
-
-    Per concept: ``weighting`` is λ_i times the concept's weight, scaled to sum to 1; ``before`` and
-    ``after`` are ‖T_i − X̃_i ΔWᵀ‖_F / ‖T_i‖_F with the mean of the changes and with the solution
-    (empty if not requested). ``condition`` is an estimate of M's condition number. ``truncated`` is
-    the share of output energy lost in the cut to the rank.
-    """
+    """A site's change and its quality. Per concept: ``weighting`` is λ_i times the concept's
+    weight, scaled to sum to 1; ``before`` and ``after`` are ‖T_i − X̃_i ΔWᵀ‖_F / ‖T_i‖_F with the
+    mean of the changes and with the solution (empty if not requested). ``condition`` is an estimate
+    of M's condition number. ``truncated`` is the share of output energy lost in the cut to the
+    rank."""
 
     change: LowRank
     weighting: tuple[float, ...] = ()
@@ -117,11 +101,9 @@ class Solution:
 
 
 class Tokens(Protocol):
-    """Tokens of one concept's rows at a site, all in the moments' precision.
-
-    ``merged`` X̃ and ``reference`` X are (tokens, in); ``target`` T and ``output``, the whole
-    output (W0 + ΔW_i) X, are (tokens, out). Each is computed on demand.
-    """
+    """Tokens of one concept's rows at a site, in the moments' precision, each computed on demand:
+    ``merged`` X̃ and ``reference`` X, (tokens, in); ``target`` T and ``output``, the whole output
+    (W0 + ΔW_i) X, (tokens, out)."""
 
     @property
     def concept(self) -> int: ...
@@ -137,13 +119,10 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class SiteContext:
-    """The context of a site when its reduction begins.
-
-    ``changes`` are the LoRAs', restricted to the inputs that count. ``share(kind)`` returns the
-    input moments, shared by sites that receive the same tensor, and whether this site should add to
-    them. ``sample(n)`` returns about n of all targets T by concept, (tokens, out); None if tokens
-    are streamed and unknown until the end.
-    """
+    """The context of a site when its reduction begins: ``changes`` are the LoRAs', restricted to
+    the inputs that count. ``share(kind)`` returns the input moments, shared by sites that receive
+    the same tensor, and whether this site should add to them. ``sample(n)`` returns about n of all
+    targets T by concept, (tokens, out); None if tokens are streamed and unknown until the end."""
 
     changes: SiteChanges
     device: torch.device
@@ -188,13 +167,10 @@ def finite_as(change: LowRank, like: LowRank) -> LowRank:
 
 @dataclass(frozen=True)
 class StageSolver:
-    """The part of a method that works at a stage's sites.
-
-    ``begin`` makes a site's reduction, with moments in ``dtype``; ``solve`` turns it into a change.
-    ``bytes`` is their memory at a site, for the plan (``sweep``: whether forwards wait). ``acting``
-    are the sites whose own changes show where in an image a LoRA acts. ``inputs`` lists, for some
-    sites, which of their inputs count.
-    """
+    """The part of a method that works at a stage's sites: ``begin`` makes a site's reduction, with
+    moments in ``dtype``; ``solve`` turns it into a change; ``bytes(site, sweep)`` is their memory.
+    ``acting`` are the sites whose own changes show where in an image a LoRA acts. ``inputs`` lists,
+    for some sites, which of their inputs count."""
 
     begin: Callable[[SiteContext], Reduction]
     solve: Callable[[str, Reduction], Solution]
@@ -218,15 +194,13 @@ class ByTokens(Weigher):
     """``tokens``: λ_i = 1 / number of concept i's tokens."""
 
     def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]:
-        return token_values(inputs.tokens.tolist())
+        return [1.0 / max(count, 1.0) for count in inputs.tokens.tolist()]
 
 
 class ByAdapter(Weigher):
     """``adapter``: λ_i = ‖ΔW_i‖²_F / ‖X_i ΔW_iᵀ‖²_F (eq. 8), from (X downᵀ)ᵀ(X downᵀ), (r_i, r_i).
-
     If a LoRA does not change the site (eq. 8 is 0/0), it is the gain of the other LoRAs' changes on
-    that concept's inputs.
-    """
+    that concept's inputs."""
 
     def __init__(self, changes: SiteChanges, dtype: torch.dtype, device: torch.device) -> None:
         self._changes = changes
@@ -251,12 +225,15 @@ class ByAdapter(Weigher):
         return float((self._grams[concept].to(up) * (up.mT @ up)).sum())
 
     def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]:
-        return [
-            _inverse(change.squared_norm(), self.energy(concept))
-            if change is not None
-            else _gain_of_others(concept, changes.own, inputs.own[concept])
-            for concept, change in enumerate(changes)
-        ]
+        values: list[float] = []
+        for concept, change in enumerate(changes):
+            if change is not None:
+                values.append(_inverse(change.squared_norm(), self.energy(concept)))
+                continue
+            others = list(changes.own.values())
+            norm, own = sum(other.squared_norm() for other in others), inputs.own[concept]
+            values.append(_inverse(norm, sum(output_energy(other, own) for other in others)))
+        return values
 
 
 class ByOutput(Weigher):
@@ -279,17 +256,6 @@ def weigher(weighting: Weighting, context: SiteContext, dtype: torch.dtype) -> W
     if weighting == "full":
         return ByOutput(len(context.changes), context.device)
     return ByTokens() if weighting == "tokens" else Weigher()
-
-
-def token_values(counts: Sequence[float]) -> list[float]:
-    """1 / tokens for every concept."""
-    return [1.0 / max(count, 1.0) for count in counts]
-
-
-def _gain_of_others(concept: int, present: dict[int, LowRank], own: Tensor) -> float:
-    others = [change for i, change in present.items() if i != concept]
-    norm = sum(change.squared_norm() for change in others)
-    return _inverse(norm, sum(output_energy(change, own) for change in others))
 
 
 def _inverse(norm: float, energy_of_outputs: float) -> float:

@@ -92,20 +92,18 @@ def test_a_merge_by_blocks(
 ) -> None:
     """As where memory is short, which it never is for models as small as these: blocks change
     arguments in place, and read options that the sampler hands on."""
-    sweep, strategies, planner = (
-        part(pack, f"iteris_core.passes.{module}") for module in ("sweep", "strategies", "planner")
-    )
+    sweep, planner = (part(pack, f"iteris_core.passes.{module}") for module in ("sweep", "planner"))
     trial = Trial(pack, ARCHITECTURES[name], tmp_path)
     whole = trial.merge(2)
     replayed: list[int] = []
 
     def planned(run: Any, stage: Any, _: Any, batching: Any, **__: Any) -> Any:
         if not stage.sites:
-            return planner.Plan(stage, batching.rows, strategies.Strategy())
-        barriers = strategies.find(stage, run.lockstep).barriers(strategies.THRESHOLDS.blocks[-1])
-        barriers = strategies.replayable(stage, run.lockstep, barriers)
+            return planner.Plan(stage, batching.rows, planner.Strategy())
+        barriers = planner.find(stage, run.lockstep).barriers(planner.THRESHOLDS.blocks[-1])
+        barriers = planner.replayable(stage, run.lockstep, barriers)
         replayed.append(len(barriers.blocks))
-        return planner.Plan(stage, batching.rows, strategies.Strategy(barriers=barriers))
+        return planner.Plan(stage, batching.rows, planner.Strategy(barriers=barriers))
 
     monkeypatch.setattr(sweep, "planned", planned)
     assert furthest(trial.merge(2), whole) < ROWS

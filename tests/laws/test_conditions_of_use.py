@@ -137,7 +137,7 @@ def test_a_phantom_has_a_loras_inputs_and_the_size_of_its_effect(conv):
     conditions = [Condition(), Condition(0.5, 0, 0.8, seed=9)]  # two rows in two copies
     before = module(inputs).detach()
     outputs = before.clone()
-    strengths = under_conditions("site", site, conditions, inputs, outputs, lambda *_: own)
+    strengths = under_conditions("site", site, conditions, inputs, outputs, {0: own})
     assert strengths.tolist() == [1, 0.5, 1, 0.5]
     torch.testing.assert_close(outputs[[0, 2]], before[[0, 2]])
     added = (outputs - before)[[1, 3]]
@@ -146,7 +146,7 @@ def test_a_phantom_has_a_loras_inputs_and_the_size_of_its_effect(conv):
     signs = (added / wanted).sign().movedim(1 if conv else -1, 0).flatten(1)
     assert bool((signs == signs[:, :1]).all())  # one for each output, the same in both copies
     other = before.clone()
-    under_conditions("another", site, conditions, inputs, other, lambda *_: own)
+    under_conditions("another", site, conditions, inputs, other, {0: own})
     assert not torch.equal(other, outputs)
 
 

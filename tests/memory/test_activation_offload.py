@@ -14,7 +14,7 @@ from iteris_core.activations.activation_offload import IDLE_PAUSES, ActivationOf
 from iteris_core.activations.host_pool import HostPool
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.memory import MemoryMeter
-from iteris_core.passes import planner, strategies, sweep
+from iteris_core.passes import planner, sweep
 
 CPU = torch.device("cpu")
 CALIBRATION = Calibration(
@@ -26,7 +26,6 @@ CALIBRATION = Calibration(
 def apart(monkeypatch):
     """The CPU's memory passes for a device's, and its host memory for another's."""
     monkeypatch.setattr(planner, "is_apart", lambda device: True)
-    monkeypatch.setattr(strategies, "is_apart", lambda device: True)
 
 
 @pytest.fixture
@@ -177,7 +176,7 @@ def test_the_planned_peak_is_the_measured_one(host, apart, monkeypatch):
         made, peak = plans[-1], peaks[-1]
         assert made.rows == 36
         assert 0.85 * made.bytes <= peak <= 1.02 * made.bytes, made
-    assert {p.strategy.name for p in plans} >= {strategies.ON_DEVICE.name, strategies.IN_HOST}
+    assert {p.strategy.name for p in plans} >= {planner.ON_DEVICE.name, planner.IN_HOST}
 
 
 class Card(MemoryMeter):
@@ -218,7 +217,7 @@ class Offloaded(ModuleHost):
 @pytest.mark.parametrize("kind", [ModuleHost, Offloaded])
 def test_without_a_plan_rows_wait_in_host_memory_when_memory_runs_out(kind, places, monkeypatch):
     """There is a third of what all rows take while they wait."""
-    monkeypatch.setattr(strategies, "is_apart", lambda device: device == CPU)
+    monkeypatch.setattr(planner, "is_apart", lambda device: device == CPU)
     enough = Card(float("inf"))
     result = merge_on(enough, ModuleHost(Net(), make_data(rows=20)))
     host, card = kind(Net(), make_data(rows=20)), Card(0.33 * enough.peak)

@@ -10,9 +10,10 @@ from bases import make_lora, tiny
 from test_ways import CPU, planned_as
 
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.activations.host_pool import FORMATS, PackedPlace, pack, unpack
+from iteris_core.activations import host_pool
+from iteris_core.activations.host_pool import FORMATS, pack, unpack
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.passes import footprint, sweep
+from iteris_core.passes import sweep
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=map(str, FORMATS))
@@ -51,8 +52,7 @@ def test_a_merge_with_rows_at_few_bits_is_nearly_the_same(monkeypatch, bits, mos
     sites = tuple(site for site in host.sites() if site.startswith("transformer."))
     loras = (make_lora("sd3", sites, seed) for seed in (1, 2))
     concepts = [Concept(lora, trigger=f"s{n}", class_word="dog") for n, lora in enumerate(loras)]
-    small = lambda place, bits: PackedPlace(place, bits, least=64)  # noqa: E731
-    monkeypatch.setattr(footprint, "PackedPlace", small)
+    monkeypatch.setattr(host_pool, "_LEAST_PACKED", 64)
 
     def merged(bits):
         monkeypatch.setattr(sweep, "planned", planned_as(8, CPU, bits=bits))
