@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ..iteris_core.architectures import Architecture, architecture_of_sites
-from ..iteris_core.architectures.row_mapping import Alias, Shapes, permuted, whole
+from ..iteris_core.architectures.record import Alias, Shapes, permuted, whole
 from ..iteris_core.architectures.sites import weight_shape
 from ..iteris_core.errors import BaseError, IterisError, LoraFileError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import BaseModel, ReadOptions, read_lora_file
 from ..iteris_core.lora_files.aliases import kohya_names, vector_names
 from ..iteris_core.lora_files.embeddings import file_names, unbundled
-from ..iteris_core.lora_files.parts import split_key
+from ..iteris_core.lora_files.tensors import split_key
 from .comfy_internals import comfy, memory
 from .comfy_learned import with_embeddings
 

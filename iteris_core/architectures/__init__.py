@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import LoraFileError, UsageError
 from .mmdit import FLUX, SD3
-from .record import Architecture
-from .row_mapping import Shapes
+from .record import Architecture, Shapes
 from .unet import SD1, SD2, SDXL
 
 __all__ = [
@@ -32,8 +31,7 @@ def architecture(name: str) -> Architecture:
 
 
 def architecture_of_sites(shapes: Shapes) -> Architecture | None:
-    """The architecture of a loaded model with these sites; None if no known one matches. Only SDXL
-    has a second text encoder or added sizes, and SD 2.x reads text embeddings of width 1024."""
+    """The architecture of a loaded model with these sites; None if it is not known."""
     if any(site.startswith("transformer.single_transformer_blocks.") for site in shapes):
         return FLUX
     if any(site.startswith("transformer.") and ".norm1_context." in site for site in shapes):

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from .record import T5_XXL, Architecture, clip, text_component
-from .row_mapping import Alias, Shapes, fused, swapped
+from .record import T5_XXL, Alias, Architecture, Shapes, clip, fused, swapped, text_component
 from .sites import Component
 
 _PREFIX = "transformer."
@@ -50,8 +49,7 @@ def _aliases(
 
 
 def _alias(sites: list[str], shapes: Shapes) -> Alias:
-    """Norms with nothing but shift and scale are swapped: the output's, and in SD 3 the last
-    block's for text, which outputs none."""
+    """Norms of shift and scale are swapped: the output's, and SD 3's last block's for text."""
     rows, width = shapes[sites[0]][:2]
     if sites[0].endswith((".norm_out.linear", ".norm1_context.linear")) and rows == 2 * width:
         return swapped(sites[0], shapes)

@@ -23,8 +23,7 @@ _SCALES = ("residual_multiplier", "residual_scale")
 
 
 def weight_shape(module: Any) -> tuple[int, ...]:
-    """(out, in) or (out, in / groups, kh, kw) of the weight, even if it is stored transposed
-    (transformers' Conv1D) or packed (quantised)."""
+    """(out, in) or (out, in / groups, kh, kw), even of a transposed (Conv1D) or packed weight."""
     if isinstance(module, nn.Conv2d):
         kernel = (module.kernel_size[0], module.kernel_size[1])
         return (module.out_channels, module.in_channels // module.groups, *kernel)
@@ -69,8 +68,7 @@ def _in_memory(module: nn.Module) -> AbstractContextManager[None]:
 
 
 def plain_parameter(name: str, module: nn.Module) -> Tensor:
-    """The parameter ``name`` of ``module``, float32, on the CPU, even if accelerate's hooks keep it
-    elsewhere. Raises :class:`BaseError` if it has no values."""
+    """A parameter, float32, on the CPU; raises :class:`BaseError` if it has no values."""
     with _in_memory(module):
         value: Tensor = getattr(module, name.rpartition(".")[2])
         return _values(value, f"An extraction needs the base's {name}")
@@ -174,7 +172,6 @@ def residual_streams(
 
 
 def in_changed_parts(streams: Mapping[str, nn.Module], changed: Set[str]) -> dict[str, nn.Module]:
-    """The ``streams`` in those parts of the model (its children: encoder, decoder, vision model, …)
-    that contain a ``changed`` site."""
+    """The ``streams`` in parts of the model (encoder, vision model, …) with a ``changed`` site."""
     parts = {tuple(site.split(".")[:2]) for site in changed}
     return {site: stream for site, stream in streams.items() if (*site.split("."),)[:2] in parts}

@@ -7,8 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .record import Architecture, clip
-from .row_mapping import Alias, Shapes, whole
+from .record import Alias, Architecture, Shapes, clip, whole
 from .sites import Component, Wiring
 
 WIRINGS = (

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..architectures import Architecture, architecture_of_sites
-from ..architectures.row_mapping import Alias, Shapes, whole
+from ..architectures.record import Alias, Shapes, whole
 from ..errors import BaseError, OutputError
 from ..lora import LowRank
 from ..lora_files import BaseModel, base_model, read_header
@@ -99,8 +99,7 @@ def _add_open_clip(
 
 
 def weight_in(places: Places) -> Callable[[str], Tensor]:
-    """A function that returns a site's weight, (out, in·kh·kw), float32, from files whose tensors
-    contain the sites' rows."""
+    """A function that returns a site's weight, (out, in·kh·kw), float32, from files."""
     held = {piece.site: (at, piece) for at, alias in places.items() for piece in alias}
 
     def weight(site: str) -> Tensor:
@@ -210,14 +209,12 @@ def _stored(
 
 
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight``, float32, rounded to the nearest value of ``dtype``. Values too large for
-    ``dtype`` become its largest number."""
+    """A float32 ``weight`` in ``dtype``; values too large become its largest number."""
     largest = torch.finfo(dtype).max
     return weight.clamp(-largest, largest).to(dtype)
 
 
 def scaled_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(float8_e4m3fn, scale) for a float32 ``weight``; their product approximates it. The scale
-    maps its largest entry to the largest number of the type."""
+    """(float8_e4m3fn, scale) of a float32 weight, whose largest entry becomes the type's."""
     scale = weight.abs().max().clamp(min=1e-12) / torch.finfo(FP8).max
     return rounded(weight / scale, FP8), scale.reshape(())

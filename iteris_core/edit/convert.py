@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from ..architectures.row_mapping import Alias
+from ..architectures.record import Alias
 from ..errors import OutputError
 from ..lora import Lora, concatenate
 from ..lora_files import BaseModel, write_loras
@@ -35,8 +35,7 @@ def convert_lora(
 
 
 def comfyui_names(base: BaseModel) -> dict[str, Alias]:
-    """The names of the base's modules in ComfyUI. Raises :class:`OutputError` if the original names
-    of the base's modules are unknown."""
+    """ComfyUI's names of the base's modules; raises :class:`OutputError` if they are unknown."""
     original = base.architecture.original_names(base.shapes)
     if not original:
         raise OutputError(
@@ -48,8 +47,7 @@ def comfyui_names(base: BaseModel) -> dict[str, Alias]:
 
 
 def largest_error(one: Lora, other: Lora) -> float:
-    """Maximum over sites, biases and normalisations of ‖ΔW_other − ΔW_one‖ / ‖ΔW_one‖; 1 if
-    ``other`` lacks one."""
+    """Maximum of ‖ΔW_other − ΔW_one‖ / ‖ΔW_one‖ over sites and vectors; 1 where one is missing."""
     errors = [0.0]
     for site, change in one.sites.items():
         got = other.sites.get(site)

@@ -114,8 +114,7 @@ def extract_lora(
 def output_error(
     base: Host, tuned: Host, concept: Concept, lora: Lora, calibration: Calibration, tick: Tick
 ) -> float:
-    """‖f_LoRA − f_tuned‖ / ‖f_base − f_tuned‖ of final outputs, on rows that ``tuned`` denoised
-    from prompts of ``concept`` with another seed: 0 for a perfect LoRA, 1 for the base."""
+    """‖f_LoRA − f_tuned‖ / ‖f_base − f_tuned‖ of final outputs: 0 is perfect, 1 like the base."""
     separate = held_out(calibration, _SAMPLES, _TIMESTEPS)
     generator = torch.Generator().manual_seed(separate.seed)
     sites = set(lora.sites)
@@ -131,8 +130,7 @@ def output_error(
 
 
 def check_alike(base: Mapping[str, tuple[int, ...]], tuned: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise :class:`MismatchError` naming the first key that is missing in one or differs in
-    shape."""
+    """Raise :class:`MismatchError` naming the first key that only one has, or in another shape."""
     for name in sorted(base.keys() | tuned.keys()):
         one, two = base.get(name), tuned.get(name)
         if one != two:
@@ -144,8 +142,7 @@ def check_alike(base: Mapping[str, tuple[int, ...]], tuned: Mapping[str, tuple[i
 
 
 def differences(base: Host, tuned: Host) -> dict[str, Tensor]:
-    """Site → W_tuned − W_base, (out, in·kh·kw), float32, on the CPU, for nonzero differences.
-    Raises :class:`BaseError` for weights that cannot be read."""
+    """Site → W_tuned − W_base, (out, in·kh·kw), float32, on the CPU, where it is not zero."""
     found: dict[str, Tensor] = {}
     for name in base.sites():
         change = tuned.weight(name) - base.weight(name)

@@ -141,8 +141,7 @@ def _fields(name: str, words: str | Sequence[str] | Mapping[str, Any]) -> dict[s
 
 
 def _loaded(host: Host, of_base: Mapping[nn.Module, Any], names: Sequence[str]) -> dict[str, Lora]:
-    """The adapters ``names`` as LoRAs for the sites of ``host``. Raises :class:`LoraFileError` for
-    an adapter that changes nothing there."""
+    """The adapters as LoRAs for ``host``; raises :class:`LoraFileError` if one changes nothing."""
     every: dict[str, dict[str, LowRank]] = {name: {} for name in names}
     places = {module: site for site, module in host.sites().items()}
     for module, layer in of_base.items():
@@ -230,8 +229,7 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 def _add(model: Any, name: str, changes: Mapping[str, LowRank], heads: str | None) -> None:
-    """Add an adapter with ``changes``, by layer name, to a ``PeftModel``; on failure everything is
-    restored."""
+    """Add an adapter with ``changes``, by layer name; on failure everything is restored."""
     from peft import LoraConfig
 
     base: nn.Module = model.base_model.model

@@ -247,8 +247,7 @@ def look(run: Run, of: Callable[[str, Tensor | None, float], _T]) -> dict[str, _
 
 
 def fitted(job: Job, run: Run, ranks: Mapping[str, int]) -> dict[str, LowRank]:
-    """The sites in ``ranks``, fitted at these ranks to their whole output under all of the job's
-    changes, in a sweep on inputs that passed through earlier sites; other sites keep no change."""
+    """The sites in ``ranks``, fitted to their whole output in a sweep; others keep no change."""
     size = job.calibration.samples, job.calibration.rows_each, 1
     fit = RegressionSpec(job.weights, THRESHOLDS.ridge_for(*size), residuals=False)
     fits = {site: replace(fit, rank=rank) for site, rank in ranks.items()}
@@ -269,8 +268,7 @@ def fitted(job: Job, run: Run, ranks: Mapping[str, int]) -> dict[str, LowRank]:
 
 
 def other_differences(base: Host, tuned: Host) -> dict[str, Tensor]:
-    """Parameter → tuned − base, float32, on the CPU, for normalisations, biases and embeddings that
-    both models have and that differ."""
+    """Parameter → tuned − base, float32, on the CPU, for parameters beside sites that differ."""
     found: dict[str, Tensor] = {}
     own = base.parameters().keys() & tuned.parameters().keys()
     for name in sorted(own):
@@ -299,8 +297,7 @@ def with_vectors(host: Host, vectors: Mapping[str, Tensor]) -> Generator[None]:
 
 
 class _Swap:
-    """Gives ``module`` parameters with ``changes`` while forwards are inside it; several may be, if
-    they wait for each other."""
+    """Gives ``module`` changed parameters while forwards, which may wait, are inside it."""
 
     def __init__(self, module: nn.Module, changes: Mapping[str, Tensor]) -> None:
         self._module, self._changes = module, changes

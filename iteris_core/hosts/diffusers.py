@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..activations.lockstep import Lockstep
 from ..activations.memory import free_memory, usable
@@ -48,8 +49,7 @@ Words = list[list[Call]]
 
 @dataclass(frozen=True)
 class DiffusionSamples:
-    """``worth`` is the effective number of samples per concept. ``recorded`` is None if no site
-    needs the denoiser to run."""
+    """``worth``: effective samples of a concept; ``recorded``: None if no denoiser has to run."""
 
     text: TextRows
     arguments: Arguments
@@ -86,8 +86,7 @@ class DiffusersHost(Host):
 
     @property
     def experts(self) -> str:
-        """The name of the first denoiser, if there is a second one for low noise; otherwise
-        empty."""
+        """The name of the first denoiser if there is a second one for low noise; else empty."""
         return self.architecture.denoiser if len(self._loop.denoisers) > 1 else ""
 
     def _models(self) -> list[nn.Module]:
@@ -156,7 +155,11 @@ class DiffusersHost(Host):
         for model in self._models():
             check_ready(model)
         denoises = any(not site.startswith(OF_TEXT) for site in sites - self._direct)
-        arguments = self._study(calibration, denoises=denoises)
+        read = calibration.denoising_steps, calibration.latent_size, calibration.frames
+        key = (*read, denoises, getattr(self.pipeline, "scheduler", None))
+        if key not in self._studied:
+            self._studied[key] = study(self._loop, calibration, denoises=denoises)
+        arguments = self._studied[key]
         share = calibration.empty_share if self._loop.empty_prompts else 0.0
         drawn = SamplePrompts.drawn(
             concepts, calibration, self._vocabulary, generator, share, denoises=denoises
@@ -169,14 +172,6 @@ class DiffusersHost(Host):
             )
         text = drawn.texts(None if recorded is None else recorded.each)
         return DiffusionSamples(text, arguments, drawn.effective_samples(text), recorded)
-
-    def _study(self, calibration: Calibration, *, denoises: bool) -> Arguments:
-        """:func:`.diffusers_arguments.study`, once in a merge for what it reads."""
-        read = calibration.denoising_steps, calibration.latent_size, calibration.frames
-        key = (*read, denoises, getattr(self.pipeline, "scheduler", None))
-        if key not in self._studied:
-            self._studied[key] = study(self._loop, calibration, denoises=denoises)
-        return self._studied[key]
 
     def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
         text, recorded = samples.text, samples.recorded
@@ -212,9 +207,15 @@ class DiffusersHost(Host):
         words: Words = [[{}] * len(text.texts) for _ in range(2)]
         yield self._text_stage(text_sites, samples, words, feeds=bool(others))
         if recorded is None and others:
-            modules = [self._sites[site] for site in others]
-            run = partial(self._run_projections, words, modules)
-            yield Stage("cross-attention", others, text.text_owners, run, samples=samples.worth)
+
+            def project(rows: Sequence[int], copies: int) -> None:
+                calls = [words[copy][row] for copy in range(copies) for row in rows]
+                states = torch.stack([call["encoder_hidden_states"] for call in calls])
+                states = states.to(self.device)
+                for site in others:
+                    self._sites[site](states)
+
+            yield Stage("cross-attention", others, text.text_owners, project, samples=samples.worth)
         if recorded is not None:
             for name in self._loop.denoisers:
                 own = [site for site in others if site.startswith(f"{name}.")]
@@ -224,8 +225,7 @@ class DiffusersHost(Host):
     def _text_stage(
         self, sites: Sequence[str], samples: DiffusionSamples, words: Words, *, feeds: bool
     ) -> Stage:
-        """Without ``sites``, text encoders give the same output for every concept and for the
-        merge."""
+        """Without ``sites``, encoders give the same output for all concepts and the merge."""
         text, arguments = samples.text, samples.arguments
         where: dict[tuple[int, str, Condition], list[int]] = {}
         known = zip(text.text_owners, text.texts, text.text_conditions, strict=True)
@@ -237,8 +237,9 @@ class DiffusersHost(Host):
         def run(rows: Sequence[int], copies: int) -> None:
             texts = [prompts[row] for row in rows]
             calls = self._first(arguments, texts * (copies if sites else 1))
-            for index, call in enumerate(map(_on_cpu, calls)):
+            for index, call in enumerate(calls):
                 copy, at = divmod(index, len(rows))
+                call = tree_map_only(Tensor, Tensor.cpu, call)
                 for of_copy in words[copy : copy + 1] if sites else words:
                     for number in numbers[rows[at]]:
                         of_copy[number] = call
@@ -322,14 +323,6 @@ class DiffusersHost(Host):
                 row |= {p: torch.zeros_like(row[p]) for p in arguments.worded if not prompt}
         return rows
 
-    def _run_projections(
-        self, words: Words, modules: Sequence[nn.Module], rows: Sequence[int], copies: int
-    ) -> None:
-        calls = [words[copy][row] for copy in range(copies) for row in rows]
-        states = torch.stack([call["encoder_hidden_states"] for call in calls]).to(self.device)
-        for module in modules:
-            module(states)
-
     def _sees_text_only(self, site: str) -> bool:
         """True if a site's input is the text embedding itself, independent of the latents."""
         parent_name, _, leaf = site.rpartition(".")
@@ -342,14 +335,3 @@ class DiffusersHost(Host):
             and not getattr(attention, "norm_cross", None)
             and getattr(unet, "encoder_hid_proj", None) is None
         )
-
-
-def _on_cpu(call: Call) -> Call:
-    """Move the tensors of ``call`` to the CPU, including those in lists."""
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.cpu()
-        return [moved(part) for part in value] if isinstance(value, list) else value  # pyright: ignore
-
-    return {path: moved(value) for path, value in call.items()}

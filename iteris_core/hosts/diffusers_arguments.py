@@ -22,7 +22,7 @@ from torch import Tensor
 from ..activations.memory import is_out_of_memory
 from ..concepts import Calibration
 from ..errors import BaseError, IterisError, OutOfMemory, SettingsError, brief
-from .diffusers_loop import PipelineLoop
+from .diffusers_loop import SEVERAL, PipelineLoop
 from .recorded import Axes, Call, batched_in, differ, entries, kind, passed, rows_in
 from .sizes import FRAMES, MOST_PIXELS, PICTURE_TOKENS, default_size, middle_patch, unet_levels
 
@@ -92,8 +92,7 @@ def study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> Ar
 
 @contextmanager
 def _trials_unreported() -> Generator[None]:
-    """Silence the libraries' logs during trials: :data:`_LONG` may have more tokens than a text
-    encoder takes, and some pipelines fail on two prompts. Real failures still raise."""
+    """Silence the libraries' logs: a trial's prompt may be too long, and a trial may fail."""
     loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -152,7 +151,7 @@ def _one_and_two(loop: PipelineLoop, size: Mapping[str, int]) -> tuple[Call, Cal
         return one, loop.first_call([_SHORT] * 2, size, seed=1), True
     except Exception as error:
         failed = error
-    if loop.draws_several:
+    if any(name in loop.names for name in SEVERAL):
         with suppress(Exception):
             return one, loop.first_call([_SHORT], size, seed=1, pictures=2), False
     if loop.each and not loop.one_each:
@@ -165,8 +164,7 @@ def _one_and_two(loop: PipelineLoop, size: Mapping[str, int]) -> tuple[Call, Cal
 
 
 def _joined(loop: PipelineLoop, one: Call, other: Call) -> Call | None:
-    """A two-row call joined from two calls, for a pipeline that draws only one image; None if the
-    denoiser's output differs for the joined rows."""
+    """A two-row call from two calls; None if the denoiser's output differs for the joined rows."""
     rows = [
         path
         for path, value in one.items()
@@ -272,8 +270,7 @@ def pipeline_size(
 def _prepared(
     loop: PipelineLoop, size: Mapping[str, int], prompt: str
 ) -> tuple[dict[str, int], Tensor]:
-    """The size that the pipeline passes to its ``prepare_latents``, and the latents that it
-    returns."""
+    """The size that the pipeline passes to its ``prepare_latents``, and the latents from there."""
     pipeline, kept = loop.pipeline, list[Any]()
     unknown = BaseError(f"{type(pipeline).__name__} makes its latents in an unsupported way.")
     if loop.modular is not None:
@@ -314,8 +311,7 @@ def _tokens(loop: PipelineLoop, latents: Tensor, frames: int) -> float:
 
 
 def token_sides(denoiser: Any) -> list[int]:
-    """Latents per token side, in each transformer block of a UNet, or in all blocks of a
-    transformer."""
+    """Latents per token side, in each transformer block of a UNet, or in all of a transformer."""
     if "block_out_channels" in denoiser.config:
         middle = getattr(denoiser, "mid_block", None)
         levels = unet_levels((*denoiser.down_blocks, middle, *denoiser.up_blocks))

@@ -19,7 +19,7 @@ from ..lora_files.experts import second_of
 from .recorded import Call, See, arguments_of, recording, seen_by
 
 _EACH = ("image", "lyrics")
-_SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt")
+SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt")
 _PLAIN = {
     "use_kv_cache": False,
     **dict.fromkeys(("stg_scale", "audio_stg_scale"), 0.0),
@@ -29,14 +29,15 @@ _PLAIN = {
 
 
 class Enough(BaseException):
-    """Ends a pipeline's loop once everything required is recorded. Not an Exception, because
-    modular pipelines log those."""
+    """Ends a pipeline's loop. Not an Exception, because modular pipelines log those."""
 
 
 class PipelineLoop:
     """``call`` are the pipeline's arguments besides the prompt, such as an image. ``names`` are all
     its parameters, ``denoisers`` the models it calls. ``unguided`` is the scale that disables
-    guidance; with ``one_each`` its image is passed once per prompt."""
+    guidance; with ``one_each`` its image is passed once per prompt. ``each`` are the arguments
+    for which some pipelines need a list with an item per prompt. ``empty_prompts``: by default it
+    also runs the empty prompt; guidance-distilled models take the scale as an input instead."""
 
     def __init__(self, pipeline: Any, kind: Architecture, call: Mapping[str, Any]) -> None:
         self.pipeline, self._call = pipeline, call
@@ -46,48 +47,28 @@ class PipelineLoop:
         }
         self.modular = ModularFunction(pipeline) if is_modular(pipeline) else None
         self._function = self.modular or inspect.unwrap(type(pipeline).__call__)
-        self.names = self.modular.names if self.modular else _parameters(self._function)
+        self.names: Mapping[str, inspect.Parameter] = (
+            self.modular.names if self.modular else inspect.signature(self._function).parameters
+        )
         for name in call.keys() - self.names.keys():
             raise BaseError(
                 f"{type(pipeline).__name__} takes no {name}; leave it out, or load a pipeline that "
                 "takes one."
             )
+        values = {n: call.get(n, self.names[n].default) for n in _EACH if n in self.names}
+        self.each = {name: value for name, value in values.items() if value is not None}
+        guided_by_input = any(d.config.get("guidance_embeds") for d in self.denoisers.values())
+        self._distilled = guided_by_input and "guidance_scale" in self.names
+        other = "true_cfg_scale" in self.names and not self._distilled
+        self._scale_name = "true_cfg_scale" if other else "guidance_scale"
+        default = getattr(self.names.get(self._scale_name), "default", 0)
+        numeric = isinstance(default, (int, float))
+        self.empty_prompts = not self._distilled and (not numeric or default > 1)
         self._changed = ExitStack()
         self._copies: dict[str, tuple[Any, Any]] = {}
         self._open = 0
         self.unguided = 1.0
         self.one_each = False
-
-    @property
-    def each(self) -> dict[str, Any]:
-        """The arguments for which some pipelines need a list with one item per prompt."""
-        values = {n: self._call.get(n, self.names[n].default) for n in _EACH if n in self.names}
-        return {name: value for name, value in values.items() if value is not None}
-
-    @property
-    def draws_several(self) -> bool:
-        """True if it draws several images per prompt."""
-        return any(name in self.names for name in _SEVERAL)
-
-    @property
-    def _distilled(self) -> bool:
-        """True if guidance is an input of the model."""
-        given = any(d.config.get("guidance_embeds") for d in self.denoisers.values())
-        return given and "guidance_scale" in self.names
-
-    @property
-    def _scale_name(self) -> str:
-        other = "true_cfg_scale" in self.names and not self._distilled
-        return "true_cfg_scale" if other else "guidance_scale"
-
-    @property
-    def empty_prompts(self) -> bool:
-        """True if the pipeline by default also runs the empty prompt; guidance-distilled models
-        take the guidance scale as an input instead."""
-        scale = self.names.get(self._scale_name)
-        if scale is None or self._distilled:
-            return False
-        return not isinstance(scale.default, (int, float)) or scale.default > 1
 
     def run(
         self,
@@ -106,12 +87,19 @@ class PipelineLoop:
             "num_inference_steps": steps,
             "generator": self._alone(generators),
             "output_type": "latent",
-            **dict.fromkeys(_SEVERAL, pictures),
+            **dict.fromkeys(SEVERAL, pictures),
             **_PLAIN,
             **size,
-            **self._given(len(prompts)),
-            **self._guidance(guidance, len(prompts)),
+            **self._call,
+            **{n: [value] * len(prompts) for n, value in self.each.items() if self.one_each},
         }
+        name = self._scale_name
+        if self._distilled or name not in self.names:
+            arguments |= {name: guidance} if guidance > 1 else {}
+        else:
+            arguments[name] = guidance - 1 + self.unguided
+            if name == "true_cfg_scale" and guidance > 1:  # no effect without a negative prompt
+                arguments["negative_prompt"] = [""] * len(prompts)
         known = {name: value for name, value in arguments.items() if name in self.names}
         with self._ready(), seen_by(see), suppress(Enough):
             self._function(self.pipeline, **known)
@@ -120,24 +108,9 @@ class PipelineLoop:
         """A list, or a single item alone for modular blocks, because some take no list."""
         return values[0] if self.modular and len(values) == 1 else list(values)
 
-    def _given(self, count: int) -> dict[str, Any]:
-        """The arguments beside ``count`` prompts."""
-        each = self.each if self.one_each else {}
-        return {**self._call, **{name: [value] * count for name, value in each.items()}}
-
-    def _guidance(self, scale: float, count: int) -> dict[str, Any]:
-        name = self._scale_name
-        if self._distilled or name not in self.names:
-            return {name: scale} if scale > 1 else {}
-        # A true guidance scale has no effect without a negative prompt.
-        negative = name == "true_cfg_scale" and scale > 1
-        words = {"negative_prompt": [""] * count} if negative else {}
-        return {name: scale - 1 + self.unguided, **words}
-
     @contextmanager
     def _ready(self) -> Generator[None]:
-        """Record the denoisers, install separate schedulers and guider, and hide the progress bar;
-        restore all when the last of several runs ends, which may wait for each other."""
+        """Context, restored when the last of several runs ends, which may wait for each other."""
         if not self._open:
             for name, denoiser in self.denoisers.items():
                 self._changed.enter_context(recording(name, denoiser))
@@ -168,8 +141,7 @@ class PipelineLoop:
         return torch.stack(output) if isinstance(output, list) else output  # pyright: ignore
 
     def free(self) -> None:
-        """Move models off the device that the pipeline offloads as a whole; a model called outside
-        the loop would stay there."""
+        """Take models off the device that the pipeline offloads whole, and that ran alone."""
         if getattr(self.pipeline, "_all_hooks", None):
             self.pipeline.maybe_free_model_hooks()
 
@@ -188,8 +160,9 @@ class PipelineLoop:
         return calls[0]
 
 
-def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(function).parameters
+def is_modular(pipeline: Any) -> bool:
+    """True for a pipeline made of blocks."""
+    return hasattr(pipeline, "_blocks")
 
 
 @contextmanager
@@ -221,19 +194,26 @@ class ModularFunction:
 
     def __init__(self, pipeline: Any) -> None:
         self._blocks = pipeline._blocks
-        inputs = [some for some in self._blocks.inputs if some.name]
-        self.names = {
-            some.name: _parameter(some.name, Parameter.empty if some.required else some.default)
-            for some in inputs
+        defaults = {
+            some.name: Parameter.empty if some.required else some.default
+            for some in self._blocks.inputs
+            if some.name
         }
         scale = getattr(getattr(pipeline, "guider", None), "guidance_scale", None)
-        self._guided = scale is not None and "guidance_scale" not in self.names
+        self._guided = scale is not None and "guidance_scale" not in defaults
         if self._guided:
-            self.names["guidance_scale"] = _parameter("guidance_scale", scale)
+            defaults["guidance_scale"] = scale
+        self.names = {
+            name: Parameter(name, Parameter.KEYWORD_ONLY, default=default)
+            for name, default in defaults.items()
+        }
         self._state: Any = None
 
     def __call__(self, pipeline: Any, **arguments: Any) -> None:
-        from diffusers.modular_pipelines.modular_pipeline import PipelineState
+        from diffusers.modular_pipelines.modular_pipeline import (
+            PipelineState,
+            SequentialPipelineBlocks,
+        )
 
         if self._guided:
             pipeline.guider.guidance_scale = arguments.pop("guidance_scale")
@@ -242,18 +222,14 @@ class ModularFunction:
             value = arguments.get(some.name, some.default)
             if some.name is not None:
                 self._state.set(some.name, value, some.kwargs_type)
-        for block in self._in_order():
+        blocks = [self._blocks]
+        if isinstance(self._blocks, SequentialPipelineBlocks):
+            parts = self._blocks.sub_blocks.values()
+            blocks = [part for part in parts if part.intermediate_output_names != ["prompt"]]
+        for block in blocks:
             block(pipeline, self._state)
             if any(_loops(block)):
                 return
-
-    def _in_order(self) -> Sequence[Any]:
-        from diffusers.modular_pipelines.modular_pipeline import SequentialPipelineBlocks
-
-        if not isinstance(self._blocks, SequentialPipelineBlocks):
-            return [self._blocks]
-        blocks = self._blocks.sub_blocks.values()
-        return [block for block in blocks if block.intermediate_output_names != ["prompt"]]
 
     def prepared(self, pipeline: Any) -> tuple[dict[str, int], Tensor | None]:
         """The sides in pixels and the latents of the last call; None if no block makes any."""
@@ -262,15 +238,6 @@ class ModularFunction:
             for name in ("height", "width")
         }
         return {name: side for name, side in sides.items() if side}, self._state.get("latents")
-
-
-def _parameter(name: str, default: Any) -> Parameter:
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=default)
-
-
-def is_modular(pipeline: Any) -> bool:
-    """True for a pipeline made of blocks."""
-    return hasattr(pipeline, "_blocks")
 
 
 def progress_bars(pipeline: Any) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, base_model, read_header, read_lora_file, write_lora
 from ..lora_files.aliases import file_names
 from ..lora_files.experts import by_expert
-from ..lora_files.parts import modules_of, split_key
+from ..lora_files.tensors import modules_of, split_key
 from .protocol import check_uncompiled
 
 OF_TEXT = ("text_encoder", *CONNECTORS)
@@ -37,8 +38,7 @@ COMPONENTS = (
 
 
 def pipeline_sites(pipeline: Any) -> dict[str, nn.Module]:
-    """Linear and Conv2d modules of every component that a LoRA may change. Raises
-    :class:`IterisError` if a component is compiled."""
+    """Layers of all components that a LoRA may change; raises :class:`IterisError` if compiled."""
     sites: dict[str, nn.Module] = {}
     for name, model in _components(pipeline):
         check_uncompiled(model)
@@ -48,10 +48,8 @@ def pipeline_sites(pipeline: Any) -> dict[str, nn.Module]:
 
 def pipeline_parameters(pipeline: Any) -> dict[str, nn.Module]:
     """The module of every parameter that is not the weight of a site, by parameter name."""
-    found: dict[str, nn.Module] = {}
-    for name, model in _components(pipeline):
-        found |= other_parameters(name, model)
-    return found
+    components = _components(pipeline)
+    return {n: m for name, model in components for n, m in other_parameters(name, model).items()}
 
 
 def _components(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -66,7 +64,9 @@ def base_of(pipeline: Any, sites: Mapping[str, nn.Module]) -> BaseModel:
     LoRA loader. Raises :class:`IterisError` for a pipeline without a denoiser or a loader."""
     shapes = {site: weight_shape(module) for site, module in sites.items()}
     kind = architecture_of_sites(shapes)
-    if kind is not None and _is_of(pipeline, kind):
+    # Other classes, such as FLUX.2, HunyuanVideo and AuraFlow, have FLUX.1's names of sites.
+    ancestors = type(getattr(pipeline, kind.denoiser)).__mro__ if kind is not None else ()
+    if kind is not None and kind.components[kind.denoiser].name in {a.__name__ for a in ancestors}:
         return base_model(kind, shapes, pipeline_parameters(pipeline))
     loaded = loaded_components(pipeline)
     denoiser = next((name for name in ("unet", "transformer") if name in loaded), None)
@@ -83,8 +83,7 @@ def base_of(pipeline: Any, sites: Mapping[str, nn.Module]) -> BaseModel:
 
 
 def loaded_components(pipeline: Any) -> list[str]:
-    """The components for which the pipeline's own loader reads changes; of text encoders, only
-    CLIP."""
+    """Components for which the pipeline's loader reads changes; of text encoders, only CLIP."""
     named: Sequence[str] = getattr(type(pipeline), "_lora_loadable_modules", ())
     return [
         name
@@ -92,14 +91,6 @@ def loaded_components(pipeline: Any) -> list[str]:
         if isinstance(part := getattr(pipeline, name, None), nn.Module)
         and (not name.startswith("text_encoder") or type(part).__name__.startswith("CLIPText"))
     ]
-
-
-def _is_of(pipeline: Any, kind: Architecture) -> bool:
-    """True if the denoiser's class matches the record, if it names one. Other classes have sites
-    with the same names (FLUX.2, HunyuanVideo and AuraFlow share FLUX.1's)."""
-    known = kind.components.get(kind.denoiser)
-    classes = {ancestor.__name__ for ancestor in type(getattr(pipeline, kind.denoiser)).__mro__}
-    return known is None or known.name in classes
 
 
 def check_parts(pipeline: Any, kind: Architecture) -> None:
@@ -115,22 +106,15 @@ def check_parts(pipeline: Any, kind: Architecture) -> None:
 def read_lora(
     pipeline: Any, sites: Mapping[str, nn.Module], path: Path, options: ReadOptions | None = None
 ) -> Lora:
-    """Read any layout that :mod:`..lora_files` knows, scale folded in, float32.
-
-    Raises :class:`LoraFileError` with the file, the key and both shapes if it does not fit.
-    """
+    """Read any layout that :mod:`..lora_files` knows; raises :class:`LoraFileError` otherwise."""
 
     def weight(site: str) -> Tensor:
         return plain_weight(site, sites[site], f"{path} is a DoRA, OFT or GLoRA, which")
 
     base, options = base_of(pipeline, sites), options or ReadOptions()
+    convert = partial(by_loader, pipeline, path, base, allow_partial=options.allow_partial)
     own = base.architecture in ARCHITECTURES
-
-    def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        partial = options.allow_partial
-        return tensors if own else by_loader(pipeline, path, base, tensors, allow_partial=partial)
-
-    return read_lora_file(path, base, weight, options, convert)
+    return read_lora_file(path, base, weight, options, dict if own else convert)
 
 
 def load_adapter(pipeline: Any, lora: Lora, name: str) -> None:
@@ -143,7 +127,13 @@ def load_adapter(pipeline: Any, lora: Lora, name: str) -> None:
     before = {layer: [*layer.active_adapters] for layer in _adapter_layers(pipeline).values()}
     try:
         pipeline.delete_adapters(name)
-        _load(pipeline, lora, name)
+        with tempfile.TemporaryDirectory() as folder:
+            for number, part in enumerate(by_expert(lora)):
+                if part.sites:
+                    path = Path(folder, f"{number}.safetensors")
+                    write_lora(part, path, layout="peft", dtype="float32")
+                    second = {"load_into_transformer_2": True} if number else {}
+                    pipeline.load_lora_weights(str(path), adapter_name=name, **second)
         # transformers 5 dropped ``text_model.`` from its names
         loaded = {s for s, layer in _adapter_layers(pipeline).items() if name in layer.lora_A}
         left = [s for s in lora.sites if not {s, s.replace(".text_model.", ".", 1)} & loaded]
@@ -165,19 +155,8 @@ def load_adapter(pipeline: Any, lora: Lora, name: str) -> None:
         raise OutputError(f"{kind} cannot load the LoRA ({brief(error)}).") from error
 
 
-def _load(pipeline: Any, lora: Lora, name: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        for number, part in enumerate(by_expert(lora)):
-            if part.sites:
-                path = Path(folder, f"{number}.safetensors")
-                write_lora(part, path, layout="peft", dtype="float32")
-                second = {"load_into_transformer_2": True} if number else {}
-                pipeline.load_lora_weights(str(path), adapter_name=name, **second)
-
-
 def peft_layers(model: nn.Module) -> dict[str, Any]:
-    """All peft layers of a model. Raises :class:`ModelStateError` if an adapter is merged into
-    weights."""
+    """All peft layers of a model; raises :class:`ModelStateError` if an adapter is merged."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
@@ -299,8 +278,7 @@ def _with_alphas_folded(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def _spellings(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The same tensors: unchanged, without redundant alphas, and under the prefixes by which
-    converters recognise ComfyUI's and kohya's files."""
+    """The tensors: unchanged, without redundant alphas, and with ComfyUI's and kohya's prefixes."""
     bare = {key: t for key, t in tensors.items() if not key.endswith(".alpha")}
     yield tensors
     yield bare
@@ -336,8 +314,7 @@ def _convert(
 
 
 def fingerprints(tensor: Tensor) -> Tensor:
-    """(rows,) int64, equal for equal rows. Zero rows carry no information, may be dropped, and get
-    no fingerprint."""
+    """(rows,) int64, equal for equal rows; none for zero rows, which a converter may drop."""
     rows = tensor.float().flatten(1) if tensor.ndim > 1 else tensor.float().reshape(-1, 1)
     generator = torch.Generator().manual_seed(rows.shape[1])
     factors = torch.randint(2**62, rows.shape[1:], generator=generator)

@@ -38,8 +38,7 @@ class RecordedRows:
         return {path: value[row] for path, value in self.moving.items()}
 
     def picture(self, drawn: Set[str]) -> Sequence[int] | None:
-        """(…, height, width) of the single ``drawn`` argument, if it has channels first, or one
-        token per patch of a square."""
+        """(…, height, width) of the single ``drawn`` argument: channels first, or square tokens."""
         shapes = [tuple(self.moving[path].shape[1:]) for path in drawn]
         if len(shapes) != 1:
             return None
@@ -50,8 +49,7 @@ class RecordedRows:
         return shape[1:] if len(shape) >= 3 else None
 
     def patches(self, drawn: Set[str], denoiser: Any) -> Sequence[int]:
-        """Sides of a token's patch, in the units of :meth:`picture`; packed latents are already
-        tokens."""
+        """Sides of a token's patch, in units of :meth:`picture`; packed latents are tokens."""
         packed = any(self.moving[path].ndim == 3 for path in drawn)
         return (1,) if packed else sorted(set(token_sides(denoiser)))
 
@@ -105,8 +103,7 @@ def record_rows(
 
 
 def _generators(count: int, numbers: int, generator: torch.Generator) -> Iterator[torch.Generator]:
-    """One generator per sample, as if a single draw had made all noise; ``generator`` continues
-    after it."""
+    """One generator per sample, as if a single draw from ``generator`` had made all noise."""
     for _ in range(count):
         own = torch.Generator()
         own.set_state(generator.get_state())
@@ -140,8 +137,7 @@ class _Record:
         self._ran = torch.zeros(picks.shape, dtype=torch.int64)
 
     def begin(self, rows: Sequence[int], before: int) -> None:
-        """Begin a run of the pipeline on the samples ``rows``, after that many steps of earlier
-        runs."""
+        """Begin a run on the samples ``rows``, after ``before`` sample steps of earlier runs."""
         self._rows, self._before = rows, before
         self._step = -1
         self._time: Call = {}

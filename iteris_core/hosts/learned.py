@@ -52,15 +52,11 @@ class EmbeddingTriggers:
 
     def notes(self, in_force: Set[str]) -> list[str]:
         """Notes for the report; the host activated the embeddings ``in_force``."""
-        notes: list[str] = []
-        for name in in_force:
-            words = [repr(word) for word, called in self.words.items() if called == name]
-            notes.append(f"{' or '.join(words)} calls for its embedding {name}")
-        return notes
+        said = {n: [repr(w) for w, called in self.words.items() if called == n] for n in in_force}
+        return [f"{' or '.join(said[n])} calls for its embedding {n}" for n in in_force]
 
     def warnings(self, in_force: Set[str]) -> list[str]:
-        """Warnings about inactive embeddings: without its embedding a LoRA does not behave as
-        trained, and its features are wrong."""
+        """Warnings about inactive embeddings, without which a LoRA does not behave as trained."""
         odd = [name for name in self.embeddings if name not in in_force]
         widths = {part: v.shape[1] for name in odd for part, v in self.embeddings[name].items()}
         why = (
@@ -113,8 +109,7 @@ class Encoder:
 
 
 def give(encoders: Sequence[Encoder], word: str, parts: Parts) -> bool:
-    """Give an embedding's vectors to the text encoders that match by name, otherwise by width.
-    Returns True if one does."""
+    """Give vectors to encoders that match by name, otherwise by width; returns True if one does."""
     for part, vectors in parts.items():
         named = [encoder for encoder in encoders if part in encoder.parts]
         anywhere = encoders if part == ANY or len(parts) == 1 else []
@@ -125,8 +120,7 @@ def give(encoders: Sequence[Encoder], word: str, parts: Parts) -> bool:
 
 
 def placeholder(number: int, start: str = "iterisword") -> str:
-    """A placeholder word for a tokenizer: lower-case letters, which prompt cleaning leaves
-    alone."""
+    """A word for a tokenizer, in lower-case letters, which prompt cleaning leaves alone."""
     return start + "".join(chr(ord("a") + number // 26**place % 26) for place in (2, 1, 0))
 
 
@@ -178,15 +172,13 @@ def _said(words: Iterable[str], texts: Sequence[str]) -> list[str]:
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str]:
-    longest_first = sorted(words, key=len, reverse=True)
-    return re.compile("|".join(map(_as_word, longest_first)), re.IGNORECASE)
-
-
-def _as_word(word: str) -> str:
-    """A pattern for ``word``, not inside another word or a path."""
-    before = r"(?<![\w/<-])(?<!embedding:)" if re.match(r"[\w-]", word) else ""
-    after = r"(?![\w-]|\.\w)" if re.search(r"[\w-]$", word) else ""
-    return f"{before}{re.escape(word)}{after}"
+    """A pattern for any of ``words``, not inside another word or a path; longer ones first."""
+    patterns: list[str] = []
+    for word in sorted(words, key=len, reverse=True):
+        before = r"(?<![\w/<-])(?<!embedding:)" if re.match(r"[\w-]", word) else ""
+        after = r"(?![\w-]|\.\w)" if re.search(r"[\w-]$", word) else ""
+        patterns.append(f"{before}{re.escape(word)}{after}")
+    return re.compile("|".join(patterns), re.IGNORECASE)
 
 
 _TOKEN = "iterisvector"
@@ -234,8 +226,7 @@ def _taught(pipeline: Any, encoder: Encoder, plain: Mapping[str, str]) -> Genera
 
 
 def _reading(kind: type, said: Mapping[str, str]) -> type:
-    """A subclass of the tokenizer class ``kind`` that reads the values of ``said`` in place of its
-    keys."""
+    """A subclass of a tokenizer class that reads the values of ``said`` in place of its keys."""
     pattern = re.compile("|".join(sorted(said, key=len, reverse=True)))
 
     def read(text: Any) -> Any:
@@ -297,11 +288,5 @@ def _encoders(pipeline: Any) -> list[Encoder]:
 def _token_embeddings(model: Any) -> list[Any]:
     """The module that embeds a model's tokens, and others that share its weight, as in T5."""
     first = model.get_input_embeddings()
-    shared = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        and module is not first
-        and module.weight is first.weight
-    ]
-    return [first, *shared]
+    others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not first]
+    return [first, *(module for module in others if module.weight is first.weight)]

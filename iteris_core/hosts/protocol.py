@@ -174,8 +174,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_uncompiled(model: nn.Module) -> None:
-    """Raise :class:`IterisError` for a model from torch.compile, which ignores hooks added
-    later."""
+    """Raise :class:`IterisError` for a model from torch.compile, which ignores later hooks."""
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
         raise ModelStateError(
             f"{type(getattr(model, '_orig_mod', model)).__name__} is compiled (torch.compile), "

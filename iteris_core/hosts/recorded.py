@@ -48,8 +48,7 @@ def replaced_forward(
 
 
 def recording(name: str, module: nn.Module) -> AbstractContextManager[None]:
-    """Context in which forwards of ``module`` that are called inside :func:`seen_by` go through its
-    ``see``, under ``name``."""
+    """Context in which forwards of ``module`` inside :func:`seen_by` go through its ``see``."""
     signature = inspect.signature(type(module).forward)
 
     def replace(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,48 +103,41 @@ def arguments_of(call: Call) -> dict[str, Any]:
 def batched_in(one: Call, two: Call) -> dict[str, int]:
     """The arguments with an entry per row, and their batch dimension, from a call with one row and
     one with two."""
-    axes = {path: _doubled(value, two.get(path)) for path, value in one.items()}
-    return {path: axis for path, axis in axes.items() if axis is not None}
-
-
-def _doubled(one: Any, two: Any) -> int | None:
-    if isinstance(one, Tensor) and isinstance(two, Tensor) and one.ndim == two.ndim:
-        pairs = zip(one.shape, two.shape, strict=True)
-        other = [(axis, n, m) for axis, (n, m) in enumerate(pairs) if n != m]
-        return other[0][0] if len(other) == 1 and other[0][2] == 2 * other[0][1] else None
-    if isinstance(one, (list, tuple)) and isinstance(two, (list, tuple)):
-        return 0 if len(two) == 2 * len(one) > 0 else None  # pyright: ignore
-    return None
+    axes: dict[str, int] = {}
+    for path, a in one.items():
+        b = two.get(path)
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim == b.ndim:
+            pairs = zip(a.shape, b.shape, strict=True)
+            other = [(axis, n, m) for axis, (n, m) in enumerate(pairs) if n != m]
+            if len(other) == 1 and other[0][2] == 2 * other[0][1]:
+                axes[path] = other[0][0]
+        lists = isinstance(a, (list, tuple)) and isinstance(b, (list, tuple))
+        if lists and len(b) == 2 * len(a) > 0:  # pyright: ignore
+            axes[path] = 0
+    return axes
 
 
 def rows_in(call: Call, batched: Axes) -> int:
     """The number of rows of ``call``."""
-    counts = [_count(call[path], axis) for path, axis in batched.items() if path in call]
+    values = [(call[path], axis) for path, axis in batched.items() if path in call]
+    counts = (v.shape[axis] if isinstance(v, Tensor) else len(v) for v, axis in values)
     return max(counts, default=1)
 
 
-def _count(value: Any, axis: int) -> int:
-    return value.shape[axis] if isinstance(value, Tensor) else len(value)
-
-
 def entries(call: Call, batched: Axes, row: int) -> Call:
-    """One row of ``call``: its entry of each ``batched`` argument, without the batch dimension. A
-    single number applies to every row."""
-    return {
-        path: _entry(value, batched[path], row) if path in batched else value
-        for path, value in call.items()
-    }
-
-
-def _entry(value: Any, axis: int, row: int) -> Any:
-    if isinstance(value, Tensor):
-        return value.select(axis, row) if value.ndim else value
-    return value[row]
+    """One row of ``call``, without batch dimensions; a single number applies to every row."""
+    found = dict(call)
+    for path in batched.keys() & call.keys():
+        value = call[path]
+        if not isinstance(value, Tensor):
+            found[path] = value[row]
+        elif value.ndim:
+            found[path] = value.select(batched[path], row)
+    return found
 
 
 def joined(rows: Sequence[Call], batched: Axes, lists: Set[str], device: Any) -> Call:
-    """Join ``rows`` of one :func:`kind` into one call; ``lists`` are the ``batched`` arguments that
-    are not tensors."""
+    """One call of ``rows`` of one :func:`kind`; ``lists`` are those ``batched`` but not tensors."""
     call: Call = {}
     for path, first in rows[0].items():
         if path not in batched:

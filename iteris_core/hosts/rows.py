@@ -107,45 +107,26 @@ def added_concepts(
     """The concepts that a host with prompts adds to a merge: generic prompts and prompts with class
     words alone, on which the base should not change, and composites, whose prompts
     :func:`.composites_of` makes."""
-    rows = calibration.samples * calibration.rows_each
+    count = _preserved_rows(calibration.samples * calibration.rows_each)
     generator = torch.Generator().manual_seed(calibration.seed)
     wording = Wording(vocabulary, concepts, generator)
-    generic = _generic_concept(concepts, calibration, wording)
-    classes = _class_concept(concepts, calibration, wording)
-    composites = composites_of(concepts, calibration, wording, _preserved_rows(rows))
-    return [*(one for one in (generic, classes) if one is not None), *composites]
-
-
-def _generic_concept(
-    concepts: Sequence[Concept], calibration: Calibration, wording: Wording
-) -> Concept | None:
-    """None if the calibration disables it, if there is only one LoRA and it is not kept to its
-    trigger, or if a LoRA has no trigger word and should therefore act on every prompt."""
     loras = [concept for concept in concepts if concept.lora is not None]
+    added: list[Concept] = []
+    # A LoRA without a trigger word should act on every prompt, and so may a single one.
     called = all(calling_words([concept]) for concept in loras)
-    alone = len(loras) < 2 and not calibration.class_words
-    if not calibration.generic or alone or not called:
-        return None
-    count = _preserved_rows(calibration.samples * calibration.rows_each)
-    prompts = wording.generic(count)
-    return Concept(None, prompts, trigger=GENERIC, weight=calibration.generic)
-
-
-def _class_concept(
-    concepts: Sequence[Concept], calibration: Calibration, wording: Wording
-) -> Concept | None:
-    """Prompts with the LoRAs' class words and none of their triggers; None if the calibration
-    disables it, or if no LoRA has both."""
+    if calibration.generic and called and (len(loras) > 1 or calibration.class_words):
+        prompts = wording.generic(count)
+        added.append(Concept(None, prompts, trigger=GENERIC, weight=calibration.generic))
     prompts = [
         template.replace("{}", subject)
-        for concept in concepts
-        if concept.lora is not None and concept.trigger and concept.class_word
+        for concept in loras
+        if concept.trigger and concept.class_word
         for template in templates_of(concept, calibration)
         for subject in (concept.class_word, f"{wording.word()} {concept.class_word}".strip())
     ]
-    if not calibration.class_words or not prompts:
-        return None
-    return Concept(None, prompts, trigger=CLASSES, weight=calibration.class_words)
+    if calibration.class_words and prompts:
+        added.append(Concept(None, prompts, trigger=CLASSES, weight=calibration.class_words))
+    return [*added, *composites_of(concepts, calibration, wording, count)]
 
 
 @dataclass(frozen=True)
@@ -181,7 +162,12 @@ class SamplePrompts:
             for concept in concepts
         ]
         if calibration.contexts != 0:
-            prompts = [_filled_up(of_concept, wording) for of_concept in prompts]
+            for of_concept in prompts:
+                seen: Counter[str] = Counter()
+                for index, prompt in enumerate(of_concept):
+                    seen[prompt] += 1
+                    if seen[prompt] > _DENOISED_ALIKE:
+                        of_concept[index] = wording.in_context(prompt)
         if empty_share and not denoises:
             prompts = [[*of_concept, ""] for of_concept in prompts]
         return SamplePrompts(
@@ -238,8 +224,7 @@ class SamplePrompts:
         return TextRows.of(owners, prompts, latents, uses)
 
     def _in_contexts(self, owners: Sequence[int], prompts: Sequence[str]) -> list[str]:
-        """``prompts``, where a share given by :func:`context_shares` gets extra words. The empty
-        prompt stays."""
+        """``prompts``, a share of which gets extra words; the empty prompt stays."""
         if self.calibration.contexts == 0:
             return list(prompts)
         shares = context_shares(self.concepts, self.calibration)
@@ -261,19 +246,9 @@ class SamplePrompts:
 def drawn_steps(
     count: int, calibration: Calibration, steps: int, generator: torch.Generator
 ) -> Tensor:
-    """The denoising steps, out of ``steps``, at which each of ``count`` samples is recorded,
-    ascending, (count, timesteps)."""
+    """The steps at which each of ``count`` samples is recorded, ascending, (count, timesteps)."""
     picks = [torch.randperm(steps, generator=generator) for _ in range(count)]
     return torch.stack([pick[: calibration.rows_each] for pick in picks]).sort(dim=1)[0]
-
-
-def _filled_up(prompts: Sequence[str], wording: Wording) -> list[str]:
-    seen: Counter[str] = Counter()
-    filled: list[str] = []
-    for prompt in prompts:
-        seen[prompt] += 1
-        filled.append(wording.in_context(prompt) if seen[prompt] > _DENOISED_ALIKE else prompt)
-    return filled
 
 
 def _preserved_rows(rows: int) -> int:

@@ -40,8 +40,7 @@ def default_size(
 
 
 def unet_levels(blocks: Iterable[nn.Module | None]) -> list[int]:
-    """Latents per token side in each transformer block of a UNet, whose ``blocks`` are in execution
-    order."""
+    """Latents per token side in each transformer block of a UNet's ``blocks``, in their order."""
     levels: list[int] = []
     level = 1
     for module in (module for block in blocks if block is not None for module in block.modules()):
@@ -56,6 +55,5 @@ def unet_levels(blocks: Iterable[nn.Module | None]) -> list[int]:
 
 
 def middle_patch(sides: Sequence[int]) -> int:
-    """The ``patch`` of :func:`default_size`; ``sides`` lists latents per token side, one value per
-    transformer block or one for all."""
+    """The ``patch`` of :func:`default_size`, from the sides of tokens in every block, or in all."""
     return sorted(sides)[len(sides) // 2]

@@ -129,16 +129,14 @@ class TransformersHost(Host):
         return usable(free_memory(self.device))
 
     def _fewest_logits(self, sites: Set[str]) -> dict[str, int]:
-        """The argument that stops a decoder from computing logits for every token, which no site
-        needs."""
+        """The argument that stops a decoder from computing logits for every token."""
         names = inspect.signature(self.model.forward).parameters
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         needed = any(self._sites[site] is head for site in sites)
         return {"logits_to_keep": 1} if "logits_to_keep" in names and not needed else {}
 
     def _mask_name(self, site: str) -> str | None:
-        """The mask for a site's tokens: a decoder's own, except for what it reads from the encoder;
-        None for image tokens."""
+        """The mask for a site's tokens, a decoder's own or that of its input; not of images."""
         if self._encodes_and_decodes and ".decoder." in site:
             reads_encoder = any(mark in site for mark in _CROSS)
             leaf = site.rpartition(".")[2]
@@ -162,8 +160,7 @@ class TransformersHost(Host):
     def _continued(
         self, rows: Sequence[Row], owners: Sequence[int], lockstep: Lockstep, tick: Tick
     ) -> list[Row]:
-        """Every row, extended by what its own LoRA generates from it; one row per call, so no
-        padding."""
+        """Every row, extended by what its own LoRA generates; one row per call, so no padding."""
         continued: list[Row] = []
         for done, (row, owner) in enumerate(zip(rows, owners, strict=True), 1):
             given = {name: tensor for name, tensor in row.items() if name != "labels"}

@@ -1,14 +1,13 @@
 """LoRA files: reads every layout, and writes layouts that every tool reads.
 
 Only safetensors is read. Names are defined in :mod:`.aliases`, or in :mod:`..architectures` if only
-one architecture uses them. To add a parametrisation, add its leaves to :mod:`.parts` and its
+one architecture uses them. To add a parametrisation, add its leaves to :mod:`.tensors` and its
 formula to :mod:`.formulas`.
 """
 
 from .aliases import BaseModel, base_model, released_base
-from .parts import is_lora
 from .read import ReadOptions, ReleasedBases, read_lora_file
-from .tensors import read_header, read_tensors
+from .tensors import is_lora, read_header, read_tensors
 from .write import DTYPES, Layout, check_target, to_tensors, write_lora, write_loras
 
 __all__ = [

@@ -21,8 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import Architecture, architecture
-from ..architectures.record import CONNECTORS, is_t5, text_component
-from ..architectures.row_mapping import Alias, Shapes, file_rows, whole
+from ..architectures.record import (
+    CONNECTORS,
+    Alias,
+    Shapes,
+    file_rows,
+    is_t5,
+    text_component,
+    whole,
+)
 from ..architectures.sites import named_sites, other_parameters, weight_shape
 from ..errors import LoraFileError, OutputError
 
@@ -59,8 +66,7 @@ def base_model(
 
 @functools.cache
 def released_base(name: str) -> BaseModel:
-    """The released model of an architecture, built without weights; needs diffusers and
-    transformers. Raises :class:`IterisError` for an unknown name."""
+    """The released model of an architecture, built without weights from its libraries."""
     kind = architecture(name)
     with torch.device("meta"):
         parts = {name: part.make() for name, part in kind.components.items()}
@@ -104,8 +110,7 @@ def kohya_names(kind: Architecture, shapes: Shapes) -> dict[str, Alias]:
 
 
 def _module_names(kind: Architecture, parameters: Shapes) -> dict[str, str]:
-    """Module → the name under which ComfyUI reads changes of its vectors, for modules of UNets and
-    text encoders, whose names do not depend on sizes."""
+    """Module → ComfyUI's name for its vectors, in UNets and text encoders, of any size."""
     names: dict[str, str] = {}
     for parameter in parameters:
         module = parameter.rpartition(".")[0]
@@ -192,8 +197,7 @@ def placed(vectors: Container[str], keys: Mapping[str, Alias]) -> set[str]:
 def vectors_to_file(
     vectors: Mapping[str, Tensor], keys: Mapping[str, Alias], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The tensors of a file under ``keys``. Raises :class:`OutputError` for a vector without a
-    place, and for values that do not fit in ``dtype``."""
+    """Tensors of a file; raises :class:`OutputError` for what has no place or is too large."""
     missing = sorted(vectors.keys() - placed(vectors, keys))
     if missing:
         raise OutputError(
@@ -214,8 +218,7 @@ def vectors_to_file(
 
 
 def vectors_of_file(place: str, tensor: Tensor, alias: Alias) -> dict[str, Tensor]:
-    """Parameter → its change, (n,), float32, from one tensor of a file. Raises
-    :class:`LoraFileError`, starting with ``place``, for another shape."""
+    """Parameter → its change, (n,), from a tensor; raises :class:`LoraFileError` on a misfit."""
     if tensor.shape != (file_rows(alias),) or not tensor.is_floating_point():
         raise LoraFileError(
             f"{place} is {tuple(tensor.shape)} {tensor.dtype}, where the base model has "

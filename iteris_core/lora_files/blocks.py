@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from ..architectures.record import text_component
-from ..architectures.row_mapping import whole
+from ..architectures.record import text_component, whole
 from ..errors import ConceptError, LoraFileError
 from ..lora import Lora
 from .aliases import BaseModel
@@ -49,8 +48,7 @@ _BLOCK = re.compile(r"(input|output|double|single|middle)_blocks?\.(\d+)\.")
 
 
 def weights_by_block(text: str) -> dict[str, float]:
-    """Block → weight, from a comma-separated list of numbers or the name of a list. Raises
-    :class:`ConceptError` for any other text."""
+    """Block → weight, from comma-separated numbers or a list's name; else :class:`ConceptError`."""
     numbers = PRESETS.get(text.strip(), text).split(",")
     try:
         weights = [float(number) for number in numbers]
@@ -68,8 +66,7 @@ def weights_by_block(text: str) -> dict[str, float]:
 
 
 def blocks_of(base: BaseModel) -> dict[str, str]:
-    """Site → its block, for sites in a block. Empty for an architecture whose blocks have no such
-    names."""
+    """Site → its block, for sites in one; empty for an architecture without such names."""
     # Without a table, as in ComfyUI, sites already have the original names.
     denoiser = [site for site in base.shapes if text_component(site) is None]
     own = {site.partition(".")[2]: whole(site, base.shapes) for site in denoiser}
@@ -120,8 +117,7 @@ def filtered(lora: Lora, blocks: str = "", layers: str = "") -> Lora:
 
 
 def check_layers(text: str) -> list[tuple[bool, str]]:
-    """(keep, pattern) for each pattern, where keep is False for ``-``. Raises :class:`ConceptError`
-    for an empty pattern."""
+    """(keep, pattern) for each pattern; raises :class:`ConceptError` for an empty one."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.removeprefix("-") for part in parts):
         raise ConceptError(

@@ -42,8 +42,7 @@ _ENCODERS = ("clip_", "t5", "umt5", "mt5", "byt5", "pile_t5", "qwen", "gemma", "
 def split_embeddings(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> tuple[Embeddings, dict[str, Tensor], list[str]]:
-    """The embeddings of a LoRA file, bundled and beside it; the other tensors; and notes on
-    embeddings that ``metadata`` name but that are missing."""
+    """A file's embeddings, bundled and beside it; its other tensors; notes on what is missing."""
     embeddings, rest = unbundled(path, tensors)
     names = parse_object(metadata.get("iteris")).get("embeddings")
     if isinstance(names, list):  # a merged file
@@ -100,16 +99,13 @@ def bundled(embeddings: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]
 
 
 def to_file(name: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an embedding's own file. For a single tensor, diffusers uses its key as the
-    token; ComfyUI and A1111 accept any key then."""
+    """An embedding's own file; diffusers uses a single tensor's key as the token, others do not."""
     tensors = {part: vectors.clone() for part, vectors in parts.items()}
     return {name: tensors[ANY]} if list(tensors) == [ANY] else tensors
 
 
 def embedding_targets(path: Path, names: Sequence[str], overwrite: bool) -> dict[str, Path]:
-    """The files for the embeddings of the LoRA ``path``, beside it: ``<stem>_emb.safetensors`` for
-    a single one, ``<stem>_<name>_emb.safetensors`` for each of several. If they were bundled,
-    diffusers could not load the LoRA. Raises :class:`IterisError` if a file exists."""
+    """Files for embeddings beside a LoRA; bundled, diffusers could not load it."""
     targets: dict[str, Path] = {}
     for name, own in file_names(names).items():
         middle = "" if len(names) == 1 else f"_{own}"
@@ -137,8 +133,7 @@ def file_name(name: str) -> str:
 
 
 def _embeddings_of(file: Path, stem: str) -> Embeddings:
-    """The content of a file beside a LoRA: the parts of one embedding, or vectors by token, as
-    diffusers saves textual inversion."""
+    """A file beside a LoRA: the parts of one embedding, or diffusers' vectors by token."""
     tensors, metadata = read_tensors(file)
     parts = {_ALIASES.get(key, key): _vectors(file, key, t) for key, t in tensors.items()}
     name = metadata.get("name")

@@ -46,8 +46,7 @@ def joined_experts(high: Lora, low: Lora, denoiser: str) -> Lora:
 
 
 def split_experts(lora: Lora, denoiser: str) -> tuple[Lora, Lora]:
-    """The changes of ``denoiser`` and the text encoders; and those of the second denoiser, under
-    the first one's names, as in files."""
+    """The first denoiser and text encoders; and the second, under the first one's names."""
     first, second = f"{denoiser}.", f"{second_of(denoiser)}."
 
     def of_first(values: Mapping[str, Any]) -> dict[str, Any]:

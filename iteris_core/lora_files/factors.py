@@ -118,9 +118,7 @@ _PLAIN = re.compile(r"[\w.\\^$*+?|\[\]-]{1,300}")
 
 
 def adapter_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The LoraConfig of each component, as diffusers' pipelines save it: ``{"unet.lora_alpha": 8,
-    …}``; for a model saved by itself (``{"lora_alpha": 8, …}``) the component is ``""``.
-    """
+    """Component → LoraConfig, as diffusers' pipelines save them; "" for a model saved by itself."""
     text = metadata.get("lora_adapter_metadata")
     if not text:
         return {}
@@ -140,8 +138,7 @@ def adapter_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[s
 def scale_of(
     path: Path, configs: Mapping[str, Mapping[str, Any]], site: str, name: str, rank: int
 ) -> float | None:
-    """The scale in ``configs``, by component, of the module called ``site`` here and ``name`` in
-    the file; None if its component has no config."""
+    """The scale of the module ``site``, in the file ``name``; None if it has no config."""
     parts = [full.partition(".") for full in (site, name)]
     for component, _, module in (*parts, ("", "", parts[0][2])):
         if component in configs:

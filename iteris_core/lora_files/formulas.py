@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..errors import LoraFileError
 from .factors import Factors
-from .parts import modules_of
+from .tensors import modules_of
 
 Parts = Mapping[str, Tensor]
 
@@ -189,8 +189,7 @@ def _rotation(module: Module) -> Tensor:
 
 
 def _butterfly(turns: Tensor, weight: Tensor) -> Tensor:
-    """R W. In stage i, rows at distance 2^i · size / 2 are placed next to each other while the
-    blocks rotate them."""
+    """R W. In stage i the blocks rotate rows at distance 2^i · size / 2 beside each other."""
     stages, count, size, _ = turns.shape
     _require(size % 2 == 0 and count % 2 ** (stages - 1) == 0)
     rows = torch.arange(len(weight))
@@ -245,8 +244,7 @@ _OF_WEIGHT = {"oft_blocks": "an OFT or BOFT", "a1": "a GLoRA"}
 
 
 def needs_weight(parts: Container[str]) -> str | None:
-    """The parametrisation of ``parts`` if its change is unknown without the base's weight. DoRA is
-    not included: it has a change of its own."""
+    """The parametrisation of ``parts`` whose change is unknown without the base; not DoRA's."""
     return next((kind for part, kind in _OF_WEIGHT.items() if part in parts), None)
 
 

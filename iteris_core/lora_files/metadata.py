@@ -75,8 +75,7 @@ def trigger_phrases(metadata: Mapping[str, str]) -> list[str]:
 
 
 def noted_phrases(metadata: Mapping[str, str]) -> list[str]:
-    """Every trigger phrase that the file itself names, as a merged file or
-    ``modelspec.trigger_phrase`` does."""
+    """Every phrase that the file names: a merged one, or ``modelspec.trigger_phrase``."""
     phrases: list[str] = []
     for concept in merged_concepts(metadata):
         called = concept.get("called") or concept.get("subjects")
@@ -98,8 +97,7 @@ def merged_concepts(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _constant_tags(metadata: Mapping[str, str]) -> list[str]:
-    """Per dataset folder, the most frequent tag if no other tag is as frequent; common ones do not
-    count."""
+    """Per dataset folder, the most frequent tag that is not common, if no other is as frequent."""
     constant: list[str] = []
     for tags in tag_frequency(metadata).values():
         own = {tag: count for tag, count in tags.items() if not is_common(tag)}
@@ -132,8 +130,7 @@ _ON_THE_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def public_name(base: str) -> str:
-    """``base`` as a file may name it: a hub name, or the last part of a path. A local folder is
-    useless elsewhere, and reveals private paths."""
+    """A hub name, or the last part of a path: a local folder is useless elsewhere, and private."""
     path = Path(os.path.expanduser(base))  # unchanged if there is no such user
     if base and path.exists():
         return path.resolve().name
@@ -141,8 +138,7 @@ def public_name(base: str) -> str:
 
 
 def is_fast(names: Iterable[str]) -> str:
-    """The first of ``names`` (models and LoRAs) that suggests that the base draws in few steps
-    without guidance; empty if none does."""
+    """The first of ``names`` that suggests few steps without guidance; empty if none does."""
     words = _PURPOSES["speed"]
     return next((name for name in names if words.search(_words(PurePath(name).stem))), "")
 
@@ -188,8 +184,7 @@ def bare(phrase: str) -> str:
 
 
 def parted(phrase: str) -> tuple[str, str, str]:
-    """The words before the first one that is not common, that word, and those after it; all of them
-    before it if there is none."""
+    """The words before the first one that is not common, that word, and those after it."""
     words = phrase.split()
     at = next((n for n, word in enumerate(words) if not _is_common(word)), len(words))
     before, word, after = map(" ".join, (words[:at], words[at : at + 1], words[at + 1 :]))
@@ -233,8 +228,7 @@ class FoundPhrases(NamedTuple):
 
 
 def find_phrases(file: Path, metadata: Mapping[str, str]) -> FoundPhrases:
-    """The trigger phrases of the LoRA in ``file``: those its ``metadata`` name explicitly,
-    otherwise from files beside it, otherwise the best guess from its captions."""
+    """A LoRA's phrases: those in ``metadata``, else beside the file, else guessed from captions."""
     if noted := noted_phrases(metadata):
         return FoundPhrases(tuple(noted), "file")
     beside = sidecar_phrases(file)
@@ -254,8 +248,7 @@ def sidecar_phrases(file: Path) -> FoundPhrases:
 
 
 def sidecars(file: Path) -> list[Path]:
-    """The files beside ``file`` that may contain words, named after it with or without its
-    extension."""
+    """The files beside ``file`` that may have words, named with or without its extension."""
     paths = [file.with_name(f"{base}{end}") for end in _ENDINGS for base in (file.stem, file.name)]
     return [path for path in paths if path.is_file()]
 

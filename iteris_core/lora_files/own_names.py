@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from ..architectures import Architecture
-from ..architectures.row_mapping import Shapes, whole
+from ..architectures.record import Shapes, whole
 from ..errors import LoraFileError
 from ..lora import Lora
 from .aliases import BaseModel
 from .embeddings import split_embeddings
-from .parts import modules_of
 from .read import ReadOptions, read_lora_file
-from .tensors import read_tensors
+from .tensors import modules_of, read_tensors
 
 _COMPONENTS = {
     **dict.fromkeys(("lora_te", "lora_te1"), "text_encoder"),

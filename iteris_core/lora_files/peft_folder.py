@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import Architecture
-from ..architectures.row_mapping import Shapes, whole
+from ..architectures.record import Shapes, whole
 from ..errors import LoraFileError, OutputError
 from ..lora import Lora
 from ..saving import atomically, check_place

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import architecture_of_file
-from ..architectures.row_mapping import Alias, Piece, file_rows
+from ..architectures.record import Alias, Piece, file_rows
 from ..errors import LoraFileError, SettingsError
 from ..linalg.lowrank import extract
 from ..lora import Lora, LowRank, in_one
@@ -25,8 +25,7 @@ from .blocks import check_layers, filtered, weights_by_block
 from .embeddings import split_embeddings
 from .factors import adapter_configs, scale_of
 from .formulas import Parts, Rebuilt, needs_weight, rebuild
-from .parts import refusal, split_key
-from .tensors import file_digest, read_header, read_tensors
+from .tensors import file_digest, read_header, read_tensors, refusal, split_key
 
 _NO_MODULE, _UNKNOWN = "matches no module of the base model", "is of an unknown kind"
 
@@ -124,8 +123,7 @@ class ReleasedBases:
 
 
 def _other_base(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], base: BaseModel) -> str:
-    """The title of the released model that has all modules in a file, if ``base`` lacks some and is
-    of another architecture; otherwise empty."""
+    """The title of a released model that has all modules in a file, if ``base`` lacks some."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     with suppress(LoraFileError, ImportError):
         other = released_base(architecture_of_file(shapes, metadata).name)
@@ -263,8 +261,7 @@ def _check_size(place: str, rank: int, *factors: Tensor) -> None:
 def _modules(
     path: Path, tensors: Mapping[str, Tensor], base: BaseModel
 ) -> tuple[dict[Alias, tuple[str, dict[str, Tensor]]], dict[str, list[str]]]:
-    """Parts by module, with the module's name in the file; and why keys are not recognised → these
-    keys."""
+    """Parts by module, with its name in the file; and why keys are not recognised → these keys."""
     modules: dict[Alias, tuple[str, dict[str, Tensor]]] = {}
     left_out: dict[str, list[str]] = {}
     for key, tensor in tensors.items():

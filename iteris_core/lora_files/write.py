@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..architectures import architecture
-from ..architectures.row_mapping import Alias, file_rows
+from ..architectures.record import Alias, file_rows
 from ..errors import OutputError
 from ..lora import Lora, LowRank
 from ..saving import check_new, together
@@ -177,8 +177,7 @@ def _warn_of_unread(lora: Lora, layout: Layout) -> None:
 
 
 def name_of(dtype: str | torch.dtype) -> str:
-    """ "float16" for torch.float16 or "float16". Raises :class:`IterisError` for an unsupported
-    dtype."""
+    """ "float16" for torch.float16 or "float16"; raises :class:`IterisError` for others."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise OutputError(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}.")
@@ -234,8 +233,7 @@ def _fuse(name: str, alias: Alias, stored: Mapping[str, Factors]) -> Factors:
 
 
 def _recognisable(modules: Mapping[str, Factors], sites: Mapping[str, str]) -> dict[str, Factors]:
-    """Zero factors for an ``out_proj`` of each text encoder that needs them; ``sites`` by module.
-    Only CLIP does: language models name that layer differently, and no loader looks for it."""
+    """Zero factors for an ``out_proj`` of CLIP encoders that need one; ``sites`` by module."""
     components = {name: site.partition(".")[0] for name, site in sites.items()}
     known = {components[name] for name in modules if name.endswith("_out_proj")}
     added: dict[str, Factors] = {}

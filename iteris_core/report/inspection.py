@@ -22,8 +22,7 @@ from torch import Tensor
 from ..lora import Lora, LowRank
 from ..lora_files.blocks import LISTS, blocks_of
 from ..lora_files.metadata import trigger_words
-from ..lora_files.parts import kinds_of, layouts_of
-from ..lora_files.tensors import dtypes_of
+from ..lora_files.tensors import dtypes_of, kinds_of, layouts_of
 
 
 @dataclass(frozen=True)

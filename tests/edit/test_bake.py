@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from iteris_core import IterisError
-from iteris_core.architectures.row_mapping import whole
+from iteris_core.architectures.record import whole
 from iteris_core.edit.bake import FP8, bake, places_in, rounded, scaled_fp8
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from iteris_core import Concept, Lora, LowRank, merge_loras, write_lora
 from iteris_core.architectures import Architecture, architecture_of_sites
-from iteris_core.architectures.row_mapping import fused
+from iteris_core.architectures.record import fused
 from iteris_core.hosts.diffusers_lora import single_file_pipeline
 from iteris_core.lora_files import base_model, read_lora_file, read_tensors, to_tensors
 
