@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..activations.lockstep import Lockstep
 from ..activations.site import site_of
@@ -57,7 +57,7 @@ def extract_lora(
     :class:`SolveError` if the LoRA is no nearer to the fine-tune than the base is.
     """
     base_sites, tuned_sites = base.sites(), tuned.sites()
-    check_alike(_shapes(base_sites), _shapes(tuned_sites))
+    check_alike(*({n: weight_shape(m) for n, m in s.items()} for s in (base_sites, tuned_sites)))
     dense = differences(base, tuned)
     if not dense:
         raise MismatchError(
@@ -149,7 +149,3 @@ def differences(base: Host, tuned: Host) -> dict[str, Tensor]:
         if bool(change.any()):
             found[name] = change.flatten(1)
     return found
-
-
-def _shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
-    return {name: weight_shape(module) for name, module in modules.items()}

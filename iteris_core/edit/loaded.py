@@ -104,7 +104,15 @@ def merge_loaded(
         names = [name for name in words if any(name in some for some in every)]
     _check_names(list(words), names, what="active adapter")
     _check_names(names, names, words)
-    fields = {name: _fields(name, words[name]) for name in names}
+    fields: dict[str, Mapping[str, Any]] = {}
+    for name in names:
+        given = words[name]
+        if isinstance(given, Mapping):
+            fields[name] = {"trigger": name, **given}
+        elif isinstance(given, str):
+            fields[name] = words_in([given])
+        else:
+            fields[name] = {"trigger": name, "prompts": list(given)}
     found = [getattr(pipeline, name, None) for name in COMPONENTS]
     with without_adapters([part for part in found if isinstance(part, nn.Module)]) as of_base:
         host = DiffusersHost(pipeline, **(call or {}))
@@ -130,14 +138,6 @@ def _check_names(
             raise SettingsError(f"There is no {what} {name!r}; known are {', '.join(known)}.")
         if given is not None and name not in given:
             raise ConceptError(f"Adapter {name!r}: give its words or inputs, {name!r}: ….")
-
-
-def _fields(name: str, words: str | Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(words, Mapping):
-        return {"trigger": name, **words}
-    if isinstance(words, str):
-        return words_in([words])
-    return {"trigger": name, "prompts": list(words)}
 
 
 def _loaded(host: Host, of_base: Mapping[nn.Module, Any], names: Sequence[str]) -> dict[str, Lora]:
@@ -207,9 +207,10 @@ def change_of(layer: Any, place: str, name: str) -> LowRank | None:
             f"Adapter {name!r} has an unsupported type at {place} ({what}); only LoRA and DoRA "
             "without biases can be merged."
         )
-    parts = {"up": _stored(up.weight), "down": _stored(down.weight)}
+    stored = {"up": up, "down": down}
     if name in layer.lora_magnitude_vector:
-        parts["output_magnitude"] = _stored(layer.lora_magnitude_vector[name].weight)
+        stored["output_magnitude"] = layer.lora_magnitude_vector[name]
+    parts = {n: part.weight.detach().to("cpu", torch.float32) for n, part in stored.items()}
     base, scale = layer.get_base_layer(), float(layer.scaling[name])
 
     def weight() -> Tensor:
@@ -222,10 +223,6 @@ def change_of(layer: Any, place: str, name: str) -> LowRank | None:
     else:
         change = LowRank.whole(made, kernel)
     return change if bool(change.up.any()) and bool(change.down.any()) else None
-
-
-def _stored(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32)
 
 
 def _add(model: Any, name: str, changes: Mapping[str, LowRank], heads: str | None) -> None:

@@ -183,16 +183,8 @@ def job_of(
 ) -> Job:
     """A job that runs the rows of one ``concept`` on a ``host`` with its ``changes``."""
     eta, generator = Forecast(on_progress), torch.Generator().manual_seed(calibration.seed)
-    return Job(
-        host,
-        [concept],
-        changes,
-        calibration,
-        generator,
-        eta.tick,
-        memory_budget=memory_budget,
-        eta=eta,
-    )
+    given = host, [concept], changes, calibration, generator, eta.tick
+    return Job(*given, memory_budget=memory_budget, eta=eta)
 
 
 class _Moments(Reduction):

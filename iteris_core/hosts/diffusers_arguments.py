@@ -1,5 +1,5 @@
-"""The arguments of a pipeline's denoiser, and the size to request: the rule of :mod:`.sizes` in
-pixels.
+"""The arguments of a pipeline's denoiser, and the size to request: the rule of
+:func:`.default_size` in pixels.
 
 Some have an entry per row, some are random, some depend on the timestep and some on the words. The
 module finds out by running the pipeline's first steps a few times, never by name.
@@ -24,7 +24,7 @@ from ..concepts import Calibration
 from ..errors import BaseError, IterisError, OutOfMemory, SettingsError, brief
 from .diffusers_loop import SEVERAL, PipelineLoop
 from .recorded import Axes, Call, batched_in, differ, entries, kind, passed, rows_in
-from .sizes import FRAMES, MOST_PIXELS, PICTURE_TOKENS, default_size, middle_patch, unet_levels
+from .rows import FRAMES, MOST_PIXELS, PICTURE_TOKENS, default_size, middle_patch, unet_levels
 
 _SHORT, _LONG = "a cat", "two cats" + " and a dog" * 16
 """Prompts whose lengths differ in every tokenizer, even with padding to a multiple of 16 or 32

@@ -1,4 +1,5 @@
-"""The rows of a host that works from prompts: their texts, latents, and how the LoRAs are loaded.
+"""The rows of a host that works from prompts: their texts, latents, and how the LoRAs are loaded; and
+the size of their images.
 
 The diffusers and ComfyUI hosts make the same rows from the same seed. A merge is fitted to what its
 rows show. With all of them at strength 1 and nothing beside, five LoRAs break at strength 1.2 or
@@ -8,13 +9,14 @@ of the rows is at other strengths, or beside another LoRA.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..activations.site import PLAIN, Condition
 from ..calibration_prompts import (
@@ -287,3 +289,50 @@ def _drawn(draw: random.Random, loras: Sequence[int]) -> Use:
         return Use(Condition(text), Condition(denoiser))
     phantom = draw.choice(loras), draw.uniform(*_BESIDE), draw.randrange(1 << 32)
     return Use(Condition(text, *phantom), Condition(denoiser, *phantom))
+
+
+PICTURE_TOKENS = 1024
+"""The tokens of 512 pixels on SD 1.5 and FLUX.1, and of 1024 on SDXL. With the default number of
+rows this gives at least a hundred tokens per input of the widest site."""
+
+MOST_PIXELS = 1024
+"""The longest side, for models with such high compression that an image has fewer tokens."""
+
+FRAMES = 9
+"""Default frames of a video: two or three latent frames."""
+
+
+def default_size(
+    scale: int, patch: int, own: tuple[int, int] | None = None, multiple: int = 1
+) -> tuple[int, int]:
+    """(height, width) in latents, at the ratio of the model's ``own`` size (None: a square).
+
+    ``scale`` is pixels per latent side; ``patch`` is latents per token side at the middle block.
+    Sides are multiples of ``multiple`` and ``patch``.
+    """
+    height, width = own or (MOST_PIXELS // scale,) * 2
+    shrink = math.sqrt(PICTURE_TOKENS * patch**2 / (height * width))
+    shrink = min(shrink, MOST_PIXELS / (scale * max(height, width)), 1.0)
+    step = math.lcm(patch, multiple)
+    sides = (max(step, int(side * shrink / step + 1e-6) * step) for side in (height, width))
+    return next(sides), next(sides)
+
+
+def unet_levels(blocks: Iterable[nn.Module | None]) -> list[int]:
+    """Latents per token side in each transformer block of a UNet's ``blocks``, in their order."""
+    levels: list[int] = []
+    level = 1
+    for module in (module for block in blocks if block is not None for module in block.modules()):
+        kind = type(module).__name__
+        if kind == "BasicTransformerBlock":
+            levels.append(level)
+        elif kind.startswith("Downsample"):
+            level *= 2
+        elif kind.startswith("Upsample"):
+            level //= 2
+    return levels
+
+
+def middle_patch(sides: Sequence[int]) -> int:
+    """The ``patch`` of :func:`default_size`, from the sides of tokens in every block, or in all."""
+    return sorted(sides)[len(sides) // 2]

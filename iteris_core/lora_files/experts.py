@@ -48,14 +48,13 @@ def joined_experts(high: Lora, low: Lora, denoiser: str) -> Lora:
 def split_experts(lora: Lora, denoiser: str) -> tuple[Lora, Lora]:
     """The first denoiser and text encoders; and the second, under the first one's names."""
     first, second = f"{denoiser}.", f"{second_of(denoiser)}."
-
-    def of_first(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {site: value for site, value in values.items() if not site.startswith(second)}
-
-    high = replace(lora, sites=of_first(lora.sites), scales=of_first(lora.scales))
-    metadata = without_embeddings(lora.metadata)
-    low = replace(_renamed(lora, second, first), metadata=metadata, embeddings={})
-    return high, low
+    low = _renamed(lora, second, first)
+    low = replace(low, metadata=without_embeddings(lora.metadata), embeddings={})
+    sites, scales = (
+        {site: value for site, value in values.items() if not site.startswith(second)}
+        for values in (lora.sites, lora.scales)
+    )
+    return replace(lora, sites=sites, scales=scales), low
 
 
 def by_expert(lora: Lora) -> tuple[Lora, ...]:

@@ -151,11 +151,9 @@ def configured_scale(
 ) -> float:
     """alpha / rank, or alpha / √rank for rsLoRA; the first matching pattern decides alpha.
 
-    A pattern is a regular expression for the end of a module's name, as in peft
-    (``peft.utils.other.get_pattern_key``; not called, because ComfyUI has no peft and a hostile
-    pattern could make it hang). ``names`` are those of one module; in a text encoder they may start
-    with ``text_model.``, depending on the writer's transformers version. Raises
-    :class:`LoraFileError` for anything that peft cannot have written.
+    A pattern is a regular expression for the end of a module's name, as in peft, whose own function
+    is not called: ComfyUI has no peft, and a hostile pattern could make it hang. ``names`` are of
+    one module; in a text encoder they may start with ``text_model.``, as transformers 4 has it.
     """
     short = [name.removeprefix("text_model.") for name in names]
     names = {*names, *short, *(f"text_model.{name}" for name in short)}
@@ -169,12 +167,12 @@ def configured_scale(
             break
     try:
         number = float(alpha)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
         raise LoraFileError(
             f"{path}: lora_alpha of the LoraConfig is {str(alpha)[:40]!r}, not a number."
-        ) from error
-    if not math.isfinite(number):
-        raise LoraFileError(f"{path}: lora_alpha of the LoraConfig is {number}.")
+        )
     return number / (rank**0.5 if config.get("use_rslora") else rank)
 
 

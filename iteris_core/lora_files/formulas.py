@@ -267,9 +267,26 @@ def rebuild(
     missing or do not fit.
     """
     _check_parts(parts, place)
-    floats = {name: _as_float(parts[name], name, place) for name in sorted(parts.keys() - _BESIDE)}
+    floats: Parts = {}
+    for name in sorted(parts.keys() - _BESIDE):
+        part = parts[name]
+        if not part.is_floating_point():
+            raise LoraFileError(f"{place}: {name} has dtype {part.dtype}, not floating point.")
+        if part.numel() == 0:
+            raise LoraFileError(
+                f"{place}: {name} is empty, {tuple(part.shape)}: rank 0; the file is broken."
+            )
+        floats[name] = part.float()
+    alpha = None
+    if "alpha" in parts:
+        if parts["alpha"].numel() != 1:
+            sizes = tuple(parts["alpha"].shape)
+            raise LoraFileError(f"{place}: alpha has shape {sizes}, not one value.")
+        alpha = float(parts["alpha"])
+        if not math.isfinite(alpha):
+            raise LoraFileError(f"{place}: alpha is {alpha}; the file is broken.")
     try:
-        module = Module(floats, shape, _alpha(parts, place), scale, weight)
+        module = Module(floats, shape, alpha, scale, weight)
         change = FORMULAS[frozenset(floats)](module)
     except Misfit:
         sizes = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in floats.items())
@@ -297,28 +314,6 @@ def _check_parts(parts: Collection[str], place: str) -> None:
             f"{place} has only the parts {', '.join(sorted(parts))}, which are not a complete "
             "change; its other half is missing. Save or download the file again."
         )
-
-
-def _alpha(parts: Parts, place: str) -> float | None:
-    if "alpha" not in parts:
-        return None
-    if parts["alpha"].numel() != 1:
-        shape = tuple(parts["alpha"].shape)
-        raise LoraFileError(f"{place}: alpha has shape {shape}, not one value.")
-    alpha = float(parts["alpha"])
-    if not math.isfinite(alpha):
-        raise LoraFileError(f"{place}: alpha is {alpha}; the file is broken.")
-    return alpha
-
-
-def _as_float(tensor: Tensor, name: str, place: str) -> Tensor:
-    if not tensor.is_floating_point():
-        raise LoraFileError(f"{place}: {name} has dtype {tensor.dtype}, not floating point.")
-    if tensor.numel() == 0:
-        raise LoraFileError(
-            f"{place}: {name} is empty, {tuple(tensor.shape)}: rank 0; the file is broken."
-        )
-    return tensor.float()
 
 
 def _fold_magnitude(change: Tensor, weight: Tensor, parts: Parts, place: str) -> Tensor:

@@ -139,8 +139,8 @@ def public_name(base: str) -> str:
 
 def is_fast(names: Iterable[str]) -> str:
     """The first of ``names`` that suggests few steps without guidance; empty if none does."""
-    words = _PURPOSES["speed"]
-    return next((name for name in names if words.search(_words(PurePath(name).stem))), "")
+    found = (name for name in names if _PURPOSES["speed"].search(_words(PurePath(name).stem)))
+    return next(found, "")
 
 
 def purpose_of(name: str, metadata: Mapping[str, str]) -> Purpose | None:
@@ -296,10 +296,9 @@ def write_sidecar(file: Path, metadata: Mapping[str, str]) -> Path:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return parse_object(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _phrases(path: Path) -> list[str]:

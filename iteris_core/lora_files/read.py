@@ -68,23 +68,18 @@ class ReadOptions:
             check_layers(self.layers)
 
 
-Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-"""Renames the keys of a file's tensors."""
-
-
 def read_lora_file(
     path: Path,
     base: BaseModel,
     weight: Weight | None = None,
     options: ReadOptions | None = None,
-    convert: Convert = dict,
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> Lora:
     """Every change in the file by site, scale folded in, float32.
 
-    Sites whose change is exactly zero are left out. ``convert`` is applied to the tensors before
-    names are looked up. Raises :class:`LoraFileError` with file, key and shapes for anything that
-    cannot be read in full. Only ``allow_partial`` skips it instead, with a note in
-    :attr:`Lora.notes`.
+    Sites whose change is exactly zero are left out. ``convert`` renames the tensors first. Raises
+    :class:`LoraFileError` with file, key and shapes for anything that cannot be read in full. Only
+    ``allow_partial`` skips it instead, with a note in :attr:`Lora.notes`.
     """
     options = options or ReadOptions()
     tensors, metadata = read_tensors(path)

@@ -1,5 +1,5 @@
-"""Safetensors files, checked on reading, and the keys of LoRA files: which part of a change a tensor
-is, and readable names for layout and parametrisation.
+"""Safetensors files, checked on reading, and the keys of LoRA files: which part of a change a
+tensor is, and readable names for layout and parametrisation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ _FLOATS = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.float8_e4m3fn, torch.float8_e5m2),
 )
-_PIECE = 2**20
+_OTHER_KINDS = {
+    (b"pk\x03\x04", b"\x80"): "a pickled PyTorch file, which could run code when opened; convert "
+    "it to safetensors if you trust its source.",
+    (b"version https://git-lfs",): "a Git LFS pointer, a few lines of text in place of the real "
+    "file; run git lfs pull, or download the file itself.",
+    (b"<!doctype", b"<html", b"<?xml"): "a web page, not a safetensors file; the download may have "
+    "asked for a login. Download the file again.",
+}
+"""Starts of other files, in lower case, which are refused unopened"""
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -59,8 +67,10 @@ def _opened(path: Path) -> Generator[Any]:
     with path.open("rb") as file:
         head = file.read(64)
     # A safetensors file starts with a length, whose first bytes may match too, and then JSON.
-    if head[8:9] != b"{":
-        _refuse_other_kinds(path, head)
+    text = head.lstrip().lower()
+    for starts, what in _OTHER_KINDS.items() if head[8:9] != b"{" else ():
+        if text.startswith(starts):
+            raise LoraFileError(f"{path} is {what}")
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -72,24 +82,6 @@ def _opened(path: Path) -> Generator[Any]:
         raise LoraFileError(
             f"{path} is not a complete safetensors file ({error}); download or save it again."
         ) from error
-
-
-def _refuse_other_kinds(path: Path, head: bytes) -> None:
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        raise LoraFileError(
-            f"{path} is a pickled PyTorch file, which could run code when opened; convert it to "
-            "safetensors if you trust its source."
-        )
-    if head.startswith(b"version https://git-lfs"):
-        raise LoraFileError(
-            f"{path} is a Git LFS pointer, a few lines of text in place of the real file; run git "
-            "lfs pull, or download the file itself."
-        )
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise LoraFileError(
-            f"{path} is a web page, not a safetensors file; the download may have asked for a "
-            "login. Download the file again."
-        )
 
 
 def _check_numbers(path: Path, key: str, tensor: Tensor) -> None:
@@ -113,7 +105,7 @@ def file_digest(path: Path) -> str:
     """SHA-256 of the whole file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(_PIECE):
+        while piece := file.read(2**20):
             digest.update(piece)
     return digest.hexdigest()
 

@@ -98,7 +98,13 @@ def to_tensors(
     """
     if not lora.sites:
         raise OutputError("The merged LoRA changes no site; there is nothing to write.")
-    base, layout = lora.base or _unknown_base(lora), layout or _own_layout(lora)
+    layout, base = layout or _own_layout(lora), lora.base
+    if base is None:  # names as in SD 1.x
+        shapes: dict[str, tuple[int, ...]] = {}
+        for site, change in lora.sites.items():
+            kernel = change.kernel or ()
+            shapes[site] = (change.shape[0], change.shape[1] // math.prod(kernel), *kernel)
+        base = base_model(architecture("sd1"), shapes)
     one_alpha = base.architecture.one_alpha
     lora = replace(lora, sites=_as_wide_as_projections(lora.sites))
     stored = store_all(lora, DTYPES[name_of(dtype)], one_alpha, even=layout == "kohya")
@@ -145,15 +151,6 @@ def _as_wide_as_projections(sites: Mapping[str, LowRank]) -> dict[str, LowRank]:
 
 def _own_layout(lora: Lora) -> Layout:
     return "kohya" if lora.base is None or lora.base.written else "peft"
-
-
-def _unknown_base(lora: Lora) -> BaseModel:
-    """A base that names sites as in SD 1.x, if the real one is unknown."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for site, change in lora.sites.items():
-        kernel = change.kernel or ()
-        shapes[site] = (change.shape[0], change.shape[1] // math.prod(kernel), *kernel)
-    return base_model(architecture("sd1"), shapes)
 
 
 def _warn_of_unread(lora: Lora, layout: Layout) -> None:
