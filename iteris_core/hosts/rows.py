@@ -1,4 +1,4 @@
-"""The rows of a host that works from prompts: their texts, latents, and how the LoRAs are loaded; and
+"""The rows of a host that works from prompts: their texts, latents, how the LoRAs are loaded, and
 the size of their images.
 
 The diffusers and ComfyUI hosts make the same rows from the same seed. A merge is fitted to what its
