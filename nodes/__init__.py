@@ -8,6 +8,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .comfy_internals import missing, sentence
 from .comfy_routes import add_routes
+from .comfy_toybox import IterisToybox
 from .concept_nodes import IterisConcept, IterisLoras, PreservePrompts
 from .edit_nodes import ExtractLora, InspectLoras, ResizeLora
 from .merge_nodes import CompareMerges, IterisMerge, IterisMergeExperts
@@ -20,7 +21,6 @@ from .score_nodes import (
     ScoreSheet,
     VisionScorer,
 )
-from .toybox_node import IterisToybox
 
 NODES: list[type[io.ComfyNode]] = [
     *(IterisLoras, IterisConcept, PreservePrompts),

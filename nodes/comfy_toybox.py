@@ -1,4 +1,4 @@
-"""The toybox's pipeline as ComfyUI's own MODEL, CLIP and VAE."""
+"""The toybox as native ComfyUI objects, in float32, and its node."""
 
 from __future__ import annotations
 
@@ -9,17 +9,72 @@ from typing import Any
 
 import folder_paths
 import torch
+from comfy_api.latest import io
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..iteris_core.errors import IterisError
+from ..toybox import BASE, TEMPLATES, ToyConcept, load_clip, pivotal_concepts
+from ..toybox import concepts as toy_concepts
 from .comfy_internals import comfy, memory
+from .comfy_scorer import ComfyScorer, LazyScorer
+from .concept_specs import make_spec
+from .pictures import to_image
+from .schema import schema
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def load_world(folder: Path) -> tuple[Any, Any, Any]:
-    """(MODEL, CLIP, VAE) of a small Stable Diffusion in diffusers' layout, in float32."""
-    return _model(folder / "unet"), _clip(folder), _vae(folder / "vae")
+class IterisToybox(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "IterisToybox",
+            ["demo", "test model", "example"],
+            inputs=[io.String.Input("tokens", default="sks1, sks6")],
+            outputs=("MODEL", "CLIP", "VAE", "concepts", "references", "prompts", "scorer"),
+            lists=("references", "prompts"),
+        )
+
+    @classmethod
+    def execute(cls, tokens: str) -> io.NodeOutput:
+        chosen = _chosen(tokens)
+        return io.NodeOutput(
+            _model(BASE / "unet"),
+            _clip(BASE),
+            _vae(BASE / "vae"),
+            tuple(
+                make_spec(
+                    one.lora,
+                    trigger=one.token,
+                    class_word=one.class_word,
+                    prompts="\n".join(t.format(f"{one.token} {one.class_word}") for t in TEMPLATES),
+                )
+                for one in chosen
+            ),
+            [to_image([Image.open(path) for path in concept.references]) for concept in chosen],
+            [
+                one.instance_prompt.replace(one.token, f"embedding:{one.token.strip('<>')}")
+                if one.embedding is not None
+                else one.instance_prompt
+                for one in chosen
+            ],
+            LazyScorer(lambda: ComfyScorer(*load_clip())),
+        )
+
+
+def _chosen(tokens: str) -> list[ToyConcept]:
+    concepts = {**toy_concepts(), **pivotal_concepts()}
+    known = {token.strip("<>"): concept for token, concept in concepts.items()}
+    names = [name.strip(" <>") for name in tokens.split(",") if name.strip(" <>")]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise IterisError(
+            f"The toybox has no concept {', '.join(unknown) or 'of that name'}; its concepts are: "
+            f"{', '.join(known)}."
+        )
+    return [known[name] for name in names]
 
 
 class _SmallSD15(comfy.supported_models.SD15):

@@ -34,6 +34,12 @@ from .schema import (
     weight_input,
 )
 
+ROWS = 10
+"""Number of LoRAs on one node; the front end shows those in use and one more (web/iteris.js)."""
+
+_SOURCES = {"you": "", "file": " (from the file)", "captions": " (a guess from its captions)",
+            "input": " (from trigger_words)"}  # fmt: skip
+
 
 class IterisConcept(io.ComfyNode):
     @classmethod
@@ -128,13 +134,6 @@ class PreservePrompts(io.ComfyNode):
             raise IterisError("Preserve Prompts is empty; write one prompt per line.")
         spec = ConceptConfig.preserve(lines, weight)
         return io.NodeOutput((*specs_of(concepts), spec))
-
-
-ROWS = 10
-"""Number of LoRAs on one node; the front end shows those in use and one more (web/iteris.js)."""
-
-_SOURCES = {"you": "", "file": " (from the file)", "captions": " (a guess from its captions)",
-            "input": " (from trigger_words)"}  # fmt: skip
 
 
 def _named(number: int, what: str) -> dict[str, Any]:

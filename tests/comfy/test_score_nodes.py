@@ -96,7 +96,7 @@ def test_without_open_clip_only_scores_are_missing(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "open_clip" else find(name)
     )
-    *_, scorer = node(pack, "toybox_node", "IterisToybox").execute("sks1").result
+    *_, scorer = node(pack, "comfy_toybox", "IterisToybox").execute("sks1").result
     picture = torch.zeros(1, 8, 8, 3)
     with pytest.raises(error, match="pip install open_clip_torch"):
         node(pack, "score_nodes", "ClipImageAlignment").execute(scorer, picture, picture)
