@@ -110,7 +110,7 @@ def merge_loras(
     :param concepts: what to merge: each a :class:`Concept`, or a file with its trigger words in its
         metadata or in a note beside it. Those with strength or weight 0 are left out.
     :param method: a name from :func:`.methods.all_methods`.
-    :param preset: a name from :data:`.presets.PRESETS`; ``settings`` and ``calibration`` override
+    :param preset: a name from :data:`.settings.PRESETS`; ``settings`` and ``calibration`` override
         it.
     :param settings: the method's settings by name, or its dataclass, which replaces the preset's
         entirely.

@@ -56,7 +56,7 @@ class Method:
     """A registered method. ``merge(job, settings)`` runs the job's host only if ``needs_host``.
     ``sweeps(settings)`` is the number of sweeps, in which forwards wait at every site until it is
     solved; if it is not 0, every forward must reach all sites exactly once. ``sums`` says whether
-    rows may have the sum of several LoRAs as their target (:class:`..composites.Composite`)."""
+    rows may have the sum of several LoRAs as their target, as composites have."""
 
     name: str
     merge: Callable[[Any, Any], Merged]

@@ -1,5 +1,146 @@
-"""Scores of images, and their presentation."""
+"""Scores of images: CLIP alignment, as in the paper's table 1, and DINO image alignment."""
 
-from .scorers import ClipScorer, DinoScorer, ImageScorer, clip_score, without_tokens
+from __future__ import annotations
 
-__all__ = ["ClipScorer", "DinoScorer", "ImageScorer", "clip_score", "without_tokens"]
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import ScoreError, brief
+
+
+class ImageScorer:
+    """Cosines in the embedding space of one model, which is kept between calls."""
+
+    def __init__(self, model: Any, device: torch.device | str, batch: int) -> None:
+        self._model = model.to(device).eval()
+        self._device = device
+        self._batch = batch
+
+    @abstractmethod
+    def _embed_images(self, images: list[Image.Image]) -> Tensor: ...
+
+    @torch.no_grad()
+    def _units(self, items: Sequence[Any], embed: Callable[[list[Any]], Tensor]) -> Tensor:
+        starts = range(0, len(items), self._batch)
+        parts = [embed(list(items[start : start + self._batch])) for start in starts]
+        return functional.normalize(torch.cat(parts).float().cpu(), dim=-1)
+
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Unit vectors, (images, width), float32, on the CPU."""
+        return self._units(images, self._embed_images)
+
+    def image_alignment(
+        self, images: Sequence[Image.Image], references: Sequence[Image.Image]
+    ) -> Tensor:
+        """(images,): each image's mean cosine to the reference images of a concept."""
+        if not images or not references:
+            raise ScoreError("Image alignment needs at least one image and one reference.")
+        return (self.embed_images(images) @ self.embed_images(references).mT).mean(dim=1)
+
+
+class ClipScorer(ImageScorer):
+    """Cosines in the embedding space of one open_clip model."""
+
+    def __init__(
+        self,
+        model: Any,
+        preprocess: Callable[[Image.Image], Tensor],
+        tokenizer: Callable[[list[str]], Tensor],
+        *,
+        device: torch.device | str = "cpu",
+        batch: int = 64,
+    ) -> None:
+        super().__init__(model, device, batch)
+        self._preprocess = preprocess
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(
+        cls, architecture: str, pretrained: str | None = None, *, device: torch.device | str = "cpu"
+    ) -> ClipScorer:
+        """Load any open_clip architecture with one of its weight tags or a weights file.
+
+        ``local-dir:FOLDER`` is a model with its weights; any other architecture without weights
+        gets OpenAI's.
+        """
+        import open_clip
+
+        if pretrained is None and ":" not in architecture:
+            pretrained = "openai"
+        try:
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                architecture, pretrained=pretrained
+            )
+        except Exception as error:  # the library raises many types; its message is what helps
+            raise ScoreError(
+                f"open_clip cannot load {architecture!r} with weights {pretrained!r} "
+                f"({brief(error)}); the weights must be for that architecture, with open_clip's "
+                "names."
+            ) from error
+        return cls(model, preprocess, open_clip.get_tokenizer(architecture), device=device)  # type: ignore[arg-type]
+
+    def _embed_images(self, images: list[Image.Image]) -> Tensor:
+        pixels = torch.stack([self._preprocess(image) for image in images])
+        return self._model.encode_image(pixels.to(self._device))
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors, (texts, width), float32, on the CPU."""
+        return self._units(
+            texts, lambda chunk: self._model.encode_text(self._tokenizer(chunk).to(self._device))
+        )
+
+    def text_alignment(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """(images,): the cosine of each image to its prompt."""
+        if len(images) != len(prompts) or not images:
+            raise ScoreError(
+                f"Text alignment needs one prompt per image, not {len(prompts)} for {len(images)}."
+            )
+        return (self.embed_images(images) * self.embed_texts(prompts)).sum(dim=1)
+
+
+class DinoScorer(ImageScorer):
+    """Cosines of class tokens of a transformers vision model (Dinov2, DINO ViT-S/16). It judges
+    identity more strictly than CLIP, and cannot score text."""
+
+    def __init__(
+        self, model: Any, processor: Any, *, device: torch.device | str = "cpu", batch: int = 64
+    ) -> None:
+        super().__init__(model, device, batch)
+        self._processor = processor
+
+    @classmethod
+    def load(
+        cls, name: str = "facebook/dinov2-small", *, device: torch.device | str = "cpu"
+    ) -> DinoScorer:
+        """Load from a hub name, or a folder with a model and an image processor."""
+        from transformers import AutoImageProcessor, AutoModel
+
+        try:
+            processor = AutoImageProcessor.from_pretrained(name)
+            model = AutoModel.from_pretrained(name, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise ScoreError(f"The DINO model {name!r} cannot be loaded ({brief(error)}).") from (
+                error
+            )
+        return cls(model, processor, device=device)
+
+    def _embed_images(self, images: list[Image.Image]) -> Tensor:
+        pictures = [image.convert("RGB") for image in images]
+        pixels = self._processor(images=pictures, return_tensors="pt").to(self._device)
+        return self._model(**pixels).last_hidden_state[:, 0]
+
+
+def clip_score(cosine: Tensor) -> Tensor:
+    """CLIPScore's scale, 2.5 · max(cos, 0) (Hessel et al. 2021)."""
+    return 2.5 * cosine.clamp(min=0)
+
+
+def without_tokens(prompt: str, tokens: Sequence[str]) -> str:
+    """The prompt without rare tokens, which mean nothing to CLIP: "a sks1 star" → "a star"."""
+    return " ".join(word for word in prompt.split() if word not in set(tokens))

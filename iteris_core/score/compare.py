@@ -18,6 +18,7 @@ from ..merge import MergeResult, merge_loras
 from ..passes.changes import always_on
 from ..progress import OnProgress
 from ..settings import PresetName
+from . import ClipScorer, DinoScorer
 from .drawing import Drawing, draw
 from .measures import (
     ALONE,
@@ -30,7 +31,6 @@ from .measures import (
     judged_prompts,
     stats_of,
 )
-from .scorers import ClipScorer, DinoScorer
 
 _OWN = 6
 """Images that a LoRA draws as its own references."""
@@ -58,7 +58,7 @@ class Comparison:
 class CompareConfig:
     """``methods`` to merge with, with ``settings`` by method over those of the ``preset``. ``base``
     draws without a LoRA. ``alone`` draws with each LoRA by itself, one row per LoRA, relative to
-    which the other rows get their ``share``. ``templates`` are for :func:`.judged.fill_prompts`."""
+    which the other rows get their ``share``. ``templates``: see :func:`.measures.fill_prompts`."""
 
     methods: Sequence[str]
     templates: Sequence[str] = PROMPT_LISTS["composition"]

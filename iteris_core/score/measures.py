@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..concepts import Concept, prompt_list
 from ..errors import ScoreError
-from .scorers import ClipScorer, DinoScorer, without_tokens
+from . import ClipScorer, DinoScorer, without_tokens
 
 BASE, ALONE = "base", "alone"
 """Rows without a LoRA, and with each LoRA by itself."""
