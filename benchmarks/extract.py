@@ -27,7 +27,7 @@ from iteris_core.edit.extract import differences, extract_lora, output_error
 from iteris_core.edit.resize import other_differences, with_vectors
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.diffusers_lora import base_of
-from iteris_core.linalg.lowrank import truncate_matrix
+from iteris_core.linalg import truncate_matrix
 from iteris_core.solve.ranks import Target
 from toybox.pipeline import load
 from toybox.train.base import use_plain_attention

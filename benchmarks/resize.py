@@ -21,7 +21,7 @@ from protocol.toybox import ToyboxWorld
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.edit.resize import resize_lora
-from iteris_core.linalg.lowrank import truncate_factors
+from iteris_core.linalg import truncate_factors
 from iteris_core.solve.ranks import Target
 
 FILE = result_file("resize.json")

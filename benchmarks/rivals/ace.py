@@ -23,7 +23,7 @@ from statistics import fmean, variance
 import torch
 from torch import Tensor
 
-from iteris_core.linalg.lowrank import cut_to, truncate_factors
+from iteris_core.linalg import cut_to, truncate_factors
 from iteris_core.lora import LowRank, concatenate
 from iteris_core.methods.registry import AtSite, on_weights, rank_setting
 from iteris_core.settings import Settings, setting

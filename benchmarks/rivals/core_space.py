@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iteris_core.linalg.lowrank import truncate_factors
+from iteris_core.linalg import truncate_factors
 from iteris_core.lora import LowRank
 from iteris_core.methods.elected_signs import disjoint_mean
 from iteris_core.methods.registry import AtSite, on_weights, rank_setting

@@ -22,7 +22,7 @@ from iteris_core.activations.tokens import Observation
 from iteris_core.concepts import Concept
 from iteris_core.errors import BaseError, MismatchError
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.linalg.lowrank import truncate_matrix
+from iteris_core.linalg import truncate_matrix
 from iteris_core.lora import SiteChanges
 from iteris_core.methods.linear import LinearSettings, average
 from iteris_core.methods.registry import AtSite, Merged, micro_batch_setting, on_model

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from iteris_core.errors import SolveError
-from iteris_core.linalg.lowrank import cut_to
-from iteris_core.linalg.precision import solve_device
+from iteris_core.linalg import cut_to, solve_device
 from iteris_core.lora import LowRank
 from iteris_core.methods.registry import Merged, micro_batch_setting, on_model, rank_setting
 from iteris_core.passes.batches import REFERENCE, ExecutionConfig

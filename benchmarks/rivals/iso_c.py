@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iteris_core.linalg.lowrank import truncate_factors
+from iteris_core.linalg import truncate_factors
 from iteris_core.lora import LowRank, concatenate
 from iteris_core.methods.registry import AtSite, on_weights, rank_setting
 from iteris_core.settings import Settings, setting

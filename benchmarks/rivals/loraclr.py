@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from iteris_core.errors import SolveError
-from iteris_core.linalg.lowrank import cut_dense
-from iteris_core.linalg.precision import full_precision, solve_device
+from iteris_core.linalg import cut_dense, full_precision, solve_device
 from iteris_core.lora import SiteChanges
 from iteris_core.methods.registry import Merged, micro_batch_setting, on_model, rank_setting
 from iteris_core.passes.batches import SWEEP, ExecutionConfig

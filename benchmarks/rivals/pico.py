@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from iteris_core.linalg.lowrank import cut_to
+from iteris_core.linalg import cut_to
 from iteris_core.lora import LowRank, concatenate
 from iteris_core.methods.registry import AtSite, on_weights, rank_setting
 from iteris_core.settings import Settings, setting

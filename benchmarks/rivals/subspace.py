@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from iteris_core.linalg.precision import full_precision
+from iteris_core.linalg import full_precision
 from iteris_core.lora import SiteChanges
 from iteris_core.methods.regmean import routed, rows_of
 from iteris_core.solve.problem import (

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from iteris_core.linalg.lowrank import cut_dense
+from iteris_core.linalg import cut_dense
 from iteris_core.lora import LowRank, concatenate
 from iteris_core.methods.registry import AtSite, on_weights, rank_setting
 from iteris_core.settings import Settings, setting

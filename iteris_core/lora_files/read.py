@@ -18,7 +18,7 @@ from torch import Tensor
 from ..architectures import architecture_of_file
 from ..architectures.record import Alias, Piece, file_rows
 from ..errors import LoraFileError, SettingsError
-from ..linalg.lowrank import extract
+from ..linalg import extract
 from ..lora import Lora, LowRank, in_one
 from .aliases import BaseModel, released_base, vectors_of_file
 from .blocks import check_layers, filtered, weights_by_block

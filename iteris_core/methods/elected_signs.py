@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import cut_dense
+from ..linalg import cut_dense
 from ..lora import LowRank
 from ..settings import Settings, setting
 from .registry import AtSite, on_weights, rank_setting

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import cut_to
+from ..linalg import cut_to
 from ..lora import LowRank
 from ..settings import Settings, setting
 from .elected_signs import disjoint_mean

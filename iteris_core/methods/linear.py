@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..linalg.lowrank import cut_to
+from ..linalg import cut_to
 from ..lora import LowRank, Rank, concatenate
 from ..settings import Settings, setting
 from .registry import AtSite, on_weights, rank_setting

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingsError
-from ..linalg.precision import full_precision
+from ..linalg import full_precision
 from ..lora import LowRank, SiteChanges
 from ..passes.job import Job
 from ..settings import Settings, setting

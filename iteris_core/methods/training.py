@@ -17,7 +17,7 @@ from torch import Tensor
 from ..activations.lockstep import Lockstep
 from ..activations.memory import is_out_of_memory
 from ..errors import IterisError, brief
-from ..linalg.precision import full_precision
+from ..linalg import full_precision
 from ..lora import LowRank
 
 STEP = 3.0

@@ -18,7 +18,7 @@ from ..calibration_prompts import Composite
 from ..concepts import Concept
 from ..errors import MismatchError
 from ..hosts.protocol import Host
-from ..linalg.lowrank import truncate_factors
+from ..linalg import truncate_factors
 from ..lora import LowRank, SiteChanges, concatenate
 
 

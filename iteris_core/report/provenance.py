@@ -20,7 +20,7 @@ from torch import Tensor
 from ..concepts import Concept, Phrased
 from ..config import ConceptConfig, MergeConfig
 from ..hosts.learned import EmbeddingTriggers
-from ..linalg.lowrank import at_rank
+from ..linalg import at_rank
 from ..lora import Lora
 from ..lora_files.metadata import (
     Purpose,
@@ -142,7 +142,7 @@ def with_run(lora: Lora, base: str, unmergeable: str) -> Lora:
 
 def cut_lora(lora: Lora, rank: int, *, ordered: bool) -> Lora:
     """``lora`` with every site cut to ``rank``, recorded in its recipe; ``ordered`` as in
-    :func:`..linalg.lowrank.at_rank`."""
+    :func:`..linalg.at_rank`."""
     sites = {site: at_rank(change, rank, ordered=ordered) for site, change in lora.sites.items()}
     return with_recipe(replace(lora, sites=sites), cut={"rank": rank, "ordered": ordered})
 

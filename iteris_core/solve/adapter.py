@@ -13,8 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import truncate_factors
-from ..linalg.precision import frobenius, pieces
+from ..linalg import frobenius, pieces, truncate_factors
 from ..lora import LowRank, SiteChanges
 from .inputs import CrossMoments, Factor, InputMoments, times
 from .moments import MomentReduction
@@ -31,7 +30,7 @@ from .problem import (
     weigher,
 )
 
-_PIECE = 1 << 21  # bytes of a moment during conversion to float64, see linalg.precision.pieces
+_PIECE = 1 << 21  # bytes of a moment during conversion to float64, see linalg.pieces
 
 
 class AdapterMoments(MomentReduction):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
-from ..linalg.precision import frobenius, full_precision, pieces, solve_device
+from ..linalg import frobenius, full_precision, pieces, solve_device
 from ..lora import LowRank
 
 _ERROR = 0.1  # relative change of a probe's solution; above it single precision is not enough

@@ -21,8 +21,17 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
-from ..linalg.lowrank import leading_eigenvectors, searches, truncate_factors, truncate_matrix
-from ..linalg.precision import energy, energy_dtype, full_precision, pieces, solve_device
+from ..linalg import (
+    energy,
+    energy_dtype,
+    full_precision,
+    leading_eigenvectors,
+    pieces,
+    searches,
+    solve_device,
+    truncate_factors,
+    truncate_matrix,
+)
 from ..lora import LowRank, SiteChanges, concatenate
 from .inputs import NOT_FINITE, Factor, InputMoments, output_energy, times
 from .problem import (

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
-from ..linalg.precision import energy, energy_dtype
+from ..linalg import energy, energy_dtype
 from ..lora import LowRank, Rank, SiteChanges
 from .inputs import InputMoments, output_energy
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import SettingsError
-from ..linalg.lowrank import truncate_factors, truncate_matrix
+from ..linalg import truncate_factors, truncate_matrix
 from ..lora import LowRank
 
 _HEADER = 400

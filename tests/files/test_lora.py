@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracle import truncated
 
 from iteris_core.errors import IterisError
-from iteris_core.linalg.lowrank import truncate_factors, truncate_matrix
+from iteris_core.linalg import truncate_factors, truncate_matrix
 from iteris_core.lora import LowRank, concatenate
 
 sizes = st.integers(1, 9)

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from iteris_core.linalg.precision import full_precision
+from iteris_core.linalg import full_precision
 
 CPU = torch.device("cpu")
 MATMUL = torch.backends.cuda.matmul

@@ -6,7 +6,7 @@ from oracle import ModuleHost, Net, hooks_on, make_data, make_lora
 
 from iteris_core import Calibration, Concept, IterisError, merge_loras
 from iteris_core.errors import SiteError
-from iteris_core.linalg.lowrank import truncate_factors
+from iteris_core.linalg import truncate_factors
 from iteris_core.preview import preview_merge
 from iteris_core.report.provenance import cut_lora, is_ordered
 

@@ -1,1 +1,0 @@
-"""Dense linear algebra that knows nothing of sites: precision, and low-rank cuts."""
