@@ -220,16 +220,19 @@ def composites_of(
         return []
     pairs = _pairs(subjects, styles, wording)
     weight = calibration.composites * (max(len(subjects), len(styles)) / len(pairs))
-    return [
-        Composite(
-            None,
-            _composite_prompts(subject, style, calibration, wording, rows),
-            trigger=f"{subject.name} in {style.name}",
-            weight=weight,
-            parts=(subject, style),
+    composites: list[Composite] = []
+    for subject, style in pairs:
+        plain, words = concept_prompts(subject, calibration, wording.generator), _words_of(style)
+        prompts: list[str] = []
+        for number in range(rows):  # the style's words follow, with and without a comma
+            join = (", ", " ")[number % 2]
+            prompt = join.join((plain[number % len(plain)], words[number % len(words)]))
+            prompts.append(wording.in_context(prompt) if number % 4 > 1 else prompt)
+        name = f"{subject.name} in {style.name}"
+        composites.append(
+            Composite(None, prompts, trigger=name, weight=weight, parts=(subject, style))
         )
-        for subject, style in pairs
-    ]
+    return composites
 
 
 def _pairs(
@@ -254,20 +257,6 @@ def _words_of(style: Concept) -> Sequence[str]:
     backwards = zip(*(str(prompt).split()[::-1] for prompt in style.prompts or ()), strict=False)
     ending = [some[0] for some in takewhile(lambda some: len(set(some)) == 1, backwards)]
     return [" ".join(reversed(ending))] if ending else []
-
-
-def _composite_prompts(
-    subject: Concept, style: Concept, calibration: Calibration, wording: Wording, count: int
-) -> list[str]:
-    """The subject's prompts followed by the style's words, with and without a comma."""
-    plain = concept_prompts(subject, calibration, wording.generator)
-    words = _words_of(style)
-    found: list[str] = []
-    for number in range(count):
-        join = (", ", " ")[number % 2]
-        prompt = join.join((plain[number % len(plain)], words[number % len(words)]))
-        found.append(wording.in_context(prompt) if number % 4 > 1 else prompt)
-    return found
 
 
 def calling_words(concepts: Iterable[Concept]) -> Set[str]:

@@ -16,7 +16,7 @@ from ..hosts.learned import embedding_triggers, in_force
 from ..hosts.protocol import Host
 from ..merge import MergeResult, merge_loras
 from ..passes.changes import always_on
-from ..progress import OnProgress
+from ..progress import OnProgress, Progress
 from ..settings import PresetName
 from . import ClipScorer, DinoScorer
 from .drawing import Drawing, draw
@@ -100,7 +100,10 @@ def compare_methods(
     columns: dict[str, dict[str, Tensor]] = {}
     comparison = Comparison(prompts, measure.labels, made={"drawing": asdict(drawing)})
     for name, (method, merged) in rows_of(config.methods, measure.labels).items():
-        of_row = _prefixed(on_progress, name)
+
+        def of_row(progress: Progress, name: str = name) -> None:
+            on_progress(replace(progress, what=f"{name}: {progress.what}"))
+
         drawn = judged[merged[0]] if name.startswith(f"{ALONE} ") else range(len(prompts))
         result = None
         if method != BASE:
@@ -154,11 +157,6 @@ def own_references(
             pairs = [(prompt, seed) for seed in seeds]
             references.append(draw(pipeline, pairs, drawing, on_progress))
     return references
-
-
-def _prefixed(on_progress: OnProgress, row: str) -> OnProgress:
-    """``on_progress`` for one ``row``, which its reports name."""
-    return lambda progress: on_progress(replace(progress, what=f"{row}: {progress.what}"))
 
 
 @contextmanager

@@ -58,61 +58,44 @@ def write_results(comparison: Comparison, folder: Path) -> list[Path]:
         raise SaveError(f"{folder} cannot be created ({brief(error)}); give another folder.") from (
             error
         )
-    prompts = comparison.prompts
+    prompts, rows, name = comparison.prompts, comparison.rows, " + ".join(comparison.concepts)
+    every = len(next(iter(comparison.pictures.values()))) // len(prompts)
+    first = {row: images[::every] for row, images in comparison.pictures.items()}  # seeds
     data = {
         "concepts": list(comparison.concepts),
         "methods": {
-            name: {column: stat.to_dict() for column, stat in row.items()}
-            for name, row in comparison.rows.items()
+            row: {column: stat.to_dict() for column, stat in stats.items()}
+            for row, stats in rows.items()
         },
         "prompts": list(prompts),
         "seconds": comparison.seconds,
         "settings": comparison.settings,
         **comparison.made,
     }
-    sheet = contact_sheet(
-        _first(comparison),
-        prompts,
-        cell=192 if len(prompts) < 9 else 128,
-        title=" + ".join(comparison.concepts),
-    )
-    files = {
-        _FIGURES: json.dumps(data, indent=1).encode(),
-        "comparison.md": markdown_table(comparison.rows).encode(),
-        "index.html": _page(comparison).encode(),
-        "sheet.png": picture_bytes(sheet),
-    }
-    with together() as beside:
-        for name, content in files.items():
-            beside(folder / name).write_bytes(content)
-    return [folder / name for name in files]
-
-
-def _first(comparison: Comparison) -> dict[str, list[Image.Image | None]]:
-    """Method → the image of every prompt's first seed."""
-    every = len(next(iter(comparison.pictures.values()))) // len(comparison.prompts)
-    return {name: images[::every] for name, images in comparison.pictures.items()}
-
-
-def _page(comparison: Comparison) -> str:
-    rows, name = comparison.rows, " + ".join(comparison.concepts)
     columns = columns_of(rows)
-    cells = {row: [rows[row].get(column) for column in columns] for row in rows}
+    cells = {row: [stats.get(column) for column in columns] for row, stats in rows.items()}
     apart = [row for row in rows if row.partition(" ")[0] in (ALONE, BASE)]
-    gallery = html_gallery(_first(comparison), comparison.prompts, f"Pictures of {name}", OWN)
     made = [
         f"{of}: {', '.join(f'{key}={values[key]}' for key in values if key != 'templates')}"
         for of, values in {**comparison.settings, **comparison.made}.items()
     ]
     made += [f"{row}: {seconds:.1f} s" for row, seconds in comparison.seconds.items()]
-    return html_page(
-        "LoRA merge methods compared",
-        [
-            ("", _LEAD + html_table(columns, cells, OWN, apart=apart)),
-            (name, gallery),
-            ("", html_details("How this was made", "\n".join(made))),
-        ],
-    )
+    parts = [
+        ("", _LEAD + html_table(columns, cells, OWN, apart=apart)),
+        (name, html_gallery(first, prompts, f"Pictures of {name}", OWN)),
+        ("", html_details("How this was made", "\n".join(made))),
+    ]
+    sheet = contact_sheet(first, prompts, cell=192 if len(prompts) < 9 else 128, title=name)
+    files = {
+        _FIGURES: json.dumps(data, indent=1).encode(),
+        "comparison.md": markdown_table(rows).encode(),
+        "index.html": html_page("LoRA merge methods compared", parts).encode(),
+        "sheet.png": picture_bytes(sheet),
+    }
+    with together() as beside:
+        for file, content in files.items():
+            beside(folder / file).write_bytes(content)
+    return [folder / file for file in files]
 
 
 def html_table(
