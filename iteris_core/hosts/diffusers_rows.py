@@ -76,19 +76,39 @@ def record_rows(
     generators = list(_generators(len(prompts), arguments.numbers, generator))
     picks = drawn_steps(len(prompts), calibration, arguments.steps, generator)
     runs = list(_runs(owners, _BATCH if arguments.alike else 1))
-    steps = [len(rows) * int(picks[rows].max()) for rows in runs]  # the last step does not run
+    totals = [len(rows) * int(picks[rows].max()) for rows in runs]  # the last step does not run
     noise = calibration.latents == "noise"
+    names, ran = list(loop.denoisers), torch.zeros(picks.shape, dtype=torch.int64)
+    kept: dict[str, Tensor] = {}
 
     def report(done: int) -> None:
-        tick("drawing noise" if noise else DENOISING, done, sum(steps))
+        tick("drawing noise" if noise else DENOISING, done, sum(totals))
 
-    record = _Record(loop, arguments, picks, report, noise=noise)
+    def denoise(rows: list[int], before: int) -> None:
+        """Run the samples ``rows``, after ``before`` sample steps of earlier runs."""
+        step, time, first = -1, Call(), Call()
 
-    def denoise(rows: Sequence[int], before: int) -> None:
-        record.begin(rows, before)
+        def see(name: str, call: Call, run: Callable[[], Any]) -> Any:
+            nonlocal step, time, first
+            report(before + len(rows) * (step + 1))
+            now = {path: call[path] for path in arguments.timed}
+            # Several calls of one step: with guidance, of which the first entries are as good as
+            # all.
+            if step < 0 or any(differ(now[path], time.get(path)) for path in now):
+                step, time, first = step + 1, now, first or call
+                moving = {path: call[path] for path in arguments.moving}
+                moving |= {path: first[path] for path in arguments.drawn if noise}
+                for index, row in enumerate(rows):
+                    for slot in (picks[row] == step).nonzero().flatten().tolist():
+                        _keep(kept, picks.shape, (row, slot), moving, arguments, index)
+                        ran[row, slot] = names.index(name)
+            if step >= int(picks[rows].max()):
+                raise Enough
+            return ones_like(arguments.given, len(rows)) if noise else run()
+
         loop.run(
             [prompts[row] for row in rows],
-            record.see,
+            see,
             steps=calibration.denoising_steps,
             size=arguments.size,
             generators=[generators[row] for row in rows],
@@ -96,10 +116,11 @@ def record_rows(
         )
 
     for number, rows in enumerate(runs):
-        run = partial(denoise, rows, sum(steps[:number]))
+        run = partial(denoise, rows, sum(totals[:number]))
         lockstep.run(MicroBatch(run, [owners[rows[0]]], 1, of_one=True))
-    report(sum(steps))
-    return record.rows()
+    report(sum(totals))
+    moving = {path: of_path.flatten(0, 1) for path, of_path in sorted(kept.items())}
+    return RecordedRows(picks.shape[1], moving, ran.flatten(), names)
 
 
 def _generators(count: int, numbers: int, generator: torch.Generator) -> Iterator[torch.Generator]:
@@ -118,61 +139,17 @@ def _runs(owners: Sequence[int], most: int) -> Iterator[list[int]]:
         yield from (some[start : start + most] for start in range(0, len(some), most))
 
 
-class _Record:
-    """``picks`` are the steps to keep, (samples, T), ascending; ``report`` gets the number of
-    finished sample steps."""
-
-    def __init__(
-        self,
-        loop: PipelineLoop,
-        arguments: Arguments,
-        picks: Tensor,
-        report: Callable[[int], None],
-        *,
-        noise: bool,
-    ) -> None:
-        self._arguments, self._picks, self._report, self._noise = arguments, picks, report, noise
-        self._names = list(loop.denoisers)
-        self._kept: dict[str, Tensor] = {}
-        self._ran = torch.zeros(picks.shape, dtype=torch.int64)
-
-    def begin(self, rows: Sequence[int], before: int) -> None:
-        """Begin a run on the samples ``rows``, after ``before`` sample steps of earlier runs."""
-        self._rows, self._before = rows, before
-        self._step = -1
-        self._time: Call = {}
-        self._first: Call = {}
-
-    def see(self, name: str, call: Call, run: Callable[[], Any]) -> Any:
-        """Record one call of a denoiser."""
-        rows = list(self._rows)
-        self._report(self._before + len(rows) * (self._step + 1))
-        time = {path: call[path] for path in self._arguments.timed}
-        # Several calls of one step: with guidance, of which the first entries are as good as all.
-        if self._step < 0 or any(differ(time[path], self._time.get(path)) for path in time):
-            self._step, self._time = self._step + 1, time
-            self._first = self._first or call
-            self._keep(name, call)
-        if self._step >= int(self._picks[rows].max()):
-            raise Enough
-        return ones_like(self._arguments.given, len(rows)) if self._noise else run()
-
-    def _keep(self, name: str, call: Call) -> None:
-        arguments = self._arguments
-        if self._noise:
-            call = {**call, **{path: self._first[path] for path in arguments.drawn}}
-        moving = {path: call[path] for path in arguments.moving}
-        for index, row in enumerate(self._rows):
-            for slot in (self._picks[row] == self._step).nonzero().flatten().tolist():
-                entry = entries(moving, arguments.batched, index)
-                for path, value in entry.items():
-                    value = torch.as_tensor(value).detach().cpu()
-                    if path not in self._kept:
-                        shape = (*self._picks.shape, *value.shape)
-                        self._kept[path] = torch.zeros(shape, dtype=value.dtype)
-                    self._kept[path][row, slot] = value
-                self._ran[row, slot] = self._names.index(name)
-
-    def rows(self) -> RecordedRows:
-        moving = {path: kept.flatten(0, 1) for path, kept in sorted(self._kept.items())}
-        return RecordedRows(self._picks.shape[1], moving, self._ran.flatten(), self._names)
+def _keep(
+    kept: dict[str, Tensor],
+    shape: Sequence[int],
+    at: tuple[int, int],
+    moving: Call,
+    arguments: Arguments,
+    row: int,
+) -> None:
+    """Copy a row of a call's ``moving`` arguments to its place in ``kept``, (samples, T, …)."""
+    for path, value in entries(moving, arguments.batched, row).items():
+        value = torch.as_tensor(value).detach().cpu()
+        if path not in kept:
+            kept[path] = torch.zeros((*shape, *value.shape), dtype=value.dtype)
+        kept[path][at] = value

@@ -65,7 +65,11 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
         number, _, name = folder.partition("_")
         if number.isdigit() and not is_common(name):
             words.append(name.strip())
-    words += _constant_tags(metadata)
+    for tags in tag_frequency(metadata).values():
+        own = {tag: count for tag, count in tags.items() if not is_common(tag)}
+        common = Counter(own).most_common(2)
+        if common and (len(common) == 1 or common[0][1] > common[1][1]):
+            words.append(common[0][0].strip())
     return list(dict.fromkeys(word for word in words if word))
 
 
@@ -94,17 +98,6 @@ def merged_concepts(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
     concepts = parse_object(metadata.get("iteris")).get("concepts")
     concepts = concepts if isinstance(concepts, list) else []
     return [c for c in concepts if isinstance(c, dict) and c.get("lora") is not None]
-
-
-def _constant_tags(metadata: Mapping[str, str]) -> list[str]:
-    """Per dataset folder, the most frequent tag that is not common, if no other is as frequent."""
-    constant: list[str] = []
-    for tags in tag_frequency(metadata).values():
-        own = {tag: count for tag, count in tags.items() if not is_common(tag)}
-        common = Counter(own).most_common(2)
-        if common and (len(common) == 1 or common[0][1] > common[1][1]):
-            constant.append(common[0][0].strip())
-    return constant
 
 
 def tag_frequency(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
