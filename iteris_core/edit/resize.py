@@ -78,11 +78,7 @@ def resize_lora(
         chosen = replace(chosen, samples=2 * chosen.samples)
     job = job_of(host, concept, changes_of([concept]), chosen, on_progress, memory_budget)
     check_sites(host, job.changes)
-    return _by_outputs(job, lora, target, itemsize)
-
-
-def _by_outputs(job: Job, lora: Lora, target: Target, itemsize: int) -> Reduced:
-    looked, host = unmergeable_sites(job, sweep=True), job.host
+    looked = unmergeable_sites(job, sweep=True)
     seen_sites = {site: some for site, some in job.changes.items() if site not in looked.refused}
     job = replace(job, changes=seen_sites, joined=looked.joined)
 

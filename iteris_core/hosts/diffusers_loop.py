@@ -141,7 +141,7 @@ class PipelineLoop:
         return torch.stack(output) if isinstance(output, list) else output  # pyright: ignore
 
     def free(self) -> None:
-        """Take models off the device that the pipeline offloads whole, and that ran alone."""
+        """Move models off the device that the pipeline offloads whole; one called alone stays."""
         if getattr(self.pipeline, "_all_hooks", None):
             self.pipeline.maybe_free_model_hooks()
 

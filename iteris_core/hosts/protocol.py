@@ -187,20 +187,17 @@ def check_ready(model: nn.Module) -> None:
     :func:`check_model`, or if diffusers offloads the model by blocks: a row that leaves a block
     would take its weights off the device while other rows still wait in it."""
     check_model(model)
-    if any(_in_blocks(module) for module in model.modules()):
-        raise ModelStateError(
-            f"{type(model).__name__} is offloaded in groups of blocks, whose weights leave the "
-            'device while rows wait in a block; offload it with offload_type="leaf_level", or by '
-            "enable_model_cpu_offload()."
-        )
+    for module in model.modules():
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        config = getattr(hooks.get("group_offloading"), "config", None)
+        if getattr(config, "offload_type", None) == "block_level":  # an enumeration of strings
+            raise ModelStateError(
+                f"{type(model).__name__} is offloaded in groups of blocks, whose weights leave the "
+                'device while rows wait in a block; offload it with offload_type="leaf_level", or '
+                "by enable_model_cpu_offload()."
+            )
     if model.training:
         raise ModelStateError(
             f"{type(model).__name__} is in training mode, so dropout randomises its output; call "
             "its eval() first."
         )
-
-
-def _in_blocks(module: Any) -> bool:
-    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-    config = getattr(hooks.get("group_offloading"), "config", None)
-    return getattr(config, "offload_type", None) == "block_level"  # an enumeration of strings

@@ -193,7 +193,7 @@ def lora_of(
     }
     notes = [
         f"left out: {f'{len(keys)} tensors, such as ' * (len(keys) > 1)}"
-        f"{_named(keys[0], tensors)} {why}"
+        f"{keys[0]} {tuple(tensors[keys[0]].shape)} {why}"
         for why, keys in left_out.items()
     ]
     notes += [f"{counts[kind]} sites {text}" for kind, text in texts.items() if counts[kind]]
@@ -279,16 +279,12 @@ def _modules(
     return modules, left_out
 
 
-def _named(key: str, tensors: Mapping[str, Tensor]) -> str:
-    return f"{key} {tuple(tensors[key].shape)}"
-
-
 def _complaint(
     left_out: Mapping[str, list[str]], tensors: Mapping[str, Tensor], *, whole: bool
 ) -> str:
     """What is left out, and what to do; ``whole``: that is all of the file."""
     keys = [key for some in left_out.values() for key in some]
-    named = [f"{_named(key, tensors)} {why}" for why, some in left_out.items() for key in some]
+    named = [f"{k} {tuple(tensors[k].shape)} {why}" for why, some in left_out.items() for k in some]
     rest = "; to merge the rest of it, allow a partial reading (option allow_partial)."
     if whole and len(keys) > _FEW and not any(_LORA_PART.search(key.lower()) for key in keys):
         advice = (

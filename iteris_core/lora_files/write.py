@@ -118,7 +118,13 @@ def to_tensors(
             alpha = torch.tensor(module.scale * module.rank, dtype=torch.float32)
             tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
             tensors[f"{name}.alpha"] = alpha
-        metadata |= _network_metadata(modules, base.architecture.network)
+        # What sd-scripts and A1111 show: the most common rank and alpha.
+        ranks = [module.rank for module in modules.values()]
+        dim = max(set(ranks), key=ranks.count)
+        scales = [module.scale for module in modules.values() if module.rank == dim]
+        alpha = dim * max(set(scales), key=scales.count)
+        metadata |= {"ss_network_dim": str(dim), "ss_network_alpha": f"{alpha:g}"}
+        metadata["ss_network_module"] = base.architecture.network
         if lora.base is not None and base.architecture.version:
             metadata["ss_base_model_version"] = base.architecture.version
     else:
@@ -263,16 +269,6 @@ def _recognisable_to_peft(stored: Mapping[str, Factors]) -> dict[str, Factors]:
 def _zeros(width: int, like: Factors) -> Factors:
     up, down = like.up.new_zeros(width, like.rank), like.up.new_zeros(like.rank, width)
     return Factors(up, down, like.scale)
-
-
-def _network_metadata(modules: Mapping[str, Factors], network: str) -> dict[str, str]:
-    """``ss_*``, which sd-scripts and A1111 show: the most common rank and alpha."""
-    ranks = [module.rank for module in modules.values()]
-    dim = max(set(ranks), key=ranks.count)
-    scales = [module.scale for module in modules.values() if module.rank == dim]
-    alpha = dim * max(set(scales), key=scales.count)
-    numbers = {"ss_network_dim": str(dim), "ss_network_alpha": f"{alpha:g}"}
-    return {**numbers, "ss_network_module": network}
 
 
 def _peft_metadata(stored: Mapping[str, Factors]) -> dict[str, object]:
