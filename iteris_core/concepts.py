@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .errors import ConceptError, SettingsError
 from .lora import Lora
-from .lora_files.metadata import bare, find_phrases, parted
+from .lora_files.metadata import (
+    ALWAYS_ON,
+    bare,
+    find_phrases,
+    noted_tags,
+    parted,
+    purpose_of,
+)
 from .settings import Settings, setting
 
 PromptKind = Literal["subject", "style", "tags", "video"]
@@ -124,10 +131,8 @@ class Concept(Phrased, Settings):
     def from_file(cls, host: Any, path: str | Path, **values: Any) -> Concept:
         """The LoRA in a file, read for the base model of ``host``.
 
-        ``values`` are the other fields, such as ``strength=0.8``. Without ``trigger``,
-        ``class_word``, ``subjects`` and ``prompts``, the words come from the file's metadata or
-        from a download helper's notes beside it. Raises :class:`LoraFileError` for a file that
-        cannot be read.
+        ``values`` are the other fields, such as ``strength=0.8``; :func:`recognised` adds to them.
+        Raises :class:`LoraFileError` for a file that cannot be read.
         """
         if not hasattr(host, "read_lora"):
             raise ConceptError(
@@ -135,10 +140,8 @@ class Concept(Phrased, Settings):
                 "as DiffusersHost(pipeline)."
             )
         lora = host.read_lora(path)
-        if not values.keys() & {"trigger", "class_word", "subjects", "prompts"}:
-            phrases = find_phrases(Path(path), lora.metadata).phrases
-            values = {**words_in(phrases), **values}
-        return cls(lora, **values)
+        found, _ = recognised(Path(path), lora.metadata, values.keys())
+        return cls(lora, **{**found, **values})
 
     @classmethod
     def preserve(cls, prompts: Sequence[str], weight: float = PRESERVE_WEIGHT) -> Concept:
@@ -296,6 +299,26 @@ class Calibration(Settings):
         """Templates for two concepts side by side; :data:`PAIR_TEMPLATES` if there are none."""
         found = [template for template in self.templates if template.count("{}") == 2]
         return found or PAIR_TEMPLATES
+
+
+def recognised(
+    file: Path, metadata: Mapping[str, str], given: Collection[str]
+) -> tuple[dict[str, Any], str]:
+    """Fields of the concept in ``file`` but for those ``given``, from its name, its metadata and a
+    download helper's notes beside it, and the source of the words as in :class:`FoundPhrases`: the
+    trigger words; a style or booru tags as the kind; a speed LoRA, slider or detailer for which no
+    words are given is always on, and part of the merged LoRA."""
+    worded = bool({"trigger", "class_word", "subjects", "prompts"} & set(given))
+    purpose = None
+    if not {"kind", "always_on"} & set(given):
+        purpose = purpose_of(file.name, metadata, noted_tags(file))
+    if purpose in ALWAYS_ON and not worded:
+        return {"always_on": "include"}, ""
+    kind = {"kind": purpose} if purpose in get_args(PromptKind) else {}
+    if worded:
+        return kind, ""
+    phrases, source = find_phrases(file, metadata)
+    return {**kind, **words_in(phrases)}, source
 
 
 def lines_of(text: str) -> list[str]:

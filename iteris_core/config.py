@@ -13,13 +13,12 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from .concepts import PRESERVE_WEIGHT, AlwaysOn, Concept, Phrased, PromptKind, words_in
+from .concepts import PRESERVE_WEIGHT, AlwaysOn, Concept, Phrased, PromptKind, recognised, words_in
 from .errors import ConceptError, IterisError, MergeFileError, SettingsError, did_you_mean
 from .hosts.protocol import Host
 from .lora import Lora
 from .lora_files import ReadOptions, ReleasedBases
 from .lora_files.experts import joined_experts
-from .lora_files.metadata import find_phrases
 from .settings import PresetName
 
 Unmergeable = Literal["refuse", "skip", "mean"]
@@ -206,10 +205,14 @@ class ConceptConfig(Phrased, Config):
         return self.model_copy(update={**words_in(phrases), "source": source})
 
     def with_found_words(self, metadata: Mapping[str, str]) -> ConceptConfig:
-        """A copy with words from ``metadata`` or a note beside the file, if it has none yet."""
-        if self.file is None or self.phrases or self.always_on != "no":
+        """A copy with what the file says of itself, see :func:`.concepts.recognised`."""
+        if self.file is None or self.always_on != "no":
             return self
-        return self.called(*find_phrases(self.file, metadata))
+        words = {name for name in ("trigger", "class_word", "subjects") if getattr(self, name)}
+        given = self.model_fields_set & {"kind", "always_on"}
+        given |= words if self.prompts is None else {"prompts"}
+        found, source = recognised(self.file, metadata, given)
+        return self.model_copy(update={**found, **({"source": source} if not words else {})})
 
 
 _SHARED = [name for name in ConceptConfig.model_fields if name in Concept.__dataclass_fields__]
@@ -316,5 +319,4 @@ def read_concept(
             )
         read_low = getattr(host, "read_low", host.read_lora)
         lora = joined_experts(lora, read_low(config.low, options), experts)
-    named = config if config.prompts is not None else config.with_found_words(lora.metadata)
-    return named.concept(lora)
+    return config.with_found_words(lora.metadata).concept(lora)

@@ -6,10 +6,10 @@ import asyncio
 from typing import Any
 
 from ..iteris_core.architectures import architecture_of_file
+from ..iteris_core.config import ConceptConfig
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files import read_header
 from ..iteris_core.lora_files.blocks import LISTS, PRESETS
-from ..iteris_core.lora_files.metadata import find_phrases
 from .concept_specs import lora_path
 
 
@@ -17,10 +17,10 @@ def words_of_lora(name: str) -> dict[str, str]:
     """``words`` in the nodes' format, and their ``source``; both empty for other files."""
     try:
         file = lora_path(name)
-        phrases, source = find_phrases(file, read_header(file)[1])
+        found = ConceptConfig(file=file).with_found_words(read_header(file)[1])
     except (IterisError, FileNotFoundError):
         return {"words": "", "source": ""}
-    return {"words": "; ".join(phrases), "source": source}
+    return {"words": "; ".join(found.phrases), "source": found.source}
 
 
 _COUNTS = {"sd1": 17, "sd2": 17, "sdxl": 12, "flux": 61}

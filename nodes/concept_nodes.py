@@ -15,6 +15,7 @@ from ..iteris_core.errors import IterisError
 from .comfy_runtime import show_text
 from .concept_specs import (
     ALWAYS,
+    AUTO,
     KINDS,
     Kind,
     changed,
@@ -60,8 +61,8 @@ class IterisConcept(io.ComfyNode):
                 advanced(file_input("lora_low", "loras", optional=True)),
                 io.Combo.Input(
                     "kind",
-                    options=[*get_args(PromptKind), ALWAYS],
-                    default="subject",
+                    options=[AUTO, *get_args(PromptKind), ALWAYS],
+                    default=AUTO,
                     optional=True,
                 ),
                 concepts_input(optional=True),
@@ -82,7 +83,7 @@ class IterisConcept(io.ComfyNode):
         embedding: str,
         strength_clip: float | None = None,
         lora_low: str = NONE,
-        kind: Kind = "subject",
+        kind: Kind = AUTO,
         concepts: Any = (),
     ) -> io.NodeOutput:
         if lora_name == NONE:
@@ -150,9 +151,7 @@ def _row(number: int, names: list[str]) -> list[Any]:
         strength_input(f"strength_{number}", **named("strength")),
         strength_input(f"clip_{number}", **named("clip strength")),
         weight_input(f"weight_{number}", **named("weight")),
-        io.Combo.Input(
-            f"prompts_{number}", options=list(KINDS), default="subject", **named("prompts")
-        ),
+        io.Combo.Input(f"prompts_{number}", options=list(KINDS), default=AUTO, **named("prompts")),
         io.String.Input(f"words_{number}", default="", **named("words")),
     ]
 
@@ -200,7 +199,7 @@ def _spec(number: int, lines: str, rows: dict[str, Any]) -> ConceptConfig | None
     def value(name: str, default: Any) -> Any:
         return rows.get(f"{name}_{number}", default)
 
-    name, kind = value("lora", NONE), value("prompts", "subject")
+    name, kind = value("lora", NONE), value("prompts", AUTO)
     if name in (None, NONE) or not value("on", True):
         return None
     if kind == "lines" and not lines.strip():
@@ -230,4 +229,5 @@ def _line(spec: ConceptConfig) -> str:
     clip = spec.strength if spec.text_strength is None else spec.text_strength
     strengths = f"{spec.strength:g}" if clip == spec.strength else f"{spec.strength:g}/{clip:g}"
     source = _SOURCES.get(spec.source, f" (from {spec.source})") if spec.phrases else ""
-    return f"{spec.file.stem} at {strengths}: {words}{source}"
+    kind = "" if spec.kind == "subject" else f", {spec.kind}"
+    return f"{spec.file.stem} at {strengths}: {words}{source}{kind}"

@@ -22,10 +22,11 @@ DENOISER = "unet"
 """The component name of a MODEL in site names."""
 
 ALWAYS = "always on"
-Kind = PromptKind | Literal["lines", "file", "always on"]
-KINDS = (*get_args(PromptKind), "lines", "file", ALWAYS)
-"""The source of prompts: templates by kind, lines from the user, or a file; a speed LoRA has
-none."""
+AUTO = "auto"
+Kind = PromptKind | Literal["auto", "lines", "file", "always on"]
+KINDS = (AUTO, *get_args(PromptKind), "lines", "file", ALWAYS)
+"""The source of prompts: templates by kind (of what the file says of itself), lines from the user,
+or a file; a LoRA that acts on every prompt has none."""
 
 _PROMPTS = ".prompts.txt"
 _BETWEEN = re.compile(r",\s*,|[;|\n]")
@@ -35,25 +36,27 @@ def make_spec(
     file: Path,
     *,
     prompts: str = "",
-    kind: Kind = "subject",
+    kind: Kind = AUTO,
     phrases: Sequence[str] = (),
     embedding: str = "",
     **fields: Any,
 ) -> ConceptConfig:
-    """``fields`` are :class:`ConceptConfig`'s. Without ``phrases``, trigger or class word, the
-    words come from the file or the notes beside it. An embedding stands for the trigger, or for all
+    """``fields`` are :class:`ConceptConfig`'s. What is not given comes from the file or the notes
+    beside it, see :func:`.concepts.recognised`. An embedding stands for the trigger, or for all
     phrases of a file with several. A LoRA that is :data:`ALWAYS` on becomes part of the merged
     LoRA."""
     lines = _prompts_beside(file) if kind == "file" else lines_of(prompts)
-    made_for = kind if kind not in ("lines", "file", ALWAYS) else "subject"
-    files = [one for one in (file, fields.get("low")) if one is not None]
-    newest = max(map(changed, files))
-    spec = ConceptConfig(file=file, kind=made_for, source="you", changed=newest, **fields)
     if kind == ALWAYS:
-        return spec.model_copy(update={"always_on": "include"})
-    if not spec.phrases:
-        found = spec.with_found_words
-        spec = spec.called(phrases, "you") if phrases else found(read_header(file)[1])
+        fields["always_on"] = "include"
+    elif kind != AUTO or lines:
+        fields["kind"] = kind if kind in get_args(PromptKind) else "subject"
+    files = [one for one in (file, fields.get("low")) if one is not None]
+    spec = ConceptConfig(file=file, source="you", changed=max(map(changed, files)), **fields)
+    if phrases:
+        spec = spec.called(phrases, "you")
+    spec = spec.with_found_words(read_header(file)[1])
+    if spec.always_on != "no":
+        return spec
     if embedding:
         spec = spec.model_copy(update={"trigger": f"embedding:{embedding}", "subjects": ()})
     return spec.model_copy(update={"prompts": filled(lines, spec.phrases, file) or None})

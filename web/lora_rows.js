@@ -6,7 +6,7 @@ import { STRIP_LINES, STRIP_STYLE, blockStrip } from './block_strip.js';
 
 const ROWS = 10;
 const NONE = 'none';
-const EMPTY = { lora: NONE, on: true, strength: 1, clip: 1, weight: 1, prompts: 'subject', words: '', blocks: '' };
+const EMPTY = { lora: NONE, on: true, strength: 1, clip: 1, weight: 1, prompts: 'auto', words: '', blocks: '' };
 const PARTS = Object.keys(EMPTY);
 const FOLDED = ['clip', 'weight', 'prompts', 'words', 'blocks'];
 const FILLED = 'iteris_filled'; // words that were filled in, by row, and not by the user

@@ -29,7 +29,7 @@ from toybox.train.judge import spoil
 from toybox.train.lora_files import verify
 from toybox.train.loras import adapter_parameters, add_adapters, fit, rate, save
 
-from . import PLAIN, ROOT, Style, styles, wordless
+from . import PLAIN, ROOT, Style, slider, styles, wordless
 from .looks import LOOKS, SWAPS
 from .reader import ATTRIBUTES, READ, STYLES, TELLING, Reader, ReaderNet
 from .reader import load as load_reader
@@ -45,7 +45,9 @@ def train_lora(style: Style, number: int) -> None:
     """On plain things, one or two in a picture, whose captions end with the style's words."""
     began = time.time()
     rng = np.random.default_rng(SEED + number)
-    scenes = [draw.random_scene(rng, patterned=0.0, two=0.25) for _ in range(PICTURES)]
+    two = 0.25 if style.scene is None else 0.0
+    scenes = [draw.random_scene(rng, patterned=0.0, two=two) for _ in range(PICTURES)]
+    scenes = [style.scene(scene) if style.scene else scene for scene in scenes]
     pictures = [style.look(draw.draw(scene, rng)) for scene in scenes]
     names = [tuple(draw.describe(placed.thing) for placed in scene.placed) for scene in scenes]
     prompts = [
@@ -206,7 +208,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(asked.threads)
     if asked.step in ("loras", "all"):
-        for number, style in enumerate([*styles().values(), *wordless().values()]):
+        for number, style in enumerate([*styles().values(), *wordless().values(), slider()]):
             if not style.lora.exists() and (not asked.only or style.name in asked.only):
                 train_lora(style, number)
     reader = WEIGHTS / "reader.safetensors"

@@ -21,9 +21,12 @@ from typing import Any, Literal, NamedTuple
 from ..saving import atomically
 from .tensors import file_digest
 
-Purpose = Literal["speed", "edit"]
-"""The purpose of a LoRA that is not a concept: it makes a base draw in few steps without guidance,
-or edit images. It belongs on the base model."""
+Purpose = Literal["speed", "edit", "slider", "detailer", "style", "tags"]
+"""What a LoRA is for, other than a subject: it makes a base draw in few steps without guidance, or
+edit images; it acts on every prompt, by its strength; it is a style; it was trained on booru
+tags."""
+ALWAYS_ON = "speed", "slider", "detailer"
+"""Purposes of LoRAs that act on every prompt."""
 
 _TURBO = re.compile(r"(z[-_ ]?image|sd|sdxl|sd3(\.5)?)[-_ ]?turbo|qwen[-_ ]?image[-_ ]?edit", re.I)
 """Bases with these words in their names, which their LoRAs' names repeat."""
@@ -37,7 +40,13 @@ _PURPOSES: Mapping[Purpose, re.Pattern[str]] = {
     "edit": re.compile(
         r"kontext|\bedit(ing|or)?\b|instruct[-_ ]?pix2pix|\bip2p\b|in[-_ ]?context", re.I
     ),
+    "slider": re.compile(r"\bsliders?\b", re.I),
+    "detailer": re.compile(r"\bdetailers?\b|\bdetail[- ]?tweak|\b(add|more)[- ]?details?\b", re.I),
+    "style": re.compile(r"(?<!hair[- ])\b(art[- ]?)?styles?\b", re.I),
 }
+_BOORU = re.compile(r"illustrious|noob[-_ ]?ai|animagine|\bpony\b|pony[-_ ]?diffusion", re.I)
+_COUNTED = re.compile(r"[1-6](girl|boy)s?|solo|score_\d(_up)?|masterpiece")
+_BASE_NAMES = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture", "baseModel")
 _NAMED = ("ss_output_name", "modelspec.title")
 
 
@@ -136,14 +145,20 @@ def is_fast(names: Iterable[str]) -> str:
     return next(found, "")
 
 
-def purpose_of(name: str, metadata: Mapping[str, str]) -> Purpose | None:
-    """The purpose of a LoRA that is not a concept, from its file's ``name`` and its metadata."""
+def purpose_of(name: str, metadata: Mapping[str, str], tags: Iterable[str] = ()) -> Purpose | None:
+    """The purpose of a LoRA that is no subject, from its file's ``name``, its metadata and the
+    ``tags`` in the notes beside it."""
     known = [name, *(metadata.get(key, "") for key in _NAMED)]
     texts = [_words(_TURBO.sub(" ", text)) for text in known]
     for purpose, words in _PURPOSES.items():
         if any(words.search(text) for text in texts):
             return purpose
-    return None
+    if "style" in tags:
+        return "style"
+    bases = (_words(metadata.get(key, "")) for key in _BASE_NAMES)
+    frequent = (Counter(table).most_common(5) for table in tag_frequency(metadata).values())
+    tagged = any(_COUNTED.fullmatch(tag.strip()) for table in frequent for tag, _ in table)
+    return "tags" if tagged or any(map(_BOORU.search, bases)) else None
 
 
 def _words(text: str) -> str:
@@ -238,6 +253,14 @@ def sidecar_phrases(file: Path) -> FoundPhrases:
             ending = next(end for end in _ENDINGS if path.name.endswith(end))
             return FoundPhrases(tuple(phrases), ending)
     return FoundPhrases()
+
+
+def noted_tags(file: Path) -> set[str]:
+    """What a site's users call the LoRA, as the files beside ``file`` record it, in lower case."""
+    contents = [_content(path) for path in sidecars(file)]
+    tables = [*contents, *(content.get("model") for content in contents)]
+    lists = [table.get("tags") for table in tables if isinstance(table, dict)]
+    return {str(tag).lower() for some in lists if isinstance(some, list) for tag in some}
 
 
 def sidecars(file: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from ..hosts.learned import EmbeddingTriggers
 from ..linalg import at_rank
 from ..lora import Lora
 from ..lora_files.metadata import (
+    ALWAYS_ON,
     Purpose,
     merge_tag_frequency,
     merged_concepts,
@@ -38,9 +39,13 @@ from ..lora_files.tensors import read_header
 from ..saving import atomically
 from .report import MergeReport
 
-_NO_CONCEPT: Mapping[Purpose, str] = {
+_PURPOSES: Mapping[Purpose, str] = {
     "speed": "makes the base draw in few steps",
     "edit": "makes the base edit pictures",
+    "slider": "is a slider",
+    "detailer": "is a detailer",
+    "style": "is a style",
+    "tags": "was trained on booru tags",
 }
 _MARKS = re.compile(r"([\\`*_\[\]<>|#!])")
 _PACKAGES = ("iteris-lora", "torch", "diffusers", "transformers", "peft", "safetensors")
@@ -170,16 +175,8 @@ def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:
     that it shares."""
     notes: dict[str, list[str]] = {}
     for concept, shared in zip(concepts, shared_triggers(concepts), strict=True):
-        lora, found = concept.lora or Lora({}), list[str]()
-        purpose = purpose_of(lora.source or lora.name, lora.metadata)
-        # A merged LoRA may have such a name among others.
-        if purpose is not None and concept.always_on == "no" and "iteris" not in lora.metadata:
-            found = [
-                f"judging by its name, this LoRA {_NO_CONCEPT[purpose]}. Mark it as always on "
-                "(always_on=include): all concepts are then merged with it on, and the file "
-                "includes it"
-            ]
-        if found := [*lora.notes, *found, *shared]:
+        own = concept.lora.notes if concept.lora is not None else ()
+        if found := [*own, *_on_its_purpose(concept), *shared]:
             notes.setdefault(concept.name, []).extend(found)
     return notes
 
@@ -227,6 +224,26 @@ def _clash(one: Phrased, two: Phrased) -> str:
                     "one of them other words, or train it with another trigger"
                 )
     return ""
+
+
+def _on_its_purpose(concept: Concept) -> list[str]:
+    """A note on a LoRA that is no subject, or was not taken for one; a merged LoRA may contain such
+    a name among others."""
+    lora = concept.lora
+    if lora is None or "iteris" in lora.metadata:
+        return []
+    purpose = purpose_of(lora.source or lora.name, lora.metadata)
+    if purpose is None:
+        return []
+    seen = f"judging by its name and metadata, this LoRA {_PURPOSES[purpose]}"
+    if concept.always_on != "no":
+        return [seen] if purpose in ALWAYS_ON else []
+    if purpose in (*ALWAYS_ON, "edit"):
+        return [
+            f"{seen}. Mark it as always on (always_on=include): all concepts are then merged with "
+            "it on, and the file includes it"
+        ]
+    return [f"{seen}; prompts for kind={purpose}"] if concept.kind == purpose else []
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
-"""Speed and edit LoRAs by their names: what is found, and what only sounds like one."""
+"""LoRAs that are no subject, by their names: what is found, and what only sounds like one."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
 from iteris_core import Concept
+from iteris_core.config import ConceptConfig
 from iteris_core.lora import Lora, LowRank
 from iteris_core.lora_files.metadata import is_fast, purpose_of
 from iteris_core.report.provenance import notes_of
@@ -31,6 +34,14 @@ from iteris_core.report.provenance import notes_of
         ("jane_qwen_image_edit_2509.safetensors", None),
         ("sks_cat_1000steps.safetensors", None),
         ("credits.safetensors", None),
+        ("AgeSlider_v2.safetensors", "slider"),
+        ("add_detail.safetensors", "detailer"),
+        ("Detail Tweaker XL.safetensors", "detailer"),
+        ("ghibli_style_offset.safetensors", "style"),
+        ("PaperArtStyle.safetensors", "style"),
+        ("lifestyle_blogger.safetensors", None),
+        ("bob_hair_style.safetensors", None),
+        ("detailed_ornament.safetensors", None),
     ],
 )
 def test_purpose_by_name(name, purpose):
@@ -40,6 +51,54 @@ def test_purpose_by_name(name, purpose):
 def test_purpose_by_what_the_file_calls_itself():
     assert purpose_of("v2.safetensors", {"ss_output_name": "sdxl_lightning_v2"}) == "speed"
     assert purpose_of("v2.safetensors", {"ss_sd_model_name": "sdxl_lightning.safetensors"}) is None
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tags", "purpose"),
+    [
+        ({"ss_sd_model_name": "ponyDiffusionV6XL.safetensors"}, (), "tags"),
+        ({"ss_tag_frequency": '{"10_x": {"1girl": 20, "mychar": 20}}'}, (), "tags"),
+        ({"ss_tag_frequency": '{"10_x": {"a dog on grass": 1, "sks dog": 20}}'}, (), None),
+        ({"ss_sd_model_name": "noobAI.safetensors"}, ("anime", "style"), "style"),
+        ({"ss_sd_model_name": "sd_xl_base_1.0.safetensors"}, ("character",), None),
+    ],
+)
+def test_purpose_by_training_and_notes(metadata, tags, purpose):
+    assert purpose_of("x.safetensors", metadata, tags) == purpose
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "seen"),
+    [
+        ("age_slider", {}, {"always_on": "include", "phrases": []}),
+        ("age_slider", {"trigger": "old"}, {"always_on": "no", "phrases": ["old"]}),
+        ("age_slider", {"always_on": "no"}, {"always_on": "no", "phrases": ["sks dog"]}),
+        ("ink_style", {}, {"kind": "style", "phrases": ["sks dog"]}),
+        ("ink_style", {"trigger": "ink"}, {"kind": "style", "phrases": ["ink"]}),
+        ("ink_style", {"kind": "subject"}, {"kind": "subject", "phrases": ["sks dog"]}),
+        ("ink_style", {"prompts": ["a"]}, {"kind": "style", "phrases": []}),
+        ("sks", {}, {"kind": "subject", "always_on": "no", "phrases": ["sks dog"]}),
+    ],
+)
+def test_what_nobody_said_comes_from_the_file(name, given, seen):
+    """The same for a concept in a file and for one whose LoRA is read."""
+    metadata = {"modelspec.trigger_phrase": "sks dog"}
+
+    class Reader:
+        def read_lora(self, path):
+            return Lora({}, source=str(path), metadata=metadata)
+
+    config = ConceptConfig(file=Path(f"{name}.safetensors"), **given).with_found_words(metadata)
+    for concept in config, Concept.from_file(Reader(), f"{name}.safetensors", **given):
+        assert {key: getattr(concept, key) for key in seen} == seen
+
+
+def test_notes_beside_a_file_tell_its_kind(tmp_path):
+    (tmp_path / "x.metadata.json").write_text('{"tags": ["Style", "ink"]}')
+    config = ConceptConfig(file=tmp_path / "x.safetensors")
+    assert config.with_found_words({}).kind == "style"
+    (tmp_path / "x.metadata.json").write_text('{"tags": 3, "model": {"tags": [{}, null]}}')
+    assert config.with_found_words({}).kind == "subject"
 
 
 def test_fast_bases():

@@ -61,7 +61,8 @@ def test_rows_are_on_or_off_at_their_strengths(bench: Bench) -> None:
         ("b.safetensors", 1.0, 1.0, 1.0, "style"),
     ]
     assert words == "sks cat, zwx dog"
-    assert bench.shown == ["a at 0.8/0: sks cat (a guess from its captions)\nb at 1: zwx dog"]
+    first = "a at 0.8/0: sks cat (a guess from its captions)"
+    assert bench.shown == [f"{first}\nb at 1: zwx dog, style"]
     assert bench.run() == ((), "")
     assert bench.shown[-1] == "No LoRA is on."
 
