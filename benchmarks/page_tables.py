@@ -184,6 +184,28 @@ def wordless() -> list[str]:
     return table(("", "", *uses), rows)
 
 
+def slider() -> list[str]:
+    """A slider beside subjects at its strengths: size of what is drawn, share of the subject's
+    attributes, size without a trigger; means over sets."""
+    runs = {tuple(json.loads(k)): of for k, of in load("slider_toybox.json")["runs"].items()}
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for (label, *names), of in runs.items():
+        found.setdefault((len(names), label), []).append(of)
+    strengths = list(next(iter(runs.values())))
+    rows = [
+        [f"{size} subjects, n {len(sets)}", label]
+        + [
+            " / ".join(
+                f"{fmean(of[at][name] for of in sets):.2f}"
+                for name in ("size", "judge", "no trigger")
+            )
+            for at in strengths
+        ]
+        for (size, label), sets in sorted(found.items(), key=lambda item: item[0][0])
+    ]
+    return table(("", "", *(f"at {at}" for at in strengths)), rows)
+
+
 def tidy() -> list[str]:
     """One LoRA kept to its trigger, by concept."""
     runs = load("tidy_reported.json")["runs"]
@@ -322,6 +344,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "conditions lead": conditions_lead,
     "gated": gated,
     "wordless": wordless,
+    "slider": slider,
     "tidy": tidy,
     "strengths": lambda: strengths("likeness kept"),
     "strengths attributes": lambda: strengths("judge kept"),

@@ -33,7 +33,7 @@ from worlds import WORLDS
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from toybox.draw import BACKGROUNDS
 
-SETS = {"toybox": {2: 3, 5: 2}, "reported": {2: 4, 5: 2}}
+SETS = {"toybox": {2: 3, 5: 1}, "reported": {2: 3, 5: 1}}
 """World → how many subjects → sets."""
 STRENGTHS = -1.0, 0.5, 1.0
 ROWS = "pair", "included", "outside", "unknown"
