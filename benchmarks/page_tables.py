@@ -146,19 +146,22 @@ def conditions_lead() -> list[str]:
 
 
 def gated() -> list[str]:
-    """The denoiser's error on new prompts of LoRAs cut to their attention layers, means over
-    sets."""
+    """The denoiser's error on new prompts of LoRAs cut to their attention layers, means over sets;
+    and IterIS less Chain of Merges, paired by set."""
     runs = {tuple(json.loads(k)): of for k, of in load("gated.json")["runs"].items()}
-    found: dict[tuple[int, str], list[dict[str, float]]] = {}
+    found: dict[int, dict[str, dict[tuple[str, ...], dict[str, float]]]] = {}
     for (layers, label, *names), of in runs.items():
         if layers == "attention":
-            found.setdefault((len(names), label), []).append(of)
+            found.setdefault(len(names), {}).setdefault(label, {})[tuple(names)] = of
     heads = [head for head in next(iter(runs.values())) if head != "seconds"]
-    rows = [
-        [f"{size} LoRAs, n {len(sets)}", NAMES.get(label, label.partition(":")[0])]
-        + [f"{fmean(of[head] for of in sets):.3f}" for head in heads]
-        for (size, label), sets in sorted(found.items(), key=lambda item: item[0][0])
-    ]
+    rows: list[list[str]] = []
+    for size, sets in sorted(found.items()):
+        for label, of in sorted(sets.items()):
+            means = [f"{fmean(one[head] for one in of.values()):.3f}" for head in heads]
+            rows.append([f"{size} LoRAs, n {len(of)}", label.partition(":")[0], *means])
+        ours, theirs = sets["iteris"], sets["chain-of-merges:conditions=0"]
+        less = [[ours[k][head] - theirs[k][head] for k in ours] for head in heads]
+        rows.append(["", "the difference", *(lead(stat(one)) for one in less)])
     return table(("", "", *heads), rows)
 
 
