@@ -141,6 +141,11 @@ class MergeFile:
         beside = self.path.parent / path
         return beside if beside.exists() else path
 
+    def place(self, base: str) -> str:
+        """The path of the base; a hub name or a bundled base's stays as it is."""
+        path = self.find(base)
+        return base if base in BUNDLED or not path.exists() else str(path)
+
 
 def use_merge_file(context: typer.Context, base: str | None) -> str | None:
     """The base, given as BASE or in a merge file, whose other keys become defaults."""
@@ -155,10 +160,7 @@ def use_merge_file(context: typer.Context, base: str | None) -> str | None:
     file = MergeFile(path, cast(list[Any], entries), MergeConfig.from_dict(own, str(path)))
     context.obj = file
     context.default_map = _defaults(context, file, data)
-    if name is None or str(name) in BUNDLED:
-        return name
-    place = file.find(str(name))
-    return str(place) if place.exists() else str(name)
+    return None if name is None else file.place(str(name))
 
 
 class _Loader(yaml.SafeLoader):

@@ -33,7 +33,7 @@ def test_the_factor_is_of_the_sum_with_its_ridge(width):
     factor = moments_of([x]).factor([0.5], 1e-3, 1.0, torch.float64)
     own = (x.mT @ x).double()
     wanted = 0.5 * (own + 1e-3 * own.norm() * torch.eye(len(own)))
-    lower = factor.cholesky.lower
+    lower = factor.lower
     torch.testing.assert_close(lower @ lower.mT, wanted)
     assert factor.norms[0] == pytest.approx(float(own.norm()))
 
@@ -48,9 +48,9 @@ def test_a_factor_in_single_precision_has_digits(ridge, single):
     moment.diagonal().add_(ridge * moment.norm())
     assert int(torch.linalg.cholesky_ex(moment).info) == 0
     inputs = moments_of([x])
-    lower = inputs.factor([1.0], ridge, 1.0, torch.float32).cholesky.lower
+    lower = inputs.factor([1.0], ridge, 1.0, torch.float32).lower
     assert (lower.dtype == torch.float32) == single
-    exact = inputs.factor([1.0], ridge, 1.0, torch.float64).cholesky.lower
+    exact = inputs.factor([1.0], ridge, 1.0, torch.float64).lower
     right = torch.randn(256, 8, dtype=torch.float64, generator=generator)
     solution = torch.cholesky_solve(right, exact)
     gap = torch.cholesky_solve(right.to(lower), lower).double() - solution
