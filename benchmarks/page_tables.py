@@ -168,7 +168,7 @@ def gated() -> list[str]:
 def wordless() -> list[str]:
     """Of pictures with a subject's trigger and without one: the share in the look, and of the
     subject's attributes; means over sets."""
-    runs = {tuple(json.loads(k)): of for k, of in load("wordless_toybox.json")["runs"].items()}
+    runs = {tuple(json.loads(k)): of for k, of in load("wordless_reported.json")["runs"].items()}
     labels = dict.fromkeys(label for _, label, *_ in runs)
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for (look, label, *names), of in runs.items():
