@@ -1,4 +1,4 @@
-"""LoRAs without trigger words beside subjects: ``python benchmarks/wordless.py [--world toybox]``.
+"""LoRAs without trigger words beside subjects: `x.
 
 A look of ``benchmarks/styles`` whose LoRA was trained without words is merged with subjects, and
 acts on every prompt. Of pictures on new words, with a subject's trigger and without any: ``style``
@@ -93,7 +93,7 @@ class Looks:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--world", choices=sorted(SETS), default="toybox")
+    parser.add_argument("--world", choices=sorted(SETS), default="reported")
     parser.add_argument("--looks", default=",".join(styles.WORDLESS))
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after")
