@@ -1,4 +1,4 @@
-"""LoRAs without trigger words beside subjects: `x.
+"""LoRAs without trigger words beside subjects: ``python benchmarks/wordless.py [--world toybox]``.
 
 A look of ``benchmarks/styles`` whose LoRA was trained without words is merged with subjects, and
 acts on every prompt. Of pictures on new words, with a subject's trigger and without any: ``style``
