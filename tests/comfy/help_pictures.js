@@ -20,7 +20,7 @@ const NODES = {
       blocks_1: '1,0.3,0.4,0.5,0.7,0.9,1,1,1.1,1.2,1.2,1.1,1,0.8,0.6,0.4,0.3',
     },
     properties: { iteris_open: [1] },
-    says: 'my_cat at 1: sks cat (from the file)\nxl_style at 1: in watercolor style',
+    says: 'my_cat at 1: sks cat (from the file)\nxl_style at 1: in watercolor style, style',
   },
   IterisConcept: { values: { lora_name: 'my_cat.safetensors', trigger: 'sks', class_word: 'cat' } },
   IterisPreservePrompts: {},
