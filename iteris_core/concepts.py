@@ -310,7 +310,8 @@ def recognised(
     words are given is always on, and part of the merged LoRA."""
     worded = bool({"trigger", "class_word", "subjects", "prompts"} & set(given))
     purpose = None
-    if not {"kind", "always_on"} & set(given):
+    # A merged LoRA has the names of all that it was made of.
+    if not {"kind", "always_on"} & set(given) and "iteris" not in metadata:
         purpose = purpose_of(file.name, metadata, noted_tags(file))
     if purpose in ALWAYS_ON and not worded:
         return {"always_on": "include"}, ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,13 @@ def test_what_nobody_said_comes_from_the_file(name, given, seen):
     config = ConceptConfig(file=Path(f"{name}.safetensors"), **given).with_found_words(metadata)
     for concept in config, Concept.from_file(Reader(), f"{name}.safetensors", **given):
         assert {key: getattr(concept, key) for key in seen} == seen
+
+
+def test_a_merged_lora_is_not_what_one_of_its_loras_was():
+    recipe = {"concepts": [{"lora": "cat", "trigger": "sks", "class": "cat"}]}
+    metadata = {"modelspec.title": "cat + lightning_4step", "iteris": json.dumps(recipe)}
+    config = ConceptConfig(file=Path("cat_style.safetensors")).with_found_words(metadata)
+    assert (config.kind, config.always_on, config.phrases) == ("subject", "no", ["sks cat"])
 
 
 def test_notes_beside_a_file_tell_its_kind(tmp_path):
