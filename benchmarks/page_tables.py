@@ -167,15 +167,23 @@ def gated() -> list[str]:
 
 def wordless() -> list[str]:
     """Of pictures with a subject's trigger and without one: the share in the look, and of the
-    subject's attributes; means over sets."""
-    runs = {tuple(json.loads(k)): of for k, of in load("wordless_reported.json")["runs"].items()}
-    labels = dict.fromkeys(label for _, label, *_ in runs)
+    subject's attributes."""
+    return _by_subjects("wordless_reported.json", ("style", "judge", "no trigger"))
+
+
+def slider() -> list[str]:
+    """At a slider's strengths: the size of what is drawn, the share of the subject's attributes,
+    and the size without a trigger."""
+    return _by_subjects("slider_toybox.json", ("size", "judge", "no trigger"))
+
+
+def _by_subjects(file: str, figures: Sequence[str]) -> list[str]:
+    """Figures of a LoRA without words beside subjects, in each use; means over sets."""
+    runs = {tuple(json.loads(k)): of for k, of in load(file)["runs"].items()}
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for (look, label, *names), of in runs.items():
-        if all((look, other, *names) in runs for other in labels):
-            found.setdefault((len(names), label), []).append(of)
+    for (_, label, *names), of in runs.items():
+        found.setdefault((len(names), label), []).append(of)
     uses = [use for use in next(iter(runs.values())) if use != "norm"]
-    figures = ("style", "judge", "no trigger")
     rows = [
         [f"{size} subjects, n {len(sets)}", label]
         + [
@@ -185,28 +193,6 @@ def wordless() -> list[str]:
         for (size, label), sets in sorted(found.items(), key=lambda item: item[0][0])
     ]
     return table(("", "", *uses), rows)
-
-
-def slider() -> list[str]:
-    """A slider beside subjects at its strengths: size of what is drawn, share of the subject's
-    attributes, size without a trigger; means over sets."""
-    runs = {tuple(json.loads(k)): of for k, of in load("slider_toybox.json")["runs"].items()}
-    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for (label, *names), of in runs.items():
-        found.setdefault((len(names), label), []).append(of)
-    strengths = list(next(iter(runs.values())))
-    rows = [
-        [f"{size} subjects, n {len(sets)}", label]
-        + [
-            " / ".join(
-                f"{fmean(of[at][name] for of in sets):.2f}"
-                for name in ("size", "judge", "no trigger")
-            )
-            for at in strengths
-        ]
-        for (size, label), sets in sorted(found.items(), key=lambda item: item[0][0])
-    ]
-    return table(("", "", *(f"at {at}" for at in strengths)), rows)
 
 
 def tidy() -> list[str]:

@@ -88,7 +88,7 @@ class Slider:
         found: dict[str, Any] = {}
         for strength in (0.0, *STRENGTHS):
             some = [self.figures(used(name, strength), name) for name in names]
-            found[f"{strength:g}"] = {key: fmean(one[key] for one in some) for key in some[0]}
+            found[f"at {strength:g}"] = {key: fmean(one[key] for one in some) for key in some[0]}
         return found
 
 
@@ -104,7 +104,7 @@ def main() -> None:
     for size, count in SETS[given.world].items():
         for names in sets_of(sorted(world.subjects), size, 0)[:count]:
             for label in given.rows.split(","):
-                key = json.dumps([label, *names])
+                key = json.dumps(["size", label, *names])
                 if key in read(path).get("runs", {}):
                     continue
                 if time.monotonic() > until:

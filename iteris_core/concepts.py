@@ -20,6 +20,9 @@ from .lora_files.metadata import (
 )
 from .settings import Settings, setting
 
+if TYPE_CHECKING:
+    from .hosts.protocol import Host
+
 PromptKind = Literal["subject", "style", "tags", "video"]
 AlwaysOn = Literal["no", "include", "outside"]
 
@@ -128,7 +131,7 @@ class Concept(Phrased, Settings):
             raise ConceptError(f"{self.name}: {error}") from None
 
     @classmethod
-    def from_file(cls, host: Any, path: str | Path, **values: Any) -> Concept:
+    def from_file(cls, host: Host, path: str | Path, **values: Any) -> Concept:
         """The LoRA in a file, read for the base model of ``host``.
 
         ``values`` are the other fields, such as ``strength=0.8``; :func:`recognised` adds to them.

@@ -45,8 +45,7 @@ _PURPOSES: Mapping[Purpose, re.Pattern[str]] = {
     "style": re.compile(r"(?<!hair[- ])\b(art[- ]?)?styles?\b", re.I),
 }
 _BOORU = re.compile(r"illustrious|noob[-_ ]?ai|animagine|\bpony\b|pony[-_ ]?diffusion", re.I)
-_COUNTED = re.compile(r"[1-6](girl|boy)s?|solo|score_\d(_up)?|masterpiece")
-_BASE_NAMES = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture", "baseModel")
+_BASE_NAMES = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
 _NAMED = ("ss_output_name", "modelspec.title")
 
 
@@ -157,7 +156,7 @@ def purpose_of(name: str, metadata: Mapping[str, str], tags: Iterable[str] = ())
         return "style"
     bases = (_words(metadata.get(key, "")) for key in _BASE_NAMES)
     frequent = (Counter(table).most_common(5) for table in tag_frequency(metadata).values())
-    tagged = any(_COUNTED.fullmatch(tag.strip()) for table in frequent for tag, _ in table)
+    tagged = any(_COUNT.fullmatch(tag.strip()) for table in frequent for tag, _ in table)
     return "tags" if tagged or any(map(_BOORU.search, bases)) else None
 
 

@@ -28,6 +28,7 @@ from ..lora_files.metadata import (
     merge_tag_frequency,
     merged_concepts,
     noted_phrases,
+    noted_tags,
     parse_object,
     parted,
     previews,
@@ -232,7 +233,8 @@ def _on_its_purpose(concept: Concept) -> list[str]:
     lora = concept.lora
     if lora is None or "iteris" in lora.metadata:
         return []
-    purpose = purpose_of(lora.source or lora.name, lora.metadata)
+    tags = noted_tags(Path(lora.source)) if lora.source else ()
+    purpose = purpose_of(lora.source or lora.name, lora.metadata, tags)
     if purpose is None:
         return []
     seen = f"judging by its name and metadata, this LoRA {_PURPOSES[purpose]}"

@@ -81,7 +81,7 @@ def test_purpose_by_training_and_notes(metadata, tags, purpose):
         ("sks", {}, {"kind": "subject", "always_on": "no", "phrases": ["sks dog"]}),
     ],
 )
-def test_what_nobody_said_comes_from_the_file(name, given, seen):
+def test_what_is_not_set_comes_from_the_file(name, given, seen):
     """The same for a concept in a file and for one whose LoRA is read."""
     metadata = {"modelspec.trigger_phrase": "sks dog"}
 
@@ -104,7 +104,10 @@ def test_a_merged_lora_is_not_what_one_of_its_loras_was():
 def test_notes_beside_a_file_tell_its_kind(tmp_path):
     (tmp_path / "x.metadata.json").write_text('{"tags": ["Style", "ink"]}')
     config = ConceptConfig(file=tmp_path / "x.safetensors")
-    assert config.with_found_words({}).kind == "style"
+    found = config.with_found_words({})
+    assert found.kind == "style"
+    (note,) = notes_of([found.concept(Lora({}, source=str(found.file)))]).values()
+    assert "this LoRA is a style" in note[0]
     (tmp_path / "x.metadata.json").write_text('{"tags": 3, "model": {"tags": [{}, null]}}')
     assert config.with_found_words({}).kind == "subject"
 
