@@ -153,7 +153,7 @@ class Denoiser:
             latent.to(device),
             None if mask is None else mask.to(device),
             SEED,
-            latent_shapes=[torch.Size(shape)],
+            latent_shapes=comfy.utils.pack_latents([latent])[1],
         )[_ONE][0]
         self._first = self._first or inputs
         return sharing(inputs, self._first)

@@ -47,7 +47,7 @@ NAMES: Mapping[str, Sequence[str]] = {
     ),
     "comfy.supported_models": ("SD15",),
     "comfy.supported_models_base": ("ClipTarget",),
-    "comfy.utils": ("ProgressBar", "unet_to_diffusers"),
+    "comfy.utils": ("ProgressBar", "pack_latents", "unet_to_diffusers"),
     "comfy_api.torch_helpers.torch_compile": ("COMPILE_KEY",),
 }  # fmt: skip
 METHODS: Mapping[str, Sequence[str]] = {

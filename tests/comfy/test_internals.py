@@ -66,12 +66,17 @@ def test_one_is_gone(
     assert "0.8.0 and 0.33.0 are known to work" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("samplers", "calc_cond_batch"),
+        ("utils", "pack_latents"),  # came with process_conds' latent_shapes, after 0.3.66
+    ],
+)
 def test_what_needs_it_says_so_and_the_rest_works(
-    again: Any, kit: Kit, monkeypatch: pytest.MonkeyPatch
+    again: Any, kit: Kit, module: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import comfy.samplers
-
-    monkeypatch.delattr(comfy.samplers, "calc_cond_batch")
+    monkeypatch.delattr(sys.modules[f"comfy.{module}"], name)
     again()
     found = sys.modules[NAME]
     core, merging, specs = (
@@ -80,7 +85,7 @@ def test_what_needs_it_says_so_and_the_rest_works(
     concepts = [specs.make_spec(c.file, trigger=c.trigger) for c in kit.concepts()]
     calibration = core.Calibration(samples=1, timesteps=1, latents="noise", latent_size=8)
     on = merging, kit.model, kit.clip, concepts
-    with pytest.raises(core.IterisError, match=r"no comfy\.samplers\.calc_cond_batch"):
+    with pytest.raises(core.IterisError, match=rf"no comfy\.{module}\.{name}"):
         merge_on(*on, "iteris", {}, calibration)
     assert merge_on(*on, "average", {}, calibration).lora.sites
 
