@@ -33,14 +33,7 @@ from .comfy_conds import Inputs, References, kind, size
 from .comfy_denoiser import Denoiser
 from .comfy_lora import ComfySites
 from .comfy_runtime import halving
-from .comfy_sampling import (
-    ComfySamples,
-    DenoiserRows,
-    Kept,
-    Sampling,
-    comfy_samples,
-    make_latents,
-)
+from .comfy_sampling import ComfySamples, DenoiserRows, Kept, Sampling, comfy_samples, make_latents
 from .comfy_state import training
 from .comfy_text import Conditioning, TextEncoders
 from .concept_specs import DENOISER

@@ -13,17 +13,9 @@ from ..iteris_core.hosts.rows import FRAMES, default_size, middle_patch, unet_le
 from .comfy_internals import comfy
 
 _SCALES = {
-    "SD_X4": 4,
-    "SC_Prior": 42,
-    "SC_B": 4,
-    "Flux2": 16,
-    "LTXV": 32,
-    "Wan22": 16,
-    "HunyuanImage21": 32,
-    "HunyuanImage21Refiner": 16,
-    "HunyuanVideo15": 16,
-    "ChromaRadiance": 1,
-}
+    "SD_X4": 4, "SC_Prior": 42, "SC_B": 4, "Flux2": 16, "LTXV": 32, "Wan22": 16,
+    "ChromaRadiance": 1, "HunyuanImage21": 32, "HunyuanImage21Refiner": 16, "HunyuanVideo15": 16,
+}  # fmt: skip
 """Pixels per latent side by latent format, if not 8. Later ComfyUI versions provide this as
 ``spacial_downscale_ratio``."""
 _FRAMES = {"Mochi": 6, "LTXV": 8, "Cosmos1CV8x8x8": 8}

@@ -28,8 +28,6 @@ from .comfy_learned import EmbeddingTokenizer, tokenizers
 from .comfy_runtime import free_beside
 
 Conditioning = tuple[Tensor, dict[str, Any]]
-
-
 Loaded = tuple[int, Condition]
 """A text's concept, and how its LoRA is loaded in the text encoders."""
 

@@ -105,34 +105,23 @@ def _unet_config(theirs: dict[str, Any]) -> dict[str, Any]:
     levels = len(widths)
     return {
         "image_size": 32,
-        "in_channels": theirs["in_channels"],
-        "out_channels": theirs["out_channels"],
-        "model_channels": widths[0],
-        "channel_mult": [width // widths[0] for width in widths],
+        "in_channels": theirs["in_channels"], "out_channels": theirs["out_channels"],
+        "model_channels": widths[0], "channel_mult": [width // widths[0] for width in widths],
         "num_res_blocks": [layers] * levels,
-        "transformer_depth": [1] * (layers * levels),
+        "transformer_depth": [1] * (layers * levels), "transformer_depth_middle": 1,
         "transformer_depth_output": [1] * ((layers + 1) * levels),
-        "transformer_depth_middle": 1,
-        "context_dim": theirs["cross_attention_dim"],
+        "context_dim": theirs["cross_attention_dim"], "adm_in_channels": None,
         "num_heads": theirs["attention_head_dim"],  # diffusers' name for their number
-        "num_head_channels": -1,
-        "adm_in_channels": None,
-        "use_spatial_transformer": True,
-        "use_linear_in_transformer": False,
+        "num_head_channels": -1, "use_checkpoint": False, "legacy": False,
+        "use_spatial_transformer": True, "use_linear_in_transformer": False,
         "use_temporal_attention": False,
-        "use_checkpoint": False,
-        "legacy": False,
-    }
+    }  # fmt: skip
 
 
 def _clip(folder: Path) -> Any:
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
-    special = {
-        "start": config["bos_token_id"],
-        "end": config["eos_token_id"],
-        "pad": config["pad_token_id"],
-    }
-
+    ids = {"start": "bos", "end": "eos", "pad": "pad"}
+    special = {name: config[f"{token}_token_id"] for name, token in ids.items()}
     parts = comfy.sd1_clip
     words, width = str(folder / "tokenizer"), config["hidden_size"]
     model = partial(parts.SDClipModel, textmodel_json_config=dict(config), special_tokens=special)

@@ -25,15 +25,7 @@ from .concept_specs import (
     specs_of,
     with_words,
 )
-from .schema import (
-    NONE,
-    advanced,
-    concepts_input,
-    file_input,
-    schema,
-    strength_input,
-    weight_input,
-)
+from .schema import NONE, advanced, concepts_input, file_input, schema, strength_input, weight_input
 
 ROWS = 10
 """Number of LoRAs on one node; the front end shows those in use and one more (web/iteris.js)."""
@@ -45,6 +37,7 @@ _SOURCES = {"you": "", "file": " (from the file)", "captions": " (a guess from i
 class IterisConcept(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        kinds = [AUTO, *get_args(PromptKind), ALWAYS]
         return schema(
             "IterisConcept",
             ["lora", "load lora", "merge lora", "concept"],
@@ -59,12 +52,7 @@ class IterisConcept(io.ComfyNode):
                 # Optional and last, so that older saved graphs keep the positions of their values.
                 strength_input("strength_clip", optional=True),
                 advanced(file_input("lora_low", "loras", optional=True)),
-                io.Combo.Input(
-                    "kind",
-                    options=[AUTO, *get_args(PromptKind), ALWAYS],
-                    default=AUTO,
-                    optional=True,
-                ),
+                io.Combo.Input("kind", options=kinds, default=AUTO, optional=True),
                 concepts_input(optional=True),
             ],
             group="concepts",
@@ -109,6 +97,9 @@ class IterisConcept(io.ComfyNode):
         return [changed(lora_path(name)) for name in files]
 
 
+_PRESERVED = "a photo of a person\na landscape\na city street"
+
+
 class PreservePrompts(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -116,11 +107,7 @@ class PreservePrompts(io.ComfyNode):
             "IterisPreservePrompts",
             ["regularization", "preservation"],
             inputs=[
-                io.String.Input(
-                    "prompts",
-                    default="a photo of a person\na landscape\na city street",
-                    multiline=True,
-                ),
+                io.String.Input("prompts", default=_PRESERVED, multiline=True),
                 weight_input(default=PRESERVE_WEIGHT),
                 concepts_input(optional=True),
             ],

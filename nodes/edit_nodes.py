@@ -18,13 +18,7 @@ from ..iteris_core.errors import IterisError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.preview import preview_merge
-from ..iteris_core.report.inspection import (
-    describe,
-    interference,
-    numbered,
-    plot_loras,
-    to_table,
-)
+from ..iteris_core.report.inspection import describe, interference, numbered, plot_loras, to_table
 from ..iteris_core.solve.ranks import Target
 from .comfy_host import ComfyHost
 from .comfy_lora import apply_lora

@@ -137,6 +137,7 @@ def other_input(name: str) -> Any:
 class IterisMergeSettings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        choices = list(get_args(Unmergeable))
         return schema(
             "IterisSettings",
             ["merge settings", "density", "ridge", "image size", "rank"],
@@ -146,12 +147,7 @@ class IterisMergeSettings(io.ComfyNode):
                 io.Combo.Input(
                     "empty_prompts", options=["auto", "yes", "no"], default="auto", optional=True
                 ),
-                io.Combo.Input(
-                    "cannot_merge",
-                    options=list(get_args(Unmergeable)),
-                    default="refuse",
-                    optional=True,
-                ),
+                io.Combo.Input("cannot_merge", options=choices, default="refuse", optional=True),
                 io.Float.Input("memory", default=0.0, max=1024.0, min=0.0, step=0.1, optional=True),
                 *(setting_input(IterisSettings, name) for name in ITERIS),
                 *map(other_input, OTHERS),

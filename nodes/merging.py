@@ -81,10 +81,7 @@ def merge_on(
     reading = ReadOptions(allow_partial=config.unmergeable == "skip")
     settings = {**config.settings, "micro_batch": rows}
     settings = {name: value for name, value in settings.items() if name in known}
-    with (
-        ready_for_merge(clip),
-        _RememberingHost(model, clip, rows, **base) as host,
-    ):
+    with ready_for_merge(clip), _RememberingHost(model, clip, rows, **base) as host:
         host.recipe = tuple(
             concept.model_copy(update={"weight": float(concept.weight > 0), "source": ""})
             for concept in config.concepts

@@ -24,11 +24,10 @@ _SCORED = ("cosine", "clip_score", "scores", "plot")
 
 def _score_output(values: Tensor, title: str, node_id: str | None) -> io.NodeOutput:
     mean, scaled = float(values.mean()), clip_score(values)
+    pairs = zip(values.tolist(), scaled.tolist(), strict=True)
     lines = [
         f"image {number}: cosine {cosine:.4f}, CLIPScore {score:.4f}"
-        for number, (cosine, score) in enumerate(
-            zip(values.tolist(), scaled.tolist(), strict=True), 1
-        )
+        for number, (cosine, score) in enumerate(pairs, 1)
     ]
     lines.append(f"mean: cosine {mean:.4f}, CLIPScore {float(scaled.mean()):.4f}")
     show_text(f"{title}: {mean:.4f}", node_id)
@@ -157,9 +156,7 @@ class ScoreSheet(io.ComfyNode):
         cell: list[int],
         scores: Sequence[float] = (),
     ) -> io.NodeOutput:
-        names = lines_of("\n".join(labels)) or [
-            f"row {number + 1}" for number in range(len(images))
-        ]
+        names = lines_of("\n".join(labels)) or [f"row {n + 1}" for n in range(len(images))]
         if len(names) < len(images):
             raise IterisError(f"Score Sheet has {len(images)} rows but {len(names)} labels.")
         rows = {}
@@ -184,9 +181,6 @@ def plot_scores(values: Sequence[float], title: str) -> Any:
     axis.bar(numbers, values)
     mean = sum(values) / len(values)
     axis.axhline(mean, color="black", linestyle="--", label=f"mean {mean:.3f}")
-    axis.set_xticks(list(numbers))
-    axis.set_xlabel("picture")
-    axis.set_ylabel("cosine")
-    axis.set_title(title)
+    axis.set(xticks=list(numbers), xlabel="picture", ylabel="cosine", title=title)
     axis.legend()
     return figure
