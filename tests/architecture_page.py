@@ -3,8 +3,6 @@
 ``python tests/architecture_page.py > docs/architectures.md``
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import textwrap

@@ -5,8 +5,6 @@ computes its change: largest error}}, "layouts": {layout: {base: {"error", "diff
 Nothing is written without ``WRITE_RESULTS=1``.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Tiny real pipelines of every kind of base model, random LoRAs for them, and plain runs."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

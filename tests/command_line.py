@@ -1,7 +1,5 @@
 """Run ``iteris …`` in this process, on a small world of files."""
 
-from __future__ import annotations
-
 import json
 import sys
 

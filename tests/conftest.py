@@ -1,7 +1,5 @@
 """Fixtures of a tiny pipeline and its host, in float32 and float64."""
 
-from __future__ import annotations
-
 import copy
 import os
 

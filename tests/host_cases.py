@@ -1,7 +1,5 @@
 """Cases for the suite over all hosts: tiny diffusers pipelines and transformers models."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

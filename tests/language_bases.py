@@ -1,7 +1,5 @@
 """Tiny transformers models of every kind, adapters for them as saved by peft, and samples."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

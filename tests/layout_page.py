@@ -3,8 +3,6 @@
 ``python tests/layout_page.py > docs/layouts.md``
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Mapping

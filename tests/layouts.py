@@ -4,8 +4,6 @@ Every function gives (tensors, metadata) for a LoRA whose factors are taken as t
 ``alpha`` over rank.
 """
 
-from __future__ import annotations
-
 import json
 
 import torch

@@ -1,7 +1,5 @@
 """LoRA files of reduced pipelines in other tools' layouts, and what the loader makes of them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 

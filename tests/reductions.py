@@ -1,7 +1,5 @@
 """Reductions of given tokens, without a model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """A merge by the code under test on the oracle's small module."""
 
-from __future__ import annotations
-
 from oracle import ModuleHost, Net, make_data
 
 from iteris_core import Concept, merge_loras

@@ -1,7 +1,5 @@
 """Small real pipelines with random weights, and LoRAs for them."""
 
-from __future__ import annotations
-
 import string
 
 import torch

@@ -1,7 +1,5 @@
 """``make bench-gpu`` with reduced models on the CPU, so that it will also run on a card."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

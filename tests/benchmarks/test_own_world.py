@@ -1,8 +1,6 @@
 """A world of a YAML file, and a stranger's method: the toybox's files stand for somebody's model,
 LoRAs and pictures."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

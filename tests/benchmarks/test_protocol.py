@@ -1,7 +1,5 @@
 """The protocol: its statistics, its plan, runs that resume, and the search for settings."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The pages' figures match ``benchmarks/results``, and these match what the scripts produce."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The toybox: its files exist and are small, and its instruments and images are good."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

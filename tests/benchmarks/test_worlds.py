@@ -1,8 +1,6 @@
 """Worlds of concepts beside the toybox's own: training that resumes, words that are new, and whose
 LoRA draws what."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

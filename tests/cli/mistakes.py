@@ -1,7 +1,5 @@
 """The mistakes in ``mistakes.txt``, their files and their command lines."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import struct

@@ -1,7 +1,5 @@
 """The command line: a merge from files to a file, and one clear line for any bad input."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Options of merge do what they say."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

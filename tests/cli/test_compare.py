@@ -1,7 +1,5 @@
 """``iteris compare`` on small real models."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

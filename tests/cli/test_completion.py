@@ -1,7 +1,5 @@
 """Shell completion, through typer's own mechanism."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

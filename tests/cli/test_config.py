@@ -1,7 +1,5 @@
 """A merge is one value; a merge file, a recipe and the command line write it in the same way."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``make demo`` from end to end: files in, one file out, pictures of it from plain diffusers."""
 
-from __future__ import annotations
-
 import json
 import re
 

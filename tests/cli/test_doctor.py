@@ -1,7 +1,5 @@
 """``iteris doctor`` shows what is installed, and what is missing."""
 
-from __future__ import annotations
-
 import json
 import sys
 from importlib.metadata import PackageNotFoundError

@@ -1,7 +1,5 @@
 """The index of errors: every kind that is raised has an entry, and every entry is raised."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``iteris init``: a merge file from a folder of LoRAs, which then runs."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

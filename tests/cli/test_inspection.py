@@ -1,7 +1,5 @@
 """``iteris inspect``: facts of files and interference, against dense computations."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """A merge file does what the command line does."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """A user's mistake on the command line or in Python gives one clear line, before any work."""
 
-from __future__ import annotations
-
 import logging
 import re
 import subprocess

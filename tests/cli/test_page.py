@@ -1,7 +1,5 @@
 """The page of a comparison in a real browser. Needs chromium, and playwright-core in NODE_PATH."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

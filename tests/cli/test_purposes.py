@@ -1,7 +1,5 @@
 """LoRAs that are no subject, by their names: what is found, and what only sounds like one."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Metadata of merged files: their content, and that they reproduce the same merge."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

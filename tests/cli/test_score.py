@@ -1,7 +1,5 @@
 """Scores and their presentation."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from PIL import Image

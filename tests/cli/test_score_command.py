@@ -1,7 +1,5 @@
 """``iteris score`` on small real models."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Settings declared once: checks, text, presets, and the page that lists them."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

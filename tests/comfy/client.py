@@ -1,7 +1,5 @@
 """Talks to a running ComfyUI: posts a graph, waits for it, hands back its history."""
 
-from __future__ import annotations
-
 import json
 import time
 import urllib.error

@@ -3,8 +3,6 @@
 Needs COMFYUI_PATH, a checkout whose requirements this Python has.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import socket

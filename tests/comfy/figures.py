@@ -1,7 +1,5 @@
 """Measurements on every architecture: a merge of one LoRA, of two, and its file."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType

@@ -1,7 +1,5 @@
 """The pack's modules, and a reduced SD 1.5 with two LoRAs for them."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from collections.abc import Sequence

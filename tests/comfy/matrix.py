@@ -5,8 +5,6 @@ test-comfy MATRIX="…"``. Prints a line for each, and fails where one fails. Wi
 pytest the tests run that are neither slow nor of a server's front end.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The weights of a MODEL and CLIP of :mod:`reduced_models` as pipelines of diffusers."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,8 +1,6 @@
 """SD 1.5, SDXL, SD 3 and FLUX.1 of ComfyUI's own classes at full width, without weights, and their
 layers under diffusers' names."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any
 

@@ -1,7 +1,5 @@
 """After a change, a new run computes only what changed."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

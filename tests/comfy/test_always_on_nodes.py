@@ -1,7 +1,5 @@
 """Speed LoRAs that are always on: as if Load LoRA had put them on MODEL and CLIP."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

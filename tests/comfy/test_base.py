@@ -1,8 +1,6 @@
 """The base of a merge is what MODEL and CLIP draw with, whatever other nodes have done to them; and
 it stays as it is, whatever happens."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

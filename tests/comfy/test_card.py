@@ -2,8 +2,6 @@
 weights, layers that are read without being called.
 """
 
-from __future__ import annotations
-
 import sys
 from types import ModuleType
 from typing import Any

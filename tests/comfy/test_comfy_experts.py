@@ -1,8 +1,6 @@
 """Models in two parts, for high and for low noise: each part only has rows from its own steps, and
 two files per concept give two files. What they draw is with that of every architecture."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from types import ModuleType

@@ -1,7 +1,5 @@
 """Real prompts on a real server, as a user of the pack would run them."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

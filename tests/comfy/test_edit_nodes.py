@@ -1,7 +1,5 @@
 """Resize LoRA and Extract LoRA on a MODEL and CLIP, which stay as they were."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Our files in stock ComfyUI: every key is read, and changes and outputs are those of diffusers."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Needs COMFYUI_GGUF, a checkout of the pack, and the package gguf, which writes a small file.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import sys

@@ -1,7 +1,5 @@
 """Inspect shows what fits, what is alike and a merge's plan, and merges nothing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Learned embeddings in ComfyUI: active during a merge, and usable afterwards."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from types import ModuleType

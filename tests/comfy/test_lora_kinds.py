@@ -1,7 +1,5 @@
 """Every parametrisation: ΔW from our reader, against ComfyUI's own change of the weight."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import ModuleType
 from typing import Any

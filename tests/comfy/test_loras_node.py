@@ -1,7 +1,5 @@
 """One node for many LoRAs, their words and prompts, and the stacks of other packs."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Names of files in ComfyUI: every alias of its key maps is read, and the names that are written
 are in the stock loader's, also where sd-scripts has none."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from types import ModuleType

@@ -1,7 +1,5 @@
 """Inputs of the merging nodes: bases without guidance, and what cannot be merged."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

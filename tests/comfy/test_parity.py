@@ -1,8 +1,6 @@
 """Merging through ComfyUI is merging through diffusers: the same weights, LoRAs, prompts, noise and
 timesteps give the same change at every site. Each side makes its own latents and conditioning."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from types import ModuleType

@@ -1,7 +1,5 @@
 """What nodes make of their inputs and of the files they are given, without a merge."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import ModuleType
 from typing import Any

@@ -1,7 +1,5 @@
 """Inputs besides the prompts, and the latents' size without them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any

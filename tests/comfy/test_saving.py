@@ -1,7 +1,5 @@
 """Save Merged LoRA: names, ranks, and a full disk."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import ModuleType

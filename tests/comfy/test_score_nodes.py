@@ -1,7 +1,5 @@
 """A shared graph can only load scorers from the models folders."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import socket

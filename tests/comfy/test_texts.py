@@ -1,7 +1,5 @@
 """Locales and help pages match the nodes; see texts.py."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -4,8 +4,6 @@ The front end opens the graph and says what it would send; pictures are made sma
 as a user in a hurry would, and the latents are saved.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

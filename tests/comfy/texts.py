@@ -5,8 +5,6 @@
 the tables of their help pages come from their locales.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Random checkpoints that ComfyUI takes for SD 1.5, the same weights for diffusers, and LoRAs."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

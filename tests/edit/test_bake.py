@@ -1,7 +1,5 @@
 """LoRAs added to checkpoints' weights: the changes, the names, and rounding."""
 
-from __future__ import annotations
-
 import copy
 
 import layouts

@@ -1,7 +1,5 @@
 """A model with changed norms and biases: applied once per forward, and restored afterwards."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

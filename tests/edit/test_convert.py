@@ -1,7 +1,5 @@
 """LoRAs with other tools' names, and other kinds as plain LoRAs."""
 
-from __future__ import annotations
-
 import json
 
 import layouts

@@ -1,7 +1,5 @@
 """A LoRA extracted from a fine-tune: nearer to it than the base; and refused inputs."""
 
-from __future__ import annotations
-
 import copy
 import json
 

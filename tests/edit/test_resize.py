@@ -1,7 +1,5 @@
 """LoRAs at a lower rank: which components are kept, on what, and in which files."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Weights by block and layers by name, against the names of the original code."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """A disk that fills up while a merge is written: with a file size limit, and on a 64 kB disk."""
 
-from __future__ import annotations
-
 import re
 import resource
 import subprocess

@@ -1,7 +1,5 @@
 """Thousands of broken and hostile files: each is read correctly or refused with an IterisError."""
 
-from __future__ import annotations
-
 import json
 import math
 import resource

@@ -1,7 +1,5 @@
 """LoRA files in layouts that only the pipelines' own loaders know."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest

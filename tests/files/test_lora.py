@@ -1,7 +1,5 @@
 """Low-rank algebra: properties that hold for any factors."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """The card of a merged file, and the notes for LoRA browsers beside it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

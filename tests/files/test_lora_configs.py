@@ -1,7 +1,5 @@
 """peft adapters as saved by diffusers, with everything that a LoraConfig can contain."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every layout on every kind of base: read in full, and equal to the library's own result."""
 
-from __future__ import annotations
-
 import copy
 
 import layouts

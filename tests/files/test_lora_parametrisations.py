@@ -1,7 +1,5 @@
 """LoCon, LoHa, LoKr, full differences and DoRA against what LyCORIS and peft compute."""
 
-from __future__ import annotations
-
 import copy
 from importlib.metadata import version
 

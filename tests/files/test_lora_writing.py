@@ -1,8 +1,6 @@
 """Written files: what diffusers reads of them, and sd-scripts' names. For any LoRA in every layout
 see test_written_layouts.py."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from dataclasses import replace

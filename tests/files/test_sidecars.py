@@ -1,7 +1,5 @@
 """Trigger words beside a LoRA file, and the precedence of sources."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

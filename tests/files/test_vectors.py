@@ -1,7 +1,5 @@
 """Changes of biases and normalisations in files: every layout, fused modules, what is refused."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

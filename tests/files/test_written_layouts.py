@@ -1,8 +1,6 @@
 """Writer × layout × reader: any LoRA, from memory or from a trainer's file, in every layout that we
 write: read back as it was, by us and by diffusers, which loads it with peft."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory

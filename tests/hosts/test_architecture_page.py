@@ -1,7 +1,5 @@
 """The architectures page states what the tests measured."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

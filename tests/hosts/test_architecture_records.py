@@ -1,7 +1,5 @@
 """One record per architecture: a new one can be read, written and named without other changes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from bases import KINDS, tiny_base

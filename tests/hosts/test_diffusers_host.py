@@ -1,7 +1,5 @@
 """The diffusers host on a real pipeline: rows, files and what the library makes of them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny import is_attention, random_lora

@@ -1,7 +1,5 @@
 """Tokens that count more where a LoRA acts (iteris_core/activations/token_sampling.py)."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 
 import torch

@@ -1,7 +1,5 @@
 """A base that changed after its host was made, or that cannot wait, is refused."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model

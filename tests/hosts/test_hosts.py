@@ -4,8 +4,6 @@ Each case is a tiny real model with random weights. What a library makes of a me
 against the same changes added to the weights.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Learned embeddings: which words refer to them, and that they are active during a merge."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import replace

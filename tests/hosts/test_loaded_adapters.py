@@ -1,7 +1,5 @@
 """Adapters loaded in a PeftModel or in a pipeline, merged into one beside them."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 

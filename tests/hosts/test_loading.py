@@ -1,8 +1,6 @@
 """A merge that is loaded into a pipeline draws what its changes draw, or the error says in which
 file it is."""
 
-from __future__ import annotations
-
 import copy
 import re
 import tempfile

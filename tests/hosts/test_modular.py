@@ -1,7 +1,5 @@
 """Modular diffusers pipelines, in addition to the laws for every class."""
 
-from __future__ import annotations
-
 import torch
 from command_line import QUICK, run
 from pipelines import PIPELINES, draw, two_concepts, write_lora

@@ -1,8 +1,6 @@
 """Three laws on a reduced pipeline of every class: the merge of one LoRA draws what its file draws,
 rows may share a forward as they like, and the written file draws what the merge draws."""
 
-from __future__ import annotations
-
 import diffusers
 import pytest
 from architecture_results import record

@@ -1,7 +1,5 @@
 """Calls of a denoiser as rows: taken apart, joined again, and nothing left on the model."""
 
-from __future__ import annotations
-
 import copy
 
 import greenlet

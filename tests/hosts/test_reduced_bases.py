@@ -1,7 +1,5 @@
 """Bases in half precision, and bases with offloaded weights."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """What the transformers host collects: features of a LoRA that writes, residual streams, repair."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

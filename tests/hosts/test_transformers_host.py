@@ -1,7 +1,5 @@
 """The transformers host: adapters as peft saves them, padding, heads, errors."""
 
-from __future__ import annotations
-
 import copy
 import json
 

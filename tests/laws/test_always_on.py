@@ -1,7 +1,5 @@
 """LoRAs that are on in every forward, as if part of the base; in the file or outside it."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -3,8 +3,6 @@
 Each test is skipped without a checkout, see :mod:`published`.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import logging

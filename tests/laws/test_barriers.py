@@ -1,7 +1,5 @@
 """Which sites are solved together, and which modules can be replayed."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from oracle import hooks_on

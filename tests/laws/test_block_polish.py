@@ -1,7 +1,5 @@
 """Block polish: every part gets closer to its output under each LoRA, and nothing else changes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from oracle import ModuleHost, changed, dense_changes

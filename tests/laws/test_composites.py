@@ -1,7 +1,5 @@
 """Rows of a subject in a style: their target, prompts and latents, and what they change."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """A merge for how files are used: bounded changes, other strengths, another LoRA beside."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 import rivals  # noqa: F401 (registers them)
 import torch

@@ -1,7 +1,5 @@
 """Targets in a few directions of the output give the solve of all of them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from reductions import by_moments

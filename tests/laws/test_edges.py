@@ -1,7 +1,5 @@
 """Edge cases of a merge: degenerate inputs, other precisions, failures, wrong settings."""
 
-from __future__ import annotations
-
 import pytest
 import rivals  # noqa: F401 (registers them)
 import torch

@@ -1,7 +1,5 @@
 """LoRAs of a model with two denoisers: one file for high noise and one for low, in and out."""
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -1,7 +1,5 @@
 """Streams behind gates: found by running the model, and repaired as the equation says."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from oracle import difference, hooks_on

@@ -1,7 +1,5 @@
 """Sites that receive the same tensor and split it into tokens in different ways."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from oracle import ModuleHost

@@ -1,7 +1,5 @@
 """Held-out rows: a merged LoRA that is each LoRA keeps 1 of it, and nothing keeps 0."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

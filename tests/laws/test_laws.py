@@ -1,7 +1,5 @@
 """The numerical laws of the merge, against the dense float64 transcription in oracle.py."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

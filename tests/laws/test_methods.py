@@ -1,7 +1,5 @@
 """Every rival method against an independent source: peft's functions, or plain float64 formulas."""
 
-from __future__ import annotations
-
 import pytest
 import rivals  # noqa: F401 (registers them)
 import torch

@@ -1,7 +1,5 @@
 """Torch's modes of a forward, while other micro-batches run and sites are solved."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from oracle import SITES, ModuleHost, Net, dense_changes, difference, make_data, make_lora

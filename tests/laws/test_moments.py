@@ -1,7 +1,5 @@
 """Streamed moments against direct products, and which tokens count."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from reductions import moments_of

@@ -1,7 +1,5 @@
 """Our merge on a T5 against the authors' algorithm, site by site."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,8 +1,6 @@
 """Laws of every least-squares merge: it is where the gradient vanishes, does not depend on how a
 change is factorised, is no worse at a higher rank, and leaves a merged LoRA as it is."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """RegMean++ a block at a time: each LoRA's own layers on what the merged blocks before give."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Runs over several stages of a model."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 

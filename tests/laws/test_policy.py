@@ -1,7 +1,5 @@
 """All thresholds in one place, and a merge's decisions based on them."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """Products in full precision regardless of PyTorch's settings, which are restored."""
 
-from __future__ import annotations
-
 import threading
 from contextlib import suppress
 

@@ -1,8 +1,6 @@
 """Residual streams in targets and repair, against dense float64 weights. test_gates.py has streams
 behind gates, of the same nets."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

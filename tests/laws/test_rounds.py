@@ -1,7 +1,5 @@
 """Gradient fusion and LoRACLR in rounds: as if what was merged before were in the base."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 

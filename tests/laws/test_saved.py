@@ -1,8 +1,6 @@
 """A finished merge can be saved and is read back as it was, also if its LoRAs leave out the layers
 that run first."""
 
-from __future__ import annotations
-
 from typing import get_args
 
 import pytest

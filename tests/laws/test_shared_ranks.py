@@ -1,7 +1,5 @@
 """Ranks shared out over the layers of a merge, against plain matrices."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """Images of two concepts: which pairs are drawn, and the blocks' targets on them."""
 
-from __future__ import annotations
-
 from functools import partial
 from types import SimpleNamespace
 

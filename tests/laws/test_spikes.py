@@ -1,7 +1,5 @@
 """Rank-1 spikes that LoRAs share: a merge counts them once."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from oracle import SITES, ModuleHost, Net, changed, make_data, make_lora

@@ -1,7 +1,5 @@
 """Rows that wait in host memory: the same result, with only one micro-batch on the device."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from oracle import ModuleHost, Net, hooks_on, make_data, make_lora

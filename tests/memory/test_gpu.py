@@ -1,7 +1,5 @@
 """The merge on a GPU: the same result as on the CPU, in float32 and in half precision."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Memory that the system refuses: the retries, and the message."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """A fixed set of merges still writes the same files: see :mod:`merged_files`."""
 
-from __future__ import annotations
-
 import json
 
 import merged_files

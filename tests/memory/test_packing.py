@@ -1,7 +1,5 @@
 """Packing of waiting data into 8 or 4 bits, and a merge that uses it."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

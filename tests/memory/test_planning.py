@@ -1,7 +1,5 @@
 """The memory budget: plans, and that merges stay within them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

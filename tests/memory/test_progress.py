@@ -1,7 +1,5 @@
 """The reported time left: with fake clocks, and in real merges."""
 
-from __future__ import annotations
-
 import pytest
 import rivals  # noqa: F401 (registers them)
 from oracle import ModuleHost, Net, make_data, make_lora

@@ -1,7 +1,5 @@
 """Two merges at once, in two threads of one process, each on its own pipeline."""
 
-from __future__ import annotations
-
 import copy
 from concurrent.futures import ThreadPoolExecutor
 

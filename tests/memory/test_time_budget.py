@@ -1,7 +1,5 @@
 """Samples by a time budget."""
 
-from __future__ import annotations
-
 from bases import make_lora, tiny
 
 from iteris_core import Calibration, Concept, merge_loras

@@ -1,7 +1,5 @@
 """All strategies for a sweep agree on every class of model, bit for bit."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from pipelines import PIPELINES, write_lora

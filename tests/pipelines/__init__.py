@@ -1,7 +1,5 @@
 """Reduced pipelines of diffusers: real classes, a few thousand random weights, no download."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from .flux import FLUX

@@ -1,7 +1,5 @@
 """Reduced FLUX.1, FLUX.2 and their kin."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import diffusers

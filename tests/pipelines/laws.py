@@ -1,7 +1,5 @@
 """A merge on a reduced pipeline, held against what the pipeline's own loader makes of the files."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack

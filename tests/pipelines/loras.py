@@ -1,7 +1,5 @@
 """Random LoRA files for any pipeline, as peft and diffusers write them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Generator
 from contextlib import contextmanager

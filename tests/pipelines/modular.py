@@ -1,7 +1,5 @@
 """Reduced pipelines that exist as modular ones only."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import diffusers

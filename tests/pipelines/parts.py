@@ -1,7 +1,5 @@
 """Schedulers, autoencoders and pictures that reduced pipelines share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import diffusers

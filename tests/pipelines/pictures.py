@@ -1,7 +1,5 @@
 """Other reduced pipelines that draw pictures."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

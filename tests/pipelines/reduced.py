@@ -1,7 +1,5 @@
 """What a reduced pipeline is, and how it draws."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

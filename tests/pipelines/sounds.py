@@ -1,7 +1,5 @@
 """A reduced pipeline that makes music."""
 
-from __future__ import annotations
-
 import diffusers
 
 from . import texts

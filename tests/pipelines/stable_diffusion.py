@@ -1,7 +1,5 @@
 """Reduced Stable Diffusion: 1.5, 2, XL, 3, and those that inpaint."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import diffusers

@@ -1,7 +1,5 @@
 """Tokenizers and text encoders for reduced pipelines, a few thousand random weights each."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

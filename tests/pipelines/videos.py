@@ -1,7 +1,5 @@
 """Reduced pipelines that draw videos."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import diffusers

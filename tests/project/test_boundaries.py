@@ -1,8 +1,6 @@
 """Checks that import-linter (``make lint``) does not cover: how modules import, and the nodes'
 imports."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

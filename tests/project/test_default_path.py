@@ -5,8 +5,6 @@ Counted are our modules, functions and classes that were entered, and pairs of m
 each other both ways; ``PYTHONPATH=.:tests python tests/project/test_default_path.py`` prints them.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from collections.abc import Callable, Generator

@@ -1,7 +1,5 @@
 """The README and the pages are correct: commands run, code compiles, links resolve."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import re

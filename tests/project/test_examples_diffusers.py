@@ -1,7 +1,5 @@
 """The examples for SDXL and FLUX run on tiny pipelines, and diffusers loads what they write."""
 
-from __future__ import annotations
-
 import copy
 import subprocess
 import sys

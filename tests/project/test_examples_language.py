@@ -1,7 +1,5 @@
 """The examples for transformers models run with files from the repository."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

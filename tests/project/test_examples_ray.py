@@ -1,7 +1,5 @@
 """The Ray example merges every pair, resumes where it stopped, and makes one table."""
 
-from __future__ import annotations
-
 import csv
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The example graphs as files: their groups, notes and thumbnails."""
 
-from __future__ import annotations
-
 import json
 import re
 from itertools import combinations

@@ -1,7 +1,5 @@
 """The pages are plain English: short sentences, and no translated phrases."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Wheel, source distribution and registry archive contain everything needed after installation, and
 nothing from outside the project."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

@@ -5,8 +5,6 @@ are made from its classes as its loader would make them. One that this ComfyUI d
 its test.
 """
 
-from __future__ import annotations
-
 from .cosmos import COSMOS
 from .dits import DITS
 from .flux import FLUX, flux

@@ -1,7 +1,5 @@
 """NVIDIA's Cosmos Predict2, and Anima, which is made of it."""
 
-from __future__ import annotations
-
 import functools
 from importlib import import_module
 from typing import Any

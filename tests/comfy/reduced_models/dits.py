@@ -1,7 +1,5 @@
 """PixArt and Hunyuan-DiT."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from . import texts

@@ -1,7 +1,5 @@
 """FLUX and its kin."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from . import references as given

@@ -1,7 +1,5 @@
 """Pictures by classes that came after ComfyUI 0.8.0."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module

@@ -1,7 +1,5 @@
 """What all reduced models are made of: a MODEL, a CLIP, random weights, and LoRA files for them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Transformers that draw pictures, FLUX's kin excepted."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from . import references as given

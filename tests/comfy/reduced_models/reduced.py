@@ -1,7 +1,5 @@
 """What a reduced model is, as the tests take it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

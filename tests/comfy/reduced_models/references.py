@@ -1,8 +1,6 @@
 """What edit, inpainting and image-to-video models are given beside the text: entries of a
 CONDITIONING, as ComfyUI's nodes put them there."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

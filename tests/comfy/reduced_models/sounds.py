@@ -1,7 +1,5 @@
 """Transformers that make sounds, and LTX-2, which can."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 from unittest import mock

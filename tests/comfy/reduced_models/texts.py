@@ -4,8 +4,6 @@ Tokenizers that come with a checkpoint have another's vocabulary: SentencePiece 
 Pile-T5, which is in ComfyUI, and those of Llama and Mistral Qwen's, with their own special tokens.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """UNets, and the two stages of Stable Cascade."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

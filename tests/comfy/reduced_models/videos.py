@@ -1,7 +1,5 @@
 """Transformers that draw videos."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from . import references as given

@@ -1,7 +1,5 @@
 """Wan 2.1 and 2.2, and what others have made of them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from . import references as given
