@@ -15,13 +15,31 @@ from iteris_core.hosts.diffusers import DiffusersHost
 QUICK = ("--samples=3", "--timesteps=1", "--latents=noise", "--device=cpu")
 
 
-def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    """(exit status, stdout, stderr on one line) of ``iteris …``"""
-    monkeypatch.setattr(sys, "argv", ["iteris", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, " ".join(err.split())
+class Iteris:
+    """``iteris …``: what it prints where it ends well."""
+
+    def __init__(self, monkeypatch, capsys) -> None:
+        self._monkeypatch, self._capsys, self.err = monkeypatch, capsys, ""
+
+    def run(self, *arguments) -> tuple[int, str, str]:
+        """(exit status, stdout, stderr on one line)"""
+        self._monkeypatch.setattr(sys, "argv", ["iteris", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = self._capsys.readouterr()
+        self.err = " ".join(err.split())
+        return int(stop.value.code or 0), out, self.err
+
+    def __call__(self, *arguments) -> str:
+        code, out, err = self.run(*arguments)
+        assert code == 0, err
+        return out
+
+    def refused(self, *arguments) -> str:
+        """The error, where a user has made a mistake."""
+        code, _, err = self.run(*arguments)
+        assert code == 2, err
+        return err
 
 
 def recipe_of(path) -> dict:

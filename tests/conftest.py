@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from command_line import Iteris, make_world
 from tiny import make_pipeline
 
 from iteris_core.hosts.diffusers import DiffusersHost
@@ -34,3 +35,14 @@ def host64(_pipeline):
     pipeline.unet.double()
     pipeline.text_encoder.double()
     return DiffusersHost(pipeline)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """``base``, ``lora1.safetensors`` and ``lora2.safetensors``, to be read only."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def iteris(monkeypatch, capsys):
+    return Iteris(monkeypatch, capsys)

@@ -61,10 +61,7 @@ def make_mess(folder: Path) -> dict[str, str]:
         "method": "iteris", "settings": {}, "calibration": {},
         "concepts": [{"file": one.name, "trigger": "s1", "sha256": file_digest(one)}],
     }  # fmt: skip
-    recipes = {
-        "merged": recipe,
-        "broken": {**recipe, "concepts": 3},
-    }
+    recipes = {"merged": recipe, "broken": {**recipe, "concepts": 3}}
     for name, one_recipe in recipes.items():
         save_file(tensors, tmp / f"{name}.safetensors", {"iteris": json.dumps(one_recipe)})
     (tmp / "others" / one.name).write_bytes((world / "lora2.safetensors").read_bytes())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from command_line import make_world, recipe_of, run
+from command_line import recipe_of
 from safetensors.torch import load_file, save_file
 from tiny import make_pipeline, random_lora
 
@@ -16,12 +16,6 @@ from iteris_core import Lora, LowRank, cli, merge_loras, write_lora
 from iteris_core.cli.merge_file import parse_concept
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import read_lora_file, released_base
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
 
 COMMANDS = typer.main.get_command(cli.app).commands
 
@@ -32,11 +26,10 @@ def merge_arguments(world, *files, out, extra=()):
     return ["merge", str(world / "base"), *concepts, "-o", str(out), *quick, *extra]
 
 
-def test_a_merge_from_files_to_a_file(world, tmp_path, monkeypatch, capsys):
+def test_a_merge_from_files_to_a_file(world, tmp_path, iteris):
     files = [world / "lora1.safetensors", world / "lora2.safetensors"]
     out = tmp_path / "merged.safetensors"
-    code, text, _ = run(monkeypatch, capsys, *merge_arguments(world, *files, out=out))
-    assert code == 0
+    text = iteris(*merge_arguments(world, *files, out=out))
     assert "Merged 2 concepts with iteris" in text
     assert str(out) in text
     host = DiffusersHost(make_pipeline())
@@ -47,7 +40,7 @@ def test_a_merge_from_files_to_a_file(world, tmp_path, monkeypatch, capsys):
     assert len(load_file(out)) == 3 * len(sites | repairs)
 
 
-def test_a_method_on_weights_needs_no_base(tmp_path, monkeypatch, capsys):
+def test_a_method_on_weights_needs_no_base(tmp_path, iteris):
     base, out = released_base("sd1"), tmp_path / "out.safetensors"
     site = next(site for site in base.shapes if site.endswith("attn2.to_q"))
     files = []
@@ -61,19 +54,17 @@ def test_a_method_on_weights_needs_no_base(tmp_path, monkeypatch, capsys):
         [*ask, str(out)],
         ["merge", "--from", str(out), "-o", str(tmp_path / "again.safetensors")],
     ):
-        code, _, err = run(monkeypatch, capsys, *arguments)
-        assert code == 0, err
+        iteris(*arguments)
     merged = [read_lora_file(path, base) for path in tmp_path.glob("[ao]*.safetensors")]
     merged.append(merge_loras(None, files, "average").lora)
     assert len(merged) == 3
     for lora in merged:
         torch.testing.assert_close(lora.sites[site].dense(), torch.full((320, 320), 2.0))
-    code, _, err = run(monkeypatch, capsys, *ask, str(out), "--overwrite", "--offload=model")
-    assert code == 2
+    err = iteris.refused(*ask, str(out), "--overwrite", "--offload=model")
     assert "--offload is for merges on a base; name it before the LoRAs" in err
 
 
-def test_json_methods_and_settings(world, tmp_path, monkeypatch, capsys):
+def test_json_methods_and_settings(world, tmp_path, iteris):
     files = [world / "lora1.safetensors", world / "lora2.safetensors"]
     out = tmp_path / "merged.safetensors"
     preserve = tmp_path / "preserve.txt"
@@ -82,9 +73,7 @@ def test_json_methods_and_settings(world, tmp_path, monkeypatch, capsys):
         "--json", "--set=objective=adapter", "--set", "rank=3", "--set=weighting=adapter",
         "--layout=peft", "--dtype=float32", f"--concept=prompts={preserve}",
     ]  # fmt: skip
-    code, text, _ = run(monkeypatch, capsys, *merge_arguments(world, *files, out=out, extra=extra))
-    assert code == 0
-    report = json.loads(text)
+    report = json.loads(iteris(*merge_arguments(world, *files, out=out, extra=extra)))
     assert report["settings"]["objective"] == "adapter"
     assert report["concepts"] == ["s0", "s1", "preserve"]
     assert {site["rank"] for site in report["sites"].values()} == {3}
@@ -125,14 +114,11 @@ BAD_FILES = [
 
 
 @pytest.mark.parametrize(("make", "message"), BAD_FILES, ids=lambda x: getattr(x, "__name__", ""))
-def test_a_bad_file_is_one_line_and_nothing_is_written(
-    world, tmp_path, monkeypatch, capsys, make, message
-):
+def test_a_bad_file_is_one_line_and_nothing_is_written(world, tmp_path, iteris, make, message):
     make(world, tmp_path)
     bad, out = tmp_path / "bad.safetensors", tmp_path / "out.safetensors"
     files = [world / "lora1.safetensors", bad]
-    code, _, err = run(monkeypatch, capsys, *merge_arguments(world, *files, out=out))
-    assert code == 2
+    err = iteris.refused(*merge_arguments(world, *files, out=out))
     assert "Traceback" not in err
     line = err.partition("iteris: ")[2]
     assert message in line
@@ -154,16 +140,13 @@ def test_windows_paths_and_strengths():
     assert (option.strength, option.text_strength) == (0.5, 0)
 
 
-def test_presets_and_what_preserve_prompts_weigh(world, tmp_path, monkeypatch, capsys):
+def test_presets_and_what_preserve_prompts_weigh(world, tmp_path, iteris):
     files = [world / "lora1.safetensors", world / "lora2.safetensors"]
     kept = tmp_path / "kept.txt"
     kept.write_text("a cat\n")
     out = tmp_path / "out.safetensors"
     extra = ["--json", "--preset=paper", "--set=iterations=2", f"--concept=prompts={kept}"]
-    code, text, err = run(
-        monkeypatch, capsys, *merge_arguments(world, *files, out=out, extra=extra)
-    )
-    assert code == 0, err
+    text = iteris(*merge_arguments(world, *files, out=out, extra=extra))
     report = json.loads(text)
     assert report["settings"]["weighting"] == "adapter"
     assert report["settings"]["iterations"] == 2
@@ -188,12 +171,11 @@ def test_the_examples_of_the_help_are_command_lines(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("mode", ["rich", None])
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_help_fits_a_terminal_and_hides_nothing(monkeypatch, capsys, command, mode):
+def test_help_fits_a_terminal_and_hides_nothing(iteris, monkeypatch, command, mode):
     """In panels, or as plain text for a pipe: no line is cut or wider than 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(cli.app, "rich_markup_mode", mode)
-    code, text, _ = run(monkeypatch, capsys, command, "-h")
-    assert code == 0
+    text = iteris(command, "-h")
     lines = text.splitlines()
     assert len(lines) < (145 if mode is None else 195)
     assert max(map(len, lines)) <= 80
@@ -203,10 +185,9 @@ def test_help_fits_a_terminal_and_hides_nothing(monkeypatch, capsys, command, mo
         assert all(option in text for option in parameter.opts if option.startswith("--"))
 
 
-def test_the_help_begins_with_what_is_used_every_day(monkeypatch, capsys):
+def test_the_help_begins_with_what_is_used_every_day(iteris, monkeypatch):
     monkeypatch.setattr(cli.app, "rich_markup_mode", "rich")
-    code, text, _ = run(monkeypatch, capsys, "merge", "-h")
-    assert code == 0
+    text = iteris("merge", "-h")
     assert text.index("iteris merge BASE") < text.index("─ Arguments") < text.index("─ Options")
     everyday = text.partition("─ Options")[2].partition("╰")[0]
     assert re.findall(r"^│[ *]+(--[\w-]+)", everyday, re.MULTILINE) == [
@@ -215,14 +196,11 @@ def test_the_help_begins_with_what_is_used_every_day(monkeypatch, capsys):
     assert ",kind=style" in text
 
 
-def test_the_version(monkeypatch, capsys):
-    code, text, _ = run(monkeypatch, capsys, "--version")
-    assert code == 0
-    assert text.startswith("iteris ")
+def test_the_version(iteris):
+    assert iteris("--version").startswith("iteris ")
 
 
-def test_one_method_in_full(monkeypatch, capsys):
-    code, text, _ = run(monkeypatch, capsys, "methods", "iteris")
-    assert code == 0
+def test_one_method_in_full(iteris):
+    text = iteris("methods", "iteris")
     for word in ("weighting", "eq. 8", "jacobi"):
         assert word in text

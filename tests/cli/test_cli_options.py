@@ -7,18 +7,11 @@ import sys
 
 import pytest
 import torch
-from command_line import QUICK, make_world, recipe_of, run
+from command_line import QUICK, recipe_of
 from PIL import Image
 from safetensors.torch import load_file
 
 from iteris_core import cli
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = make_world(tmp_path_factory.mktemp("world"))
-    (folder / "lines.txt").write_text("a photo of {}\n{} at night\n")
-    return folder
 
 
 def merge(world, out, *extra):
@@ -43,31 +36,30 @@ CALIBRATION = [
     ("--minutes=none", "minutes", None),
     ("--contexts=none", "contexts", None),
     ("--seed=7", "seed", 7),
-    ("--templates={world}/lines.txt", "templates", ["a photo of {}", "{} at night"]),
+    ("--templates={lines}", "templates", ["a photo of {}", "{} at night"]),
     ("--set=samples=2", "samples", 2),
     ("--preset=fast", "samples", 3),  # --samples counts over it
 ]
 
 
-def test_options_of_the_calibration(world, tmp_path, monkeypatch, capsys):
+def test_options_of_the_calibration(world, tmp_path, iteris):
     """All at once, and each in the recipe; what one cannot hold beside another comes after it."""
     out = tmp_path / "out.safetensors"
-    options = [option.format(world=world) for option, *_ in CALIBRATION]
-    code, text, err = run(monkeypatch, capsys, *merge(world, out, *options, "--json"))
-    assert code == 0, err
-    calibration = json.loads(text)["calibration"]
+    lines = tmp_path / "lines.txt"
+    lines.write_text("a photo of {}\n{} at night\n")
+    options = [option.format(lines=lines) for option, *_ in CALIBRATION]
+    calibration = json.loads(iteris(*merge(world, out, *options, "--json")))["calibration"]
     assert calibration == {**calibration, **{k: v for _, k, v in CALIBRATION if k != "samples"}}
     assert calibration["samples"] == 2
 
 
-def test_options_of_the_merge(world, tmp_path, monkeypatch, capsys):
+def test_options_of_the_merge(world, tmp_path, iteris):
     out = tmp_path / "out.safetensors"
     out.write_text("old")
     more = ["--method=regmean", "--set=rank=2", "--layout=peft", "--dtype=float32", "--overwrite",
             "--unmergeable=skip", "--energy=0.9", "--allow-partial",
             "--memory=0.5", "--card"]  # fmt: skip
-    code, text, err = run(monkeypatch, capsys, *merge(world, out, *more))
-    assert code == 0, err
+    text = iteris(*merge(world, out, *more))
     card, sidecar = out.with_suffix(".md"), out.with_suffix(".metadata.json")
     assert f"Wrote {card} and {sidecar}." in text.replace("\n", " ").replace("  ", " ")
     assert "- method: `regmean`" in card.read_text()
@@ -81,7 +73,7 @@ def test_options_of_the_merge(world, tmp_path, monkeypatch, capsys):
     assert recipe["concepts"][0]["reading"] == {"allow_partial": True, "energy": 0.9}
 
 
-def test_options_of_the_base_reach_what_loads_it(world, tmp_path, monkeypatch, capsys):
+def test_options_of_the_base_reach_what_loads_it(world, tmp_path, iteris, monkeypatch):
     """``--offload`` and ``--device`` need a GPU; that they arrive is what can be seen without."""
     seen = {}
 
@@ -93,50 +85,45 @@ def test_options_of_the_base_reach_what_loads_it(world, tmp_path, monkeypatch, c
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(command, "load_base", load_base)
     options = ["--device=cuda", "--base-dtype=bfloat16", "--offload=sequential"]
-    code, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", *options))
-    assert code == 2
-    assert "stop here" in err
+    assert "stop here" in iteris.refused(*merge(world, tmp_path / "out.safetensors", *options))
     assert seen == {"device": "cuda", "dtype": "bfloat16", "offload": "sequential"}
 
 
-def test_a_plan_merges_and_writes_nothing(world, tmp_path, monkeypatch, capsys):
+def test_a_plan_merges_and_writes_nothing(world, tmp_path, iteris):
     out = tmp_path / "out.safetensors"
-    code, text, err = run(monkeypatch, capsys, *merge(world, out, "--plan"))
-    assert code == 0, err
+    text = iteris(*merge(world, out, "--plan"))
     assert text.count("unet: 7 rows") == 1
     assert "The whole merge takes about" in text
     assert "Nothing was merged or written." in text
-    assert "unet" not in err
-    assert "solving sites" not in err
-    code, text, err = run(monkeypatch, capsys, *merge(world, out, "--plan", "--json"))
-    assert code == 0, err
-    found = json.loads(text)
+    assert "unet" not in iteris.err
+    assert "solving sites" not in iteris.err
+    found = json.loads(iteris(*merge(world, out, "--plan", "--json")))
     assert found["plan"][-1].startswith("unet: 7 rows")
     assert (found["denoised"], found["seconds"] > 0) == (0, True)
     assert any("name no concept" in note for note in found["notes"])
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plan_is_refused_where_the_merge_is(world, tmp_path, monkeypatch, capsys):
+def test_a_plan_is_refused_where_the_merge_is(world, tmp_path, iteris):
     out = tmp_path / "out.safetensors"
     too_little = merge(world, out, "--memory=0.00001", "--latents=denoising")
     for extra in (["--plan"], []):
-        code, text, err = run(monkeypatch, capsys, *too_little, *extra)
+        code, text, err = iteris.run(*too_little, *extra)
         assert (code, text) == (2, "")
         assert "needs at least" in err
         assert "denoising steps" not in err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_quiet_merge_says_nothing_but_errors(world, tmp_path, monkeypatch, capsys):
+def test_a_quiet_merge_says_nothing_but_errors(world, tmp_path, iteris):
     out = tmp_path / "out.safetensors"
     for extra in (["--plan"], []):
-        code, text, err = run(monkeypatch, capsys, *merge(world, out, "--quiet", *extra))
+        code, text, err = iteris.run(*merge(world, out, "--quiet", *extra))
         assert (code, text, err) == (0, "", "")
     assert out.is_file()
     left_out = f"--concept={world}/lora1.safetensors:s3:dog:0"  # a warning
     *again, _ = merge(world, out, left_out, "--quiet", "")
-    code, text, err = run(monkeypatch, capsys, *again)
+    code, text, err = iteris.run(*again)
     assert (code, text) == (2, "")
     assert err.startswith("iteris: ")
     assert "exists already" in err
@@ -157,20 +144,20 @@ def test_warnings_of_modules_have_the_program_s_form(world, tmp_path):
         assert bool(err) == said
 
 
-def test_ctrl_c_says_that_nothing_was_written(world, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_says_that_nothing_was_written(world, tmp_path, iteris, monkeypatch):
     def load_base(*_, **__):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "load_base", load_base)
     out = tmp_path / "out.safetensors"
     for extra in ([], ["--quiet"]):
-        code, text, err = run(monkeypatch, capsys, *merge(world, out, *extra))
+        code, text, err = iteris.run(*merge(world, out, *extra))
         assert (code, text) == (130, ""), err
         assert "iteris: cancelled; nothing was written." in err
     assert not list(tmp_path.iterdir())
 
 
-def test_pictures_reach_the_base(world, tmp_path, monkeypatch, capsys):
+def test_pictures_reach_the_base(world, tmp_path, iteris, monkeypatch):
     import iteris_core.hosts.diffusers as diffusers_host
 
     for name in ("image", "mask"):
@@ -183,30 +170,21 @@ def test_pictures_reach_the_base(world, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(diffusers_host, "DiffusersHost", host)
     options = [f"--image={tmp_path}/image.png", f"--mask-image={tmp_path}/mask.png"]
-    code, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", *options))
-    assert "stop here" in err
+    assert "stop here" in iteris.refused(*merge(world, tmp_path / "out.safetensors", *options))
     assert {name: picture.size for name, picture in seen.items()} == {
         "image": (8, 8), "mask_image": (8, 8),
     }  # fmt: skip
-    options[0] = f"--image={world}/lines.txt"
-    code, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", *options))
-    assert code == 2
-    assert "lines.txt is not a readable image" in err
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         ("--frames=5", "frames is for videos, and StableDiffusionPipeline draws none"),
-        ("--image={world}/picture.png", "StableDiffusionPipeline takes no image; leave it out"),
+        ("--image={folder}/picture.png", "StableDiffusionPipeline takes no image; leave it out"),
     ],
 )
-def test_what_the_base_does_not_take_is_refused(
-    world, tmp_path, monkeypatch, capsys, extra, message
-):
-    Image.new("RGB", (8, 8)).save(world / "picture.png")
+def test_what_the_base_does_not_take_is_refused(world, tmp_path, iteris, extra, message):
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
     out = tmp_path / "out.safetensors"
-    code, _, err = run(monkeypatch, capsys, *merge(world, out, extra.format(world=world)))
-    assert code == 2
-    assert message in err
+    assert message in iteris.refused(*merge(world, out, extra.format(folder=tmp_path)))
     assert not out.exists()

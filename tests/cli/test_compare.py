@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from command_line import make_dino, make_world, run
+from command_line import make_dino, make_world
 from PIL import Image
 from tiny import make_pipeline, random_lora
 
@@ -150,11 +150,10 @@ def compare(world, references, out, *extra):
     return [*arguments, *extra]
 
 
-def test_compare_from_files_to_a_page(world, monkeypatch, capsys, references, tmp_path):
+def test_compare_from_files_to_a_page(world, iteris, references, tmp_path):
     out = tmp_path / "out"
     arguments = compare(world, references, out, "--methods=base,average,iteris")
-    code, text, err = run(monkeypatch, capsys, *arguments)
-    assert code == 0, err
+    text = iteris(*arguments)
     assert "| iteris |" in text
     data = json.loads((out / "comparison.json").read_text())
     assert list(data["methods"]) == ["base", "average", "iteris"]
@@ -164,7 +163,7 @@ def test_compare_from_files_to_a_page(world, monkeypatch, capsys, references, tm
     assert data["prompts"][0] == "a s1 dog and a s2 dog"
     assert data["concepts"] == ["s1", "s2"]
     assert {p.name for p in out.iterdir()} == {
-        *("comparison.json", "comparison.md", "index.html", "sheet.png"),
+        *("comparison.json", "comparison.md", "index.html", "sheet.png")
     }
     assert data["settings"]["iteris"]["schedule"] == "sweep"
     assert (data["calibration"]["samples"], data["drawing"]["steps"]) == (3, 2)
@@ -175,12 +174,11 @@ def test_compare_from_files_to_a_page(world, monkeypatch, capsys, references, tm
     assert page.count(" data-best") == 5  # of average and iteris, in every column
     assert "schedule=sweep" in page
     assert not re.search(r"(src|href)=.https?:", page)
-    code, _, err = run(monkeypatch, capsys, *arguments[:-2], "--methods=base")
-    assert code == 2
+    err = iteris.refused(*arguments[:-2], "--methods=base")
     assert "--refs once for each --concept" in err
 
 
-def test_without_pictures_each_lora_draws_its_own(world, monkeypatch, capsys, references, tmp_path):
+def test_without_pictures_each_lora_draws_its_own(world, iteris, references, tmp_path):
     pipeline = make_pipeline()
     host, drawing = DiffusersHost(pipeline), Drawing(images_per_prompt=2, steps=2)
     concepts = [Concept(random_lora(host, n), trigger=f"s{n}", class_word="dog") for n in (1, 2)]
@@ -191,13 +189,12 @@ def test_without_pictures_each_lora_draws_its_own(world, monkeypatch, capsys, re
     assert [picture.tobytes() for picture in wanted] == [picture.tobytes() for picture in one]
     arguments = compare(world, references, tmp_path / "out", "--methods=alone")
     arguments = [one for one in arguments if not str(one).startswith("--refs")]
-    code, _, err = run(monkeypatch, capsys, *arguments)
-    assert code == 0, err
+    iteris(*arguments)
     rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["methods"]
     assert all(f"image {name}" in rows[f"alone {name}"] for name in ("s1", "s2"))
 
 
-def test_settings_of_one_method_and_of_all(world, monkeypatch, capsys, references, tmp_path):
+def test_settings_of_one_method_and_of_all(world, iteris, monkeypatch, references, tmp_path):
     """And every other option: they reach the merge, the pictures and the scorer."""
     make_dino(tmp_path / "dino")
     merges, drawn = [], []
@@ -215,8 +212,7 @@ def test_settings_of_one_method_and_of_all(world, monkeypatch, capsys, reference
     monkeypatch.setattr(compare_module, "merge_loras", merge_loras)
     monkeypatch.setattr(compare_module, "draw", draw_pictures)
     out = tmp_path / "out"
-    code, _, err = run(
-        monkeypatch, capsys,
+    iteris(
         *compare(
             world, references, out, "--methods=ties,regmean", "--set=ties.density=0.3",
             "--set=rank=2", "--set=timesteps=1", "--set=regmean.shrink=0.5", "--preset=fast",
@@ -225,7 +221,6 @@ def test_settings_of_one_method_and_of_all(world, monkeypatch, capsys, reference
             "--base-dtype=float32", f"--dino={tmp_path / 'dino'}",
         ),
     )  # fmt: skip
-    assert code == 0, err
     how = dict(merges)
     assert how["ties"]["settings"] == {"density": 0.3, "rank": 2}
     assert how["regmean"]["settings"] == {"rank": 2, "shrink": 0.5}
@@ -241,22 +236,20 @@ def test_settings_of_one_method_and_of_all(world, monkeypatch, capsys, reference
     assert "dino s1" in json.loads((out / "comparison.json").read_text())["methods"]["ties"]
 
 
-def test_a_preset_counts_for_the_calibration_too(world, monkeypatch, capsys, references, tmp_path):
+def test_a_preset_counts_for_the_calibration_too(world, iteris, references, tmp_path):
     """It was lost: all methods were compared on the default's prompts and steps."""
     out = tmp_path / "out"
     arguments = compare(world, references, out, "--methods=iteris", "--preset=fast")
     arguments.remove("--set=samples=3")
-    code, _, err = run(monkeypatch, capsys, *arguments)
-    assert code == 0, err
+    iteris(*arguments)
     made = json.loads((out / "comparison.json").read_text())["calibration"]
     assert made == {**made, **PRESETS["fast"].calibration}
 
 
-def test_shares_of_each_lora_alone(world, monkeypatch, capsys, references, tmp_path):
+def test_shares_of_each_lora_alone(world, iteris, references, tmp_path):
     out = tmp_path / "out"
     arguments = compare(world, references, out, "--methods=alone,base,average")
-    code, _, err = run(monkeypatch, capsys, *arguments)
-    assert code == 0, err
+    iteris(*arguments)
     rows = json.loads((out / "comparison.json").read_text())["methods"]
     assert list(rows) == ["alone s1", "alone s2", "base", "average"]
     of = [rows["average"][f"image {i}"]["mean"] / rows[f"alone {i}"][f"image {i}"]["mean"]
@@ -275,16 +268,14 @@ def test_the_best_of_a_column_is_marked():
     assert marked == ["0.1", "0.5"]
 
 
-def test_weights_of_clip_that_are_not_there(world, monkeypatch, capsys, references, tmp_path):
+def test_weights_of_clip_that_are_not_there(world, iteris, references, tmp_path):
     arguments = compare(world, references, tmp_path / "out", "--clip-weights=none.pt")
     arguments[arguments.index(CLIP)] = "--clip=ViT-B-32"
-    code, _, err = run(monkeypatch, capsys, *arguments)
-    assert code == 2
-    assert "open_clip cannot load" in err
+    assert "open_clip cannot load" in iteris.refused(*arguments)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_was_finished_is_kept(world, monkeypatch, capsys, references, tmp_path):
+def test_what_was_finished_is_kept(world, iteris, monkeypatch, references, tmp_path):
     """Ctrl-C in the second method leaves the first; and no other comparison is replaced."""
     out, merge = tmp_path / "out", compare_module.merge_loras
 
@@ -295,22 +286,20 @@ def test_what_was_finished_is_kept(world, monkeypatch, capsys, references, tmp_p
 
     monkeypatch.setattr(compare_module, "merge_loras", merge_loras)
     arguments = compare(world, references, out, "--methods=sum,average")
-    code, _, err = run(monkeypatch, capsys, *arguments)
+    code, _, err = iteris.run(*arguments)
     assert code != 0
     assert "has what was finished: sum" in err
     assert list(json.loads((out / "comparison.json").read_text())["methods"]) == ["sum"]
-    code, _, err = run(monkeypatch, capsys, *arguments)
-    assert code == 2
+    err = iteris.refused(*arguments)
     assert (
         "has the results of a comparison; give another folder, or overwrite them (--overwrite)"
         in err
     )
     monkeypatch.setattr(compare_module, "merge_loras", merge)
-    code, _, err = run(monkeypatch, capsys, *arguments, "--overwrite")
-    assert code == 0, err
+    iteris(*arguments, "--overwrite")
 
 
-def test_offload_reaches_the_base(world, monkeypatch, capsys, references, tmp_path):
+def test_offload_reaches_the_base(world, iteris, monkeypatch, references, tmp_path):
     seen = {}
 
     def load_base(base, device, **how):
@@ -319,5 +308,5 @@ def test_offload_reaches_the_base(world, monkeypatch, capsys, references, tmp_pa
 
     monkeypatch.setattr(sys.modules["iteris_core.cli.compare"], "load_base", load_base)
     arguments = compare(world, references, tmp_path / "out", "--offload=model")
-    assert run(monkeypatch, capsys, *arguments)[0] == 2
+    iteris.refused(*arguments)
     assert seen == {"dtype": None, "offload": "model"}

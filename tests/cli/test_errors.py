@@ -3,8 +3,6 @@
 import ast
 from pathlib import Path
 
-from command_line import run
-
 from iteris_core import errors
 from iteris_core.cli.about import errors_page
 from iteris_core.errors import KINDS, IterisError, LoraFileError, remedy_of
@@ -49,21 +47,15 @@ def test_the_page_is_what_the_index_makes():
     assert errors_page().count("\n## IT-") == len(KINDS)
 
 
-def test_a_message_ends_with_its_code_and_the_code_is_explained(monkeypatch, capsys):
-    code, _, err = run(monkeypatch, capsys, "inspect", "none.safetensors")
-    assert (code, err[-8:]) == (2, " [IT-08]")
+def test_a_message_ends_with_its_code_and_the_code_is_explained(iteris):
+    assert iteris.refused("inspect", "none.safetensors").endswith(" [IT-08]")
     for text in ("IT-08", "[it-08]", "8"):
-        code, out, _ = run(monkeypatch, capsys, "explain", text)
-        assert code == 0
+        out = iteris("explain", text)
         assert out.startswith("IT-08  A LoRA file cannot be read")
         assert "--allow-partial leaves out" in out
-    code, out, _ = run(monkeypatch, capsys, "explain")
-    assert len(out.splitlines()) == len(KINDS)
-    code, _, err = run(monkeypatch, capsys, "explain", "IT-99")
-    assert code == 2
-    assert "no error 'IT-99'" in err
-    code, out, _ = run(monkeypatch, capsys, "explain", "--markdown")
-    assert out == PAGE.read_text()
+    assert len(iteris("explain").splitlines()) == len(KINDS)
+    assert "no error 'IT-99'" in iteris.refused("explain", "IT-99")
+    assert iteris("explain", "--markdown") == PAGE.read_text()
 
 
 def test_a_kind_of_another_package_has_the_entry_of_its_nearest():

@@ -6,16 +6,11 @@ import shutil
 import pytest
 import torch
 import yaml
-from command_line import QUICK, make_world, recipe_of, run
+from command_line import QUICK, recipe_of
 from safetensors.torch import load_file, save_file
 
 import toybox
 from iteris_core.cli.init import base_near, loras_in
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
@@ -40,15 +35,14 @@ def place(world, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_file_that_is_written_runs(place, monkeypatch, capsys):
-    code, text, err = run(monkeypatch, capsys, "init", "loras")
-    assert code == 0, err
+def test_the_file_that_is_written_runs(place, iteris):
+    text = iteris("init", "loras")
     assert text.startswith("Wrote merge.yaml: 2 LoRAs for SD 1.x.\nCheck its trigger words")
     for name, why in {
         "both": "a merge that iteris wrote", "toy": "no LoRA", "cut": "not a complete safetensors",
         "flux": "made for FLUX.1, the others for SD 1.x",
     }.items():  # fmt: skip
-        assert f"Left out: {name}.safetensors ({why}" in err.replace(
+        assert f"Left out: {name}.safetensors ({why}" in iteris.err.replace(
             "loras/cut.safetensors is ", ""
         )
     data = yaml.safe_load((place / "merge.yaml").read_text())
@@ -60,16 +54,15 @@ def test_the_file_that_is_written_runs(place, monkeypatch, capsys):
         ],
     }  # fmt: skip
     assert "# words from dog.civitai.info" in (place / "merge.yaml").read_text()
-    code, text, err = run(monkeypatch, capsys, "merge", "merge.yaml", *QUICK)
-    assert code == 0, err
+    iteris("merge", "merge.yaml", *QUICK)
     assert [c["trigger"] for c in recipe_of("merged.safetensors")["concepts"]] == ["sks", "zwx"]
-    assert run(monkeypatch, capsys, "init", "loras", "--overwrite")[0] == 0
+    iteris("init", "loras", "--overwrite")
     # A second file names another result.
-    assert run(monkeypatch, capsys, "init", "loras", "-o", "again.yaml")[0] == 0
+    iteris("init", "loras", "-o", "again.yaml")
     assert yaml.safe_load((place / "again.yaml").read_text())["output"] == "merged-2.safetensors"
 
 
-def test_loras_in_subfolders_are_found(place, monkeypatch, capsys):
+def test_loras_in_subfolders_are_found(place, iteris):
     """But no weights of a pipeline, and no circle of links."""
     inner = place / "loras" / "animals" / "small"
     inner.mkdir(parents=True)
@@ -80,10 +73,8 @@ def test_loras_in_subfolders_are_found(place, monkeypatch, capsys):
     (place / "loras" / "base").symlink_to(place / "base")
     (place / "loras" / ".hidden").mkdir()
     shutil.copy(inner / "cat.safetensors", place / "loras" / ".hidden")
-    code, text, err = run(monkeypatch, capsys, "init", "loras")
-    assert code == 0, err
-    assert text.startswith("Wrote merge.yaml: 2 LoRAs")
-    assert "base" not in err
+    assert iteris("init", "loras").startswith("Wrote merge.yaml: 2 LoRAs")
+    assert "base" not in iteris.err
     assert yaml.safe_load((place / "merge.yaml").read_text())["concepts"] == [
         {"file": "loras/cat.safetensors", "trigger": "sks", "class": "cat"},
         {"file": "loras/animals/small/cat.safetensors", "trigger": "zwx", "class": "dog"},
@@ -91,10 +82,9 @@ def test_loras_in_subfolders_are_found(place, monkeypatch, capsys):
     assert "# words from cat.json" in (place / "merge.yaml").read_text()
 
 
-def test_what_is_not_known_is_named_and_the_merge_asks_for_it(place, monkeypatch, capsys):
+def test_what_is_not_known_is_named_and_the_merge_asks_for_it(place, iteris):
     (place / "loras" / "dog.civitai.info").unlink()
-    code, text, err = run(monkeypatch, capsys, "init", "loras")
-    assert code == 0, err
+    text = iteris("init", "loras")
     assert "Without trigger words, so acting on every prompt: dog.safetensors." in text
     assert "# no trigger words: it acts on every prompt" in (place / "merge.yaml").read_text()
 
@@ -132,33 +122,25 @@ def shipped(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_quick_start_runs_on_the_loras_that_ship(shipped, monkeypatch, capsys):
+def test_the_quick_start_runs_on_the_loras_that_ship(shipped, iteris):
     (shipped / "toybox").mkdir()  # the base's name never means a folder
-    code, text, err = run(monkeypatch, capsys, "init", "loras")
-    assert code == 0, err
-    assert "Check its trigger words, then merge: iteris merge merge.yaml" in text
+    assert "Check its trigger words, then merge: iteris merge merge.yaml" in iteris("init", "loras")
     data = yaml.safe_load((shipped / "merge.yaml").read_text())
     assert data["base"] == "toybox"
     assert [(c["trigger"], c["class"]) for c in data["concepts"]] == [
         ("sks1", "star"), ("sks10", "cross"),
     ]  # fmt: skip
-    code, _, err = run(monkeypatch, capsys, "merge", shipped / "merge.yaml", *QUICK)
-    assert code == 0, err
+    iteris("merge", shipped / "merge.yaml", *QUICK)
     assert recipe_of("merged.safetensors")["base"] == "toybox"
     again = ("--from", "merged.safetensors", "--loras", "loras", "-o", "again.safetensors")
-    code, _, err = run(monkeypatch, capsys, "merge", *again)
-    assert code == 0, err
-    code, text, err = run(monkeypatch, capsys, "inspect", "merged.safetensors")
-    assert code == 0, err
-    assert "sks1 star, sks10 cross" in text
+    iteris("merge", *again)
+    assert "sks1 star, sks10 cross" in iteris("inspect", "merged.safetensors")
 
 
-def test_what_ships_is_read_without_naming_its_base(shipped, monkeypatch, capsys):
+def test_what_ships_is_read_without_naming_its_base(shipped, iteris):
     files = [f"loras/{name}.safetensors" for name in ("sks1", "sks10")]
-    code, text, err = run(monkeypatch, capsys, "inspect", *files, "--json")
-    assert code == 0, err
+    text = iteris("inspect", *files, "--json")
     assert json.loads(text)["interference"][0]["shared"] == 68  # every attention projection
     for number, file in enumerate(files):
-        code, text, err = run(monkeypatch, capsys, "convert", file, "-o", f"{number}.safetensors")
-        assert code == 0, err
+        text = iteris("convert", file, "-o", f"{number}.safetensors")
         assert "bit-identical to the original" in text

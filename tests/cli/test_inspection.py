@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from bases import make_lora, tiny_base
-from command_line import run
 from PIL import Image
 from tiny import random_lora
 
@@ -112,15 +111,13 @@ def test_the_base_of_a_file_is_told_from_its_keys(kind, layout, tmp_path):
     assert architecture_of_file(shapes, {}).name == kind
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
+def test_the_command(tmp_path, iteris):
     files = [
         write_lora(real_lora("sd1", 1), tmp_path / "one.safetensors"),
         write_lora(real_lora("sd1", 2, rank=3), tmp_path / "two.safetensors", layout="peft"),
     ]
     plot = tmp_path / "heat.png"
-    code, text, _ = run(monkeypatch, capsys, "inspect", *files, "--json", f"--plot={plot}")
-    assert code == 0
-    found = json.loads(text)
+    found = json.loads(iteris("inspect", *files, "--json", f"--plot={plot}"))
     one, two = found["files"]
     assert (one["layouts"], two["layouts"]) == (["kohya"], ["diffusers (peft)"])
     assert (one["base"], one["dtypes"], one["triggers"]) == ("SD 1.x", {"float16": 62}, ["sks1"])
@@ -129,30 +126,23 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert plot.read_bytes()[:4] == b"\x89PNG"
     both = Image.open(plot).size
     again = (files[0], "--json", f"--plot={plot}")
-    assert run(monkeypatch, capsys, "inspect", *again)[0] == 2  # it exists
-    code, text, _ = run(monkeypatch, capsys, "inspect", *again, "--overwrite")
-    assert code == 0
+    iteris.refused("inspect", *again)  # it exists
+    iteris("inspect", *again, "--overwrite")
     assert Image.open(plot).size[0] <= both[0]
-    code, text, _ = run(monkeypatch, capsys, "inspect", *files)
-    assert code == 0
+    text = iteris("inspect", *files)
     assert "row spaces" in text
     assert "shared" in text
     other = write_lora(real_lora("sdxl", 1), tmp_path / "xl.safetensors")
-    code, text, _ = run(monkeypatch, capsys, "inspect", files[0], other, "--json")
-    assert code == 0
-    assert json.loads(text)["interference"] == []
-    code, text, _ = run(monkeypatch, capsys, "inspect", files[0], other)
+    assert json.loads(iteris("inspect", files[0], other, "--json"))["interference"] == []
+    text = iteris("inspect", files[0], other)
     assert "one is a LoRA for SD 1.x, xl for SDXL: they have no layer in common" in text
     assert "shared sites" not in text
 
 
-def test_a_base_of_another_shape_is_loaded(host, tmp_path, monkeypatch, capsys):
+def test_a_base_of_another_shape_is_loaded(host, tmp_path, iteris):
     host.pipeline.save_pretrained(tmp_path / "base")
     file = write_lora(random_lora(host, 1), tmp_path / "lora.safetensors")
-    code, text, err = run(
-        monkeypatch, capsys, "inspect", file, f"--base={tmp_path / 'base'}", "--json"
-    )
-    assert code == 0, err
+    text = iteris("inspect", file, f"--base={tmp_path / 'base'}", "--json")
     coverage = json.loads(text)["files"][0]["coverage"]
     sites = {name.partition(".")[0] for name in host.sites()}
     assert set(coverage) == sites

@@ -7,16 +7,11 @@ import pytest
 import torch
 import typer
 import yaml
-from command_line import QUICK, make_world, recipe_of, run, same
+from command_line import QUICK, recipe_of, same
 from safetensors.torch import save_file
 
 from iteris_core import cli
 from iteris_core.cli.merge_file import KEYS, keys_of
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
@@ -38,7 +33,7 @@ CONCEPTS = [
 ]  # fmt: skip
 
 
-def test_a_merge_file_is_the_same_merge_as_the_options(place, monkeypatch, capsys):
+def test_a_merge_file_is_the_same_merge_as_the_options(place, iteris, monkeypatch):
     (place / "own.txt").write_text("a zwx dog\nzwx in the snow\n")
     (place / "kept.txt").write_text("a street\n")
     monkeypatch.chdir(place.parent)  # its paths are its own folder's
@@ -49,36 +44,32 @@ def test_a_merge_file_is_the_same_merge_as_the_options(place, monkeypatch, capsy
         calibration={"samples": 3, "timesteps": 1, "latents": "noise", "empty_share": 0.0},
         device="cpu",
     )  # fmt: skip
-    code, text, err = run(monkeypatch, capsys, "merge", "place/merge.yaml")
-    assert code == 0, err
-    assert "of_file.safetensors" in text
+    assert "of_file.safetensors" in iteris("merge", "place/merge.yaml")
     out = place / "of_options.safetensors"
-    code, _, err = run(
-        monkeypatch, capsys, "merge", place / "base", "-o", out, *QUICK, "--empty-share=0",
+    iteris(
+        "merge", place / "base", "-o", out, *QUICK, "--empty-share=0",
         f"--concept={place}/lora1.safetensors:sks:cat:0.8/0.5,weight=2",
         f"--concept=file={place}/lora2.safetensors,prompts={place}/own.txt",
         f"--concept=prompts={place}/kept.txt,weight=0.3", "--dtype=float32",
         "--layout=peft", "--set=rank=3", "--set=repair=false", "--set=ridge=1e-4",
     )  # fmt: skip
-    assert code == 0, err
     assert same(place / "of_file.safetensors", out)
     concepts = recipe_of(out)["concepts"]
     assert [c["weight"] for c in concepts] == [2.0, 1.0, 0.3]
     assert (concepts[0]["strength"], concepts[0]["text_strength"]) == (0.8, 0.5)
     assert concepts[1]["prompts"] == ["a zwx dog", "zwx in the snow"]
     # The command line counts over the file.
-    code, _, err = run(
-        monkeypatch, capsys, "merge", "place/merge.yaml", "-o", out, "--overwrite",
+    iteris(
+        "merge", "place/merge.yaml", "-o", out, "--overwrite",
         "--set=rank=2", "--samples=2", f"--concept={place}/lora1.safetensors:sks:cat",
     )  # fmt: skip
-    assert code == 0, err
     recipe = recipe_of(out)
     assert (recipe["settings"]["rank"], recipe["calibration"]["samples"]) == (2, 2)
     assert recipe["settings"]["repair"] is False
     assert len(recipe["concepts"]) == 1
 
 
-def test_words_and_paths_mean_what_they_mean_to_a_user(place, monkeypatch, capsys):
+def test_words_and_paths_mean_what_they_mean_to_a_user(place, iteris, monkeypatch):
     """YAML's ``no`` is false, and nobody expands ``~`` but a shell."""
     monkeypatch.setenv("HOME", str(place))
     away = place / "away"
@@ -89,27 +80,22 @@ def test_words_and_paths_mean_what_they_mean_to_a_user(place, monkeypatch, capsy
         "- {file: ~/lora1.safetensors, trigger: s1, always_on: no}\n- ~/lora2.safetensors:s2:dog\n"
     )
     (place / "lines.txt").write_text("a {}\n")
-    code, _, err = run(monkeypatch, capsys, "merge", away / "merge.yaml")
-    assert code == 0, err
+    iteris("merge", away / "merge.yaml")
     recipe = recipe_of(place / "of_home.safetensors")
     assert [one["file"] for one in recipe["concepts"]] == ["lora1.safetensors", "lora2.safetensors"]
     assert recipe["concepts"][0]["always_on"] == "no"
 
 
-def test_a_merge_comes_again_on_the_base_beside_it(place, monkeypatch, capsys):
+def test_a_merge_comes_again_on_the_base_beside_it(place, iteris):
     merged, again = place / "merged.safetensors", place / "again.safetensors"
     (place / "kept.txt").write_text("a street\n")
     arguments = [
         f"--concept={place}/lora1.safetensors:sks:cat:0.5,weight=3",
         f"--concept={place}/lora2.safetensors:zwx:dog", f"--concept=prompts={place}/kept.txt",
     ]  # fmt: skip
-    code, _, err = run(
-        monkeypatch, capsys, "merge", place / "base", "-o", merged, *QUICK, *arguments
-    )
-    assert code == 0, err
+    iteris("merge", place / "base", "-o", merged, *QUICK, *arguments)
     assert recipe_of(merged)["base"] == "base"
-    code, _, err = run(monkeypatch, capsys, "merge", "--from", merged, "-o", again, "--device=cpu")
-    assert code == 0, err
+    iteris("merge", "--from", merged, "-o", again, "--device=cpu")
     assert same(merged, again)
 
 
@@ -122,7 +108,7 @@ def test_every_option_of_merge_is_a_key():
     assert {"concepts", "settings", "calibration", "base", "output", "offload"} <= keys
 
 
-def test_a_recipe_reads_no_file_that_it_names_and_fetches_no_base(place, monkeypatch, capsys):
+def test_a_recipe_reads_no_file_that_it_names_and_fetches_no_base(place, iteris):
     """A merged file may be anybody's."""
     secret = place / "secret.txt"
     secret.write_text("a secret\n")
@@ -138,6 +124,4 @@ def test_a_recipe_reads_no_file_that_it_names_and_fetches_no_base(place, monkeyp
         path = place / "anybody.safetensors"
         save_file({"a": torch.ones(1)}, path, {"iteris": json.dumps({**recipe, **changes})})
         out = place / "out.safetensors"
-        code, _, err = run(monkeypatch, capsys, "merge", f"--from={path}", "-o", out)
-        assert code == 2
-        assert message in err
+        assert message in iteris.refused("merge", f"--from={path}", "-o", out)

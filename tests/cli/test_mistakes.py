@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import make_world, recipe_of, run
+from command_line import recipe_of
 from mistakes import CASES, arguments_of, contents, filled, make_mess
 from safetensors.torch import load_file, save_file
 from tiny import make_pipeline, random_lora
@@ -45,11 +45,6 @@ def test_a_concept_of_the_wrong_types_is_refused(values, message):
         Concept(**{"lora": Lora({}), "trigger": "sks", **values})
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
 def merge(world, out, *extra, words="s1:dog"):
     one = f"--concept={world}/lora1.safetensors:{words}"
     return ["merge", world / "base", "-o", out, "--device=cpu", one, *extra]
@@ -63,13 +58,11 @@ def test_lines_are_read_without_marks_of_their_encoding(tmp_path, data):
     assert read_lines(tmp_path / "lines.txt") == ["a cat", "Ä"]
 
 
-def test_a_base_that_may_be_on_the_hub_is_said_not_to_be_here(world, tmp_path, monkeypatch, capsys):
+def test_a_base_that_may_be_on_the_hub_is_said_not_to_be_here(world, tmp_path, iteris, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     arguments = merge(world, tmp_path / "out.safetensors")
     arguments[1] = "owner/none"
-    code, _, err = run(monkeypatch, capsys, *arguments)
-    assert code == 2
-    assert "There is no folder or file of that name here" in err
+    assert "There is no folder or file of that name here" in iteris.refused(*arguments)
 
 
 def huge(world, folder):
@@ -82,21 +75,18 @@ def huge(world, folder):
     return folder / "huge.safetensors"
 
 
-def test_a_merge_too_large_for_half_precision_is_written_as_float32(
-    world, tmp_path, monkeypatch, capsys
-):
+def test_a_merge_too_large_for_half_precision_is_written_as_float32(world, tmp_path, iteris):
     out, file = tmp_path / "out.safetensors", huge(world, tmp_path)
     extra = [f"--concept={file}:s2:cat", "--method=sum"]
-    code, text, err = run(monkeypatch, capsys, *merge(world, out, *extra))
-    assert code == 0, err
-    assert "Written as float32, not float16" in err
+    text = iteris(*merge(world, out, *extra))
+    assert "Written as float32, not float16" in iteris.err
     assert f"Wrote {out}" in text
     assert {t.dtype for t in load_file(out).values()} == {torch.float32}
     with pytest.raises(IterisError, match="too large for float16; write float32"):
         write_lora(DiffusersHost(make_pipeline()).read_lora(out), tmp_path / "half.safetensors")
 
 
-def test_a_merge_that_no_name_takes_is_kept_elsewhere(world, tmp_path, monkeypatch, capsys):
+def test_a_merge_that_no_name_takes_is_kept_elsewhere(world, tmp_path, iteris, monkeypatch):
     """Whatever refuses to write it: here a file of that name, made during the merge."""
     out = tmp_path / "out.safetensors"
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -107,8 +97,7 @@ def test_a_merge_that_no_name_takes_is_kept_elsewhere(world, tmp_path, monkeypat
         return merge_loras(*some, **how)
 
     monkeypatch.setattr(command, "merge_loras", merge_and_occupy)
-    code, _, err = run(monkeypatch, capsys, *merge(world, out, "--method=average"))
-    assert code == 2
+    err = iteris.refused(*merge(world, out, "--method=average"))
     assert "exists already" in err
     kept = err.partition("The merge is not lost: it is in ")[2].partition(". [")[0]
     assert len(load_file(kept)) > 30
@@ -122,10 +111,7 @@ def test_a_merge_that_no_name_takes_is_kept_elsewhere(world, tmp_path, monkeypat
             ["--concept={lora2}:s1:cat"],
             "{lora2}: 's1' is the trigger of one concept and part of 's1 cat'",
         ),
-        (
-            ["--concept={lora2}:s2:cat:0"],
-            "{lora2} is left out of the merge: its strength",
-        ),
+        (["--concept={lora2}:s2:cat:0"], "{lora2} is left out of the merge: its strength"),
         (
             ["--concept={lora2},trigger=s2,prompts={lines}"],
             "None of the 2 prompts of {lora2} contains",
@@ -133,7 +119,7 @@ def test_a_merge_that_no_name_takes_is_kept_elsewhere(world, tmp_path, monkeypat
     ],
 )
 def test_what_is_probably_not_meant_is_said_before_the_merge(
-    world, tmp_path, monkeypatch, capsys, extra, message
+    world, tmp_path, iteris, monkeypatch, extra, message
 ):
     def stop(*_, **__):
         raise IterisError("stop here")
@@ -145,12 +131,12 @@ def test_what_is_probably_not_meant_is_said_before_the_merge(
         "lines": tmp_path / "lines.txt",
     }  # fmt: skip
     more = [text.format(**names) for text in extra]
-    _, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", *more))
+    err = iteris.refused(*merge(world, tmp_path / "out.safetensors", *more))
     assert "stop here" in err
     assert message.format(**names) in err
     # What is preserved has a name of its own, which its prompts need not contain.
     preserve = f"--concept=prompts={names['lines']}"
-    _, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", preserve))
+    err = iteris.refused(*merge(world, tmp_path / "out.safetensors", preserve))
     assert "stop here" in err
     assert "None of" not in err
 
@@ -220,28 +206,23 @@ def test_a_single_concept_is_not_a_list(given, message):
         merge_loras(None, given, "sum")
 
 
-def test_far_too_many_prompts_are_thinned_out(world, tmp_path, monkeypatch, capsys):
+def test_far_too_many_prompts_are_thinned_out(world, tmp_path, iteris):
     """All of them would go into the file: 31 MB of metadata for a million."""
     lines = tmp_path / "lines.txt"
     lines.write_text("".join(f"a s1 dog, {number}\n" for number in range(10_000)))
     out = tmp_path / "out.safetensors"
-    code, _, err = run(
-        monkeypatch, capsys, *merge(world, out, "--method=average", words=f"s1:dog,prompts={lines}")
-    )
-    assert code == 0, err
-    assert "has 10000 prompts; using 2000 of them, evenly spread" in err
+    iteris(*merge(world, out, "--method=average", words=f"s1:dog,prompts={lines}"))
+    assert "has 10000 prompts; using 2000 of them, evenly spread" in iteris.err
     prompts = recipe_of(out)["concepts"][0]["prompts"]
     assert len(prompts) == 2000
     assert prompts[-1] == "a s1 dog, 9995"
 
 
-def test_inspect_says_how_to_name_another_base(world, monkeypatch, capsys):
-    code, _, err = run(monkeypatch, capsys, "inspect", world / "lora1.safetensors")
-    assert code == 2
+def test_inspect_says_how_to_name_another_base(world, iteris):
+    err = iteris.refused("inspect", world / "lora1.safetensors")
     assert "--base BASE for others" in err
     files = [world / f"lora{number}.safetensors" for number in (1, 2)]
-    code, text, err = run(monkeypatch, capsys, "inspect", *files, "--base", world / "base")
-    assert code == 0, err
+    text = iteris("inspect", *files, "--base", world / "base")
     assert "the share of their outputs in which they disagree" in " ".join(text.split())
 
 

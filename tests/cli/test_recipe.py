@@ -7,19 +7,12 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from command_line import run, same
+from command_line import same
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import make_pipeline, random_lora
 
-from iteris_core import (
-    Concept,
-    IterisError,
-    Lora,
-    LowRank,
-    merge_loras,
-    write_lora,
-)
+from iteris_core import Concept, IterisError, Lora, LowRank, merge_loras, write_lora
 from iteris_core.cli.merge_file import find_file
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import read_lora_file
@@ -47,18 +40,17 @@ def world(tmp_path_factory):
     return folder
 
 
-def test_the_same_merge_again_from_the_merged_file(world, tmp_path, monkeypatch, capsys):
+def test_the_same_merge_again_from_the_merged_file(world, tmp_path, iteris):
     files = [world / f"lora{seed}.safetensors" for seed in (1, 2)]
     preserve = tmp_path / "preserve.txt"
     preserve.write_text("a cat\na house\n")
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     # No trigger is given: they come from the tags of the files.
-    code, _, err = run(
-        monkeypatch, capsys, "merge", world / "base", "-o", first, "--samples=3", "--timesteps=1",
+    iteris(
+        "merge", world / "base", "-o", first, "--samples=3", "--timesteps=1",
         "--latents=noise", "--device=cpu", "--set=rank=3", "--set=ridge=1e-4", "--seed=5",
         f"--concept={files[0]}", f"--concept={files[1]}::dog:0.5", f"--concept=prompts={preserve}",
     )  # fmt: skip
-    assert code == 0, err
     found = metadata_of(first)
     recipe = json.loads(found["iteris"])
     assert [c["trigger"] for c in recipe["concepts"]] == ["sks1", "", "preserve"]
@@ -78,36 +70,31 @@ def test_the_same_merge_again_from_the_merged_file(world, tmp_path, monkeypatch,
     assert found["modelspec.hash_sha256"] == f"0x{digest}"
     arguments = ["merge", world / "base", "-o", second, "--device=cpu", f"--from={first}",
                  f"--loras={world}"]  # fmt: skip
-    code, _, err = run(monkeypatch, capsys, *arguments)
-    assert code == 0, err
+    iteris(*arguments)
     assert same(first, second)
 
 
 def test_no_path_of_this_machine_is_written_and_the_loras_are_found_by_name(
-    world, tmp_path, monkeypatch, capsys
+    world, tmp_path, iteris
 ):
     files = [world / f"lora{seed}.safetensors" for seed in (1, 2)]
     out, again = tmp_path / "deep" / "out.safetensors", tmp_path / "again.safetensors"
     out.parent.mkdir()
     arguments = ["merge", world / "base", "--device=cpu", "--method=sum"]
     concepts = [f"--concept={file}:a:dog" for file in files]
-    code, _, err = run(monkeypatch, capsys, *arguments, "-o", out, *concepts)
-    assert code == 0, err
+    iteris(*arguments, "-o", out, *concepts)
     for path in (tmp_path, world):
         assert str(path).encode() not in out.read_bytes()
     assert [c["file"] for c in json.loads(metadata_of(out)["iteris"])["concepts"]] == [
         "lora1.safetensors", "lora2.safetensors",
     ]  # fmt: skip
     arguments = [*arguments[:3], "-o", again, f"--from={out}"]
-    code, _, err = run(monkeypatch, capsys, *arguments)
-    assert code == 2
-    assert "pass its folder with --loras" in " ".join(err.split())
-    code, _, err = run(monkeypatch, capsys, *arguments, f"--loras={world}")
-    assert code == 0, err
+    assert "pass its folder with --loras" in iteris.refused(*arguments)
+    iteris(*arguments, f"--loras={world}")
     assert same(out, again)
 
 
-def test_files_of_one_name_from_two_folders_come_again(world, tmp_path, monkeypatch, capsys):
+def test_files_of_one_name_from_two_folders_come_again(world, tmp_path, iteris):
     places = tmp_path / "loras" / "cats", tmp_path / "loras" / "dogs"
     for number, place in enumerate(places, 1):
         place.mkdir(parents=True)
@@ -115,16 +102,12 @@ def test_files_of_one_name_from_two_folders_come_again(world, tmp_path, monkeypa
     out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
     concepts = [f"--concept={place}/one.safetensors:s{n}:dog" for n, place in enumerate(places)]
     base = ["merge", world / "base", "--device=cpu"]
-    code, _, err = run(monkeypatch, capsys, *base, "-o", out, "--method=sum", *concepts)
-    assert code == 0, err
+    iteris(*base, "-o", out, "--method=sum", *concepts)
     found = "-o", again, f"--from={out}", f"--loras={tmp_path}/loras"
-    code, _, err = run(monkeypatch, capsys, *base, *found)
-    assert code == 0, err
+    iteris(*base, *found)
     assert same(out, again)
     shutil.rmtree(places[1])
-    code, _, err = run(monkeypatch, capsys, *base, *found, "--overwrite")
-    assert code == 2
-    assert "is not the file that was merged" in err
+    assert "is not the file that was merged" in iteris.refused(*base, *found, "--overwrite")
 
 
 def test_files_of_older_recipes_are_found_by_their_whole_path_or_last_part(world, tmp_path):
@@ -137,25 +120,19 @@ def test_files_of_older_recipes_are_found_by_their_whole_path_or_last_part(world
         assert found.read_bytes() == (world / "lora1.safetensors").read_bytes()
 
 
-def test_a_file_that_was_cut_after_its_merge_is_merged_again_whole(
-    world, tmp_path, monkeypatch, capsys
-):
+def test_a_file_that_was_cut_after_its_merge_is_merged_again_whole(world, tmp_path, iteris):
     whole, cut, again = (tmp_path / f"{name}.safetensors" for name in ("whole", "cut", "again"))
     base = ["merge", world / "base", "--device=cpu", "--method=sum"]
-    code, _, err = run(
-        monkeypatch, capsys, *base, "-o", whole, f"--concept={world / 'lora1.safetensors'}"
-    )
-    assert code == 0, err
+    iteris(*base, "-o", whole, f"--concept={world / 'lora1.safetensors'}")
     metadata = with_recipe(Lora({}, metadata=metadata_of(whole)), cut={"rank": 2}).metadata
     save_file(load_file(whole), cut, metadata)
     more = ("-o", again, f"--from={cut}", f"--loras={world}")
-    code, _, err = run(monkeypatch, capsys, *base[:-1], *more)
-    assert code == 0, err
-    assert "was changed after its merge ({'cut': {'rank': 2}}); the merge itself" in err
+    iteris(*base[:-1], *more)
+    assert "was changed after its merge ({'cut': {'rank': 2}}); the merge itself" in iteris.err
     assert same(whole, again)
 
 
-def test_recipes_that_cannot_be_followed(world, tmp_path, monkeypatch, capsys):
+def test_recipes_that_cannot_be_followed(world, tmp_path, iteris):
     lora, out = world / "lora1.safetensors", tmp_path / "out.safetensors"
     base = ["merge", world / "base", "-o", out, "--device=cpu"]
     concept = {"file": str(lora), "sha256": "0" * 64, "trigger": "x"}
@@ -169,17 +146,12 @@ def test_recipes_that_cannot_be_followed(world, tmp_path, monkeypatch, capsys):
         ({"concepts": [{**concept, "sha256": "", "reading": 3}]}, "reading must be a mapping of"),
         ({"method": "magic"}, "There is no method"),
         ({"settings": {"magic": 1}}, "magic"),
-        (
-            {"calibration": {"magic": 1}},
-            "calibration: there is no setting 'magic'",
-        ),
+        ({"calibration": {"magic": 1}}, "calibration: there is no setting 'magic'"),
     ):
         path = tmp_path / "recipe.safetensors"
         text = json.dumps({**recipe, **change})
         save_file({"a": torch.ones(1)}, path, metadata={"iteris": text})
-        code, _, err = run(monkeypatch, capsys, *base, f"--from={path}")
-        assert code == 2
-        assert message in " ".join(err.split())
+        assert message in iteris.refused(*base, f"--from={path}")
         assert not out.exists()
 
 
@@ -254,30 +226,25 @@ def test_bundled_embeddings_and_those_beside_a_file_are_kept(host, tmp_path):
     assert set(again.sites) == set(lora.sites)
 
 
-def test_a_partial_reading_is_listed_in_report_and_file(world, tmp_path, monkeypatch, capsys):
+def test_a_partial_reading_is_listed_in_report_and_file(world, tmp_path, iteris):
     tensors = load_file(world / "lora1.safetensors")
     save_file({**tensors, "lora_unet_mystery": torch.ones(2)}, tmp_path / "odd.safetensors")
     out = tmp_path / "out.safetensors"
     arguments = ["merge", world / "base", "-o", out, "--device=cpu", "--method=sum",
                  f"--concept={tmp_path / 'odd.safetensors'}:a:dog"]  # fmt: skip
-    code, _, err = run(monkeypatch, capsys, *arguments)
-    assert code == 2
-    assert "lora_unet_mystery" in err
+    assert "lora_unet_mystery" in iteris.refused(*arguments)
     assert not out.exists()
-    code, text, err = run(monkeypatch, capsys, *arguments, "--allow-partial")
-    assert code == 0, err
-    assert "left out: lora_unet_mystery (2,)" in text
+    assert "left out: lora_unet_mystery (2,)" in iteris(*arguments, "--allow-partial")
     recipe = json.loads(metadata_of(out)["iteris"])
     assert recipe["notes"]["a"][0].startswith("left out: lora_unet_mystery")
     # The same merge again reads the file as it was read then.
     again = tmp_path / "again.safetensors"
     command = ["merge", world / "base", "-o", again, "--device=cpu", f"--from={out}"]
-    code, _, err = run(monkeypatch, capsys, *command)
-    assert code == 0, err
+    iteris(*command)
     assert same(out, again)
 
 
-def test_a_full_difference_and_an_embedding_come_again(world, tmp_path, monkeypatch, capsys):
+def test_a_full_difference_and_an_embedding_come_again(world, tmp_path, iteris):
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     generator = torch.Generator().manual_seed(0)
     tensors = {f"{name}.diff": torch.randn(64, 64, generator=generator),
@@ -285,15 +252,13 @@ def test_a_full_difference_and_an_embedding_come_again(world, tmp_path, monkeypa
     save_file(tensors, tmp_path / "full.safetensors")
     out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
     base = ["merge", world / "base", "--device=cpu"]
-    code, _, err = run(
-        monkeypatch, capsys, *base, "-o", out, "--method=sum", "--energy=0.5",
+    iteris(
+        *base, "-o", out, "--method=sum", "--energy=0.5",
         f"--concept={tmp_path / 'full.safetensors'}:a:dog",
     )  # fmt: skip
-    assert code == 0, err
     entry = json.loads(metadata_of(out)["iteris"])["concepts"][0]
     assert entry["reading"] == {"allow_partial": False, "energy": 0.5}
-    code, _, err = run(monkeypatch, capsys, *base, "-o", again, f"--from={out}")
-    assert code == 0, err
+    iteris(*base, "-o", again, f"--from={out}")
     assert torch.equal(load_file(out)[f"{name}.lora_down.weight"],
                        load_file(again)[f"{name}.lora_down.weight"])  # fmt: skip
     assert load_file(out)[f"{name}.lora_down.weight"].shape[0] < 32
@@ -301,36 +266,31 @@ def test_a_full_difference_and_an_embedding_come_again(world, tmp_path, monkeypa
         assert file.metadata()["name"] == "word"
 
 
-def test_a_merged_file_is_called_for_by_all_its_phrases(world, tmp_path, monkeypatch, capsys):
+def test_a_merged_file_is_called_for_by_all_its_phrases(world, tmp_path, iteris):
     """Merged again it is calibrated on every concept in it, and hands all phrases on."""
     quick = ["--samples=4", "--timesteps=1", "--latents=noise", "--device=cpu", "--method=sum"]
     merged, again, third = (tmp_path / f"{name}.safetensors" for name in "abc")
     one, two = world / "lora1.safetensors", world / "lora2.safetensors"
     base = ["merge", world / "base"]
     files = [f"--concept={one}:sks:cat", f"--concept={two}:zwx:dog"]
-    code, _, err = run(monkeypatch, capsys, *base, "-o", merged, *quick, *files)
-    assert code == 0, err
+    iteris(*base, "-o", merged, *quick, *files)
     assert metadata_of(merged)["modelspec.trigger_phrase"] == "sks cat, zwx dog"
     files = [f"--concept={merged}", f"--concept={one}:abc:bird"]
-    code, _, err = run(monkeypatch, capsys, *base, "-o", again, *quick, *files)
-    assert code == 0, err
+    iteris(*base, "-o", again, *quick, *files)
     metadata = metadata_of(again)
     assert metadata["modelspec.trigger_phrase"] == "sks cat, zwx dog, abc bird"
     assert json.loads(metadata["iteris"])["concepts"][0]["subjects"] == ["sks cat", "zwx dog"]
     more = ("-o", third, "--device=cpu", f"--from={again}", f"--loras={world}")
-    code, _, err = run(monkeypatch, capsys, *base, *more)
-    assert code == 0, err
+    iteris(*base, *more)
     assert metadata_of(third)["modelspec.trigger_phrase"] == metadata["modelspec.trigger_phrase"]
 
 
-def test_the_strength_in_the_text_encoders(world, tmp_path, monkeypatch, capsys):
+def test_the_strength_in_the_text_encoders(world, tmp_path, iteris):
     out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
     one, two = world / "lora1.safetensors", world / "lora2.safetensors"
     base = ["merge", world / "base", "--device=cpu"]
     concepts = [f"--concept={one}:a:cat:0.5/0", f"--concept={two}:b:dog:1/2"]
-    code, _, err = run(monkeypatch, capsys, *base, "-o", out, "--method=sum", "--dtype=float32",
-                       *concepts)  # fmt: skip
-    assert code == 0, err
+    iteris(*base, "-o", out, "--method=sum", "--dtype=float32", *concepts)
     host = DiffusersHost(make_pipeline())
     merged = host.read_lora(out)
     inputs = [host.read_lora(file).sites for file in (one, two)]
@@ -344,7 +304,7 @@ def test_the_strength_in_the_text_encoders(world, tmp_path, monkeypatch, capsys)
     ]
     assert strengths == [(0.5, 0.0), (1.0, 2.0)]
     command = [*base, "-o", again, "--dtype=float32", f"--from={out}", f"--loras={world}"]
-    assert run(monkeypatch, capsys, *command)[0] == 0
+    iteris(*command)
     assert same(out, again)
 
 
@@ -361,31 +321,28 @@ def test_strength_0_leaves_a_component_out(world):
 
 
 def test_a_recipe_without_a_setting_runs_again_and_an_unknown_one_is_refused(
-    world, tmp_path, monkeypatch, capsys
+    world, tmp_path, iteris
 ):
     first, old, again = (tmp_path / f"{name}.safetensors" for name in ("first", "old", "again"))
     base = ["merge", world / "base", "--device=cpu"]
     files = [f"--concept={world / f'lora{seed}.safetensors'}:s{seed}:dog" for seed in (1, 2)]
-    code, _, err = run(
-        monkeypatch, capsys, *base, "-o", first, "--samples=3", "--timesteps=1", "--latents=noise",
+    iteris(
+        *base, "-o", first, "--samples=3", "--timesteps=1", "--latents=noise",
         "--set=objective=adapter", "--set=repair=False", *files,
     )  # fmt: skip
-    assert code == 0, err
     recipe = json.loads(metadata_of(first)["iteris"])
     settings = recipe["settings"]
     assert settings["repair"] is False
     recipe["settings"] = {n: v for n, v in settings.items() if n != "tolerance"}
     save_file(load_file(first), old, {"iteris": json.dumps(recipe)})
     more = [f"--from={old}", f"--loras={world}"]
-    code, _, err = run(monkeypatch, capsys, *base, "-o", again, "--set=rank=none", *more)
-    assert code == 0, err
+    iteris(*base, "-o", again, "--set=rank=none", *more)
     assert json.loads(metadata_of(again)["iteris"])["settings"] == settings
     assert same(first, again)
     recipe["settings"] = {**settings, "align": "adapter"}
     save_file(load_file(first), old, {"iteris": json.dumps(recipe)})
-    code, _, err = run(monkeypatch, capsys, *base, "-o", tmp_path / "no", *more)
-    assert code == 2
-    assert "old.safetensors: settings: there is no setting 'align'" in " ".join(err.split())
+    err = iteris.refused(*base, "-o", tmp_path / "no", *more)
+    assert "old.safetensors: settings: there is no setting 'align'" in err
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from command_line import make_dino, run
+from command_line import make_dino
 
 import toybox
 
@@ -15,37 +15,30 @@ def references():
     return next(iter(toybox.concepts().values())).references[0].parent
 
 
-def test_score_prints_alignments(monkeypatch, capsys, references, tmp_path):
+def test_score_prints_alignments(iteris, references, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red star with yellow stripes on a white background\n")
-    code, out, _ = run(
-        monkeypatch, capsys,
+    out = iteris(
         "score", references, f"--refs={references}", f"--prompts={prompts}", CLIP, "--json",
     )  # fmt: skip
-    assert code == 0
     data = json.loads(out)
     assert len(data["pictures"]) == len(list(references.iterdir()))
     assert 0.5 < data["mean"]["image"] <= 1
     assert data["mean"]["clipscore"] == pytest.approx(2.5 * data["mean"]["text"], abs=1e-4)
-    code, out, _ = run(monkeypatch, capsys, "score", references, f"--refs={references}", CLIP)
-    assert code == 0
-    assert "mean" in out
+    assert "mean" in iteris("score", references, f"--refs={references}", CLIP)
 
 
-def test_score_with_dino(monkeypatch, capsys, references, tmp_path):
+def test_score_with_dino(iteris, references, tmp_path):
     make_dino(tmp_path / "dino")
-    code, out, _ = run(
-        monkeypatch, capsys,
+    out = iteris(
         "score", references, f"--refs={references}", CLIP, f"--dino={tmp_path / 'dino'}", "--json",
     )  # fmt: skip
-    assert code == 0
     assert -1 <= json.loads(out)["mean"]["dino"] <= 1.0001
 
 
-def test_weights_of_an_architecture_from_a_file(monkeypatch, capsys, references, tmp_path):
-    code, _, err = run(
-        monkeypatch, capsys, "score", references, f"--refs={references}", "--clip=ViT-B-32",
+def test_weights_of_an_architecture_from_a_file(iteris, references, tmp_path):
+    err = iteris.refused(
+        "score", references, f"--refs={references}", "--clip=ViT-B-32",
         f"--clip-weights={tmp_path / 'none.pt'}", "--device=cpu",
     )  # fmt: skip
-    assert code == 2
     assert "open_clip cannot load 'ViT-B-32' with weights" in err

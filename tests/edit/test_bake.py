@@ -6,7 +6,7 @@ import layouts
 import pytest
 import torch
 from bases import make_lora, tiny, tiny_base
-from command_line import make_world, run
+from command_line import make_world
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -119,15 +119,14 @@ def test_the_scale_uses_the_whole_range():
     assert float(scale) == pytest.approx(2 / 448)
 
 
-def test_a_folder_draws_as_with_the_loras_loaded(tmp_path, monkeypatch, capsys):
+def test_a_folder_draws_as_with_the_loras_loaded(tmp_path, iteris):
     from diffusers import StableDiffusionPipeline
 
     world = make_world(tmp_path)
     out = world / "baked"
     words = ["bake", world / "base", "--lora", f"{world}/lora1.safetensors:0.8/0.5",
              "--lora", world / "lora2.safetensors", "-o", out]  # fmt: skip
-    code, _, err = run(monkeypatch, capsys, *words)
-    assert code == 0, err
+    iteris(*words)
     baked = StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
     loaded = StableDiffusionPipeline.from_pretrained(world / "base", safety_checker=None)
     base = copy.deepcopy(loaded.unet)
@@ -143,12 +142,10 @@ def test_a_folder_draws_as_with_the_loras_loaded(tmp_path, monkeypatch, capsys):
             unet(noise, 300, words_of[0]).sample for unet in (baked.unet, loaded.unet, base)
         )
     assert (one - two).norm() < 1e-3 * (plain - two).norm()
-    code, _, err = run(monkeypatch, capsys, *words)
-    assert code == 2
-    assert "exists already" in err
+    assert "exists already" in iteris.refused(*words)
 
 
-def test_both_variants_of_a_model_get_the_change(tmp_path, monkeypatch, capsys):
+def test_both_variants_of_a_model_get_the_change(tmp_path, iteris):
     world = make_world(tmp_path)
     unet = world / "base/unet"
     full = load_file(unet / "diffusion_pytorch_model.safetensors")
@@ -156,8 +153,7 @@ def test_both_variants_of_a_model_get_the_change(tmp_path, monkeypatch, capsys):
     save_file(half, unet / "diffusion_pytorch_model.fp16.safetensors")
     out = world / "baked"
     lora = world / "lora1.safetensors"
-    code, _, err = run(monkeypatch, capsys, "bake", world / "base", "--lora", lora, "-o", out)
-    assert code == 0, err
+    iteris("bake", world / "base", "--lora", lora, "-o", out)
     one, two = (load_file(out / f"unet/diffusion_pytorch_model{variant}.safetensors")
                 for variant in ("", ".fp16"))  # fmt: skip
     changed = [key for key in full if not torch.equal(one[key], full[key])]

@@ -6,7 +6,7 @@ import layouts
 import pytest
 import torch
 from bases import make_lora, tiny_base, trained_sites
-from command_line import make_world, run
+from command_line import make_world
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -52,39 +52,33 @@ def world(tmp_path):
     return make_world(tmp_path)
 
 
-def test_the_command_keeps_type_metadata_and_words(world, monkeypatch, capsys, host):
+def test_the_command_keeps_type_metadata_and_words(world, iteris, host):
     source, out = world / "lora1.safetensors", world / "out.safetensors"
     lora = host.read_lora(source)
     metadata = {"modelspec.trigger_phrase": "s1 dog", "note": "kept"}
     write_lora(Lora(lora.sites, "one", metadata, base=lora.base), source, dtype="bfloat16",
                overwrite=True)  # fmt: skip
     words = ("convert", source, "-o", out, "--layout", "comfyui", "--base", world / "base")
-    code, text, err = run(monkeypatch, capsys, *words, "--json")
-    assert code == 0, err
-    told = json.loads(text)
+    told = json.loads(iteris(*words, "--json"))
     assert told["dtype"] == "bfloat16"
     assert told["error"] < 1e-6
     with safe_open(out, "pt") as file:
         assert file.metadata().items() >= metadata.items()
-    code, _, err = run(monkeypatch, capsys, *words)
-    assert code == 2
-    assert "exists already" in err
+    assert "exists already" in iteris.refused(*words)
 
 
-def test_float8_becomes_float16_with_the_same_values(world, monkeypatch, capsys):
+def test_float8_becomes_float16_with_the_same_values(world, iteris):
     tensors = load_file(world / "lora1.safetensors")
     small = {k: t if t.ndim < 2 else t.to(torch.float8_e4m3fn) for k, t in tensors.items()}
     save_file(small, world / "small.safetensors")
     words = ("convert", world / "small.safetensors", "-o", world / "out.safetensors",
              "--base", world / "base", "--json")  # fmt: skip
-    code, text, err = run(monkeypatch, capsys, *words)
-    assert code == 0, err
-    told = json.loads(text)
+    told = json.loads(iteris(*words))
     assert (told["dtype"], told["error"]) == ("float16", 0)
     assert told["notes"][-1].startswith("float8_e4m3fn becomes float16")
 
 
-def test_a_loha_becomes_a_plain_lora(world, monkeypatch, capsys, host):
+def test_a_loha_becomes_a_plain_lora(world, iteris, host):
     site = next(s for s in host.sites() if s.endswith("attn1.to_q"))
     width = host.sites()[site].weight.shape[0]
     torch.manual_seed(1)
@@ -94,9 +88,8 @@ def test_a_loha_becomes_a_plain_lora(world, monkeypatch, capsys, host):
     tensors = {f"{name}.hada_{part}": tensor for part, tensor in parts.items()}
     save_file(tensors, world / "loha.safetensors")
     out = world / "plain.safetensors"
-    code, text, err = run(monkeypatch, capsys, "convert", world / "loha.safetensors", "-o", out,
+    text = iteris("convert", world / "loha.safetensors", "-o", out,
                           "--base", world / "base", "--dtype", "float32")  # fmt: skip
-    assert code == 0, err
     assert "Read back" in text
     saved = load_file(out)
     up, down = (saved[f"{name}.lora_{part}.weight"] for part in ("up", "down"))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from command_line import QUICK, make_world, run
+from command_line import QUICK
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import random_lora
@@ -110,11 +110,6 @@ def test_a_size_in_which_nothing_fits_is_refused(host):
         resize_lora(decaying(host), Target(megabytes=1e-6))
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
 @pytest.mark.parametrize("layout", ["kohya", "peft"])
 def test_files_keep_their_names_and_load_in_diffusers(layout, pipeline, host, tmp_path):
     source = tmp_path / "one.safetensors"
@@ -144,36 +139,30 @@ def test_files_keep_their_names_and_load_in_diffusers(layout, pipeline, host, tm
     assert len(uneven) > 1
 
 
-def test_the_command(world, tmp_path, monkeypatch, capsys):
+def test_the_command(world, tmp_path, iteris):
     one = world / "lora1.safetensors"
-    code, out, err = run(monkeypatch, capsys, "resize", one, "-o", tmp_path / "a.safetensors",
-                         "--rank", 2, "--json")  # fmt: skip
-    assert code == 0, err
+    out = iteris("resize", one, "-o", tmp_path / "a.safetensors", "--rank", 2, "--json")
     told = json.loads(out)
     assert told["megabytes"][1] < 0.75 * told["megabytes"][0]  # names take much of so small a file
     megabytes = one.stat().st_size * 0.6 / 1e6
-    code, out, err = run(monkeypatch, capsys, "resize", one, "-o", tmp_path / "c.safetensors",
-                         "--size", megabytes)  # fmt: skip
-    assert code == 0, err
+    iteris("resize", one, "-o", tmp_path / "c.safetensors", "--size", megabytes)
     size = (tmp_path / "c.safetensors").stat().st_size / 1e6
     assert 0.6 * megabytes < size <= megabytes
-    code, out, err = run(
-        monkeypatch, capsys, "resize", f"{one}:s1:dog", "-o", tmp_path / "b.safetensors",
+    out = iteris(
+        "resize", f"{one}:s1:dog", "-o", tmp_path / "b.safetensors",
         "--base", world / "base", "--energy", 0.8, *QUICK, "--latent-size=4",
     )  # fmt: skip
-    assert code == 0, err
     assert "of its effect on their outputs kept" in out
 
 
-def test_what_only_a_base_can_read_is_refused_at_once(world, tmp_path, monkeypatch, capsys):
+def test_what_only_a_base_can_read_is_refused_at_once(world, tmp_path, iteris):
     tensors = {
         "lora_unet_x.hada_w1_a": torch.ones(4, 2), "lora_unet_x.hada_w1_b": torch.ones(2, 4),
         "lora_unet_x.hada_w2_a": torch.ones(4, 2), "lora_unet_x.hada_w2_b": torch.ones(2, 4),
     }  # fmt: skip
     save_file(tensors, tmp_path / "loha.safetensors")
-    code, _, err = run(monkeypatch, capsys, "resize", tmp_path / "loha.safetensors", "-o",
+    err = iteris.refused("resize", tmp_path / "loha.safetensors", "-o",
                        tmp_path / "out.safetensors", "--rank", 2)  # fmt: skip
-    assert code == 2
     assert "give --base BASE" in err
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from command_line import QUICK, make_world, recipe_of, run, same
+from command_line import QUICK, make_world, recipe_of, same
 from safetensors.torch import load_file
 
 from iteris_core import IterisError, Lora, LowRank
@@ -123,16 +123,15 @@ def test_what_names_no_part_of_a_lora_is_refused(name, blocks, layers, message):
         filtered(whole_lora(name), blocks, layers)
 
 
-def test_a_merge_takes_the_part_of_a_lora_and_its_recipe_says_so(tmp_path, monkeypatch, capsys):
+def test_a_merge_takes_the_part_of_a_lora_and_its_recipe_says_so(tmp_path, iteris):
     folder = make_world(tmp_path)
     out = tmp_path / "out.safetensors"
     common = ["merge", folder / "base", "--method", "sum", *QUICK]
-    code, _, err = run(
-        monkeypatch, capsys, *common, "-o", out,
+    iteris(
+        *common, "-o", out,
         "--concept", f"{folder}/lora1.safetensors:a:b,blocks=OUTALL,layers=-text_encoder*,weight=2",
         "--concept", f"{folder}/lora2.safetensors:c:d,layers=*mid_block*",
     )  # fmt: skip
-    assert code == 0, err
     keys = {key.partition(".")[0] for key in load_file(out)}
     assert keys
     assert all("up_blocks_1" in key or "mid_block" in key for key in keys)
@@ -140,10 +139,7 @@ def test_a_merge_takes_the_part_of_a_lora_and_its_recipe_says_so(tmp_path, monke
     assert (first["blocks"], first["layers"]) == ("OUTALL", "-text_encoder*")
     assert second["layers"] == "*mid_block*"
     again = tmp_path / "again.safetensors"
-    code, _, err = run(
-        monkeypatch, capsys, *common[:2], "--from", out, "--loras", folder, "-o", again, *QUICK
-    )
-    assert code == 0, err
+    iteris(*common[:2], "--from", out, "--loras", folder, "-o", again, *QUICK)
     assert same(out, again)
     merge_file = tmp_path / "merge.yaml"
     merge_file.write_text(
@@ -152,6 +148,5 @@ def test_a_merge_takes_the_part_of_a_lora_and_its_recipe_says_so(tmp_path, monke
         f"    blocks: [{PRESETS['OUTALL']}]\n    layers: [-text_encoder*]\n"
         f"  - {{file: {folder}/lora2.safetensors, trigger: c, layers: '*mid_block*'}}\n"
     )
-    code, _, err = run(monkeypatch, capsys, "merge", merge_file, *QUICK)
-    assert code == 0, err
+    iteris("merge", merge_file, *QUICK)
     assert load_file(tmp_path / "listed.safetensors").keys() == load_file(out).keys()

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import make_world, run
 from safetensors.torch import load_file
 
 from iteris_core import IterisError, Lora, LowRank, write_lora
@@ -110,23 +109,17 @@ def test_an_adapter_folder_is_whole_or_not_there(tmp_path):
     assert files_in(tmp_path) == []
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
 def command(world, out, *extra: str) -> list[str]:
     concepts = [f"--concept={world}/lora{seed}.safetensors:s{seed}:dog" for seed in (1, 2)]
     return ["merge", world / "base", *concepts, "-o", out, "--method=sum", *extra]
 
 
 def test_the_command_keeps_a_merge_that_its_disk_does_not_take(
-    world, small_disk, tmp_path, monkeypatch, capsys
+    world, small_disk, tmp_path, iteris, monkeypatch
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     out = small_disk / "merged.safetensors"
-    code, _, said = run(monkeypatch, capsys, *command(world, out, "--dtype=float32"))
-    assert code == 2
+    said = iteris.refused(*command(world, out, "--dtype=float32"))
     assert files_in(small_disk) == []
     room = r"its disk has 0\.1 MB free, and the LoRAs take 0\.\d MB"
     assert re.search(room, said)

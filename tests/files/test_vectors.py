@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from bases import make_lora, tiny_base, trained_sites
-from command_line import run
 from safetensors.torch import load_file, save_file
 
 from iteris_core import IterisError, write_lora
@@ -67,11 +66,10 @@ def test_a_value_that_half_precision_does_not_hold_is_refused(tmp_path):
         write_lora(lora, tmp_path / "out.safetensors")
 
 
-def test_a_file_that_is_resized_keeps_them(tmp_path, monkeypatch, capsys):
+def test_a_file_that_is_resized_keeps_them(tmp_path, iteris):
     lora = with_vectors("sd1")
     path, out = write_lora(lora, tmp_path / "in.safetensors"), tmp_path / "out.safetensors"
-    code, text, err = run(monkeypatch, capsys, "resize", path, "-o", out, "--rank", 2, "--json")
-    assert code == 0, err
+    text = iteris("resize", path, "-o", out, "--rank", 2, "--json")
     assert max(json.loads(text)["ranks"].values()) >= 2
     before, after = load_file(path), load_file(out)
     kept = {key for key in before if key.endswith((".diff", ".diff_b"))}

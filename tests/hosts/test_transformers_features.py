@@ -168,9 +168,7 @@ def test_layers_wired_otherwise_have_no_streams():
         vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=2, residual_multiplier=0.2,
     )  # fmt: skip
-    models = (
-        Gemma2ForCausalLM(sandwich), FalconForCausalLM(parallel), GraniteForCausalLM(scaled)
-    )  # fmt: skip
+    models = (Gemma2ForCausalLM(sandwich), FalconForCausalLM(parallel), GraniteForCausalLM(scaled))
     for model in models:
         host = TransformersHost(model)
         assert host.streams(set(host.sites())) == {}

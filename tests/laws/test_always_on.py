@@ -75,8 +75,7 @@ def test_sites_of_its_own_are_in_the_file_and_nothing_else_is_touched():
 def test_a_method_on_weights_has_it_beside_what_it_merges():
     loras, speed = [make_lora(1), make_lora(2)], make_lora(7)
     alone, included = (merged(Net(), loras, on, "average", speed) for on in (None, "include"))
-    wanted = {s: c.dense() + STRENGTH * speed.sites[s].dense()
-              for s, c in alone.lora.sites.items()}  # fmt: skip
+    wanted = {s: c.dense() + STRENGTH * speed.sites[s].dense() for s, c in alone.lora.sites.items()}
     assert difference(included.lora, wanted) < 1e-6
 
 

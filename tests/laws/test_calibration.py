@@ -4,19 +4,10 @@ import pytest
 import torch
 
 from iteris_core import Calibration, Concept, IterisError, Lora
-from iteris_core.calibration_prompts import (
-    Wording,
-    calling_words,
-    concept_prompts,
-    whole_words,
-)
+from iteris_core.calibration_prompts import Wording, calling_words, concept_prompts, whole_words
 from iteris_core.concepts import TEMPLATES, words_in
 from iteris_core.errors import ConceptError
-from iteris_core.hosts.rows import (
-    SamplePrompts,
-    TextRows,
-    added_concepts,
-)
+from iteris_core.hosts.rows import SamplePrompts, TextRows, added_concepts
 
 
 def prompts(concept, **kwargs):

@@ -3,12 +3,7 @@
 import pytest
 import rivals  # noqa: F401 (registers them)
 import torch
-from oracle import (
-    Net,
-    dense_changes,
-    difference,
-    make_lora,
-)
+from oracle import Net, dense_changes, difference, make_lora
 from small_merge import merge
 
 from iteris_core import Concept, Lora, LowRank, merge_loras

@@ -12,10 +12,7 @@ from iteris_core import Concept, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
 
 CALIBRATION = {"samples": 2, "timesteps": 1, "denoising_steps": 2, "latent_size": 8, "seed": 3}
-SETTINGS = {
-    "gradient-fusion": {"steps": 4, "text_steps": 4},
-    "loraclr": {"steps": 4, "rate": 1e-2},
-}
+SETTINGS = {"gradient-fusion": {"steps": 4, "text_steps": 4}, "loraclr": {"steps": 4, "rate": 1e-2}}
 PARTS = ("q_proj", "attn1.to_q", "attn2.to_k", "attn2.to_v", "ff.net.2")
 
 

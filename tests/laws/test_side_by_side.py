@@ -13,12 +13,7 @@ from iteris_core.activations.micro_batch import MicroBatch
 from iteris_core.calibration_prompts import concept_prompts, pair_prompts
 from iteris_core.concepts import PAIR_TEMPLATES, TEMPLATES
 from iteris_core.methods.segments import Segment, SegmentRunner
-from iteris_core.methods.side_by_side import (
-    SideBySide,
-    compose_halves,
-    drawn_pairs,
-    pairs_of,
-)
+from iteris_core.methods.side_by_side import SideBySide, compose_halves, drawn_pairs, pairs_of
 from iteris_core.passes.changes import changes_of
 from iteris_core.passes.job import Job
 

@@ -80,7 +80,7 @@ def test_with_less_memory_fewer_rows_run_at_once_and_what_was_tried_is_said():
     tried = said.partition("Tried: ")[2].partition(". Lower")[0].split("; ")
     assert tried[0] == "32 rows at once, waiting on the device"
     assert [way.partition(",")[0] for way in tried[-4:]] == [
-        *("12 rows at once", "6 rows at once", "3 rows at once", "one row at once"),
+        *("12 rows at once", "6 rows at once", "3 rows at once", "one row at once")
     ]
     assert "Lower samples or timesteps (fewer rows), or latent_size (smaller ones), or free" in said
     assert found["same"]

@@ -115,8 +115,7 @@ def test_the_budget_is_kept_and_the_result_is_the_same(host64, schedule, share):
     ("objective", "exact"), [("output", True), ("output", False), ("adapter", True)]
 )
 @pytest.mark.parametrize(
-    ("out", "width", "count", "rank"),
-    [(128, 512, 10, 8), (320, 320, 8, 32), (640, 1280, 2, 16)],
+    ("out", "width", "count", "rank"), [(128, 512, 10, 8), (320, 320, 8, 32), (640, 1280, 2, 16)]
 )
 def test_the_memory_of_a_solve_is_known(out, width, count, rank, objective, exact):
     generator = torch.Generator().manual_seed(0)
@@ -127,10 +126,7 @@ def test_the_memory_of_a_solve_is_known(out, width, count, rank, objective, exac
         inputs.append(torch.randn(2 * width, width, generator=generator))
         targets.append(torch.randn(2 * width, out, generator=generator))
     fit = RegressionSpec(
-        [1.0] * count,
-        1e-5,
-        dtype=torch.float64 if exact else torch.float32,
-        residuals=exact,
+        [1.0] * count, 1e-5, dtype=torch.float64 if exact else torch.float32, residuals=exact
     )
     site = SiteChanges(tuple(changes))
     if objective == "adapter":

@@ -71,11 +71,7 @@ def test_all_ways_agree_on_every_class(name, tmp_path, monkeypatch):
 
     wanted = merged(None, None)
     sweeps = reduced.settings.get("schedule") != "jacobi"
-    for most, offloads in (
-        (0, CPU),
-        (THRESHOLDS.blocks[0], None),
-        (THRESHOLDS.blocks[1], CPU),
-    ):
+    for most, offloads in ((0, CPU), (THRESHOLDS.blocks[0], None), (THRESHOLDS.blocks[1], CPU)):
         places.clear()
         replayed.clear()
         found = merged(most, offloads)

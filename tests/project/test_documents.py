@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
-from command_line import QUICK, make_world, recipe_of, run
+from command_line import QUICK, make_world, recipe_of
 from safetensors.torch import load_file, save_file
 
 from iteris_core import cli
@@ -72,7 +72,7 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_merges_of_the_pages_run(place, monkeypatch, capsys):
+def test_the_merges_of_the_pages_run(place, iteris):
     """In their order, with fewer samples, on a small base."""
     done = []
     for page in USED:
@@ -85,21 +85,18 @@ def test_the_merges_of_the_pages_run(place, monkeypatch, capsys):
                 arguments += [*QUICK, "--overwrite", "--latent-size=4"]
             if words[0] in ("inspect", "convert"):
                 arguments += ["--base", "base"]
-            code, _, err = run(monkeypatch, capsys, *arguments)
-            assert code == 0, (words, err)
+            iteris(*arguments)
             done.append(words)
     assert len(done) > 8
     assert recipe_of(place / "smaller.safetensors")["settings"]["rank"] == 16
 
 
 @pytest.mark.slow
-def test_the_comparison_of_the_pages_runs(tmp_path, monkeypatch, capsys):
+def test_the_comparison_of_the_pages_runs(tmp_path, iteris, monkeypatch):
     words = next(words for _, words in ALL_LINES if words[0] == "compare")
     monkeypatch.chdir(ROOT)
     quick = ["--steps=2", "--images-per-prompt=1", "--set=samples=2", "-o", tmp_path / "out"]
-    code, text, err = run(monkeypatch, capsys, *words, *quick)
-    assert code == 0, err
-    assert "| ssr |" in text
+    assert "| ssr |" in iteris(*words, *quick)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -34,9 +34,7 @@ def test_every_pair_is_merged_once(tmp_path):
     assert "3 merges, 0 there already" in run()
     with (out / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["concepts"] for row in rows] == [
-        "sks0 + sks1", "sks0 + sks2", "sks1 + sks2",
-    ]  # fmt: skip
+    assert [row["concepts"] for row in rows] == ["sks0 + sks1", "sks0 + sks2", "sks1 + sks2"]
     kept = out / rows[0]["file"]
     before = kept.stat().st_mtime_ns
     (out / rows[1]["file"]).with_suffix(".json").unlink()
