@@ -4,7 +4,6 @@ import logging
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -86,24 +85,6 @@ def test_a_merge_too_large_for_half_precision_is_written_as_float32(world, tmp_p
         write_lora(DiffusersHost(make_pipeline()).read_lora(out), tmp_path / "half.safetensors")
 
 
-def test_a_merge_that_no_name_takes_is_kept_elsewhere(world, tmp_path, iteris, monkeypatch):
-    """Whatever refuses to write it: here a file of that name, made during the merge."""
-    out = tmp_path / "out.safetensors"
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    command = sys.modules["iteris_core.cli.merge"]
-
-    def merge_and_occupy(*some, **how):
-        out.write_text("mine")
-        return merge_loras(*some, **how)
-
-    monkeypatch.setattr(command, "merge_loras", merge_and_occupy)
-    err = iteris.refused(*merge(world, out, "--method=average"))
-    assert "exists already" in err
-    kept = err.partition("The merge is not lost: it is in ")[2].partition(". [")[0]
-    assert len(load_file(kept)) > 30
-    assert out.read_text() == "mine"
-
-
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -139,15 +120,6 @@ def test_what_is_probably_not_meant_is_said_before_the_merge(
     err = iteris.refused(*merge(world, tmp_path / "out.safetensors", preserve))
     assert "stop here" in err
     assert "None of" not in err
-
-
-def test_a_concept_of_strength_0_is_in_the_notes(world):
-    host = DiffusersHost(make_pipeline())
-    concepts = [Concept(random_lora(host, 1), trigger="a")]
-    zero = Concept(random_lora(host, 2), trigger="b", strength=0)
-    report = merge_loras(host, [*concepts, zero], "average").report
-    assert report.notes["b"] == ["left out of the merge: its strength or weight is 0"]
-    assert "b: left out of the merge" in report.summary()
 
 
 def test_a_file_is_no_host_and_a_lora_no_concept():
@@ -218,14 +190,6 @@ def test_far_too_many_prompts_are_thinned_out(world, tmp_path, iteris):
     assert prompts[-1] == "a s1 dog, 9995"
 
 
-def test_inspect_says_how_to_name_another_base(world, iteris):
-    err = iteris.refused("inspect", world / "lora1.safetensors")
-    assert "--base BASE for others" in err
-    files = [world / f"lora{number}.safetensors" for number in (1, 2)]
-    text = iteris("inspect", *files, "--base", world / "base")
-    assert "the share of their outputs in which they disagree" in " ".join(text.split())
-
-
 MISSING = """
 import sys
 sys.modules[{name!r}] = None
@@ -285,18 +249,6 @@ def test_a_repr_is_one_line_and_a_dtype_is_torchs_too(world, tmp_path):
     assert Concept.from_file(host, path).trigger == "a"
     with pytest.raises(IterisError, match=r"dtype must be one of .*, not 'int8'"):
         result.save(tmp_path / "int.safetensors", dtype=torch.int8)
-
-
-def test_a_merge_is_loaded_without_a_file_of_the_users(world):
-    pipeline = make_pipeline()
-    host = DiffusersHost(pipeline)
-    concept = Concept.from_file(host, world / "lora1.safetensors", trigger="a")
-    merge_loras(None, [concept], "average").load_into(pipeline, "merged")
-    assert pipeline.get_active_adapters() == ["merged"]
-    sites = concept.lora.sites.items()
-    site, change = next((site, change) for site, change in sites if site.startswith("unet."))
-    layer = pipeline.unet.get_submodule(site.removeprefix("unet."))
-    torch.testing.assert_close(layer.get_delta_weight("merged"), change.dense())
 
 
 @pytest.fixture(scope="module")

@@ -132,29 +132,6 @@ def test_a_file_that_was_cut_after_its_merge_is_merged_again_whole(world, tmp_pa
     assert same(whole, again)
 
 
-def test_recipes_that_cannot_be_followed(world, tmp_path, iteris):
-    lora, out = world / "lora1.safetensors", tmp_path / "out.safetensors"
-    base = ["merge", world / "base", "-o", out, "--device=cpu"]
-    concept = {"file": str(lora), "sha256": "0" * 64, "trigger": "x"}
-    recipe = {"method": "sum", "settings": {}, "calibration": {}, "concepts": [concept]}
-    for change, message in (
-        ({}, "SHA-256 differs"),
-        (
-            {"concepts": [{**concept, "strength": "much"}]},
-            "concept 1: strength must be a number, not 'much'",
-        ),
-        ({"concepts": [{**concept, "sha256": "", "reading": 3}]}, "reading must be a mapping of"),
-        ({"method": "magic"}, "There is no method"),
-        ({"settings": {"magic": 1}}, "magic"),
-        ({"calibration": {"magic": 1}}, "calibration: there is no setting 'magic'"),
-    ):
-        path = tmp_path / "recipe.safetensors"
-        text = json.dumps({**recipe, **change})
-        save_file({"a": torch.ones(1)}, path, metadata={"iteris": text})
-        assert message in iteris.refused(*base, f"--from={path}")
-        assert not out.exists()
-
-
 def test_triggers_are_found_where_trainers_put_them():
     assert trigger_words({"modelspec.trigger_phrase": "sks, zwx"}) == ["sks", "zwx"]
     assert trigger_words({"ss_dataset_dirs": '{"10_sks dog": {"n_repeats": 10}}'}) == ["sks dog"]

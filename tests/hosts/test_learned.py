@@ -80,22 +80,6 @@ def encoded(pipeline, *prompts):
         )[0]
 
 
-def test_in_force_is_as_loaded_by_hand(pipeline):
-    """Two concepts with one name; one of two vectors and one of one."""
-    own = [vectors(1, 2), vectors(2)]
-    calls = [embedding_triggers(concept({"e": {"clip_l": v}}, trigger="<e>")) for v in own]
-    with in_force(pipeline, calls) as placeholders:
-        assert placeholders.in_force == [{"e"}, {"e"}]
-        found = encoded(pipeline, *(placeholders(owner, "a <e> dog") for owner in (0, 1)))
-        plain = encoded(pipeline, "a <e> dog")
-    assert torch.equal(plain, encoded(pipeline, "a <e> dog"))
-    hand = copy.deepcopy(pipeline)
-    hand.load_textual_inversion({"<one>": own[0]}, token="<one>")
-    hand.load_textual_inversion({"<two>": own[1]}, token="<two>")
-    assert torch.equal(found, encoded(hand, "a <one> dog", "a <two> dog"))
-    assert not torch.equal(found, plain.expand_as(found))
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_pipeline_is_as_it_was(pipeline, fails):
     tokenizer, config = pipeline.tokenizer, dict(pipeline.config)

@@ -109,14 +109,6 @@ def test_what_a_tensor_subclass_holds_is_put_back():
         assert float(turns.by(0, lambda: float((outer + 1).sum()))) == 16
 
 
-def test_inference_tensors_wait_too():
-    with torch.inference_mode(), Turns() as turns:
-        tensor = turns.by(0, lambda: torch.nn.functional.linear(torch.eye(3), torch.ones(2, 3)))
-        assert tensor.is_inference()
-        assert away(tensor)
-        assert turns.by(0, lambda: float(tensor.sum())) == 6
-
-
 def merge(host, memory, on_progress=None, **settings):
     settings = {"precision": "float64", **settings}
     return merge_loras(

@@ -6,16 +6,14 @@ import pytest
 import torch
 from oracle import ModuleHost, Net, make_data, make_lora
 from reductions import by_adapter, by_moments
-from tiny import make_pipeline, random_lora
+from tiny import random_lora
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations.memory import MemoryMeter, free_memory
 from iteris_core.errors import OutOfMemory
 from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import LowRank, SiteChanges
-from iteris_core.passes.changes import changes_of
-from iteris_core.passes.footprint import Cost, Footprint, Measure, MemoryLimits, Step
-from iteris_core.passes.job import Job
+from iteris_core.passes.footprint import Cost, Footprint, MemoryLimits, Step
 from iteris_core.passes.planner import IN_HOST, ON_DEVICE, Strategy, plan_stage
 from iteris_core.solve.adapter import AdapterMoments
 from iteris_core.solve.moments import OutputMoments
@@ -38,26 +36,6 @@ def needs_of(stage, parked=None) -> list[Footprint]:
     """On the device, and in host memory at the cost ``parked``."""
     need = Footprint(stage, ON_DEVICE, COST, None, {"a": MemoryEstimate(0, 0)}, 100)
     return [need] if parked is None else [need, replace(need, parked=parked, strategy=OFFLOADED)]
-
-
-def test_fewer_rows_at_once_before_rows_are_left_out():
-    stage = stage_of([0] * 10 + [1] * 10)
-    made = plan_stage(needs_of(stage), MemoryLimits(127), 8)
-    assert made.stage is stage
-    assert (made.at_once, made.bytes) == (3, 126)
-
-
-def test_rows_are_left_out_evenly_over_the_concepts():
-    ran: list = []
-    kinds = "abcdefghijklmnopqrst"
-    stage = stage_of([0] * 12 + [1] * 8, ran, batch_keys=list(kinds), lengths=list(range(20)))
-    made = plan_stage(needs_of(stage), MemoryLimits(112), 8)
-    assert list(made.stage.concept_ids) == [0] * 6 + [1] * 4
-    assert [kinds[length] for length in made.stage.lengths] == made.stage.batch_keys
-    assert made.bytes == 112
-    assert "10 of 20 rows (the others do not fit)" in str(made)
-    made.stage.run([0, 4, 5, 9], 2)
-    assert ran == [[0, 8, 10, 19]]
 
 
 def test_rows_wait_in_host_memory_before_any_is_left_out():
@@ -180,51 +158,6 @@ def test_the_host_is_asked_for_what_all_rows_take_and_its_answer_is_kept(caplog)
     assert result.report.rows < 12  # those that ran
     with pytest.raises(OutOfMemory, match="lower samples, timesteps or latent_size"):
         merge_on(host, 1000)
-
-
-class Offload:
-    """Weights of a whole model come to the device when it is called, and leave when the pipeline
-    frees its hooks, as with ``enable_model_cpu_offload``; here they are copied."""
-
-    def __init__(self, pipeline) -> None:
-        self.there: set[str] = set()
-        pipeline._all_hooks = ["…"]
-        pipeline.maybe_free_model_hooks = self.there.clear
-        for name in ("unet", "text_encoder"):
-            model = getattr(pipeline, name)
-            model.register_forward_pre_hook(lambda model, _, name=name: self.bring(model, name))
-
-    def bring(self, model, name) -> None:
-        if name not in self.there:
-            self.there.add(name)
-            for parameter in model.parameters():
-                parameter.data = parameter.data.clone()
-
-
-def test_weights_that_are_offloaded_are_no_part_of_a_row():
-    from iteris_core.hosts.diffusers import DiffusersHost
-
-    def measured(offloaded: bool) -> Cost:
-        pipeline = make_pipeline()
-        if offloaded:
-            Offload(pipeline)
-        host = DiffusersHost(pipeline)
-        concepts = [Concept(random_lora(host, seed), prompts=["a cat"]) for seed in (1, 2)]
-        generator = torch.Generator().manual_seed(0)
-        changes = changes_of(concepts)
-        job = Job(host, concepts, changes, CALIBRATION, generator, lambda *_: None)
-        with job.run() as run:
-            *_, (stage, cost) = (
-                (stage, Measure(stage, run.lockstep, 2).row()) for stage in run.stages()
-            )
-        assert stage.name == "unet"
-        return cost
-
-    assert measured(True).steps == measured(False).steps
-    pipeline = make_pipeline()
-    offload = Offload(pipeline)
-    merge(DiffusersHost(pipeline))
-    assert not offload.there
 
 
 def test_free_memory_of_an_xpu_is_its_own(monkeypatch):

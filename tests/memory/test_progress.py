@@ -7,7 +7,7 @@ from test_preflight import PictureHost
 from tiny import two_concepts
 
 from iteris_core import Calibration, Concept, Progress, merge_loras
-from iteris_core.progress import Forecast, duration
+from iteris_core.progress import Forecast
 
 
 class Watched(Forecast):
@@ -37,39 +37,6 @@ def test_what_is_left_takes_as_long_as_what_was_done(slower: float):
         if progress.seconds > slower * sum(sites) / 5:
             assert progress.left == pytest.approx(slower * sum(sites[done:]), rel=0.3)
     assert forecast.left() == 0
-
-
-def test_every_phase_has_its_own_speed():
-    """The sweep turns out to be slower than denoising; what is behind both is as fast as both."""
-    forecast = Watched()
-    forecast.expect("denoising steps", [10.0])
-    forecast.expect("solving sites", [5.0] * 4)
-    forecast.expect("held-out rows", [10.0])
-    shares: list[float] = []
-    for step in range(31):
-        forecast.now += 1.0 if step else 0.0
-        shares.append(forecast.tick("denoising steps", step, 30).share)
-    assert forecast.left() == pytest.approx(90.0)
-    assert shares == sorted(shares)
-    assert shares[-1] == pytest.approx(0.25)
-    forecast.tick("planning", 0, 0)
-    for site in range(1, 3):
-        forecast.now += 30.0
-        progress = forecast.tick("solving sites", site, 4)
-    assert progress.left == pytest.approx(60.0 + 10 * 90 / 20, rel=0.06)
-    forecast.expect("solving sites", [])
-    assert forecast.left() == pytest.approx(10 * 90 / 20)
-
-
-def test_it_is_told_in_words():
-    assert str(Progress("solving sites", 3, 9, left=170.0)) == (
-        "solving sites 3 of 9, about 3 min left"
-    )
-    assert str(Progress("loading the base", 0, 1)) == "loading the base"
-    assert str(Progress("plan: unet: 4 rows", left=20.0)) == "plan: unet: 4 rows, about 20 s left"
-    assert [duration(s) for s in (0.2, 89, 95, 5300, 7200)] == [
-        "1 s", "89 s", "2 min", "88 min", "2.0 h",
-    ]  # fmt: skip
 
 
 def test_every_step_of_a_merge_is_told(host):

@@ -12,7 +12,7 @@ from iteris_core.passes.planner import Plan, Strategy, find, replayable
 from iteris_core.solve.choose import THRESHOLDS, Thresholds
 
 CPU = torch.device("cpu")
-FAST = ("SD inpainting", "FLUX.1 Kontext", "Z-Image", "Wan 2.2 with two experts", "HunyuanVideo")
+FAST = ("SD inpainting", "FLUX.1 Kontext", "Wan 2.2 with two experts")
 
 
 def planned_as(most, offloads, replayed=None, bits=None):
@@ -65,7 +65,7 @@ def test_all_ways_agree_on_every_class(name, tmp_path, monkeypatch):
             concepts,
             settings={"micro_batch": 5, **reduced.settings},
             thresholds=Thresholds(sample_rows=3),
-            calibration=Calibration(samples=6, timesteps=2, denoising_steps=3, seed=3),
+            calibration=Calibration(samples=4, timesteps=2, denoising_steps=2, seed=3),
             unmergeable="skip",
         ).lora.sites
 
