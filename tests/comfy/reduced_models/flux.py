@@ -98,11 +98,7 @@ FLUX = {
     "FLUX.2": Reduced(flux2),
     "FLUX.2 with references": Reduced(flux2, entries=given.edited(128, 6, 6), slow=True),
     "Chroma": Reduced(chroma),
-    "Chroma Radiance": Reduced(
-        chroma_radiance,
-        side=64,
-        slow=True,
-    ),
+    "Chroma Radiance": Reduced(chroma_radiance, side=64, slow=True),
     "LongCat-Image": Reduced(longcat_image),
     "Ovis-Image": Reduced(ovis_image),
 }

@@ -113,9 +113,7 @@ def hidream_o1() -> tuple[Any, Any]:
 
 LATER = {
     "ERNIE-Image": Reduced(ernie_image),
-    "Krea 2": Reduced(
-        krea2,
-    ),
+    "Krea 2": Reduced(krea2),
     "Ideogram 4": Reduced(ideogram4),
     "HiDream O1": Reduced(hidream_o1, side=64, left_out="visual: only reference pictures reach it"),
     "Boogu-Image": Reduced(boogu, entries=given.edited(16, 6, 6)),

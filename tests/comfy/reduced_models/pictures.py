@@ -9,10 +9,7 @@ from .reduced import Reduced
 
 
 def _sd3(x_block_self_attn_layers: list[int]) -> Any:
-    text = {
-        "target": "torch.nn.Linear",
-        "params": {"in_features": 4096, "out_features": 128},
-    }
+    text = {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 128}}
     return model_of_class(
         "SD3", in_channels=16, out_channels=16, patch_size=2, depth=2, input_size=None,
         adm_in_channels=128, context_embedder_config=text, num_patches=36, pos_embed_max_size=6,

@@ -84,10 +84,7 @@ def hydit() -> Any:
     """BERT and a multilingual T5, both with masks."""
     import comfy.text_encoders.hydit as text
 
-    options = {
-        "hydit_clip_model_config": _BERT,
-        "mt5xl_model_config": {**T5, "vocab_size": 32128},
-    }
+    options = {"hydit_clip_model_config": _BERT, "mt5xl_model_config": {**T5, "vocab_size": 32128}}
     data = {"mt5xl.spiece_model": pile()}
     return clip_of(text.HyditTokenizer, text.HyditModel, options, data)
 
