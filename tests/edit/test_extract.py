@@ -6,8 +6,6 @@ import json
 import pytest
 import torch
 from command_line import QUICK
-from pipelines import PIPELINES
-from pipelines import write_lora as write_random
 from tiny import make_pipeline, random_lora
 
 from iteris_core import Calibration, IterisError, write_lora
@@ -160,21 +158,3 @@ def test_the_command(pipeline, tuned, tmp_path, iteris):
     err = iteris.refused("extract", tmp_path / "base", tmp_path / "wider",
                        "-o", tmp_path / "no.safetensors", "--rank", 4)  # fmt: skip
     assert "have different architectures: unet.conv_in" in err
-
-
-def test_layers_whose_rows_stand_in_another_dimension(tmp_path):
-    """Krea 2's text fusion: each layer of the text is a row of its own there."""
-    reduced = PIPELINES["Krea 2"]()
-    tuned = copy.deepcopy(reduced.pipeline)
-    file = write_random(tmp_path / "1.safetensors", tuned)
-    sites = DiffusersHost(tuned, **reduced.call).sites()
-    lora = DiffusersHost(tuned, **reduced.call).read_lora(file)
-    for site, change in lora.sites.items():
-        sites[site].weight.data += change.dense()
-    assert any("layerwise" in site for site in lora.sites)
-    hosts = [DiffusersHost(one, **reduced.call) for one in (reduced.pipeline, tuned)]
-    calibration = Calibration(samples=3, timesteps=1, denoising_steps=2)
-    prompts = ["a dog and a cat", "a cat and a dog"]  # as many tokens
-    found = extract_lora(*hosts, Target(rank=2), prompts=prompts, calibration=calibration)
-    assert found.ranks.keys() == lora.sites.keys()
-    assert found.error < 1e-3

@@ -13,7 +13,7 @@ from iteris_core import Calibration, Concept, IterisError, Lora, write_lora
 from iteris_core.edit.resize import resize_lora
 from iteris_core.lora_files.own_names import read_by_own_names
 from iteris_core.passes.changes import changes_of
-from iteris_core.solve.ranks import Target, span
+from iteris_core.solve.ranks import Target
 
 SHORT = Calibration(samples=3, timesteps=1, latents="noise", latent_size=4)
 
@@ -164,7 +164,3 @@ def test_what_only_a_base_can_read_is_refused_at_once(world, tmp_path, iteris):
     err = iteris.refused("resize", tmp_path / "loha.safetensors", "-o",
                        tmp_path / "out.safetensors", "--rank", 2)  # fmt: skip
     assert "give --base BASE" in err
-
-
-def test_ranks_that_are_all_the_same_are_one_number():
-    assert (span([8, 8]), span([4, 8, 6])) == ("rank 8", "ranks 4 to 8")

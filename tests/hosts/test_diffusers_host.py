@@ -1,20 +1,13 @@
 """The diffusers host on a real pipeline: rows, files and what the library makes of them."""
 
 import pytest
+from language_bases import largest_gap
 from tiny import is_attention, random_lora
 
-from iteris_core import Calibration, Concept, IterisError, Lora, merge_loras
+from iteris_core import Calibration, Concept, IterisError, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
 
 PROMPTS = ["a dog", "a red dog on a table", "two dogs in the rain", "s1 dog", "dog and cat"]
-
-
-def difference(ours: Lora, theirs: Lora) -> float:
-    assert set(ours.sites) == set(theirs.sites)
-    return max(
-        float((ours.sites[s].dense() - c.dense()).norm() / c.dense().norm())
-        for s, c in theirs.sites.items()
-    )
 
 
 def merged_concepts(host, **kwargs):
@@ -51,7 +44,7 @@ def test_text_only_sites_need_no_pass_of_the_denoiser(host64):
     assert any(site.startswith("unet.") for site in quick.lora.sites)
     host64._direct = set()  # make it take the long way
     slow = merge_loras(host64, concepts, settings=settings, calibration=calibration)
-    assert difference(quick.lora, slow.lora) < 1e-9
+    assert largest_gap(quick.lora, slow.lora) < 1e-9
 
 
 def test_a_pipeline_without_a_text_encoder_is_an_error(pipeline):

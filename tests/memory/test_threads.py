@@ -9,7 +9,7 @@ from tiny import random_lora
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
 
-CALIBRATION = Calibration(samples=3, timesteps=2, denoising_steps=2, latents="noise")
+CALIBRATION = Calibration(samples=2, timesteps=1, latents="noise")
 
 
 def merged(host) -> Lora:
