@@ -1,4 +1,4 @@
-"""The examples run: for SDXL and FLUX on tiny pipelines, for transformers with the repository's files;
+"""The examples run: for SDXL and FLUX on tiny pipelines, for transformers with files that are here;
 that with Ray merges every pair, and goes on where it stopped."""
 
 import copy
