@@ -18,11 +18,9 @@ from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.score.compare import own_references
 from iteris_core.score.drawing import Drawing, draw
 from iteris_core.score.measures import (
-    Stat,
     add_shares,
     fill_prompts,
     judged_prompts,
-    markdown_table,
     over_seeds,
 )
 from iteris_core.score.results import html_table
@@ -41,12 +39,6 @@ def test_standard_errors_are_over_seeds():
     assert stat.mean == 3.0
     assert stat.se == pytest.approx(1.0)  # the seeds' means are 2 and 4
     assert over_seeds([1.0, 2.0], [1, 1]).to_dict() == {"mean": 1.5, "se": None}
-
-
-def test_tables_leave_gaps_empty():
-    rows = {"one": {"image": Stat(0.5, 0.1)}, "two": {"text": Stat(0.25, float("nan"))}}
-    assert "| one | 0.5000 ± 0.1000 |  |" in markdown_table(rows)
-    assert "| two |  | 0.2500 |" in markdown_table(rows)
 
 
 def test_prompts_are_filled():

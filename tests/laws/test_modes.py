@@ -23,17 +23,23 @@ class Autocast(Net):
         return self.conv(h.reshape(h.shape[0], 3, 4, -1)).flatten(1)
 
 
+def single_precision():
+    loras = [make_lora(seed) for seed in (1, 2)]
+    return (
+        [Lora({s: c.to(torch.float32) for s, c in lora.sites.items()}) for lora in loras],
+        [rows.float() for rows in make_data(2)],
+    )
+
+
 @pytest.mark.parametrize("objective", ["adapter", "output"])
 @pytest.mark.parametrize("micro_batch", [1, 5])
 def test_an_autocast_block_is_the_same_in_any_number_of_micro_batches(objective, micro_batch):
     before = Modes.now()
-    loras = [
-        Lora({s: c.to(torch.float32) for s, c in make_lora(seed).sites.items()}) for seed in (1, 2)
-    ]
-    data = [rows.float() for rows in make_data(2)]
     settings = {"objective": objective, "ridge": 1e-3}
-    whole = merge(loras, data, Autocast().float(), micro_batch=100, **settings)
-    parts = merge(loras, data, Autocast().float(), micro_batch=micro_batch, **settings)
+    whole, parts = (
+        merge(*single_precision(), Autocast().float(), micro_batch=size, **settings)
+        for size in (100, micro_batch)
+    )
     # Processors with units for bfloat16 round by the number of rows.
     assert difference(parts.lora, dense_changes(whole.lora)) < 2e-3
     assert Modes.now() == before
@@ -47,12 +53,8 @@ def test_modes_are_the_callers_after_an_error():
                 raise RuntimeError("in autocast")
 
     before = Modes.now()
-    loras = [
-        Lora({s: c.to(torch.float32) for s, c in make_lora(seed).sites.items()}) for seed in (1, 2)
-    ]
-    data = [rows.float() for rows in make_data(2)]
     with pytest.raises(RuntimeError, match="in autocast"):
-        merge(loras, data, Fails().float(), micro_batch=4)
+        merge(*single_precision(), Fails().float(), micro_batch=4)
     assert Modes.now() == before
 
 

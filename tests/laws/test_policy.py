@@ -13,28 +13,28 @@ from iteris_core.hosts.transformers import TransformersHost
 from iteris_core.solve.choose import THRESHOLDS, Thresholds
 
 
-def test_the_ridge_is_by_the_samples_that_ran():
-    assert THRESHOLDS.ridge_for(50, 4, 2) == THRESHOLDS.ridge_for(400, 4, 2) == 1e-6
-    assert THRESHOLDS.ridge_for(25, 4, 2) == THRESHOLDS.ridge_for(25, 4, 1) == pytest.approx(3.2e-5)
-    assert THRESHOLDS.ridge_for(1, 4, 2) == THRESHOLDS.ridge_for(6, 4, 2) == 1e-2
-    assert Thresholds(ridge=0.1).ridge_for(1, 4, 2) == 0.1
-    assert THRESHOLDS.pull_for(49, 4, 2) == "size"
-    assert THRESHOLDS.pull_for(50, 4, 2) == "mean"
-
-
-def test_of_more_loras_fewer_samples_are_enough():
-    for samples, loras in ((20, 5), (10, 10)):
-        assert THRESHOLDS.ridge_for(samples, 4, loras) == 1e-6
-        assert THRESHOLDS.pull_for(samples, 4, loras) == "mean"
-        assert THRESHOLDS.ridge_for(samples - 1, 4, loras) > 1e-6
-        assert THRESHOLDS.pull_for(samples - 1, 4, loras) == "size"
-    assert THRESHOLDS.ridge_for(10, 4, 5) == THRESHOLDS.ridge_for(25, 4, 2)
-
-
-def test_a_sample_at_one_timestep_is_worth_less():
-    assert THRESHOLDS.ridge_for(40, 1, 2) == pytest.approx(1e-6 * (50 / 40) ** 5 * 4**1.25)
-    assert THRESHOLDS.pull_for(70, 1, 2) == "size"
-    assert THRESHOLDS.pull_for(71, 1, 2) == "mean"
+@pytest.mark.parametrize(
+    ("samples", "timesteps", "loras", "ridge", "pull"),
+    [
+        (50, 4, 2, 1e-6, "mean"),
+        (400, 4, 2, 1e-6, "mean"),
+        (49, 4, 2, 1e-6 * (50 / 49) ** 5, "size"),
+        (25, 4, 2, 3.2e-5, "size"),
+        (25, 4, 1, 3.2e-5, "size"),
+        (1, 4, 2, 1e-2, "size"),
+        (6, 4, 2, 1e-2, "size"),
+        (20, 4, 5, 1e-6, "mean"),  # of more LoRAs fewer samples are enough
+        (10, 4, 10, 1e-6, "mean"),
+        (10, 4, 5, 3.2e-5, "size"),
+        (40, 1, 2, 1e-6 * (50 / 40) ** 5 * 4**1.25, "size"),  # one timestep is worth less
+        (71, 1, 2, None, "mean"),
+    ],
+)
+def test_ridge_and_pull_are_by_the_samples_that_ran(samples, timesteps, loras, ridge, pull):
+    assert THRESHOLDS.pull_for(samples, timesteps, loras) == pull
+    if ridge is not None:
+        assert THRESHOLDS.ridge_for(samples, timesteps, loras) == pytest.approx(ridge)
+    assert Thresholds(ridge=0.1).ridge_for(samples, timesteps, loras) == 0.1
 
 
 def test_other_choices_are_by_the_loras():

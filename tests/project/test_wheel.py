@@ -54,6 +54,17 @@ def wheel(source, tmp_path_factory):
     return build(source, "build_wheel", tmp_path_factory.mktemp("built"))
 
 
+def run(installed: Path, *words: str) -> str:
+    """What Python prints that knows nothing but the wheel."""
+    environment = {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    command = [sys.executable, *words]
+    done = subprocess.run(
+        command, cwd=installed.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_a_wheel_holds_every_file_of_its_packages(wheel):
     names = set(ZipFile(wheel).namelist())
@@ -97,13 +108,8 @@ for concept in concepts().values():
     assert concept.lora.is_file() and concept.references
 print(toybox.ROOT)
 """
-    command = [sys.executable, "-c", script]
-    environment = {"PYTHONPATH": str(tmp_path / "installed"), "HF_HUB_OFFLINE": "1", "PATH": ""}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == str(tmp_path / "installed" / "toybox")
+    found = run(tmp_path / "installed", "-c", script)
+    assert found.strip() == str(tmp_path / "installed" / "toybox")
 
 
 @pytest.mark.slow
@@ -112,18 +118,14 @@ def test_iteris_merge_runs_once_a_wheel_is_installed(wheel, tmp_path):
     ZipFile(wheel).extractall(installed)
     loras = [installed / "toybox" / "weights" / "loras" / f"sks{n}.safetensors" for n in (1, 6)]
     out = tmp_path / "both.safetensors"
-    command = [sys.executable, "-m", "iteris_core", "merge"]
+    command = ["-m", "iteris_core", "merge"]
     command += [str(installed / "toybox" / "weights" / "base"), "-o", str(out)]
     command += [
         f"--concept={lora}:{lora.stem}:{kind}"
         for lora, kind in zip(loras, ("star", "square"), strict=True)
     ]
     command += ["--samples=1", "--timesteps=1", "--latents=noise"]
-    environment = {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "PATH": ""}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run(installed, *command)
     assert b"iteris" in out.read_bytes()[:100_000]
     assert str(tmp_path).encode() not in out.read_bytes()
 
