@@ -1,6 +1,7 @@
 """A model with changed norms and biases: applied once per forward, and restored afterwards."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,13 +17,12 @@ class Scaled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.scale = nn.Parameter(torch.arange(4.0))
         self.add_module("0", nn.Linear(4, 4))
         self.during = lambda: None
-        self.runs = 0
 
     def forward(self, x):
-        self.runs += 1
         x = self.get_submodule("0")(x)
         self.during()
         return x * self.scale
@@ -36,44 +36,26 @@ class Host:
         return {"net.0.bias": self.net.get_submodule("0"), "net.scale": self.net}
 
 
-@pytest.fixture
-def net():
-    torch.manual_seed(0)
-    return Scaled()
-
-
-def own(net):
-    return {name: (value, value.clone()) for name, value in net.named_parameters()}
-
-
-def is_as_it_was(net, before):
-    after = dict(net.named_parameters())
-    return after.keys() == before.keys() and all(
-        after[name] is value and torch.equal(value, copied)
-        for name, (value, copied) in before.items()
-    )
-
-
-def test_a_forward_runs_once_with_the_changes(net):
-    x = torch.randn(3, 4)
-    changed, before = copy.deepcopy(net), own(net)
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, RuntimeError])
+def test_a_forward_runs_once_with_the_changes_and_leaves_the_model_as_it_was(error):
+    net, x, runs = Scaled(), torch.randn(3, 4), []
+    changed = copy.deepcopy(net)
     for name, change in CHANGES.items():
         changed.get_parameter(name.removeprefix("net.")).data += change
-    with torch.no_grad(), with_vectors(Host(net), CHANGES):
+    before = {name: (value, value.clone()) for name, value in net.named_parameters()}
+
+    def during():
+        runs.append(1)
+        if error is not None:
+            raise error
+
+    net.during = during
+    ends = nullcontext() if error is None else pytest.raises(error)
+    with torch.no_grad(), ends, with_vectors(Host(net), CHANGES):
         torch.testing.assert_close(net(x), changed(x))
-        assert net.runs == 1
-        assert is_as_it_was(net, before)
-    assert is_as_it_was(net, before)
+    assert runs == [1]
+    for name, value in net.named_parameters():
+        assert value is before[name][0]
+        assert torch.equal(value, before[name][1])
     assert not net._forward_hooks
     assert not net._forward_pre_hooks
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_whatever_ends_a_forward_the_model_is_as_it_was(net, error):
-    def stop():
-        raise error
-
-    before, net.during = own(net), stop
-    with pytest.raises(error), with_vectors(Host(net), CHANGES):
-        net(torch.randn(3, 4))
-    assert is_as_it_was(net, before)
