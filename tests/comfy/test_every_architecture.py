@@ -60,7 +60,7 @@ def test_a_class_that_nothing_names(
 ) -> None:
     """Tomorrow's: its classes have other names than today's, and there is no architecture at all
     that it could be taken for."""
-    monkeypatch.setattr(part(pack, "iteris_core.architectures"), "_registered", ())
+    monkeypatch.setattr(part(pack, "iteris_core.architectures"), "ARCHITECTURES", ())
     trial = Trial(pack, ARCHITECTURES["Z-Image"], tmp_path)
     model = trial.model.model
     for thing in (model, model.diffusion_model, model.model_config):
