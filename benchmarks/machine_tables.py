@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any
 
 from markdown_tables import load, shown, table
@@ -45,6 +46,53 @@ def waiting() -> list[str]:
     sizes = {name: entry["waiting_mib"] for name, entry in load("memory.json").items()}
     rows = [[name, f"{mib:.0f} MiB", f"{mib * 400 / 1024:.0f} GiB"] for name, mib in sizes.items()]
     return table(("model, half precision", "a sample's two rows wait with", "400 samples"), rows)
+
+
+_RATE = 100.0  # 10¹² operations a second
+_RUNGS = {"former": "the former default", "best": "`best`", "fast": "`fast`"}
+
+
+def ladder() -> list[str]:
+    """What presets cost on full-size models, and what they keep of the reported concepts above the
+    base: alone, and in the mean of the other conditions of use."""
+    runs = {tuple(json.loads(key)): of for key, of in load("ladder.json")["runs"].items()}
+    each = {
+        name.partition(",")[0]: (made := entry["by_host"]["80"])["tera_operations"]
+        / made["forwards"]
+        for name, entry in load("memory.json").items()
+        if name.startswith(("SD 1.5", "SDXL", "FLUX", "Z-Image"))
+    }
+    found: dict[tuple[int, str], list[tuple[float, list[float]]]] = {}
+    for (rung, *names), of in runs.items():
+        if "forwards" in of:
+            base, alone = (runs[(kind, *names)] for kind in ("base", "alone"))
+            uses = [use for use in base if isinstance(base[use], dict)]
+            kept = {
+                (use, figure): (of[use][figure] - base[use][figure])
+                / (alone[use][figure] - base[use][figure])
+                for use in uses
+                for figure in ("likeness", "judge")
+            }
+            shares = [kept["plain", figure] for figure in ("likeness", "judge")] + [
+                fmean(kept[use, figure] for use in uses if use != "plain")
+                for figure in ("likeness", "judge")
+            ]
+            found.setdefault((len(names), rung), []).append((of["forwards"], shares))
+    rows = [
+        [
+            f"{size} LoRAs, {_RUNGS.get(rung, rung)}",
+            f"{(forwards := fmean(one for one, _ in sets)):.0f}",
+            *(f"{forwards * one / _RATE / 60:.1f}" for one in each.values()),
+            *(f"{fmean(of):.2f}" for of in zip(*(shares for _, shares in sets), strict=True)),
+            len(sets),
+        ]
+        for (size, rung), sets in sorted(found.items(), key=lambda one: (one[0][0], one[1][0][0]))
+    ]
+    head = (
+        *("", "forwards", *(f"{name}, min" for name in each), "likeness kept", "attributes"),
+        *("likeness in other uses", "attributes", "n"),
+    )
+    return table(head, rows)
 
 
 def ratios() -> list[str]:
@@ -196,6 +244,7 @@ def _percent(value: float) -> str:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "memory": memory,
     "waiting": waiting,
+    "ladder": ladder,
     "ratios": ratios,
     "floors": floors,
     "resize": resize,

@@ -170,7 +170,7 @@ def planned(model: Model) -> dict[str, Any]:
         out, width = host.sites()[site].weight.shape
         change = LowRank(torch.ones(out, RANK), torch.ones(RANK, width))
         changes[site] = SiteChanges((change,) * LORAS)
-    calibration, generator = Calibration().settled(LORAS), torch.Generator()
+    calibration, generator = Calibration().settled(LORAS, pictures=True), torch.Generator()
     concepts = [Concept(Lora({}), trigger=str(number)) for number in range(LORAS)]
     job = Job(host, concepts, changes, calibration, generator, lambda *_: None)
     job, repairs = with_repairs(job)

@@ -70,8 +70,9 @@ _MIDDLE = """
 _TAIL = """
 *First*, *level* and *behind* come from paired 95 % intervals (Student's t over n sets). A difference
 is IterIS less the rival with the most likeness in that row. Rivals have the settings of their authors.
-RegMean++ does better without contexts and generic rows, and has them only with one prompt and with styles. A sample has
-six timesteps from five LoRAs on, otherwise and with twenty four.
+RegMean++ does better without contexts and generic rows, and has them only with one prompt and with styles. Rows are
+those of the former default, 50 prompts of each LoRA at four timesteps, from five LoRAs on at six. Today's
+[takes fewer](what-to-expect.md#how-long-and-how-much-memory).
 
 ## Pictures
 

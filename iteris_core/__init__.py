@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .edit.loaded import add_merged_adapter, merge_loaded
     from .errors import IterisError, LoraFileError, SettingsError, SolveError
     from .hosts.diffusers import DiffusersHost
+    from .hosts.sample_store import SampleStore
     from .hosts.transformers import TransformersHost
     from .lora import Lora, LowRank
     from .lora_files import write_lora
@@ -25,6 +26,7 @@ _MODULES = {
     "edit.loaded": "add_merged_adapter merge_loaded",
     "errors": "IterisError LoraFileError SettingsError SolveError",
     "hosts.diffusers": "DiffusersHost",
+    "hosts.sample_store": "SampleStore",
     "hosts.transformers": "TransformersHost",
     "lora": "Lora LowRank",
     "lora_files": "write_lora",
@@ -51,6 +53,7 @@ __all__ = [
     "MergeReport",
     "MergeResult",
     "Progress",
+    "SampleStore",
     "SettingsError",
     "SolveError",
     "TransformersHost",

@@ -166,9 +166,9 @@ class Concept(Phrased, Settings):
         return self.lora is None
 
 
-_STEPS, _STEPS_OF_MANY, _MANY = 4, 6, 5
-"""Timesteps; timesteps for many LoRAs; how many are many. See docs/decisions.md, "How many
-samples"."""
+_STEPS = 4
+LEAST_SAMPLES = 12
+"""Per concept; with fewer, a merge keeps too little."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,14 @@ class Calibration(Settings):
         low=1,
         most=1000,
     )
+    total_samples: int | None = setting(
+        200,
+        "Prompts of all LoRAs together; many LoRAs get fewer each, at least 12. Ignored for text "
+        "models.",
+        none="no limit, as when samples is set by itself",
+        low=1,
+        most=10_000,
+    )
     minutes: float | None = setting(
         None,
         "Roughly how long the merge may take. Decides how many of the prompts run, at least 12 "
@@ -194,7 +202,7 @@ class Calibration(Settings):
     timesteps: int | None = setting(
         None,
         "Latents per prompt, from different denoising steps.",
-        none="4, or 6 from five LoRAs on",
+        none="4",
         low=1,
         most=10,
     )
@@ -203,7 +211,7 @@ class Calibration(Settings):
         "denoising first denoises samples with each LoRA. noise skips this: faster, slightly "
         "worse.",
     )
-    denoising_steps: int = setting(10, "Denoising steps for each LoRA's samples.", low=1, most=100)
+    denoising_steps: int = setting(6, "Denoising steps for each LoRA's samples.", low=1, most=100)
     guidance: float = setting(
         1.0,
         "Above 1, samples are denoised with classifier-free guidance, at twice the cost.",
@@ -269,14 +277,18 @@ class Calibration(Settings):
         most=0xFFFFFFFFFFFFFFFF,
     )
 
-    def settled(self, loras: int) -> Calibration:
-        """A copy for a merge of that many LoRAs, with ``timesteps`` set."""
-        steps = _STEPS_OF_MANY if loras >= _MANY else _STEPS
-        return replace(self, timesteps=self.timesteps or min(steps, self.denoising_steps))
+    def settled(self, loras: int, *, pictures: bool) -> Calibration:
+        """A copy for a merge of that many LoRAs, with ``timesteps`` set and, for models of images,
+        ``samples`` within ``total_samples``. Settled again, it stays the same."""
+        samples = self.samples
+        if pictures and self.total_samples is not None:
+            each = max(LEAST_SAMPLES, self.total_samples // max(loras, 1))
+            samples = min(samples, each)
+        return replace(self, timesteps=self.rows_each, samples=samples)
 
     @property
     def rows_each(self) -> int:
-        """Rows per sample; until :meth:`settled`, the number for a few LoRAs."""
+        """Rows per sample."""
         return self.timesteps or min(_STEPS, self.denoising_steps)
 
     def __post_init__(self) -> None:

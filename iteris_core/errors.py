@@ -93,7 +93,7 @@ class BaseError(IterisError, code="IT-09"):
 class DeviceError(IterisError, code="IT-10"):
     """The device does not exist.
 
-    Omit `option device` to use the best available; `iteris doctor` shows it.
+    Omit `option device` to use the best available.
     """
 
 

@@ -22,6 +22,7 @@ from .hosts.learned import embedding_triggers
 from .hosts.of_model import host_of
 from .hosts.protocol import Host
 from .hosts.rows import CLASSES
+from .hosts.sample_store import SampleStore, digest
 from .lora import Lora, SiteChanges
 from .lora_files import Layout
 from .lora_files.experts import write_by_expert
@@ -100,6 +101,7 @@ def merge_loras(
     on_progress: OnProgress | None = None,
     memory_budget: int | Literal["free"] | None = "free",
     thresholds: Thresholds = THRESHOLDS,
+    store: SampleStore | None = None,
 ) -> MergeResult:
     """Merge the LoRAs of ``concepts`` into one.
 
@@ -124,6 +126,8 @@ def merge_loras(
         None: no limit). It decides how many rows run at once and, if necessary, how many run at
         all. The report's plan shows this.
     :param thresholds: the thresholds for choosing a way of solving; experiments set others.
+    :param store: where denoised samples are kept for later merges, which then run the denoiser only
+        for LoRAs that are new or changed. The result is the same.
     :returns: the merged LoRA and a report on every site.
     :raises IterisError: for input that cannot be merged; :class:`SettingsError` for a setting out
         of range.
@@ -147,6 +151,10 @@ def merge_loras(
         merged = chosen.merge(job, settings)
     else:
         with of_loras.switched_on(host, always):
+            if store is not None:
+                on = of_loras.changes_always(always)
+                store = store.within(digest([(s, c.up, c.down) for s, c in sorted(on.items())]))
+            job = replace(job, store=store)
             job, others, more = prepared(job, always, chosen, settings, unmergeable)
             merged, shares = _by_features(job, chosen, settings, more)
         noted += more
@@ -221,7 +229,9 @@ def begun(
         concepts = of_loras.with_wordless_on(concepts)
     counting = [concept for concept in concepts if concept.counts]
     merged = of_loras.always_on(counting, "no")
-    calibration = calibration.settled(sum(concept.lora is not None for concept in merged))
+    pictures = host is not None and host.pictures
+    loras = sum(concept.lora is not None for concept in merged)
+    calibration = calibration.settled(loras, pictures=pictures)
     eta, generator = Forecast(on_progress), torch.Generator().manual_seed(calibration.seed)
     job = Job(
         cast(Host, host),

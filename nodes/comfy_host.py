@@ -26,11 +26,13 @@ from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.learned import EmbeddingTriggers
 from ..iteris_core.hosts.protocol import Stage, Tick
 from ..iteris_core.hosts.rows import SamplePrompts, TextRows, added_concepts
+from ..iteris_core.hosts.sample_store import SampleStore, digest
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.lora_files.experts import second_of
 from .comfy_conds import Inputs, References, kind, size
 from .comfy_denoiser import Denoiser
+from .comfy_digest import digest_of_patcher
 from .comfy_lora import ComfySites
 from .comfy_runtime import halving
 from .comfy_sampling import ComfySamples, DenoiserRows, Kept, Sampling, comfy_samples, make_latents
@@ -141,6 +143,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         lockstep: Lockstep,
         generator: torch.Generator,
         tick: Tick,
+        store: SampleStore | None = None,
     ) -> ComfySamples:
         before = generator.get_state()
         denoises = not all(map(_of_text, sites))
@@ -152,22 +155,66 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
             drawn = SamplePrompts.drawn(
                 concepts, calibration, self._vocabulary, generator, share, denoises=denoises
             )
-            kept: Sequence[Kept] = ()
-            if denoises:
-                sampling = Sampling(
-                    drawn.owners,
-                    lambda: self._texts_alone(drawn.owners, drawn.prompts, sites, tick),
-                    calibration,
-                    1.0 if self.distilled else max(calibration.guidance, 1.0),
-                    lockstep,
-                    rows,
-                    generator,
-                    tick,
-                )
-                kept = make_latents(self._denoisers, self.boundary, sampling)
+            kept = self._latents(drawn, sites, lockstep, rows, tick, store) if denoises else ()
             return comfy_samples(kept, drawn, self._texts.tokenize)
 
         return halving(self._batch, make)
+
+    def _latents(
+        self,
+        drawn: SamplePrompts,
+        sites: Set[str],
+        lockstep: Lockstep,
+        rows: int,
+        tick: Tick,
+        store: SampleStore | None,
+    ) -> list[Kept]:
+        """The latents of every denoiser, one concept's after another's. What ``store`` has is not
+        made again."""
+        owners, prompts, calibration = drawn.owners, drawn.prompts, drawn.calibration
+        noise = calibration.latents == "noise"
+        guidance = 1.0 if self.distilled else max(calibration.guidance, 1.0)
+        base = None if store is None or noise else self._digest()
+        store = store.within(base, str(guidance)) if store is not None and base else None
+        samples = {one: [i for i, of in enumerate(owners) if of == one] for one in owners}
+        keys = {one: drawn.key(one, prompts, lockstep) for one in samples} if store else {}
+        parts = {one: _kept(store.get(key)) for one, key in keys.items()} if store else {}
+        missing = [row for one, own in samples.items() if not parts.get(one) for row in own]
+        texts: dict[int, tuple[Conditioning, Conditioning]] = {}
+        if missing and not noise:
+            given = [owners[row] for row in missing], [prompts[row] for row in missing]
+            texts = dict(zip(missing, self._texts_alone(*given, sites, tick), strict=True))
+        for one, own in samples.items():
+            if not parts.get(one):
+                sampling = Sampling(
+                    one,
+                    len(own),
+                    own[0],
+                    len(owners),
+                    [texts[row] for row in own] if texts else [],
+                    calibration,
+                    guidance,
+                    lockstep,
+                    rows,
+                    drawn.generators[one],
+                    tick,
+                )
+                parts[one] = make_latents(self._denoisers, self.boundary, sampling)
+                if store is not None:
+                    named = {
+                        f"{i} {n}": t for i, k in enumerate(parts[one]) for n, t in vars(k).items()
+                    }
+                    store.put(named, keys[one])
+        return [Kept.joined(of) for of in zip(*(parts[one] for one in samples), strict=True)]
+
+    def _digest(self) -> str | None:
+        """A hash of what samples depend on beside prompts and LoRAs; None if there is none."""
+        given = self.references
+        if given.entries or given.latent is not None or given.mask is not None:
+            return None
+        patchers = [*(one.model for one in self._denoisers), self.clip.patcher]
+        found = [digest_of_patcher(patcher) for patcher in patchers]
+        return digest([*found, self.boundary, self.distilled]) if all(found) else None
 
     @property
     def _vocabulary(self) -> list[str]:
@@ -300,8 +347,8 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         self, owners: Sequence[int], prompts: Sequence[str], sites: Set[str], tick: Tick
     ) -> list[tuple[Conditioning, Conditioning]]:
         """For each sample, its text and the empty text, both with its own LoRA active."""
-        count = max(owners) + 1
-        rows = TextRows.of([*owners, *range(count)], [*prompts, *[""] * count])
+        concepts = sorted(set(owners))
+        rows = TextRows.of([*owners, *concepts], [*prompts, *[""] * len(concepts)])
         tokens = self._texts.tokenize(rows.text_owners, rows.texts)
         batches = self._texts.batches(rows.loaded, tokens, self._found.names, sites)
         self._texts.load()
@@ -309,7 +356,18 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
             batch.run_all(self._batch, self._lockstep, tick)
         pairs = self._texts.assemble(rows.loaded, tokens, batches, 0, self._lockstep)
         of_rows = [pairs[row] for row in rows.text_rows]
-        return [(of_rows[row], of_rows[len(owners) + owner]) for row, owner in enumerate(owners)]
+        empty = dict(zip(concepts, of_rows[len(owners) :], strict=True))
+        return [(text, empty[owner]) for text, owner in zip(of_rows, owners, strict=False)]
+
+
+def _kept(tensors: Mapping[str, Tensor] | None) -> list[Kept] | None:
+    """The latents of every denoiser as they were put into a store."""
+    if tensors is None:
+        return None
+    return [
+        Kept(*(tensors[f"{number} {name}"] for name in ("latents", "picks", "schedule")))
+        for number in range(len(tensors) // 3)
+    ]
 
 
 def _of_text(site: str) -> bool:

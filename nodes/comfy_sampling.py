@@ -27,9 +27,6 @@ from .comfy_text import Conditioning
 
 _KEY = "iteris"
 
-Texts = Callable[[], Sequence[tuple[Conditioning, Conditioning]]]
-"""Each sample's conditioning with its own LoRA active, paired with its concept's empty one."""
-
 
 @dataclass(frozen=True)
 class Kept:
@@ -40,6 +37,11 @@ class Kept:
     picks: Tensor
     schedule: Tensor
 
+    @staticmethod
+    def joined(parts: Sequence[Kept]) -> Kept:
+        latents, picks = (torch.cat([getattr(p, n) for p in parts]) for n in ("latents", "picks"))
+        return Kept(latents, picks, parts[0].schedule)
+
     @property
     def sigmas(self) -> Tensor:
         """The sigmas of the latents, (samples, T)."""
@@ -48,10 +50,15 @@ class Kept:
 
 @dataclass(frozen=True)
 class Sampling:
-    """The samples to denoise, by concept (``owners``), at most ``rows`` in a forward."""
+    """The samples of the concept ``owner``, ``before`` of ``total`` done, at most ``rows`` in a
+    forward. ``texts``: each one's conditioning with the concept's LoRA active, and the empty one;
+    none if only noise is drawn. ``count`` is their number."""
 
-    owners: Sequence[int]
-    texts: Texts
+    owner: int
+    count: int
+    before: int
+    total: int
+    texts: Sequence[tuple[Conditioning, Conditioning]]
     calibration: Calibration
     guidance: float
     lockstep: Lockstep
@@ -63,7 +70,7 @@ class Sampling:
 def make_latents(denoisers: Sequence[Denoiser], boundary: float, sampling: Sampling) -> list[Kept]:
     """The inputs of each of ``denoisers``: one, or a model's two experts; the second takes over
     when the share of noise is below ``boundary``. Each gets only rows from its own steps."""
-    first, calibration, count = denoisers[0], sampling.calibration, len(sampling.owners)
+    first, calibration, count = denoisers[0], sampling.calibration, sampling.count
     schedule = first.schedule(calibration.denoising_steps)
     parts = _parts(first, schedule, boundary, len(denoisers))
     shape = first.shape(calibration)
@@ -78,15 +85,14 @@ def make_latents(denoisers: Sequence[Denoiser], boundary: float, sampling: Sampl
                 sigma = kept.sigmas[row, slot]
                 kept.latents[row, slot] = denoiser.noised(noise[row : row + 1], sigma)[0]
         return made
-    texts = sampling.texts()
-    latents = None
-    before, total = 0, count * (len(schedule) - 1)
+    latents, steps = None, len(schedule) - 1
+    before, total = sampling.before * steps, sampling.total * steps
     for number, kept in enumerate(made):
 
         def steps_done(done: int, before: int = before) -> None:
             sampling.tick(DENOISING, before + done, total)
 
-        latents = _denoise(denoisers, number, kept, sampling, texts, noise, latents, steps_done)
+        latents = _denoise(denoisers, number, kept, sampling, noise, latents, steps_done)
         before += count * (len(kept.schedule) - 1)
     return made
 
@@ -96,7 +102,6 @@ def _denoise(
     number: int,
     kept: Kept,
     sampling: Sampling,
-    texts: Sequence[tuple[Conditioning, Conditioning]],
     noise: Tensor,
     begun: Tensor | None,
     steps_done: Callable[[int], None],
@@ -105,6 +110,7 @@ def _denoise(
     latents that another denoiser has ``begun``. Fills ``kept.latents`` and returns the final
     latents, on the scale of a LATENT."""
     denoiser, shape, steps = denoisers[number], (1, *noise.shape[1:]), len(kept.schedule) - 1
+    texts = sampling.texts
     ended = torch.empty_like(noise)
     denoiser.close()  # sampling prepares the model again, and releases it
     denoiser.free_memory(0)  # some models compute inputs with their own weights
@@ -125,7 +131,7 @@ def _denoise(
             denoiser.model,
             denoiser.references.beside(texts[rows[0]][0]),
             *(joined([inputs[row][guided] for row in rows]) for guided in (0, 1)),
-            [sampling.owners[row] for row in rows],
+            [sampling.owner] * len(rows),
             sampling.lockstep,
             keep,
         )

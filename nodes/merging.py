@@ -9,14 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Literal
 
+import folder_paths
 import torch
 from torch import Tensor
 
 from ..iteris_core.concepts import Calibration
 from ..iteris_core.config import ConceptConfig, MergeConfig, read_concept
 from ..iteris_core.errors import IterisError, OutOfMemory
+from ..iteris_core.hosts.sample_store import SampleStore
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions, to_tensors
 from ..iteris_core.lora_files.embeddings import bundled
@@ -94,6 +97,7 @@ def merge_on(
                 on_progress=NodeProgress(node_id),
                 memory_budget=memory_budget,
                 thresholds=thresholds,
+                store=SampleStore(Path(folder_paths.get_user_directory(), "iteris", "samples")),
             )
         except OutOfMemory as error:  # the node has an input in pixels
             raise OutOfMemory(str(error).replace("latent_size", "image_size")) from error
@@ -124,7 +128,13 @@ class _RememberingHost(ComfyHost):
     recipe: tuple[ConceptConfig, ...] = ()
 
     def samples(
-        self, concepts: Any, sites: Set[str], calibration: Calibration, lockstep: Any, *rest: Any
+        self,
+        concepts: Any,
+        sites: Set[str],
+        calibration: Calibration,
+        lockstep: Any,
+        *rest: Any,
+        **more: Any,
     ) -> ComfySamples:
         # The objects themselves: clones share weights, but not wrappers, hooks or sampling shift.
         key = (
@@ -136,12 +146,12 @@ class _RememberingHost(ComfyHost):
         )
         self._lockstep = lockstep
         if calibration.latents == "noise":  # made immediately
-            return super().samples(concepts, sites, calibration, lockstep, *rest)
+            return super().samples(concepts, sites, calibration, lockstep, *rest, **more)
         last = _RememberingHost._last
         samples = next((samples for known, samples in last if known == key), None)
         if samples is None:
             _log.info("IterIS: making latents")
-            samples = super().samples(concepts, sites, calibration, lockstep, *rest)
+            samples = super().samples(concepts, sites, calibration, lockstep, *rest, **more)
             _RememberingHost._last = [*last, (key, samples)][-2:]
         return samples
 

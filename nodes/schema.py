@@ -158,7 +158,8 @@ def sampling_inputs() -> list[Any]:
         default=0,
         min=0,
         max=declared.most,
-        tooltip=f"{declared.help} 0: set by the preset ({by_preset}).",
+        tooltip=f"{declared.help} 0: set by the preset ({by_preset}), fewer each with more than "
+        "four LoRAs.",
         optional=True,
         control_after_generate=False,
     )

@@ -14,6 +14,14 @@ if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _store(tmp_path_factory):
+    """Samples are not kept in the home of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ITERIS_STORE", str(tmp_path_factory.mktemp("samples")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def _pipeline():
     return make_pipeline()

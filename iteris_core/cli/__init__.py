@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import IterisError, UsageError
-from .about import PACKAGE, demo, doctor, explain, methods, version_of
+from .about import PACKAGE, demo, explain, methods, store, version_of
 from .common import console, spelled, warn
 from .compare import compare, score
 from .files import bake, convert, inspect
@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 for command in (
     *(merge, init, inspect, compare, score, resize, extract, convert, bake),
-    *(methods, explain, demo, doctor),
+    *(methods, explain, demo, store),
 ):
     forms = CONCEPT_FORMS if command in (merge, compare) else None
     app.command(context_settings=_HELP, epilog=forms)(command)

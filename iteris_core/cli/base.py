@@ -53,7 +53,7 @@ def device_of(device: str | None = None) -> str:
     if available is not None and not available():
         raise DeviceError(
             f"--device {device}: torch {torch.__version__} finds no {kind} device here. Omit "
-            "--device to use the best one, or give cpu; iteris doctor lists the devices."
+            "--device to use the best one, or give cpu."
         )
     return device
 

@@ -77,6 +77,7 @@ class CompareOptions:
     base_dtype: shared.BaseDtype = None
     offload: shared.Offload = None
     memory: shared.Memory = None
+    store: shared.Store = None
     overwrite: shared.Overwrite = False
 
 
@@ -163,8 +164,8 @@ def _checked(
     if options.scheduler is not None:
         find_scheduler(options.scheduler)
     check_base(options.base)
-    budget = shared.bytes_of(options.memory)
-    config = CompareConfig(names, templates, drawing, settings, calibration, preset, budget)
+    limits = shared.bytes_of(options.memory), shared.store_of(options.store)
+    config = CompareConfig(names, templates, drawing, settings, calibration, preset, *limits)
     return config, concepts, references
 
 

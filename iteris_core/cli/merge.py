@@ -27,7 +27,7 @@ from .base import check_base, device_of, load_base
 from .common import console, progress_bars, save_or_keep, spelled, warn
 from .inputs import check_apart, check_concepts, check_embeddings, open_picture, warnings_of
 from .merge_file import MergeFile
-from .options import CALIBRATION, bytes_of, command, given
+from .options import CALIBRATION, bytes_of, command, given, store_of
 from .request import MergeOptions, requested
 
 
@@ -66,9 +66,13 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
         concepts = [read_concept(one, host or ReleasedBases(), reading) for one in config.concepts]
         check_embeddings(concepts, options.output, options.layout, overwrite=options.overwrite)
         on_progress(Progress("loading the base", 1, 1))
-        run = preview_merge if options.plan else merge_loras
-        budget = bytes_of(options.memory)
-        done = run(host, concepts, **config.choices, memory_budget=budget, on_progress=on_progress)
+        how: dict[str, Any] = {"memory_budget": bytes_of(options.memory)}
+        how["on_progress"] = on_progress
+        if options.plan:
+            done = preview_merge(host, concepts, **config.choices, **how)
+        else:
+            store = store_of(options.store)
+            done = merge_loras(host, concepts, **config.choices, **how, store=store)
     if not isinstance(done, MergeResult):
         if options.as_json:
             typer.echo(json.dumps(asdict(done)))

@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
 from inspect import Parameter, Signature
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
 import typer
 
 from ..concepts import Calibration
 from ..errors import SettingsError, did_you_mean
+from ..hosts.sample_store import SampleStore
 from ..methods import all_methods, find_method
 from ..settings import PresetName, Settings, declared_settings
 
@@ -63,6 +65,15 @@ Memory = Annotated[
     float | None,
     option("GiB a merge may use beyond the model; default: all free memory", panel=BASE, min=0),
 ]
+Store = Annotated[
+    str | None,
+    option(
+        "Folder where denoised samples are kept for later merges; none: nowhere. Default: "
+        "iteris/samples in the user's cache",
+        metavar="FOLDER",
+        panel=CALIBRATION,
+    ),
+]
 Energy = Annotated[float, option("Share to keep of changes that are not low rank", panel=READING)]
 Partial = Annotated[
     bool,
@@ -73,7 +84,7 @@ AsJson = Annotated[bool, option("Print the report as JSON", "--json", panel=RESU
 Preset = Annotated[
     PresetName | None,
     option(
-        "fast: a quarter of the prompts. best: for a low rank or many LoRAs; 6 to 7 times as long. "
+        "fast: in a quarter of the time. best: for a low rank or many LoRAs; 6 to 7 times as long. "
         "tidy: LoRAs act on triggers only. All: iteris methods"
     ),
 ]
@@ -101,6 +112,12 @@ A concept:
 
 def bytes_of(memory: float | None) -> int | Literal["free"]:
     return "free" if memory is None else round(memory * 2**30)
+
+
+def store_of(folder: str | None) -> SampleStore | None:
+    if folder == "none":
+        return None
+    return SampleStore(Path(folder) if folder else SampleStore.default())
 
 
 def method_names(incomplete: str) -> list[tuple[str, str]]:

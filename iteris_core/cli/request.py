@@ -82,6 +82,7 @@ class MergeOptions:
     base_dtype: shared.BaseDtype = None
     offload: shared.Offload = None
     memory: shared.Memory = None
+    store: shared.Store = None
     allow_partial: shared.Partial = False
     unmergeable: Unmergeable | None = offered(
         "For layers whose features cannot be collected: refuse (default), skip them, or use "

@@ -166,7 +166,7 @@ def calibration_of(given: Calibration | Mapping[str, Any] | None) -> Calibration
     """The calibration for one LoRA at its strength: a whole one, or the defaults with the ``given``
     values by name."""
     whole = given if isinstance(given, Calibration) else Calibration.from_mapping(given or {})
-    return replace(whole, conditions=0.0).settled(1)
+    return replace(whole, conditions=0.0).settled(1, pictures=True)
 
 
 def job_of(

@@ -8,9 +8,10 @@ prompt up to its denoiser, and the arguments that depend on the words then repla
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from .learned import EmbeddingTriggers, Placeholders, in_force
 from .protocol import Host, Stage, Tick, check_model, check_ready
 from .recorded import Call, entries, joined, kind, size
 from .rows import SamplePrompts, TextRows, added_concepts
+from .sample_store import SampleStore, digest, digest_of_weights
 
 Words = list[list[Call]]
 """For each of two copies, and each text: the denoiser's arguments that depend on the text."""
@@ -151,6 +153,7 @@ class DiffusersHost(Host):
         lockstep: Lockstep,
         generator: torch.Generator,
         tick: Tick,
+        store: SampleStore | None = None,
     ) -> DiffusionSamples:
         for model in self._models():
             check_ready(model)
@@ -167,11 +170,28 @@ class DiffusersHost(Host):
         recorded = None
         if denoises:
             said = self._said(drawn.owners, drawn.prompts)
-            recorded = record_rows(
-                self._loop, arguments, drawn.owners, said, calibration, lockstep, generator, tick
-            )
+            base = self._base_digest(arguments) if store else None
+            store = store.within(base) if store and base else None
+            recorded = record_rows(self._loop, arguments, drawn, said, lockstep, tick, store)
         text = drawn.texts(None if recorded is None else recorded.each)
         return DiffusionSamples(text, arguments, drawn.effective_samples(text), recorded)
+
+    def _base_digest(self, arguments: Arguments) -> str | None:
+        """A hash of all that samples depend on beside prompts and LoRAs; None if there is none: for
+        an argument of another kind, or weights that are not there."""
+        parts = {name: getattr(self.pipeline, name) for name in self.pipeline.components}
+        weights = digest_of_weights(
+            (f"{name}.{path}", tensor)
+            for name, part in parts.items()
+            if isinstance(part, nn.Module)
+            for path, tensor in (*part.named_parameters(), *part.named_buffers())
+        )
+        scheduler = parts.get("scheduler")
+        configured = type(scheduler).__name__, dict(getattr(scheduler, "config", {}))
+        named = type(self.pipeline).__name__, version("diffusers"), self.device.type
+        with suppress(TypeError):
+            return weights and digest([weights, named, configured, arguments.size, self._loop.call])
+        return None
 
     def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
         text, recorded = samples.text, samples.recorded

@@ -40,7 +40,7 @@ class PipelineLoop:
     also runs the empty prompt; guidance-distilled models take the scale as an input instead."""
 
     def __init__(self, pipeline: Any, kind: Architecture, call: Mapping[str, Any]) -> None:
-        self.pipeline, self._call = pipeline, call
+        self.pipeline, self.call = pipeline, call
         parts = {n: getattr(pipeline, n, None) for n in (kind.denoiser, second_of(kind.denoiser))}
         self.denoisers: dict[str, Any] = {
             n: m for n, m in parts.items() if isinstance(m, nn.Module)
@@ -90,7 +90,7 @@ class PipelineLoop:
             **dict.fromkeys(SEVERAL, pictures),
             **_PLAIN,
             **size,
-            **self._call,
+            **self.call,
             **{n: [value] * len(prompts) for n, value in self.each.items() if self.one_each},
         }
         name = self._scale_name

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from ..activations.lockstep import Lockstep
 from ..activations.micro_batch import MicroBatch
-from ..concepts import Calibration
 from .diffusers_arguments import Arguments, ones_like, token_sides
 from .diffusers_loop import Enough, PipelineLoop
 from .protocol import DENOISING, Tick
 from .recorded import Call, differ, entries
-from .rows import drawn_steps
+from .rows import SamplePrompts, drawn_steps
+from .sample_store import SampleStore
 
 _BATCH = 16  # prompts per run of the pipeline
+_RAN = "denoiser of a row"  # among the arguments kept, none of which has such a name
 
 
 @dataclass(frozen=True)
@@ -63,29 +64,40 @@ class RecordedRows:
 def record_rows(
     loop: PipelineLoop,
     arguments: Arguments,
-    owners: Sequence[int],
+    drawn: SamplePrompts,
     prompts: Sequence[str],
-    calibration: Calibration,
     lockstep: Lockstep,
-    generator: torch.Generator,
     tick: Tick,
+    store: SampleStore | None,
 ) -> RecordedRows:
     """Run the pipeline on every prompt under its concept's LoRA, and record its denoiser's
     arguments at some of the steps. With ``latents="noise"`` the denoiser does not run, and every
-    step gets the first step's noise."""
-    generators = list(_generators(len(prompts), arguments.numbers, generator))
-    picks = drawn_steps(len(prompts), calibration, arguments.steps, generator)
-    runs = list(_runs(owners, _BATCH if arguments.alike else 1))
-    totals = [len(rows) * int(picks[rows].max()) for rows in runs]  # the last step does not run
-    noise = calibration.latents == "noise"
-    names, ran = list(loop.denoisers), torch.zeros(picks.shape, dtype=torch.int64)
-    kept: dict[str, Tensor] = {}
+    step gets the first step's noise. What ``store`` has is not run again."""
+    calibration, owners = drawn.calibration, drawn.owners
+    noise, names = calibration.latents == "noise", list(loop.denoisers)
+    samples = {owner: [*own] for owner, own in groupby(range(len(owners)), owners.__getitem__)}
+    generators: list[torch.Generator] = []
+    picks = torch.empty(0, calibration.rows_each, dtype=torch.int64)
+    for owner, own in samples.items():
+        generator = drawn.generators[owner]
+        generators += _generators(len(own), arguments.numbers, generator)
+        picks = torch.cat([picks, drawn_steps(len(own), calibration, arguments.steps, generator)])
+    keys = {owner: drawn.key(owner, prompts, lockstep) for owner in samples} if store else {}
+    known = {owner: store.get(key) for owner, key in keys.items()} if store else {}
+    most = _BATCH if arguments.alike else 1
+    runs = {
+        owner: [own[start : start + most] for start in range(0, len(own), most)]
+        for owner, own in samples.items()
+    }
+    # the last step does not run
+    total = sum(len(rows) * int(picks[rows].max()) for own in runs.values() for rows in own)
+    before = 0
 
     def report(done: int) -> None:
-        tick("drawing noise" if noise else DENOISING, done, sum(totals))
+        tick("drawing noise" if noise else DENOISING, done, total)
 
-    def denoise(rows: list[int], before: int) -> None:
-        """Run the samples ``rows``, after ``before`` sample steps of earlier runs."""
+    def denoise(rows: list[int], kept: dict[str, Tensor], first_row: int) -> None:
+        """Run the samples ``rows`` of one concept, whose samples begin at ``first_row``."""
         step, time, first = -1, Call(), Call()
 
         def see(name: str, call: Call, run: Callable[[], Any]) -> Any:
@@ -100,8 +112,9 @@ def record_rows(
                 moving |= {path: first[path] for path in arguments.drawn if noise}
                 for index, row in enumerate(rows):
                     for slot in (picks[row] == step).nonzero().flatten().tolist():
-                        _keep(kept, picks.shape, (row, slot), moving, arguments, index)
-                        ran[row, slot] = names.index(name)
+                        at = row - first_row, slot
+                        _keep(kept, at, moving, arguments, index)
+                        kept[_RAN][at] = names.index(name)
             if step >= int(picks[rows].max()):
                 raise Enough
             return ones_like(arguments.given, len(rows)) if noise else run()
@@ -115,12 +128,22 @@ def record_rows(
             guidance=1.0 if noise else calibration.guidance,
         )
 
-    for number, rows in enumerate(runs):
-        run = partial(denoise, rows, sum(totals[:number]))
-        lockstep.run(MicroBatch(run, [owners[rows[0]]], 1, of_one=True))
-    report(sum(totals))
-    moving = {path: of_path.flatten(0, 1) for path, of_path in sorted(kept.items())}
-    return RecordedRows(picks.shape[1], moving, ran.flatten(), names)
+    parts: list[dict[str, Tensor]] = []
+    for owner, own in samples.items():
+        kept = known.get(owner) or {_RAN: torch.zeros(len(own), picks.shape[1], dtype=torch.int64)}
+        for rows in runs[owner]:
+            if not known.get(owner):
+                run = partial(denoise, rows, kept, own[0])
+                lockstep.run(MicroBatch(run, [owner], 1, of_one=True))
+            before += len(rows) * int(picks[rows].max())
+        if store is not None and not (noise or known.get(owner)):
+            store.put(kept, keys[owner])
+        parts.append(kept)
+    report(total)
+    moving = {
+        path: torch.cat([kept[path] for kept in parts]).flatten(0, 1) for path in sorted(parts[0])
+    }
+    return RecordedRows(picks.shape[1], moving, moving.pop(_RAN), names)
 
 
 def _generators(count: int, numbers: int, generator: torch.Generator) -> Iterator[torch.Generator]:
@@ -132,16 +155,8 @@ def _generators(count: int, numbers: int, generator: torch.Generator) -> Iterato
         yield own
 
 
-def _runs(owners: Sequence[int], most: int) -> Iterator[list[int]]:
-    """The rows of one concept in groups of at most that size."""
-    for _, own in groupby(range(len(owners)), key=owners.__getitem__):
-        some = list(own)
-        yield from (some[start : start + most] for start in range(0, len(some), most))
-
-
 def _keep(
     kept: dict[str, Tensor],
-    shape: Sequence[int],
     at: tuple[int, int],
     moving: Call,
     arguments: Arguments,
@@ -151,5 +166,5 @@ def _keep(
     for path, value in entries(moving, arguments.batched, row).items():
         value = torch.as_tensor(value).detach().cpu()
         if path not in kept:
-            kept[path] = torch.zeros((*shape, *value.shape), dtype=value.dtype)
+            kept[path] = torch.zeros((*kept[_RAN].shape, *value.shape), dtype=value.dtype)
         kept[path][at] = value

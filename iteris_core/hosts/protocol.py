@@ -24,6 +24,7 @@ from ..errors import BaseError, ModelStateError
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from .learned import EmbeddingTriggers
+from .sample_store import SampleStore
 
 Run = Callable[[Sequence[int], int], None]
 """``run(rows, copies)``: one forward, see :class:`Stage`."""
@@ -125,8 +126,10 @@ class Host(Protocol):
         lockstep: Lockstep,
         generator: torch.Generator,
         tick: Tick,
+        store: SampleStore | None = None,
     ) -> Any:
-        """Make the rows on which features are collected; opaque outside the host."""
+        """Make the rows on which features are collected; opaque outside the host. What is slow to
+        make may be kept in ``store``."""
         ...
 
     def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:

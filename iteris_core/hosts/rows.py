@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import random
+import zlib
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..activations.lockstep import Lockstep
 from ..activations.site import PLAIN, Condition
 from ..calibration_prompts import (
     Composite,
@@ -32,6 +34,7 @@ from ..calibration_prompts import (
     turns_of,
 )
 from ..concepts import Calibration, Concept
+from .sample_store import digest
 
 GENERIC, CLASSES = "generic", "class words"
 """The names of the concepts of generic prompts and of class words alone."""
@@ -134,14 +137,16 @@ def added_concepts(
 @dataclass(frozen=True)
 class SamplePrompts:
     """The prompt and concept of every sample, in ascending order of concepts, and the texts of the
-    rows made from them. ``empty_share`` of the rows get the empty prompt, because guidance runs on
-    it."""
+    rows made from them. A concept's of the ``generators`` draws its prompts and noise, which so do
+    not depend on what else is merged. ``empty_share`` of the rows get the empty prompt, because
+    guidance runs on it."""
 
     owners: Sequence[int]
     prompts: Sequence[str]
     concepts: Sequence[Concept]
     calibration: Calibration
     wording: Wording
+    generators: Sequence[torch.Generator]
     empty_share: float = 0.0
 
     @staticmethod
@@ -159,9 +164,10 @@ class SamplePrompts:
         latents of others. Otherwise each concept also gets the empty prompt once, if there is an
         ``empty_share``."""
         wording = Wording(vocabulary, concepts, generator)
+        own = [_own_generator(concept, calibration.seed) for concept in concepts]
         prompts = [
-            concept_prompts(concept, calibration, generator) if concept.lora or not denoises else []
-            for concept in concepts
+            concept_prompts(concept, calibration, of) if concept.lora or not denoises else []
+            for concept, of in zip(concepts, own, strict=True)
         ]
         if calibration.contexts != 0:
             for of_concept in prompts:
@@ -178,7 +184,23 @@ class SamplePrompts:
             concepts,
             calibration,
             wording,
+            own,
             empty_share,
+        )
+
+    def key(self, owner: int, said: Sequence[str], lockstep: Lockstep) -> str:
+        """A hash of what a concept's samples depend on beside the base: the prompts that are
+        ``said``, its LoRA, its noise and how it is denoised."""
+        given, concept = self.calibration, self.concepts[owner]
+        own = {s: c for s, of in lockstep.changes.items() if (c := of.by_concept[owner])}
+        return digest(
+            [
+                [text for text, of in zip(said, self.owners, strict=True) if of == owner],
+                [(site, change.up, change.down) for site, change in sorted(own.items())],
+                {} if concept.lora is None else concept.lora.embeddings,
+                *(self.generators[owner].initial_seed(), given.rows_each, given.guidance),
+                *(given.latents, given.denoising_steps, given.latent_size, given.frames),
+            ]
         )
 
     def texts(self, count: int | None) -> TextRows:
@@ -243,6 +265,12 @@ class SamplePrompts:
         prompts = Counter(owner for owner, prompt in distinct if prompt)
         own = [prompts[o] for o, concept in enumerate(self.concepts) if concept.lora is not None]
         return min(self.calibration.samples, _REPEATS * min(own, default=0))
+
+
+def _own_generator(concept: Concept, seed: int) -> torch.Generator:
+    prompts = None if concept.prompts is None else [str(prompt) for prompt in concept.prompts]
+    words = [seed, concept.trigger, concept.class_word, list(concept.subjects), prompts]
+    return torch.Generator().manual_seed(zlib.crc32(repr(words).encode()))
 
 
 def drawn_steps(

@@ -24,6 +24,7 @@ from ..lora import Lora
 from ..lora_files import ReadOptions
 from ..lora_files.peft_folder import read_adapter
 from .protocol import Host, Stage, Tick, check_model, check_ready
+from .sample_store import SampleStore
 
 _CROSS = ("EncDecAttention", "encoder_attn", "crossattention")
 
@@ -92,6 +93,7 @@ class TransformersHost(Host):
         lockstep: Lockstep,
         generator: torch.Generator,
         tick: Tick,
+        store: SampleStore | None = None,
     ) -> ModelSamples:
         owners: list[int] = []
         rows: list[Row] = []

@@ -229,11 +229,14 @@ def settings_over(
     settings: Settings | Mapping[str, Any] | None,
     calibration: Calibration | Mapping[str, Any] | None,
 ) -> tuple[Settings, Calibration]:
-    """The given settings, over the preset's for ``method``; a whole dataclass replaces those."""
+    """The given settings, over the preset's for ``method``; a whole dataclass replaces those. A
+    number of samples that is given alone counts for each LoRA."""
     if preset not in PRESETS:
         raise SettingsError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}.")
     chosen = PRESETS[preset]
     usual = chosen.settings if method == "iteris" else {}
+    if isinstance(calibration, Mapping) and "samples" in calibration:
+        calibration = {"total_samples": None, **calibration}
     return (
         _over(usual, settings, find_method(method).settings),
         _over(chosen.calibration, calibration, Calibration),

@@ -123,7 +123,8 @@ def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
     phantom = phantom_of(own[0], _BESIDE, calibration.seed)
     sites, total = job.changes.keys(), len(STRENGTHS) + 1
     with torch.no_grad(), job.run() as run:
-        samples = job.host.samples(job.concepts, sites, calibration, run.lockstep, generator, quiet)
+        given = job.concepts, sites, calibration, run.lockstep, generator, quiet
+        samples = job.host.samples(*given, **job.kept_in)
     final = FinalOutputs.of(job.host, samples, sites).of_concepts(loras)
     alone = final.under({})
 

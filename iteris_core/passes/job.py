@@ -21,8 +21,9 @@ from ..activations.lockstep import Lockstep
 from ..activations.memory import is_apart
 from ..activations.streams import Stream
 from ..calibration_prompts import samples_of
-from ..concepts import Calibration, Concept
+from ..concepts import LEAST_SAMPLES, Calibration, Concept
 from ..hosts.protocol import Host, Stage
+from ..hosts.sample_store import SampleStore
 from ..lora import SiteChanges
 from ..progress import Forecast
 from ..solve.choose import THRESHOLDS, Thresholds
@@ -32,9 +33,6 @@ Budget = int | Literal["free"] | None
 """Bytes beyond the model (``"free"``: what is free; None: no limit)."""
 
 SOLVING, ITERATIONS, FEATURES = "solving sites", "iterations", "features of the {}"
-LEAST = 12
-"""Minimum samples per concept; with fewer, a merge keeps too little (the preset ``fast`` uses
-this)."""
 _FACTORS = 4.0  # cost of factors and eigenvectors, relative to the same number of products
 _FLOAT32 = 8.0  # cost of a product in float32 on a graphics card, relative to one in a forward
 
@@ -90,7 +88,8 @@ class Job:
 
     ``tick`` reports progress, and ``eta`` estimates the time left by the stages ``seen``.
     ``joined``: see :class:`~.preflight.PreflightResult`. With ``only_plans``,
-    :func:`~.sweep.solve_sites` raises :class:`~.planner.Planned` once it has planned.
+    :func:`~.sweep.solve_sites` raises :class:`~.planner.Planned` once it has planned. Samples may
+    be kept in ``store``.
     """
 
     host: Host
@@ -107,6 +106,7 @@ class Job:
     joined: frozenset[str] = frozenset()
     found_streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
     only_plans: bool = False
+    store: SampleStore | None = None
 
     @property
     def weights(self) -> list[float]:
@@ -137,6 +137,11 @@ class Job:
         """The work of a row's forward in the last stage (0: unknown)."""
         return self.seen[-1].products if self.seen else 0.0
 
+    @property
+    def kept_in(self) -> dict[str, SampleStore]:
+        """For :meth:`.Host.samples`, whose argument ``store`` a host may lack."""
+        return {} if self.store is None else {"store": self.store}
+
     def samples_of(self, calibration: Calibration) -> int:
         """The number of samples of all concepts with a LoRA."""
         return sum(samples_of(one, calibration) for one in self.concepts if one.lora is not None)
@@ -159,9 +164,8 @@ class Run:
     def samples(self) -> Any:
         """The rows on which features are collected, made once, with each LoRA active."""
         job, sites = self.job, self.lockstep.changes.keys()
-        return job.host.samples(
-            job.concepts, sites, job.calibration, self.lockstep, job.generator, job.tick
-        )
+        given = job.concepts, sites, job.calibration, self.lockstep, job.generator, job.tick
+        return job.host.samples(*given, **job.kept_in)
 
     @property
     def ahead(self) -> Run:
@@ -250,8 +254,8 @@ def sites_work(
 
 def within_time(job: Job, sweeps: int) -> Job:
     """``job`` with as many samples per concept as fit into its calibration's ``minutes``: at least
-    :data:`LEAST`, at most the requested number. Without a limit, or if it is unknown how long a
-    forward takes, ``job`` itself."""
+    :data:`LEAST_SAMPLES`, at most the requested number. Without a limit, or if it is unknown how
+    long a forward takes, ``job`` itself."""
     calibration = job.calibration
     rate = job.eta.rate
     if calibration.minutes is None or rate is None:
@@ -264,7 +268,7 @@ def within_time(job: Job, sweeps: int) -> Job:
         return rate * (of.denoising_work + sweeps * sum(sites))
 
     most, budget = calibration.samples, 60 * calibration.minutes
-    few = min(LEAST, most)
+    few = min(LEAST_SAMPLES, most)
     slowest, quickest = seconds(most), seconds(few)
     if slowest <= budget:
         return job

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..concepts import Calibration, Concept
 from ..hosts.learned import embedding_triggers, in_force
 from ..hosts.protocol import Host
+from ..hosts.sample_store import SampleStore
 from ..merge import MergeResult, merge_loras
 from ..passes.changes import always_on
 from ..progress import OnProgress, Progress
@@ -67,6 +68,7 @@ class CompareConfig:
     calibration: Calibration | Mapping[str, Any] = field(default_factory=dict[str, Any])
     preset: PresetName = "default"
     memory_budget: int | Literal["free"] | None = "free"
+    store: SampleStore | None = None
 
 
 def compare_methods(
@@ -115,6 +117,7 @@ def compare_methods(
                 settings=config.settings.get(name),
                 calibration=config.calibration,
                 memory_budget=config.memory_budget,
+                store=config.store,
                 on_progress=of_row,
             )
             report = result.report

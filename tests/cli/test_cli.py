@@ -133,7 +133,7 @@ def test_the_examples_of_the_help_are_command_lines(monkeypatch, tmp_path):
             _, name, *arguments = shlex.split(line)
             assert COMMANDS[name].make_context(name, arguments).params
             shown.add(name)
-    assert COMMANDS.keys() - shown == {"methods", "demo", "doctor"}
+    assert COMMANDS.keys() - shown == {"methods", "demo"}
 
 
 @pytest.mark.parametrize("mode", ["rich", None])

@@ -8,6 +8,7 @@ from iteris_core.calibration_prompts import Wording, calling_words, concept_prom
 from iteris_core.concepts import TEMPLATES, words_in
 from iteris_core.errors import ConceptError
 from iteris_core.hosts.rows import SamplePrompts, TextRows, added_concepts
+from iteris_core.methods.registry import settings_over
 
 
 def prompts(concept, **kwargs):
@@ -118,11 +119,19 @@ def test_a_share_of_the_rows_carries_further_words():
     assert all("a sks dog" in text and text.count("sks") == 1 for text in more)
 
 
-def test_from_five_loras_on_a_sample_has_six_timesteps():
-    assert [Calibration().settled(loras).timesteps for loras in (1, 4, 5, 20)] == [4, 4, 6, 6]
-    assert Calibration(denoising_steps=3).settled(2).timesteps == 3
-    assert Calibration(timesteps=2).settled(9) == Calibration(timesteps=2)
-    assert Calibration().rows_each == 4
+def test_many_loras_share_their_prompts():
+    """And what is settled again stays as it is, as when a recipe is run again."""
+
+    def shared(loras: int, **given) -> int:
+        calibration = Calibration(**given).settled(loras, pictures=True)
+        assert calibration.settled(loras, pictures=True) == calibration
+        return calibration.samples
+
+    assert [shared(loras) for loras in (1, 4, 5, 8, 20)] == [50, 50, 40, 25, 12]
+    assert [shared(8, samples=9), shared(8, total_samples=None)] == [9, 50]
+    assert Calibration().settled(8, pictures=False).samples == 50
+    assert settings_over("default", "iteris", None, {"samples": 60})[1].total_samples is None
+    assert settings_over("fast", "iteris", None, {"seed": 1})[1].total_samples == 96
 
 
 def test_rows_without_a_lora_have_latents_of_others():
@@ -196,7 +205,7 @@ def test_what_samples_are_worth():
     def worth(samples):
         calibration, generator = Calibration(samples=samples), torch.Generator()
         wording = Wording(WORDS, concepts, generator)
-        return SamplePrompts([], [], concepts, calibration, wording).effective_samples(rows)
+        return SamplePrompts([], [], concepts, calibration, wording, []).effective_samples(rows)
 
     assert worth(50) == 4
     assert worth(3) == 3

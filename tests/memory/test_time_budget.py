@@ -3,8 +3,9 @@
 from bases import make_lora, tiny
 
 from iteris_core import Calibration, Concept, merge_loras
+from iteris_core.concepts import LEAST_SAMPLES
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.passes.job import LEAST, Job, within_time
+from iteris_core.passes.job import Job, within_time
 from iteris_core.preview import preview_merge
 
 
@@ -22,18 +23,18 @@ def test_a_merge_in_no_time_has_twelve_samples_and_says_so():
     given = {"timesteps": 1, "denoising_steps": 1, "generic": 0.0, "latent_size": 8}
     short = {**given, "samples": 14, "minutes": 1e-6}
     result = merge_loras(host, concepts, calibration=short)
-    assert result.report.rows == 2 * LEAST
+    assert result.report.rows == 2 * LEAST_SAMPLES
     assert result.report.notes["samples"] == [
         "12 of 14 prompts per concept, for a merge of about 1e-06 min"
     ]
     kept = result.report.calibration
-    assert (kept["samples"], kept["minutes"]) == (LEAST, None)
+    assert (kept["samples"], kept["minutes"]) == (LEAST_SAMPLES, None)
     assert "24 rows" in preview_merge(host, concepts, calibration=short).plan[-1]
     # As with so many samples asked for, generic prompts included.
     generic = {**given, "generic": 0.2}
     result, again = (
         merge_loras(host, concepts, calibration={**generic, **more})
-        for more in ({"samples": 40, "minutes": 1e-6}, {"samples": LEAST})
+        for more in ({"samples": 40, "minutes": 1e-6}, {"samples": LEAST_SAMPLES})
     )
     assert again.lora.sites[site].dense().equal(result.lora.sites[site].dense())
     assert result.report.notes["generic"] == again.report.notes["generic"]

@@ -1,0 +1,117 @@
+"""What presets cost and keep: ``python benchmarks/ladder.py``.
+
+Merges of the reported concepts by each preset, drawn on new words alone and under the conditions of
+use (:data:`uses.CONDITIONS`). ``forwards`` counts the rows that go through the denoiser in a merge:
+denoising, the sweep's two copies, and held-out rows. Kept is (merge − base) / (each LoRA alone −
+base). ``former`` is the default before LoRAs shared their prompts. Writes ``results/ladder.json``
+and goes on where it stopped (``--seconds``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from statistics import fmean
+from typing import Any
+
+import styles
+from conditions import Beside, figures
+from outputs import read, result_file, rounded, write
+from protocol.plan import sets_of
+from protocol.toybox import ToyboxWorld
+from uses import CONDITIONS
+from worlds import WORLDS
+
+from iteris_core import Calibration, Lora, merge_loras
+from iteris_core.settings import PRESETS, Preset
+
+SETS = {2: 2, 5: 2, 8: 1}
+"""How many LoRAs → sets."""
+FORMER = {"samples": 50, "total_samples": None, "denoising_steps": 10}
+RUNGS: Mapping[str, Preset] = {
+    "fast": PRESETS["fast"],
+    "default": PRESETS["default"],
+    "former": Preset("", calibration=FORMER),
+    "best": PRESETS["best"],
+}
+
+
+@contextmanager
+def counted(world: ToyboxWorld) -> Iterator[list[int]]:
+    """The rows that go through the denoiser."""
+    rows: list[int] = []
+
+    def note(_: Any, args: tuple[Any, ...]) -> None:
+        rows.append(len(args[0]))
+
+    # Its first layer: recorded calls of the UNet itself do not always run it.
+    hook = world.pipeline.unet.conv_in.register_forward_pre_hook(note)
+    try:
+        yield rows
+    finally:
+        hook.remove()
+
+
+def merged(world: ToyboxWorld, rung: str, names: tuple[str, ...]) -> tuple[Lora, dict[str, Any]]:
+    preset = RUNGS[rung]
+    former = {"timesteps": 4 if len(names) < 5 else 6} if rung == "former" else {}
+    calibration = Calibration.from_mapping({**world.half, **preset.calibration, **former})
+    began = time.process_time()
+    with counted(world) as rows:
+        lora = merge_loras(
+            world.host, world.concepts(names), settings=preset.settings, calibration=calibration
+        ).lora
+    return lora, {"forwards": sum(rows), "seconds": time.process_time() - began}
+
+
+def measured(world: ToyboxWorld, rung: str, names: tuple[str, ...], more: Beside) -> dict[str, Any]:
+    if rung == "alone":
+        each = [measured(world, "one", (name,), more) for name in names]
+        return {
+            use: {k: fmean(one[use][k] for one in each) for k in each[0][use]} for use in each[0]
+        }
+    found: dict[str, Any] = {}
+    if rung == "one":
+        lora = world.concepts(names)[0].lora or Lora({})
+    elif rung == "base":
+        lora = Lora({})
+    else:
+        lora, found = merged(world, rung, names)
+    return {
+        **found,
+        **{n: figures(world, u.of(lora, more), names, u) for n, u in CONDITIONS.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rungs", default="fast,default,former")
+    parser.add_argument("--sizes", default="2,5,8")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after")
+    given = parser.parse_args()
+    until = time.monotonic() + given.seconds
+    world: Any = WORLDS["reported"]()
+    style = world.host.read_lora(next(iter(styles.styles().values())).lora)
+    path, every = result_file("ladder.json"), sorted(world.subjects)
+    for size in map(int, given.sizes.split(",")):
+        for names in sets_of(every, size, 0)[: SETS[size]]:
+            rest = next(name for name in every if name not in names)
+            more = Beside(world.concepts([rest])[0].lora, style)
+            for rung in ("base", "alone", *given.rungs.split(",")):
+                key = json.dumps([rung, *names])
+                runs = read(path).get("runs", {})
+                if key in runs:
+                    continue
+                if time.monotonic() > until:
+                    raise SystemExit("stopped by --seconds; the next run goes on")
+                found = rounded(measured(world, rung, names, more))
+                write(path, {"runs": {**read(path).get("runs", {}), key: found}})
+                print(key, found, flush=True)
+
+
+if __name__ == "__main__":
+    main()

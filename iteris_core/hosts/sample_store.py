@@ -1,0 +1,142 @@
+"""Samples on disk, by what they depend on: denoising is about half of a merge's forwards, and each
+LoRA's samples depend on the base, its own prompts and a few settings, not on the other LoRAs."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import IterisError
+from ..saving import atomically
+
+_log = logging.getLogger(__name__)
+
+VERSION = "1"
+"""Changes whenever the same key would stand for other samples."""
+
+LIMIT = 4 * 2**30
+_VALUES = 4096
+
+
+@dataclass(frozen=True)
+class SampleStore:
+    """A ``folder`` of samples, of which the least recently used go when it exceeds ``limit`` bytes.
+    ``parts`` belong to every key. Several processes may share a folder. A file that cannot be read
+    is as good as none, and a full disk keeps nothing; neither ends a merge."""
+
+    folder: Path
+    limit: int = LIMIT
+    parts: tuple[str, ...] = ()
+
+    @staticmethod
+    def default() -> Path:
+        """``ITERIS_STORE``, or ``iteris/samples`` in the user's folder for caches."""
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return Path(os.environ.get("ITERIS_STORE") or caches / "iteris" / "samples")
+
+    def within(self, *parts: str) -> SampleStore:
+        """The same store, for what also depends on ``parts``."""
+        return replace(self, parts=(*self.parts, *parts))
+
+    def get(self, *parts: str) -> dict[str, Tensor] | None:
+        """The tensors kept under these ``parts``, or None."""
+        path = self._path(parts)
+        try:
+            tensors = load_file(path)
+            os.utime(path)
+        except (OSError, SafetensorError, ValueError):
+            return None
+        return tensors
+
+    def put(self, tensors: Mapping[str, Tensor], *parts: str) -> None:
+        """Keep ``tensors``, and let go of what has not been used for longest."""
+        path = self._path(parts)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomically(path) as unfinished:
+                save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished)
+        except (IterisError, OSError) as error:
+            _log.warning("Samples are not kept for the next merge: %s", error)
+        self._shrink(self.limit)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the folder."""
+        return sum(size for _, size, _ in self._files())
+
+    def clear(self) -> int:
+        """Remove everything; returns how many bytes that were."""
+        return self._shrink(0)
+
+    def _files(self) -> list[tuple[float, int, Path]]:
+        found: list[tuple[float, int, Path]] = []
+        for path in self.folder.glob("*.safetensors"):
+            with suppress(OSError):  # another process removed it
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
+        return sorted(found)
+
+    def _shrink(self, limit: int) -> int:
+        size, removed = self.size, 0
+        for _, own, path in self._files():
+            if size - removed <= limit:
+                break
+            with suppress(OSError):
+                path.unlink()
+            removed += own
+        return removed
+
+    def _path(self, parts: Sequence[str]) -> Path:
+        return (
+            self.folder / f"{digest((VERSION, torch.__version__, *self.parts, *parts))}.safetensors"
+        )
+
+
+def digest(value: Any) -> str:
+    """A hash of numbers, texts, tensors, images, and sequences and mappings of them. Raises
+    :class:`TypeError` for anything else."""
+    found = hashlib.sha256()
+    _feed(found, value)
+    return found.hexdigest()
+
+
+def digest_of_weights(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    """A hash of a model's weights, of some values of each: training changes all of them. None if a
+    weight is not there, as on the device "meta"."""
+    found = hashlib.sha256()
+    for name, tensor in named:
+        if tensor.is_meta:
+            return None
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // _VALUES)]
+        _feed(found, (name, tuple(tensor.shape), some))
+    return found.hexdigest()
+
+
+def _feed(found: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous()
+        found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, Mapping):
+        _feed(found, sorted(value.items()))  # pyright: ignore
+    elif isinstance(value, (list, tuple)):
+        found.update(f"[{len(value)}".encode())  # pyright: ignore
+        for one in value:  # pyright: ignore
+            _feed(found, one)
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        found.update(f"{type(value).__name__}:{value!r};".encode())
+    elif hasattr(value, "tobytes") and hasattr(value, "size"):  # a picture, or an array
+        found.update(f"{value.size}".encode() + value.tobytes())
+    else:
+        raise TypeError(f"no hash of a {type(value).__name__}")

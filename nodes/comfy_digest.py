@@ -1,0 +1,50 @@
+"""A hash of a MODEL or CLIP with what is on it, for samples that are kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from ..iteris_core.hosts.sample_store import digest, digest_of_weights
+
+_SAMPLING = "model_sampling"
+
+
+def digest_of_patcher(patcher: Any) -> str | None:
+    """Weights as loaded, the LoRAs on them, and the sampling of the model. None if anything else is
+    on it: wrappers, hooks and patches of its forwards are functions, which have no hash."""
+    options = patcher.model_options.get("transformer_options", {})
+    others = {name for name in patcher.object_patches if name != _SAMPLING}
+    if any(options.values()) or others or len(patcher.model_options) > 1:
+        return None
+    patched = patcher.get_key_patches()
+    try:
+        on = [(key, [_known(*one) for one in more]) for key, (_, *more) in patched.items() if more]
+        weights = digest_of_weights(_weights(patched))
+        return weights and digest([type(patcher.model).__name__, weights, on, _sampling(patcher)])
+    except (TypeError, ValueError):
+        return None
+
+
+def _weights(patched: Any) -> Iterator[tuple[str, Tensor]]:
+    for key, (first, *_) in sorted(patched.items()):
+        yield key, first[0] if isinstance(first, tuple) else first
+
+
+def _known(strength: float, value: Any, of_model: float, offset: Any, function: Any) -> Any:
+    """A patch of a weight, where it has no function of its own."""
+    if function is not None:
+        raise TypeError("a function has no hash")
+    value = (type(value).__name__, value.weights) if hasattr(value, "weights") else value
+    return strength, value, of_model, offset
+
+
+def _sampling(patcher: Any) -> Any:
+    if not hasattr(patcher.model, _SAMPLING):
+        return None
+    sampling = patcher.get_model_object(_SAMPLING)
+    numbers = {n: v for n, v in vars(sampling).items() if isinstance(v, (bool, int, float, str))}
+    kinds = [kind.__name__ for kind in type(sampling).__mro__]
+    return kinds, numbers, dict(sampling.state_dict())

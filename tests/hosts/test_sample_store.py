@@ -1,0 +1,155 @@
+"""Samples that are kept on disk: the same merge, and fewer forwards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from host_cases import make_case, two_concepts
+
+from iteris_core import Calibration, Concept, SampleStore, merge_loras
+from iteris_core.hosts import sample_store
+from iteris_core.hosts.protocol import DENOISING
+
+CALIBRATION = Calibration(samples=3, timesteps=2, denoising_steps=3, latent_size=8, seed=3)
+
+
+class Counted:
+    """Counts the forwards of the denoiser that are no sweep's: those of one copy of the rows."""
+
+    def __init__(self, case) -> None:
+        self.case, self.rows = case, 0
+        case.host.denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module, args, kwargs) -> None:
+        self.rows += len(args[0] if args else kwargs["sample"])
+
+    def merge(self, concepts, store=None, **calibration):
+        self.rows, done = 0, {}
+        result = merge_loras(
+            self.case.host,
+            concepts,
+            calibration={**CALIBRATION.__dict__, **calibration},
+            settings={"rank": 2},
+            store=store,
+            on_progress=lambda p: done.__setitem__(p.what, (p.done, p.total)),
+        )
+        assert done[DENOISING][0] == done[DENOISING][1] > 0
+        return result.lora
+
+
+def same(one, two) -> bool:
+    return one.sites.keys() == two.sites.keys() and all(
+        torch.equal(a.up, two.sites[site].up) and torch.equal(a.down, two.sites[site].down)
+        for site, a in one.sites.items()
+    )
+
+
+@pytest.fixture
+def counted():
+    return Counted(make_case("sd1"))
+
+
+def test_a_kept_sample_gives_the_same_merge_and_is_not_denoised_again(counted, tmp_path):
+    concepts, store = two_concepts(counted.case), SampleStore(tmp_path / "new" / "samples")
+    plain = counted.merge(concepts)
+    assert same(plain, counted.merge(concepts, store))
+    first = counted.rows
+    assert same(plain, counted.merge(concepts, store))
+    assert counted.rows < first
+    saved, third = first - counted.rows, Concept(counted.case.lora(7), trigger="s7", class_word="x")
+    without = counted.merge([concepts[0], third])
+    assert same(without, counted.merge([concepts[0], third], store))
+    exchanged = counted.rows
+    assert same(without, counted.merge([third, concepts[0]], None)) is False  # other phantoms
+    counted.merge([concepts[0], third], store)
+    assert exchanged - counted.rows == pytest.approx(saved / 2, rel=0.35)  # one of two, denoised
+
+
+@pytest.mark.parametrize(
+    "change", ["strength", "prompt", "seed", "base", "always", "steps", "embedding"]
+)
+def test_what_samples_depend_on_is_in_their_key(counted, tmp_path, change):
+    store, concepts, how = SampleStore(tmp_path), two_concepts(counted.case), {}
+    counted.merge(concepts, store)
+    entries = {path.name for path in tmp_path.iterdir()}
+    if change == "strength":
+        concepts = [Concept(c.lora, c.prompts, c.trigger, strength=0.9) for c in concepts]
+    elif change == "prompt":
+        concepts = [Concept(c.lora, ["a cat"], c.trigger) for c in concepts]
+    elif change == "base":
+        counted.case.host.denoiser.conv_in.weight.data += 0.1
+    elif change == "always":
+        always = Concept(counted.case.lora(5), always_on="outside")
+        concepts = [*concepts, always]
+    elif change == "embedding":
+        for concept in concepts:
+            concept.lora.embeddings["word"] = {"clip_l": torch.ones(1, 32)}
+    else:
+        how = {"seed": 9} if change == "seed" else {"denoising_steps": 4}
+    counted.merge(concepts, store, **how)
+    assert len({path.name for path in tmp_path.iterdir()} - entries) == len(entries)
+
+
+def test_trouble_with_the_disk_costs_no_merge(counted, tmp_path, monkeypatch, caplog):
+    concepts, store = two_concepts(counted.case), SampleStore(tmp_path / "samples")
+    plain = counted.merge(concepts, store)
+    for path in store.folder.iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    assert same(plain, counted.merge(concepts, store))  # cut short: made again
+    (tmp_path / "file").touch()
+    assert same(plain, counted.merge(concepts, SampleStore(tmp_path / "file")))
+    assert "not kept" in caplog.text
+    monkeypatch.setattr(sample_store, "save_file", _no_space)
+    assert same(plain, counted.merge(concepts, SampleStore(tmp_path / "full")))
+    assert not any((tmp_path / "full").iterdir())
+
+
+def _no_space(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_store_stays_within_its_limit_and_lets_the_oldest_go(tmp_path):
+    entry = {"latents": torch.zeros(1000)}
+    store = SampleStore(tmp_path, limit=9000)
+    for age, name in ((3, "a"), (2, "b")):
+        store.put(entry, name)
+        for path in tmp_path.iterdir():
+            os.utime(path, (1e9 - age, 1e9 - age)) if path.stat().st_mtime > 1e9 else None
+    assert store.get("a") is not None  # used: b is the oldest now
+    store.put(entry, "c")
+    assert [store.get(name) is None for name in "abc"] == [False, True, False]
+    assert store.within("other base").get("a") is None
+    assert store.clear() > 8000
+    assert store.size == 0
+
+
+def test_another_version_of_the_store_is_not_read(tmp_path, monkeypatch):
+    store = SampleStore(tmp_path)
+    store.put({"latents": torch.zeros(3)}, "a")
+    monkeypatch.setattr(sample_store, "VERSION", "0")
+    assert store.get("a") is None
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_store(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from host_cases import *; "
+        "from iteris_core import *; case = make_case('sd1'); "
+        "r = merge_loras(case.host, two_concepts(case), calibration=CALIBRATION, "
+        "store=SampleStore(Path(sys.argv[1]))); r.save(sys.argv[2], layout='peft')"
+    )
+    here = Path(__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    files = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "samples"), str(f)], env=env)
+        for f in files
+    ]
+    assert [process.wait() for process in started] == [0, 0]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert len(list((tmp_path / "samples").glob("*.safetensors"))) > 0
