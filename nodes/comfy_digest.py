@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..iteris_core.hosts.sample_store import digest, digest_of_weights
@@ -16,14 +17,17 @@ def digest_of_patcher(patcher: Any) -> str | None:
     """Weights as loaded, the LoRAs on them, and the sampling of the model. None if anything else is
     on it: wrappers, hooks and patches of its forwards are functions, which have no hash."""
     options = patcher.model_options.get("transformer_options", {})
-    others = {name for name in patcher.object_patches if name != _SAMPLING}
-    if any(options.values()) or others or len(patcher.model_options) > 1:
+    patches = {n: v for n, v in patcher.object_patches.items() if n != _SAMPLING}
+    if any(options.values()) or len(patcher.model_options) > 1:
+        return None
+    if not all(isinstance(value, torch.dtype) for value in patches.values()):
         return None
     patched = patcher.get_key_patches()
     try:
         on = [(key, [_known(*one) for one in more]) for key, (_, *more) in patched.items() if more]
         weights = digest_of_weights(_weights(patched))
-        return weights and digest([type(patcher.model).__name__, weights, on, _sampling(patcher)])
+        named = type(patcher.model).__name__, {name: str(kind) for name, kind in patches.items()}
+        return weights and digest([named, weights, on, _sampling(patcher)])
     except (TypeError, ValueError):
         return None
 

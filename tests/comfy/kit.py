@@ -37,6 +37,7 @@ def use_folders(monkeypatch: pytest.MonkeyPatch, folder: Path, *kinds: str) -> N
         monkeypatch.setitem(
             folder_paths.folder_names_and_paths, kind, ([str(folder / kind)], known)
         )
+    monkeypatch.setattr(folder_paths, "user_directory", str(folder / "user"), raising=False)
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
 
 

@@ -1,11 +1,12 @@
 """After a change, a new run computes only what changed."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from kit import SETTINGS, Kit, distance
+from kit import SETTINGS, Kit, distance, part
 
 
 @pytest.fixture
@@ -67,3 +68,45 @@ def test_a_run_after_one_that_was_cancelled_has_the_same_rows(
     found = desk(on=other)[2]
     assert all(torch.equal(tensor, found[key]) for key, tensor in whole.items())
     assert desk.latents() == 4
+
+
+def test_after_a_restart_only_a_new_lora_is_denoised(
+    kit: Kit, desk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples lie in ComfyUI's user folder. A MODEL with a function on it has no hash."""
+    import folder_paths
+
+    host = part(kit.pack, "nodes.comfy_host")
+    made: list[int] = []
+    make = host.make_latents
+
+    def counted(*given: Any) -> Any:
+        if given[-1].texts:  # else it only draws noise
+            made.append(given[-1].owner)
+        return make(*given)
+
+    def restart() -> None:
+        kit.merging.forget()
+        kit.merging._RememberingHost._last = ()
+        made.clear()
+
+    monkeypatch.setattr(host, "make_latents", counted)
+    kit.core.SampleStore(Path(folder_paths.get_user_directory(), "iteris", "samples")).clear()
+    specs = kit.concepts()
+    restart()
+    whole = desk()[2]
+    assert {*made} == {0, 1}
+    restart()
+    found = desk()[2]
+    assert not made
+    assert all(torch.equal(tensor, found[key]) for key, tensor in whole.items())
+    restart()
+    desk((specs[0], specs[1].model_copy(update={"strength": 0.5})))
+    assert {*made} == {1}
+    restart()
+    other = kit.model.clone()
+    other.set_model_unet_function_wrapper(
+        lambda apply, given: apply(given["input"], given["timestep"], **given["c"])
+    )
+    desk(on=other)
+    assert {*made} == {0, 1}
