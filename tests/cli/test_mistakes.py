@@ -13,12 +13,14 @@ from mistakes import CASES, arguments_of, contents, filled, make_mess
 from safetensors.torch import load_file, save_file
 from tiny import make_pipeline, random_lora
 
-from iteris_core import Concept, IterisError, Lora, cli, merge_loras, write_lora
+from iteris_core import Concept, IterisError, Lora, LowRank, cli, merge_loras, write_lora
 from iteris_core import __main__ as program
-from iteris_core.cli.inputs import read_lines
+from iteris_core.architectures import Architecture
+from iteris_core.cli.inputs import check_embeddings, read_lines
 from iteris_core.cli.merge_file import parse_concept
 from iteris_core.errors import OutOfMemory
 from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.lora_files import BaseModel
 from iteris_core.score import ClipScorer
 
 
@@ -279,3 +281,15 @@ def test_a_mistake_is_one_line_and_nothing_is_lost(
     assert filled(message, mess) in err
     assert len(err) < 1500
     assert contents(Path(mess["tmp"]), Path(mess["world"]), tmp_path) == kept
+
+
+def test_the_embedding_of_two_experts_has_its_place_before_the_merge(tmp_path):
+    """It goes beside the file for high noise, not beside a file that is never written."""
+    sites = dict.fromkeys(("net.a", "net_2.a"), LowRank(torch.ones(2, 1), torch.ones(1, 2)))
+    base = BaseModel(Architecture("x", "X", denoiser="net"), {}, {}, {})
+    lora = Lora(sites, base=base, embeddings={"<toy>": {"clip_l": torch.ones(1, 2)}})
+    out = tmp_path / "out.safetensors"
+    check_embeddings([Concept(lora, trigger="a")], out, None, overwrite=False)
+    (tmp_path / "out_high_noise_emb.safetensors").write_text("mine")
+    with pytest.raises(IterisError, match="out_high_noise_emb"):
+        check_embeddings([Concept(lora, trigger="a")], out, None, overwrite=False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from command_line import make_world
 from diffusers import StableDiffusionPipeline
-from language_bases import CALIBRATION, largest_gap, logits, make_batches, make_bert
+from language_bases import CALIBRATION, MAKERS, largest_gap, logits, make_batches, make_bert
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import random_lora
 
@@ -111,6 +111,13 @@ def test_what_adapters_of_all_kinds_do_is_kept_on_their_own_inputs():
     model.set_adapter(names[0])
     model.add_weighted_adapter(names, [1.0, 1.0], "theirs", combination_type="svd", svd_rank=32)
     assert all(error(model, name, "theirs", rows[name][0]) > 0.3 for name in names)
+
+
+def test_transposed_layers_and_patterns_are_merged():
+    model = tuned_model(["rslora", "wide"], MAKERS["transposed"])
+    batches = make_batches("transposed", 1)
+    add_merged_adapter(model, ["wide"], {"wide": batches}, calibration=CALIBRATION)
+    assert error(model, "wide", "merged", make_batches("transposed", 9)[1]) < 1e-5
 
 
 def test_an_adapter_with_biases_is_refused():
