@@ -3,7 +3,8 @@
 Merges of the reported concepts by each preset, drawn on new words alone and under the conditions of
 use (:data:`uses.CONDITIONS`). ``forwards`` counts the rows that go through the denoiser in a merge:
 denoising, the sweep's two copies, and held-out rows. Kept is (merge − base) / (each LoRA alone −
-base). ``former`` is the default before LoRAs shared their prompts. Writes ``results/ladder.json``
+base). ``former`` is the default before LoRAs shared their prompts. ``--store`` counts merges that
+find samples of earlier ones. Writes ``results/ladder.json``
 and goes on where it stopped (``--seconds``).
 """
 
@@ -12,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -26,7 +29,7 @@ from protocol.toybox import ToyboxWorld
 from uses import CONDITIONS
 from worlds import WORLDS
 
-from iteris_core import Calibration, Lora, merge_loras
+from iteris_core import Calibration, Lora, SampleStore, merge_loras
 from iteris_core.settings import PRESETS, Preset
 
 SETS = {2: 2, 5: 2, 8: 1}
@@ -87,16 +90,44 @@ def measured(world: ToyboxWorld, rung: str, names: tuple[str, ...], more: Beside
     }
 
 
+def stored(world: ToyboxWorld, names: tuple[str, ...], other: str) -> dict[str, Any]:
+    """A first merge, one with a LoRA exchanged for ``other``, and one with another ridge."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for label, of, ridge in (
+            ("first", names, None),
+            ("exchanged", (*names[1:], other), None),
+            ("another ridge", names, 1e-4),
+        ):
+            began = time.process_time()
+            with counted(world) as rows:
+                merge_loras(
+                    world.host,
+                    world.concepts(of),
+                    settings={"ridge": ridge} if ridge else None,
+                    calibration=world.half,
+                    store=SampleStore(Path(folder)),
+                )
+            found[label] = {"forwards": sum(rows), "seconds": time.process_time() - began}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rungs", default="fast,default,former")
     parser.add_argument("--sizes", default="2,5,8")
+    parser.add_argument("--store", action="store_true", help="what kept samples save, of eight")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after")
     given = parser.parse_args()
     until = time.monotonic() + given.seconds
     world: Any = WORLDS["reported"]()
     style = world.host.read_lora(next(iter(styles.styles().values())).lora)
     path, every = result_file("ladder.json"), sorted(world.subjects)
+    if given.store:
+        names = sets_of(every, 8, 0)[0]
+        other = next(name for name in every if name not in names)
+        write(path, {**read(path), "store": rounded(stored(world, names, other))})
+        return
     for size in map(int, given.sizes.split(",")):
         for names in sets_of(every, size, 0)[: SETS[size]]:
             rest = next(name for name in every if name not in names)
@@ -109,7 +140,7 @@ def main() -> None:
                 if time.monotonic() > until:
                     raise SystemExit("stopped by --seconds; the next run goes on")
                 found = rounded(measured(world, rung, names, more))
-                write(path, {"runs": {**read(path).get("runs", {}), key: found}})
+                write(path, {**read(path), "runs": {**read(path).get("runs", {}), key: found}})
                 print(key, found, flush=True)
 
 
