@@ -1,10 +1,19 @@
 """The diffusers host on a real pipeline: rows, files and what the library makes of them."""
 
 import pytest
+import torch
 from language_bases import largest_gap
 from tiny import is_attention, random_lora
 
-from iteris_core import Calibration, Concept, IterisError, merge_loras
+from iteris_core import (
+    Calibration,
+    Concept,
+    IterisError,
+    Lora,
+    LowRank,
+    merge_loras,
+    write_lora,
+)
 from iteris_core.hosts.diffusers import DiffusersHost
 
 PROMPTS = ["a dog", "a red dog on a table", "two dogs in the rain", "s1 dog", "dog and cat"]
@@ -45,6 +54,14 @@ def test_text_only_sites_need_no_pass_of_the_denoiser(host64):
     host64._direct = set()  # make it take the long way
     slow = merge_loras(host64, concepts, settings=settings, calibration=calibration)
     assert largest_gap(quick.lora, slow.lora) < 1e-9
+
+
+def test_values_that_do_not_fit_the_dtype_are_an_error_with_the_site(tmp_path):
+    site = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    lora = Lora({site: LowRank(torch.full((4, 1), 1e12), torch.ones(1, 4))})
+    with pytest.raises(IterisError, match=f"Site {site}.*write float32"):
+        write_lora(lora, tmp_path / "a.safetensors", dtype="float16")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_pipeline_without_a_text_encoder_is_an_error(pipeline):

@@ -6,14 +6,17 @@ import pytest
 import torch
 from oracle import ModuleHost, Net, make_data, make_lora
 from reductions import by_adapter, by_moments
-from tiny import random_lora
+from tiny import make_pipeline, random_lora
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations.memory import MemoryMeter, free_memory
 from iteris_core.errors import OutOfMemory
+from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import LowRank, SiteChanges
-from iteris_core.passes.footprint import Cost, Footprint, MemoryLimits, Step
+from iteris_core.passes.changes import changes_of
+from iteris_core.passes.footprint import Cost, Footprint, Measure, MemoryLimits, Step
+from iteris_core.passes.job import Job
 from iteris_core.passes.planner import IN_HOST, ON_DEVICE, Strategy, plan_stage
 from iteris_core.solve.adapter import AdapterMoments
 from iteris_core.solve.moments import OutputMoments
@@ -158,6 +161,45 @@ def test_the_host_is_asked_for_what_all_rows_take_and_its_answer_is_kept(caplog)
     assert result.report.rows < 12  # those that ran
     with pytest.raises(OutOfMemory, match="lower samples, timesteps or latent_size"):
         merge_on(host, 1000)
+
+
+class Offload:
+    """Weights of a whole model come to the device when it is called, and leave when the pipeline
+    frees its hooks, as with ``enable_model_cpu_offload``; here they are copied."""
+
+    def __init__(self, pipeline) -> None:
+        self.there: set[str] = set()
+        pipeline._all_hooks = ["…"]
+        pipeline.maybe_free_model_hooks = self.there.clear
+        for name in ("unet", "text_encoder"):
+            model = getattr(pipeline, name)
+            model.register_forward_pre_hook(lambda model, _, name=name: self.bring(model, name))
+
+    def bring(self, model, name) -> None:
+        if name not in self.there:
+            self.there.add(name)
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+
+
+def test_weights_that_are_offloaded_are_no_part_of_a_row():
+    def measured(offloaded: bool) -> Cost:
+        pipeline = make_pipeline()
+        if offloaded:
+            Offload(pipeline)
+        host = DiffusersHost(pipeline)
+        concepts = [Concept(random_lora(host, seed), prompts=["a cat"]) for seed in (1, 2)]
+        generator = torch.Generator().manual_seed(0)
+        changes = changes_of(concepts)
+        job = Job(host, concepts, changes, CALIBRATION, generator, lambda *_: None)
+        with job.run() as run:
+            *_, (stage, cost) = (
+                (stage, Measure(stage, run.lockstep, 2).row()) for stage in run.stages()
+            )
+        assert stage.name == "unet"
+        return cost
+
+    assert measured(True).steps == measured(False).steps
 
 
 def test_free_memory_of_an_xpu_is_its_own(monkeypatch):
