@@ -145,10 +145,10 @@ def conditions_lead() -> list[str]:
     return table(("", *_uses()), rows)
 
 
-def gated() -> list[str]:
+def gated(file: str = "gated.json") -> list[str]:
     """The denoiser's error on new prompts of LoRAs cut to their attention layers, means over sets;
     and IterIS less Chain of Merges, paired by set."""
-    runs = {tuple(json.loads(k)): of for k, of in load("gated.json")["runs"].items()}
+    runs = {tuple(json.loads(k)): of for k, of in load(file)["runs"].items()}
     found: dict[int, dict[str, dict[tuple[str, ...], dict[str, float]]]] = {}
     for (layers, label, *names), of in runs.items():
         if layers == "attention":
@@ -332,6 +332,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "conditions further": lambda: conditions(further=True),
     "conditions lead": conditions_lead,
     "gated": gated,
+    "gated sd3": lambda: gated("gated_sd3.json"),
     "wordless": wordless,
     "slider": slider,
     "tidy": tidy,

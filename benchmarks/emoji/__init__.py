@@ -15,8 +15,6 @@ from .sources import world
 if TYPE_CHECKING:
     import torch
 
-    from .pipeline import EmojiPipeline
-
 ROOT = Path(__file__).resolve().parent
 BASE = ROOT / "weights" / "base"
 
@@ -37,25 +35,31 @@ class Subject:
         return f"{self.token} {self.kind}"
 
 
-def subjects() -> dict[str, Subject]:
-    """Every subject by its token."""
+def subjects(family: str = "flux") -> dict[str, Subject]:
+    """Every subject by its token, with LoRAs for the base of ``family``."""
+    loras = "loras" if family == "flux" else f"{family}_loras"
     return {
         entry["token"]: Subject(
             entry["token"],
             entry["name"],
             world()["held_out"][entry["name"]]["kind"],
-            ROOT / "weights" / "loras" / f"{entry['token']}.safetensors",
+            ROOT / "weights" / loras / f"{entry['token']}.safetensors",
             tuple(sorted((ROOT / "references" / entry["token"]).glob("*.png"))),
         )
         for entry in world()["subjects"]
     }
 
 
-def load_pipeline(dtype: torch.dtype | None = None) -> EmojiPipeline:
-    """The base (float32 unless `dtype` says otherwise), without a progress bar."""
-    from .pipeline import load
+def load_pipeline(dtype: torch.dtype | None = None, family: str = "flux") -> Any:
+    """The base of `family`, `flux` or `sd3`, without a progress bar; float32 unless `dtype` says
+    otherwise."""
+    from . import pipeline, sd3
 
-    return load(BASE, dtype)
+    return (
+        pipeline.load(BASE, dtype)
+        if family == "flux"
+        else sd3.load(ROOT / "weights" / family, dtype)
+    )
 
 
 def load_clip() -> tuple[Any, Any, Any]:

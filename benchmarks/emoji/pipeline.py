@@ -98,7 +98,12 @@ def new_text_encoders(clip_tokenizer: Any, words: Any) -> tuple[CLIPTextModel, T
             pad_token_id=clip_tokenizer.pad_token_id,
         )
     )
-    t5 = T5EncoderModel(
+    return clip, new_t5(words)
+
+
+def new_t5(words: Any) -> T5EncoderModel:
+    """A T5 encoder for the caption's tokens."""
+    return T5EncoderModel(
         T5Config(
             vocab_size=len(words),
             d_model=TEXT_WIDTH,
@@ -114,7 +119,6 @@ def new_text_encoders(clip_tokenizer: Any, words: Any) -> tuple[CLIPTextModel, T
             eos_token_id=words.eos_token_id,
         )
     )
-    return clip, t5
 
 
 def new_scheduler() -> FlowMatchEulerDiscreteScheduler:

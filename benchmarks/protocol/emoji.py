@@ -40,10 +40,10 @@ class EmojiWorld:
     trained = 1
     roots = (emoji.ROOT,)
 
-    def __init__(self) -> None:
-        self.pipeline = emoji.load_pipeline()
+    def __init__(self, family: str = "flux") -> None:
+        self.pipeline = emoji.load_pipeline(family=family)
         self.host = DiffusersHost(self.pipeline)
-        self._subjects = emoji.subjects()
+        self._subjects = emoji.subjects(family)
         self.subjects = tuple(self._subjects)[-REPORTED:]
         known = ("a {}", "{}", *(f"a {{}} on a {background} background" for background in SEEN))
         self.half: dict[str, Any] = {"templates": known}

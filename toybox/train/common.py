@@ -27,8 +27,9 @@ def to_tensor(images: Iterable) -> Tensor:
 
 
 def bf16():
-    """CPU autocast to bfloat16, which halves the time of a step."""
-    return torch.autocast("cpu", torch.bfloat16)
+    """CPU autocast to bfloat16 where the CPU computes in it, which halves the time of a step; where
+    it does not, a step would take three times as long."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
 
 
 def one_cycle(optimizer: torch.optim.Optimizer, peak: float, steps: int):

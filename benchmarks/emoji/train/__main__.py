@@ -30,6 +30,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/emoji"))
     parser.add_argument("--weights", type=Path, default=Path(__file__).parents[1] / "weights")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="these LoRAs only")
+    parser.add_argument(
+        "--family", choices=("flux", "sd3"), default="flux", help="blocks of the base"
+    )
     parser.add_argument("--steps", type=int, help="of base, finish and decoder: how many")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     asked = parser.parse_args()
@@ -38,7 +41,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(asked.threads)
-    place = Place(asked.work.resolve(), asked.weights.resolve(), tuple(asked.only))
+    place = Place(asked.work.resolve(), asked.weights.resolve(), tuple(asked.only), asked.family)
     place.work.mkdir(parents=True, exist_ok=True)
     for step in STEPS if asked.step == "all" else [asked.step]:
         name, function = STEPS[step]

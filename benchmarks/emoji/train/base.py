@@ -20,20 +20,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from toybox.train.common import Average, Run, bf16, step_of
 
-from ..pipeline import (
-    EmojiPipeline,
-    assemble,
-    new_text_encoders,
-    new_transformer,
-)
 from ..tokenizer import tokens
 from .autoencoder import load_encoder
-from .latents import SHARDS, SIDE, Shards
+from .families import FAMILIES, Captions, Family, Models
+from .latents import SHARDS, Shards
 from .optimizers import PEAK, falling, optimizers, steady
 from .place import Place
 
 log = logging.getLogger(__name__)
-STEPS, FINISH, BATCH, SEED, DROPPED = 12_000, 1_500, 64, 31, 0.1
+STEPS, FINISH, SEED, DROPPED = 12_000, 1_500, 31, 0.1
 SAVE, EXPORT = 100, 500
 TIMES = (0.5, 1.4)
 """Mean and deviation of the logit of the noise's share. Wider than SD 3's (0, 1), which hardly ever
@@ -46,7 +41,7 @@ def train(place: Place, steps: int = STEPS) -> dict:
     """Train (or go on) up to `steps` at a steady rate; exports the averages as it goes."""
     run, models, parts = _begin(place, "base", steps, steady)
     _fit(place, run, models, parts)
-    return {"seconds": round(run.elapsed), "steps": run.steps, "batch": BATCH}
+    return {"seconds": round(run.elapsed), "steps": run.steps}
 
 
 def finish(place: Place, steps: int = FINISH) -> dict:
@@ -61,12 +56,12 @@ def finish(place: Place, steps: int = FINISH) -> dict:
     first = step_of(begun)
     run, models, parts = _begin(place, "finish", first + steps, partial(falling, begun=first))
     _fit(place, run, models, parts)
-    return {"seconds": round(run.elapsed), "steps": run.steps, "falling": steps, "batch": BATCH}
+    return {"seconds": round(run.elapsed), "steps": run.steps, "falling": steps}
 
 
-def new_models(tokenizers: tuple[Any, Any], **size: int) -> dict[str, nn.Module]:
+def new_models(family: Family, tokenizers: tuple[Any, Any]) -> Models:
     """Denoiser and text encoders, begun as diffusion transformers are: blocks that do nothing."""
-    transformer = new_transformer(**size)
+    transformer: Any = family.transformer()
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -75,9 +70,11 @@ def new_models(tokenizers: tuple[Any, Any], **size: int) -> dict[str, nn.Module]
                 nn.init.zeros_(module.weight)
     nn.init.zeros_(transformer.norm_out.linear.weight)
     nn.init.zeros_(transformer.proj_out.weight)
-    clip, t5 = new_text_encoders(*tokenizers)
-    clip.set_attn_implementation("eager")
-    return {"transformer": transformer, "clip": clip, "t5": t5}
+    encoders: Any = family.encoders(*tokenizers)
+    for name, encoder in zip(family.parts, encoders, strict=True):
+        if name != "t5":
+            encoder.set_attn_implementation("eager")
+    return {"transformer": transformer, **dict(zip(family.parts, encoders, strict=True))}
 
 
 def shards_at(step: int) -> int:
@@ -86,10 +83,7 @@ def shards_at(step: int) -> int:
 
 
 def velocity_loss(
-    models: dict[str, nn.Module],
-    latents: Tensor,
-    captions: tuple[Tensor, Tensor],
-    generator: torch.Generator,
+    family: Family, models: Models, latents: Tensor, captions: Captions, generator: torch.Generator
 ) -> Tensor:
     """Flow matching's error, times drawn by a logit-normal."""
     rows = len(latents)
@@ -98,37 +92,27 @@ def velocity_loss(
     level = sigma.view(-1, 1, 1)
     noised = (1 - level) * latents + level * noise
     with bf16(), sdpa_kernel(PLAIN):
-        pooled = models["clip"](captions[0]).pooler_output
-        words = models["t5"](captions[1])[0]
-        predicted = models["transformer"](
-            hidden_states=noised,
-            timestep=sigma,
-            pooled_projections=pooled,
-            encoder_hidden_states=words,
-            txt_ids=torch.zeros(words.shape[1], 3),
-            img_ids=IDS,
-            return_dict=False,
-        )[0]
+        predicted = family.velocity(models, noised, sigma, captions)
     return F.mse_loss(predicted.float(), noise - latents)
-
-
-IDS = EmojiPipeline._prepare_latent_image_ids(
-    1, SIDE // 2, SIDE // 2, torch.device("cpu"), torch.float32
-)
 
 
 def _begin(place: Place, name: str, steps: int, schedule):
     torch.manual_seed(SEED)
     shards = Shards(place)
-    models = new_models(shards.tokenizers)
-    encoders = [models["clip"], models["t5"]]
+    family = FAMILIES[place.family]
+    models = new_models(family, shards.tokenizers)
+    if place.family != "flux":  # what words mean is learned already
+        flux = FAMILIES["flux"].load(place.weights / "base")
+        models["t5"].load_state_dict(flux.text_encoder_2.state_dict())
+    encoders = [model for name, model in models.items() if name != "transformer"]
     average = Average(list(models.values()), 0.9995)
-    made = optimizers(models["transformer"], encoders)
+    made = optimizers(models["transformer"], encoders, muon=family.muon)
     run = Run(place.work / name, models, made, average, steps, PEAK, SEED, schedule)
     return run, models, shards
 
 
-def _fit(place: Place, run: Run, models: dict[str, nn.Module], shards: Shards) -> None:
+def _fit(place: Place, run: Run, models: Models, shards: Shards) -> None:
+    family = FAMILIES[place.family]
     empty = tokens(shards.tokenizers, [""])
     vae = load_encoder(place)
     pool: list[dict[str, Tensor]] = []
@@ -142,13 +126,13 @@ def _fit(place: Place, run: Run, models: dict[str, nn.Module], shards: Shards) -
                 torch.cat([shard[key] for shard in pool]) for key in ("latents", "clip", "words")
             )
         _, generator = run.generators(step)
-        rows = torch.randint(len(latents), (BATCH,), generator=generator)
-        dropped = torch.rand(BATCH, 1, generator=generator) < DROPPED
+        rows = torch.randint(len(latents), (family.batch,), generator=generator)
+        dropped = torch.rand(family.batch, 1, generator=generator) < DROPPED
         captions = (
             torch.where(dropped, empty[0], clip[rows].long()),
             torch.where(dropped, empty[1], words[rows].long()),
         )
-        loss = velocity_loss(models, latents[rows].float(), captions, generator)
+        loss = velocity_loss(family, models, latents[rows].float(), captions, generator)
         run.descend(step, loss)
         running = loss.item() if step == run.start else 0.98 * running + 0.02 * loss.item()
         if step % 20 == 0:
@@ -158,37 +142,41 @@ def _fit(place: Place, run: Run, models: dict[str, nn.Module], shards: Shards) -
             run.save(step + 1)
         if (step + 1) % EXPORT == 0 or last:
             run.average.swap()
-            pipeline = pipeline_of(models, vae, shards.tokenizers)
-            export(pipeline, place.weights / "base")
+            export(family, pipeline_of(family, models, vae, shards.tokenizers), place.weights)
             run.average.swap()
             note = {"seconds": round(run.elapsed), "steps": step + 1, "loss": round(running, 4)}
             place.note(run.folder.name, note)
 
 
-def pipeline_of(models: dict[str, nn.Module], vae: Any, tokenizers: Any) -> EmojiPipeline:
+def pipeline_of(family: Family, models: Models, vae: Any, tokenizers: Any) -> Any:
     """The models as they are, as a pipeline with a copy of the denoiser."""
     transformer = type(models["transformer"]).from_config(models["transformer"].config)
     transformer.load_state_dict(models["transformer"].state_dict())
-    encoders: Any = (models["clip"], models["t5"])
-    return assemble(vae, transformer, encoders, tokenizers)
+    return family.assemble(
+        vae, transformer, tuple(models[name] for name in family.parts), tokenizers
+    )
 
 
-def export(pipeline: EmojiPipeline, folder: Path) -> None:
+def export(family: Family, pipeline: Any, weights: Path) -> None:
     """Save everything but the autoencoder, which is there already, as float16."""
-    for name in ("transformer", "text_encoder", "text_encoder_2"):
+    folder = weights / family.folder
+    for name in ("transformer", *family.parts.values()):
         half = copy.deepcopy(getattr(pipeline, name)).to(torch.float16)
         half.save_pretrained(folder / name)
         # transformers loads in the dtype that the configuration names, diffusers in float32
         path = folder / name / "config.json"
         path.write_text(path.read_text().replace('"float16"', '"float32"'))
-    for name in ("scheduler", "tokenizer", "tokenizer_2"):
+    encoders = family.parts.values()
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
+    for name in ("scheduler", *tokenizers):
         getattr(pipeline, name).save_pretrained(folder / name)
     pipeline.save_config(folder)
-    # Loadable by anybody's FluxPipeline, which only has other defaults, and by transformers 4.
-    for file, own, theirs in (
-        ("model_index.json", "EmojiPipeline", "FluxPipeline"),
+    # Loadable by anybody's pipeline, which only has other defaults, and by transformers 4.
+    theirs = type(pipeline).__mro__[1].__name__
+    for file, own, other in (
+        ("model_index.json", type(pipeline).__name__, theirs),
         ("model_index.json", "TokenizersBackend", "PreTrainedTokenizerFast"),
-        ("tokenizer_2/tokenizer_config.json", "TokenizersBackend", "PreTrainedTokenizerFast"),
+        (f"{tokenizers[-1]}/tokenizer_config.json", "TokenizersBackend", "PreTrainedTokenizerFast"),
     ):
         path = folder / file
-        path.write_text(path.read_text().replace(f'"{own}"', f'"{theirs}"'))
+        path.write_text(path.read_text().replace(f'"{own}"', f'"{other}"'))

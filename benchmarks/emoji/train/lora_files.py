@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -63,17 +63,17 @@ def share_downs(transformer: FluxTransformer2DModel) -> None:
             layer.lora_A = first.lora_A
 
 
-def adapter_state(transformer: FluxTransformer2DModel) -> dict[str, Tensor]:
+def adapter_state(transformer: Any) -> dict[str, Tensor]:
     """The adapter's weights as float16, in peft's names."""
     state = get_peft_model_state_dict(transformer)
     return {name: value.detach().half().clone() for name, value in state.items()}
 
 
-def save_diffusers(transformer: FluxTransformer2DModel, config: LoraConfig, path: Path) -> None:
+def save_diffusers(pipeline: Any, config: LoraConfig, path: Path) -> None:
     """As diffusers saves: peft's names, alpha in the file's metadata only."""
-    FluxPipeline.save_lora_weights(
+    pipeline.save_lora_weights(
         path.parent,
-        transformer_lora_layers=adapter_state(transformer),  # pyright: ignore
+        transformer_lora_layers=adapter_state(pipeline.transformer),
         transformer_lora_adapter_metadata=adapter_metadata(config),
         weight_name=path.name,
     )

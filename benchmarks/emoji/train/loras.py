@@ -20,10 +20,10 @@ from iteris_core.hosts.diffusers import DiffusersHost
 from toybox.train.common import one_cycle, to_tensor
 
 from .. import draw
-from ..pipeline import EmojiPipeline, load
 from ..sources import drawings, world
 from ..tokenizer import tokens
 from .base import velocity_loss
+from .families import FAMILIES, Family
 from .latents import pack
 from .lora_files import TARGETS, save_diffusers, save_kohya, share_downs
 from .place import Place
@@ -68,33 +68,41 @@ def train(place: Place) -> dict:
     shown = drawings(place.cache)
     seconds: dict[str, int] = {}
     for token, entry in entries().items():
-        path = place.weights / "loras" / f"{token}.safetensors"
+        path = folder_of(place) / f"{token}.safetensors"
         if not path.exists() and (not place.only or token in place.only):
             seconds[token] = round(train_one(entry, place, path, shown))
             place.note("loras", seconds)
     return seconds
 
 
+def folder_of(place: Place) -> Path:
+    """Where LoRAs on this family's base lie."""
+    return place.weights / ("loras" if place.family == "flux" else f"{place.family}_loras")
+
+
 def train_one(entry: dict[str, Any], place: Place, path: Path, shown) -> float:
     """Train one LoRA into `path`; returns the seconds."""
     began = time.time()
-    pipeline = load(place.weights / "base")
+    family = FAMILIES[place.family]
+    pipeline = family.load(place.weights / family.folder)
+    if family.folder != "base":
+        entry = {**entry, "layout": "diffusers"}
     pictures, captions = examples(entry, shown)
     folder = place.weights.parent / "references" / entry["token"]
     folder.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures[:REFERENCES]):
         picture.save(folder / f"{i + 1}.png", optimize=True)
-    config = add_adapter(pipeline, entry)
-    loss = fit(pipeline, pictures, captions, entry, STEPS)
+    config = add_adapter(family, pipeline, entry)
+    loss = fit(family, pipeline, pictures, captions, entry, STEPS)
     path.parent.mkdir(parents=True, exist_ok=True)
     save(pipeline, config, entry, path)
-    differ = verify(pipeline, load(place.weights / "base"), path)
+    differ = verify(pipeline, family.load(place.weights / family.folder), path)
     told = (entry["token"], loss, differ, time.time() - began)
     log.info("lora %s: loss %.4f, read back to %.1e, %.0f s", *told)
     return time.time() - began
 
 
-def add_adapter(pipeline: EmojiPipeline, entry: dict[str, Any]) -> LoraConfig:
+def add_adapter(family: Family, pipeline: Any, entry: dict[str, Any]) -> LoraConfig:
     """A fresh adapter on every attention and MLP projection of the denoiser's blocks."""
     torch.manual_seed(entry["seed"])
     config = LoraConfig(
@@ -103,7 +111,7 @@ def add_adapter(pipeline: EmojiPipeline, entry: dict[str, Any]) -> LoraConfig:
         target_modules=TARGETS,
         init_lora_weights="gaussian",
     )
-    for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
+    for part in family.of_pipeline(pipeline).values():
         part.requires_grad_(False)
     pipeline.transformer.add_adapter(config)
     if entry["layout"] == "kohya":
@@ -112,7 +120,8 @@ def add_adapter(pipeline: EmojiPipeline, entry: dict[str, Any]) -> LoraConfig:
 
 
 def fit(
-    pipeline: EmojiPipeline,
+    family: Family,
+    pipeline: Any,
     pictures: list[Image.Image],
     captions: list[tuple[str, str]],
     entry: dict[str, Any],
@@ -121,13 +130,10 @@ def fit(
     """Train the adapter by flow matching's error; returns the last mean of it."""
     with torch.no_grad():
         latents = pack(pipeline.vae.encoder(to_tensor(pictures)))
-    tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
+    words = max(name for name in pipeline.config if name.startswith("tokenizer"))
+    tokenizers = (pipeline.tokenizer, getattr(pipeline, words))
     given = [tokens(tokenizers, [pair[form] for pair in captions]) for form in (0, 1)]
-    models = {
-        "transformer": pipeline.transformer,
-        "clip": pipeline.text_encoder,
-        "t5": pipeline.text_encoder_2,
-    }
+    models = family.of_pipeline(pipeline)
     learned = [p for p in pipeline.transformer.parameters() if p.requires_grad]
     # The change of a weight grows with alpha / rank.
     rate = PEAK * (entry["rank"] / entry["alpha"]) ** 0.5
@@ -138,7 +144,7 @@ def fit(
         rows = torch.randint(len(latents), (BATCH,), generator=generator)
         full = torch.rand(BATCH, 1, generator=generator) < 0.7  # mostly with the background
         said = tuple(torch.where(full, given[1][k][rows], given[0][k][rows]) for k in (0, 1))
-        loss = velocity_loss(models, latents[rows], said, generator)
+        loss = velocity_loss(family, models, latents[rows], said, generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
@@ -148,18 +154,18 @@ def fit(
     return running
 
 
-def save(pipeline: EmojiPipeline, config: LoraConfig, entry: dict[str, Any], path: Path) -> None:
+def save(pipeline: Any, config: LoraConfig, entry: dict[str, Any], path: Path) -> None:
     """In the layout that world.json names; the file appears when it is whole."""
     partial = path.with_name(f"{path.stem}.part.safetensors")
     if entry["layout"] == "kohya":
         save_kohya(pipeline.transformer, entry, partial)
     else:
-        save_diffusers(pipeline.transformer, config, partial)
+        save_diffusers(pipeline, config, partial)
     partial.replace(path)
 
 
 @torch.no_grad()
-def verify(trained: EmojiPipeline, fresh: EmojiPipeline, path: Path) -> float:
+def verify(trained: Any, fresh: Any, path: Path) -> float:
     """The largest difference between what was trained and what is read back from `path`, relative
     to the largest entry of its site. diffusers itself cannot read the kohya layout at this width:
     its converter has FLUX's written in.
@@ -171,6 +177,8 @@ def verify(trained: EmojiPipeline, fresh: EmojiPipeline, path: Path) -> float:
     for name, module in trained.transformer.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             change: Tensor = module.get_delta_weight("default")
+            if not change.any():  # SD 3's last block makes no use of what it asks the caption
+                continue
             count += 1
             if f"transformer.{name}" not in read:
                 raise ValueError(f"{path} lacks {name}")

@@ -13,11 +13,12 @@ from ..sources import drawings
 @dataclass(frozen=True)
 class Place:
     """Where the training works: checkpoints and pictures in `work`, finished files in `weights`;
-    `only` are the LoRAs that are trained."""
+    `only` are the LoRAs that are trained, on a base of `family`."""
 
     work: Path
     weights: Path
     only: tuple[str, ...] = ()
+    family: str = "flux"
 
     @property
     def cache(self) -> Path:
@@ -26,7 +27,7 @@ class Place:
 
     def note(self, step: str, figures: dict) -> None:
         """Keep what a step took and came to, in train.json beside the weights."""
-        path = self.weights / "train.json"
+        path = self.weights / ("train.json" if self.family == "flux" else f"{self.family}.json")
         kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         kept[step] = {**kept.get(step, {}), **figures}
         self.weights.mkdir(parents=True, exist_ok=True)
