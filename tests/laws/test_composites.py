@@ -152,7 +152,7 @@ def test_rows_of_a_composite_have_latents_of_its_parts():
     calibration = Calibration(contexts=0.0)
     owners = [owner for owner in range(3) for _ in range(50)]
     wording = Wording(WORDS, concepts, generator)
-    drawn = SamplePrompts(owners, ["p"] * 150, concepts, calibration, wording)
+    drawn = SamplePrompts(owners, ["p"] * 150, concepts, calibration, wording, [])
     rows = drawn.texts(1)
     assert concepts[3].parts == (SUBJECT, STYLE)
     own = [n for n, owner in zip(rows.latent_rows, rows.owners, strict=True) if owner == 3]
