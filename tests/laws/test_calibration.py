@@ -96,7 +96,7 @@ def texts(owners, prompts, count, empty, generator, concepts=None, contexts=0.0)
     """Rows of concepts with LoRAs, as many as there are owners."""
     concepts = concepts or [Concept(Lora({}), trigger=f"t{owner}") for owner in set(owners)]
     calibration, wording = Calibration(contexts=contexts), Wording(WORDS, concepts, generator)
-    drawn = SamplePrompts(owners, prompts, concepts, calibration, wording, empty)
+    drawn = SamplePrompts(owners, prompts, concepts, calibration, wording, [], empty)
     return drawn.texts(count)
 
 
