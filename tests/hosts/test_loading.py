@@ -19,7 +19,7 @@ from iteris_core.lora_files.experts import joined_experts
 WAN = "Wan 2.2 with two experts"
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("SDXL", "SD 3", "Z-Image")]
 NAMES = ["FLUX.1", "Qwen-Image", WAN, *SLOW]
-QUICK = {"samples": 2, "timesteps": 1, "denoising_steps": 2}
+QUICK = {"samples": 2, "timesteps": 2, "denoising_steps": 2}
 
 
 def assert_draws(reduced, lora, drawn):
