@@ -48,7 +48,7 @@ class PipelineLoop:
         self.modular = ModularFunction(pipeline) if is_modular(pipeline) else None
         self._function = self.modular or inspect.unwrap(type(pipeline).__call__)
         self.names: Mapping[str, inspect.Parameter] = (
-            self.modular.names if self.modular else inspect.signature(self._function).parameters
+            self.modular.names if self.modular else _parameters(type(pipeline))
         )
         for name in call.keys() - self.names.keys():
             raise BaseError(
@@ -158,6 +158,18 @@ class PipelineLoop:
         generators = [torch.Generator().manual_seed(seed) for _ in range(pictures * len(prompts))]
         self.run(prompts, see, steps=2, size=size, generators=generators, pictures=pictures)
         return calls[0]
+
+
+def _parameters(kind: type) -> dict[str, inspect.Parameter]:
+    """The parameters of a pipeline's ``__call__``; where it passes others on, its parent's too."""
+    found: dict[str, inspect.Parameter] = {}
+    for owner in kind.__mro__:
+        if "__call__" in vars(owner):
+            given = inspect.signature(inspect.unwrap(vars(owner)["__call__"])).parameters
+            found = {**given, **found}
+            if all(one.kind is not Parameter.VAR_KEYWORD for one in given.values()):
+                break
+    return found
 
 
 def is_modular(pipeline: Any) -> bool:

@@ -68,3 +68,20 @@ def test_a_pipeline_without_a_text_encoder_is_an_error(pipeline):
     pipeline.text_encoder = None
     with pytest.raises(IterisError, match="has no text_encoder"):
         DiffusersHost(pipeline)
+
+
+def test_a_pipeline_that_passes_arguments_on_is_seeded_too(pipeline):
+    """Its parent's ``__call__`` names what it takes."""
+
+    class Own(type(pipeline)):
+        def __call__(self, prompt=None, num_inference_steps=7, **others):
+            return super().__call__(prompt, num_inference_steps=num_inference_steps, **others)
+
+    pipeline.__class__ = Own
+    host = DiffusersHost(pipeline)
+    assert {"generator", "output_type", "height"} <= host._loop.names.keys()
+    one, two = (
+        merge_loras(host, merged_concepts(host, select=is_attention), calibration=CALIBRATION).lora
+        for _ in range(2)
+    )
+    assert largest_gap(one, two) == 0
