@@ -77,11 +77,12 @@ def record_rows(
     noise, names = calibration.latents == "noise", list(loop.denoisers)
     samples = {owner: [*own] for owner, own in groupby(range(len(owners)), owners.__getitem__)}
     generators: list[torch.Generator] = []
-    picks = torch.empty(0, calibration.rows_each, dtype=torch.int64)
+    steps: list[Tensor] = []
     for owner, own in samples.items():
         generator = drawn.generators[owner]
         generators += _generators(len(own), arguments.numbers, generator)
-        picks = torch.cat([picks, drawn_steps(len(own), calibration, arguments.steps, generator)])
+        steps.append(drawn_steps(len(own), calibration, arguments.steps, generator))
+    picks = torch.cat(steps)
     keys = {owner: drawn.key(owner, prompts, lockstep) for owner in samples} if store else {}
     known = {owner: store.get(key) for owner, key in keys.items()} if store else {}
     most = _BATCH if arguments.alike else 1
