@@ -316,6 +316,12 @@ class Calibration(Settings):
         return found or PAIR_TEMPLATES
 
 
+def over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a calibration, ``given`` over ``values``. A number of samples that is given without
+    a total counts for each LoRA."""
+    return {**values, **({"total_samples": None} if "samples" in given else {}), **given}
+
+
 def recognised(
     file: Path, metadata: Mapping[str, str], given: Collection[str]
 ) -> tuple[dict[str, Any], str]:

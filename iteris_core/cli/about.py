@@ -132,9 +132,9 @@ def _what(kind: type[IterisError]) -> str:
 
 def store(
     folder: Annotated[Path | None, typer.Argument(help="Default: the one in use")] = None,
-    clear: Annotated[bool, option("Remove them", "--clear")] = False,
+    clear: Annotated[bool, option("Remove all samples", "--clear")] = False,
 ) -> None:
-    """Show how much room the samples take that are kept for later merges.
+    """Show the size of the store of denoised samples, or clear it.
 
     \b
     iteris store --clear

@@ -68,8 +68,8 @@ Memory = Annotated[
 Store = Annotated[
     str | None,
     option(
-        "Folder where denoised samples are kept for later merges; none: nowhere. Default: "
-        "iteris/samples in the user's cache",
+        "Folder that keeps denoised samples for later merges, or none; default: iteris/samples in "
+        "the user's cache",
         metavar="FOLDER",
         panel=CALIBRATION,
     ),

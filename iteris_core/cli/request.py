@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from ..concepts import Calibration
+from ..concepts import Calibration, over
 from ..config import ConceptConfig, MergeConfig, Unmergeable
 from ..errors import ConceptError, MergeFileError, RecipeError, SettingsError, UsageError
 from ..lora_files import Layout, read_tensors
@@ -109,9 +109,9 @@ def requested(
     lines = read_lines(options.templates) if options.templates else None
     changes: dict[str, Any] = {
         "settings": {**config.settings, **settings[config.method]},
-        "calibration": {
-            **config.calibration, **of_pairs, **calibration, **given(templates=lines)
-        },
+        "calibration": over(
+            config.calibration, {**of_pairs, **calibration, **given(templates=lines)}
+        ),
         **given(unmergeable=options.unmergeable, preset=options.preset),
     }  # fmt: skip
     return config.model_copy(update=changes)

@@ -170,8 +170,9 @@ class DiffusersHost(Host):
         recorded = None
         if denoises:
             said = self._said(drawn.owners, drawn.prompts)
-            base = self._base_digest(arguments) if store else None
-            store = store.within(base) if store and base else None
+            keeps = store is not None and calibration.latents != "noise"
+            base = self._base_digest(arguments) if keeps else None
+            store = store.within(base) if store is not None and base else None
             recorded = record_rows(self._loop, arguments, drawn, said, lockstep, tick, store)
         text = drawn.texts(None if recorded is None else recorded.each)
         return DiffusionSamples(text, arguments, drawn.effective_samples(text), recorded)

@@ -131,13 +131,14 @@ def record_rows(
 
     parts: list[dict[str, Tensor]] = []
     for owner, own in samples.items():
-        kept = known.get(owner) or {_RAN: torch.zeros(len(own), picks.shape[1], dtype=torch.int64)}
+        found = known.get(owner)
+        kept = found or {_RAN: torch.zeros(len(own), picks.shape[1], dtype=torch.int64)}
         for rows in runs[owner]:
-            if not known.get(owner):
+            if not found:
                 run = partial(denoise, rows, kept, own[0])
                 lockstep.run(MicroBatch(run, [owner], 1, of_one=True))
             before += len(rows) * int(picks[rows].max())
-        if store is not None and not (noise or known.get(owner)):
+        if store is not None and not found:
             store.put(kept, keys[owner])
         parts.append(kept)
     report(total)

@@ -87,13 +87,14 @@ class SampleStore:
         return sorted(found)
 
     def _shrink(self, limit: int) -> int:
-        size, removed = self.size, 0
-        for _, own, path in self._files():
+        files, removed = self._files(), 0
+        size = sum(own for _, own, _ in files)
+        for _, own, path in files:
             if size - removed <= limit:
                 break
             with suppress(OSError):
-                path.unlink()
-            removed += own
+                path.unlink(missing_ok=True)
+                removed += own
         return removed
 
     def _path(self, parts: Sequence[str]) -> Path:
@@ -112,12 +113,13 @@ def digest(value: Any) -> str:
 
 def digest_of_weights(named: Iterable[tuple[str, Tensor]]) -> str | None:
     """A hash of a model's weights, of some values of each: training changes all of them. None if a
-    weight is not there, as on the device "meta"."""
+    weight is not there, as on the device "meta", or is no plain tensor."""
     found = hashlib.sha256()
     for name, tensor in named:
-        if tensor.is_meta:
+        tensor = tensor.detach()
+        if tensor.is_meta or type(tensor) is not Tensor:
             return None
-        flat = tensor.detach().reshape(-1)
+        flat = tensor.reshape(-1)
         some = flat[:: max(1, flat.numel() // _VALUES)]
         _feed(found, (name, tuple(tensor.shape), some))
     return found.hexdigest()

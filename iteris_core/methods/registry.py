@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..concepts import Calibration
+from ..concepts import Calibration, over
 from ..errors import SettingsError, did_you_mean
 from ..lora import LowRank, SiteChanges
 from ..passes.batches import REFERENCE, SWEEP, ExecutionConfig
@@ -235,8 +235,8 @@ def settings_over(
         raise SettingsError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}.")
     chosen = PRESETS[preset]
     usual = chosen.settings if method == "iteris" else {}
-    if isinstance(calibration, Mapping) and "samples" in calibration:
-        calibration = {"total_samples": None, **calibration}
+    if isinstance(calibration, Mapping):
+        calibration = over(chosen.calibration, calibration)
     return (
         _over(usual, settings, find_method(method).settings),
         _over(chosen.calibration, calibration, Calibration),

@@ -131,8 +131,11 @@ def _wait_until_up(client: Client, process: subprocess.Popen[bytes], log: Path) 
 
 
 @pytest.fixture(scope="session")
-def pack(library: None) -> ModuleType:
+def pack(library: None, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """This pack, imported the way ComfyUI does: by its folder, under a name of no meaning."""
+    import folder_paths
+
+    folder_paths.set_user_directory(str(tmp_path_factory.mktemp("user")))
     spec = importlib.util.spec_from_file_location(
         "custom-nodes/iteris-lora", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )

@@ -37,7 +37,6 @@ def use_folders(monkeypatch: pytest.MonkeyPatch, folder: Path, *kinds: str) -> N
         monkeypatch.setitem(
             folder_paths.folder_names_and_paths, kind, ([str(folder / kind)], known)
         )
-    monkeypatch.setattr(folder_paths, "user_directory", str(folder / "user"), raising=False)
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
 
 

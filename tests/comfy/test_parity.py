@@ -83,8 +83,8 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
     errors = {s: float((found[s] - w).norm() / w.norm().clamp(min=1e-9)) for s, w in wanted.items()}
     # These take out drift, a small difference of two large streams that round on their own, more so
     # with every layer of the text encoder.
-    drift = ("fc2", "out_proj", "ff.net.2")
-    apart = {s: e for s, e in errors.items() if e >= (1e-2 if s.endswith(drift) else 2e-4)}
+    drift = ("fc2", "out_proj")
+    apart = {s: e for s, e in errors.items() if e >= (2e-3 if s.endswith(drift) else 1e-4)}
     assert not apart, "\n".join(f"{s} {e:.1e}" for s, e in apart.items())
 
 

@@ -129,6 +129,18 @@ def test_a_store_stays_within_its_limit_and_lets_the_oldest_go(tmp_path):
     assert store.size == 0
 
 
+def test_weights_that_have_no_hash_keep_nothing():
+    """Those that are not there, and those of a tensor's subclass."""
+
+    class Packed(torch.Tensor):
+        pass
+
+    plain = torch.ones(3)
+    assert sample_store.digest_of_weights([("a", torch.nn.Parameter(plain))]) is not None
+    for other in (plain.to("meta"), plain.as_subclass(Packed)):
+        assert sample_store.digest_of_weights([("a", plain), ("b", other)]) is None
+
+
 def test_another_version_of_the_store_is_not_read(tmp_path, monkeypatch):
     store = SampleStore(tmp_path)
     store.put({"latents": torch.zeros(3)}, "a")

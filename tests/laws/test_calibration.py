@@ -5,7 +5,7 @@ import torch
 
 from iteris_core import Calibration, Concept, IterisError, Lora
 from iteris_core.calibration_prompts import Wording, calling_words, concept_prompts, whole_words
-from iteris_core.concepts import TEMPLATES, words_in
+from iteris_core.concepts import TEMPLATES, over, words_in
 from iteris_core.errors import ConceptError
 from iteris_core.hosts.rows import SamplePrompts, TextRows, added_concepts
 from iteris_core.methods.registry import settings_over
@@ -131,6 +131,7 @@ def test_many_loras_share_their_prompts():
     assert [shared(8, samples=9), shared(8, total_samples=None)] == [9, 50]
     assert Calibration().settled(8, pictures=False).samples == 50
     assert settings_over("default", "iteris", None, {"samples": 60})[1].total_samples is None
+    assert over({"samples": 25, "total_samples": 200}, {"samples": 60})["total_samples"] is None
     assert settings_over("fast", "iteris", None, {"seed": 1})[1].total_samples == 96
 
 
