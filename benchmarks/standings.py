@@ -17,7 +17,7 @@ from outputs import BUILD, RESULTS, read
 from protocol.plan import Variant
 
 from iteris_core.score.measures import Stat
-from iteris_core.score.results import html_page, html_table
+from toybox.page import html_page, html_table
 
 OURS = "iteris"
 NAMES = {"single": "each LoRA alone", "base": "no LoRA", "sum": "all loaded at once"}

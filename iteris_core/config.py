@@ -6,7 +6,7 @@ concepts' LoRAs here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
@@ -177,13 +177,10 @@ class ConceptConfig(Phrased, Config):
             raise ConceptError(f"{where}: {error}") from None
         return config
 
-    def to_dict(self, name: Callable[[Path], str] = str, *, usual: bool = True) -> dict[str, Any]:
-        """All :meth:`key_names`; ``name`` formats file names. Unless ``usual``, defaults are left
-        out."""
-        data = self.model_dump(mode="json", by_alias=True, exclude_defaults=not usual)
-        if self.file is not None:
-            data["file"] = "+".join(map(name, self.files))
-        return data | ({"weight": self.weight} if self.preserves else {})
+    def to_dict(self) -> dict[str, Any]:
+        """All :meth:`key_names`, in built-in types only."""
+        data = self.model_dump(mode="json", by_alias=True)
+        return data | ({"file": "+".join(map(str, self.files))} if self.files else {})
 
     @property
     def files(self) -> list[Path]:

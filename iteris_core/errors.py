@@ -53,7 +53,7 @@ class MergeFileError(IterisError, code="IT-05"):
     """A merge file cannot be read, or has a wrong key or value.
 
     The message names the file and the key. The long names of `iteris merge`'s options are keys,
-    with underscores; `iteris init FOLDER` writes a valid file.
+    with underscores. [Command line](../command-line.md#a-merge-file) has an example.
     """
 
 

@@ -22,13 +22,7 @@ from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.progress import OnProgress, Progress
 from iteris_core.score import ClipScorer, without_tokens
-from iteris_core.score.results import (
-    contact_sheet,
-    html_details,
-    html_gallery,
-    html_page,
-    html_table,
-)
+from iteris_core.score.results import contact_sheet
 
 from . import (
     BASE,
@@ -41,6 +35,7 @@ from . import (
     load_pipeline,
     settings,
 )
+from .page import html_details, html_gallery, html_page, html_table
 
 SETS = {"2": ("sks1", "sks4"), "4": ("sks1", "sks4", "sks6", "sks2")}
 SEEDS = (11, 12, 13, 14)

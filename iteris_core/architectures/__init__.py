@@ -15,7 +15,6 @@ __all__ = [
     "architecture",
     "architecture_of_file",
     "architecture_of_sites",
-    "said_base",
 ]
 
 ARCHITECTURES: Sequence[Architecture] = (SD1, SD2, SDXL, FLUX, SD3)
@@ -58,7 +57,9 @@ def architecture_of_file(shapes: Shapes, metadata: Mapping[str, str]) -> Archite
 
 
 def _of_file(shapes: Shapes, metadata: Mapping[str, str]) -> Architecture | None:
-    keys, said = " ".join(shapes), said_base(metadata)
+    keys = " ".join(shapes)
+    # The base model that the metadata name
+    said = metadata.get("ss_base_model_version", "") + metadata.get("modelspec.architecture", "")
 
     def has(*marks: str) -> bool:
         return any(mark in keys for mark in marks)
@@ -79,11 +80,6 @@ def _of_file(shapes: Shapes, metadata: Mapping[str, str]) -> Architecture | None
     if single or double or (transformer and ("flux" in said or _key_width(shapes, "attn") == 3072)):
         return FLUX
     return SD3 if transformer else None
-
-
-def said_base(metadata: Mapping[str, str]) -> str:
-    """The base model named in a file's metadata."""
-    return metadata.get("ss_base_model_version", "") + metadata.get("modelspec.architecture", "")
 
 
 def _key_width(shapes: Shapes, part: str) -> int | None:

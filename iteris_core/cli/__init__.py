@@ -14,7 +14,6 @@ from .about import PACKAGE, demo, explain, methods, store, version_of
 from .common import console, spelled, warn
 from .compare import compare, score
 from .files import bake, convert, inspect
-from .init import init
 from .merge import merge
 from .options import CONCEPT_FORMS, is_setting
 from .resize import extract, resize
@@ -26,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich" if sys.stdout.isatty() else None,  # plain text for a pipe
 )
 for command in (
-    *(merge, init, inspect, compare, score, resize, extract, convert, bake),
+    *(merge, inspect, compare, score, resize, extract, convert, bake),
     *(methods, explain, demo, store),
 ):
     forms = CONCEPT_FORMS if command in (merge, compare) else None

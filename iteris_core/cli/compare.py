@@ -127,7 +127,7 @@ def compare(context: typer.Context, options: CompareOptions, drawing: dict[str, 
             warn(f"Stopped early; {options.output} has what was finished: {', '.join(done)}.")
         raise
     typer.echo(markdown_table(comparison.rows))
-    typer.echo(f"Wrote comparison.json and .md, index.html and sheet.png into {options.output}.")
+    typer.echo(f"Wrote comparison.json, comparison.md and sheet.png into {options.output}.")
 
 
 def _checked(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -33,15 +32,13 @@ from ..lora_files.peft_folder import check_folder
 from ..lora_files.tensors import dtypes_of
 from ..passes.changes import changes_always
 from ..progress import Progress
-from ..report.inspection import Interference, LoraFacts, describe, interference, plot_loras
-from ..saving import atomically, check_new
+from ..report.inspection import Interference, LoraFacts, describe, interference
 from .base import check_base, located, lora_reader
 from .common import print_table, progress_bars
 from .inputs import check_apart, check_concepts
 from .merge_file import parse_concept
 from .options import AsJson, Dtype, Energy, Overwrite, Partial, option
 
-_PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 _COLUMNS = (
     "0: disjoint; 1: identical. Row spaces: the inputs that two LoRAs read from a layer. Column "
     "spaces: the outputs that they write. Conflict: the share of their outputs in which they "
@@ -55,20 +52,12 @@ def inspect(
         str | None, option("The base, if its shape differs from SD 1.5, XL, 3 or FLUX")
     ] = None,
     as_json: AsJson = False,
-    plot: Annotated[Path | None, option("Write a PNG of each block's content")] = None,
-    overwrite: Overwrite = False,
 ) -> None:
     """Show what LoRA files contain, and where two of them will interfere.
 
     \b
     iteris inspect cat.safetensors dog.safetensors
     """
-    if plot is not None:
-        if plot.suffix.lower() not in _PLOTS:
-            raise OutputError(f"--plot {plot}: the name must end in one of {', '.join(_PLOTS)}.")
-        check_new(plot, overwrite=overwrite)
-        if importlib.util.find_spec("matplotlib") is None:
-            raise OutputError("--plot needs matplotlib: pip install matplotlib")
     options = ReadOptions(allow_partial=True, of_weight=False, vectors=True)
     read = lora_reader(base)
     tensors = [read_tensors(path)[0] for path in files]
@@ -76,9 +65,6 @@ def inspect(
     facts = [describe(*pair) for pair in zip(loras, tensors, strict=True)]
     both = list(combinations(zip(loras, facts, strict=True), 2))
     pairs = [interference(a, b) for (a, of_a), (b, of_b) in both if of_a.base == of_b.base]
-    if plot is not None:
-        with atomically(plot) as unfinished:
-            plot_loras(facts).savefig(unfinished)
     if as_json:
         data = {"files": [asdict(f) for f in facts], "interference": [asdict(p) for p in pairs]}
         typer.echo(json.dumps(data))

@@ -187,7 +187,7 @@ def read_mapping(path: Path) -> dict[Any, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise MergeFileError(f"{path} is not valid YAML: {brief(error)}") from error
     if data is None:
-        raise MergeFileError(f"{path} is empty; iteris init FOLDER writes one for your LoRAs.")
+        raise MergeFileError(f"{path} is empty; write base:, output: and concepts: into it.")
     if not isinstance(data, dict):
         raise MergeFileError(f"{path}: the file must be a mapping of names to values, not {data!r}")
     return data

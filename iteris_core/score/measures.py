@@ -203,14 +203,9 @@ def over_seeds(values: Sequence[float], seeds: Sequence[int]) -> Stat:
     return Stat(fmean(means), error)
 
 
-def columns_of(rows: Rows) -> list[str]:
-    """The columns of all rows, in order of appearance."""
-    return list(dict.fromkeys(column for row in rows.values() for column in row))
-
-
 def markdown_table(rows: Rows) -> str:
     """A table with four digits; missing values stay empty."""
-    columns = columns_of(rows)
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [["method", *columns], ["---", *("---:" for _ in columns)]]
     lines += [
         [name, *(str(row.get(column, "")) for column in columns)] for name, row in rows.items()

@@ -1,39 +1,20 @@
-"""Files of a comparison: figures as JSON and Markdown, images as a labelled sheet and as one
-self-contained HTML page, also for phones and screen readers."""
+"""Files of a comparison: figures as JSON and Markdown, and images as a labelled sheet."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import OutputError, SaveError, brief
 from ..saving import together
 from .compare import Comparison
-from .measures import ALONE, BASE, Stat, columns_of, markdown_table
+from .measures import markdown_table
 
-_TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-_PARTS: Any = _TEMPLATES.get_template("parts.html").module
-_SIDE = 320
-"""Largest side in pixels of an image on the page: twice the widest cell."""
-OWN = "iteris"
-"""The row that pages highlight."""
 _FIGURES = "comparison.json"
-_LEAD = (
-    "<p>image: mean CLIP cosine to the reference pictures of a concept, on the prompts that name "
-    "it and no other (or, without such, on all that name it). text: CLIP cosine to the prompt "
-    "without its rare tokens. mean: half of each. The best merge of each column is marked; no LoRA "
-    "and each LoRA alone are there to compare with. Means ± standard errors over seeds. A heading "
-    "sorts.</p>"
-)
 
 
 def check_results_folder(folder: Path, *, overwrite: bool) -> None:
@@ -50,15 +31,15 @@ def check_results_folder(folder: Path, *, overwrite: bool) -> None:
         )
 
 
-def write_results(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write comparison.json, .md, index.html and sheet.png, all or none; returns the paths."""
+def write_results(comparison: Comparison, folder: Path) -> None:
+    """Write comparison.json, comparison.md and sheet.png, all or none."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SaveError(f"{folder} cannot be created ({brief(error)}); give another folder.") from (
             error
         )
-    prompts, rows, name = comparison.prompts, comparison.rows, " + ".join(comparison.concepts)
+    prompts, rows = comparison.prompts, comparison.rows
     every = len(next(iter(comparison.pictures.values()))) // len(prompts)
     first = {row: images[::every] for row, images in comparison.pictures.items()}  # seeds
     data = {
@@ -72,93 +53,12 @@ def write_results(comparison: Comparison, folder: Path) -> list[Path]:
         "settings": comparison.settings,
         **comparison.made,
     }
-    columns = columns_of(rows)
-    cells = {row: [stats.get(column) for column in columns] for row, stats in rows.items()}
-    apart = [row for row in rows if row.partition(" ")[0] in (ALONE, BASE)]
-    made = [
-        f"{of}: {', '.join(f'{key}={values[key]}' for key in values if key != 'templates')}"
-        for of, values in {**comparison.settings, **comparison.made}.items()
-    ]
-    made += [f"{row}: {seconds:.1f} s" for row, seconds in comparison.seconds.items()]
-    parts = [
-        ("", _LEAD + html_table(columns, cells, OWN, apart=apart)),
-        (name, html_gallery(first, prompts, f"Pictures of {name}", OWN)),
-        ("", html_details("How this was made", "\n".join(made))),
-    ]
-    sheet = contact_sheet(first, prompts, cell=192 if len(prompts) < 9 else 128, title=name)
-    files = {
-        _FIGURES: json.dumps(data, indent=1).encode(),
-        "comparison.md": markdown_table(rows).encode(),
-        "index.html": html_page("LoRA merge methods compared", parts).encode(),
-        "sheet.png": picture_bytes(sheet),
-    }
+    cell, title = 192 if len(prompts) < 9 else 128, " + ".join(comparison.concepts)
+    sheet = contact_sheet(first, prompts, cell=cell, title=title)
     with together() as beside:
-        for file, content in files.items():
-            beside(folder / file).write_bytes(content)
-    return [folder / file for file in files]
-
-
-def html_table(
-    columns: Sequence[str],
-    rows: Mapping[str, Sequence[Stat | float | None]],
-    highlighted: str = "",
-    caption: str = "Scores",
-    apart: Collection[str] = (),
-    low: Collection[str] = (),
-) -> str:
-    """A sortable table of three-digit figures, with standard errors after ±.
-
-    Row ``highlighted`` stands out. The best value of each column is marked, in columns ``low`` the
-    smallest; rows ``apart``, such as the one without any LoRA, do not compete.
-    """
-    stats = {
-        name: [Stat(v, math.nan) if isinstance(v, float | int) else v for v in values]
-        for name, values in rows.items()
-    }
-    best: list[str | None] = []
-    for index, column in enumerate(columns):
-        known = {name: stat.mean for name, row in stats.items() if (stat := row[index])}
-        running = [name for name in known if name not in apart]
-        first = (min if column in low else max)(running, key=lambda n: known[n], default=None)
-        best.append(first if len(running) > 1 else None)
-    return _PARTS.table(list(columns), stats, highlighted, caption, best)
-
-
-def html_gallery(
-    rows: Mapping[str, Sequence[Image.Image | None]],
-    columns: Sequence[str],
-    caption: str,
-    highlighted: str = "",
-) -> str:
-    """Images by row and column, each with alt text; None leaves a gap."""
-    pictures = {name: [one and _embedded(one) for one in row] for name, row in rows.items()}
-    return _PARTS.gallery(columns, pictures, highlighted, caption)
-
-
-def _embedded(picture: Image.Image) -> dict[str, str | int]:
-    """An image with its size for the page: PNG if small, otherwise JPEG."""
-    small = picture.convert("RGB")
-    small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    kind = "PNG" if max(small.size) <= 128 else "JPEG"
-    data = base64.b64encode(picture_bytes(small, kind)).decode()
-    source = f"data:image/{kind.lower()};base64,{data}"
-    return {"source": source, "width": small.width, "height": small.height}
-
-
-def picture_bytes(picture: Image.Image, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format=kind, optimize=kind == "PNG", quality=88)
-    return buffer.getvalue()
-
-
-def html_details(summary: str, text: str) -> str:
-    """Collapsible plain text."""
-    return _PARTS.details(summary, text)
-
-
-def html_page(title: str, parts: Sequence[tuple[str, str]]) -> str:
-    """``parts`` are (heading, HTML) in order; an empty heading is omitted."""
-    return _TEMPLATES.get_template("page.html").render(title=title, parts=parts)
+        beside(folder / _FIGURES).write_bytes(json.dumps(data, indent=1).encode())
+        beside(folder / "comparison.md").write_bytes(markdown_table(rows).encode())
+        sheet.save(beside(folder / "sheet.png"), format="PNG", optimize=True)
 
 
 def contact_sheet(

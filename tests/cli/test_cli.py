@@ -3,15 +3,17 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import typer
-from command_line import recipe_of
+from command_line import QUICK, recipe_of
 from safetensors.torch import load_file, save_file
 from tiny import make_pipeline, random_lora
 
+import toybox
 from iteris_core import Lora, LowRank, cli, merge_loras, write_lora
 from iteris_core.cli.merge_file import parse_concept
 from iteris_core.hosts.diffusers import DiffusersHost
@@ -38,6 +40,24 @@ def test_a_merge_from_files_to_a_file(world, tmp_path, iteris):
     assert repairs
     assert f"{len(sites)} sites and {len(repairs)} that repair drift" in text
     assert len(load_file(out)) == 3 * len(sites | repairs)
+
+
+def test_the_quick_start_runs_on_the_loras_that_ship(tmp_path, iteris, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toybox").mkdir()  # the base's name never means a folder
+    (tmp_path / "loras").mkdir()
+    for name in ("sks1", "sks10"):
+        shutil.copy(toybox.concepts()[name].lora, tmp_path / "loras")
+    files = [f"--concept=loras/{name}.safetensors" for name in ("sks1", "sks10")]
+    merge = ("merge", "toybox", *files, *QUICK, "-o", "merged.safetensors")
+    assert "Nothing was merged or written" in iteris(*merge, "--plan")
+    iteris(*merge)
+    recipe = recipe_of("merged.safetensors")
+    assert recipe["base"] == "toybox"
+    words = [(one["trigger"], one["class"]) for one in recipe["concepts"]]
+    assert words == [("sks1", "star"), ("sks10", "cross")]
+    iteris("merge", "--from", "merged.safetensors", "--loras", "loras", "-o", "again.safetensors")
+    assert "sks1 star, sks10 cross" in iteris("inspect", "merged.safetensors")
 
 
 def test_a_method_on_weights_needs_no_base(tmp_path, iteris):

@@ -35,11 +35,6 @@ def test_a_config_comes_back_from_its_dictionary():
     assert MergeConfig.from_dict(MergeConfig().to_dict(), "it") == MergeConfig()
 
 
-def test_without_the_usual_a_dictionary_has_what_a_user_writes():
-    one = ConceptConfig(file=Path("cat.safetensors"), trigger="sks", class_word="cat")
-    assert one.to_dict(usual=False) == {"file": "cat.safetensors", "trigger": "sks", "class": "cat"}
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -1,4 +1,5 @@
-"""The page of a comparison in a real browser. Needs chromium, and playwright-core in NODE_PATH."""
+"""The page of the demo and of the standings in a real browser. Needs chromium, and playwright-core
+in NODE_PATH."""
 
 import json
 import os
@@ -9,9 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from iteris_core.score.compare import Comparison
 from iteris_core.score.measures import Stat
-from iteris_core.score.results import write_results
+from toybox.page import html_gallery, html_page, html_table
 
 CHROMIUM = shutil.which("chromium")
 CORE = any(
@@ -23,11 +23,12 @@ CORE = any(
 @pytest.mark.skipif(not (CHROMIUM and CORE), reason="no chromium, or no playwright-core")
 def test_it_is_for_phones_screen_readers_and_keyboards(tmp_path):
     figures = {"base": 0.25, "iteris": 0.75, "sum": 0.5}
-    rows = {name: {f"image {i}": Stat(value, 0.01) for i in range(1, 9)}
-            for name, value in figures.items()}  # fmt: skip
+    rows = {name: [Stat(value, 0.01)] * 8 for name, value in figures.items()}
     prompts = [f"a picture of number {i}, with many words in it" for i in range(12)]
     pictures = {name: [Image.new("RGB", (512, 512), "#a40")] * len(prompts) for name in rows}
-    write_results(Comparison(prompts, ["a", "b"], rows, pictures), tmp_path)
+    table = html_table([f"image {i}" for i in range(1, 9)], rows)
+    parts = [("", table), ("a + b", html_gallery(pictures, prompts, "Pictures"))]
+    (tmp_path / "index.html").write_text(html_page("Scores", parts))
     command = ["node", str(Path(__file__).parent / "page.js"), str(tmp_path / "index.html")]
     environment = {**os.environ, "CHROMIUM": CHROMIUM or ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

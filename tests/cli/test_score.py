@@ -1,12 +1,15 @@
 """Scores and their presentation."""
 
+import re
+
 import pytest
 import torch
 from PIL import Image
 
 from iteris_core import IterisError
 from iteris_core.score import ClipScorer, clip_score, without_tokens
-from iteris_core.score.results import contact_sheet, html_gallery, html_page, html_table
+from iteris_core.score.results import contact_sheet
+from toybox.page import html_gallery, html_page, html_table
 
 
 class ColorModel(torch.nn.Module):
@@ -64,6 +67,12 @@ def test_a_sheet_has_every_picture_in_its_place():
     assert colors is not None
     counts = {color: count for count, color in colors}
     assert [counts[c] for c in ((255, 0, 0), (0, 255, 0), (0, 0, 255))] == [32 * 32] * 3
+
+
+def test_the_best_of_a_column_is_marked():
+    rows = {"base": [0.9, 0.9], "sum": [0.2, 0.1], "iteris": [0.5, 0.3]}
+    table = html_table(["image", "seconds"], rows, apart=["base"], low=["seconds"])
+    assert re.findall(r'data-value="([\d.]+)" data-best', table) == ["0.1", "0.5"]
 
 
 def test_a_page_is_self_contained_and_escapes():
