@@ -3,6 +3,7 @@ from a fine-tune."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -18,7 +19,7 @@ from ..iteris_core.errors import IterisError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.preview import preview_merge
-from ..iteris_core.report.inspection import describe, interference, numbered, plot_loras, to_table
+from ..iteris_core.report.inspection import Interference, LoraFacts, describe, interference
 from ..iteris_core.solve.ranks import Target
 from .comfy_host import ComfyHost
 from .comfy_lora import apply_lora
@@ -207,12 +208,12 @@ class InspectLoras(io.ComfyNode):
         with ready_for_merge(clip), ComfyHost(model, clip, **request.base) as host:
             reading = ReadOptions(allow_partial=True, vectors=True)
             loaded = [read_concept(spec, host, reading) for spec in specs]
-            loras = numbered([replace(c.lora, name=c.name) for c in loaded if c.lora is not None])
+            loras = _numbered([replace(c.lora, name=c.name) for c in loaded if c.lora is not None])
             if not loras:
                 raise IterisError("No LoRA is connected; connect at least one.")
             pairs = [interference(one, two) for one, two in combinations(loras, 2)]
             facts = [describe(lora) for lora in loras]
-            lines = [to_table(facts, pairs)]
+            lines = [_to_table(facts, pairs)]
             for lora in loras:
                 lines += [f"{lora.name}: {note}" for note in lora.notes]
             lines += [
@@ -242,4 +243,53 @@ class InspectLoras(io.ComfyNode):
                 lines.append(f"A merge would fail: {error}")
         table = "\n".join(lines)
         show_text(table, node_id)
-        return io.NodeOutput(figure_image(plot_loras(facts)), table)
+        return io.NodeOutput(figure_image(_plot_loras(facts)), table)
+
+
+def _numbered(loras: Sequence[Lora]) -> list[Lora]:
+    """The LoRAs with unique names: two LoRAs "sks" become "sks" and "sks (2)"."""
+    names = [lora.name for lora in loras]
+    counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
+    return [
+        replace(lora, name=f"{lora.name} ({count})") if count > 1 else lora
+        for lora, count in zip(loras, counts, strict=True)
+    ]
+
+
+def _to_table(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> str:
+    """One line per LoRA and per pair, as plain text; overlap is that of the row spaces."""
+    lines = [f"{'LoRA':24} {'sites':>6} {'rank':>8} {'size':>8}"]
+    for lora in facts:
+        ranks = "/".join(map(str, lora.ranks))
+        size = math.hypot(*(block.norm for block in lora.blocks.values()))
+        lines.append(f"{lora.name:24} {lora.sites:6} {ranks:>8} {size:8.2f}")
+    lines += [
+        f"{pair.first} and {pair.second}: overlap {pair.rows:.0%}, conflict {pair.conflict:.0%}"
+        for pair in pairs
+        if pair.shared
+    ]
+    return "\n".join(lines)
+
+
+def _plot_loras(facts: Sequence[LoraFacts]) -> Any:
+    """A heat map, block × LoRA, of each block's share of the LoRA's energy.
+
+    Returns a matplotlib Figure; save it with ``savefig``.
+    """
+    from matplotlib.figure import Figure
+
+    blocks = list(dict.fromkeys(block for lora in facts for block in lora.blocks))
+    shares = [[lora.blocks[b].share if b in lora.blocks else 0.0 for lora in facts] for b in blocks]
+    most = max(map(max, shares))
+    size = 4 + max(1.5, 0.5 * len(facts)), 1.5 + 0.35 * len(blocks)
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(shares, vmin=0, vmax=most, cmap="viridis", aspect="auto")
+    axis.set_xticks(range(len(facts)), [lora.name for lora in facts], rotation=45, ha="right")
+    axis.set_yticks(range(len(blocks)), blocks)
+    for y, row in enumerate(shares):
+        for x, share in enumerate(row):
+            color = "white" if share < 0.6 * most else "black"
+            axis.text(x, y, f"{share:.2f}", ha="center", va="center", color=color, fontsize=8)
+    figure.colorbar(image, label="share of the LoRA's energy")
+    return figure

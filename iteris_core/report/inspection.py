@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -165,52 +164,3 @@ def _whitening(gram: Tensor) -> Tensor:
     squares, vectors = torch.linalg.eigh(gram)
     kept = squares > 1e-12 * squares[-1]
     return vectors[:, kept] / squares[kept].sqrt()
-
-
-def numbered(loras: Sequence[Lora]) -> list[Lora]:
-    """The LoRAs with unique names: two LoRAs "sks" become "sks" and "sks (2)"."""
-    names = [lora.name for lora in loras]
-    counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
-    return [
-        replace(lora, name=f"{lora.name} ({count})") if count > 1 else lora
-        for lora, count in zip(loras, counts, strict=True)
-    ]
-
-
-def to_table(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> str:
-    """One line per LoRA and per pair, as plain text; overlap is that of the row spaces."""
-    lines = [f"{'LoRA':24} {'sites':>6} {'rank':>8} {'size':>8}"]
-    for lora in facts:
-        ranks = "/".join(map(str, lora.ranks))
-        size = math.hypot(*(block.norm for block in lora.blocks.values()))
-        lines.append(f"{lora.name:24} {lora.sites:6} {ranks:>8} {size:8.2f}")
-    lines += [
-        f"{pair.first} and {pair.second}: overlap {pair.rows:.0%}, conflict {pair.conflict:.0%}"
-        for pair in pairs
-        if pair.shared
-    ]
-    return "\n".join(lines)
-
-
-def plot_loras(facts: Sequence[LoraFacts]) -> Any:
-    """A heat map, block × LoRA, of each block's share of the LoRA's energy.
-
-    Returns a matplotlib Figure; save it with ``savefig``.
-    """
-    from matplotlib.figure import Figure
-
-    blocks = list(dict.fromkeys(block for lora in facts for block in lora.blocks))
-    shares = [[lora.blocks[b].share if b in lora.blocks else 0.0 for lora in facts] for b in blocks]
-    most = max(map(max, shares))
-    size = 4 + max(1.5, 0.5 * len(facts)), 1.5 + 0.35 * len(blocks)
-    figure = Figure(figsize=size, layout="constrained")
-    axis = figure.subplots()
-    image = axis.imshow(shares, vmin=0, vmax=most, cmap="viridis", aspect="auto")
-    axis.set_xticks(range(len(facts)), [lora.name for lora in facts], rotation=45, ha="right")
-    axis.set_yticks(range(len(blocks)), blocks)
-    for y, row in enumerate(shares):
-        for x, share in enumerate(row):
-            color = "white" if share < 0.6 * most else "black"
-            axis.text(x, y, f"{share:.2f}", ha="center", va="center", color=color, fontsize=8)
-    figure.colorbar(image, label="share of the LoRA's energy")
-    return figure
