@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .errors import ConceptError, SettingsError
 from .lora import Lora
-from .lora_files.metadata import (
-    ALWAYS_ON,
-    bare,
-    find_phrases,
-    noted_tags,
-    parted,
-    purpose_of,
-)
+from .lora_files.metadata import ALWAYS_ON, bare, find_phrases, noted_tags, parted, purpose_of
 from .settings import Settings, setting
 
 if TYPE_CHECKING:
@@ -200,11 +193,7 @@ class Calibration(Settings):
         step=1.0,
     )
     timesteps: int | None = setting(
-        None,
-        "Latents per prompt, from different denoising steps.",
-        none="4",
-        low=1,
-        most=10,
+        None, "Latents per prompt, from different denoising steps.", none="4", low=1, most=10
     )
     latents: Literal["denoising", "noise"] = setting(
         "denoising",
@@ -272,9 +261,7 @@ class Calibration(Settings):
     templates: Sequence[str] = TEMPLATES
     """With "{}" for the concept; templates with two "{}" show two concepts side by side."""
     seed: int = setting(
-        0,
-        "Seeds prompts and latents. The same seed gives the same LoRA.",
-        most=0xFFFFFFFFFFFFFFFF,
+        0, "Seeds prompts and latents. The same seed gives the same LoRA.", most=0xFFFFFFFFFFFFFFFF
     )
 
     def settled(self, loras: int, *, pictures: bool) -> Calibration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import sys
 from typing import Annotated, Any, NoReturn
@@ -10,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import IterisError, UsageError
-from .about import PACKAGE, demo, explain, methods, store, version_of
+from .about import demo, explain, methods, store
 from .common import console, spelled, warn
 from .compare import compare, score
 from .files import bake, convert, inspect
@@ -39,7 +40,10 @@ _TyperError: Any = typer.BadParameter.__base__
 
 def _version(show: bool) -> None:
     if show:
-        typer.echo(f"iteris {version_of(PACKAGE) or 'from a checkout'}")
+        try:
+            typer.echo(f"iteris {importlib.metadata.version('iteris-lora')}")
+        except importlib.metadata.PackageNotFoundError:
+            typer.echo("iteris from a checkout")
         raise typer.Exit
 
 

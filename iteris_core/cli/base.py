@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..errors import BaseError, DeviceError, IterisError, OutOfMemory, brief
 from ..lora import Lora
 from ..lora_files import ReadOptions, ReleasedBases, is_lora, read_header
 
-INDEXES = ("model_index.json", "modular_model_index.json")
+_INDEXES = ("model_index.json", "modular_model_index.json")
 """A diffusers pipeline folder has one of these files; a modular pipeline has the second."""
 BUNDLED = {"toybox": "weights/base"}
 """Bases that ship with the project: name of their package → folder in it. In place of a path, such
@@ -28,12 +28,6 @@ def located(base: str) -> str:
     found = importlib.util.find_spec(base) if base in BUNDLED else None
     folders = found.submodule_search_locations if found is not None else None
     return str(Path(folders[0], BUNDLED[base])) if folders else base
-
-
-def named_base(metadata: Mapping[str, str]) -> str:
-    """The bundled base that a file's ``metadata`` name; empty if it is for another one."""
-    name = metadata.get("ss_sd_model_name", "")
-    return name if name in BUNDLED else ""
 
 
 def device_of(device: str | None = None) -> str:
@@ -62,7 +56,7 @@ def check_base(base: str) -> None:
     """Raise :class:`IterisError` for a local path that cannot be a diffusers base."""
     base = located(base)
     path = Path(base)
-    if path.is_dir() and not any((path / name).is_file() for name in INDEXES):
+    if path.is_dir() and not any((path / name).is_file() for name in _INDEXES):
         raise BaseError(
             f"The base {base!r} cannot be loaded: the folder has no model_index.json. Give a "
             "folder with a pipeline of diffusers, a .safetensors checkpoint or a hub name. For a "
@@ -150,7 +144,7 @@ def _whole_pipeline(base: str) -> Any:
     from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    whole, modular = INDEXES
+    whole, modular = _INDEXES
     if not (Path(base) / modular).is_file():
         try:
             return DiffusionPipeline.from_pretrained(base, use_safetensors=True)
@@ -173,7 +167,8 @@ def lora_reader(base: str | None) -> Callable[[Path, ReadOptions], Lora]:
         return DiffusersHost(load_base(base, "cpu"))
 
     def read(path: Path, options: ReadOptions) -> Lora:
-        named = base or named_base(read_header(path)[1])
-        return (host_for(named) if named else ReleasedBases).read_lora(path, options)
+        named = base or read_header(path)[1].get("ss_sd_model_name", "")
+        known = host_for(named) if base or named in BUNDLED else ReleasedBases
+        return known.read_lora(path, options)
 
     return read

@@ -104,9 +104,7 @@ def compare(context: typer.Context, options: CompareOptions, drawing: dict[str, 
 
     try:
         with progress_bars() as on_progress:
-            pipeline = load_base(
-                options.base, device, dtype=options.base_dtype, offload=options.offload
-            )
+            pipeline = load_base(options.base, device, options.base_dtype, options.offload)
             host = DiffusersHost(pipeline)
             concepts = [read_concept(one, host) for one in listed]
             if options.refs is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
@@ -191,7 +191,13 @@ def bake(
     """
     source = Path(located(base))
     configs = [parse_concept(text, option="--lora") for text in lora]
-    _check_baking(source, base, output, configs, dtype, overwrite=overwrite)
+    if not source.exists():
+        raise BaseError(f"The base {base!r} does not exist; give an existing file or folder.")
+    if not all(config.files for config in configs):
+        raise UsageError("--lora must name a LoRA file.")
+    check_base(base)
+    check_concepts(configs)
+    _check_baked(source, output, dtype, overwrite)
     options = ReadOptions(allow_partial, energy)
     kind = "" if source.is_dir() else architecture_of_file(*read_header(configs[0].files[0])).name
     places, model = places_in(source, released_base(kind) if kind else None)
@@ -213,22 +219,8 @@ def bake(
         typer.echo(f"Wrote {output}: {len(changes)} layers changed.")
 
 
-def _check_baking(
-    source: Path,
-    base: str,
-    output: Path,
-    loras: Sequence[ConceptConfig],
-    dtype: str | None,
-    *,
-    overwrite: bool,
-) -> None:
-    """Refuse LoRAs that cannot be baked, or a result that cannot be written, by headers."""
-    if not source.exists():
-        raise BaseError(f"The base {base!r} does not exist; give an existing file or folder.")
-    if not all(lora.files for lora in loras):
-        raise UsageError("--lora must name a LoRA file.")
-    check_base(base)
-    check_concepts(loras)
+def _check_baked(source: Path, output: Path, dtype: str | None, overwrite: bool) -> None:
+    """Refuse an ``output`` that cannot be written, or not in its ``dtype``."""
     if output.exists() and output.samefile(source):
         raise OutputError(f"{output} is the base itself, which would be lost; choose another name.")
     if source.is_file():
@@ -237,7 +229,8 @@ def _check_baking(
     check_folder(output)
     if output.suffix == ".safetensors":
         raise OutputError(
-            f"{base} is a folder, and so is the result; give {output.with_suffix('')} as its name."
+            f"{source} is a folder, and so is the result; give {output.with_suffix('')} as its "
+            "name."
         )
     if dtype == "fp8":
         raise OutputError("A diffusers folder cannot hold fp8 with scales; bake a single file.")

@@ -61,25 +61,23 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
         if config.base:
             from ..hosts.diffusers import DiffusersHost
 
-            how = {"dtype": options.base_dtype, "offload": options.offload}
-            host = DiffusersHost(load_base(config.base, device, **how), **call)
+            pipeline = load_base(config.base, device, options.base_dtype, options.offload)
+            host = DiffusersHost(pipeline, **call)
         concepts = [read_concept(one, host or ReleasedBases(), reading) for one in config.concepts]
         check_embeddings(concepts, options.output, options.layout, overwrite=options.overwrite)
         on_progress(Progress("loading the base", 1, 1))
-        how: dict[str, Any] = {"memory_budget": bytes_of(options.memory)}
-        how["on_progress"] = on_progress
+        how: dict[str, Any] = {**config.choices, "on_progress": on_progress}
+        how["memory_budget"] = bytes_of(options.memory)
         if options.plan:
-            done = preview_merge(host, concepts, **config.choices, **how)
+            done = preview_merge(host, concepts, **how)
         else:
-            store = store_of(options.store)
-            done = merge_loras(host, concepts, **config.choices, **how, store=store)
-    if not isinstance(done, MergeResult):
-        if options.as_json:
-            typer.echo(json.dumps(asdict(done)))
-        elif not options.quiet:
-            typer.echo("\n".join([*done.lines(), "Nothing was merged or written."]))
-        return
-    _write(with_run(done.lora, config.base, config.unmergeable), done.report, options)
+            done = merge_loras(host, concepts, **how, store=store_of(options.store))
+    if isinstance(done, MergeResult):
+        _write(with_run(done.lora, config.base, config.unmergeable), done.report, options)
+    elif options.as_json:
+        typer.echo(json.dumps(asdict(done)))
+    elif not options.quiet:
+        typer.echo("\n".join([*done.lines(), "Nothing was merged or written."]))
 
 
 def _check(config: MergeConfig, options: MergeOptions) -> None:

@@ -16,19 +16,11 @@ import typer
 import yaml
 
 from ..config import ConceptConfig, MergeConfig
-from ..errors import (
-    ConceptError,
-    LoraFileError,
-    MergeFileError,
-    RecipeError,
-    brief,
-    did_you_mean,
-)
+from ..errors import ConceptError, LoraFileError, MergeFileError, RecipeError, brief, did_you_mean
 from ..lora_files.tensors import file_digest
 from .base import BUNDLED
 from .inputs import read_prompts
 
-SUFFIXES = (".yaml", ".yml")
 KEYS = ("base", "concepts", "settings", "calibration")
 """Keys that are not options of ``iteris merge``."""
 _CONCEPT = ConceptConfig.key_names()[:-3]
@@ -135,6 +127,13 @@ class MergeFile:
     entries: Sequence[Any] = ()
     config: MergeConfig = MergeConfig()
 
+    def concepts(self) -> list[ConceptConfig]:
+        """The concepts that the file lists."""
+        return [
+            concept_of(entry, f"{self.path}: concept {number}", self.find)
+            for number, entry in enumerate(self.entries, 1)
+        ]
+
     def find(self, name: str) -> Path:
         """The path of a file: beside the merge file, otherwise relative to the current folder."""
         path = Path(os.path.expanduser(name))
@@ -149,7 +148,7 @@ class MergeFile:
 
 def use_merge_file(context: typer.Context, base: str | None) -> str | None:
     """The base, given as BASE or in a merge file, whose other keys become defaults."""
-    if base is None or context.resilient_parsing or Path(base).suffix not in SUFFIXES:
+    if base is None or context.resilient_parsing or Path(base).suffix not in (".yaml", ".yml"):
         return base
     path = Path(base)
     data = read_mapping(path)
@@ -167,13 +166,11 @@ class _Loader(yaml.SafeLoader):
     """A safe YAML loader that refuses duplicate keys, of which the later one would silently win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} occurs twice", key.start_mark
-                )
-            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if next(one for one in keys if one.value == key.value) is not key:
+                what = f"the key {key.value!r} occurs twice"
+                raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
         return super().construct_mapping(node, deep=deep)
 
 

@@ -18,7 +18,7 @@ from . import options as shared
 from .base import BUNDLED
 from .common import warn
 from .inputs import read_lines
-from .merge_file import MergeFile, concept_of, found_in, use_merge_file
+from .merge_file import MergeFile, found_in, parse_concept, use_merge_file
 from .options import BASE, RESULT, argument, check_settings, given, offered, parse_settings
 
 _WHOLE = ("method", "settings", "calibration", "concepts")
@@ -119,8 +119,7 @@ def requested(
 
 def _written(file: MergeFile | None, options: MergeOptions) -> MergeConfig:
     """The concepts from the command line or the merge ``file``, and its other keys."""
-    entries: Sequence[Any] = options.concept or (file.entries if file else [])
-    if not entries:
+    if not options.concept and not (file and file.entries):
         raise UsageError(
             f"{file.path} has no LoRAs: list them under concepts:, or give them with --concept."
             if file
@@ -130,21 +129,13 @@ def _written(file: MergeFile | None, options: MergeOptions) -> MergeConfig:
         raise UsageError("--loras is for --from; --concept already names the LoRA files.")
     if options.base is None and find_method(options.method or "iteris").needs_host:
         raise UsageError("Name the base: BASE on the command line, or base: in the merge file.")
-    of_file = file if not options.concept else None
-    where, find = (str(of_file.path), of_file.find) if of_file else ("--concept", Path)
-    concepts = [
-        concept_of(entry, f"{where}: concept {number}", find)
-        for number, entry in enumerate(entries, 1)
-    ]
-    if of_file:
-        folders = _folders(options.loras, of_file.path)
-        concepts = [found_in(folders, concept) for concept in concepts]
+    if options.concept or file is None:
+        concepts = tuple(map(parse_concept, options.concept or ()))
+    else:
+        folders = _folders(options.loras, file.path)
+        concepts = tuple(found_in(folders, concept) for concept in file.concepts())
     config = _checked(file.config, str(file.path)) if file else MergeConfig()
-    changes = {
-        "concepts": tuple(concepts),
-        "base": options.base or "",
-        **given(method=options.method),
-    }
+    changes = {"concepts": concepts, "base": options.base or "", **given(method=options.method)}
     return config.model_copy(update=changes)
 
 
@@ -175,19 +166,12 @@ def _again(file: MergeFile | None, options: MergeOptions) -> MergeConfig:
 def read_recipe(path: Path) -> MergeConfig:
     """The recipe in a merged file. Raises :class:`IterisError` if there is none or it is broken."""
     recorded = parse_object(read_tensors(path)[1].get("iteris"))
-    missing = [name for name in _WHOLE if recorded.get(name) is None]
-    known = ConceptConfig.key_names()
     try:
-        if missing:
+        if missing := [name for name in _WHOLE if recorded.get(name) is None]:
             raise MergeFileError(f"it has no {missing[0]}")
         data = {name: recorded[name] for name in (*_WHOLE, *_OF_RUN) if name in recorded}
         if isinstance(data["concepts"], list):
-            data["concepts"] = [
-                {key: entry[key] for key in entry if key in known}
-                if isinstance(entry, dict)
-                else entry
-                for entry in data["concepts"]
-            ]
+            data["concepts"] = list(map(_concept_in, data["concepts"]))
         config = MergeConfig.from_dict(data, "recipe")
     except (MergeFileError, ConceptError) as error:
         raise RecipeError(
@@ -198,6 +182,12 @@ def read_recipe(path: Path) -> MergeConfig:
     if later:
         warn(f"{path} was changed after its merge ({later}); the merge itself is repeated.")
     return config
+
+
+def _concept_in(entry: Any) -> Any:
+    """A recipe's concept, without what the recipe only tells about it."""
+    known = ConceptConfig.key_names()
+    return {k: v for k, v in entry.items() if k in known} if isinstance(entry, dict) else entry
 
 
 def _checked(config: MergeConfig, where: str) -> MergeConfig:

@@ -76,7 +76,7 @@ class ResizeOptions(Sizing):
     file: str = argument("A LoRA file, FILE or FILE:TRIGGER:CLASS", metavar="FILE")
     base: str | None = offered(
         "The base; every layer is fitted to its inputs in that model. Without it, singular "
-        "values of the weights decide",
+        "values of the weights decide"
     )
     offload: shared.Offload = None
     allow_partial: shared.Partial = False
@@ -108,10 +108,8 @@ def resize(context: typer.Context, options: ResizeOptions, calibration: dict[str
     else:
         from ..hosts.diffusers import DiffusersHost
 
-        pipeline = load_base(
-            options.base, options.device, dtype=options.base_dtype, offload=options.offload
-        )
-        host, own_layout = DiffusersHost(pipeline), None
+        how_loaded = options.device, options.base_dtype, options.offload
+        host, own_layout = DiffusersHost(load_base(options.base, *how_loaded)), None
         concept = read_concept(config, host, reading)
     with progress_bars(visible=not options.quiet) as on_progress:
         found = resize_lora(concept, target, host, on_progress=on_progress, **how)
@@ -125,8 +123,7 @@ class ExtractOptions(Sizing):
     base: str = argument("The model that was fine-tuned: a diffusers pipeline", metavar="BASE")
     tuned: str = argument("The fine-tune, of the same architecture", metavar="TUNED")
     prompts: Path | None = offered(
-        "A text file of prompts that show the fine-tuning, one per line; default: built-in "
-        "captions",
+        "A text file of prompts that show the fine-tuning, one per line; default: built-in captions"
     )
 
 
@@ -149,7 +146,7 @@ def extract(context: typer.Context, options: ExtractOptions, calibration: dict[s
         how["prompts"] = read_prompts(options.prompts)
         if not how["prompts"]:
             raise InputFileError(f"{options.prompts} has no prompts; write one per line.")
-    pipelines = [load_base(base, device, dtype=options.base_dtype) for base in bases]
+    pipelines = [load_base(base, device, options.base_dtype) for base in bases]
     of_base, of_tuned = map(DiffusersHost, pipelines)
     with progress_bars(visible=not options.quiet) as on_progress:
         kind = base_of(pipelines[0], of_base.sites())

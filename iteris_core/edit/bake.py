@@ -186,11 +186,7 @@ def _baked(
 
 
 def _stored(
-    key: str,
-    tensor: Tensor,
-    own: torch.dtype,
-    wanted: torch.dtype | None,
-    linear: bool,
+    key: str, tensor: Tensor, own: torch.dtype, wanted: torch.dtype | None, linear: bool
 ) -> dict[str, Tensor]:
     """``tensor`` in the dtype that is ``wanted``, or in its ``own``; ``linear`` marks weights of
     the denoiser's layers, which get a scale with float8."""

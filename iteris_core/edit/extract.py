@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..activations.lockstep import Lockstep
 from ..activations.site import site_of
@@ -57,7 +57,7 @@ def extract_lora(
     :class:`SolveError` if the LoRA is no nearer to the fine-tune than the base is.
     """
     base_sites, tuned_sites = base.sites(), tuned.sites()
-    check_alike(*({n: weight_shape(m) for n, m in s.items()} for s in (base_sites, tuned_sites)))
+    check_alike(base_sites, tuned_sites)
     dense = differences(base, tuned)
     if not dense:
         raise MismatchError(
@@ -129,10 +129,10 @@ def output_error(
     return math.sqrt(error_of(after, before, wanted))
 
 
-def check_alike(base: Mapping[str, tuple[int, ...]], tuned: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise :class:`MismatchError` naming the first key that only one has, or in another shape."""
+def check_alike(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module]) -> None:
+    """Raise :class:`MismatchError` naming the first site that only one has, or in another shape."""
     for name in sorted(base.keys() | tuned.keys()):
-        one, two = base.get(name), tuned.get(name)
+        one, two = (weight_shape(of[name]) if name in of else None for of in (base, tuned))
         if one != two:
             shapes = f"{one or 'nothing'} in the base and {two or 'nothing'} in the fine-tune"
             raise MismatchError(

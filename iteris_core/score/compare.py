@@ -165,14 +165,13 @@ def own_references(
 @contextmanager
 def _loaded(pipeline: Any, result: MergeResult | None) -> Generator[None]:
     """Context in which the pipeline has the merged LoRA loaded."""
-    if result is None:
-        yield
-        return
-    result.load_into(pipeline)
+    if result is not None:
+        result.load_into(pipeline)
     try:
         yield
     finally:
-        pipeline.unload_lora_weights()
+        if result is not None:
+            pipeline.unload_lora_weights()
 
 
 def rows_of(methods: Sequence[str], labels: Sequence[str]) -> dict[str, tuple[str, Sequence[int]]]:
