@@ -77,8 +77,8 @@ def test_options_of_the_base_reach_what_loads_it(world, tmp_path, iteris, monkey
     """``--offload`` and ``--device`` need a GPU; that they arrive is what can be seen without."""
     seen = {}
 
-    def load_base(base, device, **how):
-        seen.update(how, device=device)
+    def load_base(base, device, dtype, offload):
+        seen.update(device=device, dtype=dtype, offload=offload)
         raise cli.IterisError("stop here")
 
     command = sys.modules["iteris_core.cli.merge"]  # the package has its function in its place

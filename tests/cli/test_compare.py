@@ -250,8 +250,8 @@ def test_what_was_finished_is_kept(world, iteris, monkeypatch, references, tmp_p
 def test_offload_reaches_the_base(world, iteris, monkeypatch, references, tmp_path):
     seen = {}
 
-    def load_base(base, device, **how):
-        seen.update(how)
+    def load_base(base, device, dtype, offload):
+        seen.update(dtype=dtype, offload=offload)
         raise IterisError("stop here")
 
     monkeypatch.setattr(sys.modules["iteris_core.cli.compare"], "load_base", load_base)
