@@ -44,15 +44,15 @@ def t5():
     )
 
 
-def make_sdxl():
+def make_sdxl(layers: int = 2, transformers: tuple[int, int] = (1, 2)):
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=2,
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=layers,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=56,
-        attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2), norm_num_groups=8,
+        attention_head_dim=(2, 4), transformer_layers_per_block=transformers, norm_num_groups=8,
         use_linear_projection=True, addition_embed_type="text_time",
         addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32,
     )  # fmt: skip

@@ -4,6 +4,7 @@ import copy
 import os
 
 import pytest
+import small_merge
 import torch
 from command_line import Iteris, make_world
 from tiny import make_pipeline
@@ -43,6 +44,13 @@ def host64(_pipeline):
     pipeline.unet.double()
     pipeline.text_encoder.double()
     return DiffusersHost(pipeline)
+
+
+@pytest.fixture
+def unmeasured():
+    """For a test that does not look at what merges keep on held-out rows."""
+    with small_merge.unmeasured():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,16 @@
 """Cases for the suite over all hosts: tiny diffusers pipelines and transformers models."""
 
 import copy
+import functools
 
 import torch
-from bases import tiny, tiny_base
+from bases import make_sdxl, tiny
 from language_bases import MAKERS, make_batches
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, Lora
 from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.hosts.diffusers_lora import base_of
 from iteris_core.hosts.transformers import TransformersHost
 
 CALIBRATION = Calibration(samples=3, timesteps=2, denoising_steps=3, latent_size=8, seed=3)
@@ -16,12 +18,19 @@ PROMPTS = ["a dog", "a red dog", "s1 dog in"]
 DENOISER = {"sd1": "unet", "sdxl": "unet", "sd3": "transformer", "flux": "transformer"}
 
 
+@functools.cache
+def _pipeline(kind: str):
+    """SDXL with fewer blocks than :func:`bases.tiny` has, whose layouts need them."""
+    torch.manual_seed(0)
+    return make_sdxl(layers=1) if kind == "sdxl" else tiny(kind)
+
+
 class DiffusersCase:
     """A pipeline; LoRAs on attention, feed-forward and modulation of every component."""
 
     def __init__(self, kind: str, dtype: torch.dtype) -> None:
         self.kind = kind
-        self.pipeline = copy.deepcopy(tiny(kind))
+        self.pipeline = copy.deepcopy(_pipeline(kind))
         for model in self.models():
             model.to(dtype)
         self.host = DiffusersHost(self.pipeline)
@@ -42,9 +51,10 @@ class DiffusersCase:
 
     def lora(self, seed: int, select=None) -> Lora:
         lora = random_lora(self.host, seed, 3, select or self.some, 0.4)
-        return Lora(lora.sites, lora.name, base=tiny_base(self.kind))
+        return Lora(lora.sites, lora.name, base=base_of(self.pipeline, self.host.sites()))
 
-    def some(self, site: str) -> bool:
+    @staticmethod
+    def some(site: str) -> bool:
         parts = ("to_q", "to_v", "to_out.0", "add_k", ".ff.net.2", "proj_mlp", "v_proj", "out_proj")
         more = ("SelfAttention.v", "DenseReluDense.wo", ".norm1.linear", ".proj_out")
         if site == "transformer.proj_out":  # its rank is bound by its few outputs

@@ -23,9 +23,10 @@ import diffusers
 import torch
 import transformers
 from bases import make_lora, tiny
-from host_cases import MAKERS, make_case, two_concepts
+from host_cases import MAKERS, DiffusersCase, make_case, two_concepts
 from pipelines import PIPELINES
 from pipelines import write_lora as write_reduced
+from small_merge import unmeasured
 from tiny import random_lora
 
 from iteris_core import Concept, Lora, MergeResult, all_methods, merge_loras, write_lora
@@ -121,7 +122,7 @@ def merges() -> dict[str, Callable[[Path], list[Path]]]:
 
 def written(name: str) -> Written:
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, unmeasured():  # it changes no tensor
         return _digest(merges()[name](Path(folder)))
 
 
@@ -186,12 +187,11 @@ def _pipeline(
 @functools.cache
 def _some(kind: str) -> tuple[str, ...]:
     """Attention, feed-forward and modulation of every component, and a convolution."""
-    case = make_case(kind)
     parts = ("to_q", ".ff.net.2", "q_proj") if kind == "sdxl" else ("",)
     return tuple(
         site
-        for site in case.host.sites()
-        if (case.some(site) and any(part in site for part in parts))
+        for site in DiffusersHost(tiny(kind)).sites()
+        if (DiffusersCase.some(site) and any(part in site for part in parts))
         or site.endswith("down_blocks.0.resnets.0.conv1")
     )
 

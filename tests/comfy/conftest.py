@@ -10,11 +10,8 @@ import subprocess
 import sys
 import time
 import urllib.error
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 from client import Client
@@ -55,7 +52,7 @@ NODE_CLASS_MAPPINGS = {{"ReducedModel": ReducedModel, "ReducedClip": ReducedClip
 """Custom nodes for the server: no checkpoint of a reduced Wan can be detected."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason="needs a ComfyUI checkout in COMFYUI_PATH")
     for item in items:
         if Path(item.fspath).parent == Path(__file__).parent:
@@ -65,7 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def library() -> None:
+def library():
     """``import comfy`` works in this process, on the CPU."""
     sys.path.insert(0, COMFYUI)
     import comfy.cli_args
@@ -74,7 +71,7 @@ def library() -> None:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory, library: None) -> Path:
+def models(tmp_path_factory, library):
     """ComfyUI's base directory: this pack among the custom nodes, thin checkpoints and LoRAs."""
     from thin_models import write_models
 
@@ -88,13 +85,13 @@ def models(tmp_path_factory: pytest.TempPathFactory, library: None) -> Path:
 
 
 @pytest.fixture(scope="session")
-def client(models: Path) -> Iterator[Client]:
+def client(models):
     with running(models) as found:
         yield found
 
 
 @contextmanager
-def running(base: Path) -> Iterator[Client]:
+def running(base):
     """A server on the base directory ``base``."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -118,7 +115,7 @@ def running(base: Path) -> Iterator[Client]:
         log.close()
 
 
-def _wait_until_up(client: Client, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_up(client, process, log):
     for _ in range(800):
         try:
             client.get("/system_stats")
@@ -131,7 +128,7 @@ def _wait_until_up(client: Client, process: subprocess.Popen[bytes], log: Path) 
 
 
 @pytest.fixture(scope="session")
-def pack(library: None, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+def pack(library, tmp_path_factory):
     """This pack, imported the way ComfyUI does: by its folder, under a name of no meaning."""
     import folder_paths
 
@@ -148,7 +145,7 @@ def pack(library: None, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 
 @pytest.fixture
-def kit(pack: ModuleType, tmp_path: Path) -> Any:
+def kit(pack, tmp_path):
     from kit import Kit
 
     return Kit(pack, tmp_path)

@@ -1,15 +1,10 @@
 """Measurements on every architecture: a merge of one LoRA, of two, and its file."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from types import ModuleType
-from typing import Any
-
 import torch
 from architecture_results import drift_in
 from kit import merge_on, part
-from reduced_models import Reduced, write_lora
-from torch import Tensor, nn
+from reduced_models import write_lora
+from torch import nn
 
 LONG = "a photo of a sks cat with a red hat on a wooden table beside an open window, " * 8
 """Over 77 tokens of every tokenizer."""
@@ -26,7 +21,7 @@ class Trial:
     for every class. With two experts, also the MODEL for low noise, and two files a LoRA; those for
     high noise change the text encoder too."""
 
-    def __init__(self, pack: ModuleType, reduced: Reduced, folder: Path) -> None:
+    def __init__(self, pack, reduced, folder):
         self.core, self.specs = part(pack, "iteris_core"), part(pack, "nodes.concept_specs")
         self.merging, self.lora = part(pack, "nodes.merging"), part(pack, "nodes.comfy_lora")
         self.tensors = part(pack, "iteris_core.lora_files.tensors")
@@ -49,7 +44,7 @@ class Trial:
         self.base = *self.models, self.clip
         self.plain = self.draw(*self.base)
 
-    def merge(self, count: int, rows: int = 32, **settings: Any) -> Any:
+    def merge(self, count, rows=32, **settings):
         """Of the first ``count`` LoRAs; ``rows`` is the most in a forward. Nothing may be left
         out."""
         given = [[torch.zeros(1, 1, 1), self.reduced.entries]]
@@ -68,7 +63,7 @@ class Trial:
             **options,
         )
 
-    def concepts(self, count: int) -> list[Any]:
+    def concepts(self, count):
         specs = [
             self.specs.make_spec(files[0], trigger="sks", class_word="cat", low=low)
             for files in self.paths[:count]
@@ -76,12 +71,12 @@ class Trial:
         ]
         return [spec.model_copy(update={"prompts": PROMPTS}) for spec in specs]
 
-    def alone(self) -> float:
+    def alone(self):
         """How far a merge of one LoRA is from that LoRA, as a share of what it does."""
         found, wanted = self.draw(*self.node(self.merge(1))), self.draw(*self.stock(self.paths[0]))
         return relative(found - wanted, self.plain - wanted)
 
-    def rows_and_file(self) -> tuple[float, float]:
+    def rows_and_file(self):
         """The largest difference of a site between merges with many and with few rows in a forward,
         and how far the saved file is from what the node gives."""
         many, few = self.merge(2), self.merge(2, rows=5)
@@ -91,37 +86,37 @@ class Trial:
         saved = self.draw(*self.stock(files))
         return furthest(few, many), relative(saved - found, self.plain - found)
 
-    def unchanged(self) -> bool:
+    def unchanged(self):
         """Whether the base draws what it drew at first, bit by bit, and nothing is left on it."""
         roots = [*(model.model for model in self.models), self.clip.cond_stage_model]
         modules = [module for root in roots for module in root.modules()]
         hooks = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
         return not hooks and torch.equal(self.draw(*self.base), self.plain)
 
-    def loras(self, result: Any) -> list[Any]:
+    def loras(self, result):
         """What the merge node hands on beside its models."""
         if self.reduced.experts:
             return self.merging.as_lora_models(result, "float32")
         return [self.merging.as_lora_model(result, "float32")]
 
-    def node(self, result: Any) -> tuple[Any, ...]:
+    def node(self, result):
         """The models and the CLIP that the merge node hands on."""
         loras = zip(self.models, self.loras(result), strict=True)
         applied = [self.lora.apply_lora(model, self.clip, lora) for model, lora in loras]
         return *(model for model, _ in applied), applied[0][1]
 
-    def stock(self, files: list[Path]) -> tuple[Any, ...]:
+    def stock(self, files):
         """The models and the CLIP with these files by ComfyUI's own loader."""
         loaded = [self.loaded(*pair) for pair in zip(self.models, files, strict=True)]
         return *(model for model, _ in loaded), loaded[0][1]
 
-    def saved(self, tensors: Any, name: str) -> Path:
+    def saved(self, tensors, name):
         """As the node that saves does it."""
         path = self.folder / f"{name}.safetensors"
         self.tensors.save_atomically(dict(tensors), path, tensors.metadata)
         return path
 
-    def loaded(self, model: Any, path: Path) -> tuple[Any, Any]:
+    def loaded(self, model, path):
         import comfy.sd
         import comfy.utils
 
@@ -131,7 +126,7 @@ class Trial:
         assert len(model.patches) + len(clip.patcher.patches) == modules
         return model, clip
 
-    def draw(self, *parts: Any) -> Tensor:
+    def draw(self, *parts):
         """The models in turn, as nodes KSampler (Advanced) one after the other do it."""
         import comfy.sample
 
@@ -163,11 +158,11 @@ class Trial:
                 )
         return latent.clone()
 
-    def text(self, clip: Any, prompt: str) -> Any:
+    def text(self, clip, prompt):
         found = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
         return [[states, {**own, **self.reduced.entries}] for states, own in found]
 
-    def empty(self) -> Tensor:
+    def empty(self):
         import comfy.sample
 
         side = self.reduced.side
@@ -175,7 +170,7 @@ class Trial:
         empty = comfy.sample.fix_empty_latent_channels(self.model, empty)
         return empty.repeat_interleave(3, dim=2) if self.reduced.video else empty
 
-    def layers(self) -> Mapping[str, nn.Linear]:
+    def layers(self):
         """Name in a file → layer: all that are linear, of the denoiser and the text encoders."""
         roots = {
             "diffusion_model": self.model.model.diffusion_model,
@@ -190,17 +185,17 @@ class Trial:
         apart = (*UNREACHED, *self.reduced.apart)
         return {name: m for name, m in found.items() if not any(part in name for part in apart)}
 
-    def write_lora(self, seed: int, root: str = "") -> Path:
+    def write_lora(self, seed, root=""):
         """Of the layers whose names begin with ``root``."""
         sites = {n: (*m.weight.shape,) for n, m in self.layers().items() if n.startswith(root)}
         return write_lora(self.folder / f"{seed}.safetensors", sites, seed, size=0.125)
 
 
-def relative(gap: Tensor, whole: Tensor) -> float:
+def relative(gap, whole):
     return float(gap.double().norm() / whole.double().norm())
 
 
-def furthest(found: Any, wanted: Any) -> float:
+def furthest(found, wanted):
     """The largest relative difference of a site between two merges."""
     pairs = [(found.lora.sites[s].dense(), c.dense()) for s, c in wanted.lora.sites.items()]
     return max(relative(ours - theirs, theirs) for ours, theirs in pairs)

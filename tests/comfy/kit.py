@@ -2,32 +2,27 @@
 
 import importlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
 
-import pytest
 import torch
-from torch import Tensor
 
 SETTINGS = {"image_size": 64, "timesteps": 2, "denoising_steps": 4}
 """What a merge node is given, for a merge in a moment."""
 
 
-def part(pack: ModuleType, name: str) -> Any:
+def part(pack, name):
     """The pack's module of this name."""
     return importlib.import_module(f"{pack.__name__}.{name}")
 
 
-def node(pack: ModuleType, file: str, name: str) -> Any:
+def node(pack, file, name):
     """A node's class, as ComfyUI runs it, with its hidden inputs set."""
     found = getattr(part(pack, f"nodes.{file}"), name)
     return type(name, (found,), {"hidden": SimpleNamespace(unique_id=None, prompt=None)})
 
 
-def use_folders(monkeypatch: pytest.MonkeyPatch, folder: Path, *kinds: str) -> None:
+def use_folders(monkeypatch, folder, *kinds):
     """ComfyUI in this process has its models of these ``kinds`` below ``folder``."""
     import folder_paths
 
@@ -41,17 +36,8 @@ def use_folders(monkeypatch: pytest.MonkeyPatch, folder: Path, *kinds: str) -> N
 
 
 def merge_on(
-    merging: Any,
-    model: Any,
-    clip: Any,
-    concepts: Sequence[Any],
-    method: str,
-    settings: dict[str, Any],
-    calibration: Any,
-    *,
-    unmergeable: str = "mean",
-    **options: Any,
-) -> Any:
+    merging, model, clip, concepts, method, settings, calibration, *, unmergeable="mean", **options
+):
     """A merge by ``merging``, the pack's module of that name."""
     config = merging.MergeConfig(
         concepts=tuple(concepts), method=method, settings=settings,
@@ -63,7 +49,7 @@ def merge_on(
 class Kit:
     """A MODEL and CLIP, and the usual merge of a.safetensors and b.safetensors on them."""
 
-    def __init__(self, pack: ModuleType, folder: Path, **reduced: Any) -> None:
+    def __init__(self, pack, folder, **reduced):
         from reduced_models.unets import sd15
 
         self.pack, self.folder, self.loras = pack, folder, folder / "loras"
@@ -79,17 +65,17 @@ class Kit:
         )
         self.merging.forget()
 
-    def node(self, file: str, name: str) -> Any:
+    def node(self, file, name):
         return node(self.pack, file, name)
 
-    def concepts(self) -> list[Any]:
+    def concepts(self):
         make = self.specs.make_spec
         return [
             make(self.loras / "a.safetensors", trigger="sks", class_word="cat"),
             make(self.loras / "b.safetensors", trigger="zwx", class_word="dog", strength=0.7),
         ]
 
-    def merge(self, settings: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    def merge(self, settings=None, **kwargs):
         on = kwargs.pop("on", (self.model, self.clip))
         concepts = kwargs.pop("concepts", None) or self.concepts()
         method = kwargs.pop("method", "iteris")
@@ -99,7 +85,7 @@ class Kit:
             self.merging, *on, concepts, method, settings or {}, self.calibration, **kwargs
         )
 
-    def stock(self, file: str | Path, strength: float = 1.0) -> tuple[Any, Any]:
+    def stock(self, file, strength=1.0):
         """MODEL and CLIP with a file on them, by ComfyUI's own loader."""
         import comfy.sd
         import comfy.utils
@@ -108,10 +94,10 @@ class Kit:
         with torch.inference_mode():
             return comfy.sd.load_lora_for_models(self.model, self.clip, tensors, strength, strength)
 
-    def draw(self, model: Any, clip: Any) -> Tensor:
+    def draw(self, model, clip):
         return self.outputs(model, clip)[1]
 
-    def outputs(self, model: Any = None, clip: Any = None) -> tuple[Tensor, Tensor]:
+    def outputs(self, model=None, clip=None):
         """A text and a picture of MODEL and CLIP, by ComfyUI's own sampler."""
         import comfy.samplers
 
@@ -127,7 +113,7 @@ class Kit:
             )
         return text[0][0].clone(), drawn.clone()
 
-    def unchanged(self, before: tuple[Tensor, Tensor]) -> bool:
+    def unchanged(self, before):
         """Whether the model gives bit by bit what it gave ``before``, and nothing is left on it."""
         roots = (self.model.model, self.clip.cond_stage_model)
         modules = [module for root in roots for module in root.modules()]
@@ -139,7 +125,7 @@ class Kit:
         )
 
 
-def write_loras(model: Any, clip: Any, folder: Path) -> None:
+def write_loras(model, clip, folder):
     """a.safetensors and b.safetensors, of attention, as kohya's trainer writes them; the first one
     was trained on a folder that names its words."""
     import comfy.lora
@@ -154,14 +140,14 @@ def write_loras(model: Any, clip: Any, folder: Path) -> None:
     write_lora(folder / "b.safetensors", sites, 2, alpha=4.0)
 
 
-def _is_trained(name: str) -> bool:
+def _is_trained(name):
     if name.startswith("lora_te_"):
         return "_layers_0_self_attn_" in name and name.endswith(("q_proj", "v_proj"))
     ends = ("_to_q", "_to_k", "_to_v", "_to_out_0")
     return name.startswith("lora_unet_") and "_attentions_" in name and name.endswith(ends)
 
 
-def distance(found: Any, wanted: Any) -> float:
+def distance(found, wanted):
     """Largest relative difference of a site."""
     assert set(found.sites) == set(wanted.sites)
     pairs = [(found.sites[s].dense().double(), w.dense().double()) for s, w in wanted.sites.items()]

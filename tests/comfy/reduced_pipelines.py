@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reduced_models.parts import taken_apart
 from reduced_models.texts import FULL_CLIP, T5
 from torch import Tensor
 
@@ -83,9 +84,7 @@ def flux_parts(model: Any, state: dict[str, Tensor], prefix: str = "") -> dict[s
     for theirs, target in comfy.utils.flux_to_diffusers(
         model.model.model_config.unet_config, prefix
     ).items():
-        key, offset, function = (*(target if isinstance(target, tuple) else (target,)), None, None)[
-            :3
-        ]
+        key, offset, function = taken_apart(target)
         if key in state and not _ALIASES.search(theirs):
             part = state[key] if offset is None else state[key].narrow(*offset)
             found[theirs] = part if function is None else function(part)

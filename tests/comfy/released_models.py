@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from reduced_models.parts import made
+from reduced_models.parts import made, taken_apart
 from torch import Tensor
 
 _UNET = {
@@ -73,16 +73,11 @@ def diffusers_names(kind: str, changes: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, target in table.items():
         if not name.endswith(".weight") or name.endswith(_OF_FLUX_2):
             continue
-        key, offset, function, *_ = (
-            *(target if isinstance(target, tuple) else (target,)),
-            None,
-            None,
-        )
+        key, offset, function = taken_apart(target)
         if (change := changes.get(f"diffusion_model.{key}")) is not None:
             change = change if offset is None else change.narrow(*offset)
-            found[f"{component}.{name.removesuffix('.weight')}"] = (
-                change if function is None else function(change)
-            )
+            site = f"{component}.{name.removesuffix('.weight')}"
+            found[site] = change if function is None else function(change)
     encoders = {"clip_l": "text_encoder", "clip_g": "text_encoder_2",
                 "t5xxl": "text_encoder_3" if kind == "sd3" else "text_encoder_2"}  # fmt: skip
     for key, change in changes.items():

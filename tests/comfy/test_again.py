@@ -2,19 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from kit import SETTINGS, Kit, distance, part
+from kit import SETTINGS, distance, part
 
 
 @pytest.fixture
-def desk(kit: Kit, caplog: pytest.LogCaptureFixture) -> Any:
+def desk(kit, caplog):
     """Runs the merging node, and counts in its log."""
     caplog.set_level("INFO")
 
-    def merge(concepts: Any = None, on: Any = None, settings: Any = None, **values: Any) -> Any:
+    def merge(concepts=None, on=None, settings=None, **values):
         given = {"clip": kit.clip, "samples": 9, "settings": {**SETTINGS, **(settings or {})}}
         specs = tuple(concepts or kit.concepts())
         run = kit.node("merge_nodes", "IterisMerge").execute
@@ -25,7 +24,7 @@ def desk(kit: Kit, caplog: pytest.LogCaptureFixture) -> Any:
     return merge
 
 
-def test_another_strength_does_not_merge_again(kit: Kit, desk: Any) -> None:
+def test_another_strength_does_not_merge_again(kit, desk):
     _, _, whole, _, words = desk()
     _, _, half, report, _ = desk(strength=0.5)
     assert words == "sks cat, zwx dog"
@@ -46,15 +45,13 @@ def test_another_strength_does_not_merge_again(kit: Kit, desk: Any) -> None:
     assert desk.merges() == 4
 
 
-def test_a_run_after_one_that_was_cancelled_has_the_same_rows(
-    kit: Kit, desk: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_after_one_that_was_cancelled_has_the_same_rows(kit, desk, monkeypatch):
     """And the merge is the same to the bit."""
     import comfy.model_management as memory
 
     asked, limit = [0], [0]
 
-    def stop() -> None:
+    def stop():
         asked[0] += 1
         if limit[0] and asked[0] > limit[0]:
             raise memory.InterruptProcessingException
@@ -70,9 +67,7 @@ def test_a_run_after_one_that_was_cancelled_has_the_same_rows(
     assert desk.latents() == 4
 
 
-def test_after_a_restart_only_a_new_lora_is_denoised(
-    kit: Kit, desk: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_a_restart_only_a_new_lora_is_denoised(kit, desk, monkeypatch):
     """Samples lie in ComfyUI's user folder. A MODEL with a function on it has no hash."""
     import folder_paths
 
@@ -80,12 +75,12 @@ def test_after_a_restart_only_a_new_lora_is_denoised(
     made: list[int] = []
     make = host.make_latents
 
-    def counted(*given: Any) -> Any:
+    def counted(*given):
         if given[-1].texts:  # else it only draws noise
             made.append(given[-1].owner)
         return make(*given)
 
-    def restart() -> None:
+    def restart():
         kit.merging.forget()
         kit.merging._RememberingHost._last = ()
         made.clear()

@@ -1,14 +1,12 @@
 """Speed LoRAs that are always on: as if Load LoRA had put them on MODEL and CLIP."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from kit import Kit
 from safetensors.torch import load_file, save_file
 
 
-def speedy(kit: Kit) -> Path:
+def speedy(kit):
     """A LoRA of the layers of a with other numbers."""
     generator = torch.Generator().manual_seed(5)
     tensors = {
@@ -19,7 +17,7 @@ def speedy(kit: Kit) -> Path:
     return kit.loras / "turbo.safetensors"
 
 
-def test_it_is_as_if_load_lora_had_put_it_there(kit: Kit) -> None:
+def test_it_is_as_if_load_lora_had_put_it_there(kit):
     path = speedy(kit)
     kit.calibration = replace(kit.calibration, conditions=0.0)
     speed = kit.specs.make_spec(path, strength=0.5, kind="always on")

@@ -14,9 +14,7 @@ from torch import nn
 
 @pytest.mark.parametrize("after", [1, 20, 60])
 @pytest.mark.parametrize("error", ["ValueError", "interrupt"])
-def test_a_merge_that_stops_leaves_the_base_as_it_was(
-    kit: Kit, monkeypatch: pytest.MonkeyPatch, error: str, after: int
-) -> None:
+def test_a_merge_that_stops_leaves_the_base_as_it_was(kit, monkeypatch, error, after):
     """ComfyUI's own question whether a run is cancelled is what stops it, while samples are made
     and while sites are solved."""
     import comfy.model_management as memory
@@ -24,7 +22,7 @@ def test_a_merge_that_stops_leaves_the_base_as_it_was(
     before, asked = kit.outputs(), list[int]()
     stops = ValueError("broken") if error == "ValueError" else memory.InterruptProcessingException()
 
-    def stop() -> None:
+    def stop():
         asked.append(1)
         if len(asked) > after:
             raise stops
@@ -38,7 +36,7 @@ def test_a_merge_that_stops_leaves_the_base_as_it_was(
     assert torch.is_grad_enabled()
 
 
-def test_what_to_lower_is_said_where_nothing_fits(kit: Kit) -> None:
+def test_what_to_lower_is_said_where_nothing_fits(kit):
     before = kit.outputs()
     with pytest.raises(kit.core.IterisError, match="lower samples, timesteps or image_size"):
         kit.merge(memory_budget=1000)
@@ -48,7 +46,7 @@ def test_what_to_lower_is_said_where_nothing_fits(kit: Kit) -> None:
 # -- what other nodes have done to them -----------------------------------------------------------
 
 
-def hooked(kit: Kit, strength: float, keyframes: Any = None) -> Any:
+def hooked(kit, strength, keyframes=None):
     """The CLIP with a LoRA as a hook, for itself and for the MODEL it is used with."""
     import comfy.hooks
     import comfy.utils
@@ -62,7 +60,7 @@ def hooked(kit: Kit, strength: float, keyframes: Any = None) -> Any:
         return SetClipHooks().apply_hooks(kit.clip, False, True, hooks)[0]
 
 
-def with_weights_of(parts: tuple[Any, Any]) -> tuple[Any, Any]:
+def with_weights_of(parts):
     """A fresh MODEL and CLIP with the weights of ``parts`` and of their patches, in float32."""
     import comfy.model_management as memory
 
@@ -76,7 +74,7 @@ def with_weights_of(parts: tuple[Any, Any]) -> tuple[Any, Any]:
     return fresh
 
 
-def quantised(kit: Kit, form: str) -> tuple[Any, Any]:
+def quantised(kit, form):
     """Linear layers of ComfyUI's mixed precision, of comfy-kitchen's eager operations."""
     import comfy.ops
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
@@ -101,7 +99,7 @@ def quantised(kit: Kit, form: str) -> tuple[Any, Any]:
     return base
 
 
-def dequantised(base: tuple[Any, Any]) -> tuple[Any, Any]:
+def dequantised(base):
     fresh = sd15()
     layers = dict(base[0].model.diffusion_model.named_modules())
     with torch.inference_mode():
@@ -111,7 +109,7 @@ def dequantised(base: tuple[Any, Any]) -> tuple[Any, Any]:
     return fresh
 
 
-def fp8(kit: Kit) -> tuple[Any, Any]:
+def fp8(kit):
     eight, _ = sd15(dtype=torch.float8_e4m3fn)
     assert eight.model_dtype() == torch.float8_e4m3fn
     return eight, kit.clip
@@ -140,7 +138,7 @@ BASES: dict[str, tuple[Callable[[Kit], Any], Callable[[Kit, Any], Any], float]] 
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_a_merge_is_on_what_the_base_draws_with(kit: Kit, name: str) -> None:
+def test_a_merge_is_on_what_the_base_draws_with(kit, name):
     make, same, near = BASES[name]
     kit.calibration = dataclasses.replace(kit.calibration, latents="noise")
     on = make(kit)
@@ -151,7 +149,7 @@ def test_a_merge_is_on_what_the_base_draws_with(kit: Kit, name: str) -> None:
     assert not kit.model.hook_backup
 
 
-def test_a_model_that_is_half_in_host_memory(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_half_in_host_memory(kit, monkeypatch):
     """With a LoRA on it that is applied as weights are cast."""
     import comfy.model_management as memory
 
@@ -165,11 +163,11 @@ def test_a_model_that_is_half_in_host_memory(kit: Kit, monkeypatch: pytest.Monke
     assert distance(kit.merge(on=patched).lora, whole) < 0.05 < distance(whole, plain)
 
 
-def test_patches_and_wrappers_of_other_nodes_run(kit: Kit) -> None:
+def test_patches_and_wrappers_of_other_nodes_run(kit):
     """A patch of attention's inputs and a wrapper of the whole UNet, which may look the step up."""
     plain, model, steps = kit.merge().lora, kit.model.clone(), set[int]()
 
-    def halve(q: Any, k: Any, v: Any, extra: Any) -> Any:
+    def halve(q, k, v, extra):
         known = extra["sample_sigmas"]
         steps.update(int((known == sigma).sum()) for sigma in extra["sigmas"])
         return q * 0.5, k, v
@@ -183,10 +181,10 @@ def test_patches_and_wrappers_of_other_nodes_run(kit: Kit) -> None:
     assert distance(kit.merge().lora, plain) == 0
 
 
-def test_compiled_models_run_uncompiled(kit: Kit) -> None:
+def test_compiled_models_run_uncompiled(kit):
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    def fail(*_: Any) -> Any:
+    def fail(*_):
         raise AssertionError("compiled")
 
     model = kit.model.clone()
@@ -196,7 +194,7 @@ def test_compiled_models_run_uncompiled(kit: Kit) -> None:
     assert str(model.wrappers) == wrappers
 
 
-def test_another_sampling_makes_latents_again(kit: Kit) -> None:
+def test_another_sampling_makes_latents_again(kit):
     """Kept latents are of one MODEL and CLIP, not of all that share their weights."""
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
@@ -206,9 +204,7 @@ def test_another_sampling_makes_latents_again(kit: Kit) -> None:
     assert distance(kit.merge().lora, plain) == 0
 
 
-def test_what_cannot_be_a_base_is_refused_in_one_sentence(
-    kit: Kit, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_a_base_is_refused_in_one_sentence(kit, monkeypatch):
     import comfy.hooks
 
     keyframes = comfy.hooks.HookKeyframeGroup()
@@ -232,7 +228,7 @@ def test_what_cannot_be_a_base_is_refused_in_one_sentence(
 # -- what is shown --------------------------------------------------------------------------------
 
 
-def test_one_bar(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_bar(kit, monkeypatch):
     import comfy.utils
 
     sent: list[tuple[int, int]] = []

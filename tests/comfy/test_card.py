@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from kit import Kit, part
+from kit import part
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 
 @pytest.mark.parametrize("end", ["success", "error", "interrupt", "out of memory"])
-def test_what_forwards_cannot_pause_with_is_off_during_a_merge(
-    kit: Kit, monkeypatch: pytest.MonkeyPatch, end: str
-) -> None:
+def test_what_forwards_cannot_pause_with_is_off_during_a_merge(kit, monkeypatch, end):
     """The compiler, CUDA graphs and prefetched weights, of one forward at a time, and operations
     that read a layer without calling it. All are put back."""
     import comfy.model_management as memory
@@ -38,13 +36,13 @@ def test_what_forwards_cannot_pause_with_is_off_during_a_merge(
         "out of memory": torch.OutOfMemoryError("pretended"),
     }[end]
 
-    def state() -> tuple[Any, ...]:
+    def state():
         off = args.disable_comfy_compiler, args.disable_cuda_graphs, memory.in_training
         return (*off, stub.__dict__["make_prefetch_queue"]([1], None, {}))
 
     seen: list[tuple[Any, ...]] = []
 
-    def look(*_: Any) -> None:
+    def look(*_):
         seen.append(state())
         if error is not None:
             raise error
@@ -61,7 +59,7 @@ def test_what_forwards_cannot_pause_with_is_off_during_a_merge(
     assert stub.__dict__["make_prefetch_queue"] is make
 
 
-def test_fused_operations_run_unfused_and_with_gradients(pack: ModuleType) -> None:
+def test_fused_operations_run_unfused_and_with_gradients(pack):
     """An INT8 layer that is read would not be seen; a polish goes back through a rotation."""
     import comfy.ops
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
@@ -91,7 +89,7 @@ def test_fused_operations_run_unfused_and_with_gradients(pack: ModuleType) -> No
     assert torch.allclose(x.grad, 2 * x, atol=1e-4)  # a turn keeps lengths
 
 
-def test_a_dora_on_bytes_of_a_gguf_is_refused(kit: Kit) -> None:
+def test_a_dora_on_bytes_of_a_gguf_is_refused(kit):
     tensors = load_file(kit.loras / "a.safetensors")
     down = next(key for key in tensors if key.startswith("lora_unet") and "lora_down" in key)
     module = down.removesuffix(".lora_down.weight")

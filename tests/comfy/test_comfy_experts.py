@@ -2,9 +2,6 @@
 two files per concept give two files. What they draw is with that of every architecture."""
 
 import dataclasses
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +14,7 @@ from reduced_models.wan import SITES
 class Pair(Trial):
     """The reduced experts, with merges of any files for them."""
 
-    def merged(self, *concepts: tuple[str, str], **options: Any) -> Any:
+    def merged(self, *concepts, **options):
         """Of concepts with a file for high and one for low noise, or none."""
         specs = [
             self.concepts(1)[0].model_copy(
@@ -34,7 +31,7 @@ class Pair(Trial):
 
 
 @pytest.fixture
-def pair(pack: ModuleType, tmp_path: Path) -> Pair:
+def pair(pack, tmp_path):
     from reduced_models import write_lora
 
     for seed, name in enumerate(("a_high", "a_low", "b_high", "b_low")):
@@ -42,12 +39,12 @@ def pair(pack: ModuleType, tmp_path: Path) -> Pair:
     return Pair(pack, ARCHITECTURES["Wan 2.2 14B"], tmp_path)
 
 
-def test_each_has_rows_of_its_own_steps(pair: Pair, pack: ModuleType) -> None:
+def test_each_has_rows_of_its_own_steps(pair, pack):
     """Above the boundary the one for high noise ran, with the LoRAs for it, below it the other."""
     plain = {"conditions": 0.0, "generic": 0.0, "empty_share": 0.0}
     pair.calibration = dataclasses.replace(pair.calibration, **plain)
 
-    def rows(*concepts: tuple[str, str]) -> Any:
+    def rows(*concepts):
         pair.merged(*concepts)
         return part(pack, "nodes.merging")._RememberingHost._last[-2][1].noisy  # held out: the last
 
@@ -61,7 +58,7 @@ def test_each_has_rows_of_its_own_steps(pair: Pair, pack: ModuleType) -> None:
     assert float(moved[~first].norm()) < 1e-5 * float(low.latents.norm())
 
 
-def test_a_concept_may_have_one_file_only_and_what_does_not_fit_is_said(pair: Pair) -> None:
+def test_a_concept_may_have_one_file_only_and_what_does_not_fit_is_said(pair):
     found = pair.merged(("a_high", "a_low"), ("b_high", "")).lora.sites
     assert {site.partition(".")[0] for site in found} == {"unet", "unet_2"}
     assert len(found) >= 2 * len(SITES)

@@ -3,11 +3,10 @@
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from client import Client, Graph, PromptError, node
+from client import PromptError, node
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,13 +16,13 @@ needs_toybox = pytest.mark.skipif(
 )
 
 
-def concept(lora: str, **given: Any) -> dict[str, Any]:
+def concept(lora, **given):
     values = {"trigger": "", "class_word": "", "prompts": "", "embedding": "none"}
     values |= {"strength": 1.0, "weight": 1.0, "lora_name": lora}
     return node("IterisConcept", **(values | given))
 
 
-def thin_graph(samples: int = 3, **advanced: Any) -> Graph:
+def thin_graph(samples=3, **advanced):
     """Both thin LoRAs merged and saved, and a picture."""
     graph = {
         "base": node("CheckpointLoaderSimple", ckpt_name="thin.safetensors"),
@@ -45,9 +44,7 @@ def thin_graph(samples: int = 3, **advanced: Any) -> Graph:
     return graph | drawing("merged", ["merge", 0], ["merge", 1], ["base", 2])
 
 
-def drawing(
-    name: str, model: Any, clip: Any, vae: Any, text: Any = "a sks cat", **more: Any
-) -> Graph:
+def drawing(name, model, clip, vae, text="a sks cat", **more):
     """Nodes that draw; the pictures are shown by the node ``name``."""
     settings = {"seed": 1, "steps": 2, "cfg": 3.0, "denoise": 1.0}
     settings |= {"sampler_name": "euler", "scheduler": "simple"}
@@ -69,27 +66,27 @@ def drawing(
     }
 
 
-def stock(lora: str, model: Any, clip: Any) -> dict[str, Any]:
+def stock(lora, model, clip):
     """ComfyUI's own loader."""
     strengths = {"strength_model": 1.0, "strength_clip": 1.0}
     return node("LoraLoader", model=model, clip=clip, lora_name=lora, **strengths)
 
 
-def pixels(client: Client, shown: dict[str, Any]) -> np.ndarray:
+def pixels(client, shown):
     files = [client.picture(image) for image in shown["images"]]
     return np.stack([np.asarray(Image.open(io.BytesIO(file)), dtype=float) for file in files])
 
 
-def psnr(found: np.ndarray, wanted: np.ndarray) -> float:
+def psnr(found, wanted):
     error = float(((found - wanted) ** 2).mean())
     return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
 
 
-def saved_name(outputs: dict[str, Any]) -> str:
+def saved_name(outputs):
     return outputs["save"]["text"][0]
 
 
-def test_saved_lora_draws_what_the_node_draws(client: Client) -> None:
+def test_saved_lora_draws_what_the_node_draws(client):
     outputs = client.run(thin_graph())
     assert "34 sites" in outputs["report"]["text"][0]
     assert "sks" in outputs["report"]["text"][0]  # from the file's folder name
@@ -106,7 +103,7 @@ def test_saved_lora_draws_what_the_node_draws(client: Client) -> None:
     assert psnr(pixels(client, drawn["plain"]), merged) < 40
 
 
-def test_stock_save_checkpoint_bakes_the_merge(client: Client, models: Path) -> None:
+def test_stock_save_checkpoint_bakes_the_merge(client, models):
     """MODEL and CLIP of a merge in one file, which draws what they draw without a LoRA."""
     merged = ["merge", 0], ["merge", 1], ["base", 2]
     graph = thin_graph()
@@ -126,7 +123,7 @@ def test_stock_save_checkpoint_bakes_the_merge(client: Client, models: Path) -> 
     assert psnr(pixels(client, drawn["by thin"]), wanted) < 40
 
 
-def test_errors_are_one_sentence(client: Client) -> None:
+def test_errors_are_one_sentence(client):
     with pytest.raises(PromptError, match="no concept sks99"):
         client.run({
             "toybox": node("IterisToybox", tokens="sks99"),
@@ -135,7 +132,7 @@ def test_errors_are_one_sentence(client: Client) -> None:
 
 
 @needs_toybox
-def test_compare_inspect_preserve_and_stack(client: Client) -> None:
+def test_compare_inspect_preserve_and_stack(client):
     toybox = ["toybox", 0], ["toybox", 1], ["toybox", 3]
     graph = {
         "toybox": node("IterisToybox", tokens="sks1, sks2"),
@@ -176,7 +173,7 @@ def test_compare_inspect_preserve_and_stack(client: Client) -> None:
     assert "CLIPScore" in outputs["scores"]["text"][0]
 
 
-def test_every_node_is_served_with_its_help_and_texts(client: Client) -> None:
+def test_every_node_is_served_with_its_help_and_texts(client):
     """What these say is compared with the nodes by test_texts.py."""
     found = {k: v for k, v in client.get("/object_info").items() if k.startswith("Iteris")}
     texts = client.get("/i18n")

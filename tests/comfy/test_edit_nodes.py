@@ -1,10 +1,8 @@
 """Resize LoRA and Extract LoRA on a MODEL and CLIP, which stay as they were."""
 
-from typing import Any
-
 import pytest
 import torch
-from kit import SETTINGS, Kit, distance, part
+from kit import SETTINGS, distance, part
 from safetensors.torch import load_file, save_file
 
 SIZE = {"rank": 2, "megabytes": 0.0, "energy": 0.0}
@@ -13,25 +11,23 @@ SIZE = {"rank": 2, "megabytes": 0.0, "energy": 0.0}
 class Edits:
     """Both nodes, with ``progress`` called at every step."""
 
-    def __init__(self, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, kit, monkeypatch):
         self.kit, self.progress = kit, lambda _: None
         nodes = part(kit.pack, "nodes.edit_nodes")
         monkeypatch.setattr(nodes, "NodeProgress", lambda _: lambda p: self.progress(p))
 
-    def run(self, name: str, *args: Any, **values: Any) -> tuple[Any, Any, Any, str]:
+    def run(self, name, *args, **values):
         values = {**SIZE, "samples": 4, "settings": SETTINGS, **values}
         return self.kit.node("edit_nodes", name).execute(*args, **values).result
 
 
 @pytest.fixture
-def edits(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> Edits:
+def edits(kit, monkeypatch):
     return Edits(kit, monkeypatch)
 
 
 @pytest.mark.parametrize("by", ["outputs", "weights"])
-def test_a_lora_of_a_lower_rank_than_it_says_is_resized_without_loss(
-    kit: Kit, edits: Edits, by: str
-) -> None:
+def test_a_lora_of_a_lower_rank_than_it_says_is_resized_without_loss(kit, edits, by):
     tensors = load_file(kit.loras / "a.safetensors")
     for key, up in tensors.items():
         if key.endswith("lora_up.weight"):
@@ -50,7 +46,7 @@ def test_a_lora_of_a_lower_rank_than_it_says_is_resized_without_loss(
     assert kit.unchanged(before)
 
 
-def test_a_share_or_a_size_says_the_rank(kit: Kit, edits: Edits) -> None:
+def test_a_share_or_a_size_says_the_rank(kit, edits):
     spec = kit.concepts()[0]
     on = (kit.model, [spec], kit.clip)
     ranks = []
@@ -68,7 +64,7 @@ def test_a_share_or_a_size_says_the_rank(kit: Kit, edits: Edits) -> None:
 
 
 @pytest.mark.parametrize("parts", ["both", "MODEL", "CLIP"])
-def test_a_lora_on_a_model_is_extracted_from_it(kit: Kit, edits: Edits, parts: str) -> None:
+def test_a_lora_on_a_model_is_extracted_from_it(kit, edits, parts):
     """Both MODELs share one network, of which one has the LoRA on it."""
     model, clip = kit.stock("a.safetensors")
     tuned = (model if parts != "CLIP" else kit.model, clip if parts != "MODEL" else None)
@@ -90,7 +86,7 @@ def test_a_lora_on_a_model_is_extracted_from_it(kit: Kit, edits: Edits, parts: s
     assert all(torch.equal(*pair) for pair in zip(again, target, strict=True))
 
 
-def weights(patcher: Any) -> dict[str, torch.Tensor]:
+def weights(patcher):
     """Every weight with its patches, in float32."""
     import comfy.lora
 
@@ -102,7 +98,7 @@ def weights(patcher: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_norms_and_biases_are_extracted_in_full(kit: Kit, edits: Edits) -> None:
+def test_norms_and_biases_are_extracted_in_full(kit, edits):
     """The file in the stock loader makes of the base what the fine-tune is, weight by weight."""
     tuned = kit.stock("a.safetensors")
     generator = torch.Generator().manual_seed(3)
@@ -130,7 +126,7 @@ def test_norms_and_biases_are_extracted_in_full(kit: Kit, edits: Edits) -> None:
     assert kit.unchanged(before)
 
 
-def test_models_that_are_alike_or_of_two_kinds(kit: Kit, edits: Edits) -> None:
+def test_models_that_are_alike_or_of_two_kinds(kit, edits):
     from reduced_models import zimage
 
     # What nothing of SD 1.x uses, and ComfyUI leaves as the memory was.

@@ -8,9 +8,6 @@ With ``WRITE_RESULTS=1`` the figures go into benchmarks/results/architectures.js
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +22,7 @@ IN_PARTS = ("SD 1.5", "FLUX.1", "Z-Image")
 ITERATED = tuple(n for n, of in ARCHITECTURES.items() if of.settings.get("schedule") == "jacobi")
 
 
-def names(fast: tuple[str, ...] = (), left_out: tuple[str, ...] = ()) -> list[object]:
+def names(fast=(), left_out=()):
     """All architectures but those ``left_out``; ``fast`` says which are no slow tests."""
     return [
         pytest.param(
@@ -37,7 +34,7 @@ def names(fast: tuple[str, ...] = (), left_out: tuple[str, ...] = ()) -> list[ob
 
 
 @pytest.mark.parametrize("name", names())
-def test_a_merge(pack: ModuleType, tmp_path: Path, name: str) -> None:
+def test_a_merge(pack, tmp_path, name):
     import comfyui_version
 
     reduced = ARCHITECTURES[name]
@@ -55,9 +52,7 @@ def test_a_merge(pack: ModuleType, tmp_path: Path, name: str) -> None:
     assert trial.unchanged()
 
 
-def test_a_class_that_nothing_names(
-    pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_class_that_nothing_names(pack, tmp_path, monkeypatch):
     """Tomorrow's: its classes have other names than today's, and there is no architecture at all
     that it could be taken for."""
     monkeypatch.setattr(part(pack, "iteris_core.architectures"), "ARCHITECTURES", ())
@@ -72,12 +67,9 @@ def test_a_class_that_nothing_names(
 
 
 @pytest.mark.parametrize(
-    "name",
-    [name for name, of in ARCHITECTURES.items() if of.apart and "inputs" not in of.left_out],
+    "name", [name for name, of in ARCHITECTURES.items() if of.apart and "inputs" not in of.left_out]
 )
-def test_what_is_left_out_is_told_with_its_file(
-    pack: ModuleType, tmp_path: Path, name: str
-) -> None:
+def test_what_is_left_out_is_told_with_its_file(pack, tmp_path, name):
     """Layers that cannot be merged, in a LoRA that changes them."""
     reduced = ARCHITECTURES[name]
     trial = Trial(pack, dataclasses.replace(reduced, apart=()), tmp_path)
@@ -87,9 +79,7 @@ def test_what_is_left_out_is_told_with_its_file(
 
 
 @pytest.mark.parametrize("name", names(IN_PARTS, left_out=ITERATED))
-def test_a_merge_by_blocks(
-    pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_merge_by_blocks(pack, tmp_path, monkeypatch, name):
     """As where memory is short, which it never is for models as small as these: blocks change
     arguments in place, and read options that the sampler hands on."""
     sweep, planner = (part(pack, f"iteris_core.passes.{module}") for module in ("sweep", "planner"))
@@ -97,7 +87,7 @@ def test_a_merge_by_blocks(
     whole = trial.merge(2)
     replayed: list[int] = []
 
-    def planned(run: Any, stage: Any, _: Any, batching: Any, **__: Any) -> Any:
+    def planned(run, stage, _, batching, **__):
         if not stage.sites:
             return planner.Plan(stage, batching.rows, planner.Strategy())
         barriers = planner.find(stage, run.lockstep).barriers(planner.THRESHOLDS.blocks[-1])
@@ -112,7 +102,7 @@ def test_a_merge_by_blocks(
 
 
 @pytest.mark.parametrize("name", names(IN_PARTS))
-def test_a_polish_by_blocks(pack: ModuleType, tmp_path: Path, name: str) -> None:
+def test_a_polish_by_blocks(pack, tmp_path, name):
     """Blocks change arguments in place, and their weights were loaded in inference mode."""
     trial = Trial(pack, ARCHITECTURES[name], tmp_path)
     with torch.inference_mode():

@@ -1,11 +1,10 @@
 """Our files in stock ComfyUI: every key is read, and changes and outputs are those of diffusers."""
 
 import logging
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from reduced_models.parts import taken_apart
 from released_models import CONFIGS, diffusers_names, released
 from safetensors.torch import load_file
 from torch import Tensor
@@ -14,7 +13,7 @@ from iteris_core import Lora, LowRank, write_lora
 from iteris_core.lora_files import read_lora_file, released_base
 
 
-def trained(site: str) -> bool:
+def trained(site):
     """What LoRAs change: attention, feed-forward, resnets, modulation; not the embeddings."""
     if site.startswith("text"):
         parts = (".self_attn.", ".mlp.", "SelfAttention", "DenseReluDense")
@@ -24,7 +23,7 @@ def trained(site: str) -> bool:
     return any(part in site for part in parts)
 
 
-def random_lora(base: Any, sites: Any, rank: int) -> Lora:
+def random_lora(base, sites, rank):
     generator = torch.Generator().manual_seed(0)
     changes: dict[str, LowRank] = {}
     for site in sites:
@@ -39,7 +38,7 @@ def random_lora(base: Any, sites: Any, rank: int) -> Lora:
 # -- released models, without their weights -------------------------------------------------------
 
 
-def patches_of(kind: str, path: Path, caplog: pytest.LogCaptureFixture) -> tuple[Any, Any]:
+def patches_of(kind, path, caplog):
     """The weights' shapes, and the patches that Load LoRA makes of a file, of which it leaves no
     key."""
     import comfy.lora
@@ -64,9 +63,7 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_changes_are_the_same_site_by_site(
-    library: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
-) -> None:
+def test_changes_are_the_same_site_by_site(library, tmp_path, caplog, kind):
     base = released_base(kind)
     sites = [site for site in base.shapes if trained(site)]
     chosen = [s for s in sites if s.startswith("text") and (".layers.1." in s or ".block.1." in s)]
@@ -86,15 +83,11 @@ def test_changes_are_the_same_site_by_site(
     assert not any(bool(delta.any()) for delta in found.values())
 
 
-def changes_of(patches: Any, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+def changes_of(patches, shapes):
     """Weight → what the patches add to it, in whole or in parts."""
     found: dict[str, Tensor] = {}
     for target, patch in patches.items():
-        key, offset, function, *_ = (
-            *(target if isinstance(target, tuple) else (target,)),
-            None,
-            None,
-        )
+        key, offset, function = taken_apart(target)
         whole = found.setdefault(key, torch.zeros(shapes[key]))
         into = whole if offset is None else whole.narrow(*offset)
         zero = torch.zeros(into.shape)
@@ -103,9 +96,7 @@ def changes_of(patches: Any, shapes: dict[str, torch.Size]) -> dict[str, Tensor]
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl", "sd3"])
-def test_every_key_of_a_whole_model_is_taken(
-    library: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
-) -> None:
+def test_every_key_of_a_whole_model_is_taken(library, tmp_path, caplog, kind):
     base = released_base(kind)
     sites = [site for site in base.shapes if trained(site)]
     path = write_lora(random_lora(base, sites, 1), tmp_path / "a.safetensors")
@@ -113,6 +104,3 @@ def test_every_key_of_a_whole_model_is_taken(
     # A patch is of a whole weight of ComfyUI's, of which ours are fused pieces in SD 3.
     assert 3 * len(patches) == len(load_file(path))
     assert kind == "sd3" or len(patches) == len(sites)
-
-
-# -- outputs, of an SD 1.5 with one block a side and of a reduced SDXL ----------------------------

@@ -11,17 +11,15 @@ import shutil
 import subprocess
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import pytest
-from client import Client
 
 ROOT = Path(__file__).resolve().parents[2]
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
 RUNS = ("quick_start_toybox", "two_in_one_picture", "resize_lora", "extract_lora")
 
 
-def _ready() -> bool:
+def _ready():
     if (
         shutil.which("node") is None
         or not Path(os.environ.get("CHROMIUM", "/usr/bin/chromium")).exists()
@@ -37,11 +35,11 @@ pytestmark = [
 ]
 
 
-def look(client: Client, graph: Path, picture: Path, *wishes: str) -> dict[str, Any]:
+def look(client, graph, picture, *wishes):
     return run("front_end.js", client, graph, picture, *wishes)
 
 
-def run(script: str, client: Client, *arguments: Any) -> dict[str, Any]:
+def run(script, client, *arguments):
     port = client.base.rpartition(":")[2]
     command = ["node", str(Path(__file__).with_name(script)), port, *map(str, arguments)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=900)
@@ -50,7 +48,7 @@ def run(script: str, client: Client, *arguments: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("graph", GRAPHS, ids=lambda path: path.stem)
-def test_graph_opens(client: Client, graph: Path, tmp_path: Path) -> None:
+def test_graph_opens(client, graph, tmp_path):
     wishes = ("run",) if graph.stem in RUNS else ()
     before = client.get("/history")
     seen = look(client, graph, tmp_path / "seen.png", *wishes)
@@ -66,7 +64,7 @@ def test_graph_opens(client: Client, graph: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("graph", GRAPHS, ids=lambda path: path.stem)
-def test_graph_opens_in_nodes_2(client: Client, graph: Path, tmp_path: Path) -> None:
+def test_graph_opens_in_nodes_2(client, graph, tmp_path):
     """Every node is drawn, and none covers another, of sizes that are not those of the file."""
     seen = look(client, graph, tmp_path / "seen.png", "vue")
     nodes = json.loads(graph.read_text())["nodes"]
@@ -81,7 +79,7 @@ def test_graph_opens_in_nodes_2(client: Client, graph: Path, tmp_path: Path) -> 
         assert apart, (kinds[one], a, kinds[two], b)
 
 
-def test_a_first_graph_by_search_and_drag(client: Client, models: Path, tmp_path: Path) -> None:
+def test_a_first_graph_by_search_and_drag(client, models, tmp_path):
     """A list of LoRAs that is changed and undone, words that are filled in, a run that is cancelled
     and others."""
     words = {"trainedWords": ["zwx dog", "zwx puppy"]}
@@ -143,7 +141,7 @@ def test_a_first_graph_by_search_and_drag(client: Client, models: Path, tmp_path
     assert (tmp_path / "left.png").stat().st_size > 20_000
 
 
-def test_a_blueprint_that_is_dropped_runs(client: Client) -> None:
+def test_a_blueprint_that_is_dropped_runs(client):
     name = "Merge LoRAs and draw (IterIS)"
     seen = run("blueprint.js", client, ROOT / "subgraphs" / f"{name}.json")
     assert seen["errors"] == []
@@ -161,7 +159,7 @@ def test_a_blueprint_that_is_dropped_runs(client: Client) -> None:
     assert any(shown.get("images") for shown in outputs.values())
 
 
-def test_help_page_renders(client: Client, tmp_path: Path) -> None:
+def test_help_page_renders(client, tmp_path):
     seen = look(
         client, ROOT / "workflows" / "quick_start_toybox.json", tmp_path / "help.png",
         "help", "IterisMerge",

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ SITE = "diffusion_model.double_blocks.0.img_mlp.0"
 
 
 @pytest.fixture(scope="module")
-def loader(pack: ModuleType) -> Any:
+def loader(pack):
     """The pack's modules, imported as ComfyUI does."""
     name = "custom-nodes/ComfyUI-GGUF"
     spec = importlib.util.spec_from_file_location(
@@ -38,7 +37,7 @@ def loader(pack: ModuleType) -> Any:
     ops = importlib.import_module(f"{name}.ops")
     dequantised = ops.dequantize_tensor
 
-    def plain(*args: Any) -> Tensor:
+    def plain(*args):
         """Under torch 2.13 the pack's own way from its class to a plain tensor fails."""
         return dequantised(*args).as_subclass(Tensor)
 
@@ -46,7 +45,7 @@ def loader(pack: ModuleType) -> Any:
     return lambda part: importlib.import_module(f"{name}.{part}")
 
 
-def gguf_flux(loader: Any, folder: Path, kind: str) -> tuple[Any, Any]:
+def gguf_flux(loader, folder, kind):
     """A reduced FLUX from a file whose matrices are of ``kind``, as Unet Loader (GGUF) gives it."""
     import comfy.supported_models
 
@@ -72,7 +71,7 @@ def gguf_flux(loader: Any, folder: Path, kind: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "BF16"])
-def test_a_merge(pack: ModuleType, loader: Any, tmp_path: Path, kind: str) -> None:
+def test_a_merge(pack, loader, tmp_path, kind):
     trial = Trial(pack, Reduced(lambda: gguf_flux(loader, tmp_path, kind)), tmp_path)
     weight = trial.model.model.diffusion_model.double_blocks[0].img_mlp[0].weight
     assert not weight.is_floating_point()
@@ -84,9 +83,7 @@ def test_a_merge(pack: ModuleType, loader: Any, tmp_path: Path, kind: str) -> No
     assert torch.equal(weight.data, bytes_before)
 
 
-def test_a_dora_is_of_the_weight_that_the_pack_makes_of_its_bytes(
-    pack: ModuleType, loader: Any, tmp_path: Path
-) -> None:
+def test_a_dora_is_of_the_weight_that_the_pack_makes_of_its_bytes(pack, loader, tmp_path):
     trial = Trial(pack, Reduced(lambda: gguf_flux(loader, tmp_path, "Q8_0")), tmp_path)
     layer = trial.model.model.diffusion_model.double_blocks[0].img_mlp[0]
     tensors = {k: t for k, t in load_file(trial.paths[0][0]).items() if k.startswith(f"{SITE}.")}

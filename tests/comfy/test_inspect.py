@@ -1,18 +1,16 @@
 """Inspect shows what fits, what is alike and a merge's plan, and merges nothing."""
 
-from typing import Any
-
 import pytest
 import torch
-from kit import SETTINGS, Kit
+from kit import SETTINGS
 from safetensors.torch import load_file, save_file
 
 WITH_MEMORY = {**SETTINGS, "memory": 1.0}
 
 
 @pytest.fixture
-def inspect(kit: Kit) -> Any:
-    def run(*specs: Any, **values: Any) -> str:
+def inspect(kit):
+    def run(*specs, **values):
         """As ComfyUI runs it."""
         given = {"clip": kit.clip, "samples": 4, "settings": WITH_MEMORY, **values}
         with torch.inference_mode():
@@ -25,7 +23,7 @@ def inspect(kit: Kit) -> Any:
     return run
 
 
-def test_the_plan_is_the_merge_s(kit: Kit, inspect: Any) -> None:
+def test_the_plan_is_the_merge_s(kit, inspect):
     before = kit.outputs()
     table = inspect(*kit.concepts())
     assert table.splitlines()[1].split()[:3] == ["sks", "34", "4"]
@@ -37,7 +35,7 @@ def test_the_plan_is_the_merge_s(kit: Kit, inspect: Any) -> None:
     assert kit.unchanged(before)
 
 
-def test_what_does_not_fit_and_what_is_alike(kit: Kit, inspect: Any) -> None:
+def test_what_does_not_fit_and_what_is_alike(kit, inspect):
     tensors = load_file(kit.loras / "a.safetensors")
     save_file(tensors | {"lora_unet_elsewhere.diff": torch.ones(3)}, kit.loras / "more.safetensors")
     more = kit.specs.make_spec(kit.loras / "more.safetensors", trigger="tok")
@@ -48,7 +46,7 @@ def test_what_does_not_fit_and_what_is_alike(kit: Kit, inspect: Any) -> None:
     assert "ALIKE" not in inspect(*kit.concepts())
 
 
-def test_what_would_stop_a_merge(kit: Kit, inspect: Any) -> None:
+def test_what_would_stop_a_merge(kit, inspect):
     mute = kit.concepts()[0].model_copy(update={"trigger": "", "class_word": ""})
     assert "no trigger words and no prompts" in inspect(mute)
     table = inspect(kit.concepts()[0], settings={**SETTINGS, "memory": 1e-6})

@@ -7,20 +7,17 @@ import importlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
-from kit import Kit, merge_on, part
+from kit import merge_on, part
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "custom-nodes/iteris-once-more"
 
 
 @pytest.fixture
-def again(library: None) -> Iterator[Any]:
+def again(library):
     """The pack, imported anew under another name."""
     spec = importlib.util.spec_from_file_location(
         NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
@@ -28,7 +25,7 @@ def again(library: None) -> Iterator[Any]:
     assert spec is not None
     assert spec.loader is not None
 
-    def load() -> ModuleType:
+    def load():
         module = importlib.util.module_from_spec(spec)
         sys.modules[NAME] = module
         spec.loader.exec_module(module)
@@ -39,7 +36,7 @@ def again(library: None) -> Iterator[Any]:
         del sys.modules[known]
 
 
-def test_all_are_there(pack: ModuleType) -> None:
+def test_all_are_there(pack):
     internals = importlib.import_module(f"{pack.__name__}.nodes.comfy_internals")
     assert internals.missing() == []
 
@@ -51,9 +48,7 @@ def test_all_are_there(pack: ModuleType) -> None:
         "comfy.model_patcher.ModelPatcher.pre_run",
     ],
 )
-def test_one_is_gone(
-    again: Any, path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_is_gone(again, path, monkeypatch, caplog):
 
     owner, _, name = path.rpartition(".")
     monkeypatch.delattr(functools.reduce(getattr, owner.split(".")[1:], sys.modules["comfy"]), name)
@@ -73,9 +68,7 @@ def test_one_is_gone(
         ("utils", "pack_latents"),  # came with process_conds' latent_shapes, after 0.3.66
     ],
 )
-def test_what_needs_it_says_so_and_the_rest_works(
-    again: Any, kit: Kit, module: str, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_needs_it_says_so_and_the_rest_works(again, kit, module, name, monkeypatch):
     monkeypatch.delattr(sys.modules[f"comfy.{module}"], name)
     again()
     found = sys.modules[NAME]
@@ -90,9 +83,7 @@ def test_what_needs_it_says_so_and_the_rest_works(
     assert merge_on(*on, "average", {}, calibration).lora.sites
 
 
-def test_an_old_comfyui_is_told_what_it_lacks(
-    again: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_old_comfyui_is_told_what_it_lacks(again, monkeypatch, caplog):
     import folder_paths  # noqa: F401
 
     monkeypatch.setitem(sys.modules, "comfy_api.latest", None)
@@ -102,9 +93,7 @@ def test_an_old_comfyui_is_told_what_it_lacks(
     assert "needs ComfyUI 0.3.77 or newer" in caplog.text
 
 
-def test_an_old_python_is_told_so(
-    again: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_old_python_is_told_so(again, monkeypatch, caplog):
     import folder_paths  # noqa: F401
 
     monkeypatch.setattr(sys, "version_info", (3, 9, 21, "final", 0))

@@ -1,9 +1,6 @@
 """Learned embeddings in ComfyUI: active during a merge, and usable afterwards."""
 
 import shutil
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -16,12 +13,12 @@ WIDTH = 768
 
 
 @pytest.fixture
-def kit(pack: ModuleType, tmp_path: Path) -> Kit:
+def kit(pack, tmp_path):
     return Kit(pack, tmp_path, widths=FULL_CLIP)
 
 
 @pytest.fixture
-def with_embedding(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> Any:
+def with_embedding(kit, monkeypatch):
     """A LoRA with an embedding beside it; the concept's trigger is given."""
     use_folders(monkeypatch, kit.folder, "loras", "embeddings")
     own = [str(kit.folder / "embeddings")]
@@ -35,19 +32,19 @@ def with_embedding(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> Any:
     )
 
 
-def merged(kit: Kit, *specs: Any) -> Any:
+def merged(kit, *specs):
     kit.calibration = kit.core.Calibration(
         samples=2, timesteps=1, denoising_steps=2, latents="noise", latent_size=8
     )
     return kit.merge(concepts=specs)
 
 
-def encoded(clip: Any, prompt: str) -> torch.Tensor:
+def encoded(clip, prompt):
     with torch.inference_mode():
         return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0][0].clone()
 
 
-def test_in_force_is_what_a_file_in_embeddings_is(kit: Kit, with_embedding: Any) -> None:
+def test_in_force_is_what_a_file_in_embeddings_is(kit, with_embedding):
     """Bit by bit the same merge, whether the LoRA brings it or ComfyUI finds it."""
     tokenizer, before = kit.clip.tokenizer, kit.outputs()
     found = merged(kit, with_embedding("<s0><s1>"))
@@ -61,7 +58,7 @@ def test_in_force_is_what_a_file_in_embeddings_is(kit: Kit, with_embedding: Any)
     assert "toy is not active" in merged(kit, with_embedding("embedding:no")).report.summary()
 
 
-def test_the_merged_clip_and_the_saved_file_are_called_alike(kit: Kit, with_embedding: Any) -> None:
+def test_the_merged_clip_and_the_saved_file_are_called_alike(kit, with_embedding):
     lora = kit.merging.as_lora_model(merged(kit, with_embedding("<toy>")), "float32")
     assert "toy: write embedding:toy;" in part(kit.pack, "nodes.save_node").how_to_call(lora)
     _, clip = kit.lora.apply_lora(kit.model, kit.clip, lora)

@@ -1,95 +1,66 @@
 """Every parametrisation: ΔW from our reader, against ComfyUI's own change of the weight."""
 
-from pathlib import Path
-from types import ModuleType
-from typing import Any
-
 import pytest
 import reduced_models
 import torch
 from architecture_results import record_kind
 from kit import part
 from safetensors.torch import save_file
-from torch import Tensor
 
 LINEAR = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"  # (64, 256)
 CONV = "mid_block.resnets.0.conv1"  # (64, 64, 3, 3)
 
 
 @pytest.fixture(scope="module")
-def sdxl(pack: ModuleType) -> tuple[Any, Any]:
+def sdxl(pack):
     return reduced_models.sdxl()
 
 
-def tensors(seed: int = 0, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+def tensors(seed=0, **shapes):
     draw = torch.Generator().manual_seed(seed)
     named = {name.replace("__", "."): shape for name, shape in shapes.items()}
     return {name: 0.2 * torch.randn(*shape, generator=draw) for name, shape in named.items()}
 
 
-ALPHA = {"alpha": torch.tensor(2.0)}
+ALPHA, NONE = {"alpha": torch.tensor(2.0)}, {"alpha": torch.tensor(0.0)}
 KINDS = {
     "lora": (LINEAR, tensors(lora_up__weight=(64, 4), lora_down__weight=(4, 256)) | ALPHA),
-    "locon": (
-        CONV,
-        tensors(lora_up__weight=(64, 4, 1, 1), lora_down__weight=(4, 64, 3, 3)) | ALPHA,
-    ),
-    "locon with mid": (
-        CONV,
-        tensors(
-            lora_up__weight=(64, 4, 1, 1), lora_down__weight=(4, 64, 1, 1),
-            lora_mid__weight=(4, 4, 3, 3),
-        ) | ALPHA,
-    ),
-    "loha": (
-        LINEAR,
-        tensors(hada_w1_a=(64, 3), hada_w1_b=(3, 256), hada_w2_a=(64, 3), hada_w2_b=(3, 256))
-        | ALPHA,
-    ),
-    "loha with tucker": (
-        CONV,
-        tensors(
-            hada_w1_a=(3, 64), hada_w1_b=(3, 64), hada_w2_a=(3, 64), hada_w2_b=(3, 64),
-            hada_t1=(3, 3, 3, 3), hada_t2=(3, 3, 3, 3),
-        ) | ALPHA,
-    ),
+    "locon": (CONV, ALPHA | tensors(
+        lora_up__weight=(64, 4, 1, 1), lora_down__weight=(4, 64, 3, 3),
+    )),
+    "locon with mid": (CONV, ALPHA | tensors(
+        lora_up__weight=(64, 4, 1, 1), lora_down__weight=(4, 64, 1, 1),
+        lora_mid__weight=(4, 4, 3, 3),
+    )),
+    "loha": (LINEAR, ALPHA | tensors(
+        hada_w1_a=(64, 3), hada_w1_b=(3, 256), hada_w2_a=(64, 3), hada_w2_b=(3, 256),
+    )),
+    "loha with tucker": (CONV, ALPHA | tensors(
+        **{f"hada_w{n}_{end}": (3, 64) for n in (1, 2) for end in "ab"},
+        hada_t1=(3, 3, 3, 3), hada_t2=(3, 3, 3, 3),
+    )),
     "lokr": (LINEAR, tensors(lokr_w1=(8, 8), lokr_w2_a=(8, 2), lokr_w2_b=(2, 32)) | ALPHA),
     "lokr with full factors": (LINEAR, tensors(lokr_w1=(4, 8), lokr_w2=(16, 32))),
     "lokr of a convolution": (
-        CONV, tensors(lokr_w1=(8, 8), lokr_w2_a=(8, 2), lokr_w2_b=(2, 8 * 9)) | ALPHA,
-    ),
+        CONV, tensors(lokr_w1=(8, 8), lokr_w2_a=(8, 2), lokr_w2_b=(2, 8 * 9)) | ALPHA),
     "full difference": (LINEAR, tensors(diff=(64, 256))),
     "oft": (LINEAR, tensors(oft_blocks=(8, 8, 8))),
-    "oft of a convolution": (CONV, tensors(oft_blocks=(16, 4, 4)) | {"alpha": torch.tensor(0.0)}),
-    "boft": (
-        LINEAR,
-        tensors(oft_blocks=(3, 8, 8, 8), rescale=(64, 1)) | {"alpha": torch.tensor(0.0)},
-    ),
-    "glora": (
-        LINEAR,
-        tensors(
-            a1__weight=(256, 4), a2__weight=(4, 256), b1__weight=(64, 4), b2__weight=(4, 256)
-        ) | ALPHA,
-    ),
-    "glora of a convolution": (
-        CONV,
-        tensors(
-            a1__weight=(64, 2, 1, 1), a2__weight=(2, 64, 1, 1), b1__weight=(64, 2, 1, 1),
-            b2__weight=(2, 64, 3, 3),
-        ) | ALPHA,
-    ),
-    "glora with its halves the other way round": (
-        LINEAR,
-        tensors(
-            a1__weight=(4, 256), a2__weight=(256, 4), b1__weight=(4, 256), b2__weight=(64, 4)
-        ) | ALPHA,
-    ),
+    "oft of a convolution": (CONV, tensors(oft_blocks=(16, 4, 4)) | NONE),
+    "boft": (LINEAR, tensors(oft_blocks=(3, 8, 8, 8), rescale=(64, 1)) | NONE),
+    "glora": (LINEAR, ALPHA | tensors(
+        a1__weight=(256, 4), a2__weight=(4, 256), b1__weight=(64, 4), b2__weight=(4, 256),
+    )),
+    "glora of a convolution": (CONV, ALPHA | tensors(
+        a1__weight=(64, 2, 1, 1), a2__weight=(2, 64, 1, 1), b1__weight=(64, 2, 1, 1),
+        b2__weight=(2, 64, 3, 3),
+    )),
+    "glora with its halves the other way round": (LINEAR, ALPHA | tensors(
+        a1__weight=(4, 256), a2__weight=(256, 4), b1__weight=(4, 256), b2__weight=(64, 4),
+    )),
 }  # fmt: skip
 
 
-def both(
-    pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path, site: str, parts: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
+def both(pack, sdxl, tmp_path, site, parts):
     """ΔW of our reader, and what ComfyUI's own patching of the weight changes."""
     import comfy.lora
 
@@ -110,15 +81,13 @@ def both(
     return ours, (moved - base).flatten(1).detach()
 
 
-def weight_of(pack: ModuleType, sdxl: tuple[Any, Any], site: str) -> Tensor:
+def weight_of(pack, sdxl, site):
     modules = part(pack, "nodes.comfy_lora").ComfySites(*sdxl).modules
     return modules[f"unet.{site}"].weight.detach().float().flatten(1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_change_is_what_comfyui_adds(
-    pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path, kind: str
-) -> None:
+def test_change_is_what_comfyui_adds(pack, sdxl, tmp_path, kind):
     ours, theirs = both(pack, sdxl, tmp_path, *KINDS[kind])
     error = float((ours - theirs).norm() / theirs.norm())
     assert error < 1e-5
@@ -128,7 +97,7 @@ def test_change_is_what_comfyui_adds(
 
 
 @pytest.mark.parametrize("site", [LINEAR, CONV])
-def test_dora(pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path, site: str) -> None:
+def test_dora(pack, sdxl, tmp_path, site):
     """By inputs as ComfyUI has it. By outputs ComfyUI divides by the norm of the base's weight,
     where the paper (eq. 5), peft and LyCORIS divide by that of the changed one; we follow them."""
     kind = "lora" if site == LINEAR else "locon"

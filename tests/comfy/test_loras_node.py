@@ -1,18 +1,17 @@
 """One node for many LoRAs, their words and prompts, and the stacks of other packs."""
 
 import json
-from typing import Any
 
 import pytest
 import torch
-from kit import Kit, part, use_folders
+from kit import part, use_folders
 from safetensors.torch import save_file
 
 
 class Bench:
     """The node, with LoRAs in the kit's folder, and what it shows."""
 
-    def __init__(self, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, kit, monkeypatch):
         self.kit, self.folder, self.shown = kit, kit.loras, list[str]()
         use_folders(monkeypatch, kit.folder, "loras")
         save_file({"lora_unet_x.alpha": torch.ones(1)}, self.folder / "mute.safetensors")
@@ -20,28 +19,28 @@ class Bench:
         monkeypatch.setattr(node, "show_text", lambda text, _: self.shown.append(text))
         self.node, self.error = kit.node("concept_nodes", "IterisLoras"), kit.core.IterisError
 
-    def module(self, name: str) -> Any:
+    def module(self, name):
         return part(self.kit.pack, f"nodes.{name}")
 
-    def run(self, **values: Any) -> tuple[tuple[Any, ...], str]:
+    def run(self, **values):
         return self.node.execute(**values).result
 
-    def stack(self, *entries: Any) -> Any:
+    def stack(self, *entries):
         """Both with words."""
         stacks = self.module("concept_specs")
         return stacks.with_words(stacks.specs_of(entries), "sks cat; zwx dog")
 
-    def beside(self, name: str, *words: str) -> None:
+    def beside(self, name, *words):
         text = json.dumps({"trainedWords": words})
         (self.folder / f"{name}.civitai.info").write_text(text)
 
 
 @pytest.fixture
-def bench(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> Bench:
+def bench(kit, monkeypatch):
     return Bench(kit, monkeypatch)
 
 
-def test_rows_are_on_or_off_at_their_strengths(bench: Bench) -> None:
+def test_rows_are_on_or_off_at_their_strengths(bench):
     specs, words = bench.run(
         lora_1="a.safetensors",
         strength_1=0.8,
@@ -65,7 +64,7 @@ def test_rows_are_on_or_off_at_their_strengths(bench: Bench) -> None:
     assert bench.shown[-1] == "No LoRA is on."
 
 
-def test_weights_by_block_are_those_of_the_row(bench: Bench) -> None:
+def test_weights_by_block_are_those_of_the_row(bench):
     specs, _ = bench.run(
         lora_1="a.safetensors", blocks_1=" INALL ", lora_2="b.safetensors", blocks_3="1"
     )
@@ -79,8 +78,8 @@ def test_weights_by_block_are_those_of_the_row(bench: Bench) -> None:
     assert bench.module("comfy_routes").blocks_of_lora("../../../etc/passwd")["count"] == 0
 
 
-def test_words_come_from_beside_the_file_or_from_the_user(bench: Bench) -> None:
-    def phrases(**values: Any) -> list[str]:
+def test_words_come_from_beside_the_file_or_from_the_user(bench):
+    def phrases(**values):
         (spec,), _ = bench.run(lora_1="a.safetensors", **values)
         return list(spec.phrases)
 
@@ -98,10 +97,10 @@ def test_words_come_from_beside_the_file_or_from_the_user(bench: Bench) -> None:
     assert bench.module("comfy_routes").words_of_lora("../../../etc/passwd")["words"] == ""
 
 
-def test_words_of_other_nodes(bench: Bench) -> None:
+def test_words_of_other_nodes(bench):
     rows = {"lora_1": "a.safetensors", "lora_2": "b.safetensors", "lora_3": "mute.safetensors"}
 
-    def phrases(text: str) -> list[list[str]]:
+    def phrases(text):
         specs, _ = bench.run(trigger_words=text, words_2="zwx", **rows)
         return [list(spec.phrases) for spec in specs]
 
@@ -113,8 +112,8 @@ def test_words_of_other_nodes(bench: Bench) -> None:
         bench.run(trigger_words="one; two; three; four; five", lora_4="mute.safetensors", **rows)
 
 
-def test_prompts_of_the_user(bench: Bench) -> None:
-    def prompts(**values: Any) -> Any:
+def test_prompts_of_the_user(bench):
+    def prompts(**values):
         (spec,), _ = bench.run(lora_1="a.safetensors", **values)
         return spec.prompts
 
@@ -145,7 +144,7 @@ STACKS = {
 
 
 @pytest.mark.parametrize("kind", STACKS)
-def test_stacks_of_other_packs(bench: Bench, kind: str) -> None:
+def test_stacks_of_other_packs(bench, kind):
     stacks = bench.module("concept_specs")
     assert stacks.specs_of(None) == ()
     specs = stacks.specs_of(STACKS[kind])
@@ -165,7 +164,7 @@ def test_stacks_of_other_packs(bench: Bench, kind: str) -> None:
     assert (alone.strength, alone.text_strength) == (0.3, None)
 
 
-def test_entries_that_are_not_known_are_refused(bench: Bench) -> None:
+def test_entries_that_are_not_known_are_refused(bench):
     for entry in (7, "a.safetensors", {"strength": 1.0}, ("a.safetensors", "much")):
         with pytest.raises(bench.error, match="LORA_STACK has an entry"):
             bench.module("concept_specs").specs_of([entry])
@@ -173,10 +172,10 @@ def test_entries_that_are_not_known_are_refused(bench: Bench) -> None:
         bench.module("concept_specs").specs_of([("gone", 1.0)])
 
 
-def test_without_a_clip(bench: Bench, kit: Kit) -> None:
+def test_without_a_clip(bench, kit):
     """Methods that look at weights take none where no LoRA changes it."""
 
-    def merge(method: str, clip: float) -> Any:
+    def merge(method, clip):
         specs = bench.stack(("a", 1.0, clip), ("b", 0.5, clip))
         return kit.merge(on=(kit.model, None), concepts=specs, method=method)
 

@@ -2,9 +2,6 @@
 are in the stock loader's, also where sd-scripts has none."""
 
 import random
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import reduced_models
@@ -24,7 +21,7 @@ WAN = {
 }
 
 
-def added(model: Any, clip: Any, key: str) -> Tensor:
+def added(model, clip, key):
     """What the patches on a MODEL and CLIP add to a weight."""
     import comfy.lora
 
@@ -35,7 +32,7 @@ def added(model: Any, clip: Any, key: str) -> Tensor:
     return (moved - base).flatten(1).detach()
 
 
-def any_names(sites: Any, stock: dict[str, Any], draw: random.Random) -> dict[str, tuple[str, int]]:
+def any_names(sites, stock, draw):
     """For every site one of the names that ComfyUI has for it, or one of each of its parts: name →
     weight key, and how many rows of it."""
     names: dict[str, dict[tuple[int, int], list[str]]] = {key: {} for key in sites.names}
@@ -61,7 +58,7 @@ def any_names(sites: Any, stock: dict[str, Any], draw: random.Random) -> dict[st
 
 
 @pytest.mark.parametrize("kind", reduced_models.ARCHITECTURES)
-def test_any_name_of_any_class(pack: ModuleType, tmp_path: Path, kind: str) -> None:
+def test_any_name_of_any_class(pack, tmp_path, kind):
     """What our reader takes from a file, and what our writer puts into one, is what the stock
     loader adds to every weight."""
     import comfy.lora
@@ -96,7 +93,7 @@ def test_any_name_of_any_class(pack: ModuleType, tmp_path: Path, kind: str) -> N
 
 
 @pytest.mark.parametrize("name", ["linear1", "linear1_qkv", "to_q"])
-def test_slices_of_a_fused_weight(pack: ModuleType, tmp_path: Path, name: str) -> None:
+def test_slices_of_a_fused_weight(pack, tmp_path, name):
     """FLUX's linear1 in whole, without the MLP, and one of its parts: the change, the DoRA and the
     full difference are those that ComfyUI adds."""
     import comfy.lora
@@ -127,7 +124,7 @@ def test_slices_of_a_fused_weight(pack: ModuleType, tmp_path: Path, name: str) -
         assert float((change.dense() - theirs).norm() / theirs.norm()) < 1e-5
 
 
-def test_weights_that_no_lora_is_of(pack: ModuleType, tmp_path: Path) -> None:
+def test_weights_that_no_lora_is_of(pack, tmp_path):
     """A name that ComfyUI has, of a normalisation and of a 3D convolution: refused with file, key
     and weight, or left out where that is asked for."""
     core, files = part(pack, "iteris_core"), part(pack, "iteris_core.lora_files")

@@ -1,11 +1,10 @@
 """Inputs of the merging nodes: bases without guidance, and what cannot be merged."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from kit import Kit, part
+from kit import part
 
 GRAPH = {
     "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "z_image_turbo_bf16.safetensors"}},
@@ -29,9 +28,7 @@ GRAPH = {
         ("7", ["z_image_turbo_bf16.safetensors"], True),
     ],
 )
-def test_a_speed_lora_on_model_counts_as_the_base(
-    kit: Kit, node: str, files: list[str], distilled: bool | None
-) -> None:
+def test_a_speed_lora_on_model_counts_as_the_base(kit, node, files, distilled):
     hidden = SimpleNamespace(prompt=GRAPH, unique_id=node)
     found = part(kit.pack, "nodes.comfy_runtime").files_behind(hidden, "model")
     assert found == files
@@ -42,7 +39,7 @@ def test_a_speed_lora_on_model_counts_as_the_base(
     assert request(files=found, values={"empty_prompts": "no"}).distilled is True
 
 
-def test_the_size_of_pictures_is_in_pixels(kit: Kit) -> None:
+def test_the_size_of_pictures_is_in_pixels(kit):
     """Of which a latent of SD 1.5 covers eight a side, and one of FLUX.2 sixteen."""
     from comfy.latent_formats import Flux2
 
@@ -55,13 +52,13 @@ def test_the_size_of_pictures_is_in_pixels(kit: Kit) -> None:
     assert "latent_size" not in request.config((), "iteris").calibration
 
 
-def test_empty_prompts(kit: Kit) -> None:
+def test_empty_prompts(kit):
     """As the calibration says, unless the model is run without guidance."""
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
     (speedy,) = ModelSamplingDiscrete().patch(kit.model, "lcm", False)
 
-    def empties(model: Any, distilled: bool | None) -> int:
+    def empties(model, distilled):
         host = kit.host.ComfyHost(model, kit.clip, distilled=distilled)
         lora = kit.core.lora.Lora({})
         concept = kit.core.Concept(lora, trigger="sks", class_word="cat")

@@ -2,13 +2,9 @@
 timesteps give the same change at every site. Each side makes its own latents and conditioning."""
 
 import dataclasses
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import reduced_models
-import torch
 from kit import merge_on, part
 from reduced_pipelines import flux_parts, flux_pipeline, sdxl_pipeline
 from thin_models import load_thin, thin_pipeline
@@ -37,7 +33,7 @@ FLUX = {
 class Sides:
     """Both merges of the same files."""
 
-    def __init__(self, pack: ModuleType) -> None:
+    def __init__(self, pack):
         self.core, self.merging = part(pack, "iteris_core"), part(pack, "nodes.merging")
         self.thresholds = part(pack, "iteris_core.solve.choose").THRESHOLDS
         self.make_spec = part(pack, "nodes.concept_specs").make_spec
@@ -48,20 +44,18 @@ class Sides:
         # The ridge keeps the solve from magnifying the rounding in which the two libraries differ.
         self.settings = {"precision": "float64", "ridge": 1e-4}
 
-    def concepts(self, files: list[Path]) -> list[Any]:
+    def concepts(self, files):
         words = [{"trigger": "sks", "class_word": "cat"}, {"trigger": "zwx", "class_word": "dog"}]
         return [self.make_spec(f, strength=s, **w)
                 for f, s, w in zip(files, (1.0, 0.7), words, strict=True)]  # fmt: skip
 
-    def in_comfyui(self, model: Any, clip: Any, files: list[Path]) -> dict[str, torch.Tensor]:
+    def in_comfyui(self, model, clip, files):
         on = self.merging, model, clip, self.concepts(files)
         how = self.settings, self.calibration
         merged = merge_on(*on, "iteris", *how, thresholds=self.thresholds)
         return {site: change.dense().double() for site, change in merged.lora.sites.items()}
 
-    def in_diffusers(
-        self, pipeline: Any, files: list[Path], **call: Any
-    ) -> dict[str, torch.Tensor]:
+    def in_diffusers(self, pipeline, files, **call):
         host = self.host(pipeline, **call)
         merged = self.core.merge_loras(
             host,
@@ -74,11 +68,11 @@ class Sides:
 
 
 @pytest.fixture
-def sides(pack: ModuleType) -> Sides:
+def sides(pack):
     return Sides(pack)
 
 
-def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+def assert_same(found, wanted):
     assert set(found) == set(wanted)
     errors = {s: float((found[s] - w).norm() / w.norm().clamp(min=1e-9)) for s, w in wanted.items()}
     # These take out drift, a small difference of two large streams that round on their own, more so
@@ -88,7 +82,7 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
     assert not apart, "\n".join(f"{s} {e:.1e}" for s, e in apart.items())
 
 
-def test_sd15(sides: Sides, models: Path) -> None:
+def test_sd15(sides, models):
     """In all directions of the output: the principal ones of targets that hold little but drift, as
     of random LoRAs, round with it. SDXL and FLUX below have theirs."""
     sides.thresholds = dataclasses.replace(sides.thresholds, small_target=1 << 62)
@@ -98,7 +92,7 @@ def test_sd15(sides: Sides, models: Path) -> None:
     assert_same(found, sides.in_diffusers(thin_pipeline(), files))
 
 
-def test_sdxl(sides: Sides, tmp_path: Path) -> None:
+def test_sdxl(sides, tmp_path):
     model, clip = reduced_models.sdxl()
     # With fewer tokens than inputs of a layer, rounding grows by 1 / ridge.
     sides.calibration = dataclasses.replace(sides.calibration, latent_size=16)
@@ -110,7 +104,7 @@ def test_sdxl(sides: Sides, tmp_path: Path) -> None:
     )
 
 
-def test_flux(sides: Sides, tmp_path: Path) -> None:
+def test_flux(sides, tmp_path):
     """ComfyUI solves fused weights in one; at full rank that is the same as solving their parts.
     A bound is on the whole there, and phantoms are seeded by the names of sites."""
     sides.calibration = dataclasses.replace(sides.calibration, conditions=0.0)

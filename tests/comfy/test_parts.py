@@ -1,10 +1,7 @@
 """What nodes make of their inputs and of the files they are given, without a merge."""
 
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-import pytest
 import torch
 from kit import node, part, use_folders
 from safetensors.torch import save_file
@@ -15,7 +12,7 @@ except ModuleNotFoundError:  # Python 3.10, for which pytest brings it
     import tomli as tomllib
 
 
-def test_what_comfyui_reads_of_the_project_file(library: None) -> None:
+def test_what_comfyui_reads_of_the_project_file(library):
     from comfy_config.config_parser import extract_node_configuration
 
     root = Path(__file__).resolve().parents[2]
@@ -32,12 +29,12 @@ def test_what_comfyui_reads_of_the_project_file(library: None) -> None:
     assert {line for line in asked if not line.startswith("#")} <= wanted
 
 
-def test_a_concept(pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_concept(pack, tmp_path, monkeypatch):
     """An embedding is called by its path; a graph without strength_clip has one strength."""
     use_folders(monkeypatch, tmp_path, "loras")
     save_file({"a": torch.ones(1)}, tmp_path / "loras" / "a.safetensors")
 
-    def spec(trigger: str = "sks", embedding: str = "none", **given: float) -> Any:
+    def spec(trigger="sks", embedding="none", **given):
         values = {"trigger": trigger, "class_word": "cat", "prompts": "", "embedding": embedding}
         run = node(pack, "concept_nodes", "IterisConcept").execute
         return run("a.safetensors", strength=0.7, weight=1.0, **values, **given).result[0][0]
@@ -52,14 +49,14 @@ def test_a_concept(pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyP
 # -- settings -------------------------------------------------------------------------------------
 
 
-def test_inputs_go_over_a_preset_where_they_are_changed(pack: ModuleType) -> None:
+def test_inputs_go_over_a_preset_where_they_are_changed(pack):
     inputs, core = part(pack, "nodes.merge_settings"), part(pack, "iteris_core")
     shown = {i.id: i for i in inputs.IterisMergeSettings.define_schema().inputs}
     usual = {name: i.default for name, i in shown.items()}
     declared = set(core.settings.declared_settings(core.IterisSettings))
     assert declared - set(shown) == {"micro_batch", "block_rate", "bound"}
 
-    def settings(method: str = "iteris", preset: str = "default", **values: Any) -> dict[str, Any]:
+    def settings(method="iteris", preset="default", **values):
         config = inputs.Request(preset, values={**usual, **values}).config((), method)
         resolved = core.merge.settings_over(
             config.preset, method, config.settings, config.calibration
@@ -67,7 +64,7 @@ def test_inputs_go_over_a_preset_where_they_are_changed(pack: ModuleType) -> Non
         own = core.methods.find_method(method).settings()
         return {n: v for n, v in vars(resolved[0]).items() if v != getattr(own, n)}
 
-    def samples(*given: Any) -> Any:
+    def samples(*given):
         config = inputs.Request(*given, values=usual).config((), "iteris")
         return core.merge.settings_over(config.preset, "iteris", {}, config.calibration)[1].samples
 
@@ -82,8 +79,8 @@ def test_inputs_go_over_a_preset_where_they_are_changed(pack: ModuleType) -> Non
     assert [samples("fast", n) for n in (0, 30, 50)] == [12, 30, 50]  # 0 is the preset's
 
 
-def test_the_settings_of_other_methods(pack: ModuleType) -> None:
-    def settings(method: str, **values: Any) -> dict[str, Any]:
+def test_the_settings_of_other_methods(pack):
+    def settings(method, **values):
         request = part(pack, "nodes.merge_settings").Request(preset="paper", values=values)
         return request.config((), method).settings
 

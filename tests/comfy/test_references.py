@@ -1,7 +1,6 @@
 """Inputs besides the prompts, and the latents' size without them."""
 
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from reduced_models.wan import wan_i2v
 
 
 class Bench:
-    def __init__(self, pack: ModuleType, folder: Path) -> None:
+    def __init__(self, pack, folder):
         self.core, self.merging = part(pack, "iteris_core"), part(pack, "nodes.merging")
         self.conds, self.sizes = part(pack, "nodes.comfy_conds"), part(pack, "nodes.comfy_sizes")
         self.denoiser, self.lora = (
@@ -23,14 +22,14 @@ class Bench:
         self.make_spec = part(pack, "nodes.concept_specs").make_spec
         self.folder = folder
 
-    def concepts(self, sites: dict[str, tuple[int, int]], count: int = 2) -> list[Any]:
+    def concepts(self, sites, count=2):
         files = [reduced_models.write_lora(self.folder / f"{n}.safetensors", sites, n)
                  for n in range(count)]  # fmt: skip
         words = ("sks", "zwx")
         return [self.make_spec(file, trigger=word, class_word="cat")
                 for file, word in zip(files, words, strict=False)]  # fmt: skip
 
-    def merge(self, on: tuple[Any, Any], concepts: list[Any], **options: Any) -> Any:
+    def merge(self, on, concepts, **options):
         calibration = self.core.Calibration(
             samples=4, timesteps=2, denoising_steps=3, latent_size=8
         )
@@ -38,25 +37,25 @@ class Bench:
 
 
 @pytest.fixture
-def bench(pack: ModuleType, tmp_path: Path) -> Bench:
+def bench(pack, tmp_path):
     return Bench(pack, tmp_path)
 
 
-def beside(**entries: Any) -> list[Any]:
+def beside(**entries):
     """A CONDITIONING with these entries, of which the text is not used."""
     return [[torch.full((1, 5, 7), 9.0), {"pooled_output": torch.ones(1, 3), **entries}]]
 
 
-def picture(*shape: int, seed: int = 1) -> torch.Tensor:
+def picture(*shape, seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def seen(monkeypatch: pytest.MonkeyPatch, model: Any) -> list[dict[str, Any]]:
+def seen(monkeypatch, model):
     """The arguments of all calls of the denoiser."""
     found: list[dict[str, Any]] = []
     forward = model.model.diffusion_model.forward
 
-    def keep(x: torch.Tensor, *args: Any, **given: Any) -> Any:
+    def keep(x, *args, **given):
         found.append({**given, "x": x})
         return forward(x, *args, **given)
 
@@ -70,7 +69,7 @@ FLUX = {
 }
 
 
-def test_reference_latents_go_into_every_row(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_latents_go_into_every_row(bench, monkeypatch):
     """As with FLUX.1 Kontext."""
     on = reduced_models.flux()
     concepts = bench.concepts(FLUX)
@@ -87,7 +86,7 @@ def test_reference_latents_go_into_every_row(bench: Bench, monkeypatch: pytest.M
         assert call["context"].shape[-1] == 64  # the row's own text
 
 
-def test_a_mask_and_what_it_hides(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_and_what_it_hides(bench, monkeypatch):
     """An inpainting UNet: mask and masked picture beside the latents, which stay outside of the
     mask what they are, with the noise of their step."""
     on = unets.sd15_inpainting()
@@ -108,7 +107,7 @@ def test_a_mask_and_what_it_hides(bench: Bench, monkeypatch: pytest.MonkeyPatch)
     assert torch.allclose(shown[:, 5:], wanted.expand(len(shown), -1, -1, -1), atol=1e-6)
 
 
-def test_first_frame_and_what_clip_sees(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_frame_and_what_clip_sees(bench, monkeypatch):
     """Wan I2V: without a picture nothing reaches img_emb, which is refused or left out."""
     on = wan_i2v()
     sites = {
@@ -137,14 +136,14 @@ def test_first_frame_and_what_clip_sees(bench: Bench, monkeypatch: pytest.Monkey
     assert {tuple(call["x"].shape[1:]) for call in calls} == {(36, 3, 8, 6)}
 
 
-def test_a_control_is_run_at_its_own_step(bench: Bench) -> None:
+def test_a_control_is_run_at_its_own_step(bench):
     """Rows of a forward are of one step: a control net asks the first row for all."""
     from comfy.controlnet import ControlBase
 
     asked: list[tuple[int, set[float]]] = []
 
     class Control(ControlBase):
-        def get_control(self, x: torch.Tensor, t: torch.Tensor, *_: Any) -> None:
+        def get_control(self, x, t, *_):
             assert self.timestep_range is not None
             asked.append((len(x), set(t.tolist())))
 
@@ -159,7 +158,7 @@ def test_a_control_is_run_at_its_own_step(bench: Bench) -> None:
     assert control.timestep_range is None  # cleaned up
 
 
-def test_where_and_when_a_text_counts_stays_out(bench: Bench) -> None:
+def test_where_and_when_a_text_counts_stays_out(bench):
     entries = beside(guidance=2.0, area=(1, 1, 0, 0), start_percent=0.5, attention_mask=1)
     assert bench.conds.References.of(entries).entries == {"guidance": 2.0}
     text = (torch.zeros(1, 2, 3), {"pooled_output": None, "guidance": 4.0})
@@ -184,12 +183,12 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_the_size_rule(bench: Bench, name: str) -> None:
+def test_the_size_rule(bench, name):
     model, _ = ARCHITECTURES[name].make()
     assert bench.sizes.latent_shape(model, bench.core.Calibration()) == SIZES[name]
 
 
-def test_frames_and_a_latent_of_ones_own(bench: Bench) -> None:
+def test_frames_and_a_latent_of_ones_own(bench):
     model, _ = reduced_models.wan()
     calibration = bench.core.Calibration(frames=17, latent_size=6)
     assert bench.sizes.latent_shape(model, calibration) == (1, 16, 5, 6, 6)

@@ -1,22 +1,19 @@
 """Save Merged LoRA: names, ranks, and a full disk."""
 
 import json
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-from kit import Kit, node, part, use_folders
+from kit import node, part, use_folders
 
 
 @pytest.fixture
-def save(pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def save(pack, tmp_path, monkeypatch):
     use_folders(monkeypatch, tmp_path, "loras", "embeddings")
     return node(pack, "save_node", "SaveMergedLora").execute
 
 
-def test_names_of_saved_files(pack: ModuleType, save: Any, tmp_path: Path) -> None:
+def test_names_of_saved_files(pack, save, tmp_path):
     lora = {"lora_unet_a.lora_up.weight": torch.ones(3, 2)}
     prefixes = ("one", "folder/one", "one", "one.safetensors", "v1.5/two")
     names = [save(lora, prefix).result[0] for prefix in prefixes]
@@ -36,9 +33,7 @@ def test_names_of_saved_files(pack: ModuleType, save: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-def test_a_file_at_a_smaller_rank(
-    pack: ModuleType, save: Any, tmp_path: Path, ordered: bool
-) -> None:
+def test_a_file_at_a_smaller_rank(pack, save, tmp_path, ordered):
     """Ordered components are kept from the first on; others are cut by an SVD."""
     core, merging = part(pack, "iteris_core"), part(pack, "nodes.merging")
     generator = torch.Generator().manual_seed(0)
@@ -63,7 +58,7 @@ def test_a_file_at_a_smaller_rank(
         save(dict(made), "small", rank=2)
 
 
-def test_no_path_of_this_machine_is_written(kit: Kit, save: Any) -> None:
+def test_no_path_of_this_machine_is_written(kit, save):
     (kit.loras / "cats").mkdir()
     inner, outer = kit.loras / "cats" / "inner.safetensors", kit.folder / "outer.safetensors"
     (kit.loras / "a.safetensors").rename(inner)

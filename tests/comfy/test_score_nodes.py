@@ -3,9 +3,6 @@
 import importlib.util
 import json
 import socket
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -14,15 +11,15 @@ from PIL import Image
 
 
 @pytest.fixture
-def loader(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
-    def refuse(*_: Any) -> None:
+def loader(pack, monkeypatch):
+    def refuse(*_):
         raise AssertionError("a connection was opened")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     return node(pack, "score_nodes", "ClipScorerLoader").execute
 
 
-def test_architectures_are_open_clip_s_own(pack: ModuleType) -> None:
+def test_architectures_are_open_clip_s_own(pack):
     import open_clip
 
     names = part(pack, "nodes.score_nodes").ARCHITECTURES
@@ -41,16 +38,12 @@ def test_architectures_are_open_clip_s_own(pack: ModuleType) -> None:
         ("ViT-B-32", "none", "not in any of the folders"),
     ],
 )
-def test_nothing_else_is_loaded_or_fetched(
-    pack: ModuleType, loader: Any, name: str, weights: str, message: str
-) -> None:
+def test_nothing_else_is_loaded_or_fetched(pack, loader, name, weights, message):
     with pytest.raises(part(pack, "iteris_core").IterisError, match=message):
         loader(name, weights)
 
 
-def test_a_file_of_weights(
-    pack: ModuleType, loader: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_weights(pack, loader, tmp_path, monkeypatch):
     import open_clip
 
     use_folders(monkeypatch, tmp_path, "clip_vision")
@@ -63,7 +56,7 @@ def test_a_file_of_weights(
     assert scorer.image_alignment([picture], [picture]).item() == pytest.approx(1, abs=1e-5)
 
 
-def test_dinov2_as_comfyui_loads_it(pack: ModuleType, tmp_path: Path) -> None:
+def test_dinov2_as_comfyui_loads_it(pack, tmp_path):
     """DINOv2's architecture, thin, through ComfyUI's own class of vision models."""
     import comfy.clip_vision
 
@@ -87,9 +80,7 @@ def test_dinov2_as_comfyui_loads_it(pack: ModuleType, tmp_path: Path) -> None:
         scorer.text_alignment([Image.new("RGB", (4, 4))], ["a"])
 
 
-def test_without_open_clip_only_scores_are_missing(
-    loader: Any, pack: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_open_clip_only_scores_are_missing(loader, pack, monkeypatch):
     error, find = part(pack, "iteris_core").IterisError, importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "open_clip" else find(name)

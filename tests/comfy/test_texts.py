@@ -4,7 +4,6 @@ import json
 import os
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from texts import english, lost, schemas, texts_of, with_lists, with_tables
@@ -13,13 +12,13 @@ ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ("zh", "ja", "ko", "fr", "de", "es", "ru")
 
 
-def expect(path: Path, text: str) -> None:
+def expect(path, text):
     if os.environ.get("WRITE_TEXTS"):
         path.write_text(text, encoding="utf-8")
     assert path.read_text(encoding="utf-8") == text, "run this again with WRITE_TEXTS=1"
 
 
-def test_english_comes_from_the_nodes(pack: ModuleType) -> None:
+def test_english_comes_from_the_nodes(pack):
     texts = english(pack)
     expect(
         ROOT / "locales" / "en" / "nodeDefs.json",
@@ -31,14 +30,14 @@ def test_english_comes_from_the_nodes(pack: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("language", ["en", *LANGUAGES])
-def test_no_text_is_read_as_a_placeholder(language: str) -> None:
+def test_no_text_is_read_as_a_placeholder(language):
     """Texts are messages of vue-i18n: for one that it cannot read no node is drawn (Nodes 2.0)."""
     for name in ("nodeDefs", "main"):
         file = ROOT / "locales" / language / f"{name}.json"
         assert not re.findall(r'": "[^"]*[{}|@][^"]*"', file.read_text(encoding="utf-8"))
 
 
-def test_defaults_are_within_their_limits(pack: ModuleType) -> None:
+def test_defaults_are_within_their_limits(pack):
     for schema in schemas(pack):
         for shown in schema.inputs:
             if getattr(shown, "max", None) is not None:
@@ -46,7 +45,7 @@ def test_defaults_are_within_their_limits(pack: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_a_language_has_every_text(pack: ModuleType, language: str) -> None:
+def test_a_language_has_every_text(pack, language):
     """With the same keys, names of files and inputs, and figures."""
     texts, folder = english(pack), ROOT / "locales" / language
     found = json.loads((folder / "nodeDefs.json").read_text(encoding="utf-8"))
@@ -67,7 +66,7 @@ def test_a_language_has_every_text(pack: ModuleType, language: str) -> None:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_a_language_is_not_left_in_english(pack: ModuleType, language: str) -> None:
+def test_a_language_is_not_left_in_english(pack, language):
     texts = english(pack)
     found = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
     for name, node in texts.items():
@@ -76,7 +75,7 @@ def test_a_language_is_not_left_in_english(pack: ModuleType, language: str) -> N
         assert all(translated[where] != text for where, text in sentences.items()), name
 
 
-def test_help_in_chinese_has_the_locale_s_tables(pack: ModuleType) -> None:
+def test_help_in_chinese_has_the_locale_s_tables(pack):
     texts = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
     for name in english(pack):
         page = ROOT / "web" / "docs" / name / "zh.md"
@@ -84,7 +83,7 @@ def test_help_in_chinese_has_the_locale_s_tables(pack: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "workflows").glob("*.json")))
-def test_graphs_have_a_value_for_every_widget(pack: ModuleType, file: str) -> None:
+def test_graphs_have_a_value_for_every_widget(pack, file):
     """By position, as the front end reads them: required ones first."""
     known = {schema.node_id: schema for schema in schemas(pack)}
     graph = json.loads((ROOT / "workflows" / file).read_text(encoding="utf-8"))

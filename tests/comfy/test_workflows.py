@@ -4,14 +4,13 @@ The front end opens the graph and says what it would send; pictures are made sma
 as a user in a hurry would, and the latents are saved.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import reduced_models
 import torch
-from client import Client, Graph, node
+from client import node
 from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -37,7 +36,7 @@ LOADERS = ("CLIPLoader", "DualCLIPLoader")
 GONE = ("VAELoader", "SaveImage", "CreateVideo", "SaveVideo")
 
 
-def small(graph: Graph) -> Graph:
+def small(graph):
     for entry in graph.values():
         for name, value in entry["inputs"].items():
             if name in SMALL and not isinstance(value, list):  # else it is a link
@@ -50,7 +49,7 @@ def small(graph: Graph) -> Graph:
     return graph
 
 
-def with_loras(graph: Graph, names: Sequence[str]) -> Graph:
+def with_loras(graph, names):
     """The graph with these LoRAs chosen, and words for each."""
     concepts = [entry for entry in graph.values() if entry["class_type"] == "IterisConcept"]
     for number, name in enumerate(names, 1):
@@ -63,7 +62,7 @@ def with_loras(graph: Graph, names: Sequence[str]) -> Graph:
     return graph
 
 
-def loras_in(graph: Graph) -> list[str]:
+def loras_in(graph):
     """The files of the LoRAs that are on."""
     return [
         value
@@ -76,7 +75,7 @@ def loras_in(graph: Graph) -> list[str]:
     ]
 
 
-def on_reduced(graph: Graph, model: str) -> Graph:
+def on_reduced(graph, model):
     """The same graph on a reduced model, up to the latents, which are saved."""
     clip = node("ReducedClip", name=model, factor=1.0)
     for number, entry in list(graph.items()):
@@ -104,7 +103,7 @@ def on_reduced(graph: Graph, model: str) -> Graph:
     return graph
 
 
-def write_loras(folder: Path, names: list[str], model: str, layers: tuple[str, ...]) -> None:
+def write_loras(folder, names, model, layers):
     network = getattr(reduced_models, model)()[0].model.diffusion_model
     sites = {
         f"diffusion_model.{name}": (module.weight.shape[0], module.weight.shape[1])
@@ -116,9 +115,7 @@ def write_loras(folder: Path, names: list[str], model: str, layers: tuple[str, .
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_a_workflow_runs_from_its_file(
-    client: Client, models: Path, tmp_path: Path, name: str
-) -> None:
+def test_a_workflow_runs_from_its_file(client, models, tmp_path, name):
     model, layers, count = WORKFLOWS[name]
     seen = look(client, ROOT / "workflows" / f"{name}.json", tmp_path / "opened.png", "prompt")
     assert (seen["missing"], seen["dialogs"], seen["errors"]) == ([], [], [])

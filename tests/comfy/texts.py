@@ -7,9 +7,6 @@ the tables of their help pages come from their locales.
 
 import importlib
 import re
-from collections.abc import Mapping
-from types import ModuleType
-from typing import Any
 
 HEADINGS = {
     "en": (("inputs", "input", "what it is"), ("outputs", "output", "what it is")),
@@ -20,12 +17,12 @@ _KEPT = re.compile(r"%\w+%|NAME(?:\.\w+)+|models/\w+|\bLORA_STACK\b|\b\d+(?:\.\d
 """What every language writes alike: places, files and figures."""
 
 
-def schemas(pack: ModuleType) -> list[Any]:
+def schemas(pack):
     nodes = importlib.import_module(f"{pack.__name__}.nodes")
     return [node.define_schema() for node in nodes.NODES]
 
 
-def english(pack: ModuleType) -> dict[str, Any]:
+def english(pack):
     """``locales/en/nodeDefs.json``"""
     return {
         schema.node_id: {
@@ -43,7 +40,7 @@ def english(pack: ModuleType) -> dict[str, Any]:
     }
 
 
-def with_tables(page: str, texts: Mapping[str, Any], language: str = "en") -> str:
+def with_tables(page, texts, language="en"):
     """A help page with the tables of inputs and outputs that ``texts`` say; of the rows of a node
     the first stands for all."""
     for part, heading, what in HEADINGS[language]:
@@ -56,7 +53,7 @@ def with_tables(page: str, texts: Mapping[str, Any], language: str = "en") -> st
     return page
 
 
-def texts_of(node: Mapping[str, Any]) -> dict[str, str]:
+def texts_of(node):
     """Every text of a node, by where it stands."""
     found = {name: node[name] for name in ("display_name", "description")}
     for part in ("inputs", "outputs"):
@@ -65,12 +62,12 @@ def texts_of(node: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def lost(original: str, translated: str) -> list[str]:
+def lost(original, translated):
     """What stands in a text and not in its translation, of what is not translated."""
     return [word for word in _KEPT.findall(original) if word not in translated]
 
 
-def with_lists(node: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
+def with_lists(node, original):
     """A translated node with the lists of methods that the ``original`` has."""
     made = {**node}
     for part in ("inputs", "outputs"):
@@ -81,6 +78,6 @@ def with_lists(node: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str
     return made
 
 
-def _listed(text: str, original: str) -> str:
+def _listed(text, original):
     found = _LIST.search(original)
     return _LIST.sub(lambda _: found[0], text) if found else text

@@ -1,4 +1,4 @@
-"""Thousands of broken and hostile files: each is read correctly or refused with an IterisError."""
+"""Many broken and hostile files: each is read correctly or refused with an IterisError."""
 
 import json
 import math
@@ -244,12 +244,12 @@ def test_some_hostile_files():
 
 
 @pytest.mark.fuzz
-def test_thousands_of_hostile_files():
+def test_many_hostile_files():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    taken = fuzz(3000)
+    taken = fuzz(1500)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert len(taken) >= 2500
-    assert sum(taken) > 50  # some of what is changed does no harm
+    assert len(taken) >= 1250
+    assert sum(taken) > 25  # some of what is changed does no harm
     assert grown < 300, f"{grown} MB more for files of less than 100 kB"
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import torch
 from oracle import make_lora
@@ -35,7 +34,7 @@ def test_strengths_that_hold_are_in_the_notes(tmp_path):
     assert json.loads(notes.read_text())["usage_tips"] == "mine"
 
 
-def merged(folder: Path) -> tuple[Path, object]:
+def merged(folder):
     """A file as a merge writes its metadata; one source says under which licence it is."""
     named = {"cat": {"modelspec.license": "CC-BY-4.0"}, "a_dog": {}}
     concepts = [
@@ -50,7 +49,7 @@ def merged(folder: Path) -> tuple[Path, object]:
     return file, result.report
 
 
-def test_a_card_says_what_the_file_says(tmp_path: Path) -> None:
+def test_a_card_says_what_the_file_says(tmp_path):
     file, report = merged(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "my_merge.preview.png")
     card, sidecar = write_card(file, report)
@@ -68,7 +67,7 @@ def test_a_card_says_what_the_file_says(tmp_path: Path) -> None:
         assert str(tmp_path) not in written
 
 
-def test_the_verdict_comes_from_the_report(tmp_path: Path) -> None:
+def test_the_verdict_comes_from_the_report(tmp_path):
     from oracle import ModuleHost, Net, make_data
 
     concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
@@ -79,7 +78,7 @@ def test_the_verdict_comes_from_the_report(tmp_path: Path) -> None:
     assert result.report.verdict() in text
 
 
-def test_lora_manager_finds_its_fields_and_a_person_s_notes_stay(tmp_path: Path) -> None:
+def test_lora_manager_finds_its_fields_and_a_person_s_notes_stay(tmp_path):
     file, _ = merged(tmp_path)
     sidecar = write_card(file)[1]
     found = json.loads(sidecar.read_text())
@@ -98,7 +97,7 @@ def test_lora_manager_finds_its_fields_and_a_person_s_notes_stay(tmp_path: Path)
     assert again["sha256"] == found["sha256"]
 
 
-def test_any_file_and_any_sidecar(tmp_path: Path) -> None:
+def test_any_file_and_any_sidecar(tmp_path):
     file = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(1)}, file, {"iteris": '{"concepts": 3, "settings": []}'})
     (tmp_path / "other.metadata.json").write_text("no JSON")

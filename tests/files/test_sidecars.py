@@ -19,7 +19,7 @@ TAGS = ["1girl", "1boy, solo", "2girls", "6+boys", "looking at viewer", "smile",
 
 
 @pytest.mark.parametrize("name", SIDECARS)
-def test_words_of_every_helper(tmp_path: Path, name: str) -> None:
+def test_words_of_every_helper(tmp_path, name):
     (tmp_path / name).write_text(json.dumps(SIDECARS[name]))
     found = sidecar_phrases(tmp_path / "toy.safetensors")
     assert found.phrases == ("sks cat", "red hat, sks")
@@ -29,12 +29,12 @@ def test_words_of_every_helper(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("text", ["", "no JSON", "[1]", "{}", '{"trainedWords": 7}',
                                   '{"trainedWords": [1, null, {"word": 3}, ""]}',
                                   '{"civitai": []}', "[" * 100_000])  # fmt: skip
-def test_any_text_may_stand_there(tmp_path: Path, text: str) -> None:
+def test_any_text_may_stand_there(tmp_path, text):
     (tmp_path / "toy.civitai.info").write_text(text)
     assert sidecar_phrases(tmp_path / "toy.safetensors") == ((), "")
 
 
-def test_words_of_a1111_are_one_phrase(tmp_path: Path) -> None:
+def test_words_of_a1111_are_one_phrase(tmp_path):
     note = {"description": "", "activation text": "<lora:toy:0.8> sks cat, hat", "notes": "x"}
     (tmp_path / "toy.json").write_text(json.dumps(note))
     assert sidecar_phrases(tmp_path / "toy.safetensors") == (("sks cat, hat",), ".json")
@@ -43,7 +43,7 @@ def test_words_of_a1111_are_one_phrase(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tag", TAGS)
-def test_a_common_tag_is_no_trigger(tmp_path: Path, tag: str) -> None:
+def test_a_common_tag_is_no_trigger(tmp_path, tag):
     file = tmp_path / "toy.safetensors"
     counts = json.dumps({"d": {tag: 90, "mychar": 80, "hat": 5}})
     assert find_phrases(file, {"ss_tag_frequency": counts}) == (("mychar",), "captions")
@@ -60,12 +60,12 @@ def test_a_common_tag_is_no_trigger(tmp_path: Path, tag: str) -> None:
     [("10_sks dog", ("sks dog",)), ("1_anime style", ()), ("5_woman", ()), ("3_ohwx", ("ohwx",)),
      ("img", ())],
 )  # fmt: skip
-def test_a_folder_of_common_words_is_no_trigger(folder: str, phrases: tuple[str, ...]) -> None:
+def test_a_folder_of_common_words_is_no_trigger(folder, phrases):
     metadata = {"ss_dataset_dirs": json.dumps({folder: {"n_repeats": 1}})}
     assert find_phrases(Path("none.safetensors"), metadata).phrases == phrases
 
 
-def test_what_the_file_says_comes_first_and_a_guess_last(tmp_path: Path) -> None:
+def test_what_the_file_says_comes_first_and_a_guess_last(tmp_path):
     file = tmp_path / "toy.safetensors"
     guess = {"ss_dataset_dirs": json.dumps({"10_zwx dog": {}})}
     said = {**guess, "modelspec.trigger_phrase": "abc, def ghi"}

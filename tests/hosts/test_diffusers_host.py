@@ -5,15 +5,7 @@ import torch
 from language_bases import largest_gap
 from tiny import is_attention, random_lora
 
-from iteris_core import (
-    Calibration,
-    Concept,
-    IterisError,
-    Lora,
-    LowRank,
-    merge_loras,
-    write_lora,
-)
+from iteris_core import Calibration, Concept, IterisError, Lora, LowRank, merge_loras, write_lora
 from iteris_core.hosts.diffusers import DiffusersHost
 
 PROMPTS = ["a dog", "a red dog on a table", "two dogs in the rain", "s1 dog", "dog and cat"]

@@ -217,12 +217,8 @@ def loaded(tmp_path):
 
 
 def weights_of(pipeline):
-    return {
-        f"{part}.{name}".replace(".base_layer", ""): tensor.clone()
-        for part in ("unet", "text_encoder")
-        for name, tensor in getattr(pipeline, part).state_dict().items()
-        if ".merged." not in name
-    }
+    parts = {part: state_of(getattr(pipeline, part)) for part in ("unet", "text_encoder")}
+    return {f"{part}.{name}": tensor for part, of in parts.items() for name, tensor in of.items()}
 
 
 def test_the_adapters_of_a_pipeline_become_one_at_their_weights(loaded):

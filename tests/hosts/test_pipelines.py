@@ -30,6 +30,7 @@ def test_three_laws(name, tmp_path):
         figures["settings"] = ", ".join(f"{n}={v}" for n, v in laws.reduced.settings.items())
     record("diffusers", name, diffusers.__version__, **figures)
     assert (alone < ALONE, rows < ROWS, file < FILE) == (True,) * 3, figures
+    assert laws.kept == pytest.approx([1.0] * 4, abs=1e-6)
     assert laws.unchanged()
 
 

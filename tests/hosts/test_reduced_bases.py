@@ -29,6 +29,7 @@ def small_concepts(case):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_a_half_precision_base_merges_as_well(kind):
     """The merge's error against each LoRA alone, in float32, on inputs that no merge saw.

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from host_cases import make_case, two_concepts
-from safetensors.torch import load_file
+from command_line import same
+from host_cases import CALIBRATION, make_case, two_concepts
 
-from iteris_core import Calibration, Concept, SampleStore, merge_loras
+from iteris_core import Concept, SampleStore, merge_loras
 from iteris_core.hosts import sample_store
 from iteris_core.hosts.protocol import DENOISING
-
-CALIBRATION = Calibration(samples=3, timesteps=2, denoising_steps=3, latent_size=8, seed=3)
 
 
 class Counted:
@@ -43,7 +41,7 @@ class Counted:
         return result.lora
 
 
-def same(one, two) -> bool:
+def same_merges(one, two) -> bool:
     return one.sites.keys() == two.sites.keys() and all(
         torch.equal(a.up, two.sites[site].up) and torch.equal(a.down, two.sites[site].down)
         for site, a in one.sites.items()
@@ -58,15 +56,15 @@ def counted():
 def test_a_kept_sample_gives_the_same_merge_and_is_not_denoised_again(counted, tmp_path):
     concepts, store = two_concepts(counted.case), SampleStore(tmp_path / "new" / "samples")
     plain = counted.merge(concepts)
-    assert same(plain, counted.merge(concepts, store))
+    assert same_merges(plain, counted.merge(concepts, store))
     first = counted.rows
-    assert same(plain, counted.merge(concepts, store))
+    assert same_merges(plain, counted.merge(concepts, store))
     assert counted.rows < first
     saved, third = first - counted.rows, Concept(counted.case.lora(7), trigger="s7", class_word="x")
     without = counted.merge([concepts[0], third])
-    assert same(without, counted.merge([concepts[0], third], store))
+    assert same_merges(without, counted.merge([concepts[0], third], store))
     exchanged = counted.rows
-    assert same(without, counted.merge([third, concepts[0]], None)) is False  # other phantoms
+    assert not same_merges(without, counted.merge([third, concepts[0]]))  # other phantoms
     counted.merge([concepts[0], third], store)
     assert exchanged - counted.rows == pytest.approx(saved / 2, rel=0.35)  # one of two, denoised
 
@@ -101,12 +99,12 @@ def test_trouble_with_the_disk_costs_no_merge(counted, tmp_path, monkeypatch, ca
     plain = counted.merge(concepts, store)
     for path in store.folder.iterdir():
         path.write_bytes(path.read_bytes()[:100])
-    assert same(plain, counted.merge(concepts, store))  # cut short: made again
+    assert same_merges(plain, counted.merge(concepts, store))  # cut short: made again
     (tmp_path / "file").touch()
-    assert same(plain, counted.merge(concepts, SampleStore(tmp_path / "file")))
+    assert same_merges(plain, counted.merge(concepts, SampleStore(tmp_path / "file")))
     assert "not kept" in caplog.text
     monkeypatch.setattr(sample_store, "save_file", _no_space)
-    assert same(plain, counted.merge(concepts, SampleStore(tmp_path / "full")))
+    assert same_merges(plain, counted.merge(concepts, SampleStore(tmp_path / "full")))
     assert not any((tmp_path / "full").iterdir())
 
 
@@ -152,19 +150,21 @@ def test_another_version_of_the_store_is_not_read(tmp_path, monkeypatch):
 def test_two_processes_share_a_store(tmp_path):
     code = (
         "import sys; from pathlib import Path; from host_cases import *; "
-        "from iteris_core import *; case = make_case('sd1'); "
+        "from iteris_core import *; case = make_case('sd1'); print(flush=True); input(); "
         "r = merge_loras(case.host, two_concepts(case), calibration=CALIBRATION, "
         "store=SampleStore(Path(sys.argv[1]))); r.save(sys.argv[2], layout='peft')"
     )
     here = Path(__file__).parents[1]
     env = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
-    files = [tmp_path / f"{number}.safetensors" for number in range(2)]
-    started = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "samples"), str(f)], env=env)
-        for f in files
-    ]
-    assert [process.wait() for process in started] == [0, 0]
-    one, two = map(load_file, files)
-    assert one.keys() == two.keys()
-    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    theirs, ours = (tmp_path / f"{name}.safetensors" for name in ("theirs", "ours"))
+    command = [sys.executable, "-c", code, tmp_path / "samples", theirs]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=env, text=True, **pipes) as other:
+        case, store = make_case("sd1"), SampleStore(tmp_path / "samples")
+        other.stdout.readline()
+        other.stdin.write("\n")
+        other.stdin.flush()  # now both begin
+        merged = merge_loras(case.host, two_concepts(case), calibration=CALIBRATION, store=store)
+    assert other.returncode == 0
+    assert same(theirs, merged.save(ours, layout="peft"))
     assert len(list((tmp_path / "samples").glob("*.safetensors"))) > 0

@@ -207,11 +207,12 @@ def test_polish_of_a_pipeline_tells_its_progress_and_can_be_cancelled(host):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("name", ["Z-Image", "Wan 2.2 with two experts"])
 def test_polish_of_other_architectures(name, tmp_path):
     """Their blocks are found, give alone what they gave within the model, and come closer."""
     host, concepts = two_concepts(PIPELINES[name](), tmp_path)
-    calibration = Calibration(samples=6, timesteps=2, denoising_steps=3)
+    calibration = Calibration(samples=4, timesteps=2, denoising_steps=2)
     plain, polished = (
         merge_loras(host, concepts, settings={"block_steps": steps}, calibration=calibration)
         for steps in (0, 10)

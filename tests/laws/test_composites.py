@@ -162,6 +162,7 @@ def test_rows_of_a_composite_have_latents_of_its_parts():
     assert any(n >= 100 for n in own)
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("settings", [
     {},
     pytest.param({"block_steps": 2}, marks=pytest.mark.slow),

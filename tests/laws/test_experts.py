@@ -14,7 +14,8 @@ from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files.experts import expert_files, joined_experts, split_experts
 
 WAN = "Wan 2.2 with two experts"
-CALIBRATION = ["--set", "denoising_steps=3", "--set", "samples=3", "--set", "timesteps=3"]
+SETTINGS = ("denoising_steps=3", "samples=3", "timesteps=3", "latent_size=4", "frames=5")
+CALIBRATION = [part for setting in SETTINGS for part in ("--set", setting)]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,7 @@ def _drawn(reduced, high, low):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unmeasured")
 def test_two_concepts_and_again_from_the_file(world, tmp_path, monkeypatch):
     """Each expert's part is merged from rows that it ran; the recipe finds all four files."""
     folder, _reduced = world

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import SITES, ModuleHost, Net, dense_changes, difference, make_data, make_lora
+from oracle import SITES, Net, dense_changes, difference, make_data, make_lora
 from small_merge import merge
 from tiny import make_pipeline
 
@@ -124,5 +124,3 @@ def test_a_site_that_is_called_twice_is_refused_by_a_sweep_and_whole_in_an_itera
     found = merge([one], model=Twice(), schedule="jacobi", iterations=1, objective="adapter")
     assert difference(found.lora, dense_changes(one)) < 1e-8
     assert set(found.lora.sites) == set(SITES)
-    host = ModuleHost(Twice(), make_data(1))
-    assert host.sites()

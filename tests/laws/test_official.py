@@ -47,7 +47,7 @@ def make_samples(rows: int, length: int, vocabulary: int, generator):
     return [{"input_ids": words(length), "decoder_input_ids": words(length // 2)}]
 
 
-def gaps(model, loras, samples, *, iterations, pretrained, alpha=1e-7, schedule="jacobi"):
+def gaps(model, loras, samples, *, iterations, pretrained, alpha=1e-7):
     """(relative distance of the changes, of their outputs on the merged inputs) for every site."""
     names = [site.removeprefix("model.") for site in loras[0].sites]
     adapters = [{n: lora.sites[f"model.{n}"].dense() for n in names} for lora in loras]
@@ -60,7 +60,7 @@ def gaps(model, loras, samples, *, iterations, pretrained, alpha=1e-7, schedule=
         settings={
             "objective": "output" if pretrained else "adapter",
             "weighting": "full" if pretrained else "adapter",
-            "schedule": schedule,
+            "schedule": "jacobi",
             "iterations": iterations,
             "ridge": alpha,
             "shrink": 1.0,
@@ -122,12 +122,6 @@ def test_the_preset_paper_is_the_papers_algorithm(tiny, count):
         assert (change - theirs[name]).norm() < 1e-6 * theirs[name].norm()
 
 
-def test_the_sweep_is_where_the_papers_algorithm_ends(tiny):
-    model, loras, samples = tiny
-    found = gaps(model, loras, samples, iterations=12, pretrained=False, schedule="sweep")
-    assert max(change for change, _ in found.values()) < 1e-5
-
-
 def test_full_objective_is_the_authors_with_pretrained_matrix(tiny):
     """Within 4 %: λ lacks ‖W0 + ΔW_i‖², nearly one factor for all LoRAs, and the ridge pulls to
     ΔW_i in place of W0 + ΔW_i."""
@@ -139,10 +133,11 @@ def test_full_objective_is_the_authors_with_pretrained_matrix(tiny):
 @pytest.mark.slow
 def test_a_t5_of_flan_t5_bases_widths():
     generator = torch.Generator().manual_seed(2)
-    model = make_t5(vocab_size=32128, d_model=768, d_kv=64, d_ff=2048, num_layers=3, num_heads=12)
+    widths = {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_heads": 12}
+    model = make_t5(vocab_size=2000, num_layers=2, num_decoder_layers=1, **widths)
     loras = make_loras(model, 2, 8, generator)
-    samples = [make_samples(32, 16, 32128, generator) for _ in loras]
+    samples = [make_samples(32, 16, 2000, generator) for _ in loras]
     found = gaps(model, loras, samples, iterations=2, pretrained=False, alpha=1e-4)
-    assert len(found) == 18
+    assert len(found) == 8
     assert max(change for change, _ in found.values()) < 1e-3
     assert max(outputs for _, outputs in found.values()) < 1e-4

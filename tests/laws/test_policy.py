@@ -44,7 +44,8 @@ def test_other_choices_are_by_the_loras():
     assert THRESHOLDS.repair_inputs_for(2, False) == THRESHOLDS.repair_inputs_for(3, True) == 1
 
 
-def ridges_of(host, concepts, **more) -> set[float]:
+def merged_and_ridges(host, concepts, **more):
+    """The merge, and for which numbers of samples it asked the ridge."""
     asked: set[int] = set()
 
     class Watches(Thresholds):
@@ -52,20 +53,19 @@ def ridges_of(host, concepts, **more) -> set[float]:
             asked.add(samples)
             return super().ridge_for(samples, *more)
 
-    merge_loras(host, concepts, thresholds=Watches(), **more)
-    return asked
+    return merge_loras(host, concepts, thresholds=Watches(), **more), asked
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unmeasured")
 def test_rows_that_a_plan_leaves_out_do_not_count_for_the_ridge(host):
     concepts = two_concepts(host)
     calibration = Calibration(samples=12, timesteps=2, latents="noise")
-    whole = ridges_of(host, concepts, calibration=calibration, memory_budget=None)
+    _, whole = merged_and_ridges(host, concepts, calibration=calibration, memory_budget=None)
     assert whole == {12}
-    small = merge_loras(host, concepts, calibration=calibration, memory_budget=3_000_000)
+    small, ran = merged_and_ridges(host, concepts, calibration=calibration, memory_budget=3_000_000)
     (line,) = [line for line in small.report.plan if "do not fit" in line]
     kept, offered = map(int, re.search(r"(\d+) of (\d+) rows", line).groups())
-    ran = ridges_of(host, concepts, calibration=calibration, memory_budget=3_000_000)
     assert min(ran) == 12 * kept // offered < 12
 
 
@@ -80,7 +80,7 @@ def test_inputs_of_ones_own_count_for_the_ridge():
         Concept(random_lora(host, seed, select=lambda site: site in sites), inputs=[batch])
         for seed in (1, 2)
     ]
-    assert ridges_of(host, concepts) == {6}
+    assert merged_and_ridges(host, concepts)[1] == {6}
 
 
 @pytest.mark.parametrize(("rows", "shrink"), [(1, 0.7), (20, 1.0)])

@@ -22,6 +22,7 @@ def of_round(number, site):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_each_round_is_a_merge_on_a_base_with_those_before(name):
     base = copy.deepcopy(tiny("sd1"))

@@ -72,7 +72,7 @@ def test_so_is_one_at_real_widths(tmp_path):
     """There sites are solved in some directions alone, of which zero has none."""
     pipeline = make_pipeline()
     pipeline.unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(320, 640), layers_per_block=1,
+        sample_size=8, block_out_channels=(320, 320), layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=32, attention_head_dim=8,

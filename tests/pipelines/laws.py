@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from architecture_results import drift_in
 from safetensors.torch import save_file
+from small_merge import unmeasured
 from torch import Tensor
 
 from iteris_core import Concept, Lora, MergeResult, merge_loras, write_lora
@@ -17,7 +18,7 @@ from iteris_core.lora_files.experts import joined_experts, split_experts
 from .loras import applied, loaded, lora_tensors
 from .reduced import PROMPTS, Reduced, draw
 
-CALIBRATION = {"samples": 6, "timesteps": 2, "denoising_steps": 3, "seed": 3}
+CALIBRATION = {"samples": 4, "timesteps": 2, "denoising_steps": 3, "seed": 3}
 
 
 class Laws:
@@ -30,11 +31,15 @@ class Laws:
         self._experts = getattr(self._pipeline, "transformer_2", None) is not None
         self._base = self._drawn()
         self.left_out = self.drift = ""
+        self.kept: list[float] = []
 
     def alone(self) -> float:
-        """How far the merge of one LoRA draws from that LoRA, as a share of its effect."""
+        """How far the merge of one LoRA draws from that LoRA, as a share of its effect. ``kept`` is
+        then what the merge says that it keeps of it."""
         files = self._files(1)
-        merged = self._merged([files], 32).lora
+        result = self._merged([files], 32)
+        merged = result.lora
+        self.kept = [share for shares in result.report.kept.values() for share in shares]
         parts = (_left_out(self._read(files), merged), self.reduced.left_out)
         self.left_out = ", ".join(filter(None, parts))
         # Without what is left out.
@@ -44,9 +49,9 @@ class Laws:
         """How far a site of the merge of two goes with the number of rows, and how far the written
         file draws from the merge."""
         both = [self._files(seed) for seed in (1, 2)]
-        result = self._merged(both, 32)
+        with unmeasured():
+            result, few = self._merged(both, 32), self._merged(both, 5).lora.sites
         merged, self.drift = result.lora, drift_in(result.report.notes)
-        few = self._merged(both, 5).lora.sites
         gaps = {site: merged.sites[site].dense() - change.dense() for site, change in few.items()}
         rows = max(float(gap.norm() / few[site].dense().norm()) for site, gap in gaps.items())
         parts = split_experts(merged, "transformer") if self._experts else (merged,)
@@ -78,7 +83,7 @@ class Laws:
         return joined_experts(*loras, "transformer") if self._experts else loras[0]
 
     def _merged(self, loras: Sequence[Sequence[Path]], rows: int) -> MergeResult:
-        prompts = list(self.reduced.prompts)
+        prompts = list(self.reduced.prompts[-5:-1])
         return merge_loras(
             DiffusersHost(self._pipeline, **self.reduced.call),
             [Concept(self._read(files), prompts=prompts) for files in loras],

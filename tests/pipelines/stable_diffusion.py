@@ -56,11 +56,11 @@ def instruct_pix2pix() -> Reduced:
 
 
 def sdxl() -> Reduced:
-    return Reduced(make_sdxl(), SIDE)
+    return Reduced(make_sdxl(layers=1), SIDE)
 
 
 def sdxl_inpainting() -> Reduced:
-    parts = make_sdxl().components
+    parts = make_sdxl(1, (1, 1)).components
     parts["unet"] = widened(parts["unet"], in_channels=9, out_channels=4)
     pipeline = diffusers.StableDiffusionXLInpaintPipeline(**{**parts, "vae": autoencoder()})
     call = {**SIDE, "image": picture(), "mask_image": mask(), "strength": 1.0}
@@ -68,7 +68,7 @@ def sdxl_inpainting() -> Reduced:
 
 
 def sdxl_instruct_pix2pix() -> Reduced:
-    parts = make_sdxl().components
+    parts = make_sdxl(1, (1, 1)).components
     parts["unet"] = widened(parts["unet"], in_channels=8, out_channels=4)
     del parts["image_encoder"], parts["feature_extractor"]
     pipeline = diffusers.StableDiffusionXLInstructPix2PixPipeline(**{**parts, "vae": autoencoder()})

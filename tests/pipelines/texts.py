@@ -132,6 +132,18 @@ def language_model(name: str, **sizes: Any):
     return kind(kind.config_class(**{**SIZES, **sizes}))
 
 
+EYES: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 40}
+"""What sees pictures, for a language model."""
+PATCHES: dict[str, Any] = {
+    **EYES, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56, "patch_size": 14,
+}  # fmt: skip
+
+
+def _seeing() -> dict[str, Any]:
+    """A language model's sizes with Qwen's positions of pictures."""
+    return {**SIZES, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
+
+
 def _token(name: str) -> int:
     return SPECIALS.index(name)
 
@@ -142,26 +154,17 @@ def qwen_vl():
 
     return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
-            text_config={
-                **SIZES,
-                "num_hidden_layers": 2,
-                "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
-            },
+            text_config={**_seeing(), "num_hidden_layers": 2},
             vision_config={
-                "depth": 2,
-                "hidden_size": WIDTH,
-                "intermediate_size": 40,
-                "num_heads": 2,
-                "out_hidden_size": WIDTH,
-                "fullatt_block_indexes": [1],
-                "window_size": 56,
+                **EYES, "depth": 2, "num_heads": 2, "out_hidden_size": WIDTH,
+                "fullatt_block_indexes": [1], "window_size": 56,
             },
             image_token_id=_token("<|image_pad|>"),
             video_token_id=_token("<|video_pad|>"),
             vision_start_token_id=_token("<|vision_start|>"),
             vision_end_token_id=_token("<|vision_end|>"),
         )
-    )
+    )  # fmt: skip
 
 
 def qwen_processor():
@@ -179,20 +182,13 @@ def qwen3_vl(words: bool = False):
 
     return (Qwen3VLForConditionalGeneration if words else Qwen3VLModel)(
         Qwen3VLConfig(
-            text_config={
-                **SIZES,
-                "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
-            },
+            text_config=_seeing(),
             vision_config={
-                "depth": 1,
-                "hidden_size": WIDTH,
-                "intermediate_size": 40,
-                "num_heads": 2,
-                "out_hidden_size": WIDTH,
+                **EYES, "depth": 1, "num_heads": 2, "out_hidden_size": WIDTH,
                 "deepstack_visual_indexes": [0],
             },
         )
-    )
+    )  # fmt: skip
 
 
 def qwen3_processor():
@@ -207,19 +203,8 @@ def gemma3():
     """Gemma 3 with its eyes, as LTX-2 has it."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-    return Gemma3ForConditionalGeneration(
-        Gemma3Config(
-            text_config=SIZES,
-            vision_config={
-                "hidden_size": WIDTH,
-                "intermediate_size": 40,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "image_size": 56,
-                "patch_size": 14,
-            },
-        )
-    )
+    config = Gemma3Config(text_config=SIZES, vision_config=PATCHES)
+    return Gemma3ForConditionalGeneration(config)
 
 
 def mistral():
@@ -229,16 +214,7 @@ def mistral():
     return Mistral3ForConditionalGeneration(
         Mistral3Config(
             text_config={**SIZES, "model_type": "mistral"},
-            vision_config={
-                "model_type": "pixtral",
-                "hidden_size": WIDTH,
-                "intermediate_size": 40,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "image_size": 56,
-                "patch_size": 14,
-                "head_dim": 16,
-            },
+            vision_config={**PATCHES, "model_type": "pixtral", "head_dim": 16},
             image_token_index=_token("[IMG]"),
         )
     )

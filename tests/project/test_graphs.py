@@ -4,7 +4,6 @@ import json
 import re
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -41,17 +40,17 @@ TITLE = 30
 every_graph = pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def box(node: dict[str, Any]) -> tuple[float, float, float, float]:
+def box(node):
     (x, y), (width, height) = node["pos"], node["size"]
     return x, y - TITLE, x + width, y + (0 if node["flags"].get("collapsed") else height)
 
 
 @every_graph
-def test_every_node_is_in_a_group_and_none_covers_another(path: Path) -> None:
+def test_every_node_is_in_a_group_and_none_covers_another(path):
     graph = read(path)
     for node in graph["nodes"]:
         left, top, right, bottom = box(node)
@@ -66,7 +65,7 @@ def test_every_node_is_in_a_group_and_none_covers_another(path: Path) -> None:
 
 
 @every_graph
-def test_nothing_stands_below_a_merge(path: Path) -> None:
+def test_nothing_stands_below_a_merge(path):
     """It grows by its report, and by pictures while it samples."""
     nodes = read(path)["nodes"]
     merges = [n for n in nodes if n["type"].startswith(("IterisMerge", "IterisCompare"))]
@@ -78,7 +77,7 @@ def test_nothing_stands_below_a_merge(path: Path) -> None:
 
 
 @every_graph
-def test_a_note_says_memory_and_minutes_that_were_measured(path: Path) -> None:
+def test_a_note_says_memory_and_minutes_that_were_measured(path):
     (note,) = (n["widgets_values"][0] for n in read(path)["nodes"] if n["type"] == "MarkdownNote")
     assert "**Memory:**" in note
     assert ("**Minutes:**" in note) == (path.stem not in REAL)
@@ -104,7 +103,7 @@ def test_a_note_says_memory_and_minutes_that_were_measured(path: Path) -> None:
 
 
 @every_graph
-def test_a_loader_says_where_its_files_are(path: Path) -> None:
+def test_a_loader_says_where_its_files_are(path):
     """The front end offers to download what ``properties.models`` names."""
     for node in read(path)["nodes"]:
         if node["type"] not in LOADERS:
@@ -119,14 +118,14 @@ def test_a_loader_says_where_its_files_are(path: Path) -> None:
 
 
 @every_graph
-def test_no_graph_names_a_lora_of_somebody_s(path: Path) -> None:
+def test_no_graph_names_a_lora_of_somebody_s(path):
     """Its first run would end with a name that is not in the list."""
     for node in read(path)["nodes"]:
         if node["type"] in ("IterisLoras", "IterisConcept"):
             assert not [v for v in node["widgets_values"] if str(v).endswith(".safetensors")]
 
 
-def test_two_graphs_are_apps() -> None:
+def test_two_graphs_are_apps():
     """In App mode the front end shows these widgets, and what these nodes give."""
     apps = [graph for path in GRAPHS if (graph := read(path))["extra"].get("linearData")]
     assert len(apps) == 2
@@ -138,14 +137,14 @@ def test_two_graphs_are_apps() -> None:
 
 
 @every_graph
-def test_a_thumbnail_is_there(path: Path) -> None:
+def test_a_thumbnail_is_there(path):
     with Image.open(path.with_suffix(".jpg")) as picture:
         assert picture.size[0] >= 800
         assert max(high - low for low, high in picture.convert("RGB").getextrema()) > 100
     assert path.with_suffix(".jpg").stat().st_size < 120_000
 
 
-def test_no_number_stands_for_something_else() -> None:
+def test_no_number_stands_for_something_else():
     """-11 once stood for a strength in CLIP that is the model's."""
     values = [value for path in GRAPHS for node in read(path)["nodes"]
               for value in node.get("widgets_values", [])]  # fmt: skip
@@ -153,7 +152,7 @@ def test_no_number_stands_for_something_else() -> None:
 
 
 @pytest.mark.parametrize("language", ["", "zh"])
-def test_help_pages_have_a_picture(language: str) -> None:
+def test_help_pages_have_a_picture(language):
     """The help panel looks for it from the folder of the pages, whatever the language."""
     docs = ROOT / "web" / "docs"
     pages = sorted(docs.glob("*/zh.md" if language else "*.md"))

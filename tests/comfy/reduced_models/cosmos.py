@@ -2,7 +2,6 @@
 
 import functools
 from importlib import import_module
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -22,12 +21,12 @@ _PREDICT2 = {
 }  # fmt: skip
 
 
-def _predict2(kind: str, **other: Any) -> tuple[Any, Any]:
+def _predict2(kind, **other):
     model = model_of_class(kind, **{**_PREDICT2, "image_model": "cosmos_predict2", **other})
     return model, texts.t5xxl("cosmos", "CosmosT5Tokenizer", "te")
 
 
-def anima() -> tuple[Any, Any]:
+def anima():
     """Tokens of T5 besides, for layers of the denoiser that rewrite the text."""
     ldm = pytest.importorskip("comfy.ldm.anima.model")
     adapter = functools.partial(ldm.LLMAdapter, num_layers=1)

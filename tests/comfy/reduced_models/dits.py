@@ -7,7 +7,7 @@ from .parts import model_of_class
 from .reduced import Reduced
 
 
-def _pixart(kind: str, **other: Any) -> tuple[Any, Any]:
+def _pixart(kind, **other):
     model = model_of_class(
         kind, patch_size=2, in_channels=4, hidden_size=96, depth=2, num_heads=2, input_size=16,
         caption_channels=64, pe_interpolation=1, **other,
@@ -15,7 +15,7 @@ def _pixart(kind: str, **other: Any) -> tuple[Any, Any]:
     return model, texts.t5xxl("pixart_t5", "PixArtTokenizer", "pixart_te")
 
 
-def _hunyuan(kind: str, **other: Any) -> tuple[Any, Any]:
+def _hunyuan(kind, **other):
     model = model_of_class(
         kind, hidden_size=64, depth=4, num_heads=2, text_states_dim_t5=64, **other
     )

@@ -1,14 +1,12 @@
 """FLUX and its kin."""
 
-from typing import Any
-
 from . import references as given
 from . import texts
 from .parts import model_of_class
 from .reduced import Reduced
 
 
-def config(**other: Any) -> dict[str, Any]:
+def config(**other):
     return {
         "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 64,
         "context_in_dim": 64, "hidden_size": 64, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1,
@@ -17,17 +15,17 @@ def config(**other: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def flux() -> tuple[Any, Any]:
+def flux():
     """With CLIP's own width, which diffusers' pipeline of it has too."""
     return model_of_class("Flux", **config(vec_in_dim=768)), texts.flux(texts.FULL_CLIP)
 
 
-def flux_narrow(kind: str = "Flux", **other: Any) -> tuple[Any, Any]:
+def flux_narrow(kind="Flux", **other):
     """FLUX.1 dev; Kontext is of the same class, and is given reference latents."""
     return model_of_class(kind, **config(**other)), texts.flux()
 
 
-def flux2() -> tuple[Any, Any]:
+def flux2():
     found = config(
         image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=192,
         hidden_size=128, mlp_ratio=3.0, axes_dim=[16, 16, 16, 16], theta=2000, patch_size=1,
@@ -43,23 +41,23 @@ _CHROMA = {
 }  # fmt: skip
 
 
-def _chroma(**other: Any) -> dict[str, Any]:
+def _chroma(**other):
     found = config(**{**_CHROMA, **other})
     del found["guidance_embed"]
     return found
 
 
-def _pixart_t5() -> Any:
+def _pixart_t5():
     return texts.t5xxl("pixart_t5", "PixArtTokenizer", "pixart_te")
 
 
-def longcat_image() -> tuple[Any, Any]:
+def longcat_image():
     found = config(guidance_embed=False, vec_in_dim=None, txt_ids_dims=[1, 2])
     model = model_of_class("LongCatImage", **found)
     return model, texts.qwen25("longcat_image", "LongCatImageTokenizer")
 
 
-def ovis_image() -> tuple[Any, Any]:
+def ovis_image():
     """Feed-forward layers with a gate."""
     found = config(
         guidance_embed=False, vec_in_dim=None, txt_ids_dims=[1, 2], yak_mlp=True, txt_norm=True
@@ -68,11 +66,11 @@ def ovis_image() -> tuple[Any, Any]:
     return model, texts.qwen3("ovis", "OvisTokenizer", "qwen3_2b")
 
 
-def chroma() -> tuple[Any, Any]:
+def chroma():
     return model_of_class("Chroma", **_chroma(image_model="chroma")), _pixart_t5()
 
 
-def chroma_radiance() -> tuple[Any, Any]:
+def chroma_radiance():
     """Of pixels instead of latents."""
     from comfy.ldm.chroma_radiance.model import ChromaRadianceParams as Params
 

@@ -1,9 +1,7 @@
 """Pictures by classes that came after ComfyUI 0.8.0."""
 
-from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
 from unittest import mock
 
 import torch
@@ -14,7 +12,7 @@ from .parts import clip_of, model_of_class
 from .reduced import Reduced
 
 
-def ernie_image() -> tuple[Any, Any]:
+def ernie_image():
     model = model_of_class(
         "ErnieImage", image_model="ernie", hidden_size=96, num_attention_heads=2, num_layers=2,
         ffn_hidden_size=128, text_in_dim=64, rope_axes_dim=(16, 16, 16),
@@ -27,7 +25,7 @@ def ernie_image() -> tuple[Any, Any]:
 
 
 @contextmanager
-def _narrow_eyes(size: str) -> Iterator[None]:
+def _narrow_eyes(size):
     """Qwen 3's."""
     narrow = {"hidden_size": 64, "intermediate_size": 64, "depth": 2}
     narrow = {size: {**narrow, "deepstack_visual_indexes": [0]}}
@@ -36,7 +34,7 @@ def _narrow_eyes(size: str) -> Iterator[None]:
         yield
 
 
-def _qwen3_vl(module: str, tokenizer: str, size: str, layers: int = 4) -> Any:
+def _qwen3_vl(module, tokenizer, size, layers=4):
     text = import_module(f"comfy.text_encoders.{module}")
     config = {**texts.LANGUAGE_MODEL, "num_hidden_layers": layers}
     with _narrow_eyes(size):
@@ -44,7 +42,7 @@ def _qwen3_vl(module: str, tokenizer: str, size: str, layers: int = 4) -> Any:
         return clip_of(getattr(text, tokenizer), encoder, {f"{size}_model_config": config})
 
 
-def krea2() -> tuple[Any, Any]:
+def krea2():
     """Twelve layers of its text encoder at once, for layers of its own to join."""
     model = model_of_class(
         "Krea2", image_model="krea2", features=96, tdim=32, txtdim=64, heads=2, kvheads=1, layers=2,
@@ -55,7 +53,7 @@ def krea2() -> tuple[Any, Any]:
         return model, _qwen3_vl("krea2", "Krea2Tokenizer", "qwen3vl_4b", 13)
 
 
-def ideogram4() -> tuple[Any, Any]:
+def ideogram4():
     """Thirteen layers of its text encoder side by side; no text at all without guidance."""
     extra = {
         "num_attention_heads": 2, "attention_head_dim": 32, "intermediate_size": 128,
@@ -69,7 +67,7 @@ def ideogram4() -> tuple[Any, Any]:
         return model, _qwen3_vl("ideogram4", "Ideogram4Tokenizer", "qwen3vl_8b", 14)
 
 
-def boogu() -> tuple[Any, Any]:
+def boogu():
     """OmniGen's blocks behind others with two streams."""
     model = model_of_class(
         "Boogu", image_model="boogu", in_channels=16, hidden_size=96, num_layers=2,
@@ -80,7 +78,7 @@ def boogu() -> tuple[Any, Any]:
     return model, _qwen3_vl("boogu", "BooguTokenizer", "qwen3vl_8b")
 
 
-def mage_flow() -> tuple[Any, Any]:
+def mage_flow():
     model = model_of_class(
         "MageFlow", image_model="mage_flow", num_layers=2, attention_head_dim=48,
         num_attention_heads=2, joint_attention_dim=64, axes_dims_rope=(16, 16, 16),
@@ -88,7 +86,7 @@ def mage_flow() -> tuple[Any, Any]:
     return model, _qwen3_vl("mage_flow", "MageFlowTokenizer", "qwen3vl_4b")
 
 
-def joy_image() -> tuple[Any, Any]:
+def joy_image():
     extra = {"rope_dim_list": [16, 16, 16]}
     model = model_of_class(
         "JoyImage", extra, image_model="joyimage", hidden_size=96, num_attention_heads=2,
@@ -97,7 +95,7 @@ def joy_image() -> tuple[Any, Any]:
     return model, _qwen3_vl("joyimage", "JoyImageTokenizer", "qwen3vl_8b")
 
 
-def hidream_o1() -> tuple[Any, Any]:
+def hidream_o1():
     """Pixels, and a text that the denoiser reads as tokens; it keeps keys and values of them."""
     language_model = {**texts.LANGUAGE_MODEL, "num_hidden_layers": 2, "num_key_value_heads": 1}
     eyes = {"hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "depth": 1}

@@ -1,19 +1,16 @@
 """What all reduced models are made of: a MODEL, a CLIP, random weights, and LoRA files for them."""
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 RANK = 4
 
 
-def model_of(config: Any, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Any:
+def model_of(config, weights, dtype=torch.float32):
     """The MODEL of a configuration of ``comfy.supported_models``, as its loader makes it;
     ``weights`` are those of a checkpoint that are not the network's. It computes in float32."""
     import comfy.model_management as memory
@@ -28,7 +25,7 @@ def model_of(config: Any, weights: Mapping[str, Tensor], dtype: torch.dtype = to
     )
 
 
-def made(config: Any, weights: Mapping[str, Tensor]) -> Any:
+def made(config, weights):
     """The model, without what an older ComfyUI does not know of its configuration."""
     while True:
         try:
@@ -40,13 +37,7 @@ def made(config: Any, weights: Mapping[str, Tensor]) -> Any:
             del config.unet_config[unknown[1]]
 
 
-def model_of_class(
-    kind: str,
-    extra: Mapping[str, Any] | None = None,
-    weights: Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype = torch.float32,
-    **config: Any,
-) -> Any:
+def model_of_class(kind, extra=None, weights=None, dtype=torch.float32, **config):
     """The MODEL of a class of ``comfy.supported_models``; ``extra`` are other values of what the
     class adds to a configuration, ``weights`` as for :func:`model_of`."""
     import comfy.supported_models
@@ -60,12 +51,12 @@ def model_of_class(
     )
 
 
-def clip_of(
-    tokenizer: Any,
-    encoder: Any,
-    options: Mapping[str, Any],
-    tokenizer_data: Mapping[str, Any] | None = None,
-) -> Any:
+def taken_apart(target):
+    """Of an entry of ComfyUI's tables: a weight's key, the place in it, what it makes of one."""
+    return (*(target if isinstance(target, tuple) else (target,)), None, None)[:3]
+
+
+def clip_of(tokenizer, encoder, options, tokenizer_data=None):
     """The CLIP of a tokenizer's and an encoder's class; ``options`` make it narrow."""
     import comfy.sd
     import comfy.supported_models_base
@@ -81,7 +72,7 @@ def clip_of(
 
 
 @torch.no_grad()
-def fill(module: nn.Module) -> None:
+def fill(module):
     """Random weights of the order of size of trained ones."""
     generator = torch.Generator().manual_seed(0)
     tensors = [*module.named_parameters()]
@@ -95,16 +86,7 @@ def fill(module: nn.Module) -> None:
             weight.copy_(noise * 0.5 / weight[0].numel() ** 0.5)
 
 
-def write_lora(
-    file: Path,
-    sites: Mapping[str, tuple[int, ...]],
-    seed: int,
-    rank: int = RANK,
-    *,
-    size: float = 0.25,
-    alpha: float | None = None,
-    metadata: Mapping[str, str] | None = None,
-) -> Path:
+def write_lora(file, sites, seed, rank=RANK, *, size=0.25, alpha=None, metadata=None):
     """A LoRA with the module names of ``sites``, each (out, in), and numbers of the ``size`` in the
     second factors; with an ``alpha``, as kohya's trainer writes it."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,14 +1,12 @@
 """Transformers that draw pictures, FLUX's kin excepted."""
 
-from typing import Any
-
 from . import references as given
 from . import texts
 from .parts import model_of_class
 from .reduced import Reduced
 
 
-def _sd3(x_block_self_attn_layers: list[int]) -> Any:
+def _sd3(x_block_self_attn_layers):
     text = {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 128}}
     return model_of_class(
         "SD3", in_channels=16, out_channels=16, patch_size=2, depth=2, input_size=None,
@@ -18,16 +16,16 @@ def _sd3(x_block_self_attn_layers: list[int]) -> Any:
     )  # fmt: skip
 
 
-def sd3() -> tuple[Any, Any]:
+def sd3():
     return _sd3([]), texts.sd3(t5=True)
 
 
-def sd35_medium() -> tuple[Any, Any]:
+def sd35_medium():
     """A second attention of the picture alone in its first blocks; without T5, as many load it."""
     return _sd3([0]), texts.sd3(t5=False)
 
 
-def aura_flow() -> tuple[Any, Any]:
+def aura_flow():
     model = model_of_class(
         "AuraFlow", dim=128, n_layers=3, n_double_layers=1, n_heads=2, global_conddim=128,
         cond_seq_dim=64, max_seq=64, in_channels=4, out_channels=4, patch_size=2,
@@ -41,7 +39,7 @@ _NEXT_DIT = {
 }  # fmt: skip
 
 
-def lumina2() -> tuple[Any, Any]:
+def lumina2():
     model = model_of_class(
         "Lumina2", **_NEXT_DIT, dim=96, n_heads=2, n_kv_heads=1, axes_dims=[16, 16, 16],
         rope_theta=10000.0, ffn_dim_multiplier=4.0,
@@ -49,7 +47,7 @@ def lumina2() -> tuple[Any, Any]:
     return model, texts.gemma()
 
 
-def zimage() -> tuple[Any, Any]:
+def zimage():
     """Text and picture are filled up to multiples of 32 tokens."""
     model = model_of_class(
         "ZImage", **_NEXT_DIT, dim=256, n_heads=4, n_kv_heads=4, axes_dims=[16, 24, 24],
@@ -59,7 +57,7 @@ def zimage() -> tuple[Any, Any]:
     return model, texts.qwen3("z_image", "ZImageTokenizer", "qwen3_4b")
 
 
-def qwen() -> tuple[Any, Any]:
+def qwen():
     """A text encoder that gives a mask for some texts and none for others."""
     model = model_of_class(
         "QwenImage", image_model="qwen_image", in_channels=64, num_layers=2, attention_head_dim=48,
@@ -68,7 +66,7 @@ def qwen() -> tuple[Any, Any]:
     return model, texts.qwen25("qwen_image", "QwenImageTokenizer")
 
 
-def hunyuan_image() -> tuple[Any, Any]:
+def hunyuan_image():
     """With a text encoder of its own for what is in quotes."""
     model = model_of_class(
         "HunyuanImage21", image_model="hunyuan_video", in_channels=64, out_channels=64,
@@ -80,7 +78,7 @@ def hunyuan_image() -> tuple[Any, Any]:
     return model, texts.qwen25("hunyuan_image", "HunyuanImageTokenizer")
 
 
-def hidream() -> tuple[Any, Any]:
+def hidream():
     """Experts, each of which sees some tokens of all rows."""
     model = model_of_class(
         "HiDream", image_model="hidream", attention_head_dim=128, axes_dims_rope=[64, 32, 32],
@@ -91,7 +89,7 @@ def hidream() -> tuple[Any, Any]:
     return model, texts.hidream()
 
 
-def omnigen2() -> tuple[Any, Any]:
+def omnigen2():
     model = model_of_class(
         "Omnigen2", image_model="omnigen2", in_channels=16, hidden_size=96, num_layers=2,
         num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1, multiple_of=32,
@@ -108,7 +106,7 @@ KANDINSKY5 = {
 }  # fmt: skip
 
 
-def kandinsky5_image() -> tuple[Any, Any]:
+def kandinsky5_image():
     config = {**KANDINSKY5, "visual_embed_dim": 64, "rope_scale_factor": (1.0, 1.0, 1.0)}
     clip = texts.qwen25("kandinsky5", "Kandinsky5TokenizerImage")
     return model_of_class("Kandinsky5Image", **config), clip

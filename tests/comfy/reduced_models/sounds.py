@@ -1,7 +1,6 @@
 """Transformers that make sounds, and LTX-2, which can."""
 
 import functools
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,7 +11,7 @@ from .parts import clip_of, model_of_class
 from .reduced import Reduced
 
 
-def ace_step() -> tuple[Any, Any]:
+def ace_step():
     """Words to sing beside the text, which are none."""
     import comfy.ldm.ace.model as ldm
     import comfy.text_encoders.ace as text
@@ -31,7 +30,7 @@ def ace_step() -> tuple[Any, Any]:
     return model, clip_of(text.AceT5Tokenizer, text.AceT5Model, options, data)
 
 
-def stable_audio() -> tuple[Any, Any]:
+def stable_audio():
     """Its length in seconds beside the text."""
     import comfy.ldm.audio.embedders as embedders
 
@@ -51,7 +50,7 @@ def stable_audio() -> tuple[Any, Any]:
     return model, clip
 
 
-def ltx2() -> tuple[Any, Any]:
+def ltx2():
     """Of a latent that has no sound."""
     import comfy.text_encoders.llama as llama
     import comfy.text_encoders.lt as text

@@ -6,16 +6,13 @@ Pile-T5, which is in ComfyUI, and those of Llama and Mistral Qwen's, with their 
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 
 from .parts import clip_of
 
@@ -33,20 +30,20 @@ _BERT = {
 _BYT5 = {"num_layers": 1, "d_model": 1472, "d_ff": 64, "num_heads": 2, "d_kv": 32}
 
 
-def clip(module: str, tokenizer: str, encoder: str, **options: Mapping[str, Any]) -> Any:
+def clip(module, tokenizer, encoder, **options):
     """A CLIP of two classes of a module of ComfyUI."""
     found = import_module(module)
     return clip_of(getattr(found, tokenizer), getattr(found, encoder), options)
 
 
-def flux(clip_l: Mapping[str, int] = CLIP) -> Any:
+def flux(clip_l=CLIP):
     import comfy.text_encoders.flux as text
 
     options = {"clip_l_model_config": clip_l, "t5xxl_model_config": T5}
     return clip_of(text.FluxTokenizer, text.flux_clip(torch.float32), options)
 
 
-def sd3(*, t5: bool) -> Any:
+def sd3(*, t5):
     """Its states are filled up to 4096, so T5 has that width."""
     import comfy.text_encoders.sd3_clip as text
 
@@ -59,20 +56,20 @@ def sd3(*, t5: bool) -> Any:
     return clip_of(text.SD3Tokenizer, encoder, options)
 
 
-def t5xxl(module: str, tokenizer: str, encoder: str) -> Any:
+def t5xxl(module, tokenizer, encoder):
     """T5-XXL alone; ``encoder`` is ComfyUI's function that makes its class."""
     found = import_module(f"comfy.text_encoders.{module}")
     make = getattr(found, encoder)
     return clip_of(getattr(found, tokenizer), make(torch.float32), {"t5xxl_model_config": T5})
 
 
-def aura() -> Any:
+def aura():
     import comfy.text_encoders.aura_t5 as text
 
     return clip_of(text.AuraT5Tokenizer, text.AuraT5Model, {"pile_t5xl_model_config": T5})
 
 
-def umt5() -> Any:
+def umt5():
     import comfy.text_encoders.wan as text
 
     options = {"umt5xxl_model_config": {**T5, "vocab_size": 32128}}
@@ -80,7 +77,7 @@ def umt5() -> Any:
     return clip_of(text.WanT5Tokenizer, text.te(torch.float32), options, data)
 
 
-def hydit() -> Any:
+def hydit():
     """BERT and a multilingual T5, both with masks."""
     import comfy.text_encoders.hydit as text
 
@@ -89,7 +86,7 @@ def hydit() -> Any:
     return clip_of(text.HyditTokenizer, text.HyditModel, options, data)
 
 
-def gemma() -> Any:
+def gemma():
     import comfy.text_encoders.lumina2 as text
 
     options = {"gemma2_2b_model_config": {**LANGUAGE_MODEL, "vocab_size": 32128}}
@@ -97,14 +94,14 @@ def gemma() -> Any:
     return clip_of(text.LuminaTokenizer, text.te(torch.float32), options, data)
 
 
-def qwen3(module: str, tokenizer: str, key: str) -> Any:
+def qwen3(module, tokenizer, key):
     """Qwen 3 without eyes; ``key`` is what ComfyUI calls it there."""
     text = import_module(f"comfy.text_encoders.{module}")
     options = {f"{key}_model_config": LANGUAGE_MODEL}
     return clip_of(getattr(text, tokenizer), text.te(torch.float32), options)
 
 
-def qwen25(module: str, tokenizer: str, size: str = "7b") -> Any:
+def qwen25(module, tokenizer, size="7b"):
     """Qwen 2.5 with its eyes, and what stands beside it: CLIP-L, or ByT5 for text in quotes."""
     text = pytest.importorskip(f"comfy.text_encoders.{module}")
     # HunyuanVideo 1.5 has a tokenizer of its own, but HunyuanImage's encoder.
@@ -118,12 +115,12 @@ def qwen25(module: str, tokenizer: str, size: str = "7b") -> Any:
         return clip_of(getattr(text, tokenizer), encoder(dtype_llama=torch.float32), options)
 
 
-def mistral() -> Any:
+def mistral():
     """FLUX.2's: three layers' states side by side, padded on the left."""
     import comfy.text_encoders.flux as text
 
     class Model(text.Mistral3_24BModel):
-        def __init__(self, **options: Any) -> None:
+        def __init__(self, **options):
             super().__init__(**{**options, "layer": [1, 2, 3]})
 
     encoder = functools.partial(text.Flux2TEModel, clip_model=Model)
@@ -132,7 +129,7 @@ def mistral() -> Any:
         return clip_of(text.Flux2Tokenizer, encoder, {"mistral3_24b_model_config": LLAMA})
 
 
-def hunyuan_video() -> Any:
+def hunyuan_video():
     import comfy.text_encoders.hunyuan_video as text
 
     options = {
@@ -145,7 +142,7 @@ def hunyuan_video() -> Any:
         return clip_of(text.HunyuanVideoTokenizer, encoder, options)
 
 
-def hidream() -> Any:
+def hidream():
     """Two CLIPs, T5, and every layer of Llama."""
     import comfy.text_encoders.hidream as text
 
@@ -158,7 +155,7 @@ def hidream() -> Any:
         return clip_of(text.HiDreamTokenizer, encoder, options)
 
 
-def pile() -> Tensor:
+def pile():
     """Pile-T5's SentencePiece model."""
     import comfy.text_encoders
 
@@ -173,23 +170,19 @@ _HEADERS = {
 """Tokens of Llama's by which ComfyUI cuts the template off."""
 
 
-def qwen(key: str, start: int, pad: int, left: bool = False) -> Any:
+def qwen(key, start, pad, left=False):
     """Qwen's tokenizer with other special tokens."""
     import comfy.text_encoders.z_image as text
 
-    def tokens(plain: Any, words: str) -> dict[str, list[int]]:
+    def tokens(plain, words):
         parts = re.split(f"({'|'.join(map(re.escape, _HEADERS))})", words)
         found = [[_HEADERS[p]] if p in _HEADERS else plain(p)["input_ids"] for p in parts if p]
         return {"input_ids": [token for some in found for token in some]}
 
     class Tokenizer(text.Qwen3Tokenizer):
         def __init__(
-            self,
-            embedding_directory: Any = None,
-            tokenizer_data: Any = None,
-            min_length: int = 1,
-            pad_token: int = pad,
-        ) -> None:
+            self, embedding_directory=None, tokenizer_data=None, min_length=1, pad_token=pad
+        ):
             super().__init__(embedding_directory, tokenizer_data or {})
             self.embedding_key, self.min_length = key, min_length
             self.start_token = start
@@ -200,7 +193,7 @@ def qwen(key: str, start: int, pad: int, left: bool = False) -> Any:
 
 
 @contextmanager
-def _llama() -> Iterator[None]:
+def _llama():
     import comfy.text_encoders.hunyuan_video as text
 
     tokenizer = qwen("llama", start=128000, pad=128258)
@@ -209,12 +202,12 @@ def _llama() -> Iterator[None]:
 
 
 @contextmanager
-def _narrow_eyes() -> Iterator[None]:
+def _narrow_eyes():
     import comfy.text_encoders.qwen_vl as eyes
 
     kind = eyes.Qwen2VLVisionTransformer
 
-    def narrow(hidden_size: int, output_hidden_size: int, **how: Any) -> Any:
+    def narrow(hidden_size, output_hidden_size, **how):
         sizes = {"hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "num_layers": 2}
         return kind(output_hidden_size=output_hidden_size, **sizes, **how)
 

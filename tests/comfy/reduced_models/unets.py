@@ -1,8 +1,5 @@
 """UNets, and the two stages of Stable Cascade."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from . import references as given
 from . import texts
 from .parts import model_of_class
@@ -22,15 +19,13 @@ _SDXL = {
 _SDXL_NARROW = {**_SDXL, "context_dim": 128, "adm_in_channels": 64 + 6 * 256}
 
 
-def unet(kind: str, extra: Mapping[str, Any] | None = None, **config: Any) -> Any:
+def unet(kind, extra=None, **config):
     """A UNet with heads that fit its width."""
     heads = {"num_heads": -1, "num_head_channels": 32}
     return model_of_class(kind, {**heads, **(extra or {})}, **{**_UNET, **config})
 
 
-def sd15(
-    kind: str = "SD15", widths: Mapping[str, int] = texts.CLIP, **other: Any
-) -> tuple[Any, Any]:
+def sd15(kind="SD15", widths=texts.CLIP, **other):
     """``widths`` are those of its text encoder."""
     config = {"context_dim": widths.get("hidden_size", 768), "use_linear_in_transformer": False}
     options = {"clip_l_model_config": widths}
@@ -38,22 +33,22 @@ def sd15(
     return unet(kind, **config, **other), clip
 
 
-def sd15_inpainting() -> tuple[Any, Any]:
+def sd15_inpainting():
     """A mask and a picture beside the latents."""
     return sd15(in_channels=9)
 
 
-def sd2() -> tuple[Any, Any]:
+def sd2():
     return unet("SD20", context_dim=64, use_linear_in_transformer=True), _clip_h()
 
 
-def sd21_unclip() -> tuple[Any, Any]:
+def sd21_unclip():
     """A picture as CLIP sees it beside the time."""
     config = {"context_dim": 64, "adm_in_channels": 2 * 768, "num_classes": "sequential"}
     return unet("SD21UnclipL", **config, use_linear_in_transformer=True), _clip_h()
 
 
-def sd_x4_upscaler() -> tuple[Any, Any]:
+def sd_x4_upscaler():
     """The small picture beside the latents; its outer blocks see the text twice, not themselves."""
     model = unet(
         "SD_X4Upscaler", {"disable_self_attentions": [True, False]}, context_dim=64, in_channels=7,
@@ -63,23 +58,23 @@ def sd_x4_upscaler() -> tuple[Any, Any]:
     return model, _clip_h()
 
 
-def sdxl() -> tuple[Any, Any]:
+def sdxl():
     """With its text encoders' own widths, which diffusers' pipelines of it have too."""
     return unet("SDXL", **_SDXL), _two_clips(texts.FULL_CLIP)
 
 
-def sdxl_narrow(kind: str = "SDXL", **other: Any) -> tuple[Any, Any]:
+def sdxl_narrow(kind="SDXL", **other):
     return unet(kind, **{**_SDXL_NARROW, **other}), _two_clips(texts.CLIP)
 
 
-def sdxl_refiner() -> tuple[Any, Any]:
+def sdxl_refiner():
     options = {"clip_g_model_config": texts.CLIP}
     clip = texts.clip("comfy.sdxl_clip", "SDXLTokenizer", "SDXLRefinerClipModel", **options)
     config = {**_SDXL, "context_dim": 64, "adm_in_channels": 64 + 5 * 256}
     return unet("SDXLRefiner", **config), clip
 
 
-def cascade_c() -> tuple[Any, Any]:
+def cascade_c():
     config = {
         "stable_cascade_stage": "c", "c_cond": 64, "c_hidden": [64, 64], "c_clip_text": 64,
         "c_clip_text_pooled": 64, "nhead": [2, 2], "blocks": [[1, 1], [1, 1]],
@@ -87,7 +82,7 @@ def cascade_c() -> tuple[Any, Any]:
     return model_of_class("Stable_Cascade_C", **config), _cascade_clip()
 
 
-def cascade_b() -> tuple[Any, Any]:
+def cascade_b():
     """Only its pooled text is used, and the prior of stage C where there is one."""
     config = {
         "stable_cascade_stage": "b", "c_cond": 64, "c_clip": 64, "c_hidden": [32, 64],
@@ -97,17 +92,17 @@ def cascade_b() -> tuple[Any, Any]:
     return model_of_class("Stable_Cascade_B", **config), _cascade_clip()
 
 
-def _clip_h() -> Any:
+def _clip_h():
     options = {"clip_h_model_config": texts.CLIP}
     return texts.clip("comfy.text_encoders.sd2_clip", "SD2Tokenizer", "SD2ClipModel", **options)
 
 
-def _two_clips(widths: Any) -> Any:
+def _two_clips(widths):
     options = {"clip_l_model_config": widths, "clip_g_model_config": widths}
     return texts.clip("comfy.sdxl_clip", "SDXLTokenizer", "SDXLClipModel", **options)
 
 
-def _cascade_clip() -> Any:
+def _cascade_clip():
     options = {"clip_g_model_config": texts.CLIP}
     name = "StableCascadeTokenizer", "StableCascadeClipModel"
     return texts.clip("comfy.sdxl_clip", *name, **options)

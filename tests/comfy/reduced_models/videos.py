@@ -1,7 +1,5 @@
 """Transformers that draw videos."""
 
-from typing import Any
-
 from . import references as given
 from . import texts
 from .parts import model_of_class
@@ -17,11 +15,11 @@ _HUNYUAN = {
 }  # fmt: skip
 
 
-def hunyuan_video(kind: str = "HunyuanVideo", **other: Any) -> tuple[Any, Any]:
+def hunyuan_video(kind="HunyuanVideo", **other):
     return model_of_class(kind, **{**_HUNYUAN, **other}), texts.hunyuan_video()
 
 
-def hunyuan_video15() -> tuple[Any, Any]:
+def hunyuan_video15():
     config = {
         **_HUNYUAN, "in_channels": 65, "out_channels": 32, "vec_in_dim": None,
         "patch_size": [1, 1, 1], "guidance_embed": False, "byt5": True,
@@ -31,7 +29,7 @@ def hunyuan_video15() -> tuple[Any, Any]:
     return model_of_class("HunyuanVideo15", **config), clip
 
 
-def ltxv() -> tuple[Any, Any]:
+def ltxv():
     model = model_of_class(
         "LTXV", image_model="ltxv", in_channels=128, cross_attention_dim=64, attention_head_dim=32,
         num_attention_heads=2, caption_channels=64, num_layers=2,
@@ -41,7 +39,7 @@ def ltxv() -> tuple[Any, Any]:
     return model, texts.t5xxl("lt", "LTXVT5Tokenizer", "ltxv_te")
 
 
-def cogvideox(**other: Any) -> tuple[Any, Any]:
+def cogvideox(**other):
     kind = "CogVideoX_I2V" if other else "CogVideoX_T2V"
     model = model_of_class(
         kind, image_model="cogvideox", num_attention_heads=1, time_embed_dim=64, text_embed_dim=64,
@@ -50,12 +48,12 @@ def cogvideox(**other: Any) -> tuple[Any, Any]:
     return model, texts.t5xxl("cogvideo", "CogVideoXTokenizer", "cogvideo_te")
 
 
-def cogvideox_i2v() -> tuple[Any, Any]:
+def cogvideox_i2v():
     """The first frame beside the latents, and how far it is from the rest."""
     return cogvideox(in_channels=32, ofs_embed_dim=64)
 
 
-def mochi() -> tuple[Any, Any]:
+def mochi():
     """Text tokens of padding are cut off by their number."""
     model = model_of_class(
         "GenmoMochi",
@@ -86,7 +84,7 @@ def mochi() -> tuple[Any, Any]:
     return model, texts.t5xxl("genmo", "MochiT5Tokenizer", "mochi_te")
 
 
-def kandinsky5_video() -> tuple[Any, Any]:
+def kandinsky5_video():
     model = model_of_class("Kandinsky5", **KANDINSKY5, visual_embed_dim=132)
     return model, texts.qwen25("kandinsky5", "Kandinsky5Tokenizer")
 

@@ -1,14 +1,12 @@
 """Wan 2.1 and 2.2, and what others have made of them."""
 
-from typing import Any
-
 from . import references as given
 from . import texts
 from .parts import model_of_class
 from .reduced import Reduced
 
 
-def _wan(kind: str, model_type: str = "t2v", **other: Any) -> tuple[Any, Any]:
+def _wan(kind, model_type="t2v", **other):
     config = {
         "image_model": "wan2.1", "model_type": model_type, "dim": 96, "in_dim": 16, "out_dim": 16,
         "num_heads": 2, "num_layers": 2, "ffn_dim": 128, "patch_size": (1, 2, 2), "freq_dim": 32,
@@ -26,12 +24,12 @@ SITES = {
 """What a LoRA of it changes."""
 
 
-def wan() -> tuple[Any, Any]:
+def wan():
     """Also either of the two experts of Wan 2.2 14B."""
     return _wan("WAN21_T2V")
 
 
-def wan_i2v() -> tuple[Any, Any]:
+def wan_i2v():
     """The first frame beside the latents, and as CLIP sees it beside the text."""
     return _wan("WAN21_I2V", "i2v", in_dim=36)
 
