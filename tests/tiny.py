@@ -66,17 +66,11 @@ def make_pipeline():
     return pipeline
 
 
+ATTENTION = ("to_q", "to_k", "to_v", "0", "q_proj", "k_proj", "v_proj", "out_proj")
+
+
 def is_attention(site: str) -> bool:
-    return site.rpartition(".")[2] in (
-        "to_q",
-        "to_k",
-        "to_v",
-        "0",
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "out_proj",
-    ) and ("attn" in site)
+    return "attn" in site and site.rpartition(".")[2] in ATTENTION
 
 
 def random_lora(host, seed: int, rank: int = 4, select=is_attention, size: float = 0.5) -> Lora:

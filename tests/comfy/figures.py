@@ -51,17 +51,9 @@ class Trial:
         options = {"references": self.conds.References.of(given), "unmergeable": "refuse"}
         if self.reduced.experts:
             options |= {"low": self.models[1], "boundary": BOUNDARY}
-        return merge_on(
-            self.merging,
-            self.model,
-            self.clip,
-            self.concepts(count),
-            "iteris",
-            {**self.reduced.settings, **settings},
-            self.calibration,
-            rows=rows,
-            **options,
-        )
+        on = self.merging, self.model, self.clip, self.concepts(count)
+        settings = {**self.reduced.settings, **settings}
+        return merge_on(*on, "iteris", settings, self.calibration, rows=rows, **options)
 
     def concepts(self, count):
         specs = [
@@ -141,21 +133,10 @@ class Trial:
             spans = [(0, 2), (2, self.steps)] if self.reduced.experts else [(0, self.steps)]
             for model, (start, end) in zip(models, spans, strict=True):
                 latent = comfy.sample.sample(
-                    model,
-                    noise if start == 0 else torch.zeros_like(noise),
-                    self.steps,
-                    2.0,
-                    "euler",
-                    "simple",
-                    *texts,
-                    latent,
-                    disable_noise=start > 0,
-                    start_step=start,
-                    last_step=end,
-                    force_full_denoise=end == self.steps,
-                    disable_pbar=True,
-                    seed=0,
-                )
+                    model, noise if start == 0 else torch.zeros_like(noise), self.steps, 2.0,
+                    "euler", "simple", *texts, latent, disable_noise=start > 0, start_step=start,
+                    last_step=end, force_full_denoise=end == self.steps, disable_pbar=True, seed=0,
+                )  # fmt: skip
         return latent.clone()
 
     def text(self, clip, prompt):

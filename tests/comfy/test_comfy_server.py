@@ -29,18 +29,13 @@ def thin_graph(samples=3, **advanced):
         "a": concept("a.safetensors"),
         "b": concept("b.safetensors", trigger="zwx", class_word="dog", concepts=["a", 0]),
         "merge": node(
-            "IterisMerge",
-            model=["base", 0],
-            clip=["base", 1],
-            concepts=["b", 0],
-            method="iteris",
-            samples=samples,
-            settings=["settings", 0],
+            "IterisMerge", model=["base", 0], clip=["base", 1], concepts=["b", 0], method="iteris",
+            samples=samples, settings=["settings", 0],
         ),
         "settings": node("IterisSettings", **(ADVANCED | advanced)),
         "save": node("IterisSaveLora", lora=["merge", 2], filename_prefix="iteris/thin"),
         "report": node("PreviewAny", source=["merge", 3]),
-    }
+    }  # fmt: skip
     return graph | drawing("merged", ["merge", 0], ["merge", 1], ["base", 2])
 
 
@@ -54,16 +49,12 @@ def drawing(name, model, clip, vae, text="a sks cat", **more):
         f"{name}-": node("CLIPTextEncode", clip=clip, text=""),
         f"{name}0": node("EmptyLatentImage", width=64, height=64, batch_size=batch),
         f"{name}k": node(
-            "KSampler",
-            model=model,
-            positive=[f"{name}+", 0],
-            negative=[f"{name}-", 0],
-            latent_image=[f"{name}0", 0],
-            **(settings | more),
+            "KSampler", model=model, positive=[f"{name}+", 0], negative=[f"{name}-", 0],
+            latent_image=[f"{name}0", 0], **(settings | more),
         ),
         f"{name}d": node("VAEDecode", samples=[f"{name}k", 0], vae=vae),
         name: node("PreviewImage", images=[f"{name}d", 0]),
-    }
+    }  # fmt: skip
 
 
 def stock(lora, model, clip):
@@ -140,13 +131,8 @@ def test_compare_inspect_preserve_and_stack(client):
             "IterisPreservePrompts", prompts="a red ring\na ring", weight=0.2, concepts=toybox[2]
         ),
         "compared": node(
-            "IterisCompareMerges",
-            model=toybox[0],
-            clip=toybox[1],
-            concepts=["kept", 0],
-            methods="base, average, iteris",
-            samples=10,
-            settings=["settings", 0],
+            "IterisCompareMerges", model=toybox[0], clip=toybox[1], concepts=["kept", 0],
+            methods="base, average, iteris", samples=10, settings=["settings", 0],
         ),
         "settings": node("IterisSettings", timesteps=1, image_size=64, latents="noise"),
         **drawing("drawn", ["compared", 0], ["compared", 1], ["toybox", 2], batch=2),
@@ -159,14 +145,11 @@ def test_compare_inspect_preserve_and_stack(client):
         ),
         "table": node("PreviewAny", source=["inspected", 1]),
         "score": node(
-            "IterisClipTextAlignment",
-            scorer=["toybox", 6],
-            images=["drawnd", 0],
-            prompts="a sks1 star",
-            leave_out="sks1",
+            "IterisClipTextAlignment", scorer=["toybox", 6], images=["drawnd", 0],
+            prompts="a sks1 star", leave_out="sks1",
         ),
         "scores": node("PreviewAny", source=["score", 2]),
-    }
+    }  # fmt: skip
     outputs = client.run(graph)
     assert len(outputs["drawn"]["images"]) == 6
     assert "overlap" in outputs["table"]["text"][0]

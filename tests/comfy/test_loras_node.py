@@ -41,18 +41,10 @@ def bench(kit, monkeypatch):
 
 
 def test_rows_are_on_or_off_at_their_strengths(bench):
-    specs, words = bench.run(
-        lora_1="a.safetensors",
-        strength_1=0.8,
-        clip_1=0.0,
-        weight_1=2.0,
-        lora_2="b.safetensors",
-        on_2=False,
-        lora_3="none",
-        lora_5="b.safetensors",
-        words_5="zwx dog",
-        prompts_5="style",
-    )
+    first = {"lora_1": "a.safetensors", "strength_1": 0.8, "clip_1": 0.0, "weight_1": 2.0}
+    off = {"lora_2": "b.safetensors", "on_2": False, "lora_3": "none"}
+    last = {"lora_5": "b.safetensors", "words_5": "zwx dog", "prompts_5": "style"}
+    specs, words = bench.run(**first, **off, **last)
     assert [(s.file.name, s.strength, s.text_strength, s.weight, s.kind) for s in specs] == [
         ("a.safetensors", 0.8, 0.0, 2.0, "subject"),
         ("b.safetensors", 1.0, 1.0, 1.0, "style"),

@@ -9,6 +9,8 @@ from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.errors import IterisError
 from iteris_core.hosts.diffusers import DiffusersHost
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def merge(host, method: str = "iteris"):
     concepts = [Concept(random_lora(host, seed), prompts=["a dog"]) for seed in (1, 2)]

@@ -20,6 +20,7 @@ from iteris_core.lora_files.metadata import trigger_phrases
 from iteris_core.lora_files.tensors import read_tensors
 
 QUICK = Calibration(samples=3, timesteps=1, denoising_steps=2)
+pytestmark = pytest.mark.usefixtures("unmeasured")
 
 
 def vectors(seed: int, count: int = 1, width: int = 32) -> torch.Tensor:

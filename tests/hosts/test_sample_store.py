@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from host_cases import CALIBRATION, make_case, two_concepts
 from iteris_core import Concept, SampleStore, merge_loras
 from iteris_core.hosts import sample_store
 from iteris_core.hosts.protocol import DENOISING
+
+pytestmark = pytest.mark.usefixtures("unmeasured")
 
 
 class Counted:
@@ -69,29 +72,30 @@ def test_a_kept_sample_gives_the_same_merge_and_is_not_denoised_again(counted, t
     assert exchanged - counted.rows == pytest.approx(saved / 2, rel=0.35)  # one of two, denoised
 
 
-@pytest.mark.parametrize(
-    "change", ["strength", "prompt", "seed", "base", "always", "steps", "embedding"]
-)
-def test_what_samples_depend_on_is_in_their_key(counted, tmp_path, change):
-    store, concepts, how = SampleStore(tmp_path), two_concepts(counted.case), {}
-    counted.merge(concepts, store)
-    entries = {path.name for path in tmp_path.iterdir()}
-    if change == "strength":
-        concepts = [Concept(c.lora, c.prompts, c.trigger, strength=0.9) for c in concepts]
-    elif change == "prompt":
-        concepts = [Concept(c.lora, ["a cat"], c.trigger) for c in concepts]
-    elif change == "base":
-        counted.case.host.denoiser.conv_in.weight.data += 0.1
-    elif change == "always":
-        always = Concept(counted.case.lora(5), always_on="outside")
-        concepts = [*concepts, always]
-    elif change == "embedding":
-        for concept in concepts:
-            concept.lora.embeddings["word"] = {"clip_l": torch.ones(1, 32)}
-    else:
-        how = {"seed": 9} if change == "seed" else {"denoising_steps": 4}
-    counted.merge(concepts, store, **how)
-    assert len({path.name for path in tmp_path.iterdir()} - entries) == len(entries)
+def test_what_samples_depend_on_is_in_their_key(counted, tmp_path):
+    concepts, always = (
+        two_concepts(counted.case),
+        Concept(counted.case.lora(5), always_on="outside"),
+    )
+    word = {"word": {"clip_l": torch.ones(1, 32)}}
+    changes = {
+        "nothing": (concepts, {}),
+        "strength": ([replace(concept, strength=0.9) for concept in concepts], {}),
+        "prompts": ([replace(concept, prompts=["a cat"]) for concept in concepts], {}),
+        "always on": ([*concepts, always], {}),
+        "embedding": ([replace(c, lora=replace(c.lora, embeddings=word)) for c in concepts], {}),
+        "seed": (concepts, {"seed": 9}),
+        "steps": (concepts, {"denoising_steps": 4}),
+        "base": (concepts, {}),
+    }
+    new, before = {}, set()
+    for change, (some, how) in changes.items():
+        if change == "base":
+            counted.case.host.denoiser.conv_in.weight.data += 0.1
+        counted.merge(some, SampleStore(tmp_path), **how)
+        found = {path.name for path in tmp_path.iterdir()}
+        new[change], before = len(found - before), found
+    assert set(new.values()) == {new["nothing"]} != {0}, new
 
 
 def test_trouble_with_the_disk_costs_no_merge(counted, tmp_path, monkeypatch, caplog):

@@ -11,6 +11,7 @@ from iteris_core.solve.choose import THRESHOLDS, Thresholds
 from iteris_core.solve.moments import find_directions as found_directions
 from iteris_core.solve.problem import RegressionSpec
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
 OUT, WIDTH, RANK = 60, 40, 3
 
 

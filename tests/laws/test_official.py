@@ -51,23 +51,16 @@ def gaps(model, loras, samples, *, iterations, pretrained, alpha=1e-7):
     """(relative distance of the changes, of their outputs on the merged inputs) for every site."""
     names = [site.removeprefix("model.") for site in loras[0].sites]
     adapters = [{n: lora.sites[f"model.{n}"].dense() for n in names} for lora in loras]
-    theirs = official(
-        model, adapters, samples, iterations=iterations, alpha=alpha, pretrained=pretrained
-    )
+    how = {"iterations": iterations, "alpha": alpha, "pretrained": pretrained}
+    theirs = official(model, adapters, samples, **how)
+    full = {"objective": "output", "weighting": "full"}
+    settings = full if pretrained else {"objective": "adapter", "weighting": "adapter"}
+    settings |= {"schedule": "jacobi", "iterations": iterations, "ridge": alpha, "shrink": 1.0}
+    settings |= {"rank": 10_000, "repair": False, "precision": "float64"}
     ours = merge_loras(
         TransformersHost(model),
         [Concept(lora, inputs=batches) for lora, batches in zip(loras, samples, strict=True)],
-        settings={
-            "objective": "output" if pretrained else "adapter",
-            "weighting": "full" if pretrained else "adapter",
-            "schedule": "jacobi",
-            "iterations": iterations,
-            "ridge": alpha,
-            "shrink": 1.0,
-            "rank": 10_000,
-            "repair": False,
-            "precision": "float64",
-        },
+        settings=settings,
         calibration=Calibration(samples=1000),
     ).lora
     base = {name: model.get_submodule(name).weight.detach().clone() for name in names}

@@ -11,6 +11,7 @@ from tiny import is_attention, make_pipeline, random_lora
 from iteris_core import Concept, DiffusersHost, Lora, LowRank, merge_loras
 from iteris_core.lora_files import Layout
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
 FEW = {"samples": 3, "timesteps": 1, "latents": "noise", "latent_size": 8}
 
 

@@ -158,7 +158,7 @@ def cogview4() -> Reduced:
         text_encoder=texts.language_model("GlmModel"),
     )  # fmt: skip
     # Its feed-forward layers run on the picture and again on the text.
-    settings = {"schedule": "jacobi", "iterations": 20}
+    settings = {"schedule": "jacobi", "iterations": 4}
     return Reduced(pipeline, {**SIDE, "max_sequence_length": 128}, settings)
 
 

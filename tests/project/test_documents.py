@@ -72,6 +72,7 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unmeasured")
 def test_the_merges_of_the_pages_run(place, iteris):
     """In their order, with fewer samples, on a small base."""
     done = []
@@ -92,10 +93,12 @@ def test_the_merges_of_the_pages_run(place, iteris):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unmeasured")
 def test_the_comparison_of_the_pages_runs(tmp_path, iteris, monkeypatch):
     words = next(words for _, words in ALL_LINES if words[0] == "compare")
     monkeypatch.chdir(ROOT)
-    quick = ["--steps=2", "--images-per-prompt=1", "--set=samples=2", "-o", tmp_path / "out"]
+    fewer = ["--set=samples=2", "--set=timesteps=1", "--set=latents=noise", "--set=latent_size=4"]
+    quick = ["--steps=2", "--images-per-prompt=1", *fewer, "-o", tmp_path / "out"]
     assert "| ssr |" in iteris(*words, *quick)
 
 

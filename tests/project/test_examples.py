@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from bases import make_lora, outputs, tiny, tiny_base
+from bases import make_lora, make_sdxl, outputs, tiny
 from diffusers import AutoencoderKL
 from tiny import make_pipeline, random_lora
 
 from iteris_core import write_lora
 from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.hosts.diffusers_lora import pipeline_sites
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,11 +29,11 @@ def run(*command) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sdxl", "flux"])
 def test_an_example_writes_a_lora(kind, tmp_path):
-    pipeline = copy.deepcopy(tiny(kind))
+    pipeline = make_sdxl(1, (1, 1)) if kind == "sdxl" else copy.deepcopy(tiny(kind))
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
     pipeline.register_modules(vae=vae)
     pipeline.save_pretrained(tmp_path / "base")
-    sites = [site for site in tiny_base(kind).shapes if site.endswith(("to_q", "to_v"))]
+    sites = [site for site in pipeline_sites(pipeline) if site.endswith(("to_q", "to_v"))]
     options = []
     for seed, word in ((1, "cat"), (2, "dog")):
         file = tmp_path / f"{word}.safetensors"

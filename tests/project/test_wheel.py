@@ -57,6 +57,7 @@ def wheel(source, tmp_path_factory):
 def run(installed: Path, *words: str) -> str:
     """What Python prints that knows nothing but the wheel."""
     environment = {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, *words]
     done = subprocess.run(
         command, cwd=installed.parent, env=environment, capture_output=True, text=True, check=False
@@ -124,7 +125,7 @@ def test_iteris_merge_runs_once_a_wheel_is_installed(wheel, tmp_path):
         f"--concept={lora}:{lora.stem}:{kind}"
         for lora, kind in zip(loras, ("star", "square"), strict=True)
     ]
-    command += ["--samples=1", "--timesteps=1", "--latents=noise"]
+    command += ["--samples=1", "--timesteps=1", "--latents=noise", "--latent-size=4"]
     run(installed, *command)
     assert b"iteris" in out.read_bytes()[:100_000]
     assert str(tmp_path).encode() not in out.read_bytes()

@@ -54,33 +54,16 @@ def cogvideox_i2v():
 
 
 def mochi():
-    """Text tokens of padding are cut off by their number."""
+    """Text tokens of padding are cut off by their number. Its class insists on a feed-forward of
+    12288."""
     model = model_of_class(
-        "GenmoMochi",
-        image_model="mochi_preview",
-        depth=2,
-        patch_size=2,
-        num_heads=2,
-        hidden_size_x=96,
-        hidden_size_y=64,
-        mlp_ratio_x=128.0,  # its class insists on a feed-forward of 12288
-        mlp_ratio_y=4.0,
-        learn_sigma=False,
-        in_channels=12,
-        qk_norm=True,
-        qkv_bias=False,
-        out_bias=True,
-        attn_drop=0.0,
-        patch_embed_bias=True,
-        posenc_preserve_area=True,
-        timestep_mlp_bias=True,
-        attend_to_padding=False,
-        timestep_scale=1000.0,
-        use_t5=True,
-        t5_feat_dim=64,
-        t5_token_length=256,
-        rope_theta=10000.0,
-    )
+        "GenmoMochi", image_model="mochi_preview", depth=2, patch_size=2, num_heads=2,
+        hidden_size_x=96, hidden_size_y=64, mlp_ratio_x=128.0, mlp_ratio_y=4.0, learn_sigma=False,
+        in_channels=12, qk_norm=True, qkv_bias=False, out_bias=True, attn_drop=0.0,
+        patch_embed_bias=True, posenc_preserve_area=True, timestep_mlp_bias=True,
+        attend_to_padding=False, timestep_scale=1000.0, use_t5=True, t5_feat_dim=64,
+        t5_token_length=256, rope_theta=10000.0,
+    )  # fmt: skip
     return model, texts.t5xxl("genmo", "MochiT5Tokenizer", "mochi_te")
 
 

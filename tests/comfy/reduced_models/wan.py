@@ -46,22 +46,15 @@ WAN = {
     "Wan 2.2 5B": Reduced(lambda: _wan("WAN22_T2V", in_dim=48, out_dim=48), video=True, slow=True),
     "Wan 2.1 Fun Control": Reduced(
         lambda: _wan("WAN21_FunControl2V", "i2v", in_dim=48),  # a control video and a first frame
-        video=True,
-        entries={
-            "concat_latent_image": given.picture(32, _FRAMES, 8, 8),
-            **given.seen(1280),
-        },
-        slow=True,
+        video=True, slow=True,
+        entries={"concat_latent_image": given.picture(32, _FRAMES, 8, 8), **given.seen(1280)},
     ),
     "Wan 2.1 Camera": Reduced(
         lambda: _wan("WAN21_Camera", "camera", in_dim=32),  # its rays, pixel by pixel
-        video=True,
+        video=True, slow=True,
         entries={
-            "concat_latent_image": given.picture(16, _FRAMES, 8, 8),
-            **given.seen(1280),
-            **_RAYS,
+            "concat_latent_image": given.picture(16, _FRAMES, 8, 8), **given.seen(1280), **_RAYS,
         },
-        slow=True,
     ),
     "Wan 2.2 Camera": Reduced(
         lambda: _wan("WAN22_Camera", "camera_2.2", in_dim=36), video=True,
@@ -70,46 +63,38 @@ WAN = {
     "Wan 2.1 VACE": Reduced(
         # Blocks of their own for a control video and its mask.
         lambda: _wan("WAN21_Vace", "vace", vace_layers=2, vace_in_dim=96),
-        video=True,
-        entries=given.controlled(_FRAMES),
+        video=True, entries=given.controlled(_FRAMES),
     ),
     "Wan 2.1 HuMo": Reduced(
         lambda: _wan("WAN21_HuMo", "humo"),  # sound, sixteen tokens a frame
-        video=True,
+        video=True, slow=True,
         entries={"audio_embed": given.picture(_FRAMES, 8, 5, 1280)},
-        apart=("audio_proj.",),
-        left_out="audio_proj: its first layer has 51,200 inputs",
-        slow=True,
+        apart=("audio_proj.",), left_out="audio_proj: its first layer has 51,200 inputs",
     ),
     "Wan 2.2 S2V": Reduced(
         lambda: _wan("WAN22_S2V", "s2v", audio_dim=32, audio_inject_layers=[0, 1]),
-        video=True,
+        video=True, slow=True,
         entries={
             "audio_embed": given.picture(25, 32, 4 * _FRAMES),
             "reference_latents": [given.picture(16, 1, 8, 8)],
             "control_video": given.picture(16, _FRAMES, 8, 8),
         },
-        slow=True,
     ),
     "Wan 2.2 Animate": Reduced(
         # Its face blocks follow every fifth block.
         lambda: _wan("WAN22_Animate", "animate", in_dim=36, num_layers=5),
-        video=True,
-        entries={**_FROM_A_PICTURE, **_POSE},
+        video=True, slow=True, entries={**_FROM_A_PICTURE, **_POSE},
         apart=("face_adapter.", "face_encoder."),
         left_out="face_adapter and face_encoder: only a video of a face reaches them",
-        slow=True,
     ),
     "Wan 2.1 SCAIL": Reduced(
         # A pose video of half the size and a reference picture, as frames of the video.
         lambda: _wan("WAN21_SCAIL", "scail", in_dim=20),
-        video=True,
+        video=True, slow=True,
         entries={
             "pose_video_latent": given.picture(16, _FRAMES, 4, 4),
-            "reference_latents": [given.picture(16, 1, 8, 8)],
-            **given.seen(1280),
+            "reference_latents": [given.picture(16, 1, 8, 8)], **given.seen(1280),
         },
-        slow=True,
     ),
     "Wan 2.1 causal": Reduced(
         lambda: _wan("WAN21_CausalAR_T2V", causal_ar=True), video=True, slow=True
