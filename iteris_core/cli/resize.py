@@ -46,13 +46,10 @@ class Sizing:
     base_dtype: shared.BaseDtype = None
     memory: shared.Memory = None
 
-    @property
-    def target(self) -> Target:
-        return Target(self.rank, self.size, self.energy)
-
     def run(self, calibration: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments for the functions of :mod:`..edit`."""
         return {
+            "target": Target(self.rank, self.size, self.energy),
             "calibration": Calibration.from_mapping(calibration),
             "itemsize": DTYPES[self.dtype].itemsize,
             "memory_budget": bytes_of(self.memory),
@@ -91,7 +88,7 @@ def resize(context: typer.Context, options: ResizeOptions, calibration: dict[str
       -o cat-8.safetensors
     iteris resize cat.safetensors --size 20 -o cat-20mb.safetensors
     """
-    target, how, output = options.target, options.run(calibration), options.output
+    how, output = options.run(calibration), options.output
     reading = ReadOptions(options.allow_partial, vectors=True)
     text = options.file
     config = parse_concept(text) if ":" in Path(text).name else ConceptConfig(file=Path(text))
@@ -112,7 +109,7 @@ def resize(context: typer.Context, options: ResizeOptions, calibration: dict[str
         host, own_layout = DiffusersHost(load_base(options.base, *how_loaded)), None
         concept = read_concept(config, host, reading)
     with progress_bars(visible=not options.quiet) as on_progress:
-        found = resize_lora(concept, target, host, on_progress=on_progress, **how)
+        found = resize_lora(concept, host=host, on_progress=on_progress, **how)
     options.save(found, options.layout or own_layout, file)
 
 
@@ -137,7 +134,7 @@ def extract(context: typer.Context, options: ExtractOptions, calibration: dict[s
     from ..hosts.diffusers import DiffusersHost
     from ..hosts.diffusers_lora import base_of
 
-    target, how, bases = options.target, options.run(calibration), (options.base, options.tuned)
+    how, bases = options.run(calibration), (options.base, options.tuned)
     check_target(options.output, options.layout, options.dtype, options.overwrite)
     device = device_of(options.device)
     for base in bases:
@@ -151,6 +148,6 @@ def extract(context: typer.Context, options: ExtractOptions, calibration: dict[s
     with progress_bars(visible=not options.quiet) as on_progress:
         kind = base_of(pipelines[0], of_base.sites())
         found = extract_lora(
-            of_base, of_tuned, target, kind, layout=options.layout, on_progress=on_progress, **how
+            of_base, of_tuned, kind=kind, layout=options.layout, on_progress=on_progress, **how
         )
     options.save(found, options.layout, Path(options.tuned))

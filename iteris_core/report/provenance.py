@@ -62,8 +62,7 @@ def merge_metadata(
     of embeddings), ``modelspec.*`` including the inputs' licences, and the merged ``ss_*`` of the
     inputs, with the base's name if they agree on it. Phrases use the embeddings' names in the
     merged LoRA."""
-    inside = [concept for concept in concepts if concept.always_on != "outside"]
-    loras = [concept.lora for concept in inside if concept.lora is not None]
+    loras = [one.lora for one in concepts if one.lora is not None and one.always_on != "outside"]
     names = [lora.name for lora in loras]
     called = [
         [of_one.renamed(phrase, names_of) for phrase in concept.phrases]
@@ -99,8 +98,7 @@ def merge_metadata(
     bases = {public_name(lora.metadata.get("ss_sd_model_name", "")) for lora in loras}
     if len(bases) == 1 and (name := bases.pop()):
         metadata["ss_sd_model_name"] = name
-    tags = merge_tag_frequency([lora.metadata for lora in loras])
-    if tags:
+    if tags := merge_tag_frequency([lora.metadata for lora in loras]):
         metadata["ss_tag_frequency"] = json.dumps(tags)
     return metadata
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,12 +44,11 @@ def draw(
     images: list[Image.Image] = []
     forecast = Forecast(on_progress)
     forecast.tick("drawing", 0, len(prompts))
-    size: dict[str, int] = dict(zip(("width", "height"), drawing.size or (), strict=False))
     with _settled(pipeline, drawing):
         for start in range(0, len(prompts), drawing.batch):
             chunk = prompts[start : start + drawing.batch]
             try:
-                images += _drawn(pipeline, chunk, drawing, size)
+                images += _drawn(pipeline, chunk, drawing)
             except ValueError as error:  # pipelines raise these for a size, a number of steps, …
                 raise ScoreError(
                     f"{type(pipeline).__name__} cannot draw with these settings ({brief(error)})."
@@ -58,11 +57,11 @@ def draw(
     return images
 
 
-def _drawn(
-    pipeline: Any, chunk: Sequence[tuple[str, int]], drawing: Drawing, size: Mapping[str, int]
-) -> list[Image.Image]:
+def _drawn(pipeline: Any, chunk: Sequence[tuple[str, int]], drawing: Drawing) -> list[Image.Image]:
     generators = [torch.Generator().manual_seed(seed) for _, seed in chunk]
-    call = {"num_inference_steps": drawing.steps, **size}
+    call = {"num_inference_steps": drawing.steps}
+    if drawing.size is not None:
+        call["width"], call["height"] = drawing.size
     if is_modular(pipeline):  # some draw only one image
         return [
             pipeline(prompt=prompt, generator=generator, output="images", **call)[0]
