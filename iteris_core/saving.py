@@ -28,7 +28,8 @@ def together() -> Generator[Callable[[Path], Path]]:
 @contextmanager
 def atomically(path: Path, undo: ExitStack | None = None) -> Generator[Path]:
     """Yield a path at which to write the file or folder ``path``: it lies in a temporary folder
-    beside it, and is renamed at the end. A link stays one; what it points to is replaced.
+    beside it, and is renamed at the end. A link stays one; what it points to is replaced. An
+    unfinished LoRA has another ending, because programs list all .safetensors.
 
     If the disk is full, or anything else is raised, nothing is left behind and an existing file
     stays. Operating system errors, including safetensors', become :class:`SaveError`. An error that
@@ -37,7 +38,8 @@ def atomically(path: Path, undo: ExitStack | None = None) -> Generator[Path]:
     try:
         target = path.resolve()
         with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=target.parent) as folder:
-            unfinished = Path(folder, path.name)
+            listed = path.suffix == ".safetensors"
+            unfinished = Path(folder, f"{path.name}.part" if listed else path.name)
             yield unfinished
             if undo is not None:
                 _undone(target, undo)

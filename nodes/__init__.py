@@ -14,6 +14,7 @@ from .edit_nodes import ExtractLora, InspectLoras, ResizeLora
 from .merge_nodes import CompareMerges, IterisMerge, IterisMergeExperts
 from .merge_settings import IterisMergeSettings
 from .save_node import SaveMergedLora
+from .schema import discreet
 from .score_nodes import (
     ClipImageAlignment,
     ClipScorerLoader,
@@ -29,6 +30,7 @@ NODES: list[type[io.ComfyNode]] = [
     *(ClipScorerLoader, VisionScorer, ClipImageAlignment, ClipTextAlignment, ScoreSheet),
     IterisToybox,
 ]
+NODES = [*map(discreet, NODES)]
 
 
 if gone := missing():

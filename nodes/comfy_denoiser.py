@@ -37,6 +37,11 @@ class Denoiser:
     that ComfyUI expects."""
 
     def __init__(self, model: Any, references: References | None = None) -> None:
+        if getattr(model, "additional_models", {}).get("multigpu"):
+            raise ModelStateError(
+                "MODEL runs on several graphics cards, of which the copies would lack the LoRAs; "
+                "connect it from before the node that spreads it."
+            )
         self.model = model
         self.references = references or References()
         self._options: dict[str, Any] | None = None
@@ -86,7 +91,11 @@ class Denoiser:
             run_uncompiled(options)
             # Other nodes' patches and wrappers read the denoising progress there.
             options["transformer_options"]["sample_sigmas"] = schedule.to(model.load_device)
-        self.free_memory(max(wanted, math.ceil(model.model.memory_required([rows, *shape[1:]]))))
+        shapes = model.model.extra_conds_shapes(**self._conds[_ONE][0])
+        reserved = model.model.memory_required(
+            [rows, *shape[1:]], cond_shapes={name: [one] * rows for name, one in shapes.items()}
+        )
+        self.free_memory(max(wanted, math.ceil(reserved)))
         device, dtype = model.load_device, model.model_dtype()
         comfy.samplers.cast_to_load_options(self._options, device=device, dtype=dtype)
         model.pre_run()

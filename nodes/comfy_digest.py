@@ -1,16 +1,30 @@
-"""A hash of a MODEL or CLIP with what is on it, for samples that are kept on disk."""
+"""A hash of a MODEL or CLIP with what is on it, for samples and merges that are kept on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..iteris_core.hosts.sample_store import digest, digest_of_weights
+from .comfy_conds import References
 
 _SAMPLING = "model_sampling"
+
+
+def digest_of_base(
+    models: Sequence[Any], clip: Any, references: References, *settings: float | bool | None
+) -> str | None:
+    """A hash of all that a merge has besides its LoRAs; None if a part has none."""
+    patchers = [*models, *([] if clip is None else [clip.patcher])]
+    found = [digest_of_patcher(patcher) for patcher in patchers]
+    try:
+        given = digest([references.entries, references.latent, references.mask])
+    except TypeError:  # control nets
+        return None
+    return digest([*found, given, *settings]) if all(found) else None
 
 
 def digest_of_patcher(patcher: Any) -> str | None:

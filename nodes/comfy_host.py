@@ -6,6 +6,7 @@ MODEL and CLIP are not patched: the text encoders (:mod:`.comfy_text`) and the d
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
@@ -26,13 +27,13 @@ from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.learned import EmbeddingTriggers
 from ..iteris_core.hosts.protocol import Stage, Tick
 from ..iteris_core.hosts.rows import SamplePrompts, TextRows, added_concepts
-from ..iteris_core.hosts.sample_store import SampleStore, digest
+from ..iteris_core.hosts.sample_store import SampleStore
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.lora_files.experts import second_of
 from .comfy_conds import Inputs, References, kind, size
 from .comfy_denoiser import Denoiser
-from .comfy_digest import digest_of_patcher
+from .comfy_digest import digest_of_base
 from .comfy_lora import ComfySites
 from .comfy_runtime import halving
 from .comfy_sampling import ComfySamples, DenoiserRows, Kept, Sampling, comfy_samples, make_latents
@@ -45,6 +46,7 @@ LOW = f"{second_of(DENOISER)}."
 BOUNDARY = 0.875
 """Share of noise at which the model for low noise takes over: Wan 2.2's own, for text to video."""
 
+_log = logging.getLogger(__name__)
 _SAMPLING_ROWS = 16
 _MEASURED_ROWS = 2  # for which ComfyUI frees memory before a row is measured
 
@@ -182,6 +184,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         missing = [row for one, own in samples.items() if not parts.get(one) for row in own]
         texts: dict[int, tuple[Conditioning, Conditioning]] = {}
         if missing and not noise:
+            _log.info("IterIS: making latents of %d samples", len(missing))
             given = [owners[row] for row in missing], [prompts[row] for row in missing]
             texts = dict(zip(missing, self._texts_alone(*given, sites, tick), strict=True))
         for one, own in samples.items():
@@ -208,13 +211,9 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         return [Kept.joined(of) for of in zip(*(parts[one] for one in samples), strict=True)]
 
     def _digest(self) -> str | None:
-        """A hash of what samples depend on beside prompts and LoRAs; None if there is none."""
-        given = self.references
-        if given.entries or given.latent is not None or given.mask is not None:
-            return None
-        patchers = [*(one.model for one in self._denoisers), self.clip.patcher]
-        found = [digest_of_patcher(patcher) for patcher in patchers]
-        return digest([*found, self.boundary, self.distilled]) if all(found) else None
+        """A hash of what samples depend on besides prompts and LoRAs; None if there is none."""
+        models = [one.model for one in self._denoisers]
+        return digest_of_base(models, self.clip, self.references, self.boundary, self.distilled)
 
     @property
     def _vocabulary(self) -> list[str]:

@@ -57,11 +57,21 @@ METHODS: Mapping[str, Sequence[str]] = {
     ),
     "comfy.sd.CLIP": ("encode_from_tokens_scheduled", "tokenize"),
     "comfy.sd1_clip.SDClipModel": ("encode", "set_clip_options"),
+    "comfy.sd1_clip.SDTokenizer": ("_try_get_embedding",),
 }  # fmt: skip
 """Methods of objects from a graph; only an advance check finds a missing one."""
+ATTRIBUTES: Mapping[str, Sequence[str]] = {
+    "comfy.model_patcher.ModelPatcher": ("additional_models", "forced_hooks", "patches_uuid"),
+    "comfy.sd.CLIP": ("apply_hooks_to_conds", "layer_idx", "use_clip_schedule"),
+    "comfy.sd1_clip.SDClipModel": ("return_projected_pooled",),
+    "comfy.sd1_clip.SDTokenizer": ("embedding_directory", "inv_vocab"),
+}
+"""What these objects have once they are made. All were there in 0.33.0. Of others there are
+``_full_precision_mm`` (layers), ``clear_kv_cache`` (denoisers) and ``comfy_kitchen``."""
 WHERE_THERE: Mapping[str, str] = {
     "comfy.cli_args.args.disable_comfy_compiler": "the compiler records allocations",
     "comfy.cli_args.args.disable_cuda_graphs": "blocks are recorded and replayed",
+    "comfy.cli_args.args.disable_metadata": "files are to have no metadata",
     "comfy.model_management.MAX_PINNED_MEMORY": "the most that ComfyUI pins",
     "comfy.model_management.TOTAL_PINNED_MEMORY": "what ComfyUI has pinned",
     "comfy.model_management.in_training": "fused operations are off",
@@ -71,6 +81,24 @@ WHERE_THERE: Mapping[str, str] = {
     "comfy.model_prefetch.make_prefetch_queue": "weights of the next block come early",
 }
 """Names that only some versions have, and their use; :func:`optional` looks them up."""
+
+
+SINCE: Mapping[str, tuple[int, int]] = {
+    "comfy.cli_args.args.disable_cuda_graphs": (0, 33),
+    "comfy.model_management.in_training": (0, 33),
+    "comfy.model_prefetch.make_prefetch_queue": (0, 33),
+}
+"""Of :data:`WHERE_THERE`, what every version from this one on must have: without it a merge would
+be wrong."""
+
+
+def check_switches() -> None:
+    """Raise :class:`IterisError` if this ComfyUI lacks a switch that its version should have."""
+    parts = str(_find("comfyui_version", "__version__") or "0").split(".")
+    version = tuple(int(part) for part in parts[:2] if part.isdigit())
+    gone = [p for p, since in SINCE.items() if version >= since and optional(p) is None]
+    if gone:
+        raise IterisError(sentence(gone))
 
 
 def missing() -> list[str]:

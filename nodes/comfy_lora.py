@@ -110,10 +110,11 @@ class ComfySites:
             return converted
 
         lora = read_lora_file(path, self.base, self.weight, options, convert)
-        whole = path.resolve()
-        for folder in map(Path, folder_paths.get_folder_paths("loras")):
-            if whole.is_relative_to(folder.resolve()):  # as Load LoRA lists it
-                return replace(lora, source=whole.relative_to(folder.resolve()).as_posix())
+        folders = [Path(folder) for folder in folder_paths.get_folder_paths("loras")]
+        for full in (Path.absolute, Path.resolve):  # the folder may be a link, or lie in one
+            for folder in map(full, folders):
+                if full(path).is_relative_to(folder):  # as Load LoRA lists it
+                    return replace(lora, source=full(path).relative_to(folder).as_posix())
         return replace(lora, source=path.name)
 
     def _root(self, key: str) -> nn.Module:

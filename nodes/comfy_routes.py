@@ -18,7 +18,7 @@ def words_of_lora(name: str) -> dict[str, str]:
     try:
         file = lora_path(name)
         found = ConceptConfig(file=file).with_found_words(read_header(file)[1])
-    except (IterisError, FileNotFoundError):
+    except IterisError:
         return {"words": "", "source": ""}
     return {"words": "; ".join(found.phrases), "source": found.source}
 
@@ -32,7 +32,7 @@ def blocks_of_lora(name: str) -> dict[str, Any]:
     blocks and ``presets`` of weights."""
     try:
         kind = architecture_of_file(*read_header(lora_path(name))).name
-    except (IterisError, FileNotFoundError):
+    except IterisError:
         kind = ""
     return {"count": _COUNTS.get(kind, 0), "lists": LISTS, "presets": PRESETS}
 

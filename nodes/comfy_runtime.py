@@ -98,4 +98,15 @@ def show_text(text: str, node_id: str | None) -> None:
         from server import PromptServer
 
         # Nodes 2.0 read Markdown, where two trailing spaces break a line.
-        PromptServer.instance.send_progress_text(text.replace("\n", "  \n"), node_id)
+        text = _inert(text).replace("\n", "  \n")
+        PromptServer.instance.send_progress_text(text, node_id)
+
+
+def said(text: str) -> dict[str, Any]:
+    """What a node shows, for the history and for the front end after a reload (web/iteris.js)."""
+    return {"text": [_inert(text)]}
+
+
+def _inert(text: str) -> str:
+    """``text`` without HTML, which some front ends render, such as in the name of a file."""
+    return text.replace("<", "‹").replace(">", "›")

@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..iteris_core.activations.host_pool import pinning_at_most
-from .comfy_internals import compiling, optional, set_optional
+from .comfy_internals import check_switches, compiling, optional, set_optional
 
 _PRECISE = "_full_precision_mm"
 """A flag of ComfyUI's mixed-precision layers: True if they do not quantise their input."""
@@ -36,6 +36,7 @@ def ready_for_merge(clip: Any = None) -> Generator[None]:
     Tensors have version counters, which reveal sites that share an input, and no gradients. The
     text encoders of ``clip`` are :func:`in_full_precision`. So is the denoiser while its features
     are collected; it draws as usual."""
+    check_switches()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())

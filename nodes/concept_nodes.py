@@ -18,20 +18,33 @@ from .concept_specs import (
     AUTO,
     KINDS,
     Kind,
-    changed,
+    fingerprint,
     lora_path,
     make_spec,
     phrases_in,
     specs_of,
     with_words,
 )
-from .schema import NONE, advanced, concepts_input, file_input, schema, strength_input, weight_input
+from .schema import (
+    NONE,
+    advanced,
+    concepts_input,
+    file_input,
+    schema,
+    strength_input,
+    weight_input,
+)
 
 ROWS = 10
 """Number of LoRAs on one node; the front end shows those in use and one more (web/iteris.js)."""
 
 _SOURCES = {"you": "", "file": " (from the file)", "captions": " (a guess from its captions)",
             "input": " (from trigger_words)"}  # fmt: skip
+
+
+def _lora_input(name: str, **more: Any) -> Any:
+    """A list of LoRAs, which the front end fills (web/iteris.js)."""
+    return io.Combo.Input(name, options=[NONE], default=NONE, **more)
 
 
 class IterisConcept(io.ComfyNode):
@@ -42,7 +55,7 @@ class IterisConcept(io.ComfyNode):
             "IterisConcept",
             ["lora", "load lora", "merge lora", "concept"],
             inputs=[
-                file_input("lora_name", "loras"),
+                _lora_input("lora_name"),
                 io.String.Input("trigger", default=""),
                 io.String.Input("class_word", default=""),
                 strength_input("strength"),
@@ -51,7 +64,7 @@ class IterisConcept(io.ComfyNode):
                 advanced(file_input("embedding", "embeddings")),
                 # Optional and last, so that older saved graphs keep the positions of their values.
                 strength_input("strength_clip", optional=True),
-                advanced(file_input("lora_low", "loras", optional=True)),
+                advanced(_lora_input("lora_low", optional=True)),
                 io.Combo.Input("kind", options=kinds, default=AUTO, optional=True),
                 concepts_input(optional=True),
             ],
@@ -93,8 +106,12 @@ class IterisConcept(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, lora_low: str = NONE, **_: Any) -> Any:
-        files = [name for name in (lora_name, lora_low) if name not in (None, NONE)]
-        return [changed(lora_path(name)) for name in files]
+        return [fingerprint(name) for name in (lora_name, lora_low)]
+
+    @classmethod
+    def validate_inputs(cls, lora_name: Any = NONE, lora_low: Any = NONE) -> bool:
+        """A file may be spelled otherwise than in the list; a missing one is found when it runs."""
+        return True
 
 
 _PRESERVED = "a photo of a person\na landscape\na city street"
@@ -128,10 +145,12 @@ def _named(number: int, what: str) -> dict[str, Any]:
     return {"display_name": f"{number} {what}", "optional": True}
 
 
-def _row(number: int, names: list[str]) -> list[Any]:
+def _row(number: int) -> list[Any]:
     named = partial(_named, number)
+    # The front end gives all lists of LoRAs the first one's names (web/iteris.js).
+    names = folder_paths.get_filename_list("loras") if number == 1 else []
     return [
-        io.Combo.Input(f"lora_{number}", options=names, default=NONE, **named("LoRA")),
+        io.Combo.Input(f"lora_{number}", options=[NONE, *names], default=NONE, **named("LoRA")),
         io.Boolean.Input(
             f"on_{number}", default=True, label_on="on", label_off="off", **named("on")
         ),
@@ -146,12 +165,11 @@ def _row(number: int, names: list[str]) -> list[Any]:
 class IterisLoras(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        names = [NONE, *folder_paths.get_filename_list("loras")]
         return schema(
             "IterisLoras",
             ["lora stack", "power lora loader", "multi lora", "lora merger", "load loras"],
             inputs=[
-                *(part for number in range(1, ROWS + 1) for part in _row(number, names)),
+                *(part for number in range(1, ROWS + 1) for part in _row(number)),
                 io.String.Input("lines", default="", multiline=True, optional=True),
                 # After all others, so that older saved graphs keep the positions of their values.
                 *(
@@ -178,8 +196,13 @@ class IterisLoras(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **values: Any) -> Any:
-        names = [values.get(f"lora_{number}") for number in range(1, ROWS + 1)]
-        return [changed(lora_path(name)) for name in names if name not in (None, NONE)]
+        return [fingerprint(values.get(f"lora_{number}")) for number in range(1, ROWS + 1)]
+
+    @classmethod
+    def validate_inputs(cls, **_: Any) -> bool:
+        """A row that is off may name a file that is gone. What is wrong with the others is found
+        when it runs: here ComfyUI would repeat it for each of the 83 inputs."""
+        return True
 
 
 def _spec(number: int, lines: str, rows: dict[str, Any]) -> ConceptConfig | None:

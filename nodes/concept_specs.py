@@ -3,7 +3,6 @@ stacks as concepts."""
 
 from __future__ import annotations
 
-import glob
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..iteris_core.concepts import PromptKind, lines_of
 from ..iteris_core.config import ConceptConfig
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files import read_header
+from ..iteris_core.lora_files.embeddings import sidecar_files
 from ..iteris_core.lora_files.metadata import sidecars
 from .schema import NONE
 
@@ -45,6 +45,8 @@ def make_spec(
     beside it, see :func:`.concepts.recognised`. An embedding stands for the trigger, or for all
     phrases of a file with several. A LoRA that is :data:`ALWAYS` on becomes part of the merged
     LoRA."""
+    if kind not in KINDS:
+        raise IterisError(f"{kind} is no kind of prompts; they are {', '.join(KINDS)}.")
     lines = _prompts_beside(file) if kind == "file" else lines_of(prompts)
     if kind == ALWAYS:
         fields["always_on"] = "include"
@@ -82,10 +84,21 @@ def phrases_in(text: str) -> list[str]:
 
 
 def changed(file: Path) -> int:
-    """The time stamp of a LoRA file, or of a newer file beside it that counts."""
-    beside = list(file.parent.glob(f"{glob.escape(file.stem)}_*.safetensors"))
-    beside += [*sidecars(file), *filter(Path.is_file, [file.with_name(file.stem + _PROMPTS)])]
-    return max(path.stat().st_mtime_ns for path in (file, *beside))
+    """The time stamp of a LoRA file, or of a newer one with its embeddings."""
+    return max(path.stat().st_mtime_ns for path in (file, *sidecar_files(file)))
+
+
+def fingerprint(name: str | None) -> Any:
+    """What changes whenever the LoRA ``name`` is to be read again, with the notes beside it. Their
+    words are in its :class:`ConceptConfig`, so other notes do not merge it again."""
+    if name in (None, NONE):
+        return None
+    try:
+        file = lora_path(name)
+    except IterisError as error:
+        return str(error)
+    beside = [*sidecars(file), *filter(Path.is_file, [file.with_name(file.stem + _PROMPTS)])]
+    return changed(file), [path.stat().st_mtime_ns for path in beside]
 
 
 def _prompts_beside(file: Path) -> list[str]:
@@ -109,7 +122,19 @@ _ON = ("on", "enabled", "active")
 
 
 def lora_path(name: str) -> Path:
-    return Path(folder_paths.get_full_path_or_raise("loras", name))
+    """The LoRA ``name`` in models/loras, with either kind of slash, with or without its extension
+    or folders. Raises :class:`IterisError` if there is none."""
+    if path := folder_paths.get_full_path("loras", name):
+        return Path(path)
+    ours = name.replace("\\", "/")
+    for known in folder_paths.get_filename_list("loras"):
+        whole = known.replace("\\", "/")
+        parts = {whole, whole.rpartition("/")[2]}
+        parts |= {part.rpartition(".")[0] for part in parts}
+        path = folder_paths.get_full_path("loras", known)
+        if path is not None and (ours in parts or ours.endswith(f"/{whole}")):
+            return Path(path)
+    raise IterisError(f"There is no LoRA {name} in models/loras; has it been moved or renamed?")
 
 
 def specs_of(value: Any) -> tuple[ConceptConfig, ...]:
@@ -167,19 +192,7 @@ def _spec(entry: Any) -> ConceptConfig | None:
     except (TypeError, ValueError) as error:
         raise _unreadable(entry) from error
     strength = 1.0 if strengths[0] is None else strengths[0]
-    return make_spec(_found(str(name)), strength=strength, text_strength=strengths[1])
-
-
-def _found(name: str) -> Path:
-    """The LoRA ``name`` in models/loras, with or without its extension or folders."""
-    if path := folder_paths.get_full_path("loras", name):
-        return Path(path)
-    for known in folder_paths.get_filename_list("loras"):
-        plain = known.replace("\\", "/")
-        ours = name.replace("\\", "/")
-        if ours in (plain, plain.rpartition(".")[0]) or ours.endswith(f"/{plain}"):
-            return lora_path(known)
-    raise IterisError(f"There is no LoRA {name} in models/loras; is it in a subfolder?")
+    return make_spec(lora_path(str(name)), strength=strength, text_strength=strengths[1])
 
 
 def _first(values: Mapping[str, Any], names: Sequence[str], kind: Any) -> Any:

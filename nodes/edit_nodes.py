@@ -23,7 +23,7 @@ from ..iteris_core.report.inspection import Interference, LoraFacts, describe, i
 from ..iteris_core.solve.ranks import Target
 from .comfy_host import ComfyHost
 from .comfy_lora import apply_lora
-from .comfy_runtime import NodeProgress, files_behind, show_text
+from .comfy_runtime import NodeProgress, files_behind, said, show_text
 from .comfy_state import ready_for_merge
 from .concept_specs import specs_of
 from .merge_settings import Request
@@ -95,7 +95,7 @@ class _Edit:
         tensors, report = TensorsOfLora(lora, ordered=True), "\n".join(lines)
         show_text(report, self.hidden.unique_id)
         model, clip = apply_lora(self.model, self.clip, tensors)
-        return io.NodeOutput(model, clip, tensors, report)
+        return io.NodeOutput(model, clip, tensors, report, ui=said(report))
 
 
 class ResizeLora(io.ComfyNode):
@@ -196,6 +196,7 @@ class InspectLoras(io.ComfyNode):
             group="files",
             outputs=("plot", "table"),
             hidden=GRAPH,
+            is_output_node=True,
         )
 
     @classmethod
@@ -243,7 +244,7 @@ class InspectLoras(io.ComfyNode):
                 lines.append(f"A merge would fail: {error}")
         table = "\n".join(lines)
         show_text(table, node_id)
-        return io.NodeOutput(figure_image(_plot_loras(facts)), table)
+        return io.NodeOutput(figure_image(_plot_loras(facts)), table, ui=said(table))
 
 
 def _numbered(loras: Sequence[Lora]) -> list[Lora]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +10,13 @@ from comfy_api.latest import io
 
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files.embeddings import bundled
-from ..iteris_core.merge import MergeResult
 from ..iteris_core.methods import all_methods, find_method
 from ..iteris_core.report.provenance import scaled_lora
 from .comfy_host import BOUNDARY
 from .comfy_lora import apply_lora
-from .comfy_runtime import files_behind, show_text
+from .comfy_runtime import files_behind, said, show_text
 from .concept_specs import specs_of
+from .kept import Merge
 from .merge_settings import Request
 from .merging import as_lora_model, as_lora_models, merged
 from .save_node import how_to_call
@@ -46,9 +46,9 @@ class IterisMerge(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, concepts: Any, clip: Any = None, **values: Any) -> io.NodeOutput:
-        result, report = _merge(cls.hidden, model, clip, concepts, values)
-        lora = as_lora_model(result)
-        return io.NodeOutput(*apply_lora(model, clip, lora), lora, report, _words(result))
+        merge = _merge(cls.hidden, model, clip, concepts, values)
+        lora = as_lora_model(merge)
+        return _output(cls.hidden, (*apply_lora(model, clip, lora), lora), merge)
 
 
 class IterisMergeExperts(io.ComfyNode):
@@ -81,36 +81,38 @@ class IterisMergeExperts(io.ComfyNode):
         **values: Any,
     ) -> io.NodeOutput:
         experts = {"low": model_low, "boundary": boundary}
-        result, report = _merge(cls.hidden, model, clip, concepts, values, **experts)
-        high, low = as_lora_models(result)
+        merge = _merge(cls.hidden, model, clip, concepts, values, **experts)
+        high, low = as_lora_models(merge)
         model, clip_out = apply_lora(model, clip, high)
         model_low, _ = apply_lora(model_low, clip, low)
-        return io.NodeOutput(model, model_low, clip_out, high, low, report, _words(result))
+        return _output(cls.hidden, (model, model_low, clip_out, high, low), merge)
 
 
 def _merge(
     hidden: Any, model: Any, clip: Any, concepts: Any, values: Mapping[str, Any], **experts: Any
-) -> tuple[MergeResult, str]:
-    """The merge for the inputs' ``values``, and the text for the node."""
+) -> Merge:
+    """The merge for the inputs' ``values``, at their strength, with the whole report."""
     inputs = ["model", "model_low"][: 2 if experts else 1]
     files = [file for name in inputs for file in files_behind(hidden, name)]
-    node_id, method = hidden.unique_id, values.get("method", "iteris")
     strength: float = values.get("strength", 1.0)
     request = Request.of(values, files, model)
-    config = request.config(specs_of(concepts), method)
-    result = merged(model, clip, config, request, node_id, **experts)
-    result = replace(result, lora=scaled_lora(result.lora, strength))
+    config = request.config(specs_of(concepts), values.get("method", "iteris"))
+    merge = merged(model, clip, config, request, hidden.unique_id, **experts)
     scaled = "" if strength == 1 else f"\n  At strength {strength:g}, in the file as well."
-    called = how_to_call(bundled(result.lora.embeddings))
-    if words := _words(result):
+    called = how_to_call(bundled(merge.lora.embeddings))
+    if words := _words(merge):
         called = f"\n  Trigger words: {words}{called}"
-    report = result.report.summary() + scaled + request.note + called
-    show_text(report, node_id)
-    return result, report
+    report = merge.report + scaled + request.note + called
+    return replace(merge, lora=scaled_lora(merge.lora, strength), report=report)
 
 
-def _words(result: MergeResult) -> str:
-    return result.lora.metadata.get("modelspec.trigger_phrase", "")
+def _output(hidden: Any, made: Sequence[Any], merge: Merge) -> io.NodeOutput:
+    show_text(merge.report, hidden.unique_id)
+    return io.NodeOutput(*made, merge.report, _words(merge), ui=said(merge.report))
+
+
+def _words(merge: Merge) -> str:
+    return merge.lora.metadata.get("modelspec.trigger_phrase", "")
 
 
 _BASE = "base"
@@ -157,11 +159,11 @@ class CompareMerges(io.ComfyNode):
         for name in names:
             drawn = model, clip
             if name != _BASE:
-                result = merged(model, clip, request.config(specs, name), request, node_id)
-                drawn = apply_lora(model, clip, as_lora_model(result))
-                reports.append(result.report.summary() + request.note)
+                merge = merged(model, clip, request.config(specs, name), request, node_id)
+                drawn = apply_lora(model, clip, as_lora_model(merge))
+                reports.append(merge.report + request.note)
             models.append(drawn[0])
             clips.append(drawn[1])
         report = "\n".join(reports)
         show_text(report, node_id)
-        return io.NodeOutput(models, clips, names, report)
+        return io.NodeOutput(models, clips, names, report, ui=said(report))

@@ -35,17 +35,20 @@ OTHERS: Mapping[str, str] = {
     "scale": "Other methods: factor on the merged change.",
 }
 _DEFAULT_METHOD = "iteris"
+_DIRECT = ("preset", "samples", "seed", "minutes")
+_CLEAR = "clear"
 
 
 @dataclass(frozen=True)
 class Request:
-    """``values`` are those of IterIS Settings, by name. ``files`` are the file names behind MODEL,
-    which may show that it runs without guidance. ``samples`` 0 means the preset's number.
-    ``pixels`` is pixels per latent side."""
+    """``values`` are those of IterIS Settings, by name; its minutes count first. ``files`` are
+    the file names behind MODEL, which may show that it runs without guidance. ``samples`` 0 means
+    the preset's number, ``minutes`` 0 no limit. ``pixels`` is pixels per latent side."""
 
     preset: PresetName = "default"
     samples: int = 0
     seed: int = 0
+    minutes: float = 0.0
     values: Mapping[str, Any] = field(default_factory=dict)
     files: Sequence[str] = ()
     references: References = field(default_factory=References)
@@ -54,7 +57,7 @@ class Request:
     @classmethod
     def of(cls, values: Mapping[str, Any], files: Sequence[str], model: Any) -> Request:
         """The request from a node's inputs by name; missing ones have their defaults."""
-        direct = {name: values[name] for name in ("preset", "samples", "seed") if name in values}
+        direct = {name: values[name] for name in _DIRECT if name in values}
         references = References.of(values.get("conditioning"), values.get("latent"))
         given = values.get("settings") or {}
         pixels = scale(model)
@@ -63,7 +66,8 @@ class Request:
     def config(self, concepts: Sequence[ConceptConfig], method: str) -> MergeConfig:
         """The inputs over the preset."""
         values = {name: self.values[name] for name in CALIBRATION if name in self.values}
-        calibration = changed(Calibration, {"seed": self.seed, **values})
+        values = {name: value for name, value in values.items() if name != "minutes" or value}
+        calibration = changed(Calibration, {"seed": self.seed, "minutes": self.minutes, **values})
         calibration |= {"samples": self.samples} if self.samples else {}
         if size := self.values.get("image_size", 0):
             calibration["latent_size"] = max(1, round(size / self.pixels))
@@ -89,6 +93,11 @@ class Request:
     def memory_budget(self) -> int | Literal["free"]:
         memory: float = self.values.get("memory", 0.0)
         return round(memory * 2**30) if memory else "free"
+
+    @property
+    def clears(self) -> bool:
+        """True if what is kept on the disk is to be removed first."""
+        return self.values.get("kept", "use") == _CLEAR
 
     @property
     def distilled(self) -> bool | None:
@@ -151,6 +160,7 @@ class IterisMergeSettings(io.ComfyNode):
                 io.Float.Input("memory", default=0.0, max=1024.0, min=0.0, step=0.1, optional=True),
                 *(setting_input(IterisSettings, name) for name in ITERIS),
                 *map(other_input, OTHERS),
+                io.Combo.Input("kept", options=["use", _CLEAR], default="use", optional=True),
             ],
             outputs=("settings",),
         )

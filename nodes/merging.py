@@ -1,41 +1,32 @@
-"""One merge on a MODEL and CLIP: memory, progress, interrupt, and the LoRA in ComfyUI's form.
-
-Merges are cached: another strength, another name or one more method to compare does not run them
-again.
-"""
+"""One merge on a MODEL and CLIP: memory, progress, interrupt, and the LoRA in ComfyUI's form."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence, Set
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
-import folder_paths
 import torch
 from torch import Tensor
 
-from ..iteris_core.concepts import Calibration
-from ..iteris_core.config import ConceptConfig, MergeConfig, read_concept
+from ..iteris_core.config import MergeConfig, read_concept
 from ..iteris_core.errors import IterisError, OutOfMemory
-from ..iteris_core.hosts.sample_store import SampleStore
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions, to_tensors
 from ..iteris_core.lora_files.embeddings import bundled
 from ..iteris_core.lora_files.experts import split_experts
-from ..iteris_core.lora_files.tensors import content_hash
 from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
-from ..iteris_core.report.provenance import cut_lora, is_ordered
+from ..iteris_core.report.provenance import cut_lora
 from ..iteris_core.settings import declared_settings
 from ..iteris_core.solve.choose import THRESHOLDS, Thresholds
 from .comfy_conds import References, Same
 from .comfy_host import ComfyHost
 from .comfy_runtime import NodeProgress
-from .comfy_sampling import ComfySamples
 from .comfy_state import ready_for_merge
 from .concept_specs import DENOISER
+from .kept import Merge, keep, kept, key_on_disk, store
 from .merge_settings import Request
 
 _ROWS = 32
@@ -52,7 +43,6 @@ class LoraModel(dict[str, Tensor]):
         with torch.inference_mode(False):
             tensors, self.metadata = to_tensors(lora, dtype=dtype)
             tensors |= bundled(lora.embeddings)
-            self.metadata["modelspec.hash_sha256"] = "0x" + content_hash(tensors)
         super().__init__(tensors)
         self.lora, self.dtype, self.ordered = lora, dtype, ordered
 
@@ -84,11 +74,7 @@ def merge_on(
     reading = ReadOptions(allow_partial=config.unmergeable == "skip")
     settings = {**config.settings, "micro_batch": rows}
     settings = {name: value for name, value in settings.items() if name in known}
-    with ready_for_merge(clip), _RememberingHost(model, clip, rows, **base) as host:
-        host.recipe = tuple(
-            concept.model_copy(update={"weight": float(concept.weight > 0), "source": ""})
-            for concept in config.concepts
-        )  # what rows depend on; weights only matter in the solve
+    with ready_for_merge(clip), ComfyHost(model, clip, rows, **base) as host:
         try:
             result = merge_loras(
                 host,
@@ -97,7 +83,7 @@ def merge_on(
                 on_progress=NodeProgress(node_id),
                 memory_budget=memory_budget,
                 thresholds=thresholds,
-                store=SampleStore(Path(folder_paths.get_user_directory(), "iteris", "samples")),
+                store=store("samples"),
             )
         except OutOfMemory as error:  # the node has an input in pixels
             raise OutOfMemory(str(error).replace("latent_size", "image_size")) from error
@@ -105,66 +91,24 @@ def merge_on(
     return result
 
 
-def as_lora_model(result: MergeResult, dtype: str = "float16") -> LoraModel:
-    """``result`` as if saved and reloaded, with its embeddings included."""
-    lora, ordered = result.lora, is_ordered(result.report)
+def as_lora_model(merge: Merge, dtype: str = "float16") -> LoraModel:
+    """``merge`` as if saved and reloaded, with its embeddings included."""
     try:
-        return LoraModel(lora, dtype, ordered=ordered)
+        return LoraModel(merge.lora, dtype, ordered=merge.ordered)
     except IterisError:  # for values that do not fit in half precision
-        return LoraModel(lora, "float32", ordered=ordered)
+        return LoraModel(merge.lora, "float32", ordered=merge.ordered)
 
 
-def as_lora_models(result: MergeResult, dtype: str = "float16") -> list[LoraModel]:
+def as_lora_models(merge: Merge, dtype: str = "float16") -> list[LoraModel]:
     """The LoRAs for the models for high and low noise."""
-    parts = split_experts(result.lora, DENOISER)
-    return [as_lora_model(replace(result, lora=part), dtype) for part in parts]
-
-
-class _RememberingHost(ComfyHost):
-    """Caches the last rows, those of the fit and those held out of it, so that another rank or
-    ridge does not denoise again."""
-
-    _last: Sequence[tuple[Any, ComfySamples]] = ()
-    recipe: tuple[ConceptConfig, ...] = ()
-
-    def samples(
-        self,
-        concepts: Any,
-        sites: Set[str],
-        calibration: Calibration,
-        lockstep: Any,
-        *rest: Any,
-        **more: Any,
-    ) -> ComfySamples:
-        # The objects themselves: clones share weights, but not wrappers, hooks or sampling shift.
-        key = (
-            *_key_of((self.model, self.clip, self.low), self.references, self._forget),
-            (self.boundary, self.distilled),
-            self.recipe,
-            asdict(calibration),
-            frozenset(sites),
-        )
-        self._lockstep = lockstep
-        if calibration.latents == "noise":  # made immediately
-            return super().samples(concepts, sites, calibration, lockstep, *rest, **more)
-        last = _RememberingHost._last
-        samples = next((samples for known, samples in last if known == key), None)
-        if samples is None:
-            _log.info("IterIS: making latents")
-            samples = super().samples(concepts, sites, calibration, lockstep, *rest, **more)
-            _RememberingHost._last = [*last, (key, samples)][-2:]
-        return samples
-
-    @staticmethod
-    def _forget(_: Any) -> None:
-        """The MODEL or CLIP was deleted, so its rows are useless."""
-        _RememberingHost._last = ()
+    parts = split_experts(merge.lora, DENOISER)
+    return [as_lora_model(replace(merge, lora=part), dtype) for part in parts]
 
 
 _MOST = 2 * 2**30
-"""Bytes of merged LoRAs to cache in host memory; the last one is always kept."""
+"""Bytes of merged LoRAs to keep in memory; the last one is always kept."""
 
-_kept: list[tuple[Any, MergeResult]] = []
+_kept: list[tuple[Any, Merge]] = []
 
 
 def merged(
@@ -173,22 +117,42 @@ def merged(
     config: MergeConfig,
     request: Request,
     node_id: str | None,
-    **experts: Any,
-) -> MergeResult:
-    """The merge of ``config``, perhaps cached; ``experts`` as in :func:`.merging.merge_on`."""
+    *,
+    low: Any = None,
+    boundary: float | None = None,
+) -> Merge:
+    """The merge of ``config``, perhaps one that was kept; ``low`` and ``boundary`` as in
+    :class:`.comfy_host.ComfyHost`. A merge for which memory was short is not kept on the disk."""
+    if request.clears:
+        clear()
     key = (
-        *_key_of((model, clip, experts.get("low")), request.references, _forget),
-        (config, experts.get("boundary"), request.distilled, request.memory_budget),
+        *_key_of((model, clip, low), request.references, _forget),
+        (config, boundary, request.distilled, request.memory_budget),
     )
-    for kept, result in _kept:
-        if kept == key:
-            return result
-    memory, base = request.memory_budget, {**request.base, **experts}
-    result = merge_on(model, clip, config, node_id, memory_budget=memory, **base)
-    _kept.insert(0, (key, result))
-    while sum(_bytes(kept.lora) for _, kept in _kept) > _MOST and len(_kept) > 1:
+    for known, merge in _kept:
+        if known == key:
+            return merge
+    models = [model] if low is None else [model, low]
+    on_disk = key_on_disk(models, clip, config, request, boundary)
+    merge = on_disk and kept(on_disk, model, clip)
+    if not merge:
+        experts = {} if low is None else {"low": low, "boundary": boundary}
+        memory, base = request.memory_budget, {**request.base, **experts}
+        result = merge_on(model, clip, config, node_id, memory_budget=memory, **base)
+        merge = Merge.of(result)
+        if on_disk and not result.report.short:
+            keep(merge, on_disk)
+    _kept.insert(0, (key, merge))
+    while sum(merge.nbytes for _, merge in _kept) > _MOST and len(_kept) > 1:
         _kept.pop()
-    return result
+    return merge
+
+
+def clear() -> None:
+    """Remove all merges and samples that are kept."""
+    forget()
+    for what in ("merges", "samples"):
+        store(what).clear()
 
 
 def _key_of(
@@ -201,13 +165,10 @@ def _key_of(
 
 
 def forget() -> None:
+    """Drop the merges in memory."""
     _kept.clear()
 
 
 def _forget(_: Any) -> None:
     """Drop the merges on a deleted MODEL or CLIP."""
-    _kept[:] = [(key, result) for key, result in _kept if all(part == part for part in key[0])]
-
-
-def _bytes(lora: Lora) -> int:
-    return sum(change.up.nbytes + change.down.nbytes for change in lora.sites.values())
+    _kept[:] = [(key, merge) for key, merge in _kept if all(part == part for part in key[0])]

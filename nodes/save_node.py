@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import folder_paths
@@ -16,16 +17,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..iteris_core.errors import IterisError, SaveError
-from ..iteris_core.lora_files import DTYPES
+from ..iteris_core.lora_files import DTYPES, read_header
 from ..iteris_core.lora_files.embeddings import file_names, to_file, unbundled
-from ..iteris_core.lora_files.tensors import save_atomically
+from ..iteris_core.lora_files.tensors import content_hash, file_digest, save_atomically
 from ..iteris_core.report.provenance import write_card
-from .comfy_runtime import show_text
+from .comfy_internals import optional
+from .comfy_runtime import said, show_text
 from .merging import LoraModel as MergedLora
 from .pictures import save_thumbnail
 from .schema import LoraModel, schema
 
 _AS_IT_IS = "as it is"
+_HASH = "modelspec.hash_sha256"
+_OURS = "iteris"
+"""Keys of a file's metadata: the hash of its tensors, and the recipe that all our files have."""
 
 
 class SaveMergedLora(io.ComfyNode):
@@ -44,13 +49,22 @@ class SaveMergedLora(io.ComfyNode):
                 ),
                 io.Combo.Input("folder", options=folders, default=folders[0], optional=True),
                 io.Boolean.Input("overwrite", default=False, optional=True),
-                io.Image.Input("thumbnail", optional=True),
+                io.Image.Input("thumbnail", optional=True, lazy=True),
                 io.Boolean.Input("card", default=False, optional=True),
             ],
             outputs=("lora_name",),
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
+
+    @classmethod
+    def check_lazy_status(cls, **values: Any) -> list[str]:
+        """The file is written before its thumbnail is drawn, so a drawing that fails loses
+        nothing."""
+        if values.get("thumbnail", values) is not None:  # not connected, or drawn
+            return []
+        cls.execute(**values)
+        return ["thumbnail"]
 
     @classmethod
     def execute(
@@ -65,21 +79,29 @@ class SaveMergedLora(io.ComfyNode):
         card: bool = False,
     ) -> io.NodeOutput:
         tensors = _at(lora, dtype, rank)
-        metadata: dict[str, str] = getattr(tensors, "metadata", {})
-        file, subfolder = new_file(filename_prefix, folder, overwrite=overwrite)
+        metadata: dict[str, str] = dict(getattr(tensors, "metadata", {}))
+        metadata = {} if optional("comfy.cli_args.args.disable_metadata") else metadata
+        metadata |= {_OURS: metadata.get(_OURS, "{}"), _HASH: f"0x{content_hash(tensors)}"}
         try:
+            file, subfolder = new_file(filename_prefix, folder, metadata, overwrite=overwrite)
             embeddings = save_embeddings(tensors, subfolder)
-            save_atomically(dict(tensors), file, dict(metadata))
+            if not _holds(file, metadata):
+                save_atomically(dict(tensors), file, metadata)
             if thumbnail is not None:
                 save_thumbnail(thumbnail, file.with_suffix(".preview.png"))
             if card:
                 write_card(file)
         except SaveError as error:
-            raise SaveError(f"{error} The merge is cached; queue again to save it.") from error
+            raise SaveError(f"{error} The merge is kept; queue again to save it.") from error
+        except OSError as error:
+            raise SaveError(
+                f"{filename_prefix} cannot be written ({error.strerror}). Make its folder "
+                "writable, or choose another. The merge is kept; queue again to save it."
+            ) from error
         name = str(Path(subfolder) / file.name)
         text = f"{name}{embeddings}"
         show_text(f"Saved {text}", cls.hidden.unique_id)
-        return io.NodeOutput(name, ui={"text": [text]})
+        return io.NodeOutput(name, ui=said(text))
 
 
 def _at(lora: dict[str, Any], dtype: str, rank: int) -> dict[str, Tensor]:
@@ -107,9 +129,16 @@ def folder_names() -> list[str]:
     return names
 
 
-def new_file(prefix: str, folder: str = _DEFAULT, *, overwrite: bool = False) -> tuple[Path, str]:
-    """A new file name, or an existing one if it may be overwritten, and its folder below the one
-    for LoRAs; ``prefix`` supports Save Image's placeholders, such as %year%."""
+def new_file(
+    prefix: str,
+    folder: str = _DEFAULT,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+    *,
+    overwrite: bool = False,
+) -> tuple[Path, str]:
+    """The file for a LoRA with this ``metadata``, and its folder below the one for LoRAs: a new
+    one, the one that holds this very LoRA, or one that may be overwritten. ``prefix`` supports Save
+    Image's placeholders, such as %year%."""
     prefix = prefix.strip().removesuffix(_END)
     names = folder_names()
     if folder not in names:
@@ -122,9 +151,36 @@ def new_file(prefix: str, folder: str = _DEFAULT, *, overwrite: bool = False) ->
     if not target.startswith(root + os.sep):
         raise IterisError(f"{prefix} is outside the folder for LoRAs; use a name or folder/name.")
     where, name, _, subfolder, _ = folder_paths.get_save_image_path(prefix, root)
-    candidates = numbered_files(Path(where), name)
-    file = next(path for path in candidates if overwrite or not path.exists())
-    return file, subfolder
+    for file in numbered_files(Path(where), name):
+        if not file.exists() or _holds(file, metadata):
+            return file, subfolder
+        if overwrite:
+            _check_replaceable(file, metadata)
+            return file, subfolder
+    raise AssertionError("numbers do not end")
+
+
+def _holds(file: Path, metadata: Mapping[str, str]) -> bool:
+    """True if the file is there and has the tensors whose hash ``metadata`` names."""
+    return file.exists() and _HASH in metadata and _said_in(file).get(_HASH) == metadata[_HASH]
+
+
+def _said_in(file: Path) -> Mapping[str, str]:
+    try:
+        return read_header(file)[1]
+    except IterisError:  # a file of another kind
+        return {}
+
+
+def _check_replaceable(file: Path, metadata: Mapping[str, str]) -> None:
+    """Raise :class:`SaveError` for a file that this pack did not write, or that was merged here."""
+    why = ""
+    if _OURS not in _said_in(file):
+        why = "IterIS did not write it"
+    elif file_digest(file) in metadata.get(_OURS, ""):
+        why = "it is one of the LoRAs that were merged"
+    if why:
+        raise SaveError(f"{file.name} is not overwritten: {why}. Choose another filename_prefix.")
 
 
 def numbered_files(folder: Path, name: str) -> Iterator[Path]:

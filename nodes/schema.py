@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Container, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +14,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..iteris_core.concepts import Calibration
+from ..iteris_core.errors import IterisError
 from ..iteris_core.methods import all_methods
 from ..iteris_core.settings import PRESETS, PresetName, Settings, declared_settings
 
@@ -24,6 +27,8 @@ Scorer = io.Custom("ITERIS_SCORER")
 LoraModel = io.Custom("LORA_MODEL")
 LoraStack = io.Custom("LORA_STACK")
 
+MINUTES = 60.0
+"""How long a merge takes at most, unless told otherwise: roughly."""
 NONE = "none"
 """The choice for no file in a node's list."""
 GRAPH = [io.Hidden.unique_id, io.Hidden.prompt]
@@ -65,6 +70,31 @@ def advanced(one: Any) -> Any:
     """An input that the front end folds away; in 0.3.64 this is not a constructor argument."""
     one.extra_dict = {**one.extra_dict, "advanced": True}
     return one
+
+
+def discreet(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+    """The ``node``, whose errors now name files as ComfyUI lists them, not where they are on the
+    server."""
+    run: Any = node.execute
+
+    @wraps(run.__func__)
+    def execute(cls: type[io.ComfyNode], *given: Any, **values: Any) -> Any:
+        try:
+            return run.__func__(cls, *given, **values)
+        except IterisError as error:
+            error.args = (_without_folders(str(error)),)
+            raise
+
+    node.execute = classmethod(execute)
+    return node
+
+
+def _without_folders(text: str) -> str:
+    known = folder_paths.folder_names_and_paths.values()
+    folders = {f"{folder}{os.sep}" for paths, *_ in known for folder in paths}
+    for folder in sorted(folders, key=len, reverse=True):
+        text = text.replace(folder, "")
+    return text
 
 
 def schema(
@@ -178,10 +208,14 @@ def preset_input() -> Any:
 
 
 def method_inputs(*further: Any) -> list[Any]:
-    """Method, preset and rows, the ``further`` inputs, and those besides the prompts."""
+    """Method, preset and rows, the ``further`` inputs, minutes, and those besides the prompts."""
     methods = [method.name for method in all_methods()]
     method = io.Combo.Input("method", options=methods, default="iteris", optional=True)
-    return [method, preset_input(), *sampling_inputs(), *further, *beside_inputs()]
+    # Behind the others, so that older saved graphs keep the positions of their values.
+    minutes = io.Float.Input(
+        "minutes", default=MINUTES, min=0.0, max=10000.0, step=1.0, optional=True
+    )
+    return [method, preset_input(), *sampling_inputs(), *further, minutes, *beside_inputs()]
 
 
 def beside_inputs() -> list[Any]:

@@ -38,7 +38,8 @@ def _score_output(values: Tensor, title: str, node_id: str | None) -> io.NodeOut
 class ClipScorerLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = [name for folder in _FOLDERS for name in folder_paths.get_filename_list(folder)]
+        listed = [name for folder in _FOLDERS for name in folder_paths.get_filename_list(folder)]
+        files = [name for name in listed if name.lower().endswith((".safetensors", ".sft"))]
         return schema(
             "IterisClipScorerLoader",
             ["clip score", "open_clip"],

@@ -1,11 +1,15 @@
 // What the front end does for the nodes: IterIS LoRAs as a list, nodes as high as what they report,
-// and lists that know of a LoRA that was saved.
+// which stays after a reload, and lists that know of a LoRA that was saved.
 import { app } from '../../scripts/app.js';
 import { api } from '../../scripts/api.js';
 import { fromLoraList, isLoraList, prepareLoras } from './lora_rows.js';
 
 const TELLING = ['IterisMerge', 'IterisMergeExperts', 'IterisCompareMerges', 'IterisInspectLoras',
   'IterisSaveLora'];
+// Lists of LoRAs that the server sends empty: they are the same as the first one of IterIS LoRAs.
+const LISTS = { IterisLoras: /^lora_\d+$/, IterisConcept: /^lora_(name|low)$/ };
+const REPORT = 'iteris_report';
+let names = [];
 const [WIDTH, LETTER, LINE_HEIGHT, LINES] = [340, 6.4, 17, 2];
 
 // The node behind an id of the server, such as 5:3 for node 3 of the subgraph that node 5 is.
@@ -33,8 +37,44 @@ function fitText(node, text) {
   }
 }
 
+const namesIn = (spec) => (Array.isArray(spec?.[0]) ? spec[0] : spec?.[1]?.options);
+
+function shareNames(defs) {
+  names = namesIn(defs.IterisLoras?.input?.optional?.lora_1) ?? names;
+  for (const [type, list] of Object.entries(LISTS)) {
+    for (const [name, spec] of Object.values(defs[type]?.input ?? {}).flatMap((kind) => Object.entries(kind))) {
+      if (!list.test(name)) continue;
+      if (Array.isArray(spec[0])) spec[0] = names;
+      else spec[1].options = names;
+    }
+  }
+}
+
+function fillLists(graph) {
+  for (const node of graph?._nodes ?? []) {
+    for (const widget of node.widgets ?? []) {
+      if (LISTS[node.comfyClass]?.test(widget.name)) widget.options.values = names;
+    }
+    if (node.subgraph) fillLists(node.subgraph);
+  }
+}
+
+// Two spaces at the end of a line break it in Nodes 2.0, as from the server.
+function showReport(node) {
+  const text = node.properties?.[REPORT]?.replaceAll('\n', '  \n');
+  if (text) api.dispatchCustomEvent('progress_text', { nodeId: String(node.id), text });
+}
+
 app.registerExtension({
   name: 'iteris',
+  addCustomNodeDefs: shareNames,
+  refreshComboInNodes(defs) {
+    shareNames(defs);
+    fillLists(app.rootGraph ?? app.graph);
+  },
+  loadedGraphNode(node) {
+    setTimeout(() => showReport(node), 0);
+  },
   nodeCreated(node) {
     if (node.comfyClass === 'IterisLoras') prepareLoras(node);
     // Wide enough for what it will say, before others are put beside it.
@@ -48,9 +88,15 @@ app.registerExtension({
       // Once the front end has put the text onto the node.
       setTimeout(() => fitText(nodeOf(detail?.nodeId), detail?.text ?? ''), 50);
     });
-    // Lists of files are made when the page loads; a LoRA that was just saved is not in them.
     api.addEventListener('executed', ({ detail }) => {
-      if (nodeOf(detail?.node)?.comfyClass === 'IterisSaveLora') app.refreshComboInNodes?.();
+      const node = nodeOf(detail?.node);
+      const text = detail?.output?.text?.[0];
+      if (!TELLING.includes(node?.comfyClass) || !text) return;
+      node.properties[REPORT] = text;
+      showReport(node);
+      // Lists of files are made when the page loads; a LoRA that was just saved is not in them.
+      const isNew = !names.includes(text.split('\n')[0]);
+      if (node.comfyClass === 'IterisSaveLora' && isNew) app.refreshComboInNodes?.();
     });
   },
 });

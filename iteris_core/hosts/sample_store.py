@@ -65,7 +65,9 @@ class SampleStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomically(path) as unfinished:
-                save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished)
+                # Copies: tensors that share memory, such as two experts' sigmas, are refused.
+                copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+                save_file({name: t.contiguous() for name, t in copies.items()}, unfinished)
         except (IterisError, OSError) as error:
             _log.warning("Samples are not kept for the next merge: %s", error)
         self._shrink(self.limit)

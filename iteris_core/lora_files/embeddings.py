@@ -57,13 +57,18 @@ def split_embeddings(
             if name not in embeddings
         ]
         return {name: embeddings[name] for name in files if name in embeddings}, rest, missing
-    for end in _ENDS:
-        file = path.with_name(f"{path.stem}_{end}.safetensors")
-        found = _embeddings_of(file, path.stem) if file.is_file() else {}
+    for file in sidecar_files(path):
+        found = _embeddings_of(file, path.stem)
         if both := found.keys() & embeddings.keys():
             raise LoraFileError(f"{path} and {file} both contain an embedding {min(both)!r}.")
         embeddings |= found
     return embeddings, rest, []
+
+
+def sidecar_files(path: Path) -> list[Path]:
+    """The files beside the LoRA file ``path`` that hold embeddings of a trainer."""
+    files = (path.with_name(f"{path.stem}_{end}.safetensors") for end in _ENDS)
+    return [file for file in files if file.is_file()]
 
 
 def unbundled(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Embeddings, dict[str, Tensor]]:

@@ -88,8 +88,8 @@ class Trial:
     def loras(self, result):
         """What the merge node hands on beside its models."""
         if self.reduced.experts:
-            return self.merging.as_lora_models(result, "float32")
-        return [self.merging.as_lora_model(result, "float32")]
+            return self.merging.as_lora_models(self.merging.Merge.of(result), "float32")
+        return [self.merging.as_lora_model(self.merging.Merge.of(result), "float32")]
 
     def node(self, result):
         """The models and the CLIP that the merge node hands on."""

@@ -63,7 +63,7 @@ class Kit:
         self.calibration = self.core.Calibration(
             samples=4, timesteps=2, denoising_steps=4, latent_size=8
         )
-        self.merging.forget()
+        self.merging.clear()
 
     def node(self, file, name):
         return node(self.pack, file, name)
@@ -84,6 +84,10 @@ class Kit:
         return merge_on(
             self.merging, *on, concepts, method, settings or {}, self.calibration, **kwargs
         )
+
+    def lora_model(self, result, dtype="float16"):
+        """The merge as it leaves the merging node."""
+        return self.merging.as_lora_model(self.merging.Merge.of(result), dtype)
 
     def stock(self, file, strength=1.0):
         """MODEL and CLIP with a file on them, by ComfyUI's own loader."""
@@ -125,7 +129,7 @@ class Kit:
         )
 
 
-def write_loras(model, clip, folder):
+def write_loras(model, clip, folder, seed=1):
     """a.safetensors and b.safetensors, of attention, as kohya's trainer writes them; the first one
     was trained on a folder that names its words."""
     import comfy.lora
@@ -136,8 +140,8 @@ def write_loras(model, clip, folder):
     weights = {**model.model.state_dict(), **clip.cond_stage_model.state_dict()}
     sites = {name: tuple(weights[key].shape) for name, key in keys.items() if _is_trained(name)}
     words = {"ss_dataset_dirs": json.dumps({"10_sks cat": {"n_repeats": 10}})}
-    write_lora(folder / "a.safetensors", sites, 1, alpha=8.0, metadata=words)
-    write_lora(folder / "b.safetensors", sites, 2, alpha=4.0)
+    write_lora(folder / "a.safetensors", sites, seed, alpha=8.0, metadata=words)
+    write_lora(folder / "b.safetensors", sites, seed + 1, alpha=4.0)
 
 
 def _is_trained(name):

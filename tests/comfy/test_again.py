@@ -1,11 +1,10 @@
 """After a change, a new run computes only what changed."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from kit import SETTINGS, distance, part
+from kit import SETTINGS, distance, part, write_loras
 
 
 @pytest.fixture
@@ -45,6 +44,38 @@ def test_another_strength_does_not_merge_again(kit, desk):
     assert desk.merges() == 4
 
 
+def test_a_restart_does_not_merge_again(kit, desk):
+    """The files count by content: not by their time stamps, nor by what lies beside them."""
+
+    def restarted(**values):
+        kit.merging.forget()
+        _, _, lora, report, _ = desk(kit.concepts(), **values)
+        return lora, report
+
+    whole, report = restarted()
+    assert "nothing ran" not in report
+    file = kit.loras / "a.safetensors"
+    file.with_name("a_v2.safetensors").write_bytes(file.read_bytes())
+    file.with_suffix(".json").write_text('{"favourite": true}')
+    file.touch()
+    again, said = restarted(on=kit.model.clone())
+    assert all(torch.equal(tensor, again[key]) for key, tensor in whole.items())
+    assert again.metadata == whole.metadata
+    assert said.startswith(report.rpartition("\n")[0].split("\n")[0])
+    assert "nothing ran" in said
+    half, _ = restarted(strength=0.5)
+    assert distance(half.lora, type(whole.lora)({
+        site: change.scaled(0.5) for site, change in whole.lora.sites.items()
+    })) < 1e-6  # fmt: skip
+    assert desk.merges() == 1
+    restarted(settings={"rank": 2})
+    restarted(settings={"kept": "clear"})
+    assert desk.merges() == 3
+    write_loras(kit.model, kit.clip, kit.loras, seed=5)
+    restarted()
+    assert desk.merges() == 4
+
+
 def test_a_run_after_one_that_was_cancelled_has_the_same_rows(kit, desk, monkeypatch):
     """And the merge is the same to the bit."""
     import comfy.model_management as memory
@@ -58,19 +89,18 @@ def test_a_run_after_one_that_was_cancelled_has_the_same_rows(kit, desk, monkeyp
 
     monkeypatch.setattr(memory, "throw_exception_if_processing_interrupted", stop)
     whole = desk()[2]
-    limit[0], asked[0], other = asked[0] - 5, 0, kit.model.clone()
+    kit.merging.clear()
+    limit[0], asked[0] = asked[0] - 5, 0
     with pytest.raises(memory.InterruptProcessingException):
-        desk(on=other)
+        desk()
     limit[0] = 0
-    found = desk(on=other)[2]
+    found = desk()[2]
     assert all(torch.equal(tensor, found[key]) for key, tensor in whole.items())
     assert desk.latents() == 4
 
 
 def test_after_a_restart_only_a_new_lora_is_denoised(kit, desk, monkeypatch):
     """Samples lie in ComfyUI's user folder. A MODEL with a function on it has no hash."""
-    import folder_paths
-
     host = part(kit.pack, "nodes.comfy_host")
     made: list[int] = []
     make = host.make_latents
@@ -82,11 +112,10 @@ def test_after_a_restart_only_a_new_lora_is_denoised(kit, desk, monkeypatch):
 
     def restart():
         kit.merging.forget()
-        kit.merging._RememberingHost._last = ()
+        kit.merging.store("merges").clear()
         made.clear()
 
     monkeypatch.setattr(host, "make_latents", counted)
-    kit.core.SampleStore(Path(folder_paths.get_user_directory(), "iteris", "samples")).clear()
     specs = kit.concepts()
     restart()
     whole = desk()[2]

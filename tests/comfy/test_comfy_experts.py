@@ -39,14 +39,23 @@ def pair(pack, tmp_path):
     return Pair(pack, ARCHITECTURES["Wan 2.2 14B"], tmp_path)
 
 
-def test_each_has_rows_of_its_own_steps(pair, pack):
+def test_each_has_rows_of_its_own_steps(pair, pack, monkeypatch):
     """Above the boundary the one for high noise ran, with the LoRAs for it, below it the other."""
     plain = {"conditions": 0.0, "generic": 0.0, "empty_share": 0.0}
     pair.calibration = dataclasses.replace(pair.calibration, **plain)
 
+    host, made = part(pack, "nodes.comfy_host"), []
+    make = host.comfy_samples
+
+    def noted(*given):
+        made.append(make(*given))
+        return made[-1]
+
+    monkeypatch.setattr(host, "comfy_samples", noted)
+
     def rows(*concepts):
         pair.merged(*concepts)
-        return part(pack, "nodes.merging")._RememberingHost._last[-2][1].noisy  # held out: the last
+        return made[-2].noisy  # held out: the last
 
     high, low = rows(("a_high", "a_low"), ("b_high", "b_low"))
     assert float(high.times.min()) >= BOUNDARY > float(low.times.max())

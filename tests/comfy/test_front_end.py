@@ -93,9 +93,9 @@ def test_a_first_graph_by_search_and_drag(client, models, tmp_path):
     finally:
         (loras / "b.civitai.info").unlink()
     assert seen["links"] == 16
-    a = ["a.safetensors", True, 1, 1, 1, "subject", "sks cat"]
-    b = ["b.safetensors", True, 1, 1, 1, "subject", "zwx dog; zwx puppy"]
-    none = ["none", True, 1, 1, 1, "subject", ""]
+    a = ["a.safetensors", True, 1, 1, 1, "auto", "sks cat"]
+    b = ["b.safetensors", True, 1, 1, 1, "auto", "zwx dog; zwx puppy"]
+    none = ["none", True, 1, 1, 1, "auto", ""]
     files = [["a.safetensors", True], ["b.safetensors", True]]
     assert seen["empty"]["sent"] == [none] * 3
     assert len(seen["empty"]["shown"]) == 1

@@ -83,6 +83,17 @@ def test_what_needs_it_says_so_and_the_rest_works(again, kit, module, name, monk
     assert merge_on(*on, "average", {}, calibration).lora.sites
 
 
+def test_a_switch_that_this_version_should_have_is_gone(kit, monkeypatch):
+    """A merge with its fused kernels would be wrong, and nothing else would say so."""
+    import comfy.model_management
+    import comfyui_version
+
+    monkeypatch.setattr(comfyui_version, "__version__", "0.99.1")
+    monkeypatch.delattr(comfy.model_management, "in_training", raising=False)
+    with pytest.raises(kit.core.IterisError, match=r"\(0\.99\.1\) has no .*in_training"):
+        kit.merge()
+
+
 def test_an_old_comfyui_is_told_what_it_lacks(again, monkeypatch, caplog):
     import folder_paths  # noqa: F401
 

@@ -59,7 +59,7 @@ def test_in_force_is_what_a_file_in_embeddings_is(kit, with_embedding):
 
 
 def test_the_merged_clip_and_the_saved_file_are_called_alike(kit, with_embedding):
-    lora = kit.merging.as_lora_model(merged(kit, with_embedding("<toy>")), "float32")
+    lora = kit.lora_model(merged(kit, with_embedding("<toy>")), "float32")
     assert "toy: write embedding:toy;" in part(kit.pack, "nodes.save_node").how_to_call(lora)
     _, clip = kit.lora.apply_lora(kit.model, kit.clip, lora)
     with_it = encoded(clip, "a (embedding:toy, red:1.1) cat")

@@ -173,7 +173,7 @@ def test_without_a_clip(bench, kit):
 
     result = merge("average", 0.0)
     assert {site.partition(".")[0] for site in result.lora.sites} == {"unet"}
-    model, clip = kit.lora.apply_lora(kit.model, None, kit.merging.as_lora_model(result))
+    model, clip = kit.lora.apply_lora(kit.model, None, kit.lora_model(result))
     assert clip is None
     assert model.patches.keys() - kit.model.patches.keys()
     with pytest.raises(bench.error, match=r"a\.safetensors changes the text encoder"):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from kit import node, part, use_folders
+from PIL import Image
 
 
 @pytest.fixture
@@ -14,11 +15,12 @@ def save(pack, tmp_path, monkeypatch):
 
 
 def test_names_of_saved_files(pack, save, tmp_path):
-    lora = {"lora_unet_a.lora_up.weight": torch.ones(3, 2)}
     prefixes = ("one", "folder/one", "one", "one.safetensors", "v1.5/two")
-    names = [save(lora, prefix).result[0] for prefix in prefixes]
+    loras = [{"lora_unet_a.lora_up.weight": torch.full((3, 2), float(n))} for n in range(6)]
+    names = [save(lora, p).result[0] for lora, p in zip(loras, prefixes, strict=False)]
     assert names == ["one.safetensors", "folder/one.safetensors", "one_2.safetensors",
                      "one_3.safetensors", "v1.5/two.safetensors"]  # fmt: skip
+    lora = loras[-1]
     assert save(lora, "one", overwrite=True).result == ("one.safetensors",)
     before = sorted(tmp_path.rglob("*"))
     nameless = ("", " ", ".", "folder/", "folder/..")
@@ -58,13 +60,55 @@ def test_a_file_at_a_smaller_rank(pack, save, tmp_path, ordered):
         save(dict(made), "small", rank=2)
 
 
+def test_a_lora_is_written_once_and_replaces_only_what_may_go(kit, save):
+    """Another picture changes the preview alone; a LoRA of somebody else, or one that was merged,
+    stays."""
+    lora = kit.lora_model(kit.merge(method="sum"))
+    first = kit.loras / save(lora, "merged").result[0]
+    before = first.stat().st_mtime_ns, first.stat().st_ino
+    for grey in (0.2, 0.8):
+        assert save(lora, "merged", thumbnail=torch.full((1, 8, 8, 3), grey)).result == (
+            first.name,
+        )
+    with Image.open(first.with_suffix(".preview.png")) as picture:
+        assert picture.getpixel((0, 0)) == (204, 204, 204)
+    assert (first.stat().st_mtime_ns, first.stat().st_ino) == before
+    other = kit.lora_model(kit.merge(method="average"))
+    assert save(other, "merged").result == ("merged_2.safetensors",)
+    assert save(lora, "merged").result == ("merged.safetensors",)
+    assert save(other, "merged", overwrite=True).result == ("merged.safetensors",)
+    with pytest.raises(kit.core.IterisError, match=r"a\.safetensors is not overwritten: I"):
+        save(lora, "a", overwrite=True)
+    of_it = [kit.specs.make_spec(first, trigger="sks"), kit.concepts()[0]]
+    third = kit.lora_model(kit.merge(method="sum", concepts=of_it))
+    with pytest.raises(kit.core.IterisError, match="one of the LoRAs that were merged"):
+        save(third, "merged", overwrite=True)
+
+
+def test_a_folder_that_cannot_be_written(kit, save):
+    """As root every folder can; a file in a folder's place cannot be one."""
+    (kit.loras / "taken").write_text("")
+    with pytest.raises(kit.core.IterisError, match="taken/one cannot be written"):
+        save({"lora_unet_a.lora_up.weight": torch.ones(3, 2)}, "taken/one")
+
+
+def test_the_file_is_there_before_its_thumbnail_is_drawn(kit, save):
+    found = kit.node("save_node", "SaveMergedLora")
+    lora = {"lora_unet_a.lora_up.weight": torch.ones(3, 2)}
+    given = {"lora": lora, "filename_prefix": "early"}
+    assert found.check_lazy_status(**given) == []
+    assert not (kit.loras / "early.safetensors").exists()
+    assert found.check_lazy_status(**given, thumbnail=None) == ["thumbnail"]
+    assert (kit.loras / "early.safetensors").exists()
+
+
 def test_no_path_of_this_machine_is_written(kit, save):
     (kit.loras / "cats").mkdir()
     inner, outer = kit.loras / "cats" / "inner.safetensors", kit.folder / "outer.safetensors"
     (kit.loras / "a.safetensors").rename(inner)
     (kit.loras / "b.safetensors").rename(outer)
     concepts = [kit.specs.make_spec(file, trigger="sks") for file in (inner, outer)]
-    lora = kit.merging.as_lora_model(kit.merge(method="sum", concepts=concepts))
+    lora = kit.lora_model(kit.merge(method="sum", concepts=concepts))
     recorded = [c["file"] for c in json.loads(lora.metadata["iteris"])["concepts"]]
     assert recorded == ["cats/inner.safetensors", "outer.safetensors"]
     (name,) = save(lora, "whole", card=True).result

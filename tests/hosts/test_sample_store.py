@@ -129,6 +129,9 @@ def test_a_store_stays_within_its_limit_and_lets_the_oldest_go(tmp_path):
     assert store.within("other base").get("a") is None
     assert store.clear() > 8000
     assert store.size == 0
+    shared = torch.arange(8.0)  # as the sigmas of two experts are
+    store.put({"high": shared, "low": shared, "half": shared[:4]}, "d")
+    assert torch.equal(store.get("d")["half"], shared[:4])
 
 
 def test_weights_that_have_no_hash_keep_nothing():

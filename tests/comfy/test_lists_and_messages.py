@@ -1,0 +1,99 @@
+"""Lists of LoRAs that are sent once, files by any spelling, and messages that reveal nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from kit import SETTINGS, part, use_folders
+
+
+@pytest.fixture
+def loras(kit, monkeypatch):
+    use_folders(monkeypatch, kit.folder, "loras")
+    (kit.loras / "sub").mkdir()
+    (kit.loras / "a.safetensors").rename(kit.loras / "sub" / "ä 'cat' <b>.safetensors")
+    return kit.loras
+
+
+def test_names_of_loras_are_sent_once(pack, tmp_path, monkeypatch):
+    use_folders(monkeypatch, tmp_path, "loras")
+    for number in range(200):
+        (tmp_path / "loras" / f"a_rather_long_name_{number}.safetensors").touch()
+    nodes = part(pack, "nodes").NODES
+    sent = json.dumps([node.GET_NODE_INFO_V1() for node in nodes])
+    assert sent.count("a_rather_long_name_7.safetensors") == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["sub/ä 'cat' <b>.safetensors", "sub\\ä 'cat' <b>.safetensors", "ä 'cat' <b>"]
+)
+def test_a_file_by_any_spelling(kit, loras, name):
+    node = kit.node("concept_nodes", "IterisLoras")
+    rows = {"lora_1": name, "lora_2": "gone.safetensors", "on_2": False}
+    assert node.validate_inputs(**rows) is True
+    assert node.fingerprint_inputs(**rows) == node.fingerprint_inputs(**rows)
+    (spec,), words = node.execute(**rows).result
+    assert spec.file.parent == loras / "sub"
+    assert words == "sks cat"
+    with pytest.raises(kit.core.IterisError, match=r"no LoRA gone\.safetensors in models/loras"):
+        node.execute(**{**rows, "on_2": True})
+    with pytest.raises(kit.core.IterisError, match="subjekt is no kind of prompts"):
+        node.execute(**rows, prompts_1="subjekt")
+
+
+def test_messages_name_no_folder_of_the_server(kit, loras):
+    broken = loras / "sub" / "broken.safetensors"
+    broken.write_bytes(b"<html>")
+    with pytest.raises(kit.core.IterisError) as found:
+        kit.node("concept_nodes", "IterisLoras").execute(lora_1="sub/broken.safetensors")
+    assert str(found.value).startswith("sub/broken.safetensors")
+    assert str(kit.folder) not in str(found.value)
+
+
+def test_text_on_a_node_has_no_html(kit, loras, monkeypatch):
+    shown: list[str] = []
+    runtime = part(kit.pack, "nodes.comfy_runtime")
+    monkeypatch.setattr(
+        part(kit.pack, "nodes.concept_nodes"), "show_text",
+        lambda text, _: shown.extend(runtime.said(text)["text"]),
+    )  # fmt: skip
+    kit.node("concept_nodes", "IterisLoras").execute(lora_1="sub/ä 'cat' <b>.safetensors")
+    assert shown == ["ä 'cat' ‹b› at 1: sks cat (a guess from its captions)"]
+
+
+def test_a_linked_folder_keeps_its_name_in_the_recipe(kit, loras, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("disk")
+    (loras / "b.safetensors").rename(elsewhere / "b.safetensors")
+    (loras / "linked").symlink_to(elsewhere)
+    found = kit.lora.ComfySites(kit.model, kit.clip).read_lora(loras / "linked" / "b.safetensors")
+    assert found.source == "linked/b.safetensors"
+
+
+def test_a_model_on_several_cards_is_refused(kit):
+    model = kit.model.clone()
+    model.set_additional_models("multigpu", [kit.model.clone()])
+    with pytest.raises(kit.core.IterisError, match="several graphics cards"):
+        kit.merge(on=(model, kit.clip))
+
+
+def test_minutes_of_the_node_and_of_the_settings(kit):
+    """The settings' count first; 0 is no limit."""
+    request = part(kit.pack, "nodes.merge_settings").Request
+
+    def minutes(**values):
+        return request.of(values, [], kit.model).config([], "iteris").calibration.get("minutes")
+
+    assert minutes(minutes=60.0) == 60
+    assert minutes(minutes=60.0, settings={**SETTINGS, "minutes": 5.0}) == 5
+    assert minutes(minutes=0.0, settings={"minutes": 0.0}) is None
+    assert minutes(minutes=60.0, settings={"minutes": 0.0}) == 60
+
+
+def test_an_early_limit_runs_fewer_prompts_and_says_so(kit):
+    node = kit.node("merge_nodes", "IterisMerge")
+    given = {"clip": kit.clip, "samples": 40, "settings": SETTINGS, "minutes": 0.0001}
+    *_, lora, report, _ = node.execute(kit.model, tuple(kit.concepts()), **given).result
+    assert "12 of 40 prompts per concept" in report
+    assert isinstance(next(iter(lora.values())), torch.Tensor)
