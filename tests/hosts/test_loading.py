@@ -33,20 +33,9 @@ def assert_draws(reduced, lora, drawn):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_loaded_is_what_was_merged(name, tmp_path):
-    reduced = PIPELINES[name]()
-    _, concepts = two_concepts(reduced, tmp_path)
-    first, second = (merge_loras(None, some, "average") for some in (concepts[:1], concepts))
-    for result in (first, second, second):  # which replace each other
-        result.load_into(reduced.pipeline)
-    assert reduced.pipeline.get_active_adapters() == ["iteris"]
-    assert_draws(reduced, second.lora, draw(reduced))
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_adapters_of_every_pipeline_are_merged_and_loaded(name, tmp_path):
     reduced = PIPELINES[name]()
-    pipeline, (host, _) = reduced.pipeline, two_concepts(reduced, tmp_path)
+    pipeline, (host, concepts) = reduced.pipeline, two_concepts(reduced, tmp_path)
     for number in (1, 2):
         file, adapter = str(tmp_path / f"{number}.safetensors"), f"lora-{number}"
         pipeline.load_lora_weights(file, adapter_name=adapter)
@@ -56,6 +45,10 @@ def test_adapters_of_every_pipeline_are_merged_and_loaded(name, tmp_path):
     words = {f"lora-{number}": list(reduced.prompts) for number in (1, 2)}
     result = merge_loaded(pipeline, words, call=reduced.call, calibration=QUICK)
     assert pipeline.get_active_adapters() == ["merged"]
+    assert_draws(reduced, result.lora, draw(reduced))
+    for one in (merge_loras(None, concepts[:1], "sum"), result, result):  # each replaces another
+        one.load_into(pipeline)
+    assert pipeline.get_active_adapters() == ["iteris"]
     assert_draws(reduced, result.lora, draw(reduced))
 
 
