@@ -60,6 +60,7 @@ def place(tmp_path, monkeypatch):
     weights = folder / "tuned/unet/diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     save_file({key: 1.1 * tensor for key, tensor in tensors.items()}, weights)
+    (folder / "toybox").symlink_to(ROOT / "toybox")
     (folder / "loras").mkdir()
     for name in names:
         shutil.copy(folder / f"{name}.safetensors", folder / "loras")
