@@ -108,6 +108,6 @@ def test_a_concept_is_drawn_with_its_own_lora(token, judge):
 def test_the_base_meets_its_marks(judge):
     from toybox.evaluate import measure_base
 
-    figures = measure_base(toybox.load_pipeline(), judge, 96)
+    figures = measure_base(toybox.load_pipeline(), judge, 48)
     assert figures["one_shape_color_background"] >= 0.93
     assert figures["two_both_shapes"] >= 0.78
