@@ -36,8 +36,7 @@ from outputs import QUICK, ROOT, result_file, write
 from torch.utils.flop_counter import FlopCounterMode
 
 from iteris_core import Calibration, merge_loras
-from iteris_core.activations.host_pool import wait_for
-from iteris_core.activations.memory import MemoryMeter
+from iteris_core.activations.memory import MemoryMeter, wait_for
 from iteris_core.passes import planner
 from iteris_core.passes.footprint import Footprint
 from iteris_core.passes.planner import Plan

@@ -4,9 +4,9 @@
 the meta device, in half precision, at their pipelines' own sizes; attention is counted as one
 fused kernel, as GPUs run it. There is a plan for each of :data:`HOSTS`. ``left_out`` are samples
 that do not fit into the budget, the memory that the merge may use beyond the model. ``waiting_mib``
-is the peak memory of a sample's two waiting rows, if they wait at every site. ``forwards`` of one
-row include denoising and the sweep, without block replays; ``tera_operations`` are theirs, without
-attention.
+is the peak memory of a sample's two waiting rows, if they wait at the end of every level.
+``forwards`` of one row include denoising and the sweep, without block replays; ``tera_operations``
+are theirs, without attention.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import SiteChanges
 from iteris_core.methods.fitting import with_repairs
 from iteris_core.methods.iteris import IterisSettings, Solvers
-from iteris_core.passes.batches import ExecutionConfig, limit_of
+from iteris_core.passes.batches import ExecutionConfig, limit_of, sampled_rows
 from iteris_core.passes.footprint import Footprint, Measure, MemoryLimits
 from iteris_core.passes.job import Job
-from iteris_core.passes.planner import IN_HOST, ON_DEVICE, others, plan_stage
+from iteris_core.passes.planner import ON_DEVICE, find, others, plan_stage
 
 FILE = result_file("memory.json")
 GIB = 2**30
@@ -196,11 +196,10 @@ def planned(model: Model) -> dict[str, Any]:
         cost, fixed = measure.row(), lockstep.cast_bytes
         with FlopCounterMode(display=False) as counter:
             run([0], 1)
-        first = Footprint(stage, ON_DEVICE, cost, None, sites, fixed)
+        sampled = len(sampled_rows(stage, batching.thresholds))
+        first = Footprint(stage, ON_DEVICE, cost, None, sites, fixed, sampled)
         footprints = [first, *others(first, measure, Nowhere(), batching)]
-    [waiting] = [
-        some.parked.waiting for some in footprints if some.parked and some.strategy.name == IN_HOST
-    ]
+        waiting = measure.row(find(stage, lockstep).barriers(), Nowhere()).waiting
     denoised = LORAS * calibration.samples * calibration.denoising_steps
     found: dict[str, Any] = {
         "budget_gib": model.budget_gib,

@@ -16,14 +16,13 @@ from models import toybox_concepts, toybox_host
 from rounds import in_turn, medians
 
 from iteris_core import Calibration, IterisError, LowRank, merge_loras
-from iteris_core.activations.host_pool import FORMATS, HostPool
+from iteris_core.activations.host_pool import HostPool
 from iteris_core.activations.memory import MemoryMeter
 from iteris_core.passes import sweep as loops
 from iteris_core.passes.planner import (
     BLOCKS,
     IN_HOST,
     ON_DEVICE,
-    PACKED,
     Plan,
     Strategy,
     find,
@@ -43,8 +42,7 @@ WAYS = tuple(
 @contextmanager
 def forced(way: str, host_bytes: int = 64 << 30) -> Iterator[None]:
     """Sweeps run so, whatever there is room for. Raises :class:`IterisError` where no stage can."""
-    bits = next((bits for bits in FORMATS if way.endswith(PACKED.format(bits))), None)
-    place, _, size = way.partition(", at ")[0].partition(", by ")
+    place, _, size = way.partition(", by ")
     ran: list[str] = []
 
     def planned(run: Any, stage: Any, _: Any, batching: Any, *, schedule: Any) -> Plan:
@@ -60,7 +58,7 @@ def forced(way: str, host_bytes: int = 64 << 30) -> Iterator[None]:
             offloads = next(next(iter(run.job.host.sites().values())).parameters()).device
         if not size or barriers.blocks:
             ran.append(stage.name)
-        strategy = Strategy(way, barriers=barriers, offloads=offloads, bits=bits)
+        strategy = Strategy(way, barriers=barriers, offloads=offloads)
         return Plan(stage, batching.rows, strategy, host_limit=host_bytes)
 
     with patch.object(loops, "planned", planned):

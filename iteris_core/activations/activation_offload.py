@@ -54,7 +54,7 @@ class ActivationOffload(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.stay: Set[int] = frozenset()
-        self._place, self._bits, self._modules = place, bits, modules
+        self.place, self._bits, self._modules = place, bits, modules
         self._held: dict[int, _Held] = {}
         self._forwards: dict[int, dict[int, _Held]] = {}
         self._pauses: dict[int, int] = {}
@@ -154,7 +154,7 @@ class ActivationOffload(TorchDispatchMode):
         if storage is None:
             return
         key = storage._cdata
-        if key in used or key in self._held or storage.device != self._place.device:
+        if key in used or key in self._held or storage.device != self.place.device:
             return
         if type(tensor) is not Tensor or not _resizable(storage):
             return
@@ -179,14 +179,14 @@ class ActivationOffload(TorchDispatchMode):
             self._forget(held)
             return
         if held.slot is None:
-            held.slot = self._place.put(storage, held.dtype, self._bits)
+            held.slot = self.place.put(storage, held.dtype, self._bits)
         resize(storage, 0)
         held.away = True
 
     def _put_back(self, held: _Held) -> None:
         storage = held.storage()
         if storage is not None and held.slot is not None:
-            self._place.fill(storage, held.slot)
+            self.place.fill(storage, held.slot)
         held.away = False
 
     def _leave(self, owners: Set[int] = frozenset()) -> None:
@@ -199,7 +199,7 @@ class ActivationOffload(TorchDispatchMode):
 
     def _drop(self, held: _Held) -> None:
         if held.slot is not None:
-            self._place.free(held.slot)
+            self.place.free(held.slot)
             held.slot = None
 
     def _forget(self, held: _Held) -> None:

@@ -1,7 +1,7 @@
-"""Observers that reduce a site's tensors to one :class:`..solve.problem.Reduction`.
+"""An observer that reduces a site's tensors to one :class:`..solve.problem.Reduction`.
 
-In a sweep, forwards wait at a site until it is solved, so their tensors are kept until then and
-reduced together; otherwise tokens are reduced as they stream by.
+Tokens are reduced as they stream by. In a sweep this begins once enough rows have been observed to
+sample a site's targets.
 """
 
 from __future__ import annotations
@@ -25,14 +25,29 @@ from .tokens import ConceptTokens, Group, Observation
 
 class Collector:
     """Holds the sites' reductions until :meth:`take`, and adds tokens to them as they arrive. Sites
-    that receive the same tensor in the same geometry share their input moments."""
+    that receive the same tensor in the same geometry share their input moments.
 
-    def __init__(self, changes: Mapping[str, SiteChanges], solver: StageSolver) -> None:
+    In a sweep, targets are sampled from the rows ``sampled``: a site's observed tensors are kept
+    until all of these rows have been observed, and reduced then; later tensors are reduced
+    immediately, both within the context ``aside()``. ``narrow`` keeps copies of the tokens that
+    count instead of the model's own tensors."""
+
+    def __init__(
+        self,
+        changes: Mapping[str, SiteChanges],
+        solver: StageSolver,
+        sampled: Set[int] = frozenset(),
+        *,
+        narrow: bool = False,
+        aside: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._changes, self._solver = changes, solver
         self._inputs = solver.inputs or {}
+        self._sampled, self._narrow, self._aside = sampled, narrow, aside
         self._shared: dict[Any, InputMoments] = {}
         self._order: dict[tuple[str, int], Group] = {}
         self._reductions: dict[str, Reduction] = {}
+        self._waiting: dict[str, list[Observation]] = {}
 
     @property
     def sites(self) -> list[str]:
@@ -63,9 +78,27 @@ class Collector:
         self._reductions.clear()
         self._shared.clear()
         self._order.clear()
+        for waiting in self._waiting.values():  # an error's traceback may keep the list alive
+            waiting.clear()
+        self._waiting.clear()
 
     def _keep(self, shown: Observation) -> None:
-        self._reduce([shown])
+        site, sweep = shown.name, bool(self._sampled)
+        if sweep and shown.call:
+            raise SiteError(
+                f"Site {site} is called more than once in one forward, and a sweep solves it "
+                'at its first call; merge with schedule="jacobi", which counts all of them.'
+            )
+        if not sweep or site in self._reductions:
+            with self._aside():
+                self._reduce([shown])
+            return
+        waiting = self._waiting.setdefault(site, [])
+        waiting.append(shown.gathered() if self._narrow else shown)
+        if sum(map(len, map(self._sample_of, waiting))) == len(self._sampled):
+            with self._aside():
+                self._reduce(waiting, partial(self._sample, site, waiting))
+            del self._waiting[site]
 
     def _reduce(
         self, some: Sequence[Observation], sample: Callable[[int], list[Tensor]] | None = None
@@ -90,68 +123,9 @@ class Collector:
                 tokens = ConceptTokens(shown, changes, *span, self._solver.dtype, inputs)
                 reduction.add(tokens)
 
-
-class SweepCollector(Collector):
-    """Keeps a site's observed tensors until the site is taken, and reduces them then. ``sampled``
-    are the rows from which targets are sampled (None: all). ``narrow`` keeps copies of the tokens
-    that count instead of the model's own tensors. With ``rows``, the number of all rows, nothing
-    waits once all of ``sampled`` have been observed: later tensors are reduced immediately, within
-    the context ``aside()``. Rows with masked tokens always wait."""
-
-    def __init__(
-        self,
-        changes: Mapping[str, SiteChanges],
-        solver: StageSolver,
-        *,
-        sampled: Set[int] | None = None,
-        narrow: bool = False,
-        rows: int | None = None,
-        aside: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
-        super().__init__(changes, solver)
-        self._sampled, self._narrow = sampled, narrow
-        self._rows, self._aside = rows, aside
-        self._waiting: dict[str, list[Observation]] = {}
-
-    def take(self, site: str) -> Reduction:
-        if site in self._waiting:
-            self._reduce_waiting(site)
-        return super().take(site)
-
-    def forget(self) -> None:
-        super().forget()
-        for waiting in self._waiting.values():  # an error's traceback may keep the list alive
-            waiting.clear()
-        self._waiting.clear()
-
-    def _keep(self, shown: Observation) -> None:
-        if shown.call:
-            raise SiteError(
-                f"Site {shown.name} is called more than once in one forward, and a sweep solves it "
-                'at its first call; merge with schedule="jacobi", which counts all of them.'
-            )
-        if shown.name in self._reductions:
-            with self._aside():
-                super()._keep(shown)
-            return
-        waiting = self._waiting.setdefault(shown.name, [])
-        waiting.append(shown.gathered() if self._narrow else shown)
-        if self._rows is None or self._sampled is None or shown.mask is not None:
-            return
-        rows = sum(shown.rows for shown in waiting)
-        if rows < self._rows and sum(map(len, map(self._sample_of, waiting))) == len(self._sampled):
-            with self._aside():
-                self._reduce_waiting(shown.name)
-
-    def _reduce_waiting(self, site: str) -> None:
-        waiting = self._waiting[site]
-        self._reduce(waiting, partial(self._sample, site, waiting))
-        del self._waiting[site]
-
     def _sample_of(self, shown: Observation) -> list[int]:
         """The rows from which targets are sampled."""
-        sampled = self._sampled
-        return [i for i, row in enumerate(shown.choice.rows) if sampled is None or row in sampled]
+        return [i for i, row in enumerate(shown.choice.rows) if row in self._sampled]
 
     def _sample(self, site: str, waiting: Sequence[Observation], tokens: int) -> list[Tensor]:
         """About that many of all targets, by concept: equally many tokens from every sampled

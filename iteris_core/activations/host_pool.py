@@ -1,13 +1,13 @@
 """Host memory in which a device's storages wait, as they are or packed into 8 or 4 bits.
 
-Packed, a value x in a group becomes the code round(x / s) with the group's s = max |x| / most, so
-its error is at most s / 2 (absmax quantisation, as in bitsandbytes); ``most`` is 127 or 7.
-Infinities become the largest numbers of their dtype.
+Packed, a value x in a group of 32 becomes the code round(x / s), with the group's s = max |x| /
+most in bfloat16, so its error is at most s / 2 (absmax quantisation, as in bitsandbytes); ``most``
+is 127 or 7. Infinities become the largest numbers of their dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OutOfMemory
-from .memory import resize, total_memory
+from .memory import resize, total_memory, wait_for
 
 _SLAB = 256 << 20  # bytes per allocation; pinned memory is rounded up to a power of two
 _GRAIN = 512  # bytes, so that every copy is aligned
@@ -26,39 +26,18 @@ _PINNED = 0.4
 be swapped nor used by other programs."""
 _LEAST_PACKED = 1 << 20
 """Smallest storage in bytes to pack; masks, tables and embeddings wait unpacked."""
+_GROUP = 32
 _AT_ONCE = 1 << 22  # values that are packed at once; 16 MiB in single precision
 _pinnable: ContextVar[int | None] = ContextVar("pinnable", default=None)
-
-
-@dataclass(frozen=True)
-class Format:
-    """``bits`` per code; the codes of a ``group`` share one number of dtype ``scale``."""
-
-    bits: int
-    group: int
-    scale: torch.dtype
-
-    @property
-    def most(self) -> int:
-        return (1 << (self.bits - 1)) - 1
-
-    def parts(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes, (groups, bytes of a group), uint8, and scales, (groups,)."""
-        width = self.group * self.bits // 8
-        codes = packed[: len(packed) // (width + self.scale.itemsize) * width]
-        return codes.view(-1, width), packed[len(codes) :].view(self.scale)
-
-
-FORMATS: Mapping[int, Format] = {8: Format(8, 128, torch.float32), 4: Format(4, 32, torch.bfloat16)}
 
 
 @dataclass(eq=False)
 class Slot:
     """The location of one waiting storage: ``pieces`` of slabs, as bytes; if ``packed``, also its
-    original dtype, its size in bytes and the format."""
+    original dtype, its size in bytes and the bits per value."""
 
     pieces: Sequence[Tensor]
-    packed: tuple[torch.dtype, int, Format] | None = None
+    packed: tuple[torch.dtype, int, int] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -105,8 +84,8 @@ class HostPool:
         size, packed = storage.nbytes(), None
         half = dtype in (torch.float16, torch.bfloat16) and not size % dtype.itemsize
         if bits and half and size >= _LEAST_PACKED:
-            packed = dtype, size, FORMATS[bits]
-            storage = pack(_values(storage, dtype), FORMATS[bits]).untyped_storage()
+            packed = dtype, size, bits
+            storage = pack(_values(storage, dtype), bits).untyped_storage()
             size = storage.nbytes()
         pieces = [self._piece(min(_SLAB, size - start)) for start in range(0, size, _SLAB)]
         slot = Slot(pieces, packed)
@@ -119,11 +98,11 @@ class HostPool:
             resize(storage, slot.nbytes)
             self._copy(slot, storage, back=True)
             return
-        dtype, size, form = slot.packed
+        dtype, size, bits = slot.packed
         packed = torch.empty(slot.nbytes, dtype=torch.uint8, device=storage.device)
         self._copy(slot, packed.untyped_storage(), back=True)
         resize(storage, size)
-        unpack(packed, _values(storage, dtype), form)
+        unpack(packed, _values(storage, dtype), bits)
 
     def free(self, slot: Slot) -> None:
         for piece in slot.pieces:
@@ -198,40 +177,49 @@ class _Slab:
                 self._gaps.append((begin, stop))
 
 
-def pack(values: Tensor, form: Format) -> Tensor:
+def pack(values: Tensor, bits: int) -> Tensor:
     """``values``, (n,) of a floating dtype, as uint8: one code each, then one scale per group. At 4
     bits a byte has two codes, the first in the low half."""
-    groups = -(-len(values) // form.group)
-    size = groups * (form.group * form.bits // 8 + form.scale.itemsize)
-    packed = torch.empty(size, dtype=torch.uint8, device=values.device)
-    codes, scales = form.parts(packed)
-    most, step = torch.finfo(values.dtype).max, _AT_ONCE // form.group
+    groups = -(-len(values) // _GROUP)
+    packed = torch.empty(groups * _packed_group(bits), dtype=torch.uint8, device=values.device)
+    codes, scales = _parts(packed, bits)
+    largest, most, step = torch.finfo(values.dtype).max, (1 << (bits - 1)) - 1, _AT_ONCE // _GROUP
     for start in range(0, groups, step):
-        some = values[start * form.group : (start + step) * form.group].float().clamp_(-most, most)
-        some = torch.nn.functional.pad(some, (0, -len(some) % form.group)).view(-1, form.group)
-        scale = (some.abs().amax(1) / form.most).to(form.scale)
+        some = values[start * _GROUP : (start + step) * _GROUP].float().clamp_(-largest, largest)
+        some = torch.nn.functional.pad(some, (0, -len(some) % _GROUP)).view(-1, _GROUP)
+        scale = (some.abs().amax(1) / most).bfloat16()
         scales[start : start + len(some)] = scale
         some /= scale.float().clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-        code = some.round_().clamp_(-form.most, form.most).to(torch.int8)
-        if form.bits == 4:
-            low, high = (code + 8).view(torch.uint8).view(len(code), -1, 2).unbind(-1)
-            code = low + (high << 4)
-        codes[start : start + len(some)] = code.view(torch.uint8)
+        code = some.round_().clamp_(-most, most).to(torch.int8)
+        if bits == 4:
+            code = (code[:, ::2] & 15) | (code[:, 1::2] << 4)
+        codes[start : start + len(some)] = code
     return packed
 
 
-def unpack(packed: Tensor, into: Tensor, form: Format) -> None:
+def unpack(packed: Tensor, into: Tensor, bits: int) -> None:
     """Unpack values from :func:`pack` ``into`` (n,)."""
-    codes, scales = form.parts(packed)
-    most, step = torch.finfo(into.dtype).max, _AT_ONCE // form.group
+    codes, scales = _parts(packed, bits)
+    largest, step = torch.finfo(into.dtype).max, _AT_ONCE // _GROUP
     for start in range(0, len(codes), step):
         code = codes[start : start + step]
-        if form.bits == 4:
-            code = torch.stack([code & 15, code >> 4], dim=-1).view(len(code), -1)
-        code = code.view(torch.int8) - (8 if form.bits == 4 else 0)
+        if bits == 4:  # the sign of a half comes back with the shift to the right
+            code = torch.stack([code << 4, code], dim=-1).flatten(1) >> 4
         some = code * scales[start : start + step, None].float()
-        target = into[start * form.group : (start + step) * form.group]
-        target.copy_(some.view(-1)[: len(target)].clamp_(-most, most))
+        target = into[start * _GROUP : (start + step) * _GROUP]
+        target.copy_(some.view(-1)[: len(target)].clamp_(-largest, largest))
+
+
+def _packed_group(bits: int) -> int:
+    """Bytes of a group: its codes and its scale."""
+    return _GROUP * bits // 8 + torch.bfloat16.itemsize
+
+
+def _parts(packed: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes, (groups, bytes of a group), int8, and scales, (groups,), bfloat16."""
+    groups = len(packed) // _packed_group(bits)
+    scales = len(packed) - groups * torch.bfloat16.itemsize
+    return packed[:scales].view(torch.int8).view(groups, -1), packed[scales:].view(torch.bfloat16)
 
 
 def empty_host_cache() -> None:
@@ -241,16 +229,6 @@ def empty_host_cache() -> None:
     empty = empty or getattr(torch._C, "_host_emptyCache", None)  # older versions
     if empty is not None:
         empty()
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "xpu":
-        torch.xpu.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def _grains(size: int) -> int:

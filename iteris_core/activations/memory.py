@@ -135,11 +135,19 @@ def is_apart(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu")
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "xpu":
+        torch.xpu.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """True for any device's out-of-memory error; CPUs and MPS report it only in the message."""
-    # torch before 2.5 only has CUDA's.
-    of_device: Any = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
-    if isinstance(error, (of_device, MemoryError, OutOfMemory)):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemory)):
         return True
     words = str(error).lower()
     return isinstance(error, RuntimeError) and (

@@ -76,11 +76,11 @@ def micro_batches(
         )
 
 
-def sampled_rows(stage: Stage, thresholds: Thresholds) -> Set[int] | None:
-    """The rows from which targets are sampled, evenly over each concept's rows. None: all, as for
-    texts, whose rows have few tokens."""
+def sampled_rows(stage: Stage, thresholds: Thresholds) -> Set[int]:
+    """The rows from which targets are sampled, evenly over each concept's rows; for texts, whose
+    rows have few tokens, all."""
     if stage.mask is not None:
-        return None
+        return set(range(len(stage.concept_ids)))
     return {row for rows in _by_concept(stage) for row in _evenly(rows, thresholds.sample_rows)}
 
 

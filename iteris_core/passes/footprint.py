@@ -39,23 +39,18 @@ class Strategy:
     offloads: torch.device | None = None
     bits: int | None = None
 
-    @property
-    def by_blocks(self) -> bool:
-        return self.barriers is not None and bool(self.barriers.blocks)
-
 
 @dataclass
 class Step:
     """A row's step to ``site``: bytes that it holds there (``waiting``), its peak on the way
-    (``running``), its tensors that the solve reads (``shown``), their reductions (``reduced``), and
-    what a forward of any number of rows takes on the way. The inputs of the sites ``beside`` are
-    still alive there; for a site that ``shares``, the moments of its inputs already exist."""
+    (``running``), copies of its tensors that are reduced later (``shown``), and what a forward of
+    any number of rows takes on the way. The inputs of the sites ``beside`` are still alive there;
+    for a site that ``shares``, the moments of its inputs already exist."""
 
     site: str
     waiting: int = 0
     running: int = 0
     shown: int = 0
-    reduced: int = 0
     forward: int = 0
     beside: Sequence[str] = ()
     shares: bool = False
@@ -108,7 +103,6 @@ class Measure:
             step.waiting = self.copies * max(both.waiting - step.waiting, 0)
             step.running = self.copies * max(both.running - step.running, 0)
             step.shown = self.copies * max(both.shown - step.shown, 0)
-            step.reduced = both.reduced - step.reduced
         return Cost(one.steps, one.device)
 
 
@@ -128,7 +122,6 @@ class _MeasuredForward:
         self.device = torch.device("cpu")
         self._measure = measure
         self._narrow = barriers is not None
-        self._keeps = barriers is None or not reduces_at_once(measure.stage, barriers)
         self._groups: dict[Group, str] = {}
         self._level: list[Observation] = []
         self._solved = 0
@@ -154,30 +147,27 @@ class _MeasuredForward:
         self._level.clear()
 
     def observe(self, shown: Observation) -> None:
-        """Keep what a site's solve will read until then, as in a sweep."""
-        self.device, meter = shown.inputs.device, self.meter
+        """Reduce what a site sees, or keep copies of it, as in a sweep."""
+        self.device, meter, held = shown.inputs.device, self.meter, 0
         before = meter.live, meter.peak
         if self._narrow:
             shown = shown.gathered()
-        tensors = (shown.inputs, shown.outputs, shown.stream)
-        held = sum(t.numel() * t.element_size() for t in tensors if t is not None)
-        if any(other.inputs is shown.inputs for other in self._level):
-            held -= shown.inputs.numel() * shown.inputs.element_size()
+            tensors = (shown.inputs, shown.outputs, shown.stream)
+            held = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+            if any(other.inputs is shown.inputs for other in self._level):
+                held -= shown.inputs.numel() * shown.inputs.element_size()
+            self._level.append(shown)
         others = shown.alive - {shown.group}
         beside = [site for group, site in self._groups.items() if group in others]
-        reduced, shares = shown.rows * self._reduced(shown), shown.group in self._groups
-        self.steps.append(
-            Step(shown.name, shown=held, reduced=reduced, beside=tuple(beside), shares=shares)
-        )
+        shares = shown.group in self._groups
+        self.steps.append(Step(shown.name, shown=held, beside=tuple(beside), shares=shares))
         self._groups[shown.group] = shown.name
-        self._level.append(shown)
-        if not self._keeps:  # it is reduced here
-            meter.peak = max(before[1], before[0] + reduced)
+        reduced = shown.rows * self._reduced(shown) // self._measure.copies
+        meter.peak = max(before[1], before[0] + reduced)
 
     def _pause(self, _: str) -> None:
         meter, offload = self.meter, self._offload
-        if not self._keeps:
-            self._level.clear()
+        self._level.clear()
         running, waiting = meter.peak, meter.live
         if offload is not None:
             offload.rest()
@@ -187,7 +177,6 @@ class _MeasuredForward:
         self._solved = len(self.steps)
         if offload is not None:
             offload.turn(0)
-        self._level.clear()
         meter.peak = meter.live
 
     def _reduced(self, shown: Observation) -> int:
@@ -215,11 +204,6 @@ def _longest(stage: Stage) -> int:
     return lengths.index(max(lengths))
 
 
-def reduces_at_once(stage: Stage, barriers: Barriers) -> bool:
-    """True if rows are reduced as they are observed, once targets have been sampled."""
-    return bool(barriers.blocks) and stage.mask is None
-
-
 @dataclass(frozen=True)
 class MemoryLimits:
     """Bytes that may be used on the device, and additionally on the host."""
@@ -232,8 +216,8 @@ class MemoryLimits:
 class Footprint:
     """The memory of ``stage`` beyond the model with a ``strategy``: ``fixed`` bytes, ``sites`` for
     moments and solves, and a ``cost`` per row, or ``parked`` for a row that waits in host memory.
-    ``waits`` says that all rows wait (a sweep). With ``sampled``, only that many rows wait with
-    their observed tensors; the others are reduced as they run."""
+    In a sweep all rows wait, and ``sampled`` of them with copies of their observed tensors, until
+    all of these can be reduced; the others' are reduced as they run. None: no sweep."""
 
     stage: Stage
     strategy: Strategy
@@ -241,36 +225,30 @@ class Footprint:
     parked: Cost | None
     sites: Mapping[str, MemoryEstimate]
     fixed: int = 0
-    waits: bool = True
-    sampled: int = 0
+    sampled: int | None = None
 
     def bytes_of(self, rows: int, at_once: int, on_device: int | None = None) -> int:
         """Bytes for ``rows`` rows, ``at_once`` per forward, with that many of the rows waiting on
         the device (None: all)."""
         at_once = min(at_once, rows)
-        peaks = self._swept(rows, at_once, on_device) if self.waits else self._streamed(at_once)
+        sweeps = self.sampled is not None
+        peaks = self._swept(rows, at_once, on_device) if sweeps else self._streamed(at_once)
         return self.fixed + max(peaks)
 
-    def host_bytes(self, rows: int, on_device: int | None) -> int:
+    def host_bytes(self, rows: int, on_device: int) -> int:
         """Bytes of host memory for the rows that do not wait on the device."""
-        if self.parked is None or on_device is None:
+        if self.parked is None:
             return 0
         away = rows - on_device
         shown = max(sum(s.shown for s in level) for level in self._of_barriers(self.cost.steps))
-        return away * self.parked.waiting + min(self.sampled, away) * shown
+        return away * self.parked.waiting + min(self.sampled or 0, away) * shown
 
     def _swept(self, rows: int, at_once: int, on_device: int | None) -> Iterator[int]:
-        """Bytes at every moment that may be the peak. Running rows may or may not have left the
-        previous barrier. Observed tensors of ``sampled`` rows wait at their level; those of other
-        rows are reduced while they run."""
-
-        def beside(step: Step) -> int:
-            """Bytes left over from sites whose inputs are still alive."""
-            return sum(self.sites[site].left for site in step.beside if site in self.sites)
-
+        """Bytes at every moment that may be the peak: while rows run to a level, of which others
+        may or may not have left the previous one, and while the level is solved."""
         there = rows if on_device is None else on_device
-        parked = self.cost if on_device is None or self.parked is None else self.parked
-        sampled = min(self.sampled, rows)
+        parked = self.parked or self.cost
+        sampled = min(self.sampled or 0, there)
         before = left = 0
         levels = map(self._of_barriers, (self.cost.steps, parked.steps))
         for steps, offs in zip(*levels, strict=True):
@@ -278,29 +256,20 @@ class Footprint:
             sites = [(some, self.sites[some.site]) for some in steps if some.site in self.sites]
             kept = sum(site.kept - site.shared * some.shares for some, site in sites)
             shown = sum(some.shown for some in steps)
-            running = [(there * max(before, step.waiting), kept if sampled else 0)]
-            if sampled:
-                # They run first; the last one's observed tensors count towards its running memory.
-                gone = there * before + min(sampled, there) * max(step.waiting - before, 0)
-                running.append((gone, max(min(sampled, there) - at_once, 0) * shown + kept))
-            for others, extra in running:
+            # Sampled rows run first; the last one's copies count towards its running memory.
+            first = there * before + sampled * max(step.waiting - before, 0)
+            first += max(sampled - at_once, 0) * shown
+            for others in (there * max(before, step.waiting), first):
                 if there >= at_once:
                     rest = others * (there - at_once) // there
-                    yield rest + at_once * step.running + step.forward + left + extra
+                    yield rest + at_once * step.running + step.forward + left + kept
                 if there < rows:
-                    yield others + at_once * off.running + off.forward + left + extra
-            before, waiting = step.waiting, there * step.waiting
-            if sampled and sites:
-                waiting += sampled * shown if sampled == rows else 0
-                shared = beside(step)
-                yield waiting + kept + max(site.solve for _, site in sites) + shared
+                    yield others + at_once * off.running + off.forward + left + kept
+            before = step.waiting
+            if sites:
+                shared = sum(self.sites[s].left for s in step.beside if s in self.sites)
+                yield there * before + kept + max(site.solve for _, site in sites) + shared
                 left = max(site.left for _, site in sites) + shared
-                continue
-            for some, site in sites:
-                read, shared = at_once * some.shown if there < rows else 0, beside(some)
-                most = max(at_once * some.reduced, site.solve)
-                yield waiting + read + site.kept + most + shared
-                left = site.left + shared
 
     def _of_barriers(self, steps: Sequence[Step]) -> list[list[Step]]:
         """The steps by level; those after the last barrier form their own."""
@@ -315,5 +284,4 @@ class Footprint:
         kept = sum(site.kept for site in self.sites.values())
         yield from (kept + site.solve for site in self.sites.values())
         for step in self.cost.steps:
-            most = max(step.running, step.waiting + step.reduced if step.site else 0)
-            yield kept + at_once * most + step.forward
+            yield kept + at_once * step.running + step.forward

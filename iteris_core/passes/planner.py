@@ -4,10 +4,10 @@ The budget is the user's limit, or the host's free memory. Before a stage runs, 
 measured (:mod:`.footprint`), and the first strategy that fits is used. If memory runs out anyway,
 because other programs took it, the next ones are tried.
 
-In a sweep rows wait on the device at every site, which needs most memory; or in host memory, at the
-end of every level; or block by block (:mod:`..activations.barriers`), on the device or in host
-memory, with only the inputs of a small or large block. As a last resort, rows in host memory are
-rounded to 8 or 4 bits. All but these two give the same result.
+In a sweep rows wait on the device at every site, which needs most memory, or block by block
+(:mod:`..activations.barriers`) with only the inputs of a small or large block. If the device has
+memory of its own, they wait there while it lasts, and then in host memory; as a last resort these
+are rounded to 8 or 4 bits. All but this gives the same result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -31,7 +31,7 @@ from ..hosts.protocol import Stage
 from ..solve.choose import THRESHOLDS, Thresholds
 from ..solve.problem import StageSolver
 from .batches import ExecutionConfig, Schedule, fewer, limit_of, sampled_rows, selected
-from .footprint import Footprint, Measure, MemoryLimits, Strategy, reduces_at_once
+from .footprint import Footprint, Measure, MemoryLimits, Strategy
 from .job import Run
 
 _log = logging.getLogger(__name__)
@@ -45,31 +45,27 @@ _PACKED = {8: 1.1, 4: 1.2}
 
 ON_DEVICE = Strategy("waiting on the device")
 IN_HOST = "waiting in host memory"
-PACKED = ", at {} bits"
 
 
 def ladder(stage: Stage, lockstep: Lockstep, thresholds: Thresholds) -> Iterator[Strategy]:
-    """All strategies after the first, :data:`ON_DEVICE`; a row or two run to find them."""
-    found = find(stage, lockstep)
-    apart = is_apart(found.device)
-    last = Strategy(IN_HOST, _IN_HOST, found.barriers(), found.device)
-    if apart:
-        yield last
-    before = None
+    """All strategies after the first, :data:`ON_DEVICE`; a row or two run to find them. Without
+    blocks that can be replayed, rows wait in host memory at the end of every level."""
+    found, last = find(stage, lockstep), None
+    offloads = found.device if is_apart(found.device) else None
+    place, times = (IN_HOST, _BLOCKS_IN_HOST) if offloads else (ON_DEVICE.name, 1.0)
     for most, (size, slower) in zip(thresholds.blocks, BLOCKS.items(), strict=False):
         barriers = replayable(stage, lockstep, found.barriers(most), thresholds)
-        if not barriers.blocks or barriers.blocks == before:
-            continue
-        before = barriers.blocks
-        yield Strategy(f"{ON_DEVICE.name}, by {size}", slower, barriers)
-        if apart:
-            slower *= _BLOCKS_IN_HOST
-            last = Strategy(f"{IN_HOST}, by {size}", slower, barriers, found.device)
+        if barriers.blocks and (last is None or barriers != last.barriers):
+            last = Strategy(f"{place}, by {size}", slower * times, barriers, offloads)
             yield last
-    if apart:
-        for bits, slower in _PACKED.items():
-            name = last.name + PACKED.format(bits)
-            yield replace(last, name=name, slower=slower * last.slower, bits=bits)
+    if offloads is None:
+        return
+    if last is None:
+        last = Strategy(IN_HOST, _IN_HOST, found.barriers(), offloads)
+        yield last
+    for bits, slower in _PACKED.items():
+        name = f"{last.name}, at {bits} bits"
+        yield replace(last, name=name, slower=slower * last.slower, bits=bits)
 
 
 def find(stage: Stage, lockstep: Lockstep) -> ExecutionTrace:
@@ -96,8 +92,9 @@ def _free_host() -> int:
 @dataclass(frozen=True)
 class Plan:
     """``at_once`` rows of a stage at a time out of ``offered``, with a ``strategy``, using
-    ``bytes`` of the ``budget`` beyond the model. If the strategy offloads, ``on_device`` rows wait
-    on the device and the others in ``host_bytes`` of host memory, of ``host_limit``."""
+    ``bytes`` of the ``budget`` beyond the model. In a sweep ``on_device`` rows wait on the device
+    and, if the strategy offloads, the others in ``host_bytes`` of host memory, of
+    ``host_limit``."""
 
     stage: Stage
     at_once: int
@@ -147,11 +144,11 @@ def planned(
     run: Run, stage: Stage, solver: StageSolver, batching: ExecutionConfig, *, schedule: Schedule
 ) -> Plan:
     """A plan within the run's memory budget; without a budget, the fastest strategy."""
-    offered, fastest = len(stage.concept_ids), ON_DEVICE if schedule.sweep else Strategy()
+    offered = len(stage.concept_ids)
     if run.job.memory_budget is None or not stage.sites:
+        fastest = ON_DEVICE if schedule.sweep else Strategy()
         return Plan(stage, batching.rows, fastest, offered)
-    made = _fitting(run, stage, solver, batching, schedule, fastest)
-    made = replace(made, offered=offered)
+    made = replace(_fitting(run, stage, solver, batching, schedule), offered=offered)
     if made.rows < made.offered:
         _log.warning(
             "Not enough memory for all rows: %s; lower samples, timesteps or latent_size, or allow "
@@ -163,12 +160,7 @@ def planned(
 
 
 def _fitting(
-    run: Run,
-    stage: Stage,
-    solver: StageSolver,
-    batching: ExecutionConfig,
-    schedule: Schedule,
-    fastest: Strategy,
+    run: Run, stage: Stage, solver: StageSolver, batching: ExecutionConfig, schedule: Schedule
 ) -> Plan:
     """The plan for as many rows as fit. With fewer rows, more tokens per row may count, so a
     reduced stage is measured again."""
@@ -184,46 +176,39 @@ def _fitting(
         for site in lockstep.changes.values()
         if site.like.up.device.type == cost.device.type
     )
-    first = Footprint(stage, fastest, cost, None, sites, fixed, sweep)
-    wanted = first.bytes_of(len(stage.concept_ids), batching.rows)
+    sampled = len(sampled_rows(stage, batching.thresholds)) if sweep else None
+    fastest = ON_DEVICE if sweep else Strategy()
+    footprints = [Footprint(stage, fastest, cost, None, sites, fixed, sampled)]
+    wanted = footprints[0].bytes_of(len(stage.concept_ids), batching.rows)
     if isinstance(available, int):
         free(min(wanted, available))
     else:
         available = free(wanted)
-    limits, footprints = MemoryLimits(available), [first]
+    limits = MemoryLimits(available, _free_host())
     if sweep and wanted > available:
-        with ExitStack() as stack:
-            place = None
-            if is_apart(cost.device):
-                limits = MemoryLimits(available, _free_host())
-                place = HostPool(cost.device, limits.host)
-                stack.callback(place.close)
-            footprints += others(first, measure, place, batching)
+        with closing(HostPool(cost.device, limits.host)) as place:
+            footprints += others(footprints[0], measure, place, batching)
     made = plan_stage(footprints, limits, batching.rows)
     if made.rows < made.offered and stage.spatial and batching.row_tokens == "enough":
-        return _fitting(run, made.stage, solver, batching, schedule, fastest)
+        return _fitting(run, made.stage, solver, batching, schedule)
     if made.bytes < wanted:
         free(made.bytes)  # weights evicted for more than this come back
     return made
 
 
 def others(
-    footprint: Footprint, measure: Measure, place: HostPool | None, batching: ExecutionConfig
+    footprint: Footprint, measure: Measure, place: HostPool, batching: ExecutionConfig
 ) -> Iterator[Footprint]:
     """``footprint`` with the other strategies; offloaded rows wait in ``place``."""
-    stage, barriers, cost = footprint.stage, None, footprint.cost
-    for strategy in ladder(stage, measure.lockstep, batching.thresholds):
+    barriers, cost = None, footprint.cost
+    for strategy in ladder(footprint.stage, measure.lockstep, batching.thresholds):
         if strategy.barriers is not barriers:
             barriers = strategy.barriers
             cost = measure.row(barriers)
-        parked = sampled = None
-        if strategy.offloads is not None and place is not None:
+        parked = None
+        if strategy.offloads is not None:
             parked = measure.row(barriers, place, strategy.bits)
-        if barriers is not None and reduces_at_once(stage, barriers):
-            sampled = sampled_rows(stage, batching.thresholds)
-        yield replace(
-            footprint, strategy=strategy, cost=cost, parked=parked, sampled=len(sampled or ())
-        )
+        yield replace(footprint, strategy=strategy, cost=cost, parked=parked)
 
 
 def plan_stage(footprints: Sequence[Footprint], limits: MemoryLimits, most: int) -> Plan:
@@ -251,27 +236,26 @@ def plan_stage(footprints: Sequence[Footprint], limits: MemoryLimits, most: int)
 
 def _plan_of(footprint: Footprint, limits: MemoryLimits, stage: Stage, most: int) -> Plan | None:
     """With one strategy: as many rows at once as fit, with as many as possible waiting there."""
-    rows = len(stage.concept_ids)
+    rows, most = len(stage.concept_ids), min(most, len(stage.concept_ids))
 
-    def fits(at_once: int, on_device: int | None = None) -> bool:
+    def fits(at_once: int, on_device: int) -> bool:
         return footprint.bytes_of(rows, at_once, on_device) <= limits.device
 
-    def plan(at_once: int, on_device: int | None = None) -> Plan:
+    def plan(at_once: int, on_device: int) -> Plan:
         return Plan(
             stage,
             at_once,
             footprint.strategy,
             bytes=footprint.bytes_of(rows, at_once, on_device),
             budget=limits.device,
-            on_device=on_device or 0,
+            on_device=on_device,
             host_bytes=footprint.host_bytes(rows, on_device),
             host_limit=limits.host,
         )
 
-    most = min(most, rows)
     if footprint.parked is None:
-        at_once = _largest(fits, 1, most)
-        return None if at_once is None else plan(at_once)
+        at_once = _largest(lambda count: fits(count, rows), 1, most)
+        return None if at_once is None else plan(at_once, rows)
     for count in halved(most):
         kept = _largest(partial(fits, count), 0, rows - 1)
         if kept is not None:
@@ -283,7 +267,7 @@ def _plan_of(footprint: Footprint, limits: MemoryLimits, stage: Stage, most: int
 
 def _too_much(footprints: Sequence[Footprint], limits: MemoryLimits, fewest: int) -> OutOfMemory:
     def least(of: Footprint) -> int:
-        return of.bytes_of(fewest, 1, None if of.parked is None else 0)
+        return of.bytes_of(fewest, 1, fewest if of.parked is None else 0)
 
     def size(count: float) -> str:
         """In the largest unit of which there is at least a tenth."""
@@ -321,11 +305,11 @@ def attempts(
     plan: Plan, lockstep: Lockstep, thresholds: Thresholds, *, sweep: bool
 ) -> Iterator[Plan]:
     """``plan``, followed by plans that use less in case memory runs out: in a sweep the other
-    strategies (in host memory, if it is separate), then half as many rows at once, down to one."""
+    strategies, then half as many rows at once, down to one."""
     yield plan
     if sweep:
         # Those that can be found: that needs a row to run, for which memory may be missing too.
-        strategies = [plan.strategy] if plan.on_device else []
+        strategies = [plan.strategy] if plan.strategy.offloads and plan.on_device else []
         try:
             for strategy in ladder(plan.stage, lockstep, thresholds):
                 if strategy.slower > plan.strategy.slower:
@@ -333,8 +317,7 @@ def attempts(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        apart = [strategy for strategy in strategies if strategy.offloads is not None]
-        for strategy in apart or strategies:
+        for strategy in strategies:
             host = plan.host_limit or (_free_host() if strategy.offloads is not None else 0)
             plan = replace(plan, strategy=strategy, on_device=0, host_limit=host)
             yield plan

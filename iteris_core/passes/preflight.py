@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations.host_pool import wait_for
 from ..activations.lockstep import Lockstep
+from ..activations.memory import wait_for
 from ..activations.streams import Stream, find_streams
 from ..architectures.sites import weight_shape
 from ..concepts import Calibration, Concept

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 
@@ -19,7 +19,7 @@ import torch
 
 from ..activations.activation_offload import ActivationOffload
 from ..activations.barriers import Barriers
-from ..activations.collect import Collector, SweepCollector
+from ..activations.collect import Collector
 from ..activations.host_pool import HostPool
 from ..activations.memory import with_less
 from ..activations.micro_batch import MicroBatch, greenlets
@@ -71,64 +71,61 @@ def solve_sites(
     return solutions, RunLog(rows, lines, short, convergence)
 
 
+@dataclass
 class _Passes:
     """``made`` are the plans of all stages, as before any out-of-memory retry."""
 
-    def __init__(
-        self,
-        run: Run,
-        solver_of: SolverOf,
-        batching: ExecutionConfig,
-        schedule: Schedule,
-        sweeps: int,
-    ) -> None:
-        self.made: list[Plan] = []
-        self._run, self._job, self._lockstep = run, run.job, run.lockstep
-        self._solver_of, self._batching, self._schedule = solver_of, batching, schedule
-        self._sweeps = sweeps
-        self._plans: dict[str, Plan] = {}
-        self._solutions: Solutions = {}
-        self._turn = 0
+    run: Run
+    solver_of: SolverOf
+    batching: ExecutionConfig
+    schedule: Schedule
+    sweeps: int
+    made: list[Plan] = field(default_factory=list[Plan])
+    _plans: dict[str, Plan] = field(default_factory=dict[str, Plan])
+    _solutions: Solutions = field(default_factory=dict[str, Solution])
+    _turn: int = 0
 
     def solved(self, turn: int) -> Solutions:
         """One pass, number ``turn``."""
-        job, schedule, self._turn, self._solutions = self._job, self._schedule, turn, {}
+        job, schedule, self._turn, self._solutions = self.run.job, self.schedule, turn, {}
         if not turn:
             job.eta.expect(DENOISING, [job.denoising_work])
             self._expect()
             self._plan_ahead()
-            _ = self._run.samples
+            _ = self.run.samples
             job.eta.expect(DENOISING, [])  # some may have been cached
         if schedule.sweep:
-            job.tick(SOLVING, 0, len(self._lockstep.changes))
+            job.tick(SOLVING, 0, len(self.run.lockstep.changes))
         if schedule.passes > 1:
             job.tick(ITERATIONS, turn, schedule.passes)
-        for stage in self._run.stages():
+        for stage in self.run.stages():
             made = self._plans.get(stage.name)
             plan = self._planned(stage) if made is None else made.of(stage)
-            attempt = partial(self._attempt, self._solver_of(plan.stage))
-            tried = attempts(plan, self._lockstep, self._batching.thresholds, sweep=schedule.sweep)
+            attempt = partial(self._attempt, self.solver_of(plan.stage))
+            tried = attempts(
+                plan, self.run.lockstep, self.batching.thresholds, sweep=schedule.sweep
+            )
             _, self._plans[stage.name] = with_less(tried, attempt, complaint)
         return self._solutions
 
     def _plan_ahead(self) -> None:
         """Plan before anything is denoised, so that what does not fit fails now."""
-        ahead, job = self._run.ahead, self._job
-        if ahead is not self._run or job.only_plans:
+        ahead, job = self.run.ahead, self.run.job
+        if ahead is not self.run or job.only_plans:
             for stage in ahead.stages():
                 # A measurement is to find all changes cast, and a later stage needs all rows.
                 owners = stage.concept_ids
                 firsts = {owner: row for row, owner in reversed(list(enumerate(owners)))}
                 for row in range(len(owners)) if stage.feeds_next else firsts.values():
                     run = partial(stage.run, [row], 1)
-                    self._lockstep.run(MicroBatch(run, [owners[row]], 1))
+                    self.run.lockstep.run(MicroBatch(run, [owners[row]], 1))
                 self._plans[stage.name] = self._planned(stage)
         if job.only_plans:
             raise Planned(self.made)
 
     def _planned(self, stage: Stage) -> Plan:
-        solver = self._solver_of(stage)
-        plan = planned(self._run, stage, solver, self._batching, schedule=self._schedule)
+        solver = self.solver_of(stage)
+        plan = planned(self.run, stage, solver, self.batching, schedule=self.schedule)
         self.made.append(plan)
         self._expect()
         return plan
@@ -136,16 +133,16 @@ class _Passes:
     def _expect(self) -> None:
         """Expect the passes over all stages, with the strategies planned so far."""
         slower = {plan.stage.name: plan.strategy.slower for plan in self.made}
-        expect_sites(self._job, self._batching, self._schedule, slower, self._sweeps)
+        expect_sites(self.run.job, self.batching, self.schedule, slower, self.sweeps)
 
     def _attempt(self, solver: StageSolver, plan: Plan) -> None:
         # From an attempt that ran out of memory.
         for site in self._solutions.keys() & set(plan.stage.sites):
             del self._solutions[site]
-            if self._schedule.sweep:
-                del self._lockstep.merged[site]
-        batching = replace(self._batching, rows=plan.at_once)
-        if self._schedule.sweep:
+            if self.schedule.sweep:
+                del self.run.lockstep.merged[site]
+        batching = replace(self.batching, rows=plan.at_once)
+        if self.schedule.sweep:
             self._sweep(solver, plan, batching)
         else:
             self._stream(solver, plan.stage, batching)
@@ -153,45 +150,43 @@ class _Passes:
     def _stream(self, solver: StageSolver, stage: Stage, batching: ExecutionConfig) -> None:
         """Run all rows, then solve the sites. Before the first solve there is no merged model: X̃ =
         X (Algorithm 1, initial)."""
-        job, turn = self._job, self._turn
-        several = self._schedule.passes > 1
-        collector = Collector(self._lockstep.changes, solver)
+        job, turn = self.run.job, self._turn
+        several = self.schedule.passes > 1
+        collector = Collector(self.run.lockstep.changes, solver)
         batches = list(micro_batches(stage, 2 if turn else 1, collector, batching))
         for done, batch in enumerate(batches, 1):
-            self._lockstep.run(batch)
+            self.run.lockstep.run(batch)
             if several:
-                job.tick(ITERATIONS, turn, self._schedule.passes)
+                job.tick(ITERATIONS, turn, self.schedule.passes)
             else:
                 job.tick(FEATURES.format(stage.name), done, len(batches))
         for site in collector.sites:
             self._solve(solver, site, collector.take(site))
             if not several:
-                job.tick(SOLVING, len(self._solutions), len(self._lockstep.changes))
+                job.tick(SOLVING, len(self._solutions), len(self.run.lockstep.changes))
 
     def _sweep(self, solver: StageSolver, plan: Plan, batching: ExecutionConfig) -> None:
         """Run rows in step; they wait at each site until it is solved."""
-        job, lockstep, stage, strategy = self._job, self._lockstep, plan.stage, plan.strategy
-        place = offload = None
+        job, lockstep, stage, strategy = self.run.job, self.run.lockstep, plan.stage, plan.strategy
+        offload = None
         if strategy.offloads is not None:
-            place = HostPool(strategy.offloads, plan.host_limit)
-            modules = list(job.host.sites().values())
-            offload = ActivationOffload(place, strategy.bits, modules)
+            place, modules = HostPool(strategy.offloads, plan.host_limit), job.host.sites().values()
+            offload = ActivationOffload(place, strategy.bits, list(modules))
         sampled = sampled_rows(stage, batching.thresholds)
-        collector = SweepCollector(
+        collector = Collector(
             lockstep.changes,
             solver,
-            sampled=sampled,
+            sampled,
             narrow=strategy.barriers is not None,
-            rows=plan.rows if strategy.by_blocks else None,
             aside=nullcontext if offload is None else offload.aside,
         )
         # With every strategy, so that all give the same result.
-        batches = list(micro_batches(stage, 2, collector, batching, sampled or set()))
+        batches = list(micro_batches(stage, 2, collector, batching, sampled))
         last = set[str]() if stage.feeds_next else set(stage.sites)
         with ExitStack() as stack:
             stack.enter_context(lockstep.in_barriers(strategy.barriers or Barriers()))
-            if place is not None and offload is not None:
-                stack.callback(place.close)
+            if offload is not None:
+                stack.callback(offload.place.close)
                 waiting = accumulate(len(batch.owners) for batch in batches)
                 offload.stay = {n for n, rows in enumerate(waiting) if rows <= plan.on_device}
                 stack.enter_context(offload)

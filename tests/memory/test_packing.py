@@ -9,36 +9,36 @@ from test_ways import CPU, planned_as
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations import host_pool
-from iteris_core.activations.host_pool import FORMATS, pack, unpack
+from iteris_core.activations.host_pool import pack, unpack
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.passes import sweep
 
 
-@pytest.mark.parametrize("form", FORMATS.values(), ids=map(str, FORMATS))
+def there_and_back(values: torch.Tensor, bits: int) -> torch.Tensor:
+    packed, found = pack(values, bits), torch.empty_like(values)
+    assert len(packed) == -(-len(values) // 32) * (4 * bits + 2)
+    unpack(packed, found, bits)
+    return found
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 3 * 128 + 5])
-def test_a_value_is_off_by_half_a_step_of_its_group_at_most(form, dtype, count):
+def test_a_value_is_off_by_half_a_step_of_its_group_at_most(bits, dtype, count):
     torch.manual_seed(0)
     values = (torch.randn(count) * torch.logspace(-6, 3, count)).to(dtype)
-    packed, found = pack(values, form), torch.empty_like(values)
-    assert packed.dtype is torch.uint8
-    groups = -(-count // form.group)
-    assert len(packed) == groups * (form.group * form.bits // 8 + form.scale.itemsize)
-    unpack(packed, found, form)
-    padded = torch.nn.functional.pad(values.double(), (0, -count % form.group))
-    step = padded.view(-1, form.group).abs().amax(1) / form.most
-    step = step.repeat_interleave(form.group)[:count]
-    eps = max(torch.finfo(dtype).eps, torch.finfo(form.scale).eps)
-    rounding = values.double().abs() * eps + torch.finfo(dtype).tiny
+    found = there_and_back(values, bits)
+    padded = torch.nn.functional.pad(values.double(), (0, -count % 32))
+    step = padded.view(-1, 32).abs().amax(1) / (2 ** (bits - 1) - 1)
+    step = step.repeat_interleave(32)[:count]
+    rounding = values.double().abs() * torch.finfo(torch.bfloat16).eps + torch.finfo(dtype).tiny
     assert ((found.double() - values.double()).abs() <= 0.51 * step + rounding).all()
 
 
-@pytest.mark.parametrize("form", FORMATS.values(), ids=map(str, FORMATS))
-def test_zeros_and_infinities(form):
-    zeros = [0.0] * (form.group + 1)
-    values = torch.tensor([*zeros, -torch.inf, torch.inf], dtype=torch.bfloat16)
-    found = torch.empty_like(values)
-    unpack(pack(values, form), found, form)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_zeros_and_infinities(bits):
+    values = torch.tensor([*[0.0] * 33, -torch.inf, torch.inf], dtype=torch.bfloat16)
+    found = there_and_back(values, bits)
     assert not found[:-2].any()
     most = torch.finfo(torch.bfloat16).max
     assert found[-2:].tolist() == pytest.approx([-most, most], rel=1e-2)
@@ -58,6 +58,8 @@ def test_a_merge_with_rows_at_few_bits_is_nearly_the_same(monkeypatch, bits, mos
         return merge_loras(host, concepts, calibration=calibration, unmergeable="skip").lora
 
     wanted, packed = merged(None), merged(bits)
-    for site, change in wanted.sites.items():
-        gap = (packed.sites[site].dense() - change.dense()).norm() / change.dense().norm()
-        assert 0 < gap < most, site
+    gaps = [
+        float((packed.sites[site].dense() - change.dense()).norm() / change.dense().norm())
+        for site, change in wanted.sites.items()
+    ]
+    assert 0 < max(gaps) < most

@@ -37,7 +37,7 @@ COST = Cost([Step("a", 1, 3), Step("", 0, 0)], CPU)
 
 def needs_of(stage, parked=None) -> list[Footprint]:
     """On the device, and in host memory at the cost ``parked``."""
-    need = Footprint(stage, ON_DEVICE, COST, None, {"a": MemoryEstimate(0, 0)}, 100)
+    need = Footprint(stage, ON_DEVICE, COST, None, {"a": MemoryEstimate(0, 0)}, 100, 0)
     return [need] if parked is None else [need, replace(need, parked=parked, strategy=OFFLOADED)]
 
 
