@@ -23,6 +23,7 @@ import diffusers
 import torch
 import transformers
 from bases import make_lora, tiny
+from forced_plans import CPU, planned_as
 from host_cases import MAKERS, DiffusersCase, make_case, two_concepts
 from pipelines import PIPELINES
 from pipelines import write_lora as write_reduced
@@ -34,7 +35,6 @@ from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import read_tensors
 from iteris_core.lora_files.experts import split_experts
 from iteris_core.passes import sweep
-from iteris_core.passes.planner import Plan, Strategy, find, replayable
 from iteris_core.solve.choose import THRESHOLDS
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -208,15 +208,8 @@ def _language(kind: str) -> Callable[[Path], list[Path]]:
 def _way(most: int, parked: bool) -> Callable[[Path], list[Path]]:
     """A sweep in blocks of so many barriers, whose rows wait in host memory."""
 
-    def planned(run: Any, stage: Any, _: Any, batching: Any, **__: Any) -> Any:
-        if not stage.sites:
-            return Plan(stage, batching.rows, Strategy())
-        barriers = replayable(stage, run.lockstep, find(stage, run.lockstep).barriers(most))
-        strategy = Strategy(barriers=barriers, offloads=torch.device("cpu") if parked else None)
-        return Plan(stage, batching.rows, strategy, host_limit=1 << 30)
-
     def run(folder: Path) -> list[Path]:
-        plan, sweep.planned = sweep.planned, planned
+        plan, sweep.planned = sweep.planned, planned_as(most, CPU if parked else None)
         try:
             return _pipeline("flux")(folder)
         finally:

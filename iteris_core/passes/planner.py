@@ -184,8 +184,9 @@ def _fitting(
         free(min(wanted, available))
     else:
         available = free(wanted)
-    limits = MemoryLimits(available, _free_host())
+    limits = MemoryLimits(available)
     if sweep and wanted > available:
+        limits = MemoryLimits(available, _free_host())
         with closing(HostPool(cost.device, limits.host)) as place:
             footprints += others(footprints[0], measure, place, batching)
     made = plan_stage(footprints, limits, batching.rows)
@@ -236,32 +237,32 @@ def plan_stage(footprints: Sequence[Footprint], limits: MemoryLimits, most: int)
 
 def _plan_of(footprint: Footprint, limits: MemoryLimits, stage: Stage, most: int) -> Plan | None:
     """With one strategy: as many rows at once as fit, with as many as possible waiting there."""
-    rows, most = len(stage.concept_ids), min(most, len(stage.concept_ids))
+    rows = len(stage.concept_ids)
+    counts, least, most_there = range(min(most, rows), 0, -1), rows, rows
+    if footprint.parked is not None:
+        counts, least, most_there = halved(min(most, rows)), 0, rows - 1
 
-    def fits(at_once: int, on_device: int) -> bool:
-        return footprint.bytes_of(rows, at_once, on_device) <= limits.device
+    def fits(at_once: int, there: int) -> bool:
+        return footprint.bytes_of(rows, at_once, there) <= limits.device
 
-    def plan(at_once: int, on_device: int) -> Plan:
-        return Plan(
-            stage,
-            at_once,
-            footprint.strategy,
-            bytes=footprint.bytes_of(rows, at_once, on_device),
-            budget=limits.device,
-            on_device=on_device,
-            host_bytes=footprint.host_bytes(rows, on_device),
-            host_limit=limits.host,
-        )
-
-    if footprint.parked is None:
-        at_once = _largest(lambda count: fits(count, rows), 1, most)
-        return None if at_once is None else plan(at_once, rows)
-    for count in halved(most):
-        kept = _largest(partial(fits, count), 0, rows - 1)
-        if kept is not None:
-            kept = kept // count * count  # whole forwards
-            if footprint.host_bytes(rows, kept) <= limits.host:
-                return plan(count, kept)
+    for at_once in counts:
+        there = _largest(partial(fits, at_once), least, most_there)
+        if there is None:
+            continue
+        if there < rows:
+            there -= there % at_once  # whole forwards
+        host_bytes = footprint.host_bytes(rows, there)
+        if host_bytes <= limits.host:
+            return Plan(
+                stage,
+                at_once,
+                footprint.strategy,
+                bytes=footprint.bytes_of(rows, at_once, there),
+                budget=limits.device,
+                on_device=there,
+                host_bytes=host_bytes,
+                host_limit=limits.host,
+            )
     return None
 
 

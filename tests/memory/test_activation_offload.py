@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from forced_plans import CPU, recorded_pools
 from oracle import ModuleHost, Net, hooks_on, make_data, make_lora
 from tiny import two_concepts
 from torch import nn
@@ -12,9 +13,8 @@ from iteris_core.activations.activation_offload import IDLE_PAUSES, ActivationOf
 from iteris_core.activations.host_pool import HostPool
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.memory import MemoryMeter
-from iteris_core.passes import planner, sweep
+from iteris_core.passes import planner
 
-CPU = torch.device("cpu")
 CALIBRATION = Calibration(
     samples=6, timesteps=3, denoising_steps=3, latents="noise", contexts=0.0, generic=0.0
 )
@@ -28,23 +28,7 @@ def apart(monkeypatch):
 
 @pytest.fixture
 def places(monkeypatch):
-    """The host memories of the sweeps, with the bytes that each still held when it was closed."""
-    made: list[HostPool] = []
-
-    class Recorded(HostPool):
-        left = -1
-
-        def close(self) -> None:
-            gaps = sum(stop - start for slab in self._slabs for start, stop in slab._gaps)
-            self.left = self.taken - gaps
-            super().close()
-
-    def make(*args):
-        made.append(Recorded(*args))
-        return made[-1]
-
-    monkeypatch.setattr(sweep, "HostPool", make)
-    return made
+    return recorded_pools(monkeypatch)
 
 
 class Turns(ActivationOffload):

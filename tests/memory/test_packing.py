@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from bases import make_lora, tiny
-from test_ways import CPU, planned_as
+from forced_plans import CPU, planned_as
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations import host_pool
