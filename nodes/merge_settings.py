@@ -17,16 +17,19 @@ from ..iteris_core.methods.iteris import IterisSettings
 from ..iteris_core.settings import PresetName, declared_settings
 from .comfy_conds import References
 from .comfy_sizes import scale
-from .schema import changed, schema, setting_input
+from .schema import advanced, changed, schema, setting_input
 
 CALIBRATION = (
     "minutes", "timesteps", "latents", "frames", "denoising_steps", "guidance", "empty_share",
     "contexts", "generic", "composites",
 )  # fmt: skip
+FOLDED = (
+    "schedule", "iterations", "tolerance", "objective", "weighting", "ridge", "pull", "shrink",
+    "saliency", "row_tokens", "precision",
+)  # fmt: skip
+"""What the front end shows among advanced inputs only."""
 ITERIS = (
-    "rank", "share_ranks", "repair", "repair_inputs", "block_steps", "block_pairs", "schedule",
-    "iterations", "tolerance", "objective", "weighting", "ridge", "pull", "shrink", "saliency",
-    "row_tokens", "precision",
+    "rank", "share_ranks", "repair", "repair_inputs", "block_steps", "block_pairs", *FOLDED
 )  # fmt: skip
 """Excludes the number of rows per forward, which memory decides, the rate of the polish, and the
 bound."""
@@ -143,6 +146,11 @@ def other_input(name: str) -> Any:
     )
 
 
+def _setting(name: str) -> Any:
+    made = setting_input(IterisSettings, name)
+    return advanced(made) if name in FOLDED else made
+
+
 class IterisMergeSettings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -158,8 +166,8 @@ class IterisMergeSettings(io.ComfyNode):
                 ),
                 io.Combo.Input("cannot_merge", options=choices, default="refuse", optional=True),
                 io.Float.Input("memory", default=0.0, max=1024.0, min=0.0, step=0.1, optional=True),
-                *(setting_input(IterisSettings, name) for name in ITERIS),
-                *map(other_input, OTHERS),
+                *(_setting(name) for name in ITERIS),
+                *(advanced(other_input(name)) for name in OTHERS),
                 io.Combo.Input("kept", options=["use", _CLEAR], default="use", optional=True),
             ],
             outputs=("settings",),
