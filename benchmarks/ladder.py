@@ -3,9 +3,10 @@
 Merges of the reported concepts by each preset, drawn on new words alone and under the conditions of
 use (:data:`uses.CONDITIONS`). ``forwards`` counts the rows that go through the denoiser in a merge:
 denoising, the sweep's two copies, and held-out rows. Kept is (merge − base) / (each LoRA alone −
-base). ``former`` is the default before LoRAs shared their prompts. ``--store`` counts merges that
-find samples of earlier ones. Writes ``results/ladder.json``
-and goes on where it stopped (``--seconds``).
+base). ``former`` is the default before LoRAs shared their prompts, ``one`` a single prompt and
+timestep each. ``METHOD@PRESET`` is another method on the rows of a preset. ``--store`` counts
+merges that find samples of earlier ones. Writes ``results/ladder.json`` and goes on where it
+stopped (``--seconds``).
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ from iteris_core.settings import PRESETS, Preset
 
 SETS = {2: 2, 5: 2, 8: 1}
 """How many LoRAs → sets."""
+PLAIN = dict.fromkeys(("generic", "conditions", "contexts", "composites", "empty_share"), 0.0)
+ONE = {"samples": 1, "total_samples": None, "timesteps": 1, "denoising_steps": 1, **PLAIN}
 FORMER = {"samples": 50, "total_samples": None, "denoising_steps": 10}
 RUNGS: Mapping[str, Preset] = {
     "fast": PRESETS["fast"],
     "default": PRESETS["default"],
     "former": Preset("", calibration=FORMER),
     "best": PRESETS["best"],
+    "one": Preset("", calibration=ONE),
 }
 
 
@@ -60,13 +64,18 @@ def counted(world: ToyboxWorld) -> Iterator[list[int]]:
 
 
 def merged(world: ToyboxWorld, rung: str, names: tuple[str, ...]) -> tuple[Lora, dict[str, Any]]:
-    preset = RUNGS[rung]
+    method, _, named = rung.rpartition("@")
+    preset = RUNGS[named]
     former = {"timesteps": 4 if len(names) < 5 else 6} if rung == "former" else {}
     calibration = Calibration.from_mapping({**world.half, **preset.calibration, **former})
     began = time.process_time()
     with counted(world) as rows:
         lora = merge_loras(
-            world.host, world.concepts(names), settings=preset.settings, calibration=calibration
+            world.host,
+            world.concepts(names),
+            method or "iteris",
+            settings=None if method else preset.settings,
+            calibration=calibration,
         ).lora
     return lora, {"forwards": sum(rows), "seconds": time.process_time() - began}
 

@@ -1,9 +1,10 @@
-"""One LoRA kept to its trigger by the preset tidy: ``python benchmarks/tidy.py [--world toybox]``.
+"""One LoRA kept to its trigger by the preset tidy: ``python benchmarks/tidy.py [--world emoji]``.
 
 ``judge`` is the share of a subject's attributes that are right on new words, with its LoRA and
-with the tidied one. ``class`` and ``others`` are how far the tidied LoRA is from the base on
-prompts with the class word alone and with other class words, ‖f_tidied − f_base‖ / ‖f_LoRA −
-f_base‖ of the outputs: 0 for the base, 1 for the LoRA. Writes ``results/tidy_WORLD.json``.
+with the tidied one; of an emoji, whether it is the likest of all, and ``likeness`` is that to its
+references. ``class`` and ``others`` are how far the tidied LoRA is from the base on prompts with
+the class word alone and with other class words, ‖f_tidied − f_base‖ / ‖f_LoRA − f_base‖ of the
+outputs: 0 for the base, 1 for the LoRA. Writes ``results/tidy_WORLD.json``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 
 import torch
 from outputs import read, result_file, rounded, write
-from protocol.toybox import NEW, ToyboxWorld
+from protocol import emoji, toybox
+from protocol.emoji import EmojiWorld
 from worlds import WORLDS
 
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
@@ -28,7 +30,7 @@ _SEED, _BATCH = 99, 16
 
 
 def outputs(
-    world: ToyboxWorld, lora: Lora, prompts: Sequence[str], changes: Sequence[Mapping[str, LowRank]]
+    world: Any, lora: Lora, prompts: Sequence[str], changes: Sequence[Mapping[str, LowRank]]
 ) -> list[torch.Tensor]:
     """The denoiser's outputs with each of ``changes``, on latents denoised under ``lora``."""
     concept = Concept(lora, prompts)
@@ -49,24 +51,24 @@ def outputs(
     return found
 
 
-def measure(world: ToyboxWorld, name: str) -> dict[str, float]:
-    concept = world.concepts([name])[0]
+def measure(world: Any, name: str) -> dict[str, float]:
+    concept = world.concepts([name], 0)[0]
     lora = concept.lora or Lora({})
     began = time.process_time()
     calibration = {**world.half, "seed": 0}
     tidied = merge_loras(world.host, [concept], preset="tidy", calibration=calibration).lora
     seconds = time.process_time() - began
     wanted = world.prompted("new words", [name], 1)
-    known = [of.class_word for of in world.known.values()]
-    own = world.known[name].class_word
+    known = [one.class_word for one in world.concepts(world.subjects, 0)]
+    own, new = concept.class_word, emoji.NEW if isinstance(world, EmojiWorld) else toybox.NEW
     others = [word for word in dict.fromkeys(known) if word != own]
     found: dict[str, float] = {"seconds": seconds}
     for label, one in (("LoRA", lora), ("tidied", tidied)):
-        found[f"judge {label}"] = fmean(
-            p["judge"] for p in world.read(world.draw(one, wanted), wanted)
-        )
+        read_as = world.read(world.draw(one, wanted), wanted)
+        for figure in ("judge", "likeness"):
+            found[f"{figure} {label}"] = fmean(p[figure] for p in read_as)
     for label, words in (("class", [own]), ("others", others)):
-        prompts = [f"a {word} on a {background} background" for word in words for background in NEW]
+        prompts = [f"a {word} on a {background} background" for word in words for background in new]
         base, before, after = outputs(world, lora, prompts, ({}, lora.sites, tidied.sites))
         found[label] = float((after - base).norm() / (before - base).norm())
     return found
@@ -74,7 +76,7 @@ def measure(world: ToyboxWorld, name: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--world", choices=("toybox", "reported"), default="reported")
+    parser.add_argument("--world", choices=("toybox", "reported", "emoji"), default="reported")
     parser.add_argument("--count", type=int, default=4)
     given = parser.parse_args()
     world: Any = WORLDS[given.world]()

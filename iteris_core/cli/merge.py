@@ -77,7 +77,9 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
     elif options.as_json:
         typer.echo(json.dumps(asdict(done)))
     elif not options.quiet:
-        typer.echo("\n".join([*done.lines(), "Nothing was merged or written."]))
+        loras = [one for one in concepts if one.lora is not None]
+        words = [f"{one.name}: {'; '.join(one.phrases) or 'every prompt'}" for one in loras]
+        typer.echo("\n".join([*words, *done.lines(), "Nothing was merged or written."]))
 
 
 def _check(config: MergeConfig, options: MergeOptions) -> None:

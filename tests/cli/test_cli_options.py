@@ -93,6 +93,7 @@ def test_a_plan_merges_and_writes_nothing(world, tmp_path, iteris):
     out = tmp_path / "out.safetensors"
     text = iteris(*merge(world, out, "--plan"))
     assert text.count("unet: 7 rows") == 1
+    assert text.startswith("s1: s1 dog\ns2: s2 dog\n")
     assert "The whole merge takes about" in text
     assert "Nothing was merged or written." in text
     assert "unet" not in iteris.err
