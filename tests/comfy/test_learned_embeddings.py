@@ -44,8 +44,13 @@ def encoded(clip, prompt):
         return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0][0].clone()
 
 
-def test_in_force_is_what_a_file_in_embeddings_is(kit, with_embedding):
-    """Bit by bit the same merge, whether the LoRA brings it or ComfyUI finds it."""
+def test_in_force_is_what_a_file_in_embeddings_is(kit, with_embedding, monkeypatch):
+    """Bit by bit the same merge, whether the LoRA brings it or ComfyUI finds it. Noise comes from
+    the words, which differ here."""
+    monkeypatch.setattr(
+        part(kit.pack, "iteris_core.hosts.rows"), "_own_generator",
+        lambda *_: torch.Generator().manual_seed(0),
+    )  # fmt: skip
     tokenizer, before = kit.clip.tokenizer, kit.outputs()
     found = merged(kit, with_embedding("<s0><s1>"))
     assert "'<s0><s1>' calls for its embedding toy" in found.report.summary()

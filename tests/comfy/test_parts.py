@@ -76,7 +76,7 @@ def test_inputs_go_over_a_preset_where_they_are_changed(pack):
     assert (paper["repair"], paper["saliency"], paper["ridge"]) == (False, 0.0, 1e-3)
     assert settings(preset="best")["block_steps"] == 120
     assert settings(preset="best", block_steps=30)["block_steps"] == 30
-    assert [samples("fast", n) for n in (0, 30, 50)] == [12, 30, 50]  # 0 is the preset's
+    assert [samples("fast", n) for n in (0, 30, 50)] == [24, 30, 50]  # 0 is the preset's
 
 
 def test_the_settings_of_other_methods(pack):
