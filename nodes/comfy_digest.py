@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,11 @@ from ..iteris_core.hosts.sample_store import digest, digest_of_weights
 from .comfy_conds import References
 
 _SAMPLING = "model_sampling"
+_FUNCTIONS = (
+    "additional_models", "attachments", "callbacks", "forced_hooks", "hook_patches", "injections",
+    "weight_wrapper_patches", "wrappers",
+)  # fmt: skip
+"""Attributes of a patcher that hold functions of other nodes, or other models."""
 
 
 def digest_of_base(
@@ -20,11 +25,13 @@ def digest_of_base(
     """A hash of all that a merge has besides its LoRAs; None if a part has none."""
     patchers = [*models, *([] if clip is None else [clip.patcher])]
     found = [digest_of_patcher(patcher) for patcher in patchers]
+    given: list[Any] = [references.entries, references.latent, references.mask]
+    if clip is not None:
+        given += [clip.layer_idx, clip.tokenizer_options, clip.apply_hooks_to_conds]
     try:
-        given = digest([references.entries, references.latent, references.mask])
-    except TypeError:  # control nets
+        return digest([*found, *given, *settings]) if all(found) else None
+    except TypeError:  # control nets, hooks
         return None
-    return digest([*found, given, *settings]) if all(found) else None
 
 
 def digest_of_patcher(patcher: Any) -> str | None:
@@ -33,6 +40,8 @@ def digest_of_patcher(patcher: Any) -> str | None:
     options = patcher.model_options.get("transformer_options", {})
     patches = {n: v for n, v in patcher.object_patches.items() if n != _SAMPLING}
     if any(options.values()) or len(patcher.model_options) > 1:
+        return None
+    if any(_holds(getattr(patcher, name, None)) for name in _FUNCTIONS):
         return None
     if not all(isinstance(value, torch.dtype) for value in patches.values()):
         return None
@@ -44,6 +53,13 @@ def digest_of_patcher(patcher: Any) -> str | None:
         return weights and digest([named, weights, on, _sampling(patcher)])
     except (TypeError, ValueError):
         return None
+
+
+def _holds(value: Any) -> bool:
+    """True if anything is in nested mappings and lists."""
+    if isinstance(value, Mapping):
+        return any(map(_holds, value.values()))
+    return bool(value)
 
 
 def _weights(patched: Any) -> Iterator[tuple[str, Tensor]]:

@@ -176,7 +176,8 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         owners, prompts, calibration = drawn.owners, drawn.prompts, drawn.calibration
         noise = calibration.latents == "noise"
         guidance = 1.0 if self.distilled else max(calibration.guidance, 1.0)
-        base = None if store is None or noise else self._digest()
+        by_name = any("embedding:" in prompt for prompt in prompts)  # of a file that may change
+        base = None if store is None or noise or by_name else self._digest()
         store = store.within(base, str(guidance)) if store is not None and base else None
         samples = {one: [i for i, of in enumerate(owners) if of == one] for one in owners}
         keys = {one: drawn.key(one, prompts, lockstep) for one in samples} if store else {}

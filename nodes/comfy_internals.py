@@ -61,11 +61,16 @@ METHODS: Mapping[str, Sequence[str]] = {
 }  # fmt: skip
 """Methods of objects from a graph; only an advance check finds a missing one."""
 ATTRIBUTES: Mapping[str, Sequence[str]] = {
-    "comfy.model_patcher.ModelPatcher": ("additional_models", "forced_hooks", "patches_uuid"),
-    "comfy.sd.CLIP": ("apply_hooks_to_conds", "layer_idx", "use_clip_schedule"),
+    "comfy.model_patcher.ModelPatcher": (
+        "additional_models", "attachments", "callbacks", "forced_hooks", "hook_patches",
+        "injections", "patches_uuid", "weight_wrapper_patches", "wrappers",
+    ),
+    "comfy.sd.CLIP": (
+        "apply_hooks_to_conds", "layer_idx", "tokenizer_options", "use_clip_schedule",
+    ),
     "comfy.sd1_clip.SDClipModel": ("return_projected_pooled",),
     "comfy.sd1_clip.SDTokenizer": ("embedding_directory", "inv_vocab"),
-}
+}  # fmt: skip
 """What these objects have once they are made. All were there in 0.33.0. Of others there are
 ``_full_precision_mm`` (layers), ``clear_kv_cache`` (denoisers) and ``comfy_kitchen``."""
 WHERE_THERE: Mapping[str, str] = {

@@ -64,10 +64,11 @@ def key_on_disk(
     MODEL, CLIP or reference has none."""
     limits = [boundary, request.distilled, request.memory_budget]
     base = digest_of_base(models, clip, request.references, *limits)
-    if base is None:
-        return None
     named = config.model_copy(update={"concepts": tuple(map(_by_content, config.concepts))})
-    return digest([base, named.to_dict(), _pack_version()])
+    asked = named.to_dict()
+    if base is None or "embedding:" in json.dumps(asked):  # of a file that may change
+        return None
+    return digest([base, asked, _pack_version()])
 
 
 def _by_content(concept: ConceptConfig) -> ConceptConfig:

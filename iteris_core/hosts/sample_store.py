@@ -69,7 +69,7 @@ class SampleStore:
                 copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
                 save_file({name: t.contiguous() for name, t in copies.items()}, unfinished)
         except (IterisError, OSError) as error:
-            _log.warning("Samples are not kept for the next merge: %s", error)
+            _log.warning("Nothing is kept for the next merge: %s", error)
         self._shrink(self.limit)
 
     @property

@@ -99,6 +99,47 @@ def test_a_run_after_one_that_was_cancelled_has_the_same_rows(kit, desk, monkeyp
     assert desk.latents() == 4
 
 
+def test_what_has_no_hash_is_not_kept(kit):
+    """Functions of other nodes, and hooks; another last layer of the CLIP has another hash."""
+    import comfy.patcher_extension
+
+    of = part(kit.pack, "nodes.comfy_digest").digest_of_base
+    nothing = part(kit.pack, "nodes.comfy_conds").References()
+
+    def hashed(change=lambda model, clip: None):
+        model, clip = kit.model.clone(), kit.clip.clone()
+        change(model, clip)
+        return of([model], clip, nothing)
+
+    plain = hashed()
+    assert plain == hashed()
+    assert hashed(lambda _, clip: clip.clip_layer(-2)) not in (plain, None)
+    assert hashed(lambda _, clip: clip.set_tokenizer_option("min_length", 8)) not in (plain, None)
+    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    for change in (
+        lambda model, _: model.add_wrapper_with_key(kind, "cache", lambda run, *a: run(*a)),
+        lambda model, _: model.set_attachments("more", object()),
+        lambda model, _: model.set_injections("more", [object()]),
+        lambda _, clip: setattr(clip, "apply_hooks_to_conds", object()),
+        lambda _, clip: setattr(clip.patcher, "forced_hooks", object()),
+    ):
+        assert hashed(change) is None
+
+
+def test_an_embedding_by_name_is_not_kept(kit):
+    """Its file may change."""
+    key_of = part(kit.pack, "nodes.kept").key_on_disk
+    request = part(kit.pack, "nodes.merge_settings").Request()
+
+    def key(**fields):
+        specs = [kit.concepts()[0].model_copy(update=fields)]
+        return key_of([kit.model], kit.clip, request.config(specs, "iteris"), request, None)
+
+    assert key()
+    assert key(trigger="embedding:toy") is None
+    assert key(prompts=("a (embedding:toy:1.2) cat",)) is None
+
+
 def test_after_a_restart_only_a_new_lora_is_denoised(kit, desk, monkeypatch):
     """Samples lie in ComfyUI's user folder. A MODEL with a function on it has no hash."""
     host = part(kit.pack, "nodes.comfy_host")

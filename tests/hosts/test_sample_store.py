@@ -106,7 +106,7 @@ def test_trouble_with_the_disk_costs_no_merge(counted, tmp_path, monkeypatch, ca
     assert same_merges(plain, counted.merge(concepts, store))  # cut short: made again
     (tmp_path / "file").touch()
     assert same_merges(plain, counted.merge(concepts, SampleStore(tmp_path / "file")))
-    assert "not kept" in caplog.text
+    assert "Nothing is kept" in caplog.text
     monkeypatch.setattr(sample_store, "save_file", _no_space)
     assert same_merges(plain, counted.merge(concepts, SampleStore(tmp_path / "full")))
     assert not any((tmp_path / "full").iterdir())
