@@ -145,13 +145,13 @@ def conditions_lead() -> list[str]:
     return table(("", *_uses()), rows)
 
 
-def gated(file: str = "gated.json") -> list[str]:
-    """The denoiser's error on new prompts of LoRAs cut to their attention layers, means over sets;
-    and IterIS less Chain of Merges, paired by set."""
+def gated(file: str = "gated.json", layers: str = "attention") -> list[str]:
+    """The denoiser's error on new prompts of LoRAs cut to their attention ``layers``, or of all,
+    means over sets; and IterIS less Chain of Merges, paired by set."""
     runs = {tuple(json.loads(k)): of for k, of in load(file)["runs"].items()}
     found: dict[int, dict[str, dict[tuple[str, ...], dict[str, float]]]] = {}
-    for (layers, label, *names), of in runs.items():
-        if layers == "attention":
+    for (of_these, label, *names), of in runs.items():
+        if of_these == layers:
             found.setdefault(len(names), {}).setdefault(label, {})[tuple(names)] = of
     heads = [head for head in next(iter(runs.values())) if head != "seconds"]
     rows: list[list[str]] = []
@@ -332,6 +332,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "conditions further": lambda: conditions(further=True),
     "conditions lead": conditions_lead,
     "gated": gated,
+    "gated all": lambda: gated(layers="all"),
     "gated sd3": lambda: gated("gated_sd3.json"),
     "wordless": wordless,
     "slider": slider,
