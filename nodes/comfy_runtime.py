@@ -88,6 +88,14 @@ def files_behind(hidden: Any, name: str) -> list[str]:
     return found
 
 
+def is_linked(hidden: Any, output: int) -> bool:
+    """True if a node of the graph takes that output; also if the graph is unknown."""
+    if hidden.prompt is None:
+        return True
+    here = [str(hidden.unique_id), output]
+    return any(here in node.get("inputs", {}).values() for node in hidden.prompt.values())
+
+
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}"
 

@@ -23,7 +23,7 @@ from ..iteris_core.report.inspection import Interference, LoraFacts, describe, i
 from ..iteris_core.solve.ranks import Target
 from .comfy_host import ComfyHost
 from .comfy_lora import apply_lora
-from .comfy_runtime import NodeProgress, files_behind, said, show_text
+from .comfy_runtime import NodeProgress, files_behind, is_linked, said, show_text
 from .comfy_state import ready_for_merge
 from .concept_specs import specs_of
 from .merge_settings import Request
@@ -244,7 +244,8 @@ class InspectLoras(io.ComfyNode):
                 lines.append(f"A merge would fail: {error}")
         table = "\n".join(lines)
         show_text(table, node_id)
-        return io.NodeOutput(figure_image(_plot_loras(facts)), table, ui=said(table))
+        plot = figure_image(_plot_loras(facts)) if is_linked(cls.hidden, 0) else None
+        return io.NodeOutput(plot, table, ui=said(table))
 
 
 def _numbered(loras: Sequence[Lora]) -> list[Lora]:

@@ -13,16 +13,16 @@ from ..iteris_core.concepts import lines_of
 from ..iteris_core.errors import IterisError
 from ..iteris_core.score import ClipScorer, ImageScorer, clip_score, without_tokens
 from ..iteris_core.score.results import contact_sheet
-from .comfy_runtime import show_text
+from .comfy_runtime import is_linked, show_text
 from .comfy_scorer import ARCHITECTURES, ComfyScorer, ComfyVisionScorer, check_open_clip
 from .pictures import figure_image, to_image, to_pil
-from .schema import Scorer, schema
+from .schema import GRAPH, Scorer, schema
 
 _FOLDERS = ("clip_vision", "text_encoders")
 _SCORED = ("cosine", "clip_score", "scores", "plot")
 
 
-def _score_output(values: Tensor, title: str, node_id: str | None) -> io.NodeOutput:
+def _score_output(values: Tensor, title: str, hidden: Any) -> io.NodeOutput:
     mean, scaled = float(values.mean()), clip_score(values)
     pairs = zip(values.tolist(), scaled.tolist(), strict=True)
     lines = [
@@ -30,8 +30,9 @@ def _score_output(values: Tensor, title: str, node_id: str | None) -> io.NodeOut
         for number, (cosine, score) in enumerate(pairs, 1)
     ]
     lines.append(f"mean: cosine {mean:.4f}, CLIPScore {float(scaled.mean()):.4f}")
-    show_text(f"{title}: {mean:.4f}", node_id)
-    plot = figure_image(plot_scores(values.tolist(), title))
+    show_text(f"{title}: {mean:.4f}", hidden.unique_id)
+    linked = is_linked(hidden, _SCORED.index("plot"))
+    plot = figure_image(plot_scores(values.tolist(), title)) if linked else None
     return io.NodeOutput(mean, float(scaled.mean()), "\n".join(lines), plot)
 
 
@@ -91,13 +92,13 @@ class ClipImageAlignment(io.ComfyNode):
             inputs=[Scorer.Input("scorer"), io.Image.Input("images"), io.Image.Input("references")],
             group="compare",
             outputs=_SCORED,
-            hidden=[io.Hidden.unique_id],
+            hidden=GRAPH,
         )
 
     @classmethod
     def execute(cls, scorer: ImageScorer, images: Tensor, references: Tensor) -> io.NodeOutput:
         values = scorer.image_alignment(to_pil(images), to_pil(references))
-        return _score_output(values, "image alignment", cls.hidden.unique_id)
+        return _score_output(values, "image alignment", cls.hidden)
 
 
 class ClipTextAlignment(io.ComfyNode):
@@ -114,7 +115,7 @@ class ClipTextAlignment(io.ComfyNode):
             ],
             group="compare",
             outputs=_SCORED,
-            hidden=[io.Hidden.unique_id],
+            hidden=GRAPH,
         )
 
     @classmethod
@@ -127,7 +128,7 @@ class ClipTextAlignment(io.ComfyNode):
         if len(lines) == 1:
             lines *= len(pictures)
         values = scorer.text_alignment(pictures, lines)
-        return _score_output(values, "text alignment", cls.hidden.unique_id)
+        return _score_output(values, "text alignment", cls.hidden)
 
 
 class ScoreSheet(io.ComfyNode):

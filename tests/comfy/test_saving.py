@@ -85,6 +85,18 @@ def test_a_lora_is_written_once_and_replaces_only_what_may_go(kit, save):
         save(third, "merged", overwrite=True)
 
 
+def test_a_file_without_metadata(kit, save, monkeypatch):
+    """As ComfyUI's --disable-metadata asks: no recipe, no prompts; it is still known as ours."""
+    import comfy.cli_args
+
+    monkeypatch.setattr(comfy.cli_args.args, "disable_metadata", True)
+    (name,) = save(lora := kit.lora_model(kit.merge(method="sum")), "bare").result
+    _, said = part(kit.pack, "iteris_core.lora_files").read_tensors(kit.loras / name)
+    assert said.keys() == {"iteris", "modelspec.hash_sha256"}
+    assert said["iteris"] == "{}"
+    assert save(lora, "bare").result == (name,)
+
+
 def test_a_folder_that_cannot_be_written(kit, save):
     """As root every folder can; a file in a folder's place cannot be one."""
     (kit.loras / "taken").write_text("")
