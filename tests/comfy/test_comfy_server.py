@@ -112,6 +112,20 @@ def test_the_prompt_of_the_documentation(client, models):
     assert len([*(models / "models" / "loras").glob("shortest*")]) == 1
 
 
+def test_a_drawing_that_fails_loses_nothing(client, models):
+    """The merged LoRA is written before its thumbnail is drawn."""
+    graph = {
+        name: made for name, made in thin_graph(samples=2).items() if not name.startswith("merged")
+    }
+    graph["none"] = node("ReducedModel", name="no_such_model", factor=1.0)
+    graph |= drawing("failing", ["none", 0], ["merge", 1], ["base", 2])
+    graph["save"]["inputs"] |= {"filename_prefix": "early", "thumbnail": ["failingd", 0]}
+    del graph["failing"]
+    with pytest.raises(PromptError, match="no_such_model"):
+        client.run(graph)
+    assert (models / "models" / "loras" / "early.safetensors").is_file()
+
+
 def test_stock_save_checkpoint_bakes_the_merge(client, models):
     """MODEL and CLIP of a merge in one file, which draws what they draw without a LoRA."""
     merged = ["merge", 0], ["merge", 1], ["base", 2]
