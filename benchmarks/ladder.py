@@ -3,7 +3,7 @@
 Merges of the reported concepts by each preset, drawn on new words alone and under the conditions of
 use (:data:`uses.CONDITIONS`). ``forwards`` counts the rows that go through the denoiser in a merge:
 denoising, the sweep's two copies, and held-out rows. Kept is (merge − base) / (each LoRA alone −
-base). ``former`` is the default before LoRAs shared their prompts, ``one`` a single prompt and
+base). ``former`` is the default before LoRAs shared their prompts, ``least`` a single prompt and
 timestep each. ``METHOD@PRESET`` is another method on the rows of a preset. ``--store`` counts
 merges that find samples of earlier ones. Writes ``results/ladder.json`` and goes on where it
 stopped (``--seconds``).
@@ -36,14 +36,14 @@ from iteris_core.settings import PRESETS, Preset
 SETS = {2: 2, 5: 2, 8: 1}
 """How many LoRAs → sets."""
 PLAIN = dict.fromkeys(("generic", "conditions", "contexts", "composites", "empty_share"), 0.0)
-ONE = {"samples": 1, "total_samples": None, "timesteps": 1, "denoising_steps": 1, **PLAIN}
+LEAST = {"samples": 1, "total_samples": None, "timesteps": 1, "denoising_steps": 1, **PLAIN}
 FORMER = {"samples": 50, "total_samples": None, "denoising_steps": 10}
 RUNGS: Mapping[str, Preset] = {
     "fast": PRESETS["fast"],
     "default": PRESETS["default"],
     "former": Preset("", calibration=FORMER),
     "best": PRESETS["best"],
-    "one": Preset("", calibration=ONE),
+    "least": Preset("", calibration=LEAST),
 }
 
 

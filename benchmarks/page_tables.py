@@ -196,11 +196,14 @@ def _by_subjects(file: str, figures: Sequence[str]) -> list[str]:
 
 
 def tidy() -> list[str]:
-    """One LoRA kept to its trigger, by concept."""
-    runs = load("tidy_reported.json")["runs"]
-    heads = ("judge LoRA", "judge tidied", "class", "others")
-    rows = [[name, *(f"{of[head]:.2f}" for head in heads)] for name, of in runs.items()]
-    return table(("concept", *heads), rows)
+    """One LoRA kept to its trigger, by world and concept; of an emoji the likeness."""
+    rows: list[list[str]] = []
+    for world in ("reported", "toybox", "emoji"):
+        figure = "likeness" if world == "emoji" else "judge"
+        for name, of in load(f"tidy_{world}.json")["runs"].items():
+            found = (of[f"{figure} LoRA"], of[f"{figure} tidied"], of["class"], of["others"])
+            rows.append([world, name, *(f"{one:.2f}" for one in found)])
+    return table(("world", "concept", "LoRA", "tidied", "class", "others"), rows)
 
 
 def _under_conditions() -> dict[tuple[int, str], dict[str, Any]]:
