@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from statistics import fmean
 from typing import Any
 
@@ -49,20 +49,60 @@ def waiting() -> list[str]:
 
 
 _RATE = 100.0  # 10¹² operations a second
-_RUNGS = {"former": "the former default", "best": "`best`", "fast": "`fast`"}
+_RUNGS = {"default": "default", "former": "the former default", "best": "`best`", "fast": "`fast`"}
 
 
 def ladder() -> list[str]:
     """What presets cost on full-size models, and what they keep of the reported concepts above the
     base: alone, and in the mean of the other conditions of use."""
-    runs = {tuple(json.loads(key)): of for key, of in load("ladder.json")["runs"].items()}
     each = {
         name.partition(",")[0]: (made := entry["by_host"]["80"])["tera_operations"]
         / made["forwards"]
         for name, entry in load("memory.json").items()
         if name.startswith(("SD 1.5", "SDXL", "FLUX", "Z-Image"))
     }
-    found: dict[tuple[int, str], list[tuple[float, list[float]]]] = {}
+    rows = [
+        [
+            f"{size} LoRAs, {_RUNGS[rung]}",
+            f"{forwards:.0f}",
+            *(f"{forwards * one / _RATE / 60:.1f}" for one in each.values()),
+            *(f"{share:.2f}" for share in shares),
+            count,
+        ]
+        for (size, rung), (forwards, _, *shares), count in _kept_by_rung()
+        if rung in _RUNGS
+    ]
+    return table(("", "forwards", *(f"{name}, min" for name in each), *_KEPT, "n"), rows)
+
+
+_KEPT = ("likeness kept", "attributes", "likeness in other uses", "attributes")
+
+
+def budgets() -> list[str]:
+    """What methods keep of five LoRAs on the same rows, by their number."""
+    rows = [
+        [
+            rung.partition("@")[0] if "@" in rung else "iteris",
+            _ROWS[rung.rpartition("@")[2]],
+            f"{forwards:.0f}",
+            f"{seconds:.0f}",
+            *(f"{share:.2f}" for share in shares),
+            count,
+        ]
+        for (size, rung), (forwards, seconds, *shares), count in _kept_by_rung()
+        if size == 5 and (rung == "least" or "@" in rung)
+    ]
+    return table(("method", "rows of", "forwards", "CPU s", *_KEPT, "n"), rows)
+
+
+_ROWS = {"least": "one prompt", "fast": "`fast`", "default": "the default"}
+
+
+def _kept_by_rung() -> Iterator[tuple[tuple[int, str], list[float], int]]:
+    """Size and rung; means over sets of forwards, seconds and shares kept; number of sets. Fewest
+    forwards first."""
+    runs = {tuple(json.loads(key)): of for key, of in load("ladder.json")["runs"].items()}
+    found: dict[tuple[int, str], list[list[float]]] = {}
     for (rung, *names), of in runs.items():
         if "forwards" in of:
             base, alone = (runs[(kind, *names)] for kind in ("base", "alone"))
@@ -77,22 +117,10 @@ def ladder() -> list[str]:
                 fmean(kept[use, figure] for use in uses if use != "plain")
                 for figure in ("likeness", "judge")
             ]
-            found.setdefault((len(names), rung), []).append((of["forwards"], shares))
-    rows = [
-        [
-            f"{size} LoRAs, {_RUNGS.get(rung, rung)}",
-            f"{(forwards := fmean(one for one, _ in sets)):.0f}",
-            *(f"{forwards * one / _RATE / 60:.1f}" for one in each.values()),
-            *(f"{fmean(of):.2f}" for of in zip(*(shares for _, shares in sets), strict=True)),
-            len(sets),
-        ]
-        for (size, rung), sets in sorted(found.items(), key=lambda one: (one[0][0], one[1][0][0]))
-    ]
-    head = (
-        *("", "forwards", *(f"{name}, min" for name in each), "likeness kept", "attributes"),
-        *("likeness in other uses", "attributes", "n"),
-    )
-    return table(head, rows)
+            sets = found.setdefault((len(names), rung), [])
+            sets.append([of["forwards"], of["seconds"], *shares])
+    for key, sets in sorted(found.items(), key=lambda one: (one[0][0], one[1][0][0])):
+        yield key, [fmean(of) for of in zip(*sets, strict=True)], len(sets)
 
 
 def ratios() -> list[str]:
@@ -245,6 +273,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "memory": memory,
     "waiting": waiting,
     "ladder": ladder,
+    "budgets": budgets,
     "ratios": ratios,
     "floors": floors,
     "resize": resize,
