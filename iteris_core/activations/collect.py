@@ -20,6 +20,7 @@ from ..errors import SiteError
 from ..lora import SiteChanges
 from ..solve.inputs import InputMoments, shared_moments
 from ..solve.problem import Reduction, SiteContext, StageSolver
+from .micro_batch import plain_modes
 from .tokens import ConceptTokens, Group, Observation
 
 
@@ -54,6 +55,7 @@ class Collector:
         """Sites with a reduction that has not been taken, in execution order."""
         return list(self._reductions)
 
+    @plain_modes()
     def observe(self, shown: Observation) -> None:
         group = self._order.setdefault((shown.name, shown.call), shown.group)
         if group != shown.group:

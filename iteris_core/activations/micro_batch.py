@@ -6,8 +6,9 @@ import importlib
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -187,6 +188,18 @@ class Modes:
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)
         torch.set_autocast_cache_enabled(self.cache)
+
+
+@contextmanager
+def plain_modes() -> Generator[None]:
+    """Context without gradients and autocast, which are the model's own within a forward."""
+    before = Modes.now()
+    off = [(device, False, dtype) for device, _, dtype in before.autocast]
+    replace(before, grad=False, autocast=off).restore()
+    try:
+        yield
+    finally:
+        before.restore()
 
 
 def greenlets() -> Any:
