@@ -45,10 +45,9 @@ def digest_of_patcher(patcher: Any) -> str | None:
         return None
     if not all(isinstance(value, torch.dtype) for value in patches.values()):
         return None
-    patched = patcher.get_key_patches()
     try:
-        on = [(key, [_known(*one) for one in more]) for key, (_, *more) in patched.items() if more]
-        weights = digest_of_weights(_weights(patched))
+        on = {key: [_known(*one) for one in some] for key, some in patcher.patches.items()}
+        weights = digest_of_weights(_weights(patcher))
         named = type(patcher.model).__name__, {name: str(kind) for name, kind in patches.items()}
         return weights and digest([named, weights, on, _sampling(patcher)])
     except (TypeError, ValueError):
@@ -62,9 +61,14 @@ def _holds(value: Any) -> bool:
     return bool(value)
 
 
-def _weights(patched: Any) -> Iterator[tuple[str, Tensor]]:
-    for key, (first, *_) in sorted(patched.items()):
-        yield key, first[0] if isinstance(first, tuple) else first
+def _weights(patcher: Any) -> Iterator[tuple[str, Tensor]]:
+    """The network's, without the patches that may be in them at the moment. Not those of sampling,
+    which other nodes exchange."""
+    part = "diffusion_model" if hasattr(patcher.model, "diffusion_model") else ""
+    network = patcher.model.get_submodule(part)
+    for named in (network.named_parameters, network.named_buffers):
+        for key, weight in named(part):
+            yield key, patcher.backup[key].weight if key in patcher.backup else weight
 
 
 def _known(strength: float, value: Any, of_model: float, offset: Any, function: Any) -> Any:

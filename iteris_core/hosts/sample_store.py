@@ -114,16 +114,19 @@ def digest(value: Any) -> str:
 
 
 def digest_of_weights(named: Iterable[tuple[str, Tensor]]) -> str | None:
-    """A hash of a model's weights, of some values of each: training changes all of them. None if a
-    weight is not there, as on the device "meta", or is no plain tensor."""
+    """A hash of a model's weights, of some values of each: training changes all of them. A
+    quantised one is made of others (``__tensor_flatten__``). None if a weight is not there, as on
+    the device "meta", or is another kind of tensor."""
     found = hashlib.sha256()
     for name, tensor in named:
         tensor = tensor.detach()
-        if tensor.is_meta or type(tensor) is not Tensor:
-            return None
-        flat = tensor.reshape(-1)
-        some = flat[:: max(1, flat.numel() // _VALUES)]
-        _feed(found, (name, tuple(tensor.shape), some))
+        parts = getattr(tensor, "__tensor_flatten__", lambda: ((), None))()[0]
+        for part in [getattr(tensor, part) for part in parts] or [tensor]:
+            if part.is_meta or type(part) is not Tensor:
+                return None
+            flat = part.reshape(-1)
+            some = flat[:: max(1, flat.numel() // _VALUES)]
+            _feed(found, (name, tuple(tensor.shape), some))
     return found.hexdigest()
 
 

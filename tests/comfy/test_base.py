@@ -3,11 +3,12 @@ it stays as it is, whatever happens."""
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from kit import Kit, distance
+from kit import Kit, distance, part
 from reduced_models.unets import sd15
 from torch import nn
 
@@ -142,6 +143,10 @@ def test_a_merge_is_on_what_the_base_draws_with(kit, name):
     make, same, near = BASES[name]
     kit.calibration = dataclasses.replace(kit.calibration, latents="noise")
     on = make(kit)
+    nothing = part(kit.pack, "nodes.comfy_conds").References()
+    hashed = partial(part(kit.pack, "nodes.comfy_digest").digest_of_base, references=nothing)
+    assert (hashed([on[0]], on[1]) is None) == ("hook" in name)
+    assert hashed([on[0]], on[1]) != hashed([kit.model], kit.clip)
     found = kit.merge(on=on).lora
     assert distance(found, kit.merge(on=same(kit, on)).lora) < near
     assert distance(found, kit.merge().lora) > 10 * near

@@ -135,11 +135,30 @@ def test_a_store_stays_within_its_limit_and_lets_the_oldest_go(tmp_path):
 
 
 def test_weights_that_have_no_hash_keep_nothing():
-    """Those that are not there, and those of a tensor's subclass."""
+    """Those that are not there, and those of a tensor's subclass, unless that is made of others."""
 
     class Packed(torch.Tensor):
         pass
 
+    class Quantised(torch.Tensor):
+        @staticmethod
+        def __new__(cls, codes):
+            return torch.Tensor._make_wrapper_subclass(cls, codes.shape)
+
+        def __init__(self, codes):
+            self.codes = codes
+
+        def __tensor_flatten__(self):
+            return ["codes"], None
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return cls(args[0].codes)  # of detach
+
+    codes = torch.arange(3, dtype=torch.uint8)
+    hashes = [sample_store.digest_of_weights([("a", Quantised(codes + n))]) for n in (0, 0, 1)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert None not in hashes
     plain = torch.ones(3)
     assert sample_store.digest_of_weights([("a", torch.nn.Parameter(plain))]) is not None
     for other in (plain.to("meta"), plain.as_subclass(Packed)):
