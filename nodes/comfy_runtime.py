@@ -110,7 +110,7 @@ def show_text(text: str, node_id: str | None) -> None:
         PromptServer.instance.send_progress_text(text, node_id)
 
 
-def said(text: str) -> dict[str, Any]:
+def ui_text(text: str) -> dict[str, Any]:
     """What a node shows, for the history and for the front end after a reload (web/iteris.js)."""
     return {"text": [_inert(text)]}
 

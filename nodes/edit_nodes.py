@@ -23,7 +23,7 @@ from ..iteris_core.report.inspection import Interference, LoraFacts, describe, i
 from ..iteris_core.solve.ranks import Target
 from .comfy_host import ComfyHost
 from .comfy_lora import apply_lora
-from .comfy_runtime import NodeProgress, files_behind, is_linked, said, show_text
+from .comfy_runtime import NodeProgress, files_behind, is_linked, show_text, ui_text
 from .comfy_state import ready_for_merge
 from .concept_specs import specs_of
 from .merge_settings import Request
@@ -95,7 +95,7 @@ class _Edit:
         tensors, report = TensorsOfLora(lora, ordered=True), "\n".join(lines)
         show_text(report, self.hidden.unique_id)
         model, clip = apply_lora(self.model, self.clip, tensors)
-        return io.NodeOutput(model, clip, tensors, report, ui=said(report))
+        return io.NodeOutput(model, clip, tensors, report, ui=ui_text(report))
 
 
 class ResizeLora(io.ComfyNode):
@@ -245,7 +245,7 @@ class InspectLoras(io.ComfyNode):
         table = "\n".join(lines)
         show_text(table, node_id)
         plot = figure_image(_plot_loras(facts)) if is_linked(cls.hidden, 0) else None
-        return io.NodeOutput(plot, table, ui=said(table))
+        return io.NodeOutput(plot, table, ui=ui_text(table))
 
 
 def _numbered(loras: Sequence[Lora]) -> list[Lora]:

@@ -28,7 +28,7 @@ from .merge_settings import Request
 
 _PACK = Path(__file__).parents[1]
 _ABOUT = "about"
-_SAID = (
+_NOTE = (
     "  Made before with the same inputs, so nothing ran. To make it again, set kept to clear in "
     "IterIS Settings."
 )
@@ -65,10 +65,10 @@ def key_on_disk(
     limits = [boundary, request.distilled, request.memory_budget]
     base = digest_of_base(models, clip, request.references, *limits)
     named = config.model_copy(update={"concepts": tuple(map(_by_content, config.concepts))})
-    asked = named.to_dict()
-    if base is None or "embedding:" in json.dumps(asked):  # of a file that may change
+    recipe = named.to_dict()
+    if base is None or "embedding:" in json.dumps(recipe):  # of a file that may change
         return None
-    return digest([base, asked, _pack_version()])
+    return digest([base, recipe, _pack_version()])
 
 
 def _by_content(concept: ConceptConfig) -> ConceptConfig:
@@ -115,7 +115,7 @@ def kept(key: str, model: Any, clip: Any) -> Merge | None:
         return None
     base = ComfySites(model, clip).base
     lora = Lora(sites, *named, base=base, embeddings=embeddings)
-    return Merge(lora, f"{about['report']}\n{_SAID}", about["ordered"])
+    return Merge(lora, f"{about['report']}\n{_NOTE}", about["ordered"])
 
 
 def _change(parts: dict[str, Tensor], site: str, kernel: list[int] | None) -> LowRank:

@@ -14,11 +14,11 @@ from ..iteris_core.methods import all_methods, find_method
 from ..iteris_core.report.provenance import scaled_lora
 from .comfy_host import BOUNDARY
 from .comfy_lora import apply_lora
-from .comfy_runtime import files_behind, said, show_text
+from .comfy_runtime import files_behind, show_text, ui_text
 from .concept_specs import specs_of
 from .kept import Merge
 from .merge_settings import Request
-from .merging import as_lora_model, as_lora_models, merged
+from .merging import as_lora_model, as_lora_models, clear, merged
 from .save_node import how_to_call
 from .schema import (
     GRAPH,
@@ -96,6 +96,8 @@ def _merge(
     files = [file for name in inputs for file in files_behind(hidden, name)]
     strength: float = values.get("strength", 1.0)
     request = Request.of(values, files, model)
+    if request.clears:
+        clear()
     config = request.config(specs_of(concepts), values.get("method", "iteris"))
     merge = merged(model, clip, config, request, hidden.unique_id, **experts)
     scaled = "" if strength == 1 else f"\n  At strength {strength:g}, in the file as well."
@@ -108,7 +110,7 @@ def _merge(
 
 def _output(hidden: Any, made: Sequence[Any], merge: Merge) -> io.NodeOutput:
     show_text(merge.report, hidden.unique_id)
-    return io.NodeOutput(*made, merge.report, _words(merge), ui=said(merge.report))
+    return io.NodeOutput(*made, merge.report, _words(merge), ui=ui_text(merge.report))
 
 
 def _words(merge: Merge) -> str:
@@ -154,6 +156,8 @@ class CompareMerges(io.ComfyNode):
             if name != _BASE:
                 find_method(name)
         request = Request.of(values, files_behind(cls.hidden, "model"), model)
+        if request.clears:  # once: the methods share their samples
+            clear()
         node_id, specs = cls.hidden.unique_id, specs_of(concepts)
         models, clips, reports = [], [], []
         for name in names:
@@ -166,4 +170,4 @@ class CompareMerges(io.ComfyNode):
             clips.append(drawn[1])
         report = "\n".join(reports)
         show_text(report, node_id)
-        return io.NodeOutput(models, clips, names, report, ui=said(report))
+        return io.NodeOutput(models, clips, names, report, ui=ui_text(report))

@@ -123,8 +123,6 @@ def merged(
 ) -> Merge:
     """The merge of ``config``, perhaps one that was kept; ``low`` and ``boundary`` as in
     :class:`.comfy_host.ComfyHost`. A merge for which memory was short is not kept on the disk."""
-    if request.clears:
-        clear()
     key = (
         *_key_of((model, clip, low), request.references, _forget),
         (config, boundary, request.distilled, request.memory_budget),

@@ -22,7 +22,7 @@ from ..iteris_core.lora_files.embeddings import file_names, to_file, unbundled
 from ..iteris_core.lora_files.tensors import content_hash, file_digest, save_atomically
 from ..iteris_core.report.provenance import write_card
 from .comfy_internals import optional
-from .comfy_runtime import said, show_text
+from .comfy_runtime import show_text, ui_text
 from .merging import LoraModel as MergedLora
 from .pictures import save_thumbnail
 from .schema import LoraModel, schema
@@ -101,7 +101,7 @@ class SaveMergedLora(io.ComfyNode):
         name = str(Path(subfolder) / file.name)
         text = f"{name}{embeddings}"
         show_text(f"Saved {text}", cls.hidden.unique_id)
-        return io.NodeOutput(name, ui=said(text))
+        return io.NodeOutput(name, ui=ui_text(text))
 
 
 def _at(lora: dict[str, Any], dtype: str, rank: int) -> dict[str, Tensor]:
@@ -162,10 +162,10 @@ def new_file(
 
 def _holds(file: Path, metadata: Mapping[str, str]) -> bool:
     """True if the file is there and has the tensors whose hash ``metadata`` names."""
-    return file.exists() and _HASH in metadata and _said_in(file).get(_HASH) == metadata[_HASH]
+    return file.exists() and _HASH in metadata and _metadata_of(file).get(_HASH) == metadata[_HASH]
 
 
-def _said_in(file: Path) -> Mapping[str, str]:
+def _metadata_of(file: Path) -> Mapping[str, str]:
     try:
         return read_header(file)[1]
     except IterisError:  # a file of another kind
@@ -175,7 +175,7 @@ def _said_in(file: Path) -> Mapping[str, str]:
 def _check_replaceable(file: Path, metadata: Mapping[str, str]) -> None:
     """Raise :class:`SaveError` for a file that this pack did not write, or that was merged here."""
     why = ""
-    if _OURS not in _said_in(file):
+    if _OURS not in _metadata_of(file):
         why = "IterIS did not write it"
     elif file_digest(file) in metadata.get(_OURS, ""):
         why = "it is one of the LoRAs that were merged"

@@ -57,7 +57,7 @@ def test_text_on_a_node_has_no_html(kit, loras, monkeypatch):
     runtime = part(kit.pack, "nodes.comfy_runtime")
     monkeypatch.setattr(
         part(kit.pack, "nodes.concept_nodes"), "show_text",
-        lambda text, _: shown.extend(runtime.said(text)["text"]),
+        lambda text, _: shown.extend(runtime.ui_text(text)["text"]),
     )  # fmt: skip
     kit.node("concept_nodes", "IterisLoras").execute(lora_1="sub/ä 'cat' <b>.safetensors")
     assert shown == ["ä 'cat' ‹b› at 1: sks cat (a guess from its captions)"]

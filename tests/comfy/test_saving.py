@@ -94,7 +94,7 @@ def test_a_file_without_metadata(kit, save, monkeypatch):
     _, said = part(kit.pack, "iteris_core.lora_files").read_tensors(kit.loras / name)
     assert said.keys() == {"iteris", "modelspec.hash_sha256"}
     assert said["iteris"] == "{}"
-    assert save(lora, "bare").result == (name,)
+    assert save(lora, "bare", card=True).result == (name,)
 
 
 def test_a_folder_that_cannot_be_written(kit, save):
