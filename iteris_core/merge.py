@@ -314,7 +314,8 @@ def _by_features(
     with job.host.activate(calls) as in_force:
         for concept, of_one, names in zip(job.concepts, calls, in_force, strict=True):
             warnings = of_one.warnings(names)
-            noted.append((concept.name, [*of_one.notes(names), *warnings]))
+            active = [f"its embedding {name} is active" for name in sorted(names)]
+            noted.append((concept.name, [*active, *warnings]))
             for warning in warnings:
                 _log.warning("%s: %s", concept.name, warning)
         merged = method.merge(job, settings)

@@ -44,7 +44,7 @@ def with_embeddings(clip: Any, embeddings: Mapping[str, Parts]) -> tuple[Any, se
 
 
 def _encoders(clip: Any) -> list[Encoder]:
-    return [Encoder(t, {t.embedding_key}, t.embedding_size) for t in tokenizers(clip.tokenizer)]
+    return [Encoder(t, t.embedding_size) for t in tokenizers(clip.tokenizer)]
 
 
 def _knowing(clip: Any, encoders: Sequence[Encoder], names: Set[str]) -> Any:

@@ -25,18 +25,9 @@ Embeddings = dict[str, dict[str, Tensor]]
 ANY = "emb_params"
 """The part of an embedding for an unspecified text encoder."""
 
-_MARK = "bundle_emb."
-_ENDS = ("emb", "embedding")
-_ALIASES = {
-    "*": ANY,
-    "emp_params": ANY,  # sic, in A1111's files
-    "string_to_param.*": ANY,
-    "string_to_params.*": ANY,
-    "text_encoders_0": "clip_l",
-    "text_encoders_1": "clip_g",
-    "t5": "t5xxl",
-}
-_ENCODERS = ("clip_", "t5", "umt5", "mt5", "byt5", "pile_t5", "qwen", "gemma", "llama", "mistral")
+_MARK, _A1111 = "bundle_emb.", "string_to_param.*"
+_ALIASES = {_A1111: ANY, "text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
+_ENCODERS = (ANY, "clip_", "t5", "umt5", "mt5", "byt5", "pile_t5", "qwen", "gemma", "llama")
 
 
 def split_embeddings(
@@ -67,7 +58,7 @@ def split_embeddings(
 
 def sidecar_files(path: Path) -> list[Path]:
     """The files beside the LoRA file ``path`` that hold embeddings of a trainer."""
-    files = (path.with_name(f"{path.stem}_{end}.safetensors") for end in _ENDS)
+    files = (path.with_name(f"{path.stem}_{end}.safetensors") for end in ("emb", "embedding"))
     return [file for file in files if file.is_file()]
 
 
@@ -79,10 +70,11 @@ def unbundled(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Embeddings, di
         if not key.startswith(_MARK):
             rest[key] = tensor
             continue
-        name, part = _bundled(key.removeprefix(_MARK))
-        if not name or not part:
-            raise _no_embedding(path, key, tensor)
-        embeddings.setdefault(name, {})[part] = _vectors(path, key, tensor)
+        name = key.removeprefix(_MARK).removesuffix(f".{_A1111}")  # a name may contain dots
+        part = ANY
+        if not key.endswith(_A1111):
+            name, _, part = name.rpartition(".")
+        embeddings.setdefault(name, {})[_ALIASES.get(part, part)] = _vectors(path, tensors, key)
     return embeddings, rest
 
 
@@ -97,7 +89,7 @@ def without_embeddings(metadata: Mapping[str, str]) -> dict[str, str]:
 def bundled(embeddings: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of embeddings as bundled in a LoRA file."""
     return {
-        f"{_MARK}{name}.{'string_to_param.*' if part == ANY else part}": vectors.contiguous()
+        f"{_MARK}{name}.{_A1111 if part == ANY else part}": vectors.contiguous()
         for name, parts in embeddings.items()
         for part, vectors in parts.items()
     }
@@ -124,52 +116,32 @@ def file_names(names: Iterable[str]) -> dict[str, str]:
     """A distinct file name for each embedding; "<cat>" and "cat" would collide."""
     files: dict[str, str] = {}
     for name in names:
-        own, count = file_name(name), 1
+        first = own = re.sub(r"[^\w.-]+", "_", name)[:80].strip("._") or "embedding"
+        count = 1
         while own in files.values():
             count += 1
-            own = f"{file_name(name)}-{count}"
+            own = f"{first}-{count}"
         files[name] = own
     return files
-
-
-def file_name(name: str) -> str:
-    """An embedding's name without characters that file names cannot contain."""
-    return re.sub(r"[^\w.-]+", "_", name)[:80].strip("._") or "embedding"
 
 
 def _embeddings_of(file: Path, stem: str) -> Embeddings:
     """A file beside a LoRA: the parts of one embedding, or diffusers' vectors by token."""
     tensors, metadata = read_tensors(file)
-    parts = {_ALIASES.get(key, key): _vectors(file, key, t) for key, t in tensors.items()}
-    name = metadata.get("name")
-    if len(parts) == 1 and (name in parts or not _is_part(*parts)):
-        return {name or next(iter(parts)): {ANY: next(iter(parts.values()))}}
-    if any(map(_is_part, parts)):
+    parts = {_ALIASES.get(key, key): _vectors(file, tensors, key) for key in tensors}
+    name = metadata.get("name", "")
+    if any(part.startswith(_ENCODERS) for part in parts) and name not in parts:
         return {name or stem: parts}
+    if name and len(parts) == 1:
+        return {name: {ANY: vectors} for vectors in parts.values()}
     return {token: {ANY: vectors} for token, vectors in parts.items()}
 
 
-def _bundled(key: str) -> tuple[str, str]:
-    """(name, part) from the text after the mark; a name may contain dots."""
-    for end in ("string_to_param.*", "string_to_params.*"):
-        if key.endswith(f".{end}"):
-            return key.removesuffix(f".{end}"), ANY
-    name, _, part = key.rpartition(".")
-    return name, _ALIASES.get(part, part)
-
-
-def _is_part(key: str) -> bool:
-    return key == ANY or key.startswith(_ENCODERS)
-
-
-def _vectors(path: Path, key: str, tensor: Tensor) -> Tensor:
+def _vectors(path: Path, tensors: Mapping[str, Tensor], key: str) -> Tensor:
+    tensor = tensors[key]
     if tensor.ndim not in (1, 2) or not tensor.numel() or not tensor.is_floating_point():
-        raise _no_embedding(path, key, tensor)
+        raise LoraFileError(
+            f"{path}: key {key} {tuple(tensor.shape)} is not an embedding, which has one vector "
+            "per row; bundled in a LoRA its key is bundle_emb.NAME.PART."
+        )
     return tensor.reshape(-1, tensor.shape[-1])
-
-
-def _no_embedding(path: Path, key: str, tensor: Tensor) -> LoraFileError:
-    return LoraFileError(
-        f"{path}: key {key} {tuple(tensor.shape)} is not an embedding, which has one vector per "
-        "row; bundled in a LoRA its key is bundle_emb.NAME.PART."
-    )

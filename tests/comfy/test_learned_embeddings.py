@@ -52,8 +52,8 @@ def test_in_force_is_what_a_file_in_embeddings_is(kit, with_embedding, monkeypat
         lambda *_: torch.Generator().manual_seed(0),
     )  # fmt: skip
     tokenizer, before = kit.clip.tokenizer, kit.outputs()
-    found = merged(kit, with_embedding("<s0><s1>"))
-    assert "'<s0><s1>' calls for its embedding toy" in found.report.summary()
+    found = merged(kit, with_embedding("<toy>"))
+    assert "its embedding toy is active" in found.report.summary()
     wanted = merged(kit, with_embedding("embedding:other"))
     assert "its embedding toy is not active" in wanted.report.summary()
     for site, change in wanted.lora.sites.items():
@@ -85,5 +85,5 @@ def test_the_merged_clip_and_the_saved_file_are_called_alike(kit, with_embedding
     assert torch.equal(encoded(stock, "a (embedding:my/toy_2, red:1.1) cat"), with_it)
     # And it is merged again with a third.
     again = merged(kit, kit.specs.make_spec(kit.loras / output.result[0]), kit.concepts()[1])
-    assert "calls for its embedding toy" in again.report.summary()
+    assert "its embedding toy is active" in again.report.summary()
     assert list(again.lora.embeddings) == ["toy"]

@@ -33,7 +33,6 @@ def concept(embeddings, trigger="", class_word="dog", lora=None, **given) -> Con
 
 
 ONE = {"toy": {"emb_params": vectors(0)}}
-TWO = {"toy": {"clip_l": vectors(0, 2)}}
 BOTH = {"toy": ONE["toy"], "<cat>": {"emb_params": vectors(1)}}
 
 
@@ -51,8 +50,6 @@ BOTH = {"toy": ONE["toy"], "<cat>": {"emb_params": vectors(1)}}
         (ONE, {"trigger": "sks", "prompts": ["a dog"]}, set(), ["toy"]),
         (ONE, {"trigger": "", "prompts": ["a toy, (toy:1.2)"]}, {"toy"}, []),
         (ONE, {"trigger": "", "prompts": ["a <toy> toy"]}, {"<toy>"}, []),
-        (TWO, {"trigger": "<s0><s1>"}, {"<s0><s1>"}, []),
-        (TWO, {"trigger": "", "prompts": ["a <s1> dog"]}, set(), ["toy"]),
         (BOTH, {"trigger": "", "subjects": ["toy dog", "<cat> cat"]}, {"toy", "<cat>"}, []),
         (BOTH, {"trigger": "toy"}, {"toy"}, ["<cat>"]),
         (BOTH, {"trigger": "sks"}, set(), ["toy", "<cat>"]),
@@ -63,12 +60,9 @@ BOTH = {"toy": ONE["toy"], "<cat>": {"emb_params": vectors(1)}}
 def test_what_calls_for_an_embedding(embeddings, given, words, uncalled):
     calls = embedding_triggers(concept(embeddings, **given))
     assert set(calls.words) == words
-    assert calls.uncalled == uncalled
-    in_force = set(calls.words.values())
-    assert all(repr(word) in " ".join(calls.notes(in_force)) for word in words)
-    warnings = calls.warnings(in_force)
-    assert len(warnings) == bool(uncalled)
-    assert all("not active" in warning for warning in warnings)
+    warnings = calls.warnings(set(calls.words.values()))
+    assert len(warnings) == len(uncalled)
+    assert all(f"{n} is not active" in "".join(warnings) for n in uncalled)
 
 
 def encoded(pipeline, *prompts):
@@ -111,7 +105,6 @@ def test_each_text_encoder_has_its_own_vectors():
         name: vectors(seed, 2, table.shape[1])
         for seed, (name, table) in enumerate(zip(("clip_l", "clip_g"), tables, strict=True))
     }
-    assert in_force_on(pipeline, {"e": {"t5xxl": parts["clip_l"]} | parts}) is not None
     both = in_force_on(pipeline, {"e": parts})
     first = in_force_on(pipeline, {"e": {"clip_l": parts["clip_l"]}})
     plain = encoded(pipeline, "a <e> dog")
@@ -156,7 +149,7 @@ def test_a_merge_has_them_in_force(pipeline):
     for site, change in wanted.sites.items():
         assert torch.equal(found.lora.sites[site].dense(), change.dense())
     assert any(not torch.equal(others.sites[s].dense(), c.dense()) for s, c in wanted.sites.items())
-    assert "'<e0>' calls for its embedding <e0>" in found.report.summary()
+    assert "its embedding <e0> is active" in found.report.summary()
 
 
 def test_an_embedding_for_another_base_is_said_aloud(pipeline, caplog):
@@ -174,7 +167,7 @@ def test_a_merged_file_is_read_back_and_merged_again(pipeline, tmp_path):
     host = DiffusersHost(pipeline)
     loras = [replace(random_lora(host, seed, select=small), name=f"l{seed}") for seed in (1, 2, 3)]
     parts = [{"clip_l": vectors(seed, 2)} for seed in (1, 2, 3)]
-    first = [concept({"toy": parts[i]}, "<s0><s1>", ("dog", "cat")[i], loras[i]) for i in (0, 1)]
+    first = [concept({"toy": parts[i]}, "<toy>", ("dog", "cat")[i], loras[i]) for i in (0, 1)]
     merged = merge_loras(None, first, "sum")
     path = merged.save(tmp_path / "m.safetensors", dtype="float32")
     again = host.read_lora(path)
@@ -189,7 +182,7 @@ def test_a_merged_file_is_read_back_and_merged_again(pipeline, tmp_path):
     assert list(result.lora.embeddings) == ["toy", "l2-toy", "bird"]
     assert "not active" not in result.report.summary()
     for word in ("toy", "l2-toy", "bird"):
-        assert f"{word!r} calls for its embedding {word}" in result.report.summary()
+        assert f"its embedding {word} is active" in result.report.summary()
     (tmp_path / "m_l2-toy_emb.safetensors").unlink()
     moved = host.read_lora(path)
     assert list(moved.embeddings) == ["toy"]
