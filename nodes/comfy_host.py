@@ -148,16 +148,13 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         store: SampleStore | None = None,
     ) -> ComfySamples:
         before = generator.get_state()
-        denoises = not all(map(_of_text, sites))
         share = 0.0 if self.distilled else calibration.empty_share
 
         def make(rows: int) -> ComfySamples:
             self._batch, self._lockstep = rows, lockstep
             generator.set_state(before)
-            drawn = SamplePrompts.drawn(
-                concepts, calibration, self._vocabulary, generator, share, denoises=denoises
-            )
-            kept = self._latents(drawn, sites, lockstep, rows, tick, store) if denoises else ()
+            drawn = SamplePrompts.drawn(concepts, calibration, self._vocabulary, generator, share)
+            kept = self._latents(drawn, sites, lockstep, rows, tick, store)
             return comfy_samples(kept, drawn, self._texts.tokenize)
 
         return halving(self._batch, make)
@@ -230,8 +227,6 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         for batch in batches.values():
             batch.run_all(self._batch, self._lockstep)
         texts = self._texts.assemble(loaded, tokens, batches, 0, self._lockstep)
-        if not samples.noisy:
-            return torch.cat([texts[row][0] for row in rows])
         found: list[Tensor] = []
         for number, noisy in enumerate(samples.noisy):
             mine = samples.rows_of(number)
@@ -264,7 +259,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
                     batch.sites,
                     batch.owners,
                     batch.run,
-                    feeds_next=bool(samples.noisy),
+                    feeds_next=any(not _of_text(site) for site in sites),
                     batch_keys=batch.lengths,
                     lengths=batch.lengths,
                     samples=samples.worth,
@@ -272,8 +267,6 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
                 )
             else:
                 batch.run_all(self._batch, self._lockstep)
-        if not samples.noisy:
-            return
         conditionings = [
             self._texts.assemble(loaded, tokens, batches, copy, self._lockstep)
             for copy in range(2)

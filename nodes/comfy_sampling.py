@@ -260,12 +260,12 @@ class DenoiserRows:
 @dataclass(frozen=True)
 class ComfySamples:
     """``tokens`` are those of every text, ``worth`` is the effective number of samples per concept;
-    ``noisy`` has one entry per denoiser, and is empty if no site needs one."""
+    ``noisy`` has one entry per denoiser."""
 
     text: TextRows
     tokens: Sequence[Any]
     worth: int
-    noisy: Sequence[DenoiserRows] = ()
+    noisy: Sequence[DenoiserRows]
 
     def rows_of(self, denoiser: int) -> range:
         """The indices of a denoiser's rows among those of all."""
@@ -279,7 +279,7 @@ def comfy_samples(
     tokenize: Callable[[Sequence[int], Sequence[str]], Sequence[Any]],
 ) -> ComfySamples:
     """One row per recorded latent of a denoiser, and those that ``drawn`` adds on them."""
-    parts = [drawn.texts(kept.picks.shape[1]) for kept in kept_by] or [drawn.texts(None)]
+    parts = [drawn.texts(kept.picks.shape[1]) for kept in kept_by]
     text = TextRows.of(
         [owner for part in parts for owner in part.owners],
         [part.texts[row] for part in parts for row in part.text_rows],
@@ -295,7 +295,7 @@ def comfy_samples(
             kept.schedule,
             part.conditions,
         )
-        for part, kept in zip(parts, kept_by, strict=False)  # empty without a denoiser
+        for part, kept in zip(parts, kept_by, strict=True)
     ]
     return ComfySamples(
         text, tokenize(text.text_owners, text.texts), drawn.effective_samples(text), noisy

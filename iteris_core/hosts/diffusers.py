@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cached_property
 from importlib.metadata import version
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +27,21 @@ from ..architectures.record import TEXT_WIRINGS
 from ..architectures.sites import in_changed_parts, residual_streams
 from ..calibration_prompts import whole_words
 from ..concepts import Calibration, Concept
+from ..errors import BaseError
 from ..lora import Lora
 from ..lora_files import ReadOptions
-from .diffusers_arguments import Arguments, study
-from .diffusers_loop import PipelineLoop, without_checkpointing
-from .diffusers_lora import (
-    OF_TEXT,
-    base_of,
-    check_parts,
-    pipeline_parameters,
-    pipeline_sites,
-    read_lora,
-)
-from .diffusers_rows import RecordedRows, record_rows
+from .diffusers_arguments import Arguments, study, token_sides
+from .diffusers_loop import PipelineLoop
+from .diffusers_lora import OF_TEXT, base_of, pipeline_parameters, pipeline_sites, read_lora
+from .diffusers_rows import DiffusionSamples, record_rows
 from .learned import EmbeddingTriggers, Placeholders, in_force
 from .protocol import Host, Stage, Tick, check_model, check_ready
 from .recorded import Call, entries, joined, kind, size
-from .rows import SamplePrompts, TextRows, added_concepts
+from .rows import SamplePrompts, added_concepts
 from .sample_store import SampleStore, digest, digest_of_weights
 
 Words = list[list[Call]]
 """For each of two copies, and each text: the denoiser's arguments that depend on the text."""
-
-
-@dataclass(frozen=True)
-class DiffusionSamples:
-    """``worth``: effective samples of a concept; ``recorded``: None if no denoiser has to run."""
-
-    text: TextRows
-    arguments: Arguments
-    worth: int
-    recorded: RecordedRows | None = None
 
 
 class DiffusersHost(Host):
@@ -73,12 +58,20 @@ class DiffusersHost(Host):
     def __init__(self, pipeline: Any, **call: Any) -> None:
         self._sites = pipeline_sites(pipeline)
         self.architecture = base_of(pipeline, self._sites).architecture
-        check_parts(pipeline, self.architecture)
         self.pipeline = pipeline
+        for part in ("scheduler", "text_encoder", "tokenizer"):
+            optional = getattr(type(pipeline), "_optional_components", ())
+            if pipeline.components.get(part, part) is None and part not in optional:
+                raise BaseError(
+                    f"{type(pipeline).__name__} has no {part}. Load the whole pipeline."
+                )
         self._loop = PipelineLoop(pipeline, self.architecture, call)
-        for model in self._models():
+        components = sorted({site.partition(".")[0] for site in self._sites})
+        self._models = [getattr(pipeline, component) for component in components]
+        for model in self._models:
             check_model(model)
-        self._direct = {site for site in self._sites if self._sees_text_only(site)}
+        words = next((t for t in self._tokenizers if hasattr(t, "get_vocab")), None)
+        self._vocabulary = [] if words is None else whole_words(words.get_vocab())
         self._placeholders: Placeholders | None = None
         self._studied: dict[Any, Arguments] = {}
 
@@ -91,10 +84,6 @@ class DiffusersHost(Host):
         """The name of the first denoiser if there is a second one for low noise; else empty."""
         return self.architecture.denoiser if len(self._loop.denoisers) > 1 else ""
 
-    def _models(self) -> list[nn.Module]:
-        components = {site.partition(".")[0] for site in self._sites}
-        return [getattr(self.pipeline, component) for component in sorted(components)]
-
     @property
     def device(self) -> torch.device:
         return torch.device(self.pipeline._execution_device)
@@ -102,12 +91,12 @@ class DiffusersHost(Host):
     def sites(self) -> Mapping[str, nn.Module]:
         return self._sites
 
-    def parameters(self) -> Mapping[str, nn.Module]:
-        return self._parameters
-
     @cached_property
     def _parameters(self) -> Mapping[str, nn.Module]:
         return pipeline_parameters(self.pipeline)
+
+    def parameters(self) -> Mapping[str, nn.Module]:
+        return self._parameters
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         return read_lora(self.pipeline, self._sites, Path(path), options)
@@ -119,12 +108,6 @@ class DiffusersHost(Host):
         named = [part for name, part in parts.items() if "tokenizer" in name]
         found = [part for part in named if part is not None and not isinstance(part, nn.Module)]
         return found or [parts["processor"].tokenizer]
-
-    @property
-    def _vocabulary(self) -> list[str]:
-        """The whole words of the first tokenizer, if it exposes its vocabulary."""
-        tokenizer = next((part for part in self._tokenizers if hasattr(part, "get_vocab")), None)
-        return [] if tokenizer is None else whole_words(tokenizer.get_vocab())
 
     def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:
         return added_concepts(concepts, calibration, self._vocabulary)
@@ -155,27 +138,20 @@ class DiffusersHost(Host):
         tick: Tick,
         store: SampleStore | None = None,
     ) -> DiffusionSamples:
-        for model in self._models():
+        for model in self._models:
             check_ready(model)
-        denoises = any(not site.startswith(OF_TEXT) for site in sites - self._direct)
         read = calibration.denoising_steps, calibration.latent_size, calibration.frames
-        key = (*read, denoises, getattr(self.pipeline, "scheduler", None))
+        key = (*read, getattr(self.pipeline, "scheduler", None))
         if key not in self._studied:
-            self._studied[key] = study(self._loop, calibration, denoises=denoises)
+            self._studied[key] = study(self._loop, calibration)
         arguments = self._studied[key]
         share = calibration.empty_share if self._loop.empty_prompts else 0.0
-        drawn = SamplePrompts.drawn(
-            concepts, calibration, self._vocabulary, generator, share, denoises=denoises
-        )
-        recorded = None
-        if denoises:
-            said = self._said(drawn.owners, drawn.prompts)
-            keeps = store is not None and calibration.latents != "noise"
-            base = self._base_digest(arguments) if keeps else None
-            store = store.within(base) if store is not None and base else None
-            recorded = record_rows(self._loop, arguments, drawn, said, lockstep, tick, store)
-        text = drawn.texts(None if recorded is None else recorded.each)
-        return DiffusionSamples(text, arguments, drawn.effective_samples(text), recorded)
+        drawn = SamplePrompts.drawn(concepts, calibration, self._vocabulary, generator, share)
+        texts = self._said(drawn.owners, drawn.prompts)
+        if store is not None:
+            base = None if calibration.latents == "noise" else self._base_digest(arguments)
+            store = store.within(base) if base else None
+        return record_rows(self._loop, arguments, drawn, texts, lockstep, tick, store)
 
     def _base_digest(self, arguments: Arguments) -> str | None:
         """A hash of all that samples depend on beside prompts and LoRAs; None if there is none: for
@@ -195,15 +171,13 @@ class DiffusersHost(Host):
         return None
 
     def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
-        text, recorded = samples.text, samples.recorded
-        said = self._said(text.text_owners, text.texts)
-        if recorded is None:  # one row per text
-            words = self._first(samples.arguments, [said[row] for row in rows])
-            return torch.stack([some["encoder_hidden_states"] for some in words])
-        words = self._first(samples.arguments, [said[text.text_rows[row]] for row in rows])
+        text = samples.text
+        texts = self._said(text.text_owners, text.texts)
+        words = self._first(samples.arguments, [texts[text.text_rows[row]] for row in rows])
         latents = [text.latent_rows[row] for row in rows]
-        calls = [{**some, **recorded.row(row)} for some, row in zip(words, latents, strict=True)]
-        return self._denoise(recorded.denoiser(latents[0]), samples.arguments, calls)
+        calls = [{**some, **samples.row(row)} for some, row in zip(words, latents, strict=True)]
+        name = list(self._loop.denoisers)[int(samples.ran[latents[0]])]
+        return self._denoise(name, samples.arguments, calls)
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         streams: dict[str, nn.Module] = {}
@@ -212,36 +186,27 @@ class DiffusersHost(Host):
                 encoder = getattr(self.pipeline, component)
                 known = residual_streams(encoder, self._sites, TEXT_WIRINGS)
                 streams |= in_changed_parts(known, sites)
-            elif any(s.startswith(f"{component}.") and s not in self._direct for s in sites):
+            else:
                 denoiser = getattr(self.pipeline, component)
                 streams |= residual_streams(denoiser, self._sites, self.architecture.wirings)
         return streams
 
     def stages(self, samples: DiffusionSamples, sites: Set[str]) -> Iterator[Stage]:
-        said = self._said(samples.text.text_owners, samples.text.texts)
-        samples = replace(samples, text=replace(samples.text, texts=said))
-        text, recorded = samples.text, samples.recorded
         text_sites = [site for site in sites if site.startswith(OF_TEXT)]
         others = [site for site in sites if not site.startswith(OF_TEXT)]
-        if not others and not text_sites:
+        if not sites:
             return
+        text = samples.text
+        text = replace(text, texts=self._said(text.text_owners, text.texts))
+        samples = replace(samples, text=text)
         words: Words = [[{}] * len(text.texts) for _ in range(2)]
         yield self._text_stage(text_sites, samples, words, feeds=bool(others))
-        if recorded is None and others:
-
-            def project(rows: Sequence[int], copies: int) -> None:
-                calls = [words[copy][row] for copy in range(copies) for row in rows]
-                states = torch.stack([call["encoder_hidden_states"] for call in calls])
-                states = states.to(self.device)
-                for site in others:
-                    self._sites[site](states)
-
-            yield Stage("cross-attention", others, text.text_owners, project, samples=samples.worth)
-        if recorded is not None:
-            for name in self._loop.denoisers:
-                own = [site for site in others if site.startswith(f"{name}.")]
-                if own and recorded.rows_of(name):
-                    yield self._denoiser_stage(name, own, samples, recorded, words)
+        for number, name in enumerate(self._loop.denoisers):
+            own = [site for site in others if site.startswith(f"{name}.")]
+            ran = (samples.ran == number).tolist()
+            rows = [row for row, latent in enumerate(text.latent_rows) if ran[latent]]
+            if own and rows:
+                yield self._denoiser_stage(name, own, samples, rows, words)
 
     def _text_stage(
         self, sites: Sequence[str], samples: DiffusionSamples, words: Words, *, feeds: bool
@@ -281,15 +246,13 @@ class DiffusersHost(Host):
         name: str,
         sites: Sequence[str],
         samples: DiffusionSamples,
-        recorded: RecordedRows,
+        rows: Sequence[int],
         words: Words,
     ) -> Stage:
         text, arguments = samples.text, samples.arguments
-        ran = set(recorded.rows_of(name))
-        rows = [row for row, latent in enumerate(text.latent_rows) if latent in ran]
 
         def call_of(row: int, copy: int) -> Call:
-            return {**words[copy][text.text_rows[row]], **recorded.row(text.latent_rows[row])}
+            return {**words[copy][text.text_rows[row]], **samples.row(text.latent_rows[row])}
 
         def run(some: Sequence[int], copies: int) -> None:
             calls = [call_of(rows[row], copy) for copy in range(copies) for row in some]
@@ -304,20 +267,24 @@ class DiffusersHost(Host):
                 (lengths[text.text_rows[row]], kind(first, arguments.batched))
                 for row, first in zip(rows, firsts, strict=True)
             ]
+        shapes: list[list[int]] = [[*samples.moving[n].shape[1:]] for n in arguments.drawn]
+        packed = any(len(shape) == 2 for shape in shapes)
+        picture = shapes[0] if len(shapes) == 1 and len(shapes[0]) >= 3 else None
+        if len(shapes) == 1 and packed and isqrt(shapes[0][0]) ** 2 == shapes[0][0]:
+            picture = (isqrt(shapes[0][0]),) * 2  # square tokens
         return Stage(
             name,
             sites,
             [text.owners[row] for row in rows],
             run,
             spatial=True,
-            picture=recorded.picture(arguments.drawn),
-            patches=recorded.patches(arguments.drawn, self._loop.denoisers[name]),
+            picture=picture,
+            patches=(1,) if packed else sorted({*token_sides(self._loop.denoisers[name])}),
             batch_keys=kinds,
             lengths=None if arguments.alike else [size(call) for call in firsts],
             samples=samples.worth,
             rows=rows,
             conditions=[text.conditions[row] for row in rows],
-            gradients=partial(without_checkpointing, self._models()),
         )
 
     def _lengths(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
@@ -343,16 +310,3 @@ class DiffusersHost(Host):
             for prompt, row in zip(prompts, rows, strict=True):
                 row |= {p: torch.zeros_like(row[p]) for p in arguments.worded if not prompt}
         return rows
-
-    def _sees_text_only(self, site: str) -> bool:
-        """True if a site's input is the text embedding itself, independent of the latents."""
-        parent_name, _, leaf = site.rpartition(".")
-        if leaf not in ("to_k", "to_v") or not parent_name.startswith("unet."):
-            return False
-        unet = self.pipeline.unet
-        attention = unet.get_submodule(parent_name.removeprefix("unet."))
-        return (
-            bool(getattr(attention, "is_cross_attention", False))
-            and not getattr(attention, "norm_cross", None)
-            and getattr(unet, "encoder_hid_proj", None) is None
-        )

@@ -7,23 +7,23 @@ module finds out by running the pipeline's first steps a few times, never by nam
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import logging
 import math
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..activations.memory import is_out_of_memory
 from ..concepts import Calibration
 from ..errors import BaseError, IterisError, OutOfMemory, SettingsError, brief
 from .diffusers_loop import SEVERAL, PipelineLoop
-from .recorded import Axes, Call, batched_in, differ, entries, kind, passed, rows_in
+from .recorded import Axes, Call, batched_in, differ, entries, kind, passed
 from .rows import FRAMES, MOST_PIXELS, PICTURE_TOKENS, default_size, middle_patch, unet_levels
 
 _SHORT, _LONG = "a cat", "two cats" + " and a dog" * 16
@@ -65,15 +65,17 @@ class Arguments:
         return self.drawn | self.timed
 
 
-def study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> Arguments:
-    """Classify the denoiser's arguments. The denoiser runs only if the calibration denoises.
+def study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
+    """Classify the denoiser's arguments.
 
     Raises :class:`IterisError` if the pipeline cannot run on prompts and the arguments it was
     given.
     """
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # a trial's prompt may be too long, and a trial may fail
     try:
-        with torch.no_grad(), _trials_unreported():
-            return _study(loop, calibration, denoises=denoises)
+        with torch.no_grad():
+            return _study(loop, calibration)
     except IterisError:
         raise
     except Exception as error:
@@ -88,35 +90,27 @@ def study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> Ar
             f"{type(loop.pipeline).__name__} cannot be run on prompts alone{also}: "
             f"{brief(error)}. Pass the host the missing arguments, such as image=…"
         ) from error
-
-
-@contextmanager
-def _trials_unreported() -> Generator[None]:
-    """Silence the libraries' logs: a trial's prompt may be too long, and a trial may fail."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
-def _study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> Arguments:
-    size, numbers = pipeline_size(loop, calibration, _SHORT)
+def _study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
+    size, numbers = pipeline_size(loop, calibration)
     one, two, together = _one_and_two(loop, size)
     batched = batched_in(one, two)
-    if rows_in(one, batched) == 2 and loop.unguided:  # guided at a scale of 1
+    guided = any(
+        (one[path].shape[axis] if isinstance(one[path], Tensor) else len(one[path])) == 2
+        for path, axis in batched.items()
+    )
+    if guided and loop.unguided:  # at a scale of 1
         loop.unguided = 0.0
-        return _study(loop, calibration, denoises=denoises)
+        return _study(loop, calibration)
     long = loop.first_call([_LONG], size)
     first, other = entries(one, batched, 0), entries(two, batched, 0)
     drawn = frozenset(path for path in batched if differ(first[path], other[path], _SAME))
-    timed, steps, given = _steps(loop, calibration, size) if denoises else (set[str](), 1, None)
-    timed = frozenset(timed - drawn)
-    if denoises and not (drawn and timed):
+    moving, steps, given = _steps(loop, calibration, size)
+    timed = frozenset(moving - drawn)
+    if not (drawn and timed):
         raise BaseError(
             f"{type(loop.pipeline).__name__} has a denoiser whose noise or timestep cannot be "
             "identified among its arguments; merging on it is not supported."
@@ -124,7 +118,6 @@ def _study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> A
     still = one.keys() - drawn - timed
     calls = [{path: call.get(path) for path in still} for call in (one, long)]
     kinds = [kind(call, batched, masks=False) for call in calls]
-    row = entries(one, batched, 0)
     return Arguments(
         # A timestep may be a single number for all rows.
         batched=batched | {path: 0 for path in timed if getattr(one[path], "ndim", None) == 0},
@@ -134,7 +127,7 @@ def _study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> A
         worded=frozenset(path for path in still if differ(one[path], long.get(path))),
         together=together,
         alike=together and kinds[0] == kinds[1],
-        masked=any(passed(row[path]) is not None for path in batched),
+        masked=any(passed(first[path]) is not None for path in batched),
         steps=steps,
         size=size,
         numbers=numbers,
@@ -145,7 +138,7 @@ def _study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> A
 def _one_and_two(loop: PipelineLoop, size: Mapping[str, int]) -> tuple[Call, Call, bool]:
     """Calls with one row and with two, and whether the two may have different prompts. With an
     image to edit, some pipelines take only one prompt, some need an image for each, and some draw
-    only one."""
+    only one: then two calls are joined if the denoiser's output is that of each alone."""
     one = loop.first_call([_SHORT], size)
     try:
         return one, loop.first_call([_SHORT] * 2, size, seed=1), True
@@ -157,27 +150,16 @@ def _one_and_two(loop: PipelineLoop, size: Mapping[str, int]) -> tuple[Call, Cal
     if loop.each and not loop.one_each:
         loop.one_each = True
         return _one_and_two(loop, size)
-    two = _joined(loop, one, loop.first_call([_SHORT], size, seed=1))
-    if two is None:
-        raise failed
-    return one, two, False
-
-
-def _joined(loop: PipelineLoop, one: Call, other: Call) -> Call | None:
-    """A two-row call from two calls; None if the denoiser's output differs for the joined rows."""
-    rows = [
-        path
-        for path, value in one.items()
-        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == 1
-    ]
-    two = {**other, **{path: torch.cat([other[path], one[path]]) for path in rows}}
-    name = next(iter(loop.denoisers))
+    name, other = next(iter(loop.denoisers)), loop.first_call([_SHORT], size, seed=1)
+    two = dict(one)
+    for path, value in one.items():
+        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == 1:
+            two[path] = torch.cat([other[path], value])
     apart = torch.cat([loop.denoise(name, call) for call in (other, one)])
-    try:
-        together = loop.denoise(name, two)
-    except Exception:
-        return None
-    return None if differ(together, apart, _SAME) else two
+    with suppress(Exception):
+        if not differ(loop.denoise(name, two), apart, _SAME):
+            return one, two, False
+    raise failed
 
 
 def _steps(
@@ -186,46 +168,41 @@ def _steps(
     """The arguments that change during denoising, the number of steps, and the denoiser's output.
     The denoiser runs once; after that, ones stand in for its output."""
     given: list[Any] = []
+    calls: list[tuple[str, Call]] = []
 
-    def calls_of(steps: int) -> list[tuple[str, Call]]:
-        calls: list[tuple[str, Call]] = []
+    def see(name: str, call: Call, run: Callable[[], Any]) -> Any:
+        calls.append((name, call))
+        if not given:
+            given.append(run())
+        return ones_like(given[0], 1)
 
-        def see(name: str, call: Call, run: Callable[[], Any]) -> Any:
-            calls.append((name, call))
-            if not given:
-                given.append(run())
-            return ones_like(given[0], 1)
-
+    def denoise(steps: int) -> None:
         start = [torch.Generator().manual_seed(0)]
         loop.run([_SHORT], see, steps=steps, size=size, generators=start)
-        return calls
 
-    calls = calls_of(calibration.denoising_steps)
-    # With a single step there is nothing to compare.
-    seen = calls if calibration.denoising_steps > 1 else calls_of(2)
-    later = [call for _, call in seen]
-    one = later[0]
-    moving = {path for path in one if any(differ(one[path], c.get(path)) for c in later)}
+    denoise(calibration.denoising_steps)
+    own = list(calls)
+    if calibration.denoising_steps == 1:  # there is nothing to compare
+        denoise(2)
+    _, one = calls[0]
+    moving = {path for path in one if any(differ(one[path], c.get(path)) for _, c in calls)}
     # Ones change the latents too; the caller separates those that are not drawn.
-    pairs = itertools.pairwise(calls)
     steps = 1 + sum(
         who != other or any(differ(a[p], b.get(p)) for p in moving)
-        for (who, a), (other, b) in pairs
+        for (who, a), (other, b) in itertools.pairwise(own)
     )
     return moving, steps, given[0]
 
 
 def ones_like(output: Any, rows: int) -> Any:
     """An output like a denoiser's one-row ``output``, but with ``rows`` rows of ones."""
-    if isinstance(output, Tensor):
-        return output.new_ones(rows, *output.shape[1:])
-    if isinstance(output, list):  # one tensor per row
-        return [torch.ones_like(output[0])] * rows
-    if isinstance(output, tuple):
-        return tuple(ones_like(part, rows) for part in output)  # pyright: ignore
-    if isinstance(output, dict):  # includes diffusers' and transformers' outputs
-        return type(output)(**{name: ones_like(part, rows) for name, part in output.items()})  # pyright: ignore
-    return output
+
+    def ones(part: Any) -> Any:
+        if isinstance(part, list):  # one tensor per row
+            return [torch.ones_like(part[0])] * rows  # pyright: ignore
+        return part.new_ones(rows, *part.shape[1:]) if isinstance(part, Tensor) else part
+
+    return tree_map(ones, output, is_leaf=lambda part: isinstance(part, list))
 
 
 _SCALES = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
@@ -234,14 +211,14 @@ _PIXEL_STEP = 32
 """Every pipeline accepts sides in pixels that are multiples of this."""
 
 
-def pipeline_size(
-    loop: PipelineLoop, calibration: Calibration, prompt: str
-) -> tuple[dict[str, int], int]:
-    """Height, width and frames to request from a pipeline, and the count of noise numbers per row.
-
-    ``prompt`` can be any prompt.
-    """
+def pipeline_size(loop: PipelineLoop, calibration: Calibration) -> tuple[dict[str, int], int]:
+    """Height, width and frames to request from a pipeline, and the count of noise numbers per
+    row."""
     size: dict[str, int] = {}
+
+    def known(names: Sequence[str], usual: int) -> int:
+        return next((int(s) for s in (getattr(loop.pipeline, n, 0) for n in names) if s), usual)
+
     if "num_frames" in loop.names:
         seconds, fps = (getattr(loop.pipeline, name, 0) for name in ("min_duration", "fps"))
         size["num_frames"] = calibration.frames or max(FRAMES, math.ceil(seconds * fps))
@@ -249,65 +226,25 @@ def pipeline_size(
         raise SettingsError(
             f"frames is for videos, and {type(loop.pipeline).__name__} draws none; leave it out."
         )
-    scale = next((s for s in (getattr(loop.pipeline, n, 0) for n in _SCALES) if s), 8)
     if calibration.latent_size is not None:
-        size |= dict.fromkeys(("height", "width"), calibration.latent_size * int(scale))
-    sides, latents = _prepared(loop, size, prompt)
-    if calibration.latent_size is None and {"height", "width"} <= sides.keys():
-        own = sides["height"], sides["width"]
+        side = calibration.latent_size * known(_SCALES, 8)
+        size |= {"height": side, "width": side}
+    sides, latents = loop.prepared(size)
+    if calibration.latent_size is None and len(sides) == 2:
+        if latents.ndim < 4:  # packed; for a video, with all frames
+            frames = (size.get("num_frames", 1) - 1) // known(_FRAME_SCALES, 1) + 1
+            tokens = latents.shape[-2] / frames
+        else:
+            patch = middle_patch(token_sides(next(iter(loop.denoisers.values()))))
+            tokens = latents.shape[-2] * latents.shape[-1] / patch**2
         # The rule, with pixels in place of latents.
-        tokens = _tokens(loop, latents, size.get("num_frames", 1))
+        own = sides["height"], sides["width"]
         patch = max(round(math.sqrt(own[0] * own[1] / tokens)), 1)
-        smaller = default_size(1, patch, own, _PIXEL_STEP)
         large = tokens > PICTURE_TOKENS or max(own) > MOST_PIXELS
         if large and "height" in loop.names:
-            size |= dict(zip(("height", "width"), smaller, strict=True))
-            _, latents = _prepared(loop, size, prompt)
-    packed = latents.ndim == 2  # without a batch dimension
-    return size, latents.numel() if packed else latents[0].numel()
-
-
-def _prepared(
-    loop: PipelineLoop, size: Mapping[str, int], prompt: str
-) -> tuple[dict[str, int], Tensor]:
-    """The size that the pipeline passes to its ``prepare_latents``, and the latents from there."""
-    pipeline, kept = loop.pipeline, list[Any]()
-    unknown = BaseError(f"{type(pipeline).__name__} makes its latents in an unsupported way.")
-    if loop.modular is not None:
-        loop.first_call([prompt], size)
-        sides, latents = loop.modular.prepared(pipeline)
-        if latents is None:
-            raise unknown
-        return sides, latents
-    prepare = getattr(pipeline, "prepare_latents", None)
-    if prepare is None:
-        raise unknown
-    names = inspect.signature(prepare)
-
-    def keep(*args: Any, **kwargs: Any) -> Any:
-        prepared = prepare(*args, **kwargs)
-        kept.append((names.bind(*args, **kwargs).arguments, prepared))
-        return prepared
-
-    pipeline.__dict__["prepare_latents"] = keep
-    try:
-        loop.first_call([prompt], size)
-    finally:
-        del pipeline.__dict__["prepare_latents"]
-    arguments, prepared = kept[0]
-    latents = prepared if isinstance(prepared, Tensor) else prepared[0]
-    sides = {n: v for n, v in arguments.items() if n in ("height", "width") and v}
-    return sides, latents
-
-
-def _tokens(loop: PipelineLoop, latents: Tensor, frames: int) -> float:
-    """Tokens of one frame at the middle block."""
-    if latents.ndim < 4:  # packed; for a video, with all frames
-        names = (getattr(loop.pipeline, name, 0) for name in _FRAME_SCALES)
-        scale = next((int(s) for s in names if s), 1)
-        return latents.shape[-2] / ((frames - 1) // scale + 1)
-    denoiser = next(iter(loop.denoisers.values()))
-    return latents.shape[-2] * latents.shape[-1] / middle_patch(token_sides(denoiser)) ** 2
+            size["height"], size["width"] = default_size(1, patch, own, _PIXEL_STEP)
+            _, latents = loop.prepared(size)
+    return size, latents.numel() // (1 if latents.ndim == 2 else len(latents))
 
 
 def token_sides(denoiser: Any) -> list[int]:

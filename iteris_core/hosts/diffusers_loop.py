@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from inspect import Parameter
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ..architectures.record import Architecture
 from ..errors import BaseError
 from ..lora_files.experts import second_of
-from .recorded import Call, See, arguments_of, recording, seen_by
+from .recorded import Call, See, arguments_of, recorded, replaced_forward, seen_by
 
 _EACH = ("image", "lyrics")
 SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -83,9 +84,9 @@ class PipelineLoop:
     ) -> None:
         """Run the loop on ``prompts`` until ``see`` raises :class:`Enough`, or to its end."""
         arguments: dict[str, Any] = {
-            "prompt": self._alone(prompts),
+            "prompt": list(prompts),
             "num_inference_steps": steps,
-            "generator": self._alone(generators),
+            "generator": list(generators),
             "output_type": "latent",
             **dict.fromkeys(SEVERAL, pictures),
             **_PLAIN,
@@ -93,6 +94,9 @@ class PipelineLoop:
             **self.call,
             **{n: [value] * len(prompts) for n, value in self.each.items() if self.one_each},
         }
+        for name in ("prompt", "generator") if self.modular else ():  # some blocks take no list
+            if len(arguments[name]) == 1:
+                (arguments[name],) = arguments[name]
         name = self._scale_name
         if self._distilled or name not in self.names:
             arguments |= {name: guidance} if guidance > 1 else {}
@@ -104,23 +108,25 @@ class PipelineLoop:
         with self._ready(), seen_by(see), suppress(Enough):
             self._function(self.pipeline, **known)
 
-    def _alone(self, values: Sequence[Any]) -> Any:
-        """A list, or a single item alone for modular blocks, because some take no list."""
-        return values[0] if self.modular and len(values) == 1 else list(values)
-
     @contextmanager
     def _ready(self) -> Generator[None]:
         """Context, restored when the last of several runs ends, which may wait for each other."""
         if not self._open:
-            for name, denoiser in self.denoisers.items():
-                self._changed.enter_context(recording(name, denoiser))
-            for bar in progress_bars(self.pipeline):
-                self._put(bar, "_progress_bar_config", {"disable": True})
+            changes: list[tuple[Any, str, Any]] = [
+                (bar, "_progress_bar_config", {"disable": True})
+                for bar in progress_bars(self.pipeline)
+            ]
             for name, part in self.pipeline.components.items():
                 if name == "guider" or name.endswith("scheduler"):
                     if name not in self._copies or self._copies[name][0] is not part:
                         self._copies[name] = part, copy.deepcopy(part)
-                    self._put(self.pipeline, name, self._copies[name][1])
+                    changes.append((self.pipeline, name, self._copies[name][1]))
+            for where, name, value in changes:
+                self._changed.callback(setattr, where, name, getattr(where, name, {}))
+                setattr(where, name, value)
+            for name, denoiser in self.denoisers.items():
+                through = partial(recorded, name, denoiser)
+                self._changed.enter_context(replaced_forward(denoiser, through))
         self._open += 1
         try:
             yield
@@ -129,10 +135,6 @@ class PipelineLoop:
             if not self._open:
                 self._changed.close()
                 self.free()
-
-    def _put(self, where: Any, name: str, value: Any) -> None:
-        self._changed.callback(setattr, where, name, getattr(where, name, {}))
-        setattr(where, name, value)
 
     def denoise(self, name: str, call: Call) -> Tensor:
         """The output of a denoiser, rows first."""
@@ -159,6 +161,35 @@ class PipelineLoop:
         self.run(prompts, see, steps=2, size=size, generators=generators, pictures=pictures)
         return calls[0]
 
+    def prepared(self, size: Mapping[str, int]) -> tuple[dict[str, int], Tensor]:
+        """The height and width in pixels that the pipeline passes to its ``prepare_latents`` for a
+        request of ``size``, and the latents from there. Raises :class:`BaseError` without any."""
+        kept = list[tuple[Mapping[str, Any], Any]]()
+        prepare = getattr(self.pipeline, "prepare_latents", None)
+        if self.modular is not None:
+            self.first_call(["a cat"], size)
+            kept.append(self.modular.prepared(self.pipeline))
+        elif prepare is not None:
+            signature = inspect.signature(prepare)
+
+            def keep(*args: Any, **kwargs: Any) -> Any:
+                latents = prepare(*args, **kwargs)
+                kept.append((signature.bind(*args, **kwargs).arguments, latents))
+                return latents
+
+            self.pipeline.__dict__["prepare_latents"] = keep
+            try:
+                self.first_call(["a cat"], size)
+            finally:
+                del self.pipeline.__dict__["prepare_latents"]
+        arguments, latents = kept[0] if kept else ({}, None)
+        if latents is None:
+            raise BaseError(
+                f"{type(self.pipeline).__name__} makes its latents in an unsupported way."
+            )
+        sides = {name: side for name in ("height", "width") if (side := arguments.get(name))}
+        return sides, latents if isinstance(latents, Tensor) else latents[0]
+
 
 def _parameters(kind: type) -> dict[str, inspect.Parameter]:
     """The parameters of a pipeline's ``__call__``; where it passes others on, its parent's too."""
@@ -177,25 +208,6 @@ def is_modular(pipeline: Any) -> bool:
     return hasattr(pipeline, "_blocks")
 
 
-@contextmanager
-def without_checkpointing(models: Iterable[nn.Module]) -> Generator[None]:
-    """Context in which no block of ``models`` is checkpointed. A checkpointed block runs again
-    during backward, when its forward is over and the hooks of a merge add nothing."""
-    on: list[Any] = [
-        module
-        for model in models
-        for module in model.modules()
-        if getattr(module, "gradient_checkpointing", False) is True
-    ]
-    for module in on:
-        module.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for module in on:
-            module.gradient_checkpointing = True
-
-
 class ModularFunction:
     """The blocks of a ``ModularPipeline`` as one function of keyword arguments.
 
@@ -206,11 +218,8 @@ class ModularFunction:
 
     def __init__(self, pipeline: Any) -> None:
         self._blocks = pipeline._blocks
-        defaults = {
-            some.name: Parameter.empty if some.required else some.default
-            for some in self._blocks.inputs
-            if some.name
-        }
+        self._inputs = [some for some in self._blocks.inputs if some.name]
+        defaults = {s.name: Parameter.empty if s.required else s.default for s in self._inputs}
         scale = getattr(getattr(pipeline, "guider", None), "guidance_scale", None)
         self._guided = scale is not None and "guidance_scale" not in defaults
         if self._guided:
@@ -230,10 +239,9 @@ class ModularFunction:
         if self._guided:
             pipeline.guider.guidance_scale = arguments.pop("guidance_scale")
         self._state = PipelineState()
-        for some in self._blocks.inputs:
+        for some in self._inputs:
             value = arguments.get(some.name, some.default)
-            if some.name is not None:
-                self._state.set(some.name, value, some.kwargs_type)
+            self._state.set(some.name, value, some.kwargs_type)
         blocks = [self._blocks]
         if isinstance(self._blocks, SequentialPipelineBlocks):
             parts = self._blocks.sub_blocks.values()
@@ -243,13 +251,13 @@ class ModularFunction:
             if any(_loops(block)):
                 return
 
-    def prepared(self, pipeline: Any) -> tuple[dict[str, int], Tensor | None]:
+    def prepared(self, pipeline: Any) -> tuple[dict[str, Any], Any]:
         """The sides in pixels and the latents of the last call; None if no block makes any."""
+        state = self._state
         sides = {
-            name: self._state.get(name) or getattr(pipeline, f"default_{name}", None)
-            for name in ("height", "width")
+            n: state.get(n) or getattr(pipeline, f"default_{n}", 0) for n in ("height", "width")
         }
-        return {name: side for name, side in sides.items() if side}, self._state.get("latents")
+        return sides, state.get("latents")
 
 
 def progress_bars(pipeline: Any) -> Iterator[Any]:
@@ -260,6 +268,5 @@ def progress_bars(pipeline: Any) -> Iterator[Any]:
 def _loops(block: Any) -> Iterator[Any]:
     if hasattr(block, "progress_bar"):
         yield block
-    inner: Mapping[str, Any] = getattr(block, "sub_blocks", None) or {}
-    for some in inner.values():
+    for some in (getattr(block, "sub_blocks", None) or {}).values():
         yield from _loops(some)

@@ -93,16 +93,6 @@ def loaded_components(pipeline: Any) -> list[str]:
     ]
 
 
-def check_parts(pipeline: Any, kind: Architecture) -> None:
-    """Raise :class:`IterisError` if a component that drawing needs is missing."""
-    name = type(pipeline).__name__
-    for part, value in pipeline.components.items():
-        needed = part in (kind.denoiser, "scheduler", "text_encoder", "tokenizer")
-        optional = getattr(type(pipeline), "_optional_components", ())
-        if needed and value is None and part not in optional:
-            raise BaseError(f"{name} has no {part}. Load the whole pipeline.")
-
-
 def read_lora(
     pipeline: Any, sites: Mapping[str, nn.Module], path: Path, options: ReadOptions | None = None
 ) -> Lora:

@@ -199,6 +199,11 @@ def check_ready(model: nn.Module) -> None:
                 'device while rows wait in a block; offload it with offload_type="leaf_level", or '
                 "by enable_model_cpu_offload()."
             )
+    if any(getattr(m, "gradient_checkpointing", False) is True for m in model.modules()):
+        raise ModelStateError(
+            f"{type(model).__name__} has gradient checkpointing on, which runs its blocks again "
+            "without a merge's changes; call its disable_gradient_checkpointing() first."
+        )
     if model.training:
         raise ModelStateError(
             f"{type(model).__name__} is in training mode, so dropout randomises its output; call "

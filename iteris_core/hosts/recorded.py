@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
@@ -47,22 +47,27 @@ def replaced_forward(
             module.__dict__["forward"] = before
 
 
-def recording(name: str, module: nn.Module) -> AbstractContextManager[None]:
-    """Context in which forwards of ``module`` inside :func:`seen_by` go through its ``see``."""
+def recorded(name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``forward`` of ``module`` that goes through the ``see`` of :func:`seen_by`. Its call has no
+    ``self``; what is in ``**kwargs`` is listed like the other arguments."""
     signature = inspect.signature(type(module).forward)
 
-    def replace(forward: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(forward)  # pipelines inspect its signature
-        def through(*args: Any, **kwargs: Any) -> Any:
-            see = _see.get()
-            if see is None:
-                return forward(*args, **kwargs)
-            call = _flat(signature.bind(module, *args, **kwargs).arguments)
-            return see(name, call, lambda: forward(*args, **kwargs))
+    @wraps(forward)  # pipelines inspect its signature
+    def through(*args: Any, **kwargs: Any) -> Any:
+        see = _see.get()
+        if see is None:
+            return forward(*args, **kwargs)
+        call: Call = {}
+        for argument, value in list(signature.bind(module, *args, **kwargs).arguments.items())[1:]:
+            if argument == "kwargs":
+                call |= value
+            elif isinstance(value, dict) and value:
+                call |= {f"{argument}.{key}": some for key, some in value.items()}  # pyright: ignore
+            else:
+                call[argument] = value
+        return see(name, call, lambda: forward(*args, **kwargs))
 
-        return through
-
-    return replaced_forward(module, replace)
+    return through
 
 
 @contextmanager
@@ -73,19 +78,6 @@ def seen_by(see: See) -> Generator[None]:
         yield
     finally:
         _see.reset(token)
-
-
-def _flat(arguments: Mapping[str, Any]) -> Call:
-    """Arguments without ``self``; those in ``**kwargs`` are listed like the others."""
-    call: Call = {}
-    for name, value in list(arguments.items())[1:]:
-        if name == "kwargs":
-            call |= value
-        elif isinstance(value, dict) and value:
-            call |= {f"{name}.{key}": some for key, some in value.items()}  # pyright: ignore
-        else:
-            call[name] = value
-    return call
 
 
 def arguments_of(call: Call) -> dict[str, Any]:
@@ -117,13 +109,6 @@ def batched_in(one: Call, two: Call) -> dict[str, int]:
     return axes
 
 
-def rows_in(call: Call, batched: Axes) -> int:
-    """The number of rows of ``call``."""
-    values = [(call[path], axis) for path, axis in batched.items() if path in call]
-    counts = (v.shape[axis] if isinstance(v, Tensor) else len(v) for v, axis in values)
-    return max(counts, default=1)
-
-
 def entries(call: Call, batched: Axes, row: int) -> Call:
     """One row of ``call``, without batch dimensions; a single number applies to every row."""
     found = dict(call)
@@ -139,15 +124,13 @@ def entries(call: Call, batched: Axes, row: int) -> Call:
 def joined(rows: Sequence[Call], batched: Axes, lists: Set[str], device: Any) -> Call:
     """One call of ``rows`` of one :func:`kind`; ``lists`` are those ``batched`` but not tensors."""
     call: Call = {}
-    for path, first in rows[0].items():
+    for path in rows[0]:
+        some = [row[path] for row in (rows if path in batched else rows[:1])]
+        some = [s.to(device) if isinstance(s, Tensor) else s for s in some]
         if path not in batched:
-            call[path] = first.to(device) if isinstance(first, Tensor) else first
-        elif path in lists:
-            some = [row[path] for row in rows]
-            call[path] = [s.to(device) if isinstance(s, Tensor) else s for s in some]
+            call[path] = some[0]
         else:
-            some = [row[path].to(device) for row in rows]
-            call[path] = torch.stack(some, dim=batched[path])
+            call[path] = some if path in lists else torch.stack(some, dim=batched[path])
     return call
 
 
@@ -156,7 +139,7 @@ def kind(row: Call, batched: Axes, *, masks: bool = True) -> Hashable:
     pass the same number of entries: some models pack the unmasked entries, and a shorter row would
     get padding."""
     return tuple(
-        (path, _shape(value), masks and passed(value)) if path in batched else (path, _value(value))
+        (path, _key(value, path in batched), masks and path in batched and passed(value))
         for path, value in sorted(row.items())
     )
 
@@ -186,20 +169,13 @@ def differ(one: Any, other: Any, share: float = 0.0) -> bool:
     return type(one) is not type(other) or bool(one != other)
 
 
-def _shape(value: Any) -> Hashable:
+def _key(value: Any, shape_only: bool) -> Hashable:
+    """The shapes and types in an argument, unless ``shape_only`` also the numbers in tensors."""
     if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype
+        numbers = [] if shape_only else value.detach().to("cpu", torch.float64).flatten().tolist()
+        return tuple(value.shape), value.dtype, hash(tuple(numbers))
     if isinstance(value, (list, tuple)):
-        return tuple(_shape(part) for part in value)  # pyright: ignore
-    return type(value), value if isinstance(value, (bool, int, float, str)) else None
-
-
-def _value(value: Any) -> Hashable:
-    if isinstance(value, Tensor):
-        numbers = value.detach().to("cpu", torch.float64).flatten().tolist()
-        return tuple(value.shape), hash(tuple(numbers))
-    if isinstance(value, (list, tuple)):
-        return tuple(_value(part) for part in value)  # pyright: ignore
+        return tuple(_key(part, shape_only) for part in value)  # pyright: ignore
     if isinstance(value, dict):
-        return tuple((key, _value(part)) for key, part in value.items())  # pyright: ignore
-    return value if isinstance(value, Hashable) else id(value)
+        return tuple((key, _key(part, shape_only)) for key, part in value.items())  # pyright: ignore
+    return type(value), value if isinstance(value, Hashable) else id(value)

@@ -156,17 +156,13 @@ class SamplePrompts:
         vocabulary: Sequence[str],
         generator: torch.Generator,
         empty_share: float,
-        *,
-        denoises: bool,
     ) -> SamplePrompts:
         """Draw random prompts. If a concept has very few, a prompt gets extra words after its 16th
-        use. If the host ``denoises``, concepts without a LoRA have no samples: their rows use the
-        latents of others. Otherwise each concept also gets the empty prompt once, if there is an
-        ``empty_share``."""
+        use. Concepts without a LoRA have no samples: their rows use the latents of others."""
         wording = Wording(vocabulary, concepts, generator)
         own = [_own_generator(concept, calibration.seed) for concept in concepts]
         prompts = [
-            concept_prompts(concept, calibration, of) if concept.lora or not denoises else []
+            concept_prompts(concept, calibration, of) if concept.lora else []
             for concept, of in zip(concepts, own, strict=True)
         ]
         if calibration.contexts != 0:
@@ -176,8 +172,6 @@ class SamplePrompts:
                     seen[prompt] += 1
                     if seen[prompt] > _DENOISED_ALIKE:
                         of_concept[index] = wording.in_context(prompt)
-        if empty_share and not denoises:
-            prompts = [[*of_concept, ""] for of_concept in prompts]
         return SamplePrompts(
             [concept for concept, of_concept in enumerate(prompts) for _ in of_concept],
             [prompt for of_concept in prompts for prompt in of_concept],
@@ -203,13 +197,11 @@ class SamplePrompts:
             ]
         )
 
-    def texts(self, count: int | None) -> TextRows:
+    def texts(self, count: int) -> TextRows:
         """The texts of ``count`` rows per sample. Some rows get the empty prompt, but never all of
         a phrase, and some of the others get extra words. Concepts without a LoRA get rows on some
         of the same latents (composites: on those of their parts), because noisy latents hardly
-        depend on the prompt. With None (no denoiser runs) each sample is one row."""
-        if count is None:
-            return TextRows.of(self.owners, self._in_contexts(self.owners, self.prompts))
+        depend on the prompt."""
         row_owners = [owner for owner in self.owners for _ in range(count)]
         row_prompts = [prompt for prompt in self.prompts for _ in range(count)]
         generator = self.wording.generator

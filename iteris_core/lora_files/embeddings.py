@@ -133,7 +133,7 @@ def _embeddings_of(file: Path, stem: str) -> Embeddings:
     if any(part.startswith(_ENCODERS) for part in parts) and name not in parts:
         return {name or stem: parts}
     if name and len(parts) == 1:
-        return {name: {ANY: vectors} for vectors in parts.values()}
+        return {name: {ANY: next(iter(parts.values()))}}
     return {token: {ANY: vectors} for token, vectors in parts.items()}
 
 

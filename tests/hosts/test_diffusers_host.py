@@ -21,33 +21,6 @@ def merged_concepts(host, **kwargs):
 CALIBRATION = Calibration(samples=4, timesteps=2, denoising_steps=3, seed=3)
 
 
-def count_unet_runs(host):
-    runs = []
-    handle = host.pipeline.unet.conv_in.register_forward_pre_hook(lambda *_: runs.append(1))
-    return runs, handle
-
-
-def test_text_only_sites_need_no_pass_of_the_denoiser(host64):
-    def text_only(site):
-        return is_attention(site) and (
-            site.startswith("text_encoder") or "attn2.to_k" in site or "attn2.to_v" in site
-        )
-
-    concepts = merged_concepts(host64, select=text_only)
-    runs, handle = count_unet_runs(host64)
-    settings = {"precision": "float64", "repair": False}
-    # Every prompt once and none empty, so that both ways weigh the prompts alike.
-    none = dict.fromkeys(("empty_share", "contexts", "generic", "conditions"), 0.0)
-    calibration = Calibration(samples=5, timesteps=2, denoising_steps=4, **none)
-    quick = merge_loras(host64, concepts, settings=settings, calibration=calibration)
-    handle.remove()
-    assert runs == []
-    assert any(site.startswith("unet.") for site in quick.lora.sites)
-    host64._direct = set()  # make it take the long way
-    slow = merge_loras(host64, concepts, settings=settings, calibration=calibration)
-    assert largest_gap(quick.lora, slow.lora) < 1e-9
-
-
 def test_values_that_do_not_fit_the_dtype_are_an_error_with_the_site(tmp_path):
     site = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     lora = Lora({site: LowRank(torch.full((4, 1), 1e12), torch.ones(1, 4))})

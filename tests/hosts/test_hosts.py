@@ -185,7 +185,7 @@ def test_latents_are_those_of_the_pipeline_with_the_lora(pipeline_case, guidance
         return {}
 
     add_to_weights(case.host, concept.lora)
-    drawn = rows.recorded.moving["sample" if hasattr(case.pipeline, "unet") else "hidden_states"]
+    drawn = rows.moving["sample" if hasattr(case.pipeline, "unet") else "hidden_states"]
     scale = {} if case.kind == "flux" and guidance == 1 else {"guidance_scale": guidance}
     case.pipeline(
         "a dog", height=64, width=64, num_inference_steps=4, latents=drawn[:1],

@@ -31,7 +31,7 @@ def test_every_phrase_has_rows_of_its_own():
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         calibration = Calibration(samples=12)
-        drawn = SamplePrompts.drawn(concepts, calibration, WORDS, generator, 0.5, denoises=True)
+        drawn = SamplePrompts.drawn(concepts, calibration, WORDS, generator, 0.5)
         assert [drawn.owners.count(owner) for owner in range(2)] == [20, 12]
         texts = said(drawn.texts(2))
         assert all(any(phrase in text for text in texts) for phrase in many.phrases)
