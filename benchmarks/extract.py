@@ -5,10 +5,9 @@ All weights of UNet and text encoder are trained on the images of three concepts
 ``benchmarks/results/extract.json`` case by case. ``error`` is ‖f_LoRA − f_tuned‖ / ‖f_base −
 f_tuned‖ of the denoiser's output on prompts with backgrounds to which nothing was fitted;
 ``likeness`` is that of these prompts' images to the references. Ways: ``svd`` cuts each layer's
-weight change at one rank, convolutions included, like kohya's extraction. ``svd with norms`` adds
-all norms and biases, like ComfyUI's *Extract and Save Lora*. ``ours`` is ``extract_lora`` at the
-same rank, with norms and biases, on prompts with other backgrounds. ``all weights`` has every
-layer's weight change in full, without norms and biases.
+weight change at one rank, convolutions included, like kohya's extraction. ``ours`` is
+``extract_lora`` at the same rank, on prompts with other backgrounds. ``all weights`` has every
+layer's weight change in full. Norms and biases are those of the base.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from protocol.toybox import ToyboxWorld
 import toybox
 from iteris_core import Calibration, Concept, Lora, LowRank
 from iteris_core.edit.extract import differences, extract_lora, output_error
-from iteris_core.edit.resize import other_differences, with_vectors
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.diffusers_lora import base_of
 from iteris_core.linalg import truncate_matrix
@@ -74,26 +72,21 @@ def main() -> None:
 
     def measured(lora: Lora) -> dict[str, float]:
         error = output_error(base, tuned, new, lora, calibration, lambda *_: None)
-        with with_vectors(base, lora.vectors):
-            likeness = world.mean_likeness(lora, wanted)
+        likeness = world.mean_likeness(lora, wanted)
         numbers = sum(change.up.numel() + change.down.numel() for change in lora.sites.values())
-        numbers += sum(vector.numel() for vector in lora.vectors.values())
         return {"error": round(error, 4), "likeness": round(likeness, 4), "numbers": numbers}
 
     dense, kind = differences(base, tuned), base_of(base.pipeline, base.sites())
-    others = other_differences(base, tuned)
-    vectors = {name: vector for name, vector in others.items() if vector.ndim == 1}
     for rank in RANKS:
-        for way, beside in (("svd", {}), ("svd with norms", vectors)):
-            if f"{rank} {way}" not in read(FILE):
-                cut = {s: _cut(s, dense, base, rank) for s in dense}
-                add(FILE, f"{rank} {way}", measured(Lora(cut, vectors=beside)))
+        if f"{rank} svd" not in read(FILE):
+            cut = {s: _cut(s, dense, base, rank) for s in dense}
+            add(FILE, f"{rank} svd", measured(Lora(cut)))
         if f"{rank} ours" not in read(FILE):
             found = extract_lora(
                 base, tuned, Target(rank), kind, prompts=seen, calibration=calibration
             )
-            report = {"reported": round(found.error, 4), "left": len(found.left)}
-            add(FILE, f"{rank} ours", {**measured(found.lora), **report})
+            reported = round(found.error, 4)
+            add(FILE, f"{rank} ours", {**measured(found.lora), "reported": reported})
     if "all weights" not in read(FILE):
         whole = {s: _cut(s, dense, base, 10**6) for s in dense}
         add(FILE, "all weights", measured(Lora(whole)))

@@ -174,7 +174,6 @@ def extract() -> list[str]:
     """By rank: error and likeness, with those of the base and of the fine-tune."""
     names = {
         "svd": "SVD of weights, each layer",
-        "svd with norms": "the same, with norms and biases",
         "ours": "`extract`",
     }
     rows: list[list[Any]] = []

@@ -90,8 +90,7 @@ class Lora:
     bit for bit. ``notes`` list whatever the reader changed or left out, ``left_out`` counts the
     tensors. ``embeddings`` are
     (vectors, width) by name and text encoder (``clip_l``, ``clip_g``, …). ``reading`` records the
-    options with which the file was read. ``vectors`` are changes of biases and normalisations,
-    (n,), by parameter name (``unet.conv_in.bias``).
+    options with which the file was read.
     """
 
     sites: Mapping[str, LowRank]
@@ -107,7 +106,6 @@ class Lora:
         default_factory=dict[str, Mapping[str, Tensor]]
     )
     reading: Mapping[str, object] = field(default_factory=dict[str, object])
-    vectors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def __repr__(self) -> str:
         kept = sorted(self.ranks)

@@ -90,7 +90,6 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         self.distilled = distilled
         self._found = found = ComfySites(model, clip)
         self.base, self.weight, self.read_lora = found.base, found.weight, found.read_lora
-        self.parameters, self.parameter = found.parameters, found.parameter
         self._low = None if low is None else ComfySites(low, clip)
         self._lockstep = Lockstep({}, {})
         self._running: TextEncoders | Denoiser = self._denoisers[0]

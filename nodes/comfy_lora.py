@@ -18,7 +18,7 @@ from ..iteris_core.architectures.sites import weight_shape
 from ..iteris_core.errors import BaseError, IterisError, LoraFileError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import BaseModel, ReadOptions, read_lora_file
-from ..iteris_core.lora_files.aliases import kohya_names, vector_names
+from ..iteris_core.lora_files.aliases import kohya_names
 from ..iteris_core.lora_files.embeddings import file_names, unbundled
 from ..iteris_core.lora_files.tensors import split_key
 from .comfy_internals import comfy, memory
@@ -75,15 +75,7 @@ class ComfySites:
         known = architecture_of_sites(shapes) if unet else None
         kind = known or Architecture("comfyui", type(model.model).__name__, denoiser="unet")
         written = names_to_write(kind, shapes, {n: a for n, a in aliases.items() if n in stock})
-        others = {k: p for k, p in _parameters(model, clip).items() if k not in self.names}
-        self._parameters = {our_name(key): key for key in others}
-        best = best_names(stock).items()
-        vectors = vector_names(
-            {our_name(key).removesuffix(".weight"): name for key, name in best},
-            written,
-            {our_name(key): tuple(value.shape) for key, value in others.items()},
-        )
-        self.base = BaseModel(kind, shapes, aliases, written, vectors)
+        self.base = BaseModel(kind, shapes, aliases, written)
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         """Read any file that ComfyUI reads, and diffusers files that it reads only in part.
@@ -124,14 +116,6 @@ class ComfySites:
     def _module(self, key: str) -> nn.Module:
         return self._root(key).get_submodule(key.rpartition(".")[0])
 
-    def parameters(self) -> dict[str, nn.Module]:
-        """The module of every parameter that is not a site's weight."""
-        return {name: self._module(key) for name, key in self._parameters.items()}
-
-    def parameter(self, name: str) -> Tensor:
-        """One of :meth:`parameters` in float32, including LoRAs already applied."""
-        return self._value(self._parameters[name], name)
-
     def weight(self, site: str) -> Tensor:
         """The base's weight in float32, including LoRAs already applied. An unused projection is
         zero, because ComfyUI leaves its memory uninitialised."""
@@ -147,7 +131,7 @@ class ComfySites:
             made = getattr(self.modules[site], "get_weight", None)  # as in ComfyUI-GGUF's layers
             if made is None:
                 raise BaseError(
-                    f"A DoRA, OFT or GLoRA, or an extraction, needs the base's weight of {site}, "
+                    f"A DoRA, or an extraction, needs the base's weight of {site}, "
                     "but this base stores it as quantised GGUF bytes, which cannot be read; load "
                     "the base from a safetensors file."
                 )
@@ -187,13 +171,6 @@ def _stock_key_map(model: Any, clip: Any) -> dict[str, Any]:
 
 def _weight_key(target: Any) -> str:
     return target if isinstance(target, str) else target[0]
-
-
-def _parameters(model: Any, clip: Any) -> dict[str, nn.Parameter]:
-    """Those of the denoiser and the text encoders that hold numbers, by key."""
-    found = {f"diffusion_model.{n}": p for n, p in model.model.diffusion_model.named_parameters()}
-    found |= {} if clip is None else dict(clip.cond_stage_model.named_parameters())
-    return {key: value for key, value in found.items() if value.is_floating_point()}
 
 
 def _is_site(root: nn.Module, path: str) -> bool:
@@ -261,17 +238,6 @@ def names_to_write(
                 written[name] = alias
                 named.add(site)
     return written
-
-
-def best_names(stock: Mapping[str, Any]) -> dict[str, str]:
-    """Key of a whole tensor → its name for writing: sd-scripts' for a UNet, with diffusers' module
-    names, or ComfyUI's own."""
-    best: dict[str, str] = {}
-    for prefix in ("lora_unet_", "text_encoders.", ""):
-        for name, target in reversed(stock.items()):
-            if isinstance(target, str) and name.startswith(prefix):
-                best.setdefault(target, name)
-    return best
 
 
 def alias_of(site: str, shapes: Shapes, target: Any) -> Alias | str:

@@ -35,8 +35,8 @@ of a layer's change to keep, 99.9 % by default.
 """
 
 REFUSED = """\
-IterIS refuses IA3, changes of biases, normalisations and shapes, and OFT as peft writes it (which
-ComfyUI does not load). The message names them; with `--allow-partial` they are left out and listed.
+IterIS refuses OFT, BOFT, GLoRA and IA3, and changes of biases, normalisations and shapes. The
+message names them; with `--allow-partial` they are left out and listed.
 Learned embeddings in the file are read, and written beside the merged file.
 """
 
@@ -44,14 +44,14 @@ BASES = {"sd1": "SD 1.x", "sdxl": "SDXL", "sd3": "SD 3", "flux": "FLUX.1"}
 LAYOUTS = {
     "kohya": ("sd-scripts", "`lora_unet_….lora_down.weight`", "kohya"),
     "kohya_sgm": ("sd-scripts, the original code's blocks", "`lora_unet_input_blocks_…`", ""),
-    "peft": ("diffusers today", "`unet.….lora_A.weight`", "diffusers"),
+    "peft": ("diffusers today", "`unet.….lora_A.weight`", "peft"),
     "peft_new": ("diffusers with transformers 5", "`text_encoder.….lora_A.weight`", ""),
-    "peft_raw": ("peft's own", "`unet.base_model.model.….lora_A.weight`", "peft"),
+    "peft_raw": ("peft's own", "`unet.base_model.model.….lora_A.weight`", ""),
     "diffusers_old": ("diffusers before", "`….processor.to_q_lora.down.weight`", ""),
     "diffusers_oldest": ("diffusers' first", "the same without a component", ""),
     "onetrainer": ("OneTrainer", "`lora_transformer_….lora_down.weight`", ""),
     "simpletuner": ("SimpleTuner's LyCORIS", "`lycoris_….lora_down.weight`", ""),
-    "original": ("ComfyUI, ai-toolkit", "`diffusion_model.….lora_A.weight`", "comfyui"),
+    "original": ("ComfyUI, ai-toolkit", "`diffusion_model.….lora_A.weight`", ""),
     "bfl": ("Black Forest Labs", "`double_blocks.….lora_A.weight`", ""),
     "xlabs": ("XLabs", "`double_blocks.….processor.qkv_lora1.down.weight`", ""),
 }
@@ -66,8 +66,7 @@ TITLES = {
     "lora": ("LoRA", EXACT), "locon": ("LoCon", EXACT),
     "loha": ("LoHa", f"{EXACT} where its rank is low, else {CUT}"),
     "lokr": ("LoKr", f"{EXACT} where its rank is low, else {CUT}"),
-    "full difference": ("full difference", CUT), "dora": ("DoRA", WEIGHTS), "oft": ("OFT", WEIGHTS),
-    "boft": ("BOFT", WEIGHTS), "glora": ("GLoRA", f"{EXACT} where its rank is low, else {WEIGHTS}"),
+    "full difference": ("full difference", CUT), "dora": ("DoRA", WEIGHTS),
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ not repair.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -36,72 +36,36 @@ def plain_weight(site: str, module: Any, reader: str = "This") -> Tensor:
     """The weight of ``module``, (out, in) or (out, in / groups, kh, kw), float32, on the CPU, even
     if accelerate's hooks keep it elsewhere. Raises :class:`BaseError`, naming its ``reader``, if it
     is quantised or has no values."""
-    with _in_memory(module):
+    context: AbstractContextManager[None] = nullcontext()
+    if hasattr(module, "_hf_hook"):
+        from accelerate.utils import align_module_device
+
+        context = align_module_device(module, torch.device("cpu"))
+    with context:
         weight = module.weight
         plain = isinstance(weight, Tensor) and weight.is_floating_point()
         if plain and hasattr(module, "nf"):
             weight = weight.mT
+        need = f"{reader} needs the base's weight of {site}, but it is"
         if not plain or tuple(weight.shape) != weight_shape(module):
+            raise BaseError(f"{need} quantised; load the base unquantised.")
+        if weight.is_meta:
             raise BaseError(
-                f"{reader} needs the base's weight of {site}, but it is quantised; load the base "
-                "unquantised."
+                f"{need} on the device 'meta' and has no values; load the base without offload."
             )
-        return _values(weight, f"{reader} needs the base's weight of {site}")
-
-
-def _values(tensor: Tensor, need: str) -> Tensor:
-    if tensor.is_meta:
-        raise BaseError(
-            f"{need}, but it is on the device 'meta' and has no values; load the base without "
-            "offload."
-        )
-    return tensor.detach().to("cpu", torch.float32)
-
-
-def _in_memory(module: nn.Module) -> AbstractContextManager[None]:
-    """Context in which a weight that accelerate offloaded is on the CPU."""
-    if not hasattr(module, "_hf_hook"):
-        return nullcontext()
-    from accelerate.utils import align_module_device
-
-    return align_module_device(module, torch.device("cpu"))
-
-
-def plain_parameter(name: str, module: nn.Module) -> Tensor:
-    """A parameter, float32, on the CPU; raises :class:`BaseError` if it has no values."""
-    with _in_memory(module):
-        value: Tensor = getattr(module, name.rpartition(".")[2])
-        return _values(value, f"An extraction needs the base's {name}")
+        return weight.detach().to("cpu", torch.float32)
 
 
 def named_sites(component: str, model: nn.Module) -> dict[str, nn.Module]:
     """Linear and Conv2d modules of a component, by their names in LoRA files."""
-    return {
-        name: module
-        for name, module in _named_modules(component, model)
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    }
-
-
-def other_parameters(component: str, model: nn.Module) -> dict[str, nn.Module]:
-    """The module of every parameter that is not a site's weight, by parameter name."""
-    return {
-        f"{name}.{leaf}": module
-        for name, module in _named_modules(component, model)
-        for leaf, value in module.named_parameters(recurse=False)
-        if value.is_floating_point()
-        and not (leaf == "weight" and isinstance(module, nn.Linear | nn.Conv2d))
-    }
-
-
-def _named_modules(component: str, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    sites: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         # transformers 5 dropped ``text_model.`` from the names; files have it.
-        if component.startswith("text_encoder") and name.startswith(
-            ("encoder.layers.", "embeddings.", "final_layer_norm")
-        ):
+        if component.startswith("text_encoder") and name.startswith("encoder.layers."):
             name = f"text_model.{name}"
-        yield f"{component}.{name}", module
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            sites[f"{component}.{name}"] = module
+    return sites
 
 
 @dataclass(frozen=True)

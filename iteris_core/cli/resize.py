@@ -89,7 +89,7 @@ def resize(context: typer.Context, options: ResizeOptions, calibration: dict[str
     iteris resize cat.safetensors --size 20 -o cat-20mb.safetensors
     """
     how, output = options.run(calibration), options.output
-    reading = ReadOptions(options.allow_partial, vectors=True)
+    reading = ReadOptions(options.allow_partial)
     text = options.file
     config = parse_concept(text) if ":" in Path(text).name else ConceptConfig(file=Path(text))
     file = config.files[0]
@@ -147,7 +147,5 @@ def extract(context: typer.Context, options: ExtractOptions, calibration: dict[s
     of_base, of_tuned = map(DiffusersHost, pipelines)
     with progress_bars(visible=not options.quiet) as on_progress:
         kind = base_of(pipelines[0], of_base.sites())
-        found = extract_lora(
-            of_base, of_tuned, kind=kind, layout=options.layout, on_progress=on_progress, **how
-        )
+        found = extract_lora(of_base, of_tuned, kind=kind, on_progress=on_progress, **how)
     options.save(found, options.layout, Path(options.tuned))

@@ -18,13 +18,12 @@ from ..concepts import Calibration, Concept
 from ..errors import MismatchError, SolveError
 from ..hosts.protocol import Host, Tick
 from ..lora import Lora, LowRank, SiteChanges
-from ..lora_files import BaseModel, Layout
-from ..lora_files.aliases import placed
+from ..lora_files import BaseModel
 from ..passes.held_out import FinalOutputs, error_of, held_out
 from ..passes.preflight import unmergeable_sites
 from ..progress import OnProgress
 from ..solve.ranks import Components, Target, kept, share_out
-from .resize import Reduced, calibration_of, fitted, job_of, look, other_differences, with_vectors
+from .resize import Reduced, calibration_of, fitted, job_of, look
 
 _LEAST, _MOST = 64, 256
 """The smallest and largest number of components of a change to consider."""
@@ -38,7 +37,6 @@ def extract_lora(
     target: Target,
     kind: BaseModel | None = None,
     *,
-    layout: Layout | None = None,
     prompts: Sequence[str] | None = None,
     calibration: Calibration | Mapping[str, Any] | None = None,
     itemsize: int = 2,
@@ -50,8 +48,8 @@ def extract_lora(
     The fine-tune runs on ``prompts`` (None: captions), and each layer's weight change is cut
     according to the layer's inputs there; ranks are shared out as in :func:`.resize.resize_lora`.
     Then every layer is refitted at its rank, on inputs that passed through the earlier layers, and
-    the whole LoRA is compared with the fine-tune. ``kind`` and ``layout`` decide the file's names,
-    and therefore which biases and normalisations it can contain; those are stored in full.
+    the whole LoRA is compared with the fine-tune, whose biases, normalisations and embeddings no
+    LoRA holds. ``kind`` decides the file's names.
 
     Raises :class:`MismatchError`, naming the first key, if the architectures differ;
     :class:`SolveError` if the LoRA is no nearer to the fine-tune than the base is.
@@ -63,13 +61,6 @@ def extract_lora(
         raise MismatchError(
             "The two models have the same layer weights; there is nothing to extract."
         )
-    others = other_differences(base, tuned)
-    # As the writer chooses by default
-    keys = kind.vectors if kind is not None and kind.written and layout != "peft" else {}
-    vectors = {name: others[name] for name in sorted(placed(others, keys))}
-    if target.megabytes is not None and vectors:
-        size = itemsize * sum(vector.numel() for vector in vectors.values()) / 1e6
-        target = replace(target, megabytes=target.megabytes - size)
     sites = {name: site_of(name, tuned_sites[name]) for name in dense}
     nothing = {name: site.zero(1) for name, site in sites.items()}
     concept = Concept(Lora(nothing, _NAME), prompts=prompts or CAPTIONS, trigger=_NAME)
@@ -98,17 +89,16 @@ def extract_lora(
     }
     job = replace(job, host=base, changes=whole)
     job.generator.manual_seed(chosen.seed)
-    with with_vectors(base, vectors), job.run() as run:
+    with job.run() as run:
         cut = fitted(job, run, {name: rank for name, rank in ranks.items() if rank})
-    made = Lora(cut, _NAME, base=kind, vectors=vectors)
+    made = Lora(cut, _NAME, base=kind)
     error = output_error(base, tuned, concept, made, chosen, job.tick)
     if not error < 1:
         raise SolveError(
             f"The LoRA is no nearer to the fine-tune than the base is (error {error:.2f}); use a "
             "larger rank, or prompts that show what it was tuned for."
         )
-    left = tuple(name for name in others if name not in vectors)
-    return Reduced(made, ranks, kept(found, ranks), error=error, left=left)
+    return Reduced(made, ranks, kept(found, ranks), error=error)
 
 
 def output_error(
@@ -124,8 +114,7 @@ def output_error(
         wanted = final.under({})
         final = replace(final, host=base)
         before = final.under({})
-        with with_vectors(base, lora.vectors):
-            after = final.under(lora.sites)
+        after = final.under(lora.sites)
     return math.sqrt(error_of(after, before, wanted))
 
 

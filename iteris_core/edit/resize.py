@@ -3,13 +3,12 @@ moments of layers, fit at given ranks, and report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..calibration_prompts import CAPTIONS
 from ..concepts import Calibration, Concept
@@ -86,7 +85,7 @@ def resize_lora(
         return Components.of(lora.sites[site], root, output)
 
     triggers = [embedding_triggers(job.concepts[0])]
-    with with_vectors(host, lora.vectors), host.activate(triggers), job.run() as run:
+    with host.activate(triggers), job.run() as run:
         found = look(run, components)
         # Sites without observed inputs have the mean worth of the others.
         mean = sum(one.total for one in found.values()) / len(found) if found else 1.0
@@ -124,8 +123,7 @@ class Reduced:
     ``kept`` is the share that remains of its worth at its layers' outputs; ``by_weights`` are sites
     whose inputs were not observed. Of an extracted LoRA, ``error`` is the share of the fine-tune's
     effect that it lacks: ‖f_LoRA − f_tuned‖ / ‖f_base − f_tuned‖ of final outputs, on rows to which
-    nothing was fitted. ``left`` are differing parameters without a place in the file: embeddings,
-    and in many layouts biases and normalisations.
+    nothing was fitted.
     """
 
     lora: Lora
@@ -133,33 +131,23 @@ class Reduced:
     kept: float
     by_weights: tuple[str, ...] = ()
     error: float | None = None
-    left: tuple[str, ...] = ()
 
     def summary(self) -> str:
         used = [rank for rank in self.ranks.values() if rank]
-        gone, exact = len(self.ranks) - len(used), len(self.lora.vectors)
+        gone = len(self.ranks) - len(used)
         text = f"{self.lora.name}: {span(used)} in {len(used)} layers"
         text += f", {gone} left out" if gone else ""
-        text += f", {exact} biases and normalisations exactly" if exact else ""
         text += f"; {self.kept:.1%} of its effect on their outputs kept"
         if self.by_weights:
             text += f" ({len(self.by_weights)} layers by weights alone)"
         if self.error is not None:
             text += f"; error {self.error:.1%} of what the fine-tune changes"
-        if self.left:
-            text += (
-                f". {len(self.left)} differing parameters have no place in the file (biases, "
-                f"normalisations, embeddings), such as {self.left[0]}"
-            )
         return f"{text}."
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         report = {"kept": self.kept, "ranks": self.ranks, "by_weights": list(self.by_weights)}
-        if self.error is None:
-            return report
-        exact = sorted(self.lora.vectors)
-        return {**report, "error": self.error, "exact": exact, "left": list(self.left)}
+        return report if self.error is None else {**report, "error": self.error}
 
 
 def calibration_of(given: Calibration | Mapping[str, Any] | None) -> Calibration:
@@ -253,58 +241,3 @@ def fitted(job: Job, run: Run, ranks: Mapping[str, int]) -> dict[str, LowRank]:
     batching = ExecutionConfig(32, "enough", job.calibration.seed)
     solutions, _ = solve_sites(run, lambda _: solver, batching)
     return {site: solutions[site].change for site in ranks}
-
-
-def other_differences(base: Host, tuned: Host) -> dict[str, Tensor]:
-    """Parameter → tuned − base, float32, on the CPU, for parameters beside sites that differ."""
-    found: dict[str, Tensor] = {}
-    own = base.parameters().keys() & tuned.parameters().keys()
-    for name in sorted(own):
-        one, two = base.parameter(name), tuned.parameter(name)
-        if one.shape == two.shape and bool((change := two - one).any()):
-            found[name] = change
-    return found
-
-
-@contextmanager
-def with_vectors(host: Host, vectors: Mapping[str, Tensor]) -> Generator[None]:
-    """Context in which ``vectors`` are added to the parameters of ``host``'s base, each while its
-    module runs; no parameter is written to. Enter it before sites get hooks, which may pause a
-    forward."""
-    modules = host.parameters() if vectors else {}
-    by_module: dict[nn.Module, dict[str, Tensor]] = {}
-    for name, vector in vectors.items():
-        by_module.setdefault(modules[name], {})[name.rpartition(".")[2]] = vector
-    with ExitStack() as stack:
-        for module, changes in by_module.items():
-            swap = _Swap(module, changes)
-            stack.callback(swap.back)  # hooks do not run after an interrupt
-            stack.enter_context(module.register_forward_pre_hook(swap.enter))
-            stack.enter_context(module.register_forward_hook(swap.leave, always_call=True))
-        yield
-
-
-class _Swap:
-    """Gives ``module`` changed parameters while forwards, which may wait, are inside it."""
-
-    def __init__(self, module: nn.Module, changes: Mapping[str, Tensor]) -> None:
-        self._module, self._changes = module, changes
-        self._own: dict[str, nn.Parameter] = {}
-        self._inside = 0
-
-    def enter(self, *_: Any) -> None:
-        self._inside += 1
-        for leaf, change in self._changes.items() if self._inside == 1 else ():
-            parameter: nn.Parameter = getattr(self._module, leaf)
-            moved = (parameter.detach().float() + change.to(parameter.device)).to(parameter.dtype)
-            self._own[leaf] = parameter
-            setattr(self._module, leaf, nn.Parameter(moved, requires_grad=False))
-
-    def leave(self, *_: Any) -> None:
-        self._inside -= 1
-        if not self._inside:
-            self.back()
-
-    def back(self) -> None:
-        while self._own:
-            setattr(self._module, *self._own.popitem())

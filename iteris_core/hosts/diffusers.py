@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import cached_property
 from importlib.metadata import version
 from math import isqrt
 from pathlib import Path
@@ -32,7 +31,7 @@ from ..lora import Lora
 from ..lora_files import ReadOptions
 from .diffusers_arguments import Arguments, study, token_sides
 from .diffusers_loop import PipelineLoop
-from .diffusers_lora import OF_TEXT, base_of, pipeline_parameters, pipeline_sites, read_lora
+from .diffusers_lora import OF_TEXT, base_of, pipeline_sites, read_lora
 from .diffusers_rows import DiffusionSamples, record_rows
 from .learned import EmbeddingTriggers, Placeholders, in_force
 from .protocol import Host, Stage, Tick, check_model, check_ready
@@ -90,13 +89,6 @@ class DiffusersHost(Host):
 
     def sites(self) -> Mapping[str, nn.Module]:
         return self._sites
-
-    @cached_property
-    def _parameters(self) -> Mapping[str, nn.Module]:
-        return pipeline_parameters(self.pipeline)
-
-    def parameters(self) -> Mapping[str, nn.Module]:
-        return self._parameters
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         return read_lora(self.pipeline, self._sites, Path(path), options)

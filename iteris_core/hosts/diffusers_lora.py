@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..architectures import ARCHITECTURES, Architecture, architecture_of_sites
 from ..architectures.record import CONNECTORS
-from ..architectures.sites import named_sites, other_parameters, plain_weight, weight_shape
+from ..architectures.sites import named_sites, plain_weight, weight_shape
 from ..errors import BaseError, IterisError, LoraFileError, ModelStateError, OutputError, brief
 from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, base_model, read_header, read_lora_file, write_lora
@@ -46,12 +46,6 @@ def pipeline_sites(pipeline: Any) -> dict[str, nn.Module]:
     return sites
 
 
-def pipeline_parameters(pipeline: Any) -> dict[str, nn.Module]:
-    """The module of every parameter that is not the weight of a site, by parameter name."""
-    components = _components(pipeline)
-    return {n: m for name, model in components for n, m in other_parameters(name, model).items()}
-
-
 def _components(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
     for name in COMPONENTS:
         model = getattr(pipeline, name, None)
@@ -67,7 +61,7 @@ def base_of(pipeline: Any, sites: Mapping[str, nn.Module]) -> BaseModel:
     # Other classes, such as FLUX.2, HunyuanVideo and AuraFlow, have FLUX.1's names of sites.
     ancestors = type(getattr(pipeline, kind.denoiser)).__mro__ if kind is not None else ()
     if kind is not None and kind.components[kind.denoiser].name in {a.__name__ for a in ancestors}:
-        return base_model(kind, shapes, pipeline_parameters(pipeline))
+        return base_model(kind, shapes)
     loaded = loaded_components(pipeline)
     denoiser = next((name for name in ("unet", "transformer") if name in loaded), None)
     if denoiser is None or not any(site.startswith(f"{denoiser}.") for site in shapes):
@@ -99,7 +93,7 @@ def read_lora(
     """Read any layout that :mod:`..lora_files` knows; raises :class:`LoraFileError` otherwise."""
 
     def weight(site: str) -> Tensor:
-        return plain_weight(site, sites[site], f"{path} is a DoRA, OFT or GLoRA, which")
+        return plain_weight(site, sites[site], f"{path} is a DoRA, which")
 
     base, options = base_of(pipeline, sites), options or ReadOptions()
     convert = partial(by_loader, pipeline, path, base, allow_partial=options.allow_partial)

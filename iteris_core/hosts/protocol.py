@@ -18,7 +18,7 @@ from torch import nn
 
 from ..activations.lockstep import Lockstep
 from ..activations.site import PLAIN, Condition
-from ..architectures.sites import plain_parameter, plain_weight
+from ..architectures.sites import plain_weight
 from ..concepts import Calibration, Concept
 from ..errors import BaseError, ModelStateError
 from ..lora import Lora
@@ -104,15 +104,6 @@ class Host(Protocol):
         """The weight of a site as forwards use it, float32, on the CPU. Raises :class:`BaseError`
         if it cannot be read."""
         return plain_weight(site, self.sites()[site], "An extraction")
-
-    def parameters(self) -> Mapping[str, nn.Module]:
-        """The module of every parameter that is not a site's weight (biases, normalisations,
-        embeddings), by parameter name, such as ``unet.conv_in.bias``."""
-        return {}
-
-    def parameter(self, name: str) -> torch.Tensor:
-        """The value of one of :meth:`parameters`, in the form of :meth:`weight`."""
-        return plain_parameter(name, self.parameters()[name])
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         """Read a LoRA file in any layout that the host's ecosystem knows."""

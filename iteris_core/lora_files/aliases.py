@@ -5,33 +5,26 @@ nothing is guessed from patterns. The layouts: kohya (``lora_unet_…``, with di
 original module names), peft and diffusers (with and without ``.processor`` and ``text_model``),
 OneTrainer (``lora_transformer_…``), LyCORIS and SimpleTuner (``lycoris_…``), ComfyUI and ai-toolkit
 (``diffusion_model.…``, ``text_encoders.…``), BFL (no prefix) and XLabs (``….processor.qkv_lora1``).
-
-A file stores changes of biases and normalisations in full: ``….diff`` for a one-dimensional weight,
-``….diff_b`` for the bias of any module. ComfyUI's stock loader reads them under kohya's names, or
-under its own for modules that sd-scripts never trains. peft's layout has no place for them.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
 from ..architectures import Architecture, architecture
 from ..architectures.record import (
     CONNECTORS,
     Alias,
     Shapes,
-    file_rows,
     is_t5,
     text_component,
     whole,
 )
-from ..architectures.sites import named_sites, other_parameters, weight_shape
-from ..errors import LoraFileError, OutputError
+from ..architectures.sites import named_sites, weight_shape
 
 _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
@@ -40,28 +33,17 @@ _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "
 class BaseModel:
     """Everything needed to read and write a LoRA file. ``shapes`` maps every site to its weight's
     shape. ``aliases`` maps every name that a file may use for a module, with prefix and without
-    leaf, to its alias. ``written`` are the names to write, each for a whole site; ``vectors`` are
-    keys for changes of biases and normalisations, by parameter name."""
+    leaf, to its alias. ``written`` are the names to write, each for whole sites."""
 
     architecture: Architecture
     shapes: Shapes
     aliases: Mapping[str, Alias]
     written: Mapping[str, Alias]
-    vectors: Mapping[str, Alias] = field(default_factory=dict[str, Alias])
 
 
-def base_model(
-    kind: Architecture, shapes: Shapes, parameters: Mapping[str, nn.Module] | None = None
-) -> BaseModel:
-    """A base model whose sites are named like diffusers' and transformers' modules; ``parameters``
-    are as in :meth:`..hosts.protocol.Host.parameters`."""
-    written = kohya_names(kind, shapes)
-    others = {
-        name: tuple(getattr(module, name.rpartition(".")[2]).shape)
-        for name, module in (parameters or {}).items()
-    }
-    vectors = vector_names(_module_names(kind, others), written, others)
-    return BaseModel(kind, shapes, file_names(kind, shapes), written, vectors)
+def base_model(kind: Architecture, shapes: Shapes) -> BaseModel:
+    """A base model whose sites are named like diffusers' and transformers' modules."""
+    return BaseModel(kind, shapes, file_names(kind, shapes), kohya_names(kind, shapes))
 
 
 @functools.cache
@@ -71,8 +53,7 @@ def released_base(name: str) -> BaseModel:
     with torch.device("meta"):
         parts = {name: part.make() for name, part in kind.components.items()}
     sites = {s: m for name, part in parts.items() for s, m in named_sites(name, part).items()}
-    others = {n: m for name, part in parts.items() for n, m in other_parameters(name, part).items()}
-    return base_model(kind, {site: weight_shape(m) for site, m in sites.items()}, others)
+    return base_model(kind, {site: weight_shape(m) for site, m in sites.items()})
 
 
 def file_names(kind: Architecture, shapes: Shapes) -> dict[str, Alias]:
@@ -106,19 +87,6 @@ def kohya_names(kind: Architecture, shapes: Shapes) -> dict[str, Alias]:
             names[_flat(kind.text_prefixes[index], path)] = whole(site, shapes)
         elif component == kind.denoiser and not kind.native:
             names[_flat("lora_unet", path)] = whole(site, shapes)
-    return names
-
-
-def _module_names(kind: Architecture, parameters: Shapes) -> dict[str, str]:
-    """Module → ComfyUI's name for its vectors, in UNets and text encoders, of any size."""
-    names: dict[str, str] = {}
-    for parameter in parameters:
-        module = parameter.rpartition(".")[0]
-        component, _, path = module.partition(".")
-        if text_component(module) is not None:
-            names[module] = _comfyui_text_name(kind, module)
-        elif component == kind.denoiser == "unet":
-            names[module] = _flat("lora_unet", path)
     return names
 
 
@@ -162,66 +130,3 @@ def _text_names(kind: Architecture, site: str) -> Iterator[str]:
     for prefix in prefixes:
         yield _flat(prefix, path)
         yield _flat(prefix, path.removeprefix("text_model."))
-
-
-_LEAVES = {"weight": ".diff", "bias": ".diff_b"}
-
-
-def vector_names(
-    names: Mapping[str, str], written: Mapping[str, Alias], shapes: Shapes
-) -> dict[str, Alias]:
-    """Key in a file → the parameters among ``shapes`` that it changes. ``names`` are the file's
-    names by module, or by parameter if it is neither weight nor bias; ``written`` are the sites'
-    names, whose biases are fused in the same way."""
-    found: dict[str, Alias] = {}
-    for name, alias in written.items():
-        biases = tuple(replace(piece, site=f"{piece.site}.bias") for piece in alias)
-        if all(piece.site in shapes for piece in biases):
-            found[f"{name}.diff_b"] = biases
-    placed = {piece.site for alias in found.values() for piece in alias}
-    for parameter, shape in shapes.items():
-        module, _, leaf = parameter.rpartition(".")
-        name, end = names.get(parameter), ".diff"
-        if leaf in _LEAVES:
-            name, end = names.get(module), _LEAVES[leaf]
-        if len(shape) == 1 and name is not None and parameter not in placed:
-            found[name + end] = whole(parameter, shapes)
-    return found
-
-
-def placed(vectors: Container[str], keys: Mapping[str, Alias]) -> set[str]:
-    """The ``vectors`` for which ``keys`` have a place."""
-    return {piece.site for alias in keys.values() for piece in alias if piece.site in vectors}
-
-
-def vectors_to_file(
-    vectors: Mapping[str, Tensor], keys: Mapping[str, Alias], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Tensors of a file; raises :class:`OutputError` for what has no place or is too large."""
-    missing = sorted(vectors.keys() - placed(vectors, keys))
-    if missing:
-        raise OutputError(
-            f"{len(missing)} changes of biases and normalisations have no place in this layout, "
-            f"such as {missing[0]}; use kohya, which holds all that a file can hold."
-        )
-    tensors: dict[str, Tensor] = {}
-    for key, alias in keys.items():
-        own = [piece for piece in alias if piece.site in vectors]
-        if own:
-            tensor = torch.zeros(file_rows(alias))
-            for piece in own:
-                piece.place(vectors[piece.site].float().cpu(), tensor)
-            tensors[key] = tensor.to(dtype)
-            if not bool(torch.isfinite(tensors[key]).all()):
-                raise OutputError(f"{key}: values are too large for {dtype}; write float32.")
-    return tensors
-
-
-def vectors_of_file(place: str, tensor: Tensor, alias: Alias) -> dict[str, Tensor]:
-    """Parameter → its change, (n,), from a tensor; raises :class:`LoraFileError` on a misfit."""
-    if tensor.shape != (file_rows(alias),) or not tensor.is_floating_point():
-        raise LoraFileError(
-            f"{place} is {tuple(tensor.shape)} {tensor.dtype}, where the base model has "
-            f"{file_rows(alias)} numbers; this LoRA was made for another base model."
-        )
-    return {piece.site: piece.of_file(tensor.float()) for piece in alias}

@@ -1,37 +1,26 @@
 """The change of a weight from the tensors of one module, by a formula for each parametrisation.
 
-LoRA, LoCon with and without ``mid``, GLoRA and most LoHa and LoKr are low rank exactly, and stay
-factors:
+LoRA, LoCon with and without ``mid`` and most LoHa and LoKr are low rank exactly, and stay factors:
 
 * ``mid`` (Tucker): ΔW[o, :, h, w] = Σ up[o, p] mid[p, q, h, w] down[q, :], rank as up's.
 * LoHa: (A₁B₁) ⊙ (A₂B₂) = (A₁ ⊙row A₂)(B₁ ⊙col B₂), of rank r₁ r₂ (Khatri-Rao products).
 * LoKr: (A₁B₁) ⊗ (A₂B₂) = (A₁ ⊗ A₂)(B₁ ⊗ B₂), of rank r₁ r₂; a factor in full counts its short side.
-* GLoRA (arXiv 2306.07967) as LyCORIS writes it: ΔW = (W a₁ a₂ + b₁ b₂) alpha / rank. Older files
-  have the halves the other way round (W a₂ a₁ + b₂ b₁).
 
-Where that rank is no saving, and for full differences, the change is dense; so it is for:
-
-* OFT (arXiv 2306.07280): W' = s · R W with R block-diagonal and orthogonal, each block a Cayley
-  transform of a skew-symmetric Q. BOFT (arXiv 2311.06243): R is a product of such, with rows
-  shuffled in a butterfly. ``rescale`` is s, a factor for each output. ``alpha`` times the number of
-  outputs bounds ‖Q‖; 0 is no bound.
-
-Formulas as in LyCORIS 4 (``lycoris/functional``) and ComfyUI 0.8 (``comfy/weight_adapter``), which
-tests compare. Where they differ, LyCORIS is followed: ComfyUI omits OFT's rescale, and bounds ‖Q‖
-by alpha alone.
+Where that rank is no saving, and for full differences, the change is dense. Formulas as in LyCORIS
+4 (``lycoris/functional``) and ComfyUI 0.8 (``comfy/weight_adapter``), which tests compare.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Container, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import LoraFileError
+from ..lora import LowRank
 from .factors import Factors
 from .tensors import modules_of
 
@@ -45,22 +34,8 @@ class Misfit(Exception):
     """Parts do not match each other or the weight."""
 
 
-@dataclass(frozen=True)
-class Module:
-    """What a formula takes: ``parts`` in float32, the weight's ``shape``, ``alpha`` and the scale
-    of an adapter's configuration if known, and the base's ``weight``, (out, in·kh·kw)."""
-
-    parts: Parts
-    shape: tuple[int, ...]
-    alpha: float | None
-    configured: float | None
-    weight: Callable[[], Tensor]
-
-    def scale(self, rank: int) -> float:
-        """alpha / rank, or the scale from the configuration."""
-        if self.alpha is None:
-            return 1.0 if self.configured is None else self.configured
-        return self.alpha / rank
+Scale = Callable[[int], float]
+"""The factor of a change from its rank: alpha / rank, or that of an adapter's configuration."""
 
 
 def _require(fits: bool) -> None:
@@ -74,14 +49,13 @@ def _squeezed(shape: tuple[int, ...]) -> list[int]:
     return [*shape[:2], *kernel]
 
 
-def _difference(module: Module) -> Rebuilt:
-    change = module.parts["diff"]
-    _require(_squeezed(change.shape) == _squeezed(module.shape))
-    return change.reshape(module.shape).flatten(1)
+def _difference(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
+    change = parts["diff"]
+    _require(_squeezed(change.shape) == _squeezed(shape))
+    return change.reshape(shape).flatten(1)
 
 
-def _lora(module: Module) -> Rebuilt:
-    parts, shape = module.parts, module.shape
+def _lora(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
     up, down, mid = parts["up"], parts["down"], parts.get("mid")
     _require(up.ndim >= 2 and down.ndim >= 2)
     rank, inner = down.shape[0], up.shape[1]
@@ -94,17 +68,15 @@ def _lora(module: Module) -> Rebuilt:
     up, down = up.flatten(1), down.flatten(1)
     if mid is not None:
         down = torch.einsum("pqhw,qi->pihw", mid, down).flatten(1)
-    return Factors(up, down, module.scale(rank))
+    return Factors(up, down, scale(rank))
 
 
-def _loha(module: Module) -> Rebuilt:
-    parts, shape = module.parts, module.shape
+def _loha(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
     a1, b1, a2, b2 = (parts[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
     _require(all(factor.ndim == 2 for factor in (a1, b1, a2, b2)))
-    factor = module.scale(len(b1))
     if "hada_t1" in parts:
         left = _tucker(parts["hada_t1"], a1, b1, shape)
-        return (left * _tucker(parts["hada_t2"], a2, b2, shape)).flatten(1) * factor
+        return (left * _tucker(parts["hada_t2"], a2, b2, shape)).flatten(1) * scale(len(b1))
     ranks, width = (len(b1), len(b2)), math.prod(shape[1:])
     _require(
         {len(a1), len(a2)} == {shape[0]}
@@ -112,10 +84,10 @@ def _loha(module: Module) -> Rebuilt:
         and (a1.shape[1], a2.shape[1]) == ranks
     )
     if math.prod(ranks) >= min(shape[0], width):
-        return (a1 @ b1) * (a2 @ b2) * factor
+        return (a1 @ b1) * (a2 @ b2) * scale(len(b1))
     up = (a1[:, :, None] * a2[:, None, :]).flatten(1)
     down = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
-    return Factors(up, down, factor)
+    return Factors(up, down, scale(len(b1)))
 
 
 def _tucker(t: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -128,97 +100,34 @@ def _tucker(t: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.einsum("ijhw,ip,jr->prhw", t, a, b)
 
 
-def _lokr(module: Module) -> Rebuilt:
-    parts, shape = module.parts, module.shape
+def _lokr(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
     _require(all(t.ndim == 2 or (t.ndim == 4 and "w1" not in n) for n, t in parts.items()))
     rank = next((len(parts[n]) for n in ("lokr_w2_b", "lokr_w1_b") if n in parts), 0)
-    factor = module.scale(rank) if rank else 1.0
-    left, right = _kronecker(parts, "w1"), _kronecker(parts, "w2")
+    factor = scale(rank) if rank else 1.0
+    halves: list[tuple[Tensor, ...]] = []  # in full, or a product
+    for name in ("lokr_w1", "lokr_w2"):
+        if name in parts:
+            halves.append((parts[name].flatten(1),))
+            continue
+        a, b, t = parts[f"{name}_a"], parts[f"{name}_b"], parts.get("lokr_t2")
+        if t is not None and name == "lokr_w2":
+            _require(a.ndim == b.ndim == 2)
+            whole = _tucker(t, a, b, (a.shape[1], b.shape[1], *t.shape[2:]))
+            halves.append((whole.flatten(1),))
+        else:
+            _require(a.ndim == 2 and a.shape[1] == len(b))
+            halves.append((a, b.flatten(1)))
+    left, right = halves
     product = len(left[0]) * len(right[0]), left[-1].shape[1] * right[-1].shape[1]
     _require(product == (shape[0], math.prod(shape[1:])))
     if len(right) == 2:
-        a1, b1 = left if len(left) == 2 else _split(left[0])
-        if a1.shape[1] * right[0].shape[1] < min(product):
-            return Factors(torch.kron(a1, right[0]), torch.kron(b1, right[1]), factor)
+        if len(left) == 1:
+            full = LowRank.whole(left[0])
+            left = full.up, full.down
+        if left[0].shape[1] * right[0].shape[1] < min(product):
+            return Factors(torch.kron(left[0], right[0]), torch.kron(left[1], right[1]), factor)
     dense = [half[0] if len(half) == 1 else half[0] @ half[1] for half in (left, right)]
     return torch.kron(*dense) * factor
-
-
-def _kronecker(parts: Parts, end: str) -> tuple[Tensor] | tuple[Tensor, Tensor]:
-    """A factor of a Kronecker product: in full, or itself a product; kernels flattened."""
-    if f"lokr_{end}" in parts:
-        return (parts[f"lokr_{end}"].flatten(1),)
-    a, b = parts[f"lokr_{end}_a"], parts[f"lokr_{end}_b"]
-    _require(a.ndim == 2)
-    if "lokr_t2" in parts and end == "w2":
-        _require(b.ndim == 2)
-        t = parts["lokr_t2"]
-        return (_tucker(t, a, b, (a.shape[1], b.shape[1], *t.shape[2:])).flatten(1),)
-    _require(a.shape[1] == len(b))
-    return a, b.flatten(1)
-
-
-def _split(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """``matrix`` as a product with the identity on its short side."""
-    if matrix.shape[0] <= matrix.shape[1]:
-        return torch.eye(matrix.shape[0]), matrix
-    return matrix, torch.eye(matrix.shape[1])
-
-
-def _rotation(module: Module) -> Tensor:
-    """W' − W for OFT, with blocks (count, size, size), or for BOFT, (stages, count, size, size)."""
-    blocks, weight = module.parts["oft_blocks"], module.weight()
-    outputs, width = weight.shape
-    _require(blocks.ndim in (3, 4) and blocks.shape[-1] == blocks.shape[-2])
-    count, size = blocks.shape[-3:-1]
-    _require(count * size == outputs)
-    skew = blocks - blocks.mT
-    norm, bound = float(skew.norm()), (module.alpha or 0.0) * outputs
-    if 0 < bound < norm:
-        skew = skew * (bound / norm)
-    one = torch.eye(size)
-    turns = torch.linalg.solve(one - skew, one + skew, left=False)
-    if blocks.ndim == 3:
-        moved = (turns.mT @ weight.view(count, size, width)).flatten(0, 1)
-    else:
-        moved = _butterfly(turns, weight)
-    if (rescale := module.parts.get("rescale")) is not None:
-        _require(rescale.numel() == outputs)
-        moved = moved * rescale.reshape(-1, 1)
-    return moved - weight
-
-
-def _butterfly(turns: Tensor, weight: Tensor) -> Tensor:
-    """R W. In stage i the blocks rotate rows at distance 2^i · size / 2 beside each other."""
-    stages, count, size, _ = turns.shape
-    _require(size % 2 == 0 and count % 2 ** (stages - 1) == 0)
-    rows = torch.arange(len(weight))
-    for stage, turn in enumerate(turns):
-        order = rows.view(-1, 2, 2**stage * size // 2).mT.flatten()
-        weight = (turn @ weight[order].view(count, size, -1)).flatten(0, 1)[order.argsort()]
-    return weight
-
-
-def _glora(module: Module) -> Rebuilt:
-    _require(all(part.ndim >= 2 for part in module.parts.values()))
-    a1, a2, b1, b2 = (module.parts[name].flatten(1) for name in ("a1", "a2", "b1", "b2"))
-    (outputs, inputs), taps = module.shape[:2], math.prod(module.shape[2:])
-    weight = module.weight()
-
-    def fits() -> bool:
-        rank = len(a2)
-        return (a1.shape, a2.shape) == ((inputs, rank), (rank, inputs)) and (
-            (b1.shape, b2.shape) == ((outputs, rank), (rank, inputs * taps))
-        )
-
-    if not fits():
-        a1, a2, b1, b2 = a2, a1, b2, b1
-        _require(fits())
-    rank = len(a2)
-    read = torch.einsum("oik,ir->ork", weight.view(outputs, inputs, taps), a1).flatten(1)
-    up, down = torch.cat([read, b1], 1), torch.cat([torch.kron(a2, torch.eye(taps)), b2])
-    made = Factors(up, down, module.scale(rank))
-    return made if made.rank < min(weight.shape) else made.dense()
 
 
 _LOHA = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b"
@@ -231,22 +140,11 @@ _OF_PARTS = (
         for left in ("lokr_w1", "lokr_w1_a lokr_w1_b")
         for right in ("lokr_w2", "lokr_w2_a lokr_w2_b", "lokr_w2_a lokr_w2_b lokr_t2")
     )),
-    (_rotation, ("oft_blocks", "oft_blocks rescale")),
-    (_glora, ("a1 a2 b1 b2",)),
 )  # fmt: skip
-FORMULAS: Mapping[frozenset[str], Callable[[Module], Rebuilt]] = {
+FORMULAS: Mapping[frozenset[str], Callable[[Parts, tuple[int, ...], Scale], Rebuilt]] = {
     frozenset(parts.split()): formula for formula, choices in _OF_PARTS for parts in choices
 }
 """Exactly these parts → the formula for them, which raises :class:`Misfit`."""
-
-
-_OF_WEIGHT = {"oft_blocks": "an OFT or BOFT", "a1": "a GLoRA"}
-
-
-def needs_weight(parts: Container[str]) -> str | None:
-    """The parametrisation of ``parts`` whose change is unknown without the base; not DoRA's."""
-    return next((kind for part, kind in _OF_WEIGHT.items() if part in parts), None)
-
 
 _BESIDE = {"alpha", "magnitude", "output_magnitude"}
 """Parts beside those that form the change: its scale and magnitudes."""
@@ -262,8 +160,8 @@ def rebuild(
     """The change of a weight of ``shape``.
 
     ``scale`` comes from an adapter's configuration, if there is one; an ``alpha`` among the parts
-    overrides it. ``weight`` returns the base's weight, (out, in·kh·kw), and is called only if the
-    change depends on it. Raises :class:`LoraFileError`, starting with ``place``, if parts are
+    overrides it. ``weight`` returns the base's weight, (out, in·kh·kw), and is called only for a
+    DoRA. Raises :class:`LoraFileError`, starting with ``place``, if parts are
     missing or do not fit.
     """
     _check_parts(parts, place)
@@ -285,9 +183,14 @@ def rebuild(
         alpha = float(parts["alpha"])
         if not math.isfinite(alpha):
             raise LoraFileError(f"{place}: alpha is {alpha}; the file is broken.")
+
+    def scale_of(rank: int) -> float:
+        if alpha is not None:
+            return alpha / rank
+        return 1.0 if scale is None else scale
+
     try:
-        module = Module(floats, shape, alpha, scale, weight)
-        change = FORMULAS[frozenset(floats)](module)
+        change = FORMULAS[frozenset(floats)](floats, shape, scale_of)
     except Misfit:
         sizes = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in floats.items())
         raise LoraFileError(

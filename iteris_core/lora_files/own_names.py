@@ -39,12 +39,7 @@ def read_by_own_names(
 def _base_of(path: Path, shapes_in_file: Shapes) -> BaseModel:
     """A base made from the file's modules, with names to write if they are kohya's."""
     kohya = any(key.endswith(".lora_down.weight") for key in shapes_in_file)
-    vectors = {
-        key: whole(key, shapes_in_file)
-        for key, shape in shapes_in_file.items()
-        if kohya and len(shape) == 1 and key.endswith((".diff", ".diff_b"))
-    }
-    modules = modules_of(key for key in shapes_in_file if key not in vectors)
+    modules = modules_of(shapes_in_file)
     if not modules:
         raise LoraFileError(f"{path} changes no weight; it is not a LoRA file.")
     shapes: dict[str, tuple[int, ...]] = {}
@@ -55,7 +50,7 @@ def _base_of(path: Path, shapes_in_file: Shapes) -> BaseModel:
         own = {part: shapes_in_file[key] for part, key in parts.items()}
         shapes[sites[name]] = _shape(path, name, own)
     names = {name: whole(site, shapes) for name, site in sites.items()}
-    return BaseModel(_RECORD, shapes, names, names if kohya else {}, vectors)
+    return BaseModel(_RECORD, shapes, names, names if kohya else {})
 
 
 def _shape(path: Path, name: str, parts: Shapes) -> tuple[int, ...]:

@@ -20,17 +20,17 @@ from ..architectures.record import Alias, Piece, file_rows
 from ..errors import LoraFileError, SettingsError
 from ..linalg import extract
 from ..lora import Lora, LowRank, in_one
-from .aliases import BaseModel, released_base, vectors_of_file
+from .aliases import BaseModel, released_base
 from .blocks import check_layers, filtered, weights_by_block
 from .embeddings import split_embeddings
 from .factors import adapter_configs, scale_of
-from .formulas import Parts, Rebuilt, needs_weight, rebuild
+from .formulas import Rebuilt, rebuild
 from .tensors import file_digest, read_header, read_tensors, refusal, split_key
 
 _NO_MODULE, _UNKNOWN = "matches no module of the base model", "is of an unknown kind"
 
 Weight = Callable[[str], Tensor]
-"""The base's weight at a site; only called if a change depends on it (DoRA, OFT, GLoRA)."""
+"""The base's weight at a site; only called for a DoRA."""
 
 _LORA_PART = re.compile(r"lora|lokr|loha|hada_|oft_|alpha|bundle_emb|\.diff(_b)?$|^w[ab]?[12]$")
 """Found in the keys of LoRAs."""
@@ -44,11 +44,10 @@ class ReadOptions:
     """``allow_partial`` leaves out what cannot be represented instead of refusing the file.
 
     ``energy`` is the share of ‖ΔW‖² to keep when a change that is not low rank (full differences,
-    DoRA, OFT, large LoHa and LoKr) is made low rank. Without ``of_weight``, for inspecting a file
-    without its base, DoRA is read as its plain kind, and OFT, BOFT and GLoRA are left out; a note
-    says so. Without ``text``, a host for which a text encoder may be missing ignores its changes.
-    ``blocks`` and ``layers`` are as in :func:`.blocks.filtered`. With ``vectors``, changes
-    of biases and normalisations are read too; a merge does not use them.
+    DoRA, large LoHa and LoKr) is made low rank. Without ``of_weight``, for inspecting a file
+    without its base, DoRA is read as its plain kind; a note says so. Without ``text``, a host for
+    which a text encoder may be missing ignores its changes. ``blocks`` and ``layers`` are as in
+    :func:`.blocks.filtered`.
     """
 
     allow_partial: bool = False
@@ -57,7 +56,6 @@ class ReadOptions:
     text: bool = True
     blocks: str = ""
     layers: str = ""
-    vectors: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.energy <= 1:
@@ -140,11 +138,6 @@ def lora_of(
 ) -> Lora:
     """The LoRA from a file's ``tensors``, as in :func:`read_lora_file`; ``configs`` are its
     components' LoraConfigs, which contain alpha if the tensors do not."""
-    places = base.vectors if options.vectors else {}
-    vectors: dict[str, Tensor] = {}
-    for key in places.keys() & tensors.keys():
-        vectors |= vectors_of_file(f"{path}: {key}", tensors[key], places[key])
-    tensors = {key: tensor for key, tensor in tensors.items() if key not in places}
     modules, left_out = _modules(path, tensors, base)
     if left_out and not (options.allow_partial and modules):
         raise LoraFileError(f"{path}: {_complaint(left_out, tensors, whole=not modules)}")
@@ -161,13 +154,10 @@ def lora_of(
             scale = scale_of(path, configs, alias[0].site, name, rank)
         shape = (file_rows(alias), *base.shapes[alias[0].site][1:])
         if not options.of_weight:
-            if needs_weight(parts):
-                counts["unseen"] += 1
-                continue
             plain = {name: part for name, part in parts.items() if "magnitude" not in name}
             counts["undone"] += plain.keys() != parts.keys()
             parts = plain
-        of_base = partial(_base_weight, alias, shape, weight, place, parts)
+        of_base = partial(_base_weight, alias, shape, weight, place)
         change = rebuild(parts, shape, scale, place, of_base)
         scale = 1.0 if isinstance(change, Tensor) else change.scale
         for piece in alias:
@@ -188,7 +178,6 @@ def lora_of(
         "extracted": "were not low rank and were extracted at "
         f"{options.energy:.4%} of their energy",
         "undone": "are DoRA; their magnitudes are ignored",
-        "unseen": "are OFT, BOFT or GLoRA, which are unknown without the base's weights",
         "zero": "have a change of exactly zero and are left out",
     }
     notes = [
@@ -197,10 +186,6 @@ def lora_of(
         for why, keys in left_out.items()
     ]
     notes += [f"{counts[kind]} sites {text}" for kind, text in texts.items() if counts[kind]]
-    if vectors:
-        notes.append(
-            f"{len(vectors)} changes of biases and normalisations, which a merge does not support"
-        )
     lora = Lora(
         {site: in_one([change for change, _ in parts]) for site, parts in pieces.items()},
         path.stem,
@@ -215,7 +200,6 @@ def lora_of(
         left_out=sum(map(len, left_out.values())),
         notes=notes,
         reading={"allow_partial": options.allow_partial, "energy": options.energy},
-        vectors={name: vector for name, vector in vectors.items() if bool(vector.any())},
     )
     return filtered(lora, options.blocks, options.layers)
 
@@ -303,13 +287,10 @@ def _complaint(
     return f"{len(keys)} of {len(tensors)} tensors cannot be read: {first}. {advice}"
 
 
-def _base_weight(
-    alias: Alias, shape: tuple[int, ...], weight: Weight | None, place: str, parts: Parts
-) -> Tensor:
+def _base_weight(alias: Alias, shape: tuple[int, ...], weight: Weight | None, place: str) -> Tensor:
     """(out, in·kh·kw) of the file's tensor, float32."""
     if weight is None:
-        kind = needs_weight(parts) or "a DoRA"
-        raise LoraFileError(f"{place} is {kind}, which needs the base model's weights.")
+        raise LoraFileError(f"{place} is a DoRA, which needs the base model's weights.")
     full = torch.zeros(shape).flatten(1)
     for piece in alias:
         piece.place(weight(piece.site).detach().to("cpu", torch.float32).flatten(1), full)

@@ -154,12 +154,10 @@ _LEAVES = {
 _CALLED_SO = (
     "alpha", "diff", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
-    "oft_blocks", "rescale",
 )  # fmt: skip
 LEAVES = {
     **{leaf: part for part, leaves in _LEAVES.items() for leaf in leaves},
     **{f".{part}": part for part in _CALLED_SO},
-    **{f".{part}.weight": part for part in ("a1", "a2", "b1", "b2")},
 }
 """End of a key → its part."""
 
@@ -168,7 +166,8 @@ REFUSED = {
     (".w_norm", ".b_norm", "_norm.scale"): "a change of a normalisation",
     (".set_weight",): "a replaced weight",
     (".reshape_weight",): "a change of a weight's shape",
-    (".oft_diag", ".oft_R.weight", ".boft_R"): "OFT in a form that ComfyUI does not load",
+    (".oft_blocks", ".oft_diag", ".oft_R.weight", ".boft_R", ".rescale"): "OFT or BOFT",
+    (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"): "GLoRA",
     (".on_input", ".ia3_l"): "IA3, which multiplies the weight",
 }
 """Ends of a key → their meaning, for keys that are not read as a weight's change."""
@@ -183,7 +182,6 @@ _LAYOUTS = {
 _KINDS = {
     "magnitude": "DoRA", "output_magnitude": "DoRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr",
     "lokr_w1_a": "LoKr", "mid": "LoCon with mid", "diff": "full difference", "up": "LoRA",
-    "oft_blocks": "OFT or BOFT", "a1": "GLoRA",
 }  # fmt: skip
 _LONGEST_FIRST = sorted(LEAVES, key=len, reverse=True)
 

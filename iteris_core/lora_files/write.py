@@ -32,7 +32,7 @@ from ..architectures.record import Alias, file_rows
 from ..errors import OutputError
 from ..lora import Lora, LowRank
 from ..saving import check_new, together
-from .aliases import BaseModel, base_model, vectors_to_file
+from .aliases import BaseModel, base_model
 from .embeddings import embedding_targets, to_file
 from .factors import Factors, lora_config, store_all
 from .tensors import content_hash, save_tensors
@@ -134,8 +134,6 @@ def to_tensors(
             # Sites may share a down matrix in memory; safetensors refuses that.
             tensors |= {f"{site}.lora_A.weight": down.clone(), f"{site}.lora_B.weight": up}
         metadata["lora_adapter_metadata"] = json.dumps(_peft_metadata(stored))
-    keys = base.vectors if layout == "kohya" else {}
-    tensors |= vectors_to_file(lora.vectors, keys, DTYPES[name_of(dtype)])
     if "modelspec.sai_model_spec" in metadata:
         metadata["modelspec.hash_sha256"] = "0x" + content_hash(tensors)
     return tensors, {**metadata, "format": "pt"}
@@ -161,13 +159,6 @@ def _own_layout(lora: Lora) -> Layout:
 
 def _warn_of_unread(lora: Lora, layout: Layout) -> None:
     if lora.base is None:
-        return
-    if lora.vectors:
-        _log.warning(
-            "diffusers refuses this file, because it changes %d biases and normalisations, such "
-            "as %s. ComfyUI reads it; for diffusers write peft, which leaves them out.",
-            len(lora.vectors), min(lora.vectors),
-        )  # fmt: skip
         return
     reads = lora.base.architecture.diffusers_reads
     unread = [site for site in lora.sites if not reads(site, layout)]

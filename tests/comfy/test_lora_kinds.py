@@ -44,19 +44,6 @@ KINDS = {
     "lokr of a convolution": (
         CONV, tensors(lokr_w1=(8, 8), lokr_w2_a=(8, 2), lokr_w2_b=(2, 8 * 9)) | ALPHA),
     "full difference": (LINEAR, tensors(diff=(64, 256))),
-    "oft": (LINEAR, tensors(oft_blocks=(8, 8, 8))),
-    "oft of a convolution": (CONV, tensors(oft_blocks=(16, 4, 4)) | NONE),
-    "boft": (LINEAR, tensors(oft_blocks=(3, 8, 8, 8), rescale=(64, 1)) | NONE),
-    "glora": (LINEAR, ALPHA | tensors(
-        a1__weight=(256, 4), a2__weight=(4, 256), b1__weight=(64, 4), b2__weight=(4, 256),
-    )),
-    "glora of a convolution": (CONV, ALPHA | tensors(
-        a1__weight=(64, 2, 1, 1), a2__weight=(2, 64, 1, 1), b1__weight=(64, 2, 1, 1),
-        b2__weight=(2, 64, 3, 3),
-    )),
-    "glora with its halves the other way round": (LINEAR, ALPHA | tensors(
-        a1__weight=(4, 256), a2__weight=(256, 4), b1__weight=(4, 256), b2__weight=(64, 4),
-    )),
 }  # fmt: skip
 
 
