@@ -143,10 +143,7 @@ def test_a_base_of_another_shape_is_loaded(host, tmp_path, iteris):
     assert all(0 < count <= of for count, of in coverage.values())
 
 
-def test_what_ships_is_read_without_naming_its_base(tmp_path, iteris):
+def test_what_ships_is_read_without_naming_its_base(iteris):
     files = [toybox.concepts()[name].lora for name in ("sks1", "sks10")]  # kohya's and diffusers'
     text = iteris("inspect", *files, "--json")
     assert json.loads(text)["interference"][0]["shared"] == 68  # every attention projection
-    for number, file in enumerate(files):
-        text = iteris("convert", file, "-o", tmp_path / f"{number}.safetensors")
-        assert "bit-identical to the original" in text
