@@ -183,12 +183,6 @@ def extract() -> list[str]:
     return table(("rank", "", "error", "likeness"), rows, labels=2)
 
 
-def bake() -> list[str]:
-    """By way of rounding to fp8: the error of the denoiser's output."""
-    names = {"plain": "torch's cast", "scaled": "`bake --dtype fp8`"}
-    return table(("", "error"), [[names[way], of] for way, of in load("bake.json").items()])
-
-
 _SHARED = "iteris:rank=8:share_ranks=true"
 _FIXED = {
     "single": "each LoRA alone",
@@ -277,7 +271,6 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "floors": floors,
     "resize": resize,
     "extract": extract,
-    "bake": bake,
     "fixed rank": fixed_rank,
     "toybox": toybox,
     "toybox concepts": toybox_concepts,

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from ..architectures import architecture_of_file
 from ..config import ConceptConfig
-from ..edit.bake import FP8, places_in, weight_in
 from ..edit.bake import bake as bake_model
+from ..edit.bake import places_in, weight_in
 from ..errors import BaseError, OutputError, UsageError
 from ..lora_files import (
     DTYPES,
@@ -29,12 +29,11 @@ from ..lora_files import (
     write_lora,
 )
 from ..lora_files.metadata import find_phrases
-from ..lora_files.peft_folder import check_folder
 from ..lora_files.tensors import dtypes_of
 from ..passes.changes import changes_always
 from ..progress import Progress
 from ..report.inspection import Interference, LoraFacts, describe, interference
-from .base import check_base, located, lora_reader
+from .base import check_base, lora_reader
 from .common import print_table, progress_bars
 from .inputs import check_apart, check_concepts
 from .merge_file import parse_concept
@@ -158,73 +157,50 @@ def convert(
 
 
 def bake(
-    base: Annotated[
-        str, typer.Argument(help="A .safetensors checkpoint, or a diffusers folder", metavar="BASE")
-    ],
+    base: Annotated[Path, typer.Argument(help="A .safetensors checkpoint", metavar="BASE")],
     lora: Annotated[
         list[str],
         option("FILE, FILE:0.8, or FILE:0.8/0.5 (model and text encoders); repeat for each LoRA"),
     ],
-    output: Annotated[Path, option("The file or folder to write", "--output", "-o")],
-    dtype: Annotated[
-        Literal["float16", "bfloat16", "float32", "fp8"] | None,
-        option(
-            "Type of the weights; unchanged by default. fp8: linear layers as float8 with one "
-            "scale each, for ComfyUI"
-        ),
-    ] = None,
+    output: Annotated[Path, option("The .safetensors to write", "--output", "-o")],
+    dtype: Annotated[Dtype | None, option("Type of the weights; unchanged by default")] = None,
     energy: Energy = 0.999,
     allow_partial: Partial = False,
     overwrite: Overwrite = False,
     quiet: Annotated[bool, option("Show only warnings and errors", "--quiet", "-q")] = False,
 ) -> None:
-    """Add LoRAs to a model's weights; names in its files stay the same.
+    """Add LoRAs to a checkpoint's weights; names in the file stay the same.
 
     \b
     iteris bake model.safetensors --lora cat.safetensors:0.8 -o baked.safetensors
     """
-    source = Path(located(base))
     configs = [parse_concept(text, option="--lora") for text in lora]
-    if not source.exists():
-        raise BaseError(f"The base {base!r} does not exist; give an existing file or folder.")
+    if not base.is_file():
+        raise BaseError(
+            f"The base {base} is not a file; give a .safetensors checkpoint. For a diffusers "
+            "folder use diffusers: load_lora_weights, fuse_lora and save_pretrained."
+        )
     if not all(config.files for config in configs):
         raise UsageError("--lora must name a LoRA file.")
-    check_base(base)
+    check_base(str(base))
     check_concepts(configs)
-    _check_baked(source, output, dtype, overwrite)
-    options = ReadOptions(allow_partial, energy)
-    kind = "" if source.is_dir() else architecture_of_file(*read_header(configs[0].files[0])).name
-    places, model = places_in(source, released_base(kind) if kind else None)
-    weight, files = weight_in(places), [config.files[0] for config in configs]
-    read = [read_lora_file(file, model, weight, options) for file in files]
+    if output.exists() and output.samefile(base):
+        raise OutputError(f"{output} is the base itself, which would be lost; choose another name.")
+    check_target(output, None, "float16", overwrite)
+    files = [config.files[0] for config in configs]
+    model = released_base(architecture_of_file(*read_header(files[0])).name)
+    places, options = places_in(base, model), ReadOptions(allow_partial, energy)
+    read = [read_lora_file(file, model, weight_in(base, places), options) for file in files]
     concepts = [config.concept(one) for config, one in zip(configs, read, strict=True)]
     changes = changes_always(concepts)
-    written = FP8 if dtype == "fp8" else DTYPES[dtype] if dtype else None
     with progress_bars(visible=not quiet) as on_progress:
 
         def tick(done: int, total: int) -> None:
             on_progress(Progress("writing weights", done, total))
 
-        bake_model(source, output, changes, places, written, tick)
+        bake_model(base, output, changes, places, DTYPES[dtype] if dtype else None, tick)
     if not quiet:
         for one in read:
             for note in one.notes:
                 typer.echo(f"{one.name}: {note}")
         typer.echo(f"Wrote {output}: {len(changes)} layers changed.")
-
-
-def _check_baked(source: Path, output: Path, dtype: str | None, overwrite: bool) -> None:
-    """Refuse an ``output`` that cannot be written, or not in its ``dtype``."""
-    if output.exists() and output.samefile(source):
-        raise OutputError(f"{output} is the base itself, which would be lost; choose another name.")
-    if source.is_file():
-        check_target(output, None, "float16", overwrite)
-        return
-    check_folder(output)
-    if output.suffix == ".safetensors":
-        raise OutputError(
-            f"{source} is a folder, and so is the result; give {output.with_suffix('')} as its "
-            "name."
-        )
-    if dtype == "fp8":
-        raise OutputError("A diffusers folder cannot hold fp8 with scales; bake a single file.")
