@@ -119,21 +119,18 @@ class Lora:
 
 
 def concatenate(changes: Sequence[LowRank]) -> LowRank:
-    """The exact sum of ``changes``, of rank Σ r_i: factors side by side."""
+    """The exact sum of ``changes``, of rank Σ r_i: factors side by side. One change is itself."""
     if not changes:
         raise MismatchError("Nothing to add up: pass at least one change.")
     first = changes[0]
+    if len(changes) == 1:
+        return first
     if any(change.shape != first.shape or change.kernel != first.kernel for change in changes):
         shapes = [change.shape for change in changes]
         raise MismatchError(f"Changes of one site differ in shape: {shapes}. Same base model?")
     up = torch.cat([change.up for change in changes], dim=1)
     down = torch.cat([change.down for change in changes], dim=0)
     return LowRank(up, down, first.kernel)
-
-
-def in_one(changes: Sequence[LowRank]) -> LowRank:
-    """The only one of ``changes``, by reference, or the sum of several."""
-    return changes[0] if len(changes) == 1 else concatenate(changes)
 
 
 @dataclass(frozen=True)
@@ -162,7 +159,7 @@ class SiteChanges:
     def __getitem__(self, concept: int) -> LowRank | None:
         """A concept's change; a sum is concatenated anew each time."""
         parts = self.parts(concept)
-        return in_one(parts) if parts else None
+        return concatenate(parts) if parts else None
 
     def parts(self, concept: int) -> list[LowRank]:
         """The changes that add up to a concept's: its own, or those of a sum."""

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .errors import IterisError, OutputError, SaveError, brief
@@ -20,20 +20,19 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 @contextmanager
 def together() -> Generator[Callable[[Path], Path]]:
-    """Yield :func:`atomically` for several files, of which all appear or none."""
-    with ExitStack() as undo, ExitStack() as files:
-        yield lambda path: files.enter_context(atomically(path, undo))
+    """Yield :func:`atomically` for several files: none has its name before all are complete."""
+    with ExitStack() as files:
+        yield lambda path: files.enter_context(atomically(path))
 
 
 @contextmanager
-def atomically(path: Path, undo: ExitStack | None = None) -> Generator[Path]:
+def atomically(path: Path) -> Generator[Path]:
     """Yield a path at which to write the file or folder ``path``: it lies in a temporary folder
     beside it, and is renamed at the end. A link stays one; what it points to is replaced. An
     unfinished LoRA has another ending, because programs list all .safetensors.
 
     If the disk is full, or anything else is raised, nothing is left behind and an existing file
-    stays. Operating system errors, including safetensors', become :class:`SaveError`. An error that
-    closes ``undo`` later also brings the existing file back.
+    stays. Operating system errors, including safetensors', become :class:`SaveError`.
     """
     try:
         target = path.resolve()
@@ -41,8 +40,6 @@ def atomically(path: Path, undo: ExitStack | None = None) -> Generator[Path]:
             listed = path.suffix == ".safetensors"
             unfinished = Path(folder, f"{path.name}.part" if listed else path.name)
             yield unfinished
-            if undo is not None:
-                _undone(target, undo)
             unfinished.replace(target)
     except IterisError:
         raise
@@ -53,26 +50,6 @@ def atomically(path: Path, undo: ExitStack | None = None) -> Generator[Path]:
         if match is None:
             raise
         raise SaveError(_sentence(path, error, int(match[1]))) from error
-
-
-def _undone(path: Path, undo: ExitStack) -> None:
-    """On an error, ``undo`` makes ``path`` what it is now."""
-    folder = tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent)
-    earlier = Path(undo.enter_context(folder), path.name)
-    if path.is_file():
-        try:
-            os.link(path, earlier)
-        except OSError:  # a file system without links
-            shutil.copy2(path, earlier)
-
-    def restore(error: type[BaseException] | None, *_: object) -> None:
-        with suppress(OSError):
-            if error is not None and earlier.exists():
-                earlier.replace(path)
-            elif error is not None and path.is_file():
-                path.unlink()
-
-    undo.push(restore)
 
 
 def rescued(write: Callable[[Path], Sequence[Path]], name: str, error: IterisError) -> IterisError:

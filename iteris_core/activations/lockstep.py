@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SiteError
-from ..lora import LowRank, SiteChanges, in_one
+from ..lora import LowRank, SiteChanges, concatenate
 from .activation_offload import ActivationOffload
 from .barriers import Barriers, ReplayDone, replay_hook
 from .memory import tensors_in
@@ -199,7 +199,7 @@ class Lockstep:
 
         def change_of(concept: int, inputs: Tensor) -> LowRank | None:
             parts = [self._ready(name, id(p), p, inputs) for p in changes.parts(concept)]
-            return in_one(parts) if parts else None
+            return concatenate(parts) if parts else None
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             batch = self._active

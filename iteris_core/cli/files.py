@@ -94,7 +94,6 @@ def _facts(facts: LoraFacts) -> list[tuple[str, str]]:
 
     return [
         ("base", facts.base),
-        ("layout", ", ".join(facts.layouts)),
         ("kind", counts(facts.kinds)),
         ("dtype", counts(facts.dtypes)),
         ("rank", counts(facts.ranks)),

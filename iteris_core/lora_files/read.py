@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,7 +18,7 @@ from ..architectures import architecture_of_file
 from ..architectures.record import Alias, Piece, file_rows
 from ..errors import LoraFileError, SettingsError
 from ..linalg import extract
-from ..lora import Lora, LowRank, in_one
+from ..lora import Lora, LowRank, concatenate
 from .aliases import BaseModel, released_base
 from .blocks import check_layers, filtered, weights_by_block
 from .embeddings import split_embeddings
@@ -31,10 +30,6 @@ _NO_MODULE, _UNKNOWN = "matches no module of the base model", "is of an unknown 
 
 Weight = Callable[[str], Tensor]
 """The base's weight at a site; only called for a DoRA."""
-
-_LORA_PART = re.compile(r"lora|lokr|loha|hada_|oft_|alpha|bundle_emb|\.diff(_b)?$|^w[ab]?[12]$")
-"""Found in the keys of LoRAs."""
-_FEW = 8  # keys; a whole model has more
 
 _TOO_LARGE = 1e30  # limit for an entry of a change, so that sums fit in float32
 
@@ -187,7 +182,7 @@ def lora_of(
     ]
     notes += [f"{counts[kind]} sites {text}" for kind, text in texts.items() if counts[kind]]
     lora = Lora(
-        {site: in_one([change for change, _ in parts]) for site, parts in pieces.items()},
+        {site: concatenate([change for change, _ in parts]) for site, parts in pieces.items()},
         path.stem,
         source=path.name,
         sha256=file_digest(path),
@@ -270,15 +265,10 @@ def _complaint(
     keys = [key for some in left_out.values() for key in some]
     named = [f"{k} {tuple(tensors[k].shape)} {why}" for why, some in left_out.items() for k in some]
     rest = "; to merge the rest of it, allow a partial reading (option allow_partial)."
-    if whole and len(keys) > _FEW and not any(_LORA_PART.search(key.lower()) for key in keys):
-        advice = (
-            "This is a whole model (a checkpoint), not a LoRA; give the LoRA's own file, or "
-            "extract one from the model first."
-        )
-    elif whole and _NO_MODULE not in left_out and left_out.keys() - {_UNKNOWN}:
+    if whole and _NO_MODULE not in left_out and left_out.keys() - {_UNKNOWN}:
         advice = "Nothing in it is a low-rank change of a layer, so there is nothing to merge."
     elif whole:
-        advice = "This LoRA was made for another base model, or it is not a LoRA."
+        advice = "This LoRA was made for another base model, or it is a whole model and no LoRA."
     elif set(left_out) == {_NO_MODULE}:
         advice = f"This LoRA was made for another base model, or for one with more parts{rest}"
     else:

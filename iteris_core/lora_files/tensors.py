@@ -1,5 +1,5 @@
 """Safetensors files, checked on reading, and the keys of LoRA files: which part of a change a
-tensor is, and readable names for layout and parametrisation.
+tensor is, and readable names of parametrisations.
 """
 
 from __future__ import annotations
@@ -24,15 +24,6 @@ _FLOATS = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.float8_e4m3fn, torch.float8_e5m2),
 )
-_OTHER_KINDS = {
-    (b"pk\x03\x04", b"\x80"): "a pickled PyTorch file, which could run code when opened; convert "
-    "it to safetensors if you trust its source.",
-    (b"version https://git-lfs",): "a Git LFS pointer, a few lines of text in place of the real "
-    "file; run git lfs pull, or download the file itself.",
-    (b"<!doctype", b"<html", b"<?xml"): "a web page, not a safetensors file; the download may have "
-    "asked for a login. Download the file again.",
-}
-"""Starts of other files, in lower case, which are refused unopened"""
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -61,16 +52,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @contextmanager
 def _opened(path: Path) -> Generator[Any]:
-    """The file, opened by safetensors; other kinds of file are refused unopened."""
+    """The file, opened by safetensors; a pickled file is refused unopened."""
     if not path.is_file():
         raise LoraFileError(f"{path} does not exist or is not a file; check the path.")
     with path.open("rb") as file:
-        head = file.read(64)
+        head = file.read(9)
     # A safetensors file starts with a length, whose first bytes may match too, and then JSON.
-    text = head.lstrip().lower()
-    for starts, what in _OTHER_KINDS.items() if head[8:9] != b"{" else ():
-        if text.startswith(starts):
-            raise LoraFileError(f"{path} is {what}")
+    if head[8:] != b"{" and head.startswith((b"PK\x03\x04", b"\x80")):
+        raise LoraFileError(
+            f"{path} is a pickled PyTorch file, which could run code when opened; convert it to "
+            "safetensors if you trust its source."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -80,7 +72,8 @@ def _opened(path: Path) -> Generator[Any]:
                 f"Host memory ran out while reading {path}; free memory elsewhere."
             ) from error
         raise LoraFileError(
-            f"{path} is not a complete safetensors file ({error}); download or save it again."
+            f"{path} is not a complete safetensors file ({error}), but cut off, a web page or a "
+            "Git LFS pointer. Download or save it again."
         ) from error
 
 
@@ -172,13 +165,6 @@ REFUSED = {
 }
 """Ends of a key → their meaning, for keys that are not read as a weight's change."""
 
-_LAYOUTS = {
-    ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_"): "kohya",
-    ("lora_transformer_",): "OneTrainer",
-    ("lycoris_",): "LyCORIS",
-    ("diffusion_model.", "text_encoders."): "ComfyUI or ai-toolkit",
-    ("bundle_emb.",): "bundled embedding",
-}
 _KINDS = {
     "magnitude": "DoRA", "output_magnitude": "DoRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr",
     "lokr_w1_a": "LoKr", "mid": "LoCon with mid", "diff": "full difference", "up": "LoRA",
@@ -210,28 +196,6 @@ def is_lora(keys: Iterable[str]) -> bool:
 def refusal(key: str) -> str | None:
     """The parametrisation of ``key`` if no low-rank change can express it."""
     return next((what for leaves, what in REFUSED.items() if key.endswith(leaves)), None)
-
-
-def _layout_of(key: str) -> str:
-    for prefixes, name in _LAYOUTS.items():
-        if key.startswith(prefixes):
-            return name
-    original = any(f"{part}_blocks." in key for part in ("double", "single", "joint"))
-    if original and ".processor." in key:
-        return "XLabs"
-    if "_lora." in key or ".lora." in key or ".lora_linear_layer." in key:
-        return "diffusers (old)"
-    if ".lora_A" in key or ".lora_B" in key or ".lora_magnitude_vector" in key:
-        component = key.partition(".")[0]
-        if component in ("unet", "transformer") or component.startswith("text_encoder"):
-            return "diffusers (peft)"
-        return "BFL" if original else "peft"
-    return "unknown"
-
-
-def layouts_of(keys: Iterable[str]) -> list[str]:
-    """All layouts in a file, the most common first."""
-    return [name for name, _ in Counter(_layout_of(key) for key in keys).most_common()]
 
 
 def kinds_of(keys: Iterable[str]) -> dict[str, int]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..lora import Lora, LowRank
 from ..lora_files.blocks import LISTS, blocks_of
 from ..lora_files.metadata import trigger_words
-from ..lora_files.tensors import dtypes_of, kinds_of, layouts_of
+from ..lora_files.tensors import dtypes_of, kinds_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class BlockFacts:
 class LoraFacts:
     """``blocks`` holds each block's facts; ``ranks`` and ``alphas`` count sites. ``coverage`` gives
     changed and changeable sites by component. ``embeddings`` are names with the number of vectors
-    per text encoder. ``layouts``, ``kinds`` and ``dtypes`` count entries in the file."""
+    per text encoder. ``kinds`` and ``dtypes`` count entries in the file."""
 
     name: str
     base: str
@@ -49,7 +49,6 @@ class LoraFacts:
     blocks: Mapping[str, BlockFacts]
     embeddings: Sequence[str]
     notes: Sequence[str]
-    layouts: Sequence[str]
     kinds: Mapping[str, int]
     dtypes: Mapping[str, int]
 
@@ -118,7 +117,6 @@ def describe(lora: Lora, tensors: Mapping[str, Tensor] | None = None) -> LoraFac
             for name, parts in lora.embeddings.items()
         ],
         notes=list(lora.notes),
-        layouts=layouts_of(tensors),
         kinds=kinds_of(tensors),
         dtypes=dtypes_of(tensors),
     )

@@ -24,7 +24,6 @@ def make_mess(folder: Path) -> dict[str, str]:
     good = one.read_bytes()
     texts = {
         "pointer.safetensors": "version https://git-lfs.github.com/spec/v1\n",
-        "page.safetensors": "<!DOCTYPE html><title>Log in</title>",
         "letter.safetensors": "this is not a LoRA, it is a letter to you all",
         "lines.txt": "a photo\na house\n", "empty.txt": "", "blank.txt": " \n\n",
         "nine.txt": "a {9}\n", "mine.yaml": "mine",

@@ -73,25 +73,6 @@ def test_a_lora_is_not_left_without_its_embedding_nor_one_expert_without_the_oth
     assert files_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_files_that_have_their_names_already_lose_them_again(there, tmp_path):
-    """Where the name of one of several is taken by a folder, which is seen when it is renamed."""
-    paths = [tmp_path / f"{name}.safetensors" for name in ("one", "two", "three")]
-    if there:
-        write_loras({path: lora(64) for path in (paths[0], paths[2])})
-    before = {path: path.read_bytes() for path in paths if path.exists()}
-    paths[1].mkdir()
-    with pytest.raises(SaveError, match=r"two\.safetensors cannot be written"):
-        write_loras({path: lora(32) for path in paths}, overwrite=True)
-    assert {path: path.read_bytes() for path in paths if path.is_file()} == before
-    assert files_in(tmp_path) == sorted({paths[1].name, *(path.name for path in before)})
-    paths[1].rmdir()
-    write_loras({path: lora(32) for path in paths}, overwrite=True)
-    one, *others = ({key: t.tolist() for key, t in load_file(path).items()} for path in paths)
-    assert others == [one, one]
-    assert files_in(tmp_path) == sorted(path.name for path in paths)
-
-
 def test_an_adapter_folder_is_whole_or_not_there(tmp_path):
     with largest_file(4096), pytest.raises(SaveError, match="no partial file is left"):
         write_adapter(lora(4096), tmp_path / "adapter")
