@@ -15,20 +15,13 @@ from .merge_nodes import CompareMerges, IterisMerge, IterisMergeExperts
 from .merge_settings import IterisMergeSettings
 from .save_node import SaveMergedLora
 from .schema import discreet
-from .score_nodes import (
-    ClipImageAlignment,
-    ClipScorerLoader,
-    ClipTextAlignment,
-    ScoreSheet,
-    VisionScorer,
-)
+from .sheet_node import ContactSheet
 
 NODES: list[type[io.ComfyNode]] = [
     *(IterisLoras, IterisConcept, PreservePrompts),
     *(IterisMerge, IterisMergeSettings, IterisMergeExperts, CompareMerges),
     *(SaveMergedLora, ResizeLora, ExtractLora, InspectLoras),
-    *(ClipScorerLoader, VisionScorer, ClipImageAlignment, ClipTextAlignment, ScoreSheet),
-    IterisToybox,
+    *(ContactSheet, IterisToybox),
 ]
 NODES = [*map(discreet, NODES)]
 

@@ -23,7 +23,6 @@ _TEXTS = json.loads((_LOCALES / "en" / "nodeDefs.json").read_text(encoding="utf-
 
 Concepts = io.Custom("ITERIS_CONCEPTS")
 MergeSettings = io.Custom("ITERIS_SETTINGS")
-Scorer = io.Custom("ITERIS_SCORER")
 LoraModel = io.Custom("LORA_MODEL")
 LoraStack = io.Custom("LORA_STACK")
 
@@ -39,9 +38,8 @@ _OUTPUTS: Mapping[str, Any] = {
     **dict.fromkeys(("MODEL", "MODEL low"), io.Model),
     **dict.fromkeys(("lora", "lora low"), LoraModel),
     **dict.fromkeys(("plot", "sheet", "references"), io.Image),
-    **dict.fromkeys(("cosine", "clip_score"), io.Float),
     **{"CLIP": io.Clip, "VAE": io.Vae},
-    **{"concepts": Concepts, "settings": MergeSettings, "scorer": Scorer},
+    **{"concepts": Concepts, "settings": MergeSettings},
 }
 """Output → its type; all others are text."""
 
