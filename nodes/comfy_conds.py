@@ -5,8 +5,7 @@ rows."""
 from __future__ import annotations
 
 import uuid
-import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,10 +72,6 @@ class References:
         states, own = text
         return [states, {**self.entries, **own}]
 
-    def key(self, forget: Callable[[Any], None]) -> Hashable:
-        """Equal for references to the same objects; ``forget`` is called when one is deleted."""
-        return _identity((self.entries, self.latent, self.mask), forget)
-
 
 def kind(inputs: Inputs) -> Hashable:
     """A key, equal for texts with the same inputs, shapes and constants: they share a forward."""
@@ -121,29 +116,3 @@ def _equal(one: Any, two: Any) -> bool:
         return len(one) == len(two) and all(map(_equal, one, two))
     tensors = isinstance(one, Tensor) and isinstance(two, Tensor)
     return tensors and one.shape == two.shape and one.device == two.device and torch.equal(one, two)
-
-
-def _identity(value: Any, forget: Callable[[Any], None]) -> Hashable:
-    if isinstance(value, Mapping):
-        return tuple((name, _identity(part, forget)) for name, part in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(_identity(part, forget) for part in value)
-    plain = isinstance(value, (bool, int, float, str, type(None)))
-    return value if plain else Same(value, forget)
-
-
-class Same:
-    """Equal to another wrapper of the same object, while that exists."""
-
-    def __init__(self, value: Any, forget: Callable[[Any], None]) -> None:
-        try:
-            self._value: Callable[[], Any] = weakref.ref(value, forget)
-        except TypeError:  # a type without weak references
-            self._value = lambda: value
-
-    def __eq__(self, other: object) -> bool:
-        mine = self._value()
-        return isinstance(other, Same) and mine is not None and mine is other._value()
-
-    def __hash__(self) -> int:
-        return hash(Same)

@@ -26,8 +26,8 @@ NAMES: Mapping[str, Sequence[str]] = {
     "comfy.model_base": ("ModelType",),
     "comfy.model_management": (
         "cast_to_device", "get_free_memory", "get_torch_device", "intermediate_device",
-        "load_models_gpu", "soft_empty_cache", "text_encoder_offload_device",
-        "throw_exception_if_processing_interrupted", "unet_offload_device",
+        "load_models_gpu", "soft_empty_cache", "throw_exception_if_processing_interrupted",
+        "unet_offload_device",
     ),
     "comfy.model_patcher": ("ModelPatcher", "create_model_options_clone"),
     "comfy.model_sampling": ("CONST",),
@@ -63,7 +63,7 @@ METHODS: Mapping[str, Sequence[str]] = {
 ATTRIBUTES: Mapping[str, Sequence[str]] = {
     "comfy.model_patcher.ModelPatcher": (
         "additional_models", "attachments", "callbacks", "forced_hooks", "hook_patches",
-        "injections", "patches_uuid", "weight_wrapper_patches", "wrappers",
+        "injections", "weight_wrapper_patches", "wrappers",
     ),
     "comfy.sd.CLIP": (
         "apply_hooks_to_conds", "layer_idx", "tokenizer_options", "use_clip_schedule",

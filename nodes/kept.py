@@ -1,5 +1,5 @@
-"""Merges that were made before, in memory and in ComfyUI's user folder: another strength, a restart
-or another seed of the picture does not make them again."""
+"""Merges that were made before, in ComfyUI's user folder: another strength, a restart or another
+seed of the picture does not make them again."""
 
 from __future__ import annotations
 
@@ -46,10 +46,6 @@ class Merge:
     @classmethod
     def of(cls, result: MergeResult) -> Merge:
         return cls(result.lora, result.report.summary(), is_ordered(result.report))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(change.up.nbytes + change.down.nbytes for change in self.lora.sites.values())
 
 
 def store(what: str) -> SampleStore:

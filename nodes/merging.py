@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import weakref
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from ..iteris_core.methods import find_method
 from ..iteris_core.report.provenance import cut_lora
 from ..iteris_core.settings import declared_settings
 from ..iteris_core.solve.choose import THRESHOLDS, Thresholds
-from .comfy_conds import References, Same
+from .comfy_conds import References
 from .comfy_host import ComfyHost
 from .comfy_runtime import NodeProgress
 from .comfy_state import ready_for_merge
@@ -105,10 +105,8 @@ def as_lora_models(merge: Merge, dtype: str = "float16") -> list[LoraModel]:
     return [as_lora_model(replace(merge, lora=part), dtype) for part in parts]
 
 
-_MOST = 2 * 2**30
-"""Bytes of merged LoRAs to keep in memory; the last one is always kept."""
-
-_kept: list[tuple[Any, Merge]] = []
+_last: list[tuple[Any, Merge]] = []
+"""The last merge on a MODEL and CLIP without a hash, and what it was made of."""
 
 
 def merged(
@@ -122,51 +120,28 @@ def merged(
     boundary: float | None = None,
 ) -> Merge:
     """The merge of ``config``, perhaps one that was kept; ``low`` and ``boundary`` as in
-    :class:`.comfy_host.ComfyHost`. A merge for which memory was short is not kept on the disk."""
-    key = (
-        *_key_of((model, clip, low), request.references, _forget),
-        (config, boundary, request.distilled, request.memory_budget),
-    )
-    for known, merge in _kept:
-        if known == key:
-            return merge
+    :class:`.comfy_host.ComfyHost`."""
     models = [model] if low is None else [model, low]
-    on_disk = key_on_disk(models, clip, config, request, boundary)
-    merge = on_disk and kept(on_disk, model, clip)
-    if not merge:
-        experts = {} if low is None else {"low": low, "boundary": boundary}
-        memory, base = request.memory_budget, {**request.base, **experts}
-        result = merge_on(model, clip, config, node_id, memory_budget=memory, **base)
-        merge = Merge.of(result)
-        if on_disk and not result.report.short:
-            keep(merge, on_disk)
-    _kept.insert(0, (key, merge))
-    while sum(merge.nbytes for _, merge in _kept) > _MOST and len(_kept) > 1:
-        _kept.pop()
+    key = key_on_disk(models, clip, config, request, boundary)
+    parts = [weakref.ref(part) for part in (*models, clip) if part is not None]
+    made_of = parts, config, boundary, request.distilled, request.memory_budget
+    if key is not None:
+        if (merge := kept(key, model, clip)) is not None:
+            return merge
+    elif _last and _last[0][0] == made_of and request.references == References():
+        return _last[0][1]
+    experts = {} if low is None else {"low": low, "boundary": boundary}
+    memory, base = request.memory_budget, {**request.base, **experts}
+    merge = Merge.of(merge_on(model, clip, config, node_id, memory_budget=memory, **base))
+    if key is not None:
+        keep(merge, key)
+    elif request.references == References():
+        _last[:] = [(made_of, merge)]
     return merge
 
 
 def clear() -> None:
     """Remove all merges and samples that are kept."""
-    forget()
+    _last.clear()
     for what in ("merges", "samples"):
         store(what).clear()
-
-
-def _key_of(
-    parts: Sequence[Any], references: References, forget: Callable[[Any], None]
-) -> tuple[Any, ...]:
-    """A key, equal for the same MODELs, CLIPs and references with the same patches."""
-    parts = [part for part in parts if part is not None]
-    patches = [getattr(part, "patcher", part).patches_uuid for part in parts]
-    return [Same(part, forget) for part in parts], patches, references.key(forget)
-
-
-def forget() -> None:
-    """Drop the merges in memory."""
-    _kept.clear()
-
-
-def _forget(_: Any) -> None:
-    """Drop the merges on a deleted MODEL or CLIP."""
-    _kept[:] = [(key, merge) for key, merge in _kept if all(part == part for part in key[0])]

@@ -48,7 +48,6 @@ def test_a_restart_does_not_merge_again(kit, desk):
     """The files count by content: not by their time stamps, nor by what lies beside them."""
 
     def restarted(**values):
-        kit.merging.forget()
         _, _, lora, report, _ = desk(kit.concepts(), **values)
         return lora, report
 
@@ -152,7 +151,6 @@ def test_after_a_restart_only_a_new_lora_is_denoised(kit, desk, monkeypatch):
         return make(*given)
 
     def restart():
-        kit.merging.forget()
         kit.merging.store("merges").clear()
         made.clear()
 
