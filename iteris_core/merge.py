@@ -198,6 +198,7 @@ def merge_loras(
         notes=notes,
         rows=log.rows,
         plan=list(log.plan),
+        outlook=log.outlook,
         short=list(log.short),
         convergence=list(log.convergence),
         preserved=[concept.name for concept in merging if concept.lora is None],
@@ -260,7 +261,7 @@ def prepared(
     :class:`SiteError` if there are other sites and ``unmergeable`` is ``"refuse"``, or if there
     are no others."""
     concepts, wanted = job.concepts, job.calibration.samples
-    job = _with_added(job, concepts, method)
+    job = _with_added(replace(job, rank=getattr(settings, "rank", None)), concepts, method)
     of_loras.check_sites(job.host, job.changes)
     sweeps = method.sweeps(settings)
     looked = preflight.unmergeable_sites(job, sweep=sweeps > 0)
@@ -288,6 +289,7 @@ def prepared(
     if job.calibration.samples < wanted:
         few, minutes = job.calibration.samples, job.calibration.minutes
         note = f"{few} of {wanted} prompts per concept, for a merge of about {minutes:g} min"
+        job.tick(f"plan: {note}", 0, 0, note)
         noted.append(("samples", [note]))
     if found:
         what = "get the mean of the LoRAs" if unmergeable == "mean" else "are LEFT OUT"

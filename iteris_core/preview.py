@@ -17,7 +17,7 @@ from .methods import find_method
 from .methods.registry import settings_over
 from .passes.changes import changes_of, switched_on
 from .passes.planner import Planned
-from .progress import OnProgress, duration
+from .progress import OnProgress
 from .settings import PresetName
 from .solve.choose import THRESHOLDS, Thresholds
 
@@ -26,20 +26,21 @@ from .solve.choose import THRESHOLDS, Thresholds
 class Preview:
     """``plan`` has one line per part of the model. ``denoised`` counts the one-row forwards for
     denoising samples beforehand. The whole merge takes about that many ``seconds`` (None: unknown),
-    denoising and polish included. ``notes`` are those that its report will have."""
+    denoising and polish included. ``notes`` are those that its report will have, and ``outlook``
+    sums it up: time, rows left out, rank and size of the file."""
 
     plan: Sequence[str]
     denoised: int = 0
     seconds: float | None = None
     notes: Sequence[str] = ()
+    outlook: str = ""
 
     def lines(self) -> list[str]:
         """The plan and the notes as lines of text."""
-        lines = [f"Plan: {line}" for line in self.plan]
+        lines = [f"Whole merge: {self.outlook}"] if self.outlook else []
+        lines += [f"Plan: {line}" for line in self.plan]
         if self.denoised:
             lines.append(f"Samples are denoised first: {self.denoised} forwards of one row.")
-        if self.seconds is not None:
-            lines.append(f"The whole merge takes about {duration(self.seconds)}.")
         return [*lines, *self.notes]
 
 
@@ -85,5 +86,6 @@ def preview_merge(
                 job.denoised if any(plan.stage.spatial for plan in made) else 0,
                 job.eta.left(),
                 [f"{name}: {note}" for name, notes in noted for note in notes],
+                planned.outlook,
             )
     raise UsageError(f"{method} does not plan its memory.")

@@ -37,6 +37,9 @@ class Progress:
         return f"about {duration(self.left)} left" if self.left else ""
 
 
+OUTLOOK = "whole merge"
+"""The ``what`` of the plan's line about the whole merge."""
+
 OnProgress = Callable[[Progress], None]
 """``on_progress(progress)`` is called at every step of a merge."""
 

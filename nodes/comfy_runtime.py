@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from ..iteris_core.activations.memory import halved, is_out_of_memory, with_less
-from ..iteris_core.progress import Progress
+from ..iteris_core.progress import OUTLOOK, Progress
 from .comfy_internals import comfy, memory, optional
 
 _WHOLE = 1000  # steps of the bar
 _TEXT_EVERY = 0.25  # seconds; the bar itself moves at every step
-_FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 _log = logging.getLogger(__name__)
 _Made = TypeVar("_Made")
 
@@ -51,7 +50,7 @@ def halving(rows: int, make: Callable[[int], _Made]) -> _Made:
 
 class NodeProgress:
     """Shows a merge's progress and time left on its node, and raises when the user interrupts. The
-    lines of the memory plan stay above the current status."""
+    lines of the plan stay above the current status, first the one about the whole merge."""
 
     def __init__(self, node_id: str | None) -> None:
         self._node_id = node_id
@@ -62,30 +61,15 @@ class NodeProgress:
     def __call__(self, progress: Progress) -> None:
         memory.throw_exception_if_processing_interrupted()
         if progress.plan:
-            self._plans.append(_sentence(progress.what))
-            _log.info("IterIS: %s", progress.what)
+            whole = progress.what == OUTLOOK
+            self._plans.insert(0 if whole else len(self._plans), _sentence(progress.plan))
+            _log.info("IterIS: %s", progress.plan)
         now = time.monotonic()
         if progress.what != self._what or now - self._said > _TEXT_EVERY:
             self._what, self._said = progress.what, now
             line = progress.time_left.capitalize() if progress.plan else _sentence(str(progress))
             show_text("\n".join(filter(None, [*self._plans, line])), self._node_id)
         self._bar.update_absolute(round(_WHOLE * progress.share))
-
-
-def files_behind(hidden: Any, name: str) -> list[str]:
-    """The files that nodes upstream of the input ``name`` load: checkpoints, LoRAs on them."""
-    graph: dict[str, Any] = hidden.prompt or {}
-    seen: set[str] = set()
-    found: list[str] = []
-    waiting = [graph.get(hidden.unique_id, {}).get("inputs", {}).get(name)]
-    while waiting:
-        value = waiting.pop(0)
-        if isinstance(value, str) and value.lower().endswith(_FILES):
-            found.append(value)
-        if isinstance(value, list) and value and str(value[0]) not in seen:
-            seen.add(str(value[0]))
-            waiting += graph.get(str(value[0]), {}).get("inputs", {}).values()
-    return found
 
 
 def is_linked(hidden: Any, output: int) -> bool:

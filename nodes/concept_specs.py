@@ -23,12 +23,11 @@ DENOISER = "unet"
 
 ALWAYS = "always on"
 AUTO = "auto"
-Kind = PromptKind | Literal["auto", "lines", "file", "always on"]
-KINDS = (AUTO, *get_args(PromptKind), "lines", "file", ALWAYS)
-"""The source of prompts: templates by kind (of what the file says of itself), lines from the user,
-or a file; a LoRA that acts on every prompt has none."""
+Kind = PromptKind | Literal["auto", "lines", "always on"]
+KINDS = (AUTO, *get_args(PromptKind), "lines", ALWAYS)
+"""The source of prompts: templates by kind (of what the file says of itself), or the user's lines;
+a LoRA that acts on every prompt has none."""
 
-_PROMPTS = ".prompts.txt"
 _BETWEEN = re.compile(r",\s*,|[;|\n]")
 
 
@@ -47,7 +46,7 @@ def make_spec(
     LoRA."""
     if kind not in KINDS:
         raise IterisError(f"{kind} is no kind of prompts; they are {', '.join(KINDS)}.")
-    lines = _prompts_beside(file) if kind == "file" else lines_of(prompts)
+    lines = lines_of(prompts)
     if kind == ALWAYS:
         fields["always_on"] = "include"
     elif kind != AUTO or lines:
@@ -97,22 +96,7 @@ def fingerprint(name: str | None) -> Any:
         file = lora_path(name)
     except IterisError as error:
         return str(error)
-    beside = [*sidecars(file), *filter(Path.is_file, [file.with_name(file.stem + _PROMPTS)])]
-    return changed(file), [path.stat().st_mtime_ns for path in beside]
-
-
-def _prompts_beside(file: Path) -> list[str]:
-    path = file.with_name(file.stem + _PROMPTS)
-    try:
-        lines = lines_of(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise IterisError(
-            f"There is no file {path.name} beside {file.name} for its prompts; create it with one "
-            "prompt per line, or choose another kind of prompts."
-        ) from error
-    if not lines:
-        raise IterisError(f"{path.name} is empty; write one prompt per line.")
-    return lines
+    return changed(file), [path.stat().st_mtime_ns for path in sidecars(file)]
 
 
 _NAMES = ("name", "lora_name", "lora", "file", "path")

@@ -23,7 +23,7 @@ from ..iteris_core.report.inspection import Interference, LoraFacts, describe, i
 from ..iteris_core.solve.ranks import Target
 from .comfy_host import ComfyHost
 from .comfy_lora import apply_lora
-from .comfy_runtime import NodeProgress, files_behind, is_linked, show_text, ui_text
+from .comfy_runtime import NodeProgress, is_linked, show_text, ui_text
 from .comfy_state import ready_for_merge
 from .concept_specs import specs_of
 from .merge_settings import Request
@@ -67,12 +67,10 @@ class _Edit:
     model: Any
     clip: Any
     values: Mapping[str, Any]
-    denoising: str = "model"
-    """The name of the input whose model makes the samples."""
 
     @property
     def request(self) -> Request:
-        return Request.of(self.values, files_behind(self.hidden, self.denoising), self.model)
+        return Request.of(self.values, self.model)
 
     @property
     def target(self) -> Target:
@@ -167,7 +165,7 @@ class ExtractLora(io.ComfyNode):
         prompts: str = "",
         **values: Any,
     ) -> io.NodeOutput:
-        edit, clip_tuned = _Edit(cls.hidden, model, clip, values, "model_tuned"), clip_tuned or clip
+        edit, clip_tuned = _Edit(cls.hidden, model, clip, values), clip_tuned or clip
         target, options = edit.target, edit.request.base
         with (
             ready_for_merge(clip),
@@ -204,7 +202,7 @@ class InspectLoras(io.ComfyNode):
         cls, model: Any, concepts: Any, clip: Any = None, method: str = "iteris", **values: Any
     ) -> io.NodeOutput:
         node_id = cls.hidden.unique_id
-        request = Request.of(values, files_behind(cls.hidden, "model"), model)
+        request = Request.of(values, model)
         specs = specs_of(concepts)
         with ready_for_merge(clip), ComfyHost(model, clip, **request.base) as host:
             reading = ReadOptions(allow_partial=True, vectors=True)

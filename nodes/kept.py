@@ -45,7 +45,9 @@ class Merge:
 
     @classmethod
     def of(cls, result: MergeResult) -> Merge:
-        return cls(result.lora, result.report.summary(), is_ordered(result.report))
+        report = result.report
+        planned = f"Planned: {report.outlook}.\n" if report.outlook else ""
+        return cls(result.lora, planned + report.summary(), is_ordered(report))
 
 
 def store(what: str) -> SampleStore:

@@ -14,7 +14,7 @@ from ..iteris_core.methods import all_methods, find_method
 from ..iteris_core.report.provenance import scaled_lora
 from .comfy_host import BOUNDARY
 from .comfy_lora import apply_lora
-from .comfy_runtime import files_behind, show_text, ui_text
+from .comfy_runtime import show_text, ui_text
 from .concept_specs import specs_of
 from .kept import Merge
 from .merge_settings import Request
@@ -92,10 +92,8 @@ def _merge(
     hidden: Any, model: Any, clip: Any, concepts: Any, values: Mapping[str, Any], **experts: Any
 ) -> Merge:
     """The merge for the inputs' ``values``, at their strength, with the whole report."""
-    inputs = ["model", "model_low"][: 2 if experts else 1]
-    files = [file for name in inputs for file in files_behind(hidden, name)]
     strength: float = values.get("strength", 1.0)
-    request = Request.of(values, files, model)
+    request = Request.of(values, model)
     if request.clears:
         clear()
     config = request.config(specs_of(concepts), values.get("method", "iteris"))
@@ -104,7 +102,7 @@ def _merge(
     called = how_to_call(bundled(merge.lora.embeddings))
     if words := _words(merge):
         called = f"\n  Trigger words: {words}{called}"
-    report = merge.report + scaled + request.note + called
+    report = merge.report + scaled + called
     return replace(merge, lora=scaled_lora(merge.lora, strength), report=report)
 
 
@@ -155,7 +153,7 @@ class CompareMerges(io.ComfyNode):
         for name in names:
             if name != _BASE:
                 find_method(name)
-        request = Request.of(values, files_behind(cls.hidden, "model"), model)
+        request = Request.of(values, model)
         if request.clears:  # once: the methods share their samples
             clear()
         node_id, specs = cls.hidden.unique_id, specs_of(concepts)
@@ -165,7 +163,7 @@ class CompareMerges(io.ComfyNode):
             if name != _BASE:
                 merge = merged(model, clip, request.config(specs, name), request, node_id)
                 drawn = apply_lora(model, clip, as_lora_model(merge))
-                reports.append(merge.report + request.note)
+                reports.append(merge.report)
             models.append(drawn[0])
             clips.append(drawn[1])
         report = "\n".join(reports)

@@ -11,7 +11,6 @@ from comfy_api.latest import io
 
 from ..iteris_core.concepts import Calibration
 from ..iteris_core.config import ConceptConfig, MergeConfig, Unmergeable
-from ..iteris_core.lora_files.metadata import is_fast
 from ..iteris_core.methods import all_methods, find_method
 from ..iteris_core.methods.iteris import IterisSettings
 from ..iteris_core.settings import PresetName, declared_settings
@@ -44,27 +43,24 @@ _CLEAR = "clear"
 
 @dataclass(frozen=True)
 class Request:
-    """``values`` are those of IterIS Settings, by name; its minutes count first. ``files`` are
-    the file names behind MODEL, which may show that it runs without guidance. ``samples`` 0 means
-    the preset's number, ``minutes`` 0 no limit. ``pixels`` is pixels per latent side."""
+    """``values`` are those of IterIS Settings, by name; its minutes count first. ``samples`` 0
+    means the preset's number, ``minutes`` 0 no limit. ``pixels`` is pixels per latent side."""
 
     preset: PresetName = "default"
     samples: int = 0
     seed: int = 0
     minutes: float = 0.0
     values: Mapping[str, Any] = field(default_factory=dict)
-    files: Sequence[str] = ()
     references: References = field(default_factory=References)
     pixels: int = 8
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], files: Sequence[str], model: Any) -> Request:
+    def of(cls, values: Mapping[str, Any], model: Any) -> Request:
         """The request from a node's inputs by name; missing ones have their defaults."""
         direct = {name: values[name] for name in _DIRECT if name in values}
         references = References.of(values.get("conditioning"), values.get("latent"))
         given = values.get("settings") or {}
-        pixels = scale(model)
-        return cls(**direct, values=given, files=files, references=references, pixels=pixels)
+        return cls(**direct, values=given, references=references, pixels=scale(model))
 
     def config(self, concepts: Sequence[ConceptConfig], method: str) -> MergeConfig:
         """The inputs over the preset."""
@@ -104,27 +100,13 @@ class Request:
 
     @property
     def distilled(self) -> bool | None:
-        known = {"yes": False, "no": True}
-        return True if self._fast else known.get(self.values.get("empty_prompts", "auto"))
+        """True if the base runs without guidance; None: detect it."""
+        return {"yes": False, "no": True}.get(self.values.get("empty_prompts", "auto"))
 
     @property
     def base(self) -> dict[str, Any]:
         """Arguments of :class:`.comfy_host.ComfyHost`."""
         return {"references": self.references, "distilled": self.distilled}
-
-    @property
-    def note(self) -> str:
-        """A line about the inputs, for the report."""
-        if not self._fast:
-            return ""
-        return (
-            f"\n  Without empty prompts: the name {self._fast} suggests few steps without "
-            "guidance. If you use guidance, set empty_prompts to yes."
-        )
-
-    @property
-    def _fast(self) -> str:
-        return is_fast(self.files) if self.values.get("empty_prompts", "auto") == "auto" else ""
 
 
 def other_input(name: str) -> Any:

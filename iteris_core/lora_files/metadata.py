@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import dropwhile
-from pathlib import Path, PurePath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, NamedTuple
 
 from ..saving import atomically
@@ -136,12 +136,6 @@ def public_name(base: str) -> str:
     if base and path.exists():
         return path.resolve().name
     return base if _ON_THE_HUB.fullmatch(base) else PureWindowsPath(base).name
-
-
-def is_fast(names: Iterable[str]) -> str:
-    """The first of ``names`` that suggests few steps without guidance; empty if none does."""
-    found = (name for name in names if _PURPOSES["speed"].search(_words(PurePath(name).stem)))
-    return next(found, "")
 
 
 def purpose_of(name: str, metadata: Mapping[str, str], tags: Iterable[str] = ()) -> Purpose | None:

@@ -41,13 +41,14 @@ _FLOAT32 = 8.0  # cost of a product in float32 on a graphics card, relative to o
 class RunLog:
     """The log of a run: its number of ``rows``, each stage's memory plan (``short``: those with
     rows left out), the largest relative change of a site in each Jacobi iteration after the first,
-    and ``notes``."""
+    ``notes``, and the ``outlook`` before anything was denoised (:func:`~.planner.outlook_of`)."""
 
     rows: int = 0
     plan: Sequence[str] = ()
     short: Sequence[str] = ()
     convergence: Sequence[float] = ()
     notes: Sequence[str] = ()
+    outlook: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Job:
     ``tick`` reports progress, and ``eta`` estimates the time left by the stages ``seen``.
     ``joined``: see :class:`~.preflight.PreflightResult`. With ``only_plans``,
     :func:`~.sweep.solve_sites` raises :class:`~.planner.Planned` once it has planned. Samples may
-    be kept in ``store``.
+    be kept in ``store``. ``rank`` is what the method's settings allow.
     """
 
     host: Host
@@ -107,6 +108,7 @@ class Job:
     found_streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
     only_plans: bool = False
     store: SampleStore | None = None
+    rank: int | float | None = None
 
     @property
     def weights(self) -> list[float]:

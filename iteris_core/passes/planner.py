@@ -28,11 +28,12 @@ from ..activations.memory import free_memory, halved, is_apart, is_out_of_memory
 from ..activations.micro_batch import MicroBatch
 from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
+from ..progress import duration
 from ..solve.choose import THRESHOLDS, Thresholds
 from ..solve.problem import StageSolver
 from .batches import ExecutionConfig, Schedule, fewer, limit_of, sampled_rows, selected
 from .footprint import Footprint, Measure, MemoryLimits, Strategy
-from .job import Run
+from .job import Job, Run
 
 _log = logging.getLogger(__name__)
 
@@ -133,11 +134,28 @@ class Plan:
 
 
 class Planned(Exception):
-    """Ends a preview: the ``plans`` of all stages are made."""
+    """Ends a preview: the ``plans`` of all stages are made, and the ``outlook`` is known."""
 
-    def __init__(self, plans: Sequence[Plan]) -> None:
+    def __init__(self, plans: Sequence[Plan], outlook: str) -> None:
         super().__init__("planned")
-        self.plans = plans
+        self.plans, self.outlook = plans, outlook
+
+
+def outlook_of(job: Job, plans: Sequence[Plan]) -> str:
+    """What a merge takes and gives, in a line: the time left, rows that do not fit, and at most the
+    rank and the size of the file."""
+    left, offered = job.eta.left(), sum(plan.offered for plan in plans)
+    short = offered - sum(plan.rows for plan in plans)
+    most = job.rank if isinstance(job.rank, int) else math.inf
+    ranks = {s: int(min(some.rank, *some.shape, most)) for s, some in job.changes.items()}
+    size = sum(2 * rank * sum(job.changes[site].shape) for site, rank in ranks.items())
+    parts = [
+        f"about {duration(left)}" if left else "",
+        f"{short} of {offered} rows left out" if short else "no row left out" if offered else "",
+        f"rank at most {max(ranks.values())}",
+        f"file at most {size / 2**20:.1f} MiB as float16",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def planned(

@@ -26,10 +26,11 @@ from ..activations.micro_batch import MicroBatch, greenlets
 from ..errors import SiteError, SolveError
 from ..hosts.protocol import DENOISING, Stage
 from ..lora import LowRank, concatenate
+from ..progress import OUTLOOK
 from ..solve.problem import Reduction, Solution, StageSolver
 from .batches import SWEEP, ExecutionConfig, Schedule, micro_batches, sampled_rows
 from .job import FEATURES, ITERATIONS, SOLVING, Run, RunLog, expect_sites
-from .planner import Plan, Planned, attempts, complaint, planned
+from .planner import Plan, Planned, attempts, complaint, outlook_of, planned
 
 Solutions = dict[str, Solution]
 SolverOf = Callable[[Stage], StageSolver]
@@ -68,12 +69,13 @@ def solve_sites(
     rows = max((plan.rows for plan in passes.made), default=0)
     lines = [str(plan) for plan in passes.made if plan.budget < math.inf]
     short = [str(plan) for plan in passes.made if plan.rows < plan.offered]
-    return solutions, RunLog(rows, lines, short, convergence)
+    return solutions, RunLog(rows, lines, short, convergence, outlook=passes.outlook)
 
 
 @dataclass
 class _Passes:
-    """``made`` are the plans of all stages, as before any out-of-memory retry."""
+    """``made`` are the plans of all stages, as before any out-of-memory retry, and ``outlook`` what
+    they mean for the whole merge."""
 
     run: Run
     solver_of: SolverOf
@@ -81,6 +83,7 @@ class _Passes:
     schedule: Schedule
     sweeps: int
     made: list[Plan] = field(default_factory=list[Plan])
+    outlook: str = ""
     _plans: dict[str, Plan] = field(default_factory=dict[str, Plan])
     _solutions: Solutions = field(default_factory=dict[str, Solution])
     _turn: int = 0
@@ -109,7 +112,8 @@ class _Passes:
         return self._solutions
 
     def _plan_ahead(self) -> None:
-        """Plan before anything is denoised, so that what does not fit fails now."""
+        """Plan before anything is denoised, so that what does not fit fails now, and report the
+        outlook."""
         ahead, job = self.run.ahead, self.run.job
         if ahead is not self.run or job.only_plans:
             for stage in ahead.stages():
@@ -120,8 +124,11 @@ class _Passes:
                     run = partial(stage.run, [row], 1)
                     self.run.lockstep.run(MicroBatch(run, [owners[row]], 1))
                 self._plans[stage.name] = self._planned(stage)
+        if "samples" not in vars(self.run) or job.only_plans:
+            self.outlook = outlook_of(job, self.made)
+            job.tick(OUTLOOK, 0, 0, self.outlook)
         if job.only_plans:
-            raise Planned(self.made)
+            raise Planned(self.made, self.outlook)
 
     def _planned(self, stage: Stage) -> Plan:
         solver = self.solver_of(stage)

@@ -67,7 +67,8 @@ class MergeReport:
     stage stayed within its memory, ``short`` the lines with rows left out. ``preserved`` are the
     concepts without a LoRA, on which the base should not change. ``lacks`` lists the parts of the
     LoRAs that are not in the merge. ``kept`` is what held-out rows keep of every LoRA, by how the
-    merge is loaded, see :func:`..passes.held_out.kept`."""
+    merge is loaded, see :func:`..passes.held_out.kept`. ``outlook`` is what was expected before
+    anything was denoised."""
 
     method: str
     concepts: Sequence[str]
@@ -83,6 +84,7 @@ class MergeReport:
     preserved: Sequence[str] = ()
     lacks: Sequence[str] = ()
     kept: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
+    outlook: str = ""
 
     @property
     def loras(self) -> int:

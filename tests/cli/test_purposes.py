@@ -9,7 +9,7 @@ import torch
 from iteris_core import Concept
 from iteris_core.config import ConceptConfig
 from iteris_core.lora import Lora, LowRank
-from iteris_core.lora_files.metadata import is_fast, purpose_of
+from iteris_core.lora_files.metadata import purpose_of
 from iteris_core.report.provenance import notes_of
 
 
@@ -108,14 +108,6 @@ def test_notes_beside_a_file_tell_its_kind(tmp_path):
     assert "this LoRA is a style" in note[0]
     (tmp_path / "x.metadata.json").write_text('{"tags": 3, "model": {"tags": [{}, null]}}')
     assert config.with_found_words({}).kind == "subject"
-
-
-def test_fast_bases():
-    assert is_fast(["vae.safetensors", "z_image_turbo_bf16.safetensors"]) == (
-        "z_image_turbo_bf16.safetensors"
-    )
-    assert is_fast(["flux1-schnell.safetensors"])
-    assert is_fast(["turbo/qwen_image.safetensors", "sd_xl_base_1.0.safetensors"]) == ""
 
 
 def test_such_a_concept_is_pointed_out():

@@ -1,8 +1,10 @@
 """Inspect shows what fits, what is alike and a merge's plan, and merges nothing."""
 
+import re
+
 import pytest
 import torch
-from kit import SETTINGS
+from kit import SETTINGS, part
 from safetensors.torch import load_file, save_file
 
 WITH_MEMORY = {**SETTINGS, "memory": 1.0}
@@ -33,6 +35,29 @@ def test_the_plan_is_the_merge_s(kit, inspect):
         stage, _, rows = line.partition(": ")
         assert f"Plan: {stage}: {rows.split()[0]} rows" in table
     assert kit.unchanged(before)
+
+
+def test_a_merge_says_what_it_takes_before_it_denoises(kit, inspect, monkeypatch):
+    """And in the first line of its report."""
+    shown: list[str] = []
+    runtime = part(kit.pack, "nodes.comfy_runtime")
+    monkeypatch.setattr(runtime, "show_text", lambda text, _: shown.append(text))
+    given = {"clip": kit.clip, "samples": 20, "settings": WITH_MEMORY, "minutes": 1e-4}
+    node = kit.node("merge_nodes", "IterisMerge")
+    *_, report, _ = node.execute(kit.model, tuple(kit.concepts()), **given).result
+    begun = next(at for at, text in enumerate(shown) if "enoising steps" in text)
+    assert any(text.startswith("About ") for text in shown[:begun])
+    first, *_ = shown[begun].splitlines()
+    assert re.fullmatch(
+        r"About .*, no row left out, rank at most 8, file at most .* MiB as float16", first
+    )
+    assert "12 of 20 prompts per concept" in shown[begun]
+    planned, *lines = report.splitlines()
+    assert planned == f"Planned: {first[0].lower()}{first[1:]}."
+    assert lines[0].startswith("Merged 2 concepts")
+    table = inspect(*kit.concepts())
+    (line,) = [line for line in table.splitlines() if line.startswith("Whole merge: ")]
+    assert line.endswith(first.partition(", ")[2])
 
 
 def test_what_does_not_fit_and_what_is_alike(kit, inspect):

@@ -83,7 +83,7 @@ def test_minutes_of_the_node_and_of_the_settings(kit):
     request = part(kit.pack, "nodes.merge_settings").Request
 
     def minutes(**values):
-        return request.of(values, [], kit.model).config([], "iteris").calibration.get("minutes")
+        return request.of(values, kit.model).config([], "iteris").calibration.get("minutes")
 
     assert minutes(minutes=60.0) == 60
     assert minutes(minutes=60.0, settings={**SETTINGS, "minutes": 5.0}) == 5

@@ -114,12 +114,8 @@ def test_prompts_of_the_user(bench):
     assert prompts(prompts_1="lines", lines=lines) == ("sks cat by the sea", "a house")
     twice = prompts(prompts_1="lines", lines=lines, words_1="x;y")
     assert twice == ("x by the sea", "y by the sea", "a house")
-    (bench.folder / "a.prompts.txt").write_text("a {} with a hat\n")
-    assert prompts(prompts_1="file") == ("a sks cat with a hat",)
     with pytest.raises(bench.error, match="lines is empty"):
         prompts(prompts_1="lines")
-    with pytest.raises(bench.error, match=r"no file b\.prompts\.txt beside b"):
-        bench.run(lora_1="b.safetensors", prompts_1="file")
     with pytest.raises(bench.error, match=r"mute\.safetensors contain \{\}"):
         bench.run(lora_1="mute.safetensors", prompts_1="lines", lines="{} here")
 

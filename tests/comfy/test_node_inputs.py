@@ -2,41 +2,8 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 from kit import part
-
-GRAPH = {
-    "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "z_image_turbo_bf16.safetensors"}},
-    "2": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "base.safetensors"}},
-    "3": {
-        "class_type": "LoraLoader",
-        "inputs": {"model": ["2", 0], "clip": ["2", 1], "lora_name": "sdxl_lightning_4step.sft"},
-    },
-    "4": {"class_type": "IterisConcept", "inputs": {"lora_name": "lcm_cat.safetensors"}},
-    "5": {"class_type": "IterisMerge", "inputs": {"model": ["3", 0], "concepts": ["4", 0]}},
-    "6": {"class_type": "IterisMerge", "inputs": {"model": ["2", 0], "concepts": ["4", 0]}},
-    "7": {"class_type": "IterisMerge", "inputs": {"model": ["1", 0], "concepts": ["4", 0]}},
-}
-
-
-@pytest.mark.parametrize(
-    ("node", "files", "distilled"),
-    [
-        ("5", ["sdxl_lightning_4step.sft", "base.safetensors"], True),
-        ("6", ["base.safetensors"], None),
-        ("7", ["z_image_turbo_bf16.safetensors"], True),
-    ],
-)
-def test_a_speed_lora_on_model_counts_as_the_base(kit, node, files, distilled):
-    hidden = SimpleNamespace(prompt=GRAPH, unique_id=node)
-    found = part(kit.pack, "nodes.comfy_runtime").files_behind(hidden, "model")
-    assert found == files
-    request = part(kit.pack, "nodes.merge_settings").Request
-    assert request(files=found).distilled is distilled
-    assert (files[0] in request(files=found).note) == bool(distilled)
-    assert request(files=found, values={"empty_prompts": "yes"}).distilled is False
-    assert request(files=found, values={"empty_prompts": "no"}).distilled is True
 
 
 def test_the_size_of_pictures_is_in_pixels(kit):
@@ -46,9 +13,9 @@ def test_the_size_of_pictures_is_in_pixels(kit):
     flux = SimpleNamespace(get_model_object=lambda _: Flux2())
     for model, size, wanted in ((kit.model, 64, 8), (kit.model, 500, 62), (flux, 512, 32)):
         values = {"settings": {"image_size": size}}
-        request = part(kit.pack, "nodes.merge_settings").Request.of(values, [], model)
+        request = part(kit.pack, "nodes.merge_settings").Request.of(values, model)
         assert request.config((), "iteris").calibration["latent_size"] == wanted
-    request = part(kit.pack, "nodes.merge_settings").Request.of({}, [], kit.model)
+    request = part(kit.pack, "nodes.merge_settings").Request.of({}, kit.model)
     assert "latent_size" not in request.config((), "iteris").calibration
 
 
