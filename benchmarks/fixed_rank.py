@@ -31,7 +31,7 @@ SCALES: Mapping[str, Sequence[float]] = {
     "task-arithmetic": (0.4, 0.2, 0.1),
 }
 OURS = f"iteris:rank={RANK}:share_ranks=true"
-POLISHED = f"{OURS}:block_steps=120:block_pairs=0"
+POLISHED = f"{OURS}:block_steps=120"
 EACH = f"iteris:rank={RANK}"
 OWN_LAYERS = f"{EACH}:repair=false"
 

@@ -188,7 +188,7 @@ _FIXED = {
     "single": "each LoRA alone",
     "base": "the base",
     _SHARED: "**IterIS**, `share_ranks=true`",
-    f"{_SHARED}:block_steps=120:block_pairs=0": "**IterIS**, `share_ranks=true`, `block_steps=120`",
+    f"{_SHARED}:block_steps=120": "**IterIS**, `share_ranks=true`, `block_steps=120`",
     "iteris:rank=8": "IterIS, rank 8 in every layer, repairs too",
     "iteris:rank=8:repair=false": "IterIS, rank 8 in every layer, no repairs",
 }

@@ -30,8 +30,8 @@ from iteris_core.architectures import unet
 from iteris_core.architectures.sites import residual_streams
 from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import SiteChanges
-from iteris_core.methods.fitting import with_repairs
-from iteris_core.methods.iteris import IterisSettings, Solvers
+from iteris_core.methods.fitting import solver_of, with_repairs
+from iteris_core.methods.iteris import IterisSettings
 from iteris_core.passes.batches import ExecutionConfig, limit_of, sampled_rows
 from iteris_core.passes.footprint import Footprint, Measure, MemoryLimits
 from iteris_core.passes.job import Job
@@ -181,7 +181,7 @@ def planned(model: Model) -> dict[str, Any]:
 
     owners = [row // each for row in range(LORAS * each)]
     stage = Stage("denoiser", list(job.changes), owners, run, spatial=True, samples=each)
-    solver = Solvers(job, IterisSettings(), set(), repairs).of(stage)
+    solver = solver_of(job, IterisSettings(), set(), repairs, stage)
     batching = ExecutionConfig(AT_ONCE, "enough")
     with (
         job.run() as session,

@@ -106,7 +106,7 @@ class OwnWorld:
         where = f"{path}: calibration"
         given = check_settings(Calibration, data.get("calibration") or {}, where)
         self.half: dict[str, Any] = {**given, "templates": tuple(data["seen"])}
-        self._seen = Calibration(templates=self.half["templates"]).single_templates
+        self._seen = Calibration(templates=self.half["templates"]).templates
         self._new, self._plain = data["new"], [str(prompt) for prompt in data["plain"]]
         known = _words(self.half["templates"])
         for template in self._new:

@@ -11,8 +11,7 @@ same with three neighbours, half a picture wide each, denoised from windows of t
 reads rightly in each place, ``complete`` the share of pictures in which it reads all shapes.
 ``new words`` are pictures of each concept alone.
 
-``composite`` is no merge: each LoRA denoises its own region, which is what a block is drawn toward
-by the setting ``block_pairs``.
+``composite`` is no merge: each LoRA denoises its own region.
 """
 
 from __future__ import annotations

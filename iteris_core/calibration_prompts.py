@@ -82,7 +82,7 @@ def prompt_pools(concept: Concept, calibration: Calibration) -> list[list[str]]:
 
 
 def templates_of(concept: Concept, calibration: Calibration) -> Sequence[str]:
-    return calibration.single_templates if concept.kind == "subject" else KINDS[concept.kind]
+    return calibration.templates if concept.kind == "subject" else KINDS[concept.kind]
 
 
 def context_shares(concepts: Sequence[Concept], calibration: Calibration) -> list[float]:
@@ -105,16 +105,6 @@ def context_shares(concepts: Sequence[Concept], calibration: Calibration) -> lis
         return max(least, 1 - _READ_ALIKE * distinct / calibration.samples)
 
     return [share(concept) for concept in concepts]
-
-
-def pair_prompts(left: Concept, right: Concept, calibration: Calibration) -> list[str]:
-    """Prompts that show the two side by side, one per template and pair of phrases."""
-    return [
-        one.join([head, other.join([middle, tail])])
-        for head, middle, tail in (t.split("{}") for t in calibration.pair_templates)
-        for one in left.phrases
-        for other in right.phrases
-    ]
 
 
 def in_random_order(pool: Sequence[_T], count: int, generator: torch.Generator) -> list[_T]:

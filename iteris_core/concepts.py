@@ -34,8 +34,6 @@ KINDS: Mapping[PromptKind, tuple[str, ...]] = {
     "video": prompt_list("video"),
 }
 """Templates by kind of concept: a thing, a style, booru tags, or a motion."""
-PAIR_TEMPLATES = prompt_list("pairs")
-"""Templates for two things side by side, the left one first."""
 PRESERVE_WEIGHT = 0.2
 """Weight of prompts on which the base model should not change; a large one weakens the concepts."""
 
@@ -259,7 +257,7 @@ class Calibration(Settings):
         most=10,
     )
     templates: Sequence[str] = TEMPLATES
-    """With "{}" for the concept; templates with two "{}" show two concepts side by side."""
+    """With "{}" for the concept."""
     seed: int = setting(
         0, "Seeds prompts and latents. The same seed gives the same LoRA.", most=0xFFFFFFFFFFFFFFFF
     )
@@ -285,22 +283,8 @@ class Calibration(Settings):
                 f"timesteps ({self.timesteps}) cannot exceed denoising_steps "
                 f"({self.denoising_steps})."
             )
-        slots = {template.count("{}") for template in self.templates}
-        if 1 not in slots or 0 in slots:
-            raise SettingsError('templates must hold "{}" where the concept goes.')
-        if slots - {1, 2}:
-            raise SettingsError('templates must hold "{}" once, or twice for two concepts.')
-
-    @property
-    def single_templates(self) -> Sequence[str]:
-        """Templates for one concept."""
-        return [template for template in self.templates if template.count("{}") == 1]
-
-    @property
-    def pair_templates(self) -> Sequence[str]:
-        """Templates for two concepts side by side; :data:`PAIR_TEMPLATES` if there are none."""
-        found = [template for template in self.templates if template.count("{}") == 2]
-        return found or PAIR_TEMPLATES
+        if any(template.count("{}") != 1 for template in self.templates) or not self.templates:
+            raise SettingsError('templates must hold "{}" where the concept goes, once.')
 
 
 def over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,63 +22,50 @@ from .lora import LowRank, Rank, SiteChanges, rank_for
 _HIGHEST = "highest"
 
 
+_LOCK = threading.Lock()
+_INSIDE: list[tuple[list[tuple[Any, str]], str]] = []
+"""For everyone inside :func:`full_precision`, the settings to restore."""
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Generator[None]:
     """True float32 products: no TF32, no bfloat16 passes, no autocast. PyTorch's setting is
     process-wide: with several threads, the first to enter raises it if needed, and the last to
     leave restores it."""
-    _SETTING.enter()
+    with _LOCK:
+        _INSIDE.append(_INSIDE[0] if _INSIDE else _raised_precision())
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        _SETTING.leave()
+        with _LOCK:
+            backends, value = _INSIDE.pop()
+            if not _INSIDE:
+                if value != _HIGHEST:
+                    torch.set_float32_matmul_precision(value)
+                for backend, precision in backends:
+                    backend.fp32_precision = "none"  # as the settings above this one say
+                    if backend.fp32_precision != precision:
+                        backend.fp32_precision = precision
 
 
-class _Setting:
-    """PyTorch's precision of float32 products: one value, and from 2.9 on one per backend. The
-    single value cannot be read while they disagree."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._backends: list[tuple[Any, str]] = []
-        self._value = _HIGHEST
-
-    def enter(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside > 1:
-                return
-            backends = [(one, one.fp32_precision) for one in _backends()]
-            self._backends = [pair for pair in backends if pair[1] not in ("none", "ieee")]
-            for backend, _ in self._backends:
-                backend.fp32_precision = "ieee"
-            self._value = torch.get_float32_matmul_precision()
-            if self._value != _HIGHEST:
-                self._backends = backends  # the backends' values follow the single value
-                torch.set_float32_matmul_precision(_HIGHEST)
-
-    def leave(self) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside:
-                return
-            if self._value != _HIGHEST:
-                torch.set_float32_matmul_precision(self._value)
-            for backend, precision in self._backends:
-                backend.fp32_precision = "none"  # as the settings above this one say
-                if backend.fp32_precision != precision:
-                    backend.fp32_precision = precision
-
-
-_SETTING = _Setting()
-
-
-def _backends() -> list[Any]:
-    """PyTorch's per-backend settings for products; empty before 2.9."""
-    named: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    return [backend for backend in named if hasattr(backend, "fp32_precision")]
+def _raised_precision() -> tuple[list[tuple[Any, str]], str]:
+    """Raise PyTorch's precision of float32 products, and return what to restore: the changed
+    settings of backends, which exist from 2.9 on, and the single value, which cannot be read while
+    they disagree."""
+    backends: list[Any] = [
+        torch.backends.cuda.matmul,
+        getattr(torch.backends.mkldnn, "matmul", None),
+    ]
+    before = [(b, b.fp32_precision) for b in backends if hasattr(b, "fp32_precision")]
+    changed = [pair for pair in before if pair[1] not in ("none", "ieee")]
+    for backend, _ in changed:
+        backend.fp32_precision = "ieee"
+    value = torch.get_float32_matmul_precision()
+    if value == _HIGHEST:
+        return changed, value
+    torch.set_float32_matmul_precision(_HIGHEST)
+    return before, value  # the backends' values follow the single value
 
 
 def pieces(matrix: Tensor) -> list[slice]:
@@ -148,16 +135,6 @@ def cut_dense(changes: SiteChanges, dense: Tensor, rank: Rank | None) -> tuple[L
     return change, lost
 
 
-def at_rank(change: LowRank, rank: int, *, ordered: bool) -> LowRank:
-    """``change`` at rank at most ``rank``. ``ordered`` says that its components are sorted by
-    output energy, as from ``iteris``, so the first ones are the best. Otherwise an SVD cuts it."""
-    if change.rank <= rank:
-        return change
-    if ordered:
-        return LowRank(change.up[:, :rank], change.down[:rank], change.kernel)
-    return truncate_factors(change, rank)[0]
-
-
 def extract(
     dense: Tensor, energy: float, kernel: tuple[int, int] | None = None
 ) -> tuple[LowRank, float]:
@@ -212,13 +189,12 @@ def searches(out: int, width: int, rank: int) -> bool:
 def leading_eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """At least ``rank`` eigenvectors of a positive semidefinite float64 matrix, as columns, and
     their eigenvalues, descending: all for a small matrix, otherwise those that a search finds."""
-    basis = None
-    if searches(len(gram), len(gram), rank):
-        basis = _leading_directions(gram, rank, symmetric=True)
-        gram = basis.mT @ gram @ basis
-    values, vectors = torch.linalg.eigh(gram)
-    vectors = vectors.flip(1)
-    return vectors if basis is None else basis @ vectors, values.flip(0).clamp(min=0)
+    if not searches(len(gram), len(gram), rank):
+        values, vectors = torch.linalg.eigh(gram)
+        return vectors.flip(1), values.flip(0).clamp(min=0)
+    basis = _leading_directions(gram, rank, symmetric=True)
+    values, vectors = torch.linalg.eigh(basis.mT @ gram @ basis)
+    return basis @ vectors.flip(1), values.flip(0).clamp(min=0)
 
 
 def _leading_directions(matrix: Tensor, rank: int, *, symmetric: bool = False) -> Tensor:
@@ -270,8 +246,7 @@ def _change(
 ) -> LowRank:
     """Factors of equal norm from an SVD of ΔW L, with L divided out."""
     root = s[:rank].sqrt()
-    up = u[:, :rank] * root
-    down = root[:, None] * vt[:rank]
+    up, down = u[:, :rank] * root, root[:, None] * vt[:rank]
     if metric is not None:
         down = torch.linalg.solve_triangular(metric, down.to(metric), upper=False, left=False)
     # A weighted SVD leaves factors of unequal size; half-precision files need similar sizes.

@@ -219,8 +219,7 @@ PRESETS: Mapping[PresetName, Preset] = {
     ),
     "best": Preset(
         "Twice the prompts, and 120 polish steps per block (proportionally more with more than "
-        "two LoRAs). For several concepts in one image, many concepts or a low rank. Takes six to "
-        "seven times as long.",
+        "two LoRAs). For many concepts or a low rank. Takes six to seven times as long.",
         settings={"block_steps": 120},
         calibration={"samples": 100, "total_samples": 400},
     ),

@@ -21,7 +21,7 @@ from ..iteris_core.errors import ModelStateError
 from .comfy_conds import Inputs, References, joined, sharing
 from .comfy_internals import comfy, memory, optional
 from .comfy_runtime import free_beside
-from .comfy_sizes import latent_shape, token_sides
+from .comfy_sizes import latent_shape
 from .comfy_state import forget, in_full_precision, run_uncompiled
 from .comfy_text import Conditioning
 
@@ -115,10 +115,6 @@ class Denoiser:
         if latent is None:
             return latent_shape(self.model, calibration)
         return tuple(comfy.sample.fix_empty_latent_channels(self.model, latent).shape)
-
-    @property
-    def patches(self) -> list[int]:
-        return sorted(set(token_sides(self.model)))
 
     def empty(self, shape: Sequence[int]) -> Tensor:
         """The latent, (1, …), to which denoising adds noise: the connected LATENT."""

@@ -285,7 +285,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
     ) -> Stage:
         """The stage of a denoiser; loads the denoiser."""
         run, inputs = self._loaded(number, noisy, conditionings)
-        denoiser, texts = self._denoisers[number], noisy.text_rows
+        texts = noisy.text_rows
         kinds = {row: tuple(kind(copy[row]) for copy in inputs) for row in inputs[0]}
         steps = noisy.times.tolist() if self.references.by_step else [None] * len(texts)
         return Stage(
@@ -294,8 +294,6 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
             noisy.owners,
             run,
             spatial=True,
-            picture=noisy.latents.shape[2:] if noisy.latents.ndim > 3 else None,
-            patches=denoiser.patches,
             batch_keys=[(kinds[row], step) for row, step in zip(texts, steps, strict=True)],
             lengths=[size(inputs[0][row]) for row in texts],
             conditions=noisy.conditions,

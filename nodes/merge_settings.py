@@ -23,13 +23,11 @@ CALIBRATION = (
     "contexts", "generic", "composites",
 )  # fmt: skip
 FOLDED = (
-    "schedule", "iterations", "tolerance", "objective", "weighting", "ridge", "pull", "shrink",
+    "schedule", "iterations", "tolerance", "objective", "weighting", "ridge", "shrink",
     "saliency", "row_tokens", "precision",
 )  # fmt: skip
 """What the front end shows among advanced inputs only."""
-ITERIS = (
-    "rank", "share_ranks", "repair", "repair_inputs", "block_steps", "block_pairs", *FOLDED
-)  # fmt: skip
+ITERIS = ("rank", "share_ranks", "repair", "block_steps", *FOLDED)
 """Excludes the number of rows per forward, which memory decides, the rate of the polish, and the
 bound."""
 OTHERS: Mapping[str, str] = {

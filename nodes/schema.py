@@ -135,7 +135,7 @@ def schema(
     )
 
 
-_NONE: Mapping[str, float | str] = {"saliency": -1, "contexts": -1, "pull": "auto"}
+_NONE: Mapping[str, float] = {"saliency": -1, "contexts": -1}
 """Setting → the value that means none, if 0 has another meaning."""
 
 
@@ -149,8 +149,7 @@ def setting_input(owner: type[Settings], name: str) -> Any:
     if declared.kind is bool:
         return io.Boolean.Input(name, **shared)
     if declared.kind is str:
-        choices = [none, *declared.choices] if declared.optional else list(declared.choices)
-        return io.Combo.Input(name, options=choices, **shared)
+        return io.Combo.Input(name, options=list(declared.choices), **shared)
     shared |= {
         "default": declared.kind(default),
         "min": declared.kind(none if declared.optional else declared.low or 0),

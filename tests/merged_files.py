@@ -60,7 +60,6 @@ ITERIS: Mapping[str, Mapping[str, Any]] = {
     "of a share of energy": {"rank": 0.9},
     "few tokens": {"row_tokens": 7, "saliency": 0.5},
     "full weighting": {"weighting": "full", "shrink": 0.8},
-    "pull to size": {"pull": "size", "ridge": 1e-2},
     "micro-batches": {"micro_batch": 3},
     "block polish": {"block_steps": 2},
 }

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from iteris_core.lora import SiteChanges
-from iteris_core.solve.adapter import AdapterMoments
 from iteris_core.solve.inputs import CrossMoments, InputMoments
-from iteris_core.solve.moments import OutputMoments
+from iteris_core.solve.moments import AdapterMoments, OutputMoments
 from iteris_core.solve.problem import (
     MemoryEstimate,
     RegressionSpec,
@@ -33,12 +32,7 @@ class Rows:
 
 def context(changes, dtype=torch.float64, **known) -> SiteContext:
     """Of a site that shares its inputs with none."""
-    changes = SiteChanges.of(changes)
-
-    def share(kind):
-        return kind(len(changes), changes.shape[1], dtype, CPU), True
-
-    return SiteContext(changes, CPU, share, **known)
+    return SiteContext(SiteChanges.of(changes), CPU, dtype, **known)
 
 
 def solver_of(begin, **more) -> StageSolver:
@@ -48,13 +42,13 @@ def solver_of(begin, **more) -> StageSolver:
 
 def by_moments(changes, inputs, targets, weighting="tokens", directions=None) -> OutputMoments:
     dtype = inputs[0].dtype
-    reduction = OutputMoments(context(changes, dtype), weighting, dtype, directions)
+    reduction = OutputMoments(context(changes, dtype), weighting, directions)
     return filled(reduction, inputs, targets)
 
 
 def by_adapter(changes, inputs, references, weighting="tokens") -> AdapterMoments:
     dtype = inputs[0].dtype
-    reduction = AdapterMoments(context(changes, dtype), weighting, dtype)
+    reduction = AdapterMoments(context(changes, dtype), weighting)
     for concept, (merged, reference) in enumerate(zip(inputs, references, strict=True)):
         reduction.add(Rows(concept, merged, reference))
     return reduction

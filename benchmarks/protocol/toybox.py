@@ -16,7 +16,7 @@ import toybox
 from iteris_core import Concept, Lora
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.score import ClipScorer, without_tokens
-from toybox import PAIR_TEMPLATES, TEMPLATES
+from toybox import TEMPLATES
 from toybox.draw import BACKGROUNDS as SCENES
 from toybox.draw import SIZE, compose, describe, random_thing
 
@@ -56,7 +56,7 @@ class ToyboxWorld:
         folders = (root / "weights").glob("loras*")
         files = [f"{name}.safetensors" for name in self.subjects]
         self.trained = sum(all((at / file).exists() for file in files) for at in folders)
-        self.calibration: dict[str, Any] = {"templates": (*TEMPLATES, *PAIR_TEMPLATES)}
+        self.calibration: dict[str, Any] = {"templates": TEMPLATES}
         plain = ("a {}", "a photo of a {}", "a picture of a {}")
         self.half = {"templates": (*plain, *(compose(("{}",), b) for b in SEEN))}
         said = toybox.settings()

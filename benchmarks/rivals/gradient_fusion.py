@@ -27,8 +27,8 @@ from iteris_core.methods.registry import Merged, micro_batch_setting, on_model, 
 from iteris_core.passes.batches import REFERENCE, ExecutionConfig
 from iteris_core.passes.job import Job
 from iteris_core.settings import Settings, setting
-from iteris_core.solve.adapter import Gram
 from iteris_core.solve.inputs import NOT_FINITE
+from iteris_core.solve.moments import Gram
 from iteris_core.solve.problem import Reduction, Solution, StageSolver, finite_as
 
 from .rounds import in_rounds, reads_text

@@ -6,14 +6,15 @@ before it give (:mod:`.own_blocks`). The code divides G_i by its tokens: ``weigh
 
 from __future__ import annotations
 
+from iteris_core.activations.tokens import ConceptTokens
 from iteris_core.hosts.protocol import Stage
 from iteris_core.methods.registry import Merged, on_model
 from iteris_core.methods.regmean import RegMeanSettings, regmean
 from iteris_core.passes.batches import ExecutionConfig
 from iteris_core.passes.job import Job
 from iteris_core.passes.sweep import solve_sites
-from iteris_core.solve.adapter import Gram
-from iteris_core.solve.problem import StageSolver, Tokens
+from iteris_core.solve.moments import Gram
+from iteris_core.solve.problem import StageSolver
 
 from .own_blocks import OwnBlocks
 
@@ -21,7 +22,7 @@ from .own_blocks import OwnBlocks
 class _OwnGram(Gram):
     """X_iᵀX_i of the reference rows of a sweep."""
 
-    def _add_inputs(self, tokens: Tokens) -> None:
+    def _add_inputs(self, tokens: ConceptTokens) -> None:
         self.inputs.add(tokens.concept, tokens.reference)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from iteris_core.activations.tokens import ConceptTokens
 from iteris_core.linalg import full_precision
 from iteris_core.lora import SiteChanges
 from iteris_core.methods.regmean import routed, rows_of
@@ -22,7 +23,6 @@ from iteris_core.solve.problem import (
     RegressionSpec,
     SiteContext,
     Solution,
-    Tokens,
 )
 
 
@@ -42,11 +42,11 @@ class Subspace(Reduction):
         }
         self._counts = torch.zeros(len(changes), dtype=torch.float64)
 
-    def add(self, tokens: Tokens) -> None:
+    def add(self, tokens: ConceptTokens) -> None:
         with full_precision(self._down.device):
             self._add(tokens)
 
-    def _add(self, tokens: Tokens) -> None:
+    def _add(self, tokens: ConceptTokens) -> None:
         merged = tokens.merged.float() @ self._down.mT
         self._own[tokens.concept].addmm_(merged.mT, merged)
         self._counts[tokens.concept] += len(merged)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import SiteError
 from ..lora import SiteChanges
-from ..solve.inputs import InputMoments, shared_moments
+from ..solve.inputs import InputMoments
 from ..solve.problem import Reduction, SiteContext, StageSolver
 from .micro_batch import plain_modes
 from .tokens import ConceptTokens, Group, Observation
@@ -116,9 +116,7 @@ class Collector:
             own, device, key = changes, shown.inputs.device, (shown.group, shown.site.geometry)
             if inputs is not None:
                 own, key = changes.at(inputs), None
-            made_of = len(own), own.shape[1], self._solver.dtype, device
-            share = partial(shared_moments, self._shared, key, made_of)
-            context = SiteContext(own, device, share, sample)
+            context = SiteContext(own, device, self._solver.dtype, self._shared, key, sample)
             reduction = self._reductions[shown.name] = self._solver.begin(context)
         for shown in some:
             for span in shown.spans:

@@ -185,7 +185,8 @@ def _selected(tokens: Tensor, chosen: Tensor | None) -> Tensor:
 @dataclass(frozen=True)
 class ConceptTokens:
     """Tokens of one concept's rows ``start`` to ``stop``, in the moments' precision, each
-    multiplied by the root of its weight; see :class:`..solve.problem.Tokens`."""
+    multiplied by the root of its weight and computed on demand: ``merged`` X̃ and ``reference`` X,
+    (tokens, in); ``target`` T and ``output``, the whole output (W0 + ΔW_i) X, (tokens, out)."""
 
     shown: Observation
     changes: SiteChanges

@@ -68,7 +68,7 @@ class MergeOptions:
         panel=shared.AGAIN,
     )
     templates: Path | None = offered(
-        "A text file of prompt templates, with {} for the concept (two {} for pairs)",
+        "A text file of prompt templates, with {} for the concept",
         panel=shared.CALIBRATION,
     )
     layout: Layout | None = offered(

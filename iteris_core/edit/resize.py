@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from ..activations.tokens import ConceptTokens
 from ..calibration_prompts import CAPTIONS
 from ..concepts import Calibration, Concept
 from ..errors import MismatchError
@@ -31,7 +32,6 @@ from ..solve.problem import (
     SiteContext,
     Solution,
     StageSolver,
-    Tokens,
 )
 from ..solve.ranks import Components, Target, kept, share_out, span
 
@@ -180,7 +180,7 @@ class _Moments(Reduction):
         self.inputs: InputMoments = inputs
         self._output = torch.zeros(2, dtype=torch.float64)
 
-    def add(self, tokens: Tokens) -> None:
+    def add(self, tokens: ConceptTokens) -> None:
         if self._adds:
             self.inputs.add(0, tokens.merged)
         output = tokens.output
@@ -225,10 +225,10 @@ def look(run: Run, of: Callable[[str, Tensor | None, float], _T]) -> dict[str, _
 def fitted(job: Job, run: Run, ranks: Mapping[str, int]) -> dict[str, LowRank]:
     """The sites in ``ranks``, fitted to their whole output in a sweep; others keep no change."""
     size = job.calibration.samples, job.calibration.rows_each, 1
-    fit = RegressionSpec(job.weights, THRESHOLDS.ridge_for(*size), residuals=False)
+    fit = RegressionSpec(job.weights, THRESHOLDS.ridge_for(*size)[0], residuals=False)
     fits = {site: replace(fit, rank=rank) for site, rank in ranks.items()}
     solver = StageSolver(
-        begin=lambda context: THRESHOLDS.choose(context, fit, "output", torch.float32),
+        begin=lambda context: THRESHOLDS.choose(context, fit, "output"),
         solve=lambda site, reduction: (
             reduction.solve(fits[site])
             if site in fits

@@ -11,7 +11,6 @@ from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from ..concepts import Calibration, Concept
 from ..errors import BaseError
 from ..lora import Lora
 from ..lora_files import ReadOptions
-from .diffusers_arguments import Arguments, study, token_sides
+from .diffusers_arguments import Arguments, study
 from .diffusers_loop import PipelineLoop
 from .diffusers_lora import OF_TEXT, base_of, pipeline_sites, read_lora
 from .diffusers_rows import DiffusionSamples, record_rows
@@ -259,19 +258,12 @@ class DiffusersHost(Host):
                 (lengths[text.text_rows[row]], kind(first, arguments.batched))
                 for row, first in zip(rows, firsts, strict=True)
             ]
-        shapes: list[list[int]] = [[*samples.moving[n].shape[1:]] for n in arguments.drawn]
-        packed = any(len(shape) == 2 for shape in shapes)
-        picture = shapes[0] if len(shapes) == 1 and len(shapes[0]) >= 3 else None
-        if len(shapes) == 1 and packed and isqrt(shapes[0][0]) ** 2 == shapes[0][0]:
-            picture = (isqrt(shapes[0][0]),) * 2  # square tokens
         return Stage(
             name,
             sites,
             [text.owners[row] for row in rows],
             run,
             spatial=True,
-            picture=picture,
-            patches=(1,) if packed else sorted({*token_sides(self._loop.denoisers[name])}),
             batch_keys=kinds,
             lengths=None if arguments.alike else [size(call) for call in firsts],
             samples=samples.worth,

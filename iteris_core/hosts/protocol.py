@@ -51,9 +51,6 @@ class Stage:
     - ``feeds_next``: a later stage needs the outputs of all rows. Every process of a merge then
       runs all of them to the end; forwards of other stages may stop after their last site.
     - ``spatial``: tokens are positions in an image, of which a LoRA may change a part.
-    - ``picture``: (…, height, width) of a row's latents (None: unknown).
-    - ``patches``: sides of a token's patch, in latents: one for a transformer, one per level for a
-      UNet.
     - ``batch_keys``: a key per row; only rows with equal keys may share a forward (None: all may).
     - ``lengths``: the size of every row's inputs, in any unit. Memory is measured on the longest
       row (None: the one with the most tokens by ``mask``, or the first).
@@ -71,8 +68,6 @@ class Stage:
     mask: Callable[[str, Sequence[int]], torch.Tensor | None] | None = None
     feeds_next: bool = False
     spatial: bool = False
-    picture: Sequence[int] | None = None
-    patches: Sequence[int] = (1, 2, 4, 8)
     batch_keys: Sequence[Hashable] | None = None
     lengths: Sequence[int] | None = None
     samples: int | None = None

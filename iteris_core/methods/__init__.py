@@ -6,17 +6,7 @@ this one registers its own in the same way.
 
 from __future__ import annotations
 
-from . import chain_of_merges, elected_signs, iteris, knots, linear, regmean
+from . import elected_signs, iteris, linear, regmean
 from .registry import Method, all_methods, find_method
 
-__all__ = [
-    "Method",
-    "all_methods",
-    "chain_of_merges",
-    "elected_signs",
-    "find_method",
-    "iteris",
-    "knots",
-    "linear",
-    "regmean",
-]
+__all__ = ["Method", "all_methods", "elected_signs", "find_method", "iteris", "linear", "regmean"]

@@ -6,77 +6,59 @@ such as an attention's softmax those of queries and keys. Here the merged factor
 
     Σ ‖segment(merged rows) − segment under each row's own LoRA‖²,
 
-in execution order, on inputs that passed through the earlier segments, with :mod:`.training`. A
-share of the steps uses images of two concepts (:mod:`.side_by_side`). A segment that does not get
+in execution order, on inputs that passed through the earlier segments. A segment that does not get
 closer to its targets stays as it was.
+
+A gradient step on a change D, (rank, in), moves most where inputs are large and hardly where they
+are small, however much the outputs depend on it. For P = D M^½, with M the inputs' moments, every
+direction counts by its effect on the outputs: a natural gradient with respect to inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..activations.lockstep import Lockstep
-from ..activations.memory import halved, with_less
+from ..activations.memory import halved, is_out_of_memory, with_less
 from ..activations.micro_batch import MicroBatch
-from ..errors import OutOfMemory
+from ..errors import OutOfMemory, brief
 from ..hosts.protocol import Stage
+from ..linalg import full_precision
 from ..lora import LowRank
 from ..passes.batches import ExecutionConfig, chunks, micro_batches
 from ..passes.job import Job, Run
 from ..passes.planner import find
-from .segments import NotReproduced, Segment, SegmentBatch, SegmentRunner, segments_of, within
-from .side_by_side import SHOWING, SideBySide, drawn_pairs, pairs_of, samples_each
-from .training import STEP, Factors, NoGradients
+from .segments import NotPolished, Segment, SegmentBatch, SegmentRunner, segments_of
 
 WHAT = "polishing blocks"
 
 
-@dataclass(frozen=True)
-class BlockSteps:
-    """``steps`` for every segment; a ``pairs`` share of them use images of two concepts. A factor's
-    learning rate is ``rate`` times the root mean square of its entries, and decays to zero."""
-
-    steps: int
-    rate: float
-    pairs: float
-
-
-def expect_block_polish(job: Job, how: BlockSteps) -> None:
+def expect_block_polish(job: Job, steps: int) -> None:
     """Expect its work: each of several segments takes part of a forward."""
-    rows, forward = _row_count(job), job.forward_work
-    forwards = STEP * how.steps * job.thresholds.polish_at_once + 2 * 3 * rows
-    if how.pairs and (pairs := pairs_of(job, rows)):
-        samples = len(pairs) * samples_each(job, pairs, rows)
-        job.eta.expect(SHOWING, [forward * samples * job.calibration.denoising_steps])
-        forwards += samples * job.calibration.rows_each * 3 * 3
-    job.eta.expect(WHAT, [forward * forwards])
+    # A step takes a forward, and two for the gradients.
+    forwards = 3.0 * steps * job.thresholds.polish_at_once + 2 * 3 * _row_count(job)
+    job.eta.expect(WHAT, [job.forward_work * forwards])
 
 
 def polish_blocks(
-    run: Run, merged: Mapping[str, LowRank], how: BlockSteps
+    run: Run, merged: Mapping[str, LowRank], steps: int, rate: float
 ) -> tuple[dict[str, LowRank], list[str]]:
-    """The ``merged`` changes after polishing every segment, and notes on them."""
+    """The ``merged`` changes after that many ``steps`` on every segment, and notes on segments
+    that are not polished. A factor's learning rate is ``rate`` times the root mean square of its
+    entries, and decays to zero."""
     job, lockstep, notes = run.job, run.lockstep, list[str]()
     at_once = job.thresholds.polish_at_once
-    drawn = drawn_pairs(job, merged, _row_count(job)) if how.pairs else None
-    if how.pairs and drawn is None and job.host.pictures and job.loras > 1:
-        notes.append(
-            "blocks are polished without images of two concepts; that takes two subjects, each "
-            "with a trigger or class word and without its own embedding"
-        )
     lockstep.merged = dict(merged)
-    showing = drawn and SideBySide(job, lockstep, drawn)
     for stage in run.stages():
         if stage.sites and not stage.feeds_next:
-            shown = showing if showing and showing.advance(stage.name) else None
-            notes += _StagePolish(job, lockstep, stage, how, shown, at_once).run()
+            notes += _StagePolish(job, lockstep, stage, steps, rate, at_once).run()
         if stage.feeds_next:
             for batch in micro_batches(stage, 2, None, ExecutionConfig(at_once)):
                 lockstep.run(batch)
@@ -96,10 +78,9 @@ class _StagePolish:
     job: Job
     lockstep: Lockstep
     stage: Stage
-    how: BlockSteps
-    shown: SideBySide | None
+    steps: int
+    rate: float
     at_once: int
-    paired: bool = False
     in_place: bool = False
     notes: list[str] = field(default_factory=list[str])
 
@@ -110,21 +91,17 @@ class _StagePolish:
         segments = segments_of(found, self.job.thresholds.segment_share)
         for number, segment in enumerate(segments):
             before = {site: self.lockstep.merged[site] for site in segment.sites}
-            tick = partial(self._tick, number, len(segments))
+
+            def tick(done: int = 0, number: int = number) -> None:
+                self.job.tick(WHAT, number * self.steps + done, len(segments) * self.steps)
+
             if not self._gains(segment, before, tick):
                 self.lockstep.merged |= before
-        if segments and self.shown is not None and not self.paired:
-            self.notes.append(
-                f"the {self.stage.name}'s blocks are polished without images of two concepts, "
-                "because it is unknown where in the image their outputs belong"
-            )
         return self.notes
 
-    def _tick(self, number: int, count: int, done: int = 0) -> None:
-        steps = self.how.steps
-        self.job.tick(WHAT, number * steps + done, count * steps)
-
-    def _gains(self, segment: Segment, before: Mapping[str, LowRank], tick: partial[None]) -> bool:
+    def _gains(
+        self, segment: Segment, before: Mapping[str, LowRank], tick: Callable[..., None]
+    ) -> bool:
         """:meth:`_polish`; retries with fewer rows at once when memory runs out, and with copies of
         arguments that the segment changes in place."""
 
@@ -133,7 +110,7 @@ class _StagePolish:
             self.lockstep.merged |= before
             try:
                 return self._polish(segment, tick)
-            except NoGradients as error:
+            except NotPolished as error:
                 if self.in_place or "inplace" not in str(error):
                     raise
             self.in_place = True
@@ -141,52 +118,40 @@ class _StagePolish:
 
         try:
             return with_less(halved(self.at_once), polish, lambda said, tried: "")[0]
-        except NoGradients as error:
-            why = f"because it cannot be differentiated ({error})"
-        except OutOfMemory:
-            why = "for lack of memory"
-        except NotReproduced:
-            why = "because they give a different result when run by themselves"
-        first, *_, last = segment.sites
-        self.notes.append(f"{first} to {last} are not polished, {why}")
+        except (NotPolished, OutOfMemory) as error:
+            why = error if isinstance(error, NotPolished) else "for lack of memory"
+        self.notes.append(f"{segment.sites[0]} to {segment.sites[-1]} are not polished, {why}")
         return False
 
-    def _polish(self, segment: Segment, tick: partial[None]) -> bool:
+    def _polish(self, segment: Segment, tick: Callable[..., None]) -> bool:
         """True if the segment got closer to its targets."""
-        rows = self._rows()
+        rows, thresholds, generator = self._rows(), self.job.thresholds, self.job.generator
         runner = SegmentRunner(segment, self.lockstep, self._batch(rows[:1]))
-
-        def recorded() -> Iterator[SegmentBatch]:
-            for some in chunks(rows, self.stage.batch_keys, self.at_once):
-                tick()
-                yield runner.record(self._batch(some), some)
-
-        thresholds, generator = self.job.thresholds, self.job.generator
-        most = thresholds.polish_bytes // (1 if self.shown is None else 2)
-        singles, pairs = within(recorded(), most, 4), list[SegmentBatch]()
-        if self.shown is not None:
-            pairs = within(self.shown.recorded(runner, self.at_once, tick), most, 1)
-            self.paired |= bool(pairs)
-        checked = [b for some in (singles, pairs) for b in some[: thresholds.polish_checked]]
+        batches: list[SegmentBatch] = []
+        taken = 0
+        for some in chunks(rows, self.stage.batch_keys, self.at_once):
+            tick()
+            batches.append(runner.record(self._batch(some), some))
+            taken += batches[-1].bytes
+            if taken + batches[-1].bytes > thresholds.polish_bytes and len(batches) >= 4:
+                break
+        checked = batches[: thresholds.polish_checked]
         mutations = torch.autograd.graph.allow_mutation_on_saved_tensors
         copies = mutations() if self.in_place else nullcontext()
         with self.stage.gradients(), runner.gradients(), copies:
-            modules = self.job.host.sites()
-            tokens = runner.sample_inputs(modules, [*singles, *pairs], thresholds)
-            factors = Factors.white(self.lockstep.merged, tokens, thresholds.polish_floor)
+            tokens = runner.sample_inputs(self.job.host.sites(), batches, thresholds)
+            factors = Factors(self.lockstep.merged, tokens, thresholds.polish_floor)
             before = self._error(runner, checked)
             if not before:
                 return False
             scale = 0.01 * (before / sum(w.numel() for b in checked for w in b.wanted)) ** -0.5
 
             def loss() -> Tensor:
-                paired = pairs and float(torch.rand((), generator=generator)) < self.how.pairs
-                some = pairs if paired else singles
-                batch = some[int(torch.randint(len(some), (), generator=generator))]
+                batch = batches[int(torch.randint(len(batches), (), generator=generator))]
                 factors.put(self.lockstep)
                 return self._loss(runner, batch) * scale
 
-            factors.train(self.how.rate, self.how.steps, loss, tick)
+            factors.train(self.rate, self.steps, loss, tick)
             with torch.no_grad():
                 factors.put(self.lockstep)
             return self._error(runner, checked) < before
@@ -219,9 +184,116 @@ class _StagePolish:
                 errors = errors * mask.to(errors.device)[..., None]
             by_row.append(errors.flatten(1).sum(1))
         total, weights = torch.stack(by_row).sum(0), self.job.weights
-        means = [fmean(weights[owner] for owner in owners) for owners in batch.owners]
-        return (total * total.new_tensor(means)).sum()
+        return (total * total.new_tensor([weights[owner] for owner in batch.owners])).sum()
 
     def _error(self, runner: SegmentRunner, batches: Sequence[SegmentBatch]) -> float:
         with torch.no_grad():
             return sum(float(self._loss(runner, batch)) for batch in batches)
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """M = XᵀX / tr(XᵀX) · in + floor I for tokens X, (tokens, in), without an (in, in) matrix.
+    ``directions`` are the eigenvectors of XᵀX with nonzero eigenvalues, (k, in), and ``roots`` the
+    square roots of M's eigenvalues there, (k,); elsewhere the root is √floor. float32."""
+
+    directions: Tensor
+    roots: Tensor
+    floor: float
+
+    @classmethod
+    def of(cls, tokens: Tensor, floor: float) -> Whitening:
+        """The whitening of (tokens, in), which must be finite. Tokens that are all zero give √floor
+        everywhere."""
+        tokens = tokens.double()
+        count, width = tokens.shape
+        with full_precision(tokens.device):
+            gram = tokens.mT @ tokens if width <= count else tokens @ tokens.mT
+            values, vectors = torch.linalg.eigh(gram)
+            kept = values > 1e-10 * values[-1]
+            values, vectors = values[kept], vectors[:, kept]
+            if width > count:
+                vectors = tokens.mT @ vectors / values.sqrt()
+        values = values * (width / float(values.sum())) if len(values) else values
+        return cls(vectors.mT.float(), (values + floor).sqrt().float(), floor)
+
+    def root(self, rows: Tensor) -> Tensor:
+        """``rows`` (…, in) times M^½."""
+        return self._times(rows, self.roots, self.floor**0.5)
+
+    def inverse_root(self, rows: Tensor) -> Tensor:
+        """``rows`` (…, in) times M^-½."""
+        return self._times(rows, 1 / self.roots, self.floor**-0.5)
+
+    def _times(self, rows: Tensor, values: Tensor, elsewhere: float) -> Tensor:
+        within = rows @ self.directions.mT
+        return rows * elsewhere + (within * (values - elsewhere)) @ self.directions
+
+
+class Factors:
+    """Up and down factors by site, as float32 leaves. Down factors are those for whitened inputs,
+    so a step of a given size moves a site's output about equally in every direction."""
+
+    def __init__(
+        self, merged: Mapping[str, LowRank], tokens: Mapping[str, Tensor], floor: float
+    ) -> None:
+        """The factors of the sites whose inputs, (tokens, in), are given; up and down have equal
+        norm."""
+        self.kernels = {site: merged[site].kernel for site in tokens}
+        self.whitenings = {site: Whitening.of(some, floor) for site, some in tokens.items()}
+        self.ups: dict[str, Tensor] = {}
+        self.downs: dict[str, Tensor] = {}
+        for site, whitening in self.whitenings.items():
+            change = merged[site].to(torch.float32, whitening.roots.device)
+            up, across = torch.linalg.qr(change.up)
+            whole = across @ whitening.root(change.down)
+            left, values, right = torch.linalg.svd(whole, full_matrices=False)
+            root = values.sqrt()
+            self.ups[site] = (up @ left * root).detach().requires_grad_()
+            self.downs[site] = (root[:, None] * right).detach().requires_grad_()
+
+    def put(self, lockstep: Lockstep) -> None:
+        """Install the factors as merged changes, with gradients if enabled."""
+        for site, whitening in self.whitenings.items():
+            up, down = self.ups[site], whitening.inverse_root(self.downs[site])
+            if not torch.is_grad_enabled():
+                up, down = up.detach(), down.detach()
+            lockstep.merged[site] = LowRank(up, down, self.kernels[site])
+
+    def train(
+        self, rate: float, steps: int, loss: Callable[[], Tensor], tick: Callable[[int], None]
+    ) -> None:
+        """Take that many steps of Adam. A factor's learning rate is ``rate`` times the root mean
+        square of its entries; it rises over ten steps and falls to zero.
+
+        ``loss()`` draws a random batch; ``tick`` gets the number of steps done. Raises
+        :class:`NotPolished` if a step is impossible.
+        """
+        why = "because it cannot be differentiated"
+        factors = [*self.ups.values(), *self.downs.values()]
+        groups: list[dict[str, Any]] = [
+            {"params": [factor], "lr": rate * float(factor.detach().square().mean().sqrt())}
+            for factor in factors
+        ]
+        adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            adam, lambda step: min(1.0, (step + 1) / 10) * (1 - step / steps)
+        )
+        for step in range(1, steps + 1):
+            with torch.enable_grad():
+                error, gradients = loss(), list[Tensor | None]()
+            try:
+                if error.requires_grad:
+                    gradients += torch.autograd.grad(error, factors, allow_unused=True)
+            except RuntimeError as failed:
+                if is_out_of_memory(failed):
+                    raise
+                raise NotPolished(f"{why} ({brief(failed)})") from failed
+            # A site that does not reach the loss has none, such as a text encoder's last layers.
+            if all(gradient is None for gradient in gradients):
+                raise NotPolished(f"{why} (no change reaches the compared output)")
+            for factor, gradient in zip(factors, gradients, strict=True):
+                factor.grad = gradient
+            adam.step()
+            schedule.step()
+            tick(step)

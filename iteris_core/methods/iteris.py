@@ -13,123 +13,180 @@ reduction of s². The first components of every layer therefore come before the 
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import ClassVar, Literal, cast
 
-import torch
-
-from ..hosts.protocol import Stage
-from ..lora import SiteChanges
+from ..errors import SettingsError
 from ..passes.batches import SWEEP, ExecutionConfig, Schedule
-from ..passes.job import Job, Run
+from ..passes.job import Job
 from ..passes.sweep import solve_sites
-from ..solve.inputs import InputMoments
-from ..solve.moments import OutputMoments
-from ..solve.problem import ByOutput, Reduction, SiteContext, Solution, StageSolver, Tokens, Weigher
+from ..settings import Settings, setting
 from ..solve.ranks import Components, share_numbers
-from .block_polish import BlockSteps, expect_block_polish, polish_blocks
-from .fitting import IterisSettings, Repairs, Solvers, streams_of, with_repairs, without_idle
-from .registry import Merged, on_model
+from .block_polish import expect_block_polish, polish_blocks
+from .fitting import Repairs, solver_of, streams_of, with_repairs
+from .registry import Merged, micro_batch_setting, on_model, rank_setting
 
 
-def _sweeps(settings: IterisSettings) -> int:
-    return 0 if settings.schedule == "jacobi" else 2 if settings.share_ranks else 1
+@dataclass(frozen=True)
+class IterisSettings(Settings):
+    objective: Literal["output", "adapter"] = setting(
+        "output",
+        "Targets of a layer: its whole output under each LoRA, or only what each LoRA adds to it "
+        "(adapter: the paper's eq. 5).",
+    )
+    schedule: Literal["sweep", "jacobi"] = setting(
+        "sweep",
+        "sweep solves every layer once, in order. jacobi is the paper's iteration over all "
+        "layers, with many passes. With repair or saliency it may not converge; the report says "
+        "so. For the paper's whole algorithm use the preset paper.",
+    )
+    iterations: int = setting(10, "jacobi: maximum number of iterations.", low=1, most=100)
+    tolerance: float | None = setting(
+        None,
+        "jacobi: stop when every layer's change moves by less than this share of itself, such as "
+        "0.001.",
+        none="run all iterations",
+        above=0,
+        below=1,
+    )
+    weighting: Literal["auto", "tokens", "adapter", "full", "none"] = setting(
+        "auto",
+        "How to balance the concepts: by the number of tokens, the size of each LoRA's own "
+        "outputs (adapter: the paper's eq. 8), the layer's whole output, or not at all. auto is "
+        "tokens, and none for models of texts.",
+    )
+    ridge: float | None = setting(
+        None,
+        "How strongly a layer is pulled toward the plain LoRAs (the paper's eq. 7). Above 0.001 "
+        "most of the merge is lost.",
+        none="set by the number of prompts: 1e-6 from 50 per LoRA with two LoRAs, 20 with five or "
+        "10 with ten; more with fewer",
+        low=0,
+        below=1,
+        most=0.5,
+        step=1e-7,
+    )
+    bound: float | None = setting(
+        None,
+        "Largest norm of a layer's change, as a multiple of what the LoRAs together have there. A "
+        "layer's ridge is raised until it holds, so that the merge also works at other strengths "
+        "and beside other LoRAs. 0: no bound.",
+        none="4; none in a model whose blocks gate what they add, but where a layer's output is "
+        "not gated",
+        low=0,
+        most=1000,
+    )
+    shrink: float | None = setting(
+        None,
+        "Factor on off-diagonal entries of the moments. Less than 1 is for a concept that has "
+        "hardly more tokens than a layer has inputs.",
+        none="1; less for models of texts, in layers where tokens are few",
+        above=0,
+        high=1,
+    )
+    rank: int | float | None = rank_setting(
+        "Largest rank of the merged LoRA.", share="output energy", most=1024
+    )
+    share_ranks: bool = setting(
+        False,
+        "rank limits the file as a whole: it is as large as with that rank in every layer that a "
+        "LoRA changes, and each layer gets the rank it is worth. The model is swept twice.",
+    )
+    micro_batch: int = micro_batch_setting()
+    row_tokens: int | Literal["all"] | None = setting(
+        None,
+        "Maximum number of tokens used from each row, chosen at random by the seed.",
+        none="for images 128, or as many as give a concept 32 per input of a layer; for texts all",
+        low=1,
+        most=100_000,
+    )
+    saliency: float | None = setting(
+        None,
+        "How much more the image regions count where a LoRA acts.",
+        none="1 - 2 / LoRAs, because two hardly compete",
+        low=0,
+        high=1,
+    )
+    precision: Literal["float32", "float64"] = setting("float32", "dtype of the moments.")
+    repair: bool = setting(
+        True,
+        "Also change layers that no LoRA changes, to remove interference between the concepts. "
+        "The result is nearer to each LoRA alone; the file is larger.",
+    )
+    block_steps: int = setting(
+        0,
+        "Adam steps on each block's output, block by block after the closed form. Uses gradients, "
+        "but never through the whole model, and no data. The number is for two LoRAs and grows in "
+        "proportion with more. 120 are worth their time for many concepts or a low rank.",
+        low=0,
+        most=1000,
+    )
+    block_rate: float = setting(
+        0.05, "Learning rate of block_steps, relative to the size of the trained factors.", above=0
+    )
+    removed: ClassVar[Mapping[str, str]] = {
+        "polish_steps": "block_steps",
+        **dict.fromkeys(("polish_rate", "block_pairs", "pull", "repair_inputs"), ""),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.share_ranks:
+            return
+        if not isinstance(self.rank, int):
+            raise SettingsError("share_ranks needs a whole number as rank, such as rank=16.")
+        if self.schedule != "sweep" or self.objective != "output":
+            raise SettingsError("share_ranks needs schedule=sweep and objective=output.")
 
 
-@on_model("iteris", IterisSettings, sweeps=_sweeps, sums=True)
+@on_model(
+    "iteris",
+    IterisSettings,
+    sweeps=lambda given: 0 if given.schedule == "jacobi" else 1 + given.share_ranks,
+    sums=True,
+)
 def iteris(job: Job, settings: IterisSettings) -> Merged:
     """Least squares on the inputs of the merged model (IterIS, CVPR 2025)."""
     repairs: Repairs = {}
     if settings.repair and settings.objective == "output":
-        job, repairs = with_repairs(job, settings.repair_inputs)
+        job, repairs = with_repairs(job)
     steps = round(settings.block_steps * max(job.loras, 2) / 2)
-    by_blocks = BlockSteps(steps, settings.block_rate, settings.block_pairs)
-    if by_blocks.steps:
-        expect_block_polish(job, by_blocks)
+    if steps:
+        expect_block_polish(job, steps)
     schedule = SWEEP
     if settings.schedule == "jacobi":
         schedule = Schedule(False, settings.iterations, settings.tolerance)
     saliency = settings.saliency
-    if saliency is None:
-        saliency = job.thresholds.saliency_for(job.loras)
+    if saliency is None:  # two concepts hardly compete
+        saliency = max(0.0, 1 - 2 / job.loras)
     changed = job.changes.keys() - repairs.keys()
     acting = changed & streams_of(job).keys() if saliency else set[str]()
-    solvers = Solvers(job, settings, acting, repairs)
     tokens = None if settings.row_tokens == "all" else settings.row_tokens or "enough"
     seed, thresholds = job.calibration.seed, job.thresholds
     batching = ExecutionConfig(settings.micro_batch, tokens, seed, saliency, thresholds)
     with job.run() as run:
-        solver_of = solvers.of
+        solver = partial(solver_of, job, settings, acting, repairs)
         if settings.share_ranks:
-            solver_of = partial(solver_of, ranks=_shared_ranks(run, solvers, batching))
-        solutions, log = solve_sites(run, solver_of, batching, schedule)
-        solutions = without_idle(solutions, repairs)
+            found: dict[str, Components] = {}
+            uncut = replace(settings, rank=None, share_ranks=False)
+            without_cut = partial(solver_of, job, uncut, acting, repairs, found=found)
+            solve_sites(run, without_cut, batching, sweeps=2)
+            rank = cast(int, settings.rank)
+            own = [job.changes[site] for site in changed]
+            numbers = sum(min(rank, changes.rank) * sum(changes.shape) for changes in own)
+            solver = partial(solver, ranks=share_numbers(found, numbers, least=1))
+        solutions, log = solve_sites(run, solver, batching, schedule)
+        # Repairs of zero are those where nothing has drifted yet.
+        solutions = {
+            site: solution
+            for site, solution in solutions.items()
+            if site not in repairs or solution.change.squared_norm()
+        }
         changes = {site: solution.change for site, solution in solutions.items()}
-        if by_blocks.steps:
-            changes, notes = polish_blocks(run, changes, by_blocks)
+        if steps:
+            changes, notes = polish_blocks(run, changes, steps, settings.block_rate)
             log = replace(log, notes=notes)
     sites = {s: replace(solution, change=changes[s]) for s, solution in solutions.items()}
     return Merged(sites, log, repairs.keys())
-
-
-def _shared_ranks(run: Run, solvers: Solvers, batching: ExecutionConfig) -> dict[str, int]:
-    """Site → its rank, at least 1, in a file as large as with ``settings.rank`` at every site of a
-    LoRA, by the result of a sweep without a cut."""
-    job, settings, rank = solvers.job, solvers.settings, cast(int, solvers.settings.rank)
-    own = [changes for site, changes in job.changes.items() if site not in solvers.repairs]
-    numbers = sum(min(rank, changes.rank) * sum(changes.shape) for changes in own)
-    uncut = replace(solvers, settings=replace(settings, rank=None, share_ranks=False))
-    found: dict[str, Components] = {}
-
-    def weighed(stage: Stage) -> StageSolver:
-        solver = uncut.of(stage, residuals=True)
-
-        def begin(context: SiteContext) -> Reduction:
-            reduction = solver.begin(context)
-            assert isinstance(reduction, OutputMoments)
-            reduction.weigher = _WithOutputs(reduction.weigher, context)
-            return reduction
-
-        def solve(site: str, reduction: Reduction) -> Solution:
-            solution = solver.solve(site, reduction)
-            found[site] = _components(reduction, solution)
-            return solution
-
-        return replace(solver, begin=begin, solve=solve)
-
-    solve_sites(run, weighed, batching, sweeps=2)
-    return share_numbers(found, numbers, least=1)
-
-
-class _WithOutputs(Weigher):
-    """λ from ``inner``, plus the energy of the whole outputs."""
-
-    def __init__(self, inner: Weigher, context: SiteContext) -> None:
-        self._inner = inner
-        self.outputs = ByOutput(len(context.changes), context.device)
-
-    def add(self, tokens: Tokens) -> None:
-        self._inner.add(tokens)
-        self.outputs.add(tokens)
-
-    def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]:
-        return self._inner.values(changes, inputs)
-
-
-def _components(reduction: Reduction, solution: Solution) -> Components:
-    assert isinstance(reduction, OutputMoments)
-    assert isinstance(reduction.weigher, _WithOutputs)
-    targets, outputs = reduction.energies, reduction.weigher.outputs.energies
-    explained = [1 - min(after, 1.0) ** 2 for after in solution.after]
-    weights = torch.tensor(solution.weighting, dtype=torch.float64)
-    given = float((weights * targets.double().cpu() * torch.tensor(explained)).sum())
-    whole = max(float((weights * outputs.double().cpu()).sum()), 1e-30)
-    # Both factors' norms contain the roots of the singular values at the output, up to one common
-    # factor.
-    shares = solution.change.up.double().norm(dim=0) ** 4
-    shares = (shares / shares.sum().clamp(min=1e-30)).cpu()
-    total = math.sqrt(given / whole)
-    lost = torch.cat([shares.new_ones(1), 1 - shares.cumsum(0)])
-    return Components(solution.change, total * (lost[:-1].square() - lost[1:].square()), total)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -68,7 +69,6 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
-_MERGING = "merging sites"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _S = TypeVar("_S", bound=Settings)
@@ -97,8 +97,9 @@ class AtSite:
         """(concepts, …): the ``entries`` of the concepts that change the site, with small ones set
         to 0."""
         parts = zip(self.changes.present, entries, strict=True)
-        kept = [e.where(magnitudes(e) >= self.least.get(i, 0.0), 0) for i, e in parts]
-        return torch.stack(kept)
+        return torch.stack(
+            [e.where(e.abs().float() >= self.least.get(i, 0.0), 0) for i, e in parts]
+        )
 
 
 def least_kept(
@@ -114,7 +115,7 @@ def least_kept(
         counts: dict[int, Tensor] = defaultdict(lambda: torch.zeros(1 << 16, dtype=torch.int64))
         for site in sites():
             for concept, entries in site.items():
-                bits = magnitudes(entries).flatten().view(torch.int32)
+                bits = entries.abs().float().flatten().view(torch.int32)
                 if not shift:
                     bits = bits[bits >> 16 == found[concept]]
                 counts[concept] += torch.bincount(bits >> shift & 0xFFFF, minlength=1 << 16).cpu()
@@ -128,11 +129,6 @@ def least_kept(
     return dict(zip(found, bits.tolist(), strict=True))
 
 
-def magnitudes(entries: Tensor) -> Tensor:
-    """What entries are compared by, float32."""
-    return entries.abs().float()
-
-
 def on_weights(
     name: str, settings: type[Settings], trims: Callable[[AtSite], Sequence[Tensor]] | None = None
 ) -> Callable[[Function], Function]:
@@ -141,28 +137,25 @@ def on_weights(
     the entries of each concept that changes the site. Of these, the settings' ``density`` share is
     kept over all sites together; ``at.trimmed`` applies it."""
 
-    def register(function: Function) -> Function:
-        def merge(job: Job, given: Any) -> Merged:
-            merged: dict[str, Solution] = {}
+    def merge(function: Function, job: Job, given: Any) -> Merged:
+        merged: dict[str, Solution] = {}
 
-            def entries() -> Iterator[dict[int, Tensor]]:
-                """A pass over all sites: their entries by concept."""
-                job.eta.expect(_MERGING, [1.0])
-                for done, changes in enumerate(job.changes.values(), 1):
-                    some = trims(AtSite(changes, job.weights, job.generator)) if trims else ()
-                    yield dict(zip(changes.present, some, strict=True))
-                    job.tick("trimming sites", done, len(job.changes))
+        def entries() -> Iterator[dict[int, Tensor]]:
+            """A pass over all sites: their entries by concept."""
+            job.eta.expect("merging sites", [1.0])
+            for done, changes in enumerate(job.changes.values(), 1):
+                some = trims(AtSite(changes, job.weights, job.generator)) if trims else ()
+                yield dict(zip(changes.present, some, strict=True))
+                job.tick("trimming sites", done, len(job.changes))
 
-            least = {} if trims is None else least_kept(entries, given.density)
-            for site, changes in job.changes.items():
-                change, lost = function(AtSite(changes, job.weights, job.generator, least), given)
-                merged[site] = Solution(change, truncated=lost)
-                job.tick(_MERGING, len(merged), len(job.changes))
-            return Merged(merged)
+        least = {} if trims is None else least_kept(entries, given.density)
+        for site, changes in job.changes.items():
+            change, lost = function(AtSite(changes, job.weights, job.generator, least), given)
+            merged[site] = Solution(change, truncated=lost)
+            job.tick("merging sites", len(merged), len(job.changes))
+        return Merged(merged)
 
-        return _registered(name, merge, settings, False, function)
-
-    return register
+    return _register(name, settings, merge, needs_host=False)
 
 
 def on_activations(
@@ -178,21 +171,18 @@ def on_activations(
     through the sites solved before; otherwise on reference rows alone. ``settings`` must have a
     ``micro_batch``."""
 
-    def register(function: Function) -> Function:
-        def merge(job: Job, given: Any) -> Merged:
-            fit: RegressionSpec = function(job, given)
-            solver = StageSolver(
-                begin=reduction,
-                solve=lambda _, reduced: reduced.solve(fit),
-                bytes=lambda site, _: reduction.bytes(job.changes[site]),
-            )
-            how = ExecutionConfig(given.micro_batch), SWEEP if merged_inputs else REFERENCE
-            with job.run() as run:
-                return Merged(*solve_sites(run, lambda _: solver, *how))
+    def merge(function: Function, job: Job, given: Any) -> Merged:
+        fit: RegressionSpec = function(job, given)
+        solver = StageSolver(
+            begin=reduction,
+            solve=lambda _, reduced: reduced.solve(fit),
+            bytes=lambda site, _: reduction.bytes(job.changes[site]),
+        )
+        how = ExecutionConfig(given.micro_batch), SWEEP if merged_inputs else REFERENCE
+        with job.run() as run:
+            return Merged(*solve_sites(run, lambda _: solver, *how))
 
-        return _registered(name, merge, settings, True, function, lambda _: merged_inputs, sums)
-
-    return register
+    return _register(name, settings, merge, sweeps=lambda _: merged_inputs, sums=sums)
 
 
 def on_model(
@@ -201,8 +191,30 @@ def on_model(
     """Register ``function(job, settings) -> Merged``. If it calls
     :func:`..passes.sweep.solve_sites`, ``sweeps`` must declare how often it sweeps."""
 
+    def merge(function: Function, job: Job, given: Any) -> Merged:
+        return function(job, given)
+
+    return _register(name, settings, merge, sweeps=sweeps, sums=sums)
+
+
+def _register(
+    name: str,
+    settings: type[Settings],
+    merge: Callable[..., Merged],
+    *,
+    needs_host: bool = True,
+    sweeps: Sweeps = lambda _: 0,
+    sums: bool = False,
+) -> Callable[[Function], Function]:
+    """Register ``merge(function, job, settings)`` of the decorated function."""
+
     def register(function: Function) -> Function:
-        return _registered(name, function, settings, True, function, sweeps, sums)
+        if name in _METHODS:
+            raise ValueError(f"A method {name!r} already exists.")
+        summary = (function.__doc__ or "").strip().splitlines()[0]
+        run = partial(merge, function)
+        _METHODS[name] = Method(name, run, settings, needs_host, summary, sweeps, sums)
+        return function
 
     return register
 
@@ -233,12 +245,11 @@ def settings_over(
     number of samples that is given alone counts for each LoRA."""
     if preset not in PRESETS:
         raise SettingsError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}.")
-    chosen = PRESETS[preset]
-    usual = chosen.settings if method == "iteris" else {}
+    chosen, kind = PRESETS[preset], find_method(method).settings
     if isinstance(calibration, Mapping):
         calibration = over(chosen.calibration, calibration)
     return (
-        _over(usual, settings, find_method(method).settings),
+        _over(chosen.settings if method == "iteris" else {}, settings, kind),
         _over(chosen.calibration, calibration, Calibration),
     )
 
@@ -249,19 +260,3 @@ def _over(preset: Mapping[str, Any], given: _S | Mapping[str, Any] | None, kind:
     if given is None or isinstance(given, Mapping):
         return kind.from_mapping({**preset, **(given or {})})
     raise SettingsError(f"Give a mapping or {kind.__name__}, not {type(given).__name__}.")
-
-
-def _registered(
-    name: str,
-    merge: Any,
-    settings: type[Settings],
-    needs_host: bool,
-    function: Function,
-    sweeps: Sweeps = lambda _: 0,
-    sums: bool = False,
-) -> Function:
-    if name in _METHODS:
-        raise ValueError(f"A method {name!r} already exists.")
-    summary = (function.__doc__ or "").strip().splitlines()[0]
-    _METHODS[name] = Method(name, merge, settings, needs_host, summary, sweeps, sums)
-    return function

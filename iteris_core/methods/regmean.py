@@ -1,8 +1,13 @@
-"""Least squares on inputs alone, in all directions or in the LoRAs' own: RegMean and SSR-Merge.
+"""Least squares on activations: RegMean, Chain of Merges and SSR-Merge.
 
 RegMean (Jin et al., ICLR 2023, arXiv 2212.09849) is the paper's eq. 4, ΔW = (Σ ΔW_i G_i)(Σ G_i)⁻¹
 with G_i = X_iᵀX_i, its off-diagonal entries shrunk. RegMean++ (2025, arXiv 2508.03121) takes G_i
 from the inputs that reach the site through already merged layers. Both are exactly low rank.
+
+Chain of Merges (Buzzega et al., 2025, arXiv 2508.21421) fits each layer to its whole output in
+every LoRA's own model, on inputs that passed through already merged layers: min Σ ‖X̃_i (W0 + ΔW)ᵀ −
+X_i (W0 + ΔW_i)ᵀ‖², with equal tokens. That is the sweep of ``iteris`` without its weighting, choice
+of tokens and repair.
 
 SSR-Merge (Wei et al., ICML 2026, arXiv 2606.10617) routes signals between the LoRAs' subspaces.
 With z = A x for all down matrices stacked in A, the router is R = Q G⁻¹, G = mean z zᵀ + λ I, Q's
@@ -18,13 +23,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..activations.tokens import ConceptTokens
 from ..errors import SettingsError
 from ..linalg import full_precision
 from ..lora import LowRank, SiteChanges
 from ..passes.job import Job
 from ..settings import Settings, setting
-from ..solve.adapter import Gram
-from ..solve.problem import MemoryEstimate, Reduction, RegressionSpec, SiteContext, Solution, Tokens
+from ..solve.moments import Gram, OutputMoments
+from ..solve.problem import MemoryEstimate, Reduction, RegressionSpec, SiteContext, Solution
 from .registry import micro_batch_setting, on_activations, rank_setting
 
 
@@ -59,6 +65,33 @@ def regmean_plus_plus(job: Job, settings: RegMeanSettings) -> RegressionSpec:
 
 
 @dataclass(frozen=True)
+class ChainOfMergesSettings(Settings):
+    ridge: float = setting(
+        1e-6,
+        "How strongly a layer is pulled toward the LoRAs, so that layers with few tokens have a "
+        "solution.",
+        low=0,
+        below=1,
+    )
+    shrink: float = setting(
+        1.0,
+        "Factor on off-diagonal entries of the moments, as in RegMean; 1 is plain least squares.",
+        above=0,
+        high=1,
+    )
+    rank: int | float | None = rank_setting()
+    micro_batch: int = micro_batch_setting()
+
+
+@on_activations("chain-of-merges", ChainOfMergesSettings, OutputMoments, merged_inputs=True)
+def chain_of_merges(job: Job, settings: ChainOfMergesSettings) -> RegressionSpec:
+    """Least squares on each LoRA's own outputs, layer after layer (Chain of Merges, 2025)."""
+    return RegressionSpec(
+        job.weights, settings.ridge, "none", shrink=settings.shrink, rank=settings.rank
+    )
+
+
+@dataclass(frozen=True)
 class SsrSettings(Settings):
     ridge: float = setting(1e-4, "λ, absolute, as in the source.", low=0)
     micro_batch: int = micro_batch_setting()
@@ -77,7 +110,7 @@ class Router(Reduction):
         self._count = torch.zeros((), dtype=torch.float64)
         self._rows = rows_of(self.changes)
 
-    def add(self, tokens: Tokens) -> None:
+    def add(self, tokens: ConceptTokens) -> None:
         rows = self._rows.get(tokens.concept)
         if rows is None or len(self._rows) < 2:
             return

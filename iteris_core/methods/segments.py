@@ -1,10 +1,10 @@
-"""Parts of a model that can run on their own, on inputs that were recorded once: a segment is a
+"""Parts of a model that run by themselves, on inputs that were recorded once: a segment is a
 module with a substantial part of a stage's sites, such as a transformer block or a UNet level."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +41,10 @@ def segments_of(found: ExecutionTrace, share: float) -> list[Segment]:
     return [Segment(module, sites) for module, sites in parts.items()]
 
 
+class NotPolished(Exception):
+    """Why a segment stays as it is; the message follows "are not polished, "."""
+
+
 @dataclass(frozen=True)
 class _Kept:
     """A tensor in host memory, and the device on which it is needed."""
@@ -51,11 +55,11 @@ class _Kept:
 
 @dataclass(frozen=True)
 class SegmentBatch:
-    """One micro-batch of merged rows through a segment, in host memory. ``owners`` are the concepts
-    of each row; an image may show several. ``given`` are the arguments, (args, kwargs); ``wanted``
-    are the target tensors, (rows, …), and ``found`` the actual ones."""
+    """One micro-batch of merged rows through a segment, in host memory. ``owners`` are the rows'
+    concepts. ``given`` are the arguments, (args, kwargs); ``wanted`` are the target tensors,
+    (rows, …), and ``found`` the actual ones."""
 
-    owners: Sequence[Sequence[int]]
+    owners: Sequence[int]
     rows: Sequence[int]
     given: Any
     wanted: Sequence[Tensor]
@@ -67,22 +71,6 @@ class SegmentBatch:
         given = (leaf for leaf in _pytree.tree_leaves(self.given) if isinstance(leaf, _Kept))
         tensors = [*self.wanted, *self.found, *(leaf.tensor for leaf in given)]
         return sum(tensor.nbytes for tensor in tensors)
-
-
-def within(batches: Iterable[SegmentBatch], most_bytes: int, least: int) -> list[SegmentBatch]:
-    """As many of ``batches`` as fit into host memory, but at least ``least``."""
-    found: list[SegmentBatch] = []
-    taken = 0
-    for batch in batches:
-        found.append(batch)
-        taken += batch.bytes
-        if taken + batch.bytes > most_bytes and len(found) >= least:
-            break
-    return found
-
-
-class NotReproduced(Exception):
-    """A segment by itself gives another output than within the model."""
 
 
 class _Passed(BaseException):
@@ -98,36 +86,25 @@ class SegmentRunner:
         self.segment, self._lockstep = segment, lockstep
         self._copied: dict[str, Tensor] = {}
         given, outputs = self._passed(batch, lambda path, leaf: leaf)
-        self._by_row = {path: _has_length(leaf, 2) for path, leaf in tensors(given).items()}
-        self._outputs = [i for i, leaf in enumerate(outputs) if _has_length(leaf, 2)]
+        self._by_row = {path: leaf.shape[:1] == (2,) for path, leaf in tensors(given).items()}
+        self._outputs = [i for i, leaf in enumerate(outputs) if leaf.shape[:1] == (2,)]
 
     def record(self, batch: MicroBatch, rows: Sequence[int]) -> SegmentBatch:
-        """Run ``batch`` up to the end of the segment as merged rows. With two copies, the same rows
-        run first under each row's own LoRA, which gives the targets."""
-        count = len(batch.owners) * (batch.copies - 1)
-        every = len(batch.owners) * batch.copies
+        """Run ``batch``, two copies of ``rows``, up to the end of the segment: first under each
+        row's own LoRA, which gives the targets, then as merged rows."""
+        count = len(batch.owners)
 
         def kept(path: Any, leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
             # An argument that a single row lacks, such as a padding mask, is recognised by length.
-            by_row = self._by_row.get(_pytree.keystr(path), _has_length(leaf, every))
+            by_row = self._by_row.get(_pytree.keystr(path), leaf.shape[:1] == (2 * count,))
             return _Kept((leaf[count:] if by_row else leaf).to("cpu", copy=True), leaf.device)
 
         given, outputs = self._passed(batch, kept)
-        return SegmentBatch(
-            [[owner] for owner in batch.owners],
-            rows,
-            given,
-            [outputs[number][:count] for number in self._outputs],
-            [outputs[number][count:] for number in self._outputs],
-            batch.conditions,
-        )
-
-    def outputs(self, batch: MicroBatch) -> list[Tensor]:
-        """The segment's outputs by row in a forward of ``batch``, in host memory."""
-        _, outputs = self._passed(batch, lambda path, leaf: None)
-        return [outputs[number] for number in self._outputs]
+        some = [outputs[number] for number in self._outputs]
+        wanted, found = [leaf[:count] for leaf in some], [leaf[count:] for leaf in some]
+        return SegmentBatch(batch.owners, rows, given, wanted, found, batch.conditions)
 
     def _passed(
         self, batch: MicroBatch, kept: Callable[[Any, Any], Any]
@@ -175,8 +152,7 @@ class SegmentRunner:
             every = tensors_in(functional_call(self.segment.module, self._copied, args, kwargs))
             outputs.extend(every[number] for number in self._outputs)
 
-        owners = [first for first, *_ in batch.owners]
-        merged = MicroBatch(run, owners, 1, merged_only=True, conditions=batch.conditions)
+        merged = MicroBatch(run, batch.owners, 1, merged_only=True, conditions=batch.conditions)
         self._lockstep.run(merged, grad=torch.is_grad_enabled())
         return outputs
 
@@ -186,7 +162,7 @@ class SegmentRunner:
         batches: Sequence[SegmentBatch],
         thresholds: Thresholds,
     ) -> dict[str, Tensor]:
-        """Sampled inputs of every site in the segment, (tokens, in). Raises :class:`NotReproduced`
+        """Sampled inputs of every site in the segment, (tokens, in). Raises :class:`NotPolished`
         if the segment by itself does not give its output within the model."""
         tokens: dict[str, list[Tensor]] = {}
         generator = torch.Generator().manual_seed(0)
@@ -201,6 +177,7 @@ class SegmentRunner:
 
             return note
 
+        differs = NotPolished("because they give a different result when run by themselves")
         with torch.no_grad(), ExitStack() as stack:
             for site in self.segment.sites:
                 stack.enter_context(modules[site].register_forward_pre_hook(noting(site)))
@@ -208,14 +185,10 @@ class SegmentRunner:
                 for batch in batches:
                     found = self(batch)
                     if not found or not alike(found, batch.found, thresholds.segment_error):
-                        raise NotReproduced
+                        raise differs
             except Exception as error:  # a row's share of an argument may be unknown
-                if is_out_of_memory(error) or isinstance(error, NotReproduced):
+                if is_out_of_memory(error) or error is differs:
                     raise
                 _log.debug("%s cannot run by itself", self.segment.sites[0], exc_info=True)
-                raise NotReproduced from error
+                raise differs from error
         return {site: torch.cat(some) for site, some in tokens.items()}
-
-
-def _has_length(leaf: Tensor, length: int) -> bool:
-    return bool(leaf.ndim) and leaf.shape[0] == length

@@ -20,8 +20,8 @@ from torch import Tensor
 from ..concepts import Concept, Phrased
 from ..config import ConceptConfig, MergeConfig
 from ..hosts.learned import EmbeddingTriggers
-from ..linalg import at_rank
-from ..lora import Lora
+from ..linalg import cut_to
+from ..lora import Lora, LowRank
 from ..lora_files.metadata import (
     ALWAYS_ON,
     Purpose,
@@ -145,9 +145,14 @@ def with_run(lora: Lora, base: str, unmergeable: str) -> Lora:
 
 
 def cut_lora(lora: Lora, rank: int, *, ordered: bool) -> Lora:
-    """``lora`` with every site cut to ``rank``, recorded in its recipe; ``ordered`` as in
-    :func:`..linalg.at_rank`."""
-    sites = {site: at_rank(change, rank, ordered=ordered) for site, change in lora.sites.items()}
+    """``lora`` with every site cut to ``rank``, recorded in its recipe. ``ordered``: see
+    :func:`is_ordered`; then the first components are the best. Otherwise an SVD cuts a site."""
+    sites = {
+        site: LowRank(change.up[:, :rank], change.down[:rank], change.kernel)
+        if ordered
+        else cut_to(change, rank)[0]
+        for site, change in lora.sites.items()
+    }
     return with_recipe(replace(lora, sites=sites), cut={"rank": rank, "ordered": ordered})
 
 

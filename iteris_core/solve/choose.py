@@ -12,10 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import SettingsError
 from ..lora import SiteChanges
-from .adapter import AdapterMoments
-from .moments import OTHERS, OutputMoments, find_directions
+from .moments import OTHERS, AdapterMoments, OutputMoments, find_directions
 from .problem import MemoryEstimate, Objective, Pull, Reduction, RegressionSpec, SiteContext
 
 
@@ -76,12 +74,10 @@ class Thresholds:
     polish_tokens: int = 4096
     polish_floor: float = 1e-3
 
-    def choose(
-        self, context: SiteContext, fit: RegressionSpec, objective: Objective, dtype: torch.dtype
-    ) -> Reduction:
-        """The reduction for a site; ``dtype`` is that of its moments."""
+    def choose(self, context: SiteContext, fit: RegressionSpec, objective: Objective) -> Reduction:
+        """The reduction for a site."""
         if objective == "adapter":
-            return AdapterMoments(context, fit.weighting, dtype)
+            return AdapterMoments(context, fit.weighting)
         most = fit.rank if isinstance(fit.rank, int) else 0
         count = self.directions(*context.changes.shape, max(context.changes.rank, most))
         directions = None
@@ -90,7 +86,7 @@ class Thresholds:
             # Where they are not finite, the solve reports it.
             if all(bool(torch.isfinite(rows).all()) for rows in targets):
                 directions = find_directions(context.changes, targets, count)
-        return OutputMoments(context, fit.weighting, dtype, directions)
+        return OutputMoments(context, fit.weighting, directions)
 
     def bytes(
         self,
@@ -120,37 +116,15 @@ class Thresholds:
         inputs."""
         return max(self.least_row_tokens, -(-self.tokens_an_input * width // rows))
 
-    def ridge_for(self, samples: int, timesteps: int, loras: int) -> float:
-        """α for that many samples of each of that many LoRAs."""
-        few = max(1.0, self.enough_samples / self._effective_samples(samples, timesteps, loras))
-        return max(self.ridge, min(self.ridge * few**self.ridge_power, self.most_ridge))
-
-    def pull_for(self, samples: int, timesteps: int, loras: int) -> Pull:
-        """The pull for that many samples of each of that many LoRAs. With few samples the pull
-        decides much of a merge, and the mean of unlike changes is too small."""
-        few = self._effective_samples(samples, timesteps, loras) < self.enough_samples
-        return "size" if few else "mean"
-
-    @staticmethod
-    def _effective_samples(samples: int, timesteps: int, loras: int) -> float:
-        """The equivalent samples of each of two LoRAs at four timesteps: a site is fitted to the
-        rows of all LoRAs, and rows of one sample are similar."""
-        return samples * max(loras, 2) / 2 * (timesteps / 4) ** 0.25
-
-    def saliency_for(self, loras: int) -> float:
-        """The saliency f: two concepts hardly compete."""
-        return max(0.0, 1 - 2 / loras)
-
-    def repair_inputs_for(self, loras: int, pictures: bool) -> float:
-        """Share of a feed-forward's hidden units that a repair may use."""
-        return self.repair_share if pictures and loras == 2 else 1.0
-
-    def __post_init__(self) -> None:
-        if self.ridge < 0 or self.enough_samples < 1 or self.ridge_power < 0 or self.most_ridge < 0:
-            raise SettingsError(
-                "Of the thresholds, ridge, ridge_power and most_ridge must be 0 or more, and "
-                "enough_samples 1 or more."
-            )
+    def ridge_for(self, samples: int, timesteps: int, loras: int) -> tuple[float, Pull]:
+        """α and the pull for that many samples of each of that many LoRAs. With few samples the
+        pull decides much of a merge, and the mean of unlike changes is too small."""
+        # As many of each of two LoRAs at four timesteps: a site is fitted to the rows of all LoRAs,
+        # and rows of one sample are similar.
+        effective = samples * max(loras, 2) / 2 * (timesteps / 4) ** 0.25
+        few = max(1.0, self.enough_samples / effective)
+        ridge = max(self.ridge, min(self.ridge * few**self.ridge_power, self.most_ridge))
+        return ridge, "size" if effective < self.enough_samples else "mean"
 
 
 THRESHOLDS = Thresholds()

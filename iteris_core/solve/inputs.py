@@ -11,9 +11,8 @@ multiple of the identity that allows a factorisation is added. For a nonsingular
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +28,11 @@ NOT_FINITE = "its inputs or outputs contain NaN or infinite values; try a base m
 @dataclass(frozen=True)
 class Factor:
     """``lower`` is L, (in, in), with L Lᵀ = M + ``jitter`` · I for M = Σ λ_i (X̃_iᵀX̃_i + ρ_i I);
-    ``norms`` are ‖X̃_iᵀX̃_i‖_F."""
+    ``norms`` are ‖X̃_iᵀX̃_i‖_F, and ``lambdas`` λ_i."""
 
     lower: Tensor
     norms: Sequence[float]
+    lambdas: Sequence[float]
     jitter: float = 0.0
 
     @property
@@ -111,14 +111,24 @@ class InputMoments:
             for pull in pulls:
                 matrix.diagonal().add_(pull)
 
-        def times_m(vector: Tensor) -> Tensor:
-            product = sum(pulls) * vector
+        def has_digits(lower: Tensor) -> bool:
+            """True if M x = v, solved with the factor for a probe v of signs, has a correct digit.
+            The probe has a component in every direction, so its solution is dominated by the
+            smallest eigenvalues, where digits are lost first."""
+            generator = torch.Generator(device=lower.device).manual_seed(0)
+            signs = torch.randint(0, 2, (len(lower),), generator=generator, device=lower.device)
+            probe = (2 * signs - 1).double()
+            solution = torch.cholesky_solve(probe.to(lower)[:, None], lower)[:, 0]
+            vector = solution.double()
+            product = sum(pulls) * vector  # M x in float64
             for value, own in zip(lambdas, self.own, strict=True):
                 moved = vector.to(own.device)
                 whole = torch.cat([own[rows].to(moved) @ moved for rows in pieces(own)])
                 rest = own.diagonal().to(moved) * moved
                 product += value * (shrink * whole + (1 - shrink) * rest).to(product)
-            return product
+            left = (probe - product).to(lower)
+            correction = torch.cholesky_solve(left[:, None], lower)[:, 0]
+            return float(correction.norm()) <= _ERROR * float(solution.norm())
 
         device = solve_device(self.own[0].device)
         matrix = torch.zeros(self.width, self.width, dtype=dtype, device=device)
@@ -131,8 +141,8 @@ class InputMoments:
         # In place: LAPACK's order of entries is that of the transpose, and M is symmetric.
         info = torch.zeros((), dtype=torch.int32, device=device)
         lower, _ = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
-        if int(info) == 0 and (dtype == torch.float64 or _has_digits(lower, times_m)):
-            return Factor(lower, norms)
+        if int(info) == 0 and (dtype == torch.float64 or has_digits(lower)):
+            return Factor(lower, norms, lambdas)
         if dtype != torch.float64:
             del matrix, lower
             return self._factorised(lambdas, ridge, shrink, torch.float64)
@@ -146,37 +156,7 @@ class InputMoments:
                 raise SolveError("the normal equations cannot be factorised; raise `ridge`.")
             lower, info = torch.linalg.cholesky_ex(matrix)
             if int(info) == 0:
-                return Factor(lower, norms, jitter)
-
-
-def _has_digits(lower: Tensor, times: Callable[[Tensor], Tensor]) -> bool:
-    """True if M x = v, solved with the factor for a probe v of signs, has a correct digit;
-    ``times(v)`` is M v in float64. The probe has a component in every direction, so its solution is
-    dominated by the smallest eigenvalues, where digits are lost first."""
-    generator = torch.Generator(device=lower.device).manual_seed(0)
-    signs = torch.randint(0, 2, (len(lower),), generator=generator, device=lower.device)
-    probe = (2 * signs - 1).double()
-    solution = torch.cholesky_solve(probe.to(lower)[:, None], lower)[:, 0]
-    left = probe - times(solution.double())
-    correction = torch.cholesky_solve(left.to(lower)[:, None], lower)[:, 0]
-    return float(correction.norm()) <= _ERROR * float(solution.norm())
-
-
-def shared_moments(
-    known: dict[Any, InputMoments],
-    key: object,
-    made_of: tuple[int, int, torch.dtype, torch.device],
-    kind: type[InputMoments],
-) -> tuple[InputMoments, bool]:
-    """The moments of that ``key`` (None: shared with no other site) and ``kind``, and whether they
-    are new, so that tokens are to be added."""
-    moments = known.get(key)
-    if isinstance(moments, kind):
-        return moments, False
-    moments = kind(*made_of)
-    if key is not None:
-        known[key] = moments
-    return moments, True
+                return Factor(lower, norms, lambdas, jitter)
 
 
 class CrossMoments(InputMoments):

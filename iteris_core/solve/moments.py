@@ -1,13 +1,19 @@
-"""Reductions to input moments, and the official objective: the *layer* reproduces LoRA i's layer.
+"""Reductions to input moments, for the two objectives.
 
-T_i is (W0 + ΔW_i) on X_i minus W0 on X̃_i, so drift from earlier layers is repaired too. The ridge
-is ρ_i on both sides: the pull is toward ΔW_i, and no weight is read. ΔW is dense, and is cut in the
-metric of M, ‖(ΔW − ΔW_k) M^{1/2}‖_F.
+With ``output`` the *layer* reproduces LoRA i's layer. T_i is (W0 + ΔW_i) on X_i minus W0 on X̃_i,
+so drift from earlier layers is repaired too. The ridge is ρ_i on both sides: the pull is toward
+ΔW_i, and no weight is read. ΔW is dense, and is cut in the metric of M, ‖(ΔW − ΔW_k) M^{1/2}‖_F.
 
 If there are many outputs, TᵀX̃ and ΔW are restricted to a few directions D of the outputs. A change
 uses as many as its rank. The candidates are those of the LoRAs' own changes, [up_1 … up_N], and the
 principal directions of the targets T on a sample of tokens. Reduced-rank regression (Izenman 1975)
 within them is as good on held-out rows as with all directions (docs/decisions.md).
+
+With ``adapter``, the paper's objective, the merged change reproduces each LoRA's change, T_i =
+X_i ΔW_iᵀ. The ridge on the right-hand side is τ α ‖X_iᵀX̃_i‖_F ΔW_i (eq. 7, with τ = 1). The
+solution is exactly low rank: ``up = [up_1 … up_N]``, ``down = [λ_i down_i C_i] M⁻¹`` with C_i =
+X_iᵀX̃_i + ridge: Σ r_i right-hand sides, no dense ΔW and no SVD. Without factors it is equivalent
+to ``scipy.linalg.solve(M, K.T, assume_a="pos").T``.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +31,7 @@ from ..errors import SolveError
 from ..linalg import (
     energy,
     energy_dtype,
+    frobenius,
     full_precision,
     leading_eigenvectors,
     pieces,
@@ -33,34 +41,39 @@ from ..linalg import (
     truncate_matrix,
 )
 from ..lora import LowRank, SiteChanges, concatenate
-from .inputs import NOT_FINITE, Factor, InputMoments, output_energy, times
+from .inputs import NOT_FINITE, CrossMoments, Factor, InputMoments, output_energy, times
 from .problem import (
     MemoryEstimate,
     Reduction,
     RegressionSpec,
     SiteContext,
     Solution,
-    Tokens,
     Weigher,
     Weighting,
     finite_as,
-    weigher,
 )
 
+if TYPE_CHECKING:
+    from ..activations.tokens import ConceptTokens
+
+_PIECE = 1 << 21  # bytes of a moment during conversion to float64, see linalg.pieces
 _LEAST_RIDGE = 1e-9  # above none at all, where a bound is to be kept
 
 
 class MomentReduction(Reduction):
-    """X̃ᵀX̃ for every concept, of class ``inputs``, plus a subclass's data about the targets."""
+    """X̃ᵀX̃ for every concept, of class ``inputs``, plus a subclass's data about the targets.
+    ``weightings`` are those of which the solve uses one."""
 
     inputs: InputMoments
 
-    def __init__(self, context: SiteContext, inputs: type[InputMoments], weigher: Weigher) -> None:
+    def __init__(
+        self, context: SiteContext, inputs: type[InputMoments], weightings: set[Weighting]
+    ) -> None:
         super().__init__(context.changes)
         self.inputs, self._adds = context.share(inputs)
-        self.weigher = weigher
+        self.weigher = Weigher(weightings, context)
 
-    def add(self, tokens: Tokens) -> None:
+    def add(self, tokens: ConceptTokens) -> None:
         with full_precision(self.inputs.own[0].device):
             if self._adds:
                 self._add_inputs(tokens)
@@ -75,7 +88,7 @@ class MomentReduction(Reduction):
         device = solve_device(self.inputs.own[0].device)
         changes, like = self.changes.to(device=device), self.changes.like
         rank = min(fit.rank if isinstance(fit.rank, int) else changes.rank, *changes.shape)
-        lambdas = fit.lambdas(self.weigher.values(changes, self.inputs))
+        lambdas = fit.lambdas(self.weigher.values(fit.weighting, self.inputs))
         if float(self.inputs.tokens.max()) >= fit.shrinks_below * self.inputs.width:
             fit = replace(fit, shrink=1.0)
         while True:
@@ -85,7 +98,7 @@ class MomentReduction(Reduction):
                 change, lost = truncate_factors(mean, rank)
                 break
             with full_precision(device):
-                change, lost = self._change(changes, lambdas, factor, fit, rank)
+                change, lost = self._change(changes, factor, fit, rank)
             if fit.ridge >= 1 or not change.squared_norm() > fit.bound**2:
                 break
             fit = replace(fit, ridge=max(3 * fit.ridge, _LEAST_RIDGE))
@@ -134,20 +147,15 @@ class MomentReduction(Reduction):
                 errors.append(math.sqrt(left / scale) if scale > 0 else 0.0)
         return tuple(before), tuple(after)
 
-    def _add_inputs(self, tokens: Tokens) -> None:
+    def _add_inputs(self, tokens: ConceptTokens) -> None:
         self.inputs.add(tokens.concept, tokens.merged)
 
-    @abstractmethod
-    def _add_targets(self, tokens: Tokens) -> None: ...
+    def _add_targets(self, tokens: ConceptTokens) -> None:
+        """Add what the targets need beyond the inputs and the weigher's sums."""
 
     @abstractmethod
     def _change(
-        self,
-        changes: SiteChanges,
-        lambdas: list[float],
-        factor: Factor,
-        fit: RegressionSpec,
-        rank: int,
+        self, changes: SiteChanges, factor: Factor, fit: RegressionSpec, rank: int
     ) -> tuple[LowRank, float]:
         """ΔW at ``rank``, and the share of energy lost in the cut."""
 
@@ -206,11 +214,10 @@ class OutputMoments(MomentReduction):
     def __init__(
         self,
         context: SiteContext,
-        weighting: Weighting,
-        dtype: torch.dtype,
+        weighting: Weighting = "none",
         directions: Directions | None = None,
     ) -> None:
-        super().__init__(context, InputMoments, weigher(weighting, context, dtype))
+        super().__init__(context, InputMoments, {weighting})
         self._directions = directions
         rows = self.changes.shape[0] if directions is None else directions.matrix.shape[1]
         count, device = len(self.changes), context.device
@@ -219,7 +226,7 @@ class OutputMoments(MomentReduction):
         self.energies = torch.zeros(count, dtype=energy_dtype(device), device=device)
         """‖T_i‖²_F of the whole T_i"""
 
-    def _add_targets(self, tokens: Tokens) -> None:
+    def _add_targets(self, tokens: ConceptTokens) -> None:
         target = tokens.target
         self.energies[tokens.concept] += energy(target)
         if self._directions is not None:
@@ -234,18 +241,22 @@ class OutputMoments(MomentReduction):
         return self.energies.tolist()
 
     def _change(
-        self,
-        changes: SiteChanges,
-        lambdas: list[float],
-        factor: Factor,
-        fit: RegressionSpec,
-        rank: int,
+        self, changes: SiteChanges, factor: Factor, fit: RegressionSpec, rank: int
     ) -> tuple[LowRank, float]:
-        lower, jitter = factor.lower, factor.jitter
-        right = self._right_side(changes, lambdas, factor, fit)
-        if jitter:
+        lower, toward = factor.lower, fit.pull_of(changes)
+        right = torch.zeros(self.targets[0].shape, dtype=lower.dtype, device=lower.device)  # DᵀK
+        for concept, (target, value) in enumerate(zip(self.targets, factor.lambdas, strict=True)):
+            for rows in pieces(target):
+                right[rows].add_(target[rows].to(right.device), alpha=value * fit.shrink)
+            change = changes[concept]
+            if change is not None:
+                pull = toward * fit.ridge * factor.norms[concept]
+                pull = pull + (1 - fit.shrink) * self.inputs.own[concept].diagonal().to(right)
+                up = self._within(change.up.to(right))
+                right.addmm_(up, change.down.to(right) * pull, alpha=value)
+        if factor.jitter:
             mean = changes.mean(fit.weights, right.dtype)
-            right += jitter * (self._within(mean.up) @ mean.down)
+            right += factor.jitter * (self._within(mean.up) @ mean.down)
         like, search = changes.like.to(torch.float64), self.inputs.dtype
         if self._directions is None:
             return truncate_matrix(right, rank, lower, like=like, search=search)
@@ -261,24 +272,6 @@ class OutputMoments(MomentReduction):
         up = matrix[:, :used].to(change.up) @ change.up
         return LowRank(up, change.down, change.kernel), lost
 
-    def _right_side(
-        self, changes: SiteChanges, lambdas: list[float], factor: Factor, fit: RegressionSpec
-    ) -> Tensor:
-        """DᵀK, (directions, in)."""
-        lower = factor.lower
-        right = torch.zeros(self.targets[0].shape, dtype=lower.dtype, device=lower.device)
-        toward = fit.pull_of(changes)
-        for concept, (target, value) in enumerate(zip(self.targets, lambdas, strict=True)):
-            for rows in pieces(target):
-                right[rows].add_(target[rows].to(right.device), alpha=value * fit.shrink)
-            change = changes[concept]
-            if change is not None:
-                pull = toward * fit.ridge * factor.norms[concept]
-                pull = pull + (1 - fit.shrink) * self.inputs.own[concept].diagonal().to(right)
-                up = self._within(change.up.to(right))
-                right.addmm_(up, change.down.to(right) * pull, alpha=value)
-        return right
-
     def _wanted(self, concept: int, candidate: LowRank) -> tuple[float, Tensor]:
         # Both candidates lie within the directions.
         crossed = times(self._within(candidate.up).mT, self.targets[concept])
@@ -286,7 +279,10 @@ class OutputMoments(MomentReduction):
 
     @staticmethod
     def bytes(
-        changes: SiteChanges, itemsize: int, directions: int | None, dtype: torch.dtype
+        changes: SiteChanges,
+        itemsize: int = 4,
+        directions: int | None = None,
+        dtype: torch.dtype = torch.float64,
     ) -> MemoryEstimate:
         """The float64 solve needs M and the right side; a search for the leading directions also
         M's factor and the right side in the moments' precision, and products of that size; all
@@ -305,3 +301,73 @@ class OutputMoments(MomentReduction):
             return MemoryEstimate(kept, dense + 12 * low, left, shared)
         dense = 4 * width * width + (9 if search else 26) * rows * width
         return MemoryEstimate(kept, dense + 6 * low, left, shared)
+
+
+class AdapterMoments(MomentReduction):
+    """X̃ᵀX̃ and, for targets T_i = X ΔW_iᵀ, XᵀX̃ for every concept."""
+
+    kind: ClassVar[type[InputMoments]] = CrossMoments
+
+    def __init__(self, context: SiteContext, weighting: Weighting = "none") -> None:
+        super().__init__(context, self.kind, {weighting, "adapter"})
+
+    def _add_inputs(self, tokens: ConceptTokens) -> None:
+        super()._add_inputs(tokens)
+        if isinstance(self.inputs, CrossMoments):
+            self.inputs.add_cross(tokens.concept, tokens.reference, tokens.merged)
+
+    @classmethod
+    def bytes(cls, changes: SiteChanges, itemsize: int = 4) -> MemoryEstimate:
+        """The solve needs M and a piece of a moment in float64, right-hand sides and their
+        solution, and the factors of a cut, of rank Σ r_i."""
+        out, width = changes.shape
+        rank = changes.listed_rank
+        square = width * width
+        low = 18 * rank * (4 * width + 2 * out) + 32 * rank * rank
+        solve = 8 * square + min(8 * square, _PIECE) + low
+        kept = len(changes) * (2 if cls.kind is CrossMoments else 1) * square * itemsize
+        return MemoryEstimate(kept, solve, kept + 8 * square, kept)
+
+    def _cross(self, concept: int) -> Tensor:
+        """A concept's XᵀX̃, (in, in)."""
+        inputs = self.inputs
+        return (inputs.cross if isinstance(inputs, CrossMoments) else inputs.own)[concept]
+
+    def _change(
+        self, changes: SiteChanges, factor: Factor, fit: RegressionSpec, rank: int
+    ) -> tuple[LowRank, float]:
+        lower, jitter = factor.lower.double(), factor.jitter
+        _, width = changes.shape
+        rows = torch.empty(changes.listed_rank, width, dtype=torch.float64, device=lower.device)
+        free, toward = rows, fit.pull_of(changes)
+        for concept, change in changes.present.items():
+            cross, down = self._cross(concept), change.down.double()
+            value, weight = factor.lambdas[concept], fit.weights[concept]
+            pull = value * toward * fit.ridge * frobenius(cross)
+            pull += jitter * weight / sum(fit.weights)
+            own = (1 - fit.shrink) * cross.diagonal().to(down) * value + pull
+            product, free = free[: change.rank], free[change.rank :]
+            torch.mul(down, own, out=product)
+            for part in pieces(cross):
+                product.addmm_(down[:, part], cross[part].to(down), alpha=value * fit.shrink)
+        down = torch.cholesky_solve(rows.mT, lower).mT
+        up = torch.cat([change.up for change in changes.present.values()], dim=1)
+        up = up.to(torch.promote_types(up.dtype, torch.float32))
+        exact = LowRank(up, down, changes.like.kernel)
+        return truncate_factors(exact, rank, lower) if exact.rank > rank else (exact, 0.0)
+
+    def _wanted(self, concept: int, candidate: LowRank) -> tuple[float, Tensor]:
+        change = self.changes[concept]
+        if change is None:
+            return 0.0, candidate.down.new_zeros(candidate.rank)
+        change = change.to(device=candidate.down.device)
+        crossed = times(change.down.double(), self._cross(concept)) @ candidate.down.mT
+        crossed = ((change.up.double().mT @ candidate.up) * crossed).sum(0)
+        return self.weigher.energy(concept), crossed
+
+
+class Gram(AdapterMoments):
+    """X̃ᵀX̃ alone, for targets X̃ ΔW_iᵀ: RegMean, where both moments coincide. The weighting is
+    ``tokens`` or ``none``."""
+
+    kind = InputMoments

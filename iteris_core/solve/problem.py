@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,9 +26,13 @@ from ..linalg import energy, energy_dtype
 from ..lora import LowRank, Rank, SiteChanges
 from .inputs import InputMoments, output_energy
 
+if TYPE_CHECKING:
+    from ..activations.tokens import ConceptTokens
+
 Objective = Literal["adapter", "output"]
 Weighting = Literal["adapter", "tokens", "full", "none"]
 Pull = Literal["mean", "size"]
+_Moments = TypeVar("_Moments", bound=InputMoments)
 
 
 @dataclass(frozen=True)
@@ -100,34 +104,30 @@ class Solution:
     truncated: float = 0.0
 
 
-class Tokens(Protocol):
-    """Tokens of one concept's rows at a site, in the moments' precision, each computed on demand:
-    ``merged`` X̃ and ``reference`` X, (tokens, in); ``target`` T and ``output``, the whole output
-    (W0 + ΔW_i) X, (tokens, out)."""
-
-    @property
-    def concept(self) -> int: ...
-    @property
-    def merged(self) -> Tensor: ...
-    @property
-    def reference(self) -> Tensor: ...
-    @property
-    def target(self) -> Tensor: ...
-    @property
-    def output(self) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class SiteContext:
     """The context of a site when its reduction begins: ``changes`` are the LoRAs', restricted to
-    the inputs that count. ``share(kind)`` returns the input moments, shared by sites that receive
-    the same tensor, and whether this site should add to them. ``sample(n)`` returns about n of all
-    targets T by concept, (tokens, out); None if tokens are streamed and unknown until the end."""
+    the inputs that count; moments have the ``dtype``. Sites with one ``key`` (None: of its own)
+    receive the same tensor, and have their moments in ``shared``. ``sample(n)`` returns about n of
+    all targets T by concept, (tokens, out); None if tokens are streamed and unknown until the end.
+    """
 
     changes: SiteChanges
     device: torch.device
-    share: Callable[[type[Any]], tuple[Any, bool]]
+    dtype: torch.dtype
+    shared: dict[Any, InputMoments] = field(default_factory=dict[Any, InputMoments])
+    key: Any = None
     sample: Callable[[int], list[Tensor]] | None = None
+
+    def share(self, kind: type[_Moments]) -> tuple[_Moments, bool]:
+        """The site's input moments, and whether they are new, so that it is to add to them."""
+        moments = self.shared.get(self.key)
+        if isinstance(moments, kind):
+            return moments, False
+        moments = kind(len(self.changes), self.changes.shape[1], self.dtype, self.device)
+        if self.key is not None:
+            self.shared[self.key] = moments
+        return moments, True
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Reduction(ABC):
         self.changes = changes
 
     @abstractmethod
-    def add(self, tokens: Tokens) -> None:
+    def add(self, tokens: ConceptTokens) -> None:
         """Add tokens of one concept's rows, in any number of pieces."""
 
     @abstractmethod
@@ -181,39 +181,26 @@ class StageSolver:
 
 
 class Weigher:
-    """Sums for λ; λ_i is then ``values`` times the concepts' weights. By itself ``none``: 1."""
+    """Sums for λ by the ``weightings`` that may be wanted, see :class:`RegressionSpec`: the
+    energies of whole ``outputs`` for ``full``; (X downᵀ)ᵀ(X downᵀ), (r_i, r_i), for ``adapter``."""
 
-    def add(self, tokens: Tokens) -> None:
-        """Add the tokens of one concept's rows."""
-
-    def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]:
-        return [1.0] * len(changes)
-
-
-class ByTokens(Weigher):
-    """``tokens``: λ_i = 1 / number of concept i's tokens."""
-
-    def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]:
-        return [1.0 / max(count, 1.0) for count in inputs.tokens.tolist()]
-
-
-class ByAdapter(Weigher):
-    """``adapter``: λ_i = ‖ΔW_i‖²_F / ‖X_i ΔW_iᵀ‖²_F (eq. 8), from (X downᵀ)ᵀ(X downᵀ), (r_i, r_i).
-    If a LoRA does not change the site (eq. 8 is 0/0), it is the gain of the other LoRAs' changes on
-    that concept's inputs."""
-
-    def __init__(self, changes: SiteChanges, dtype: torch.dtype, device: torch.device) -> None:
-        self._changes = changes
+    def __init__(self, weightings: set[Weighting], context: SiteContext) -> None:
+        changes, device = context.changes, context.device
+        self.outputs = torch.zeros(len(changes), dtype=energy_dtype(device), device=device)
+        self._changes, self.weightings = changes, weightings
         self._grams = {
-            i: torch.zeros(change.rank, change.rank, dtype=dtype, device=device)
+            i: torch.zeros(change.rank, change.rank, dtype=context.dtype, device=device)
             for i, change in changes.present.items()
+            if "adapter" in weightings
         }
 
-    def add(self, tokens: Tokens) -> None:
-        change = self._changes[tokens.concept]
-        if change is not None:
-            reference = tokens.reference
-            hidden = reference @ change.down.to(reference).mT
+    def add(self, tokens: ConceptTokens) -> None:
+        """Add the tokens of one concept's rows."""
+        if "full" in self.weightings:
+            self.outputs[tokens.concept] += energy(tokens.output)
+        if tokens.concept in self._grams:
+            reference, down = tokens.reference, self._changes.present[tokens.concept].down
+            hidden = reference @ down.to(reference).mT
             self._grams[tokens.concept].addmm_(hidden.mT, hidden)
 
     def energy(self, concept: int) -> float:
@@ -224,39 +211,25 @@ class ByAdapter(Weigher):
         up = change.up.double()
         return float((self._grams[concept].to(up) * (up.mT @ up)).sum())
 
-    def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]:
+    def values(self, weighting: Weighting, inputs: InputMoments) -> list[float]:
+        """λ_i without the concepts' weights. If a LoRA does not change the site, eq. 8 is 0/0, and
+        λ_i is the gain of the other LoRAs' changes on that concept's inputs."""
+
+        def inverse(norm: float, energy_of_outputs: float) -> float:
+            return norm / energy_of_outputs if energy_of_outputs > 0 and norm > 0 else 1.0
+
+        if weighting == "tokens":
+            return [1.0 / max(count, 1.0) for count in inputs.tokens.tolist()]
+        if weighting == "full":
+            return [inverse(1.0, value) for value in self.outputs.tolist()]
+        if weighting == "none":
+            return [1.0] * len(self._changes)
         values: list[float] = []
-        for concept, change in enumerate(changes):
+        for concept, (change, own) in enumerate(zip(self._changes, inputs.own, strict=True)):
             if change is not None:
-                values.append(_inverse(change.squared_norm(), self.energy(concept)))
+                values.append(inverse(change.squared_norm(), self.energy(concept)))
                 continue
-            others = list(changes.own.values())
-            norm, own = sum(other.squared_norm() for other in others), inputs.own[concept]
-            values.append(_inverse(norm, sum(output_energy(other, own) for other in others)))
+            others = self._changes.own.values()
+            norm = sum(other.squared_norm() for other in others)
+            values.append(inverse(norm, sum(output_energy(other, own) for other in others)))
         return values
-
-
-class ByOutput(Weigher):
-    """``full``: λ_i = 1 / ‖(W0 + ΔW_i) X_i‖²_F, the layer's bias included."""
-
-    def __init__(self, concepts: int, device: torch.device) -> None:
-        self.energies = torch.zeros(concepts, dtype=energy_dtype(device), device=device)
-
-    def add(self, tokens: Tokens) -> None:
-        self.energies[tokens.concept] += energy(tokens.output)
-
-    def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]:
-        return [_inverse(1.0, value) for value in self.energies.tolist()]
-
-
-def weigher(weighting: Weighting, context: SiteContext, dtype: torch.dtype) -> Weigher:
-    """The weigher of that name, for a site."""
-    if weighting == "adapter":
-        return ByAdapter(context.changes, dtype, context.device)
-    if weighting == "full":
-        return ByOutput(len(context.changes), context.device)
-    return ByTokens() if weighting == "tokens" else Weigher()
-
-
-def _inverse(norm: float, energy_of_outputs: float) -> float:
-    return norm / energy_of_outputs if energy_of_outputs > 0 and norm > 0 else 1.0

@@ -88,5 +88,3 @@ def test_the_settings_of_other_methods(pack):
     assert found == {"rank": 4, "density": 0.3}
     assert settings("sum", rank=0, density=0.3, scale=0.7) == {}
     assert settings("task-arithmetic", scale=0.7) == {"scale": 0.7}
-    assert settings("iteris", pull="size")["pull"] == "size"
-    assert "pull" not in settings("iteris", pull="auto")

@@ -56,7 +56,7 @@ def test_moments_are_weighted_by_the_effects_so_far(host64):
         collector = Collector(
             run.lockstep.changes,
             solver_of(
-                lambda opening: THRESHOLDS.choose(opening, fit, "output", torch.float64),
+                lambda opening: THRESHOLDS.choose(opening, fit, "output"),
                 dtype=torch.float64,
                 acting=acting,
             ),

@@ -78,7 +78,7 @@ def test_features_are_those_of_each_lora_generating(make, tmp_path):
 
     fit = RegressionSpec([1.0, 1.0], 1e-6)
     solver = StageSolver(
-        begin=lambda opening: THRESHOLDS.choose(opening, fit, "output", torch.float32),
+        begin=lambda opening: THRESHOLDS.choose(opening, fit, "output"),
         solve=keep,
         bytes=lambda site, sweep: MemoryEstimate(0, 0),
     )

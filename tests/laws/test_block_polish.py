@@ -9,7 +9,7 @@ from torch import nn
 
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
 from iteris_core.methods import block_polish
-from iteris_core.methods.training import Whitening
+from iteris_core.methods.block_polish import Whitening
 
 WIDTH = 12
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from iteris_core.activations.streams import find_streams
+from iteris_core.solve.choose import Thresholds
 
 
 class Gated(Plain):
@@ -113,7 +114,7 @@ def test_what_cannot_be_told_apart_has_no_stream(block):
 def test_a_sweep_repairs_behind_gates_as_the_equation_says(block, at_once):
     loras, data = [make_lora(1, block), make_lora(2, block)], make_data()
     settings = {"rank": 100, "ridge": RIDGE, "bound": 0.0, "weighting": "tokens"}
-    settings |= {"repair_inputs": 1.0, "micro_batch": at_once}
+    settings |= {"micro_batch": at_once, "thresholds": Thresholds(repair_share=1.0)}
     ours = merge(loras, data, Net(block), pictures=True, **settings)
     assert {s for s, of in ours.report.sites.items() if of.repair} == {"blocks.0.f", "blocks.1.f"}
     # Gates are found in float32.

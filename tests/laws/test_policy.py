@@ -27,21 +27,13 @@ from iteris_core.solve.choose import THRESHOLDS, Thresholds
         (10, 4, 10, 1e-6, "mean"),
         (10, 4, 5, 3.2e-5, "size"),
         (40, 1, 2, 1e-6 * (50 / 40) ** 5 * 4**1.25, "size"),  # one timestep is worth less
-        (71, 1, 2, None, "mean"),
+        (71, 1, 2, 1e-6, "mean"),
     ],
 )
 def test_ridge_and_pull_are_by_the_samples_that_ran(samples, timesteps, loras, ridge, pull):
-    assert THRESHOLDS.pull_for(samples, timesteps, loras) == pull
-    if ridge is not None:
-        assert THRESHOLDS.ridge_for(samples, timesteps, loras) == pytest.approx(ridge)
-    assert Thresholds(ridge=0.1).ridge_for(samples, timesteps, loras) == 0.1
-
-
-def test_other_choices_are_by_the_loras():
-    assert THRESHOLDS.saliency_for(2) == 0
-    assert THRESHOLDS.saliency_for(4) == 0.5
-    assert THRESHOLDS.repair_inputs_for(2, True) == 0.5
-    assert THRESHOLDS.repair_inputs_for(2, False) == THRESHOLDS.repair_inputs_for(3, True) == 1
+    found = THRESHOLDS.ridge_for(samples, timesteps, loras)
+    assert found == (pytest.approx(ridge), pull)
+    assert Thresholds(ridge=0.1).ridge_for(samples, timesteps, loras)[0] == 0.1
 
 
 def merged_and_ridges(host, concepts, **more):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from iteris_core import Concept, Lora, LowRank, merge_loras
 from iteris_core.errors import IterisError
+from iteris_core.solve.choose import THRESHOLDS, Thresholds
 
 WIDTH, RIDGE, LEAST = 8, 1e-4, 0.3
 
@@ -65,7 +66,7 @@ class Host(ModuleHost):
 
     def stages(self, samples, sites):
         for stage in super().stages(samples, sites):
-            yield replace(stage, spatial=True, picture=(1, 12)) if self.pictures else stage
+            yield replace(stage, spatial=True) if self.pictures else stage
 
 
 def make_lora(seed: int, block=Plain) -> Lora:
@@ -83,11 +84,12 @@ def make_data(count: int = 2):
     ]
 
 
-def merge(loras, data, model=None, *, pictures=False, **settings):
+def merge(loras, data, model=None, *, pictures=False, thresholds=THRESHOLDS, **settings):
     concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
     host = Host(model or Net(), data)
     host.pictures = pictures
-    return merge_loras(host, concepts, settings={**EXACT, **settings})
+    settings = {**EXACT, **settings}
+    return merge_loras(host, concepts, settings=settings, thresholds=thresholds)
 
 
 def seen_at(model, site, data):
@@ -151,17 +153,18 @@ def behind_gate(block, site, y, h, ht, g, gt):
 @pytest.mark.parametrize(
     ("count", "pictures", "share", "inputs"),
     [
-        (2, True, None, slice(None, None, 2)),  # half for two concepts in pictures
-        (2, True, 1.0, slice(None)),
-        (2, False, 0.25, slice(None, None, 4)),
-        (3, True, None, slice(None)),
+        (2, True, 0.5, slice(None, None, 2)),
+        (2, True, 0.25, slice(None, None, 4)),
+        (2, False, 0.5, slice(None)),
+        (3, True, 0.5, slice(None)),
     ],
 )
 @pytest.mark.parametrize("tokens", [12, 1], ids=["moments", "rows"])
 def test_a_sweep_holds_the_streams_as_the_equation_says(count, pictures, share, inputs, tokens):
     loras = [make_lora(seed) for seed in range(1, count + 1)]
     data = [rows[:2, :2] if tokens == 1 else rows for rows in make_data(count)]
-    settings = {"rank": 100, "ridge": RIDGE, "weighting": "tokens", "repair_inputs": share}
+    settings = {"rank": 100, "ridge": RIDGE, "weighting": "tokens"}
+    settings |= {"thresholds": Thresholds(repair_share=share)}
     ours = merge(loras, data, pictures=pictures, saliency=0.0, **settings)
     assert difference(ours.lora, dense_sweep(loras, data, Plain, inputs)) < 1e-8
     repairs = {s for s, report in ours.report.sites.items() if report.repair}

@@ -17,7 +17,7 @@ from oracle import (
 
 from iteris_core import Concept, SettingsError, merge_loras
 
-PLAIN = {"ridge": 1e-9, "pull": "mean", "saliency": 0.0, "precision": "float64"}
+PLAIN = {"ridge": 1e-9, "saliency": 0.0, "precision": "float64"}
 LORAS = [make_lora(1, rank=2), make_lora(2, rank=3), make_lora(3, rank=3, size=0.2)]
 
 

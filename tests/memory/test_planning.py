@@ -18,8 +18,7 @@ from iteris_core.passes.changes import changes_of
 from iteris_core.passes.footprint import Cost, Footprint, Measure, MemoryLimits, Step
 from iteris_core.passes.job import Job
 from iteris_core.passes.planner import IN_HOST, ON_DEVICE, Strategy, plan_stage
-from iteris_core.solve.adapter import AdapterMoments
-from iteris_core.solve.moments import OutputMoments
+from iteris_core.solve.moments import AdapterMoments, OutputMoments
 from iteris_core.solve.problem import MemoryEstimate, RegressionSpec
 
 CALIBRATION = Calibration(samples=6, timesteps=3, denoising_steps=3, latents="noise")

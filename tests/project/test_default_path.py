@@ -75,7 +75,7 @@ def default_merge(folder: Path) -> dict[str, int]:
     return entered.counts()
 
 
-BOUNDS = {"modules": 59, "functions": 546, "classes": 67, "two-way pairs": 6}
+BOUNDS = {"modules": 59, "functions": 536, "classes": 65, "two-way pairs": 6}
 """No more than these; fewer is better."""
 
 
