@@ -72,14 +72,6 @@ class NodeProgress:
         self._bar.update_absolute(round(_WHOLE * progress.share))
 
 
-def is_linked(hidden: Any, output: int) -> bool:
-    """True if a node of the graph takes that output; also if the graph is unknown."""
-    if hidden.prompt is None:
-        return True
-    here = [str(hidden.unique_id), output]
-    return any(here in node.get("inputs", {}).values() for node in hidden.prompt.values())
-
-
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}"
 

@@ -29,7 +29,6 @@ from .schema import (
     NONE,
     advanced,
     concepts_input,
-    file_input,
     schema,
     strength_input,
     weight_input,
@@ -51,6 +50,7 @@ class IterisConcept(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         kinds = [AUTO, *get_args(PromptKind), ALWAYS]
+        embeddings = [NONE, *folder_paths.get_filename_list("embeddings")]
         return schema(
             "IterisConcept",
             ["lora", "load lora", "merge lora", "concept"],
@@ -61,7 +61,7 @@ class IterisConcept(io.ComfyNode):
                 strength_input("strength"),
                 weight_input(),
                 io.String.Input("prompts", default="", multiline=True),
-                advanced(file_input("embedding", "embeddings")),
+                advanced(io.Combo.Input("embedding", options=embeddings, default=NONE)),
                 # Optional and last, so that older saved graphs keep the positions of their values.
                 strength_input("strength_clip", optional=True),
                 advanced(_lora_input("lora_low", optional=True)),
@@ -180,7 +180,6 @@ class IterisLoras(io.ComfyNode):
                 concepts_input(optional=True),
             ],
             outputs=("concepts", "trigger_words"),
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from io import BytesIO
 from itertools import combinations
 from typing import Any, Literal
 
 from comfy_api.latest import io
+from PIL import Image
+from torch import Tensor
 
 from ..iteris_core.concepts import Calibration, lines_of
 from ..iteris_core.config import read_concept
@@ -19,18 +22,17 @@ from ..iteris_core.errors import IterisError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.preview import preview_merge
-from ..iteris_core.report.inspection import Interference, LoraFacts, describe, interference
+from ..iteris_core.report.inspection import LoraFacts, describe, interference
 from ..iteris_core.solve.ranks import Target
 from .comfy_host import ComfyHost
 from .comfy_lora import apply_lora
-from .comfy_runtime import NodeProgress, is_linked, show_text, ui_text
+from .comfy_runtime import NodeProgress, show_text, ui_text
 from .comfy_state import ready_for_merge
 from .concept_specs import specs_of
 from .merge_settings import Request
 from .merging import LoraModel as TensorsOfLora
-from .pictures import figure_image
+from .pictures import to_image
 from .schema import (
-    GRAPH,
     MERGED,
     MergeSettings,
     concepts_input,
@@ -39,8 +41,6 @@ from .schema import (
     schema,
     setting_input,
 )
-
-_ITEMSIZE = 2  # bytes per number in the file: float16
 
 
 def _target_inputs() -> list[Any]:
@@ -59,41 +59,27 @@ def _run_inputs() -> list[Any]:
     ]
 
 
-@dataclass(frozen=True)
-class _Edit:
-    """A node's ``values`` as library arguments; results as the node's display and outputs."""
+def _target(values: Mapping[str, Any]) -> Target:
+    rank, megabytes, energy = (values[name] for name in ("rank", "megabytes", "energy"))
+    if sum(map(bool, (rank, megabytes, energy))) != 1:
+        raise IterisError("Set one of rank, megabytes and energy; set the others to 0.")
+    return Target(rank or None, megabytes or None, energy or None)
 
-    hidden: Any
-    model: Any
-    clip: Any
-    values: Mapping[str, Any]
 
-    @property
-    def request(self) -> Request:
-        return Request.of(self.values, self.model)
+def _run(hidden: Any, request: Request) -> dict[str, Any]:
+    """How the library is to run the model, and to count the file's size: two bytes per number."""
+    return {
+        "calibration": request.config((), "iteris").calibration,
+        "itemsize": 2,
+        "on_progress": NodeProgress(hidden.unique_id),
+        "memory_budget": request.memory_budget,
+    }
 
-    @property
-    def target(self) -> Target:
-        rank, megabytes, energy = (self.values[n] for n in ("rank", "megabytes", "energy"))
-        if sum(map(bool, (rank, megabytes, energy))) != 1:
-            raise IterisError("Set one of rank, megabytes and energy; set the others to 0.")
-        return Target(rank or None, megabytes or None, energy or None)
 
-    @property
-    def run(self) -> dict[str, Any]:
-        request = self.request
-        return {
-            "calibration": request.config((), "iteris").calibration,
-            "itemsize": _ITEMSIZE,
-            "on_progress": NodeProgress(self.hidden.unique_id),
-            "memory_budget": request.memory_budget,
-        }
-
-    def output(self, lora: Lora, lines: Sequence[str]) -> io.NodeOutput:
-        tensors, report = TensorsOfLora(lora, ordered=True), "\n".join(lines)
-        show_text(report, self.hidden.unique_id)
-        model, clip = apply_lora(self.model, self.clip, tensors)
-        return io.NodeOutput(model, clip, tensors, report, ui=ui_text(report))
+def _output(hidden: Any, model: Any, clip: Any, lora: Lora, lines: Sequence[str]) -> io.NodeOutput:
+    tensors, report = TensorsOfLora(lora, ordered=True), "\n".join(lines)
+    show_text(report, hidden.unique_id)
+    return io.NodeOutput(*apply_lora(model, clip, tensors), tensors, report, ui=ui_text(report))
 
 
 class ResizeLora(io.ComfyNode):
@@ -112,7 +98,6 @@ class ResizeLora(io.ComfyNode):
             ],
             group="files",
             outputs=MERGED,
-            hidden=GRAPH,
         )
 
     @classmethod
@@ -124,15 +109,16 @@ class ResizeLora(io.ComfyNode):
         by: Literal["outputs", "weights"] = "outputs",
         **values: Any,
     ) -> io.NodeOutput:
-        edit = _Edit(cls.hidden, model, clip, values)
-        target, specs = edit.target, [spec for spec in specs_of(concepts) if spec.file]
+        request, target = Request.of(values, model), _target(values)
+        specs = [spec for spec in specs_of(concepts) if spec.file]
         if len(specs) != 1:
             raise IterisError(f"Resize LoRA takes one LoRA, but {len(specs)} are connected and on.")
-        reading = ReadOptions(allow_partial=edit.request.config((), "iteris").unmergeable == "skip")
-        with ready_for_merge(clip), ComfyHost(model, clip, **edit.request.base) as host:
-            concept = read_concept(specs[0], host, reading)
-            found = resize_lora(concept, target, host if by == "outputs" else None, **edit.run)
-        return edit.output(found.lora, [found.summary(), *found.lora.notes])
+        reading = ReadOptions(allow_partial=request.config((), "iteris").unmergeable == "skip")
+        with ready_for_merge(clip), ComfyHost(model, clip, **request.base) as host:
+            concept, runs = read_concept(specs[0], host, reading), host if by == "outputs" else None
+            found = resize_lora(concept, target, runs, **_run(cls.hidden, request))
+        lines = [found.summary(), *found.lora.notes]
+        return _output(cls.hidden, model, clip, found.lora, lines)
 
 
 class ExtractLora(io.ComfyNode):
@@ -152,7 +138,6 @@ class ExtractLora(io.ComfyNode):
             ],
             group="files",
             outputs=MERGED,
-            hidden=GRAPH,
         )
 
     @classmethod
@@ -165,18 +150,16 @@ class ExtractLora(io.ComfyNode):
         prompts: str = "",
         **values: Any,
     ) -> io.NodeOutput:
-        edit, clip_tuned = _Edit(cls.hidden, model, clip, values), clip_tuned or clip
-        target, options = edit.target, edit.request.base
+        request, target, clip_tuned = Request.of(values, model), _target(values), clip_tuned or clip
         with (
             ready_for_merge(clip),
             ready_for_merge(clip_tuned),
-            ComfyHost(model, clip, **options) as base,
-            ComfyHost(model_tuned, clip_tuned, **options) as tuned,
+            ComfyHost(model, clip, **request.base) as base,
+            ComfyHost(model_tuned, clip_tuned, **request.base) as tuned,
         ):
-            found = extract_lora(
-                base, tuned, target, base.base, prompts=lines_of(prompts) or None, **edit.run
-            )
-        return edit.output(found.lora, [found.summary()])
+            how = {"prompts": lines_of(prompts) or None, **_run(cls.hidden, request)}
+            found = extract_lora(base, tuned, target, base.base, **how)
+        return _output(cls.hidden, model, clip, found.lora, [found.summary()])
 
 
 _ALIKE = 0.5
@@ -193,7 +176,6 @@ class InspectLoras(io.ComfyNode):
             inputs=[*model_inputs(), *method_inputs()],
             group="files",
             outputs=("plot", "table"),
-            hidden=GRAPH,
             is_output_node=True,
         )
 
@@ -201,81 +183,54 @@ class InspectLoras(io.ComfyNode):
     def execute(
         cls, model: Any, concepts: Any, clip: Any = None, method: str = "iteris", **values: Any
     ) -> io.NodeOutput:
-        node_id = cls.hidden.unique_id
-        request = Request.of(values, model)
-        specs = specs_of(concepts)
+        node_id, specs = cls.hidden.unique_id, specs_of(concepts)
+        request, reading = Request.of(values, model), ReadOptions(allow_partial=True)
         with ready_for_merge(clip), ComfyHost(model, clip, **request.base) as host:
-            reading = ReadOptions(allow_partial=True, vectors=True)
             loaded = [read_concept(spec, host, reading) for spec in specs]
-            loras = _numbered([replace(c.lora, name=c.name) for c in loaded if c.lora is not None])
+            loras = [replace(c.lora, name=c.name) for c in loaded if c.lora is not None]
             if not loras:
                 raise IterisError("No LoRA is connected; connect at least one.")
-            pairs = [interference(one, two) for one, two in combinations(loras, 2)]
+            names = [lora.name for lora in loras]
+            for at, name in enumerate(names):
+                if count := names[:at].count(name):  # two LoRAs "sks": the second is "sks (2)"
+                    loras[at] = replace(loras[at], name=f"{name} ({count + 1})")
             facts = [describe(lora) for lora in loras]
-            lines = [_to_table(facts, pairs)]
-            for lora in loras:
-                lines += [f"{lora.name}: {note}" for note in lora.notes]
-            lines += [
-                f"{pair.first} and {pair.second} are ALIKE ({pair.conflict:.0%}): two versions of "
-                "one LoRA? Merge one of them."
-                for pair in pairs
-                if pair.conflict > _ALIKE
-            ]
+            lines = [f"{'LoRA':24} {'sites':>6} {'rank':>8} {'size':>8}"]
+            for lora in facts:
+                ranks = "/".join(map(str, lora.ranks))
+                size = math.hypot(*(block.norm for block in lora.blocks.values()))
+                lines.append(f"{lora.name:24} {lora.sites:6} {ranks:>8} {size:8.2f}")
+            for pair in (interference(one, two) for one, two in combinations(loras, 2)):
+                both = f"{pair.first} and {pair.second}"
+                if pair.shared:
+                    lines.append(f"{both}: overlap {pair.rows:.0%}, conflict {pair.conflict:.0%}")
+                if pair.conflict > _ALIKE:
+                    lines.append(
+                        f"{both} are ALIKE ({pair.conflict:.0%}): two versions of one LoRA? Merge "
+                        "one of them."
+                    )
+            lines += [f"{lora.name}: {note}" for lora in loras for note in lora.notes]
             lines += [
                 f"{concept.name}: no trigger words and no prompts; it acts on every prompt. Type "
                 "its words if it has any."
                 for spec, concept in zip(specs, loaded, strict=True)
-                if spec.file is not None
-                and spec.prompts is None
-                and not spec.phrases
-                and spec.always_on == "no"
+                if spec.file and not spec.prompts and not spec.phrases and spec.always_on == "no"
             ]
+            how = {**request.config(specs, method).choices, "on_progress": NodeProgress(node_id)}
             try:
-                lines += preview_merge(
-                    host,
-                    loaded,
-                    **request.config(specs, method).choices,
-                    on_progress=NodeProgress(node_id),
-                    memory_budget=request.memory_budget,
-                ).lines()
+                budget = request.memory_budget
+                lines += preview_merge(host, loaded, **how, memory_budget=budget).lines()
             except IterisError as error:
                 lines.append(f"A merge would fail: {error}")
-        table = "\n".join(lines)
+        table, prompt = "\n".join(lines), cls.hidden.prompt
         show_text(table, node_id)
-        plot = figure_image(_plot_loras(facts)) if is_linked(cls.hidden, 0) else None
-        return io.NodeOutput(plot, table, ui=ui_text(table))
+        here = [str(node_id), 0]
+        looked_at = prompt is None or any(here in one["inputs"].values() for one in prompt.values())
+        return io.NodeOutput(_plot(facts) if looked_at else None, table, ui=ui_text(table))
 
 
-def _numbered(loras: Sequence[Lora]) -> list[Lora]:
-    """The LoRAs with unique names: two LoRAs "sks" become "sks" and "sks (2)"."""
-    names = [lora.name for lora in loras]
-    counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
-    return [
-        replace(lora, name=f"{lora.name} ({count})") if count > 1 else lora
-        for lora, count in zip(loras, counts, strict=True)
-    ]
-
-
-def _to_table(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> str:
-    """One line per LoRA and per pair, as plain text; overlap is that of the row spaces."""
-    lines = [f"{'LoRA':24} {'sites':>6} {'rank':>8} {'size':>8}"]
-    for lora in facts:
-        ranks = "/".join(map(str, lora.ranks))
-        size = math.hypot(*(block.norm for block in lora.blocks.values()))
-        lines.append(f"{lora.name:24} {lora.sites:6} {ranks:>8} {size:8.2f}")
-    lines += [
-        f"{pair.first} and {pair.second}: overlap {pair.rows:.0%}, conflict {pair.conflict:.0%}"
-        for pair in pairs
-        if pair.shared
-    ]
-    return "\n".join(lines)
-
-
-def _plot_loras(facts: Sequence[LoraFacts]) -> Any:
-    """A heat map, block × LoRA, of each block's share of the LoRA's energy.
-
-    Returns a matplotlib Figure; save it with ``savefig``.
-    """
+def _plot(facts: Sequence[LoraFacts]) -> Tensor:
+    """A heat map, block × LoRA, of each block's share of the LoRA's energy, as an IMAGE."""
     from matplotlib.figure import Figure
 
     blocks = list(dict.fromkeys(block for lora in facts for block in lora.blocks))
@@ -292,4 +247,5 @@ def _plot_loras(facts: Sequence[LoraFacts]) -> Any:
             color = "white" if share < 0.6 * most else "black"
             axis.text(x, y, f"{share:.2f}", ha="center", va="center", color=color, fontsize=8)
     figure.colorbar(image, label="share of the LoRA's energy")
-    return figure
+    figure.savefig(png := BytesIO(), format="png", dpi=110)
+    return to_image([Image.open(png)])

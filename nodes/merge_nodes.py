@@ -21,7 +21,6 @@ from .merge_settings import Request
 from .merging import as_lora_model, as_lora_models, clear, merged
 from .save_node import how_to_call
 from .schema import (
-    GRAPH,
     MERGED,
     beside_inputs,
     method_inputs,
@@ -41,7 +40,6 @@ class IterisMerge(io.ComfyNode):
             ["merge loras", "lora merger", "combine loras", "multi concept", "merge styles"],
             inputs=[*model_inputs(), *method_inputs(strength_input("strength", optional=True))],
             outputs=(*MERGED, "trigger_words"),
-            hidden=GRAPH,
         )
 
     @classmethod
@@ -67,7 +65,6 @@ class IterisMergeExperts(io.ComfyNode):
                 *method_inputs(strength_input("strength", optional=True)),
             ],
             outputs=("MODEL", "MODEL low", "CLIP", "lora", "lora low", "report", "trigger_words"),
-            hidden=GRAPH,
         )
 
     @classmethod
@@ -140,7 +137,6 @@ class CompareMerges(io.ComfyNode):
             group="compare",
             outputs=("MODEL", "CLIP", "labels", "report"),
             lists=("MODEL", "CLIP", "labels"),
-            hidden=GRAPH,
         )
 
     @classmethod

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +24,6 @@ def to_image(pictures: Sequence[Image.Image]) -> Tensor:
     """Convert images of equal size to an IMAGE."""
     arrays = [np.asarray(picture.convert("RGB"), dtype=np.float32) / 255 for picture in pictures]
     return torch.from_numpy(np.stack(arrays))
-
-
-def figure_image(figure: Any) -> Tensor:
-    """A matplotlib Figure as a batch of one."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    buffer.seek(0)
-    return to_image([Image.open(buffer)])
 
 
 def save_thumbnail(batch: Tensor, path: Path) -> None:

@@ -53,7 +53,6 @@ class SaveMergedLora(io.ComfyNode):
                 io.Boolean.Input("card", default=False, optional=True),
             ],
             outputs=("lora_name",),
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 

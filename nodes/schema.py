@@ -30,8 +30,6 @@ MINUTES = 60.0
 """How long a merge takes at most, unless told otherwise: roughly."""
 NONE = "none"
 """The choice for no file in a node's list."""
-GRAPH = [io.Hidden.unique_id, io.Hidden.prompt]
-"""Hidden inputs of a node that inspects upstream nodes."""
 MERGED = ("MODEL", "CLIP", "lora", "report")
 """Outputs of a node that makes a LoRA and applies it."""
 _OUTPUTS: Mapping[str, Any] = {
@@ -56,12 +54,6 @@ def strength_input(name: str, **more: Any) -> Any:
 
 def weight_input(name: str = "weight", **more: Any) -> Any:
     return io.Float.Input(name, **{"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.05, **more})
-
-
-def file_input(name: str, folder: str, **more: Any) -> Any:
-    """A file from one of ComfyUI's folders, or none."""
-    files = [NONE, *folder_paths.get_filename_list(folder)]
-    return io.Combo.Input(name, options=files, default=NONE, **more)
 
 
 def advanced(one: Any) -> Any:
@@ -131,6 +123,7 @@ def schema(
         description=texts["description"],
         inputs=inputs,
         outputs=made,
+        hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         **more,
     )
 
