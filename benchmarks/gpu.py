@@ -210,8 +210,8 @@ def of_ways(stages: Sequence[Sequence[Footprint]]) -> dict[str, float]:
     """The plan's expected GiB for each way, with all rows waiting there."""
     found: dict[str, float] = {}
     for some in (some for footprints in stages for some in footprints):
-        away, name = None if some.parked is None else 0, some.strategy.name
-        gib = some.bytes_of(len(some.stage.concept_ids), AT_ONCE, away) / GIB
+        name = some.strategy.name
+        gib = some.bytes_of(len(some.stage.concept_ids), AT_ONCE) / GIB
         found[name] = max(gib, found.get(name, 0.0))
     return found
 

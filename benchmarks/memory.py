@@ -33,9 +33,9 @@ from iteris_core.lora import SiteChanges
 from iteris_core.methods.fitting import solver_of, with_repairs
 from iteris_core.methods.iteris import IterisSettings
 from iteris_core.passes.batches import ExecutionConfig, limit_of, sampled_rows
-from iteris_core.passes.footprint import Footprint, Measure, MemoryLimits
+from iteris_core.passes.footprint import ON_DEVICE, Footprint, Measure, Strategy
 from iteris_core.passes.job import Job
-from iteris_core.passes.planner import ON_DEVICE, find, others, plan_stage
+from iteris_core.passes.planner import find, others, plan_stage
 
 FILE = result_file("memory.json")
 GIB = 2**30
@@ -147,11 +147,11 @@ class MetaHost:
 class Nowhere(HostPool):
     """A place for storages without bytes."""
 
-    def __init__(self) -> None:
-        super().__init__(torch.device("meta"), 0)
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device, 0)
 
-    def _piece(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device="meta")
+    def _piece(self, size: int) -> tuple[Tensor, int, int]:
+        return torch.empty(size, dtype=torch.uint8, device="meta"), 0, size
 
     def free(self, slot: Slot) -> None: ...
 
@@ -189,17 +189,20 @@ def planned(model: Model) -> dict[str, Any]:
         patch("torch.is_autocast_enabled", lambda *_: False),  # it knows no meta device
         patch("iteris_core.activations.barriers.alike", lambda *_: True),  # nothing to compare
         patch("iteris_core.passes.planner.is_apart", lambda *_: True),
+        patch("iteris_core.passes.planner.HostPool", Nowhere),
     ):
         lockstep, limit = session.lockstep, limit_of(stage, batching)
         measure = Measure(stage, lockstep, 2, limit, solver.dtype.itemsize)
         sites = {site: solver.bytes(site, True) for site in stage.sites}
-        cost, fixed = measure.row(), lockstep.cast_bytes
+        steps, fixed = measure.row(), lockstep.cast_bytes
         with FlopCounterMode(display=False) as counter:
             run([0], 1)
         sampled = len(sampled_rows(stage, batching.thresholds))
-        first = Footprint(stage, ON_DEVICE, cost, None, sites, fixed, sampled)
-        footprints = [first, *others(first, measure, Nowhere(), batching)]
-        waiting = measure.row(find(stage, lockstep).barriers(), Nowhere()).waiting
+        first = Footprint(stage, ON_DEVICE, steps, sites, fixed, sampled)
+        footprints = [first, *others(first, measure, batching.thresholds)]
+        levels = Strategy(barriers=find(stage, lockstep).barriers())
+        place = Nowhere(torch.device("meta"))
+        waiting = max(step.waiting for step in measure.row(levels, place))
     denoised = LORAS * calibration.samples * calibration.denoising_steps
     found: dict[str, Any] = {
         "budget_gib": model.budget_gib,
@@ -207,8 +210,8 @@ def planned(model: Model) -> dict[str, Any]:
         "by_host": {},
     }
     for host_gib in HOSTS:
-        limits = MemoryLimits(round(model.budget_gib * GIB), host_gib * GIB)
-        made = plan_stage(footprints, limits, AT_ONCE)
+        budget = round(model.budget_gib * GIB)
+        made = plan_stage(footprints, budget, AT_ONCE, host_gib * GIB)
         forwards = denoised + 2 * made.rows
         found["by_host"][str(host_gib)] = {
             "peak_gib": round(made.bytes / GIB, 2),

@@ -77,8 +77,6 @@ WHERE_THERE: Mapping[str, str] = {
     "comfy.cli_args.args.disable_comfy_compiler": "the compiler records allocations",
     "comfy.cli_args.args.disable_cuda_graphs": "blocks are recorded and replayed",
     "comfy.cli_args.args.disable_metadata": "files are to have no metadata",
-    "comfy.model_management.MAX_PINNED_MEMORY": "the most that ComfyUI pins",
-    "comfy.model_management.TOTAL_PINNED_MEMORY": "what ComfyUI has pinned",
     "comfy.model_management.in_training": "fused operations are off",
     "comfy.model_management.is_oom": "knows errors that only mean that memory ran out",
     "comfy.model_patcher.ModelPatcher.get_free_memory": "counts weights that can be evicted",

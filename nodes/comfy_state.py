@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..iteris_core.activations.host_pool import pinning_at_most
 from .comfy_internals import check_switches, compiling, optional, set_optional
 
 _PRECISE = "_full_precision_mm"
@@ -42,7 +41,6 @@ def ready_for_merge(clip: Any = None) -> Generator[None]:
         stack.enter_context(torch.no_grad())
         for path, value in SWITCHES:
             stack.enter_context(switched(path, value))
-        stack.enter_context(pinning_at_most(_pinnable()))
         if clip is not None:
             stack.enter_context(in_full_precision(clip.cond_stage_model))
         yield
@@ -90,16 +88,6 @@ def in_full_precision(network: nn.Module) -> Generator[None]:
     finally:
         for layer in quantising:
             setattr(layer, _PRECISE, False)
-
-
-def _pinnable() -> int | None:
-    """Bytes of host memory that may be pinned beside what ComfyUI has pinned; None: it does not
-    say. It pins none where it was started without."""
-    most = optional("comfy.model_management.MAX_PINNED_MEMORY")
-    taken = optional("comfy.model_management.TOTAL_PINNED_MEMORY")
-    if most is None or taken is None:
-        return None
-    return max(int(most) - int(taken), 0)
 
 
 _FUSED = "comfy_kitchen"

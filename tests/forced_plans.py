@@ -27,7 +27,7 @@ def planned_as(
         if replayed is not None:
             replayed.extend(barriers.blocks)
         strategy = Strategy(barriers=barriers, offloads=offloads, bits=bits)
-        return Plan(stage, batching.rows, strategy, host_limit=1 << 30)
+        return Plan(stage, batching.rows, strategy)
 
     return planned
 
@@ -38,8 +38,7 @@ class RecordedPool(HostPool):
     left = -1
 
     def close(self) -> None:
-        gaps = sum(stop - start for slab in self._slabs for start, stop in slab._gaps)
-        self.left = self.taken - gaps
+        self.left = self.taken - sum(stop - start for _, start, stop in self._gaps)
         super().close()
 
 

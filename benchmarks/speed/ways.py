@@ -40,7 +40,7 @@ WAYS = tuple(
 
 
 @contextmanager
-def forced(way: str, host_bytes: int = 64 << 30) -> Iterator[None]:
+def forced(way: str) -> Iterator[None]:
     """Sweeps run so, whatever there is room for. Raises :class:`IterisError` where no stage can."""
     place, _, size = way.partition(", by ")
     ran: list[str] = []
@@ -59,7 +59,7 @@ def forced(way: str, host_bytes: int = 64 << 30) -> Iterator[None]:
         if not size or barriers.blocks:
             ran.append(stage.name)
         strategy = Strategy(way, barriers=barriers, offloads=offloads)
-        return Plan(stage, batching.rows, strategy, host_limit=host_bytes)
+        return Plan(stage, batching.rows, strategy)
 
     with patch.object(loops, "planned", planned):
         yield

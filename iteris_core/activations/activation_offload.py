@@ -45,15 +45,14 @@ class _Held:
 
 
 class ActivationOffload(TorchDispatchMode):
-    """Active during a sweep, which announces whose turn it is. Forwards in ``stay`` wait on the
-    device, the others in ``place``, half-precision data at ``bits`` bits (None: as they are). The
-    weights of ``modules`` never move."""
+    """Active during a sweep, which announces whose turn it is. Forwards wait in ``place``,
+    half-precision data at ``bits`` bits (None: as they are). The weights of ``modules`` never
+    move."""
 
     def __init__(
         self, place: HostPool, bits: int | None = None, modules: Sequence[nn.Module] = ()
     ) -> None:
         super().__init__()
-        self.stay: Set[int] = frozenset()
         self.place, self._bits, self._modules = place, bits, modules
         self._held: dict[int, _Held] = {}
         self._forwards: dict[int, dict[int, _Held]] = {}
@@ -80,11 +79,13 @@ class ActivationOffload(TorchDispatchMode):
     def rest(self) -> None:
         """The current forward waits or has ended: its storages are moved off the device."""
         forward, self._now = self._now, None
-        if forward is None or forward in self.stay:
+        if forward is None:
             return
         if not self._pauses[forward]:
-            for key in self._weights() & self._held.keys():
-                self._remove(key)
+            for module in self._modules:
+                for weight in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                    for plain in _plain(weight):
+                        self._remove(plain.untyped_storage()._cdata)
         self._pauses[forward] += 1
         with _disable_current_modes():
             for held in list(self._forwards[forward].values()):
@@ -125,8 +126,7 @@ class ActivationOffload(TorchDispatchMode):
         if asked:
             self._touch(asked)
         result = func(*args, **kwargs) if kwargs else func(*args)
-        now = self._now
-        if now is not None and now not in self.stay:
+        if self._now is not None:
             for tensor in result if isinstance(result, (tuple, list)) else (result,):
                 if isinstance(tensor, Tensor):
                     self._note(tensor, used)
@@ -206,12 +206,6 @@ class ActivationOffload(TorchDispatchMode):
         storage = held.storage()
         if storage is not None:
             self._remove(storage._cdata)
-
-    def _weights(self) -> set[int]:
-        weights: list[Tensor] = []
-        for module in self._modules:
-            weights += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        return {plain.untyped_storage()._cdata for weight in weights for plain in _plain(weight)}
 
 
 def _resizable(storage: torch.UntypedStorage) -> bool:

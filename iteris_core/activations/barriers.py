@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .memory import storage_of, tensors_in
 from .micro_batch import MicroBatch, version_of
-from .tokens import Group, Observation
+from .tokens import Observation
 
 _log = logging.getLogger(__name__)
 
@@ -81,24 +81,21 @@ def replay_hook(
             return
         block = barriers.blocks[module]
         for last in block.ends:
-            if last not in batch.passed:
-                _replay(batch, module, unwritten(block.written, args, kwargs), last)
-                batch.wait(barriers.level(last))
+            if last in batch.passed:
+                continue
+            given, kept = unwritten(block.written, args, kwargs), dict(batch.kept)
+            batch.until = last
+            try:
+                module(*given[0], **given[1])
+                batch.reached.append(f"no {last}")  # waiting for it then raises the error
+            except ReplayDone:
+                pass
+            finally:
+                batch.until, batch.kept = None, kept
+            del given
+            batch.wait(barriers.level(last))
 
     return hook
-
-
-def _replay(batch: MicroBatch, module: nn.Module, given: Any, last: str) -> None:
-    kept = dict(batch.kept)
-    batch.until = last
-    try:
-        module(*given[0], **given[1])
-    except ReplayDone:
-        return
-    finally:
-        batch.until = None
-        batch.kept = kept
-    batch.reached.append(f"no {last}")  # waiting for it then raises the error
 
 
 def unwritten(written: Set[str], *given: Any) -> Any:
@@ -170,7 +167,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.found = ExecutionTrace()
         self._outputs: dict[int, Tensor] = {}
-        self._given: dict[int, tuple[Tensor, int | None, Group | None]] = {}
+        self._given: list[tuple[Tensor, int | None]] = []
         self._inside: list[nn.Module] = []
 
     @contextmanager
@@ -195,10 +192,7 @@ class _Watch(TorchDispatchMode):
     def observe(self, shown: Observation) -> None:
         found = self.found
         found.device = shown.inputs.device
-        changed = any(
-            version_of(tensor) != version and group != shown.group
-            for tensor, version, group in self._given.values()
-        )
+        changed = any(version_of(tensor) != version for tensor, version in self._given)
         new = shown.name not in found.inside
         if self._outputs and not changed and new:
             found.joined.add(found.sites[-1])
@@ -208,9 +202,9 @@ class _Watch(TorchDispatchMode):
             found.sites.append(shown.name)
             found.inside[shown.name] = tuple(self._inside)
         self._outputs[shown.outputs.untyped_storage()._cdata] = shown.outputs
-        for tensor, group in ((shown.inputs, shown.group), (shown.stream, None)):
+        for tensor in (shown.inputs, shown.stream):
             if tensor is not None:
-                self._given[id(tensor)] = tensor, version_of(tensor), group
+                self._given.append((tensor, version_of(tensor)))
 
     def _begin(self) -> None:
         """Record that an output was read or changed: the level ends with the last site."""

@@ -63,13 +63,33 @@ class Collector:
                 f"The micro-batches took different paths through the model at site {shown.name}; "
                 "use one micro-batch."
             )
-        if shown.saliency is not None and shown.name in self._solver.acting:
+        if shown.saliency is not None:
             changes = self._changes[shown.name]
-            for concept, start, stop in shown.spans:
+            for concept, start, stop in shown.spans if shown.name in self._solver.acting else ():
                 change = changes[concept]
                 if change is not None:
                     shown.saliency.add(shown.effect(change, start, stop), shown.rows, start)
-        self._keep(shown.weighed())
+            length = shown.site.length(shown.outputs)
+            weights = shown.saliency.weights(shown.group, shown.alive, length)
+            shown = replace(shown, weights=weights)
+        site, sweep = shown.name, bool(self._sampled)
+        if sweep and shown.call:
+            raise SiteError(
+                f"Site {site} is called more than once in one forward, and a sweep solves it "
+                'at its first call; merge with schedule="jacobi", which counts all of them.'
+            )
+        if not sweep or site in self._reductions:
+            with self._aside():
+                self._reduce([shown])
+            return
+        waiting = self._waiting.setdefault(site, [])
+        waiting.append(shown.gathered() if self._narrow else shown)
+        if sum(row in self._sampled for of in waiting for row in of.choice.rows) == len(
+            self._sampled
+        ):
+            with self._aside():
+                self._reduce(waiting, partial(self._sample, site, waiting))
+            del self._waiting[site]
 
     def take(self, site: str) -> Reduction:
         """Hand over a site's reduction, ready to be solved, and forget it."""
@@ -83,24 +103,6 @@ class Collector:
         for waiting in self._waiting.values():  # an error's traceback may keep the list alive
             waiting.clear()
         self._waiting.clear()
-
-    def _keep(self, shown: Observation) -> None:
-        site, sweep = shown.name, bool(self._sampled)
-        if sweep and shown.call:
-            raise SiteError(
-                f"Site {site} is called more than once in one forward, and a sweep solves it "
-                'at its first call; merge with schedule="jacobi", which counts all of them.'
-            )
-        if not sweep or site in self._reductions:
-            with self._aside():
-                self._reduce([shown])
-            return
-        waiting = self._waiting.setdefault(site, [])
-        waiting.append(shown.gathered() if self._narrow else shown)
-        if sum(map(len, map(self._sample_of, waiting))) == len(self._sampled):
-            with self._aside():
-                self._reduce(waiting, partial(self._sample, site, waiting))
-            del self._waiting[site]
 
     def _reduce(
         self, some: Sequence[Observation], sample: Callable[[int], list[Tensor]] | None = None
@@ -123,14 +125,15 @@ class Collector:
                 tokens = ConceptTokens(shown, changes, *span, self._solver.dtype, inputs)
                 reduction.add(tokens)
 
-    def _sample_of(self, shown: Observation) -> list[int]:
-        """The rows from which targets are sampled."""
-        return [i for i, row in enumerate(shown.choice.rows) if row in self._sampled]
-
     def _sample(self, site: str, waiting: Sequence[Observation], tokens: int) -> list[Tensor]:
         """About that many of all targets, by concept: equally many tokens from every sampled
         row."""
-        of_rows = [(shown, row) for shown in waiting for row in self._sample_of(shown)]
+        of_rows = [
+            (shown, row)
+            for shown in waiting
+            for row, number in enumerate(shown.choice.rows)
+            if number in self._sampled
+        ]
         # Some of a row's selectable tokens are masked.
         offered = sum(replace(shown, mask=None).count(row, row + 1) for shown, row in of_rows)
         counted = sum(shown.count(row, row + 1) for shown, row in of_rows)
@@ -138,10 +141,9 @@ class Collector:
         changes, dtype = self._changes[site], self._solver.dtype
         none = waiting[0].outputs.new_zeros(0, changes.shape[0], dtype=dtype)
         sample = [[none] for _ in range(len(changes))]
-        for shown in waiting:
+        for shown, row in of_rows:
             part = replace(shown, choice=shown.choice.at_most(few))
-            for row in self._sample_of(shown):
-                concept = next(c for c, start, stop in shown.spans if start <= row < stop)
-                tokens_of = ConceptTokens(part, changes, concept, row, row + 1, dtype)
-                sample[concept].append(tokens_of.target)
+            concept = next(c for c, start, stop in shown.spans if start <= row < stop)
+            tokens_of = ConceptTokens(part, changes, concept, row, row + 1, dtype)
+            sample[concept].append(tokens_of.target)
         return [torch.cat(parts) for parts in sample]

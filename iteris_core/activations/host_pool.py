@@ -7,9 +7,7 @@ is 127 or 7. Infinities become the largest numbers of their dtype.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OutOfMemory
-from .memory import resize, total_memory, wait_for
+from .memory import free_memory, resize, total_memory, usable, wait_for
 
 _SLAB = 256 << 20  # bytes per allocation; pinned memory is rounded up to a power of two
 _GRAIN = 512  # bytes, so that every copy is aligned
@@ -28,50 +26,41 @@ _LEAST_PACKED = 1 << 20
 """Smallest storage in bytes to pack; masks, tables and embeddings wait unpacked."""
 _GROUP = 32
 _AT_ONCE = 1 << 22  # values that are packed at once; 16 MiB in single precision
-_pinnable: ContextVar[int | None] = ContextVar("pinnable", default=None)
 
 
 @dataclass(eq=False)
 class Slot:
-    """The location of one waiting storage: ``pieces`` of slabs, as bytes; if ``packed``, also its
-    original dtype, its size in bytes and the bits per value."""
+    """The location of one waiting storage: ``pieces`` as (allocation, start, bytes); if ``packed``,
+    also its original dtype, its size in bytes and the bits per value."""
 
-    pieces: Sequence[Tensor]
+    pieces: Sequence[tuple[Tensor, int, int]]
     packed: tuple[torch.dtype, int, int] | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(map(len, self.pieces))
+        return sum(size for _, _, size in self.pieces)
 
 
-@contextmanager
-def pinning_at_most(size: int | None) -> Generator[None]:
-    """Context in which every new :class:`HostPool` pins at most ``size`` bytes, because an
-    application has pinned others (None: no such limit)."""
-    token = _pinnable.set(size)
-    try:
-        yield
-    finally:
-        _pinnable.reset(token)
+def free_host() -> int:
+    """Bytes of host memory that a merge may use."""
+    return usable(free_memory(torch.device("cpu")))
 
 
 class HostPool:
-    """At most ``limit`` bytes, allocated on demand. For a CUDA ``device`` they are pinned if
-    possible; the rest is pageable, which is only slower. All copies use the model's stream, so
-    nothing has to wait for them. :meth:`close` returns everything to the system."""
+    """At most ``limit`` bytes (None: what is free), allocated on demand. For a CUDA ``device`` they
+    are pinned if possible; the rest is pageable, which is only slower. All copies use the model's
+    stream, so nothing has to wait for them. :meth:`close` returns everything to the system."""
 
-    def __init__(self, device: torch.device, limit: int) -> None:
-        self.device, self.limit = device, limit
+    def __init__(self, device: torch.device, limit: int | None = None) -> None:
+        self.device, self.limit = device, free_host() if limit is None else limit
         self.taken = self.moved = self.pinned = 0
-        most = _pinnable.get()
-        own = round(_PINNED * total_memory()) if device.type == "cuda" else 0
-        self._pinnable = own if most is None else min(own, most)
-        self._slabs: list[_Slab] = []
+        self._pinnable = round(_PINNED * total_memory()) if device.type == "cuda" else 0
+        self._gaps: list[tuple[Tensor, int, int]] = []  # free parts: (allocation, start, stop)
 
     def close(self) -> None:
         """Release everything; torch would otherwise keep pinned memory for the life of the
         process."""
-        self._slabs.clear()
+        self._gaps.clear()
         if self.pinned:
             wait_for(self.device)
             empty_host_cache()
@@ -105,76 +94,54 @@ class HostPool:
         unpack(packed, _values(storage, dtype), bits)
 
     def free(self, slot: Slot) -> None:
-        for piece in slot.pieces:
-            next(slab for slab in self._slabs if slab.has(piece)).free(piece)
+        for slab, start, size in slot.pieces:
+            stop = start + _grains(size)
+            for index in reversed(range(len(self._gaps))):  # join it with its neighbours
+                other, begin, end = self._gaps[index]
+                if other is slab and (end == start or begin == stop):
+                    start, stop = min(start, begin), max(stop, end)
+                    del self._gaps[index]
+            self._gaps.append((slab, start, stop))
+        self._gaps.sort(key=lambda gap: (id(gap[0]), gap[1]))
 
     def _copy(self, slot: Slot, storage: torch.UntypedStorage, *, back: bool) -> None:
         whole = _values(storage, torch.uint8)
         self.moved += len(whole)
-        parts = whole.split([len(piece) for piece in slot.pieces])
-        for piece, part in zip(slot.pieces, parts, strict=True):
+        parts = whole.split([size for _, _, size in slot.pieces])
+        for (slab, start, size), part in zip(slot.pieces, parts, strict=True):
+            piece = slab.narrow(0, start, size)
             target, given = (part, piece) if back else (piece, part)
             target.copy_(given, non_blocking=True)
 
-    def _piece(self, size: int) -> Tensor:
-        for slab in self._slabs:
-            piece = slab.take(size)
-            if piece is not None:
-                return piece
+    def _piece(self, size: int) -> tuple[Tensor, int, int]:
+        """A free piece of ``size`` bytes, of a new allocation if none is large enough."""
+        wanted = _grains(size)
+        for index, (slab, start, stop) in enumerate(self._gaps):
+            if stop - start >= wanted:
+                rest = start + wanted
+                self._gaps[index : index + 1] = [(slab, rest, stop)] if stop > rest else []
+                return slab, start, size
         more = min(_SLAB, self.limit - self.taken)
-        if more < _grains(size):
+        if more < wanted:
             raise OutOfMemory(
                 f"Host memory ran out: rows wait in {self.taken / 2**30:.2f} GiB of it, of "
                 f"{self.limit / 2**30:.2f} GiB that may be used, and one more piece of "
                 f"{size / 2**20:.1f} MiB does not fit. Lower samples, timesteps or latent_size "
                 "(ComfyUI: image_size), or free memory elsewhere."
             )
-        self._slabs.append(_Slab(self._allocated(more)))
-        self.taken += more
-        piece = self._slabs[-1].take(size)
-        assert piece is not None
-        return piece
-
-    def _allocated(self, size: int) -> Tensor:
-        if self.pinned + size <= self._pinnable:
+        slab = None
+        if self.pinned + more <= self._pinnable:
             try:
-                memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+                slab = torch.empty(more, dtype=torch.uint8, pin_memory=True)
+                self.pinned += more
             except RuntimeError:  # the system allows less pinning than it has memory
                 self._pinnable = 0
-            else:
-                self.pinned += size
-                return memory
-        return torch.empty(size, dtype=torch.uint8)
-
-
-class _Slab:
-    """One allocation; ``gaps`` are its free parts, as [start, stop), ascending."""
-
-    def __init__(self, memory: Tensor) -> None:
-        self._memory = memory
-        self._gaps = [(0, len(memory))]
-
-    def has(self, piece: Tensor) -> bool:
-        return piece.untyped_storage()._cdata == self._memory.untyped_storage()._cdata
-
-    def take(self, size: int) -> Tensor | None:
-        wanted = _grains(size)
-        for index, (start, stop) in enumerate(self._gaps):
-            if stop - start >= wanted:
-                rest = start + wanted
-                self._gaps[index : index + 1] = [(rest, stop)] if stop > rest else []
-                return self._memory.narrow(0, start, size)
-        return None
-
-    def free(self, piece: Tensor) -> None:
-        start = int(piece.storage_offset())
-        gaps = sorted([*self._gaps, (start, start + _grains(len(piece)))])
-        self._gaps = gaps[:1]
-        for begin, stop in gaps[1:]:
-            if begin == self._gaps[-1][1]:
-                self._gaps[-1] = (self._gaps[-1][0], stop)
-            else:
-                self._gaps.append((begin, stop))
+        if slab is None:
+            slab = torch.empty(more, dtype=torch.uint8)
+        self.taken += more
+        if more > wanted:
+            self._gaps.append((slab, wanted, more))
+        return slab, 0, size
 
 
 def pack(values: Tensor, bits: int) -> Tensor:

@@ -26,7 +26,7 @@ from .activation_offload import ActivationOffload
 from .barriers import Barriers, ReplayDone, replay_hook
 from .memory import tensors_in
 from .micro_batch import MicroBatch, Modes, greenlets, pausing
-from .site import Site, added, by_row, site_of, under_conditions
+from .site import Site, by_row, site_of, under_conditions
 from .streams import Source, Stream
 
 
@@ -59,8 +59,6 @@ class Lockstep:
             for name in self.changes:
                 module = self._modules[name]
                 hook = self._hook(name, site_of(name, module))
-                entering = module.register_forward_pre_hook(partial(self._enter, name))
-                self._hooks.enter_context(entering)
                 self._hooks.enter_context(module.register_forward_hook(hook))
             streams = [of for name, of in self._streams.items() if name in self.changes]
             for source in dict.fromkeys(source for of in streams for source in of.sources):
@@ -163,10 +161,6 @@ class Lockstep:
             given = tensors_in(more if source.returned else (args, more))
             self._active.kept[source] = given[source.number]
 
-    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._active is not None and self._active.observer is not None:
-            self._active.enter(name, args[0])
-
     def _stream_of(
         self, name: str, batch: MicroBatch, outputs: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -212,8 +206,11 @@ class Lockstep:
                     site.add(change, inputs, output)
                 return output
             rows, shape = len(batch.owners), output.shape
-            if joined:
-                inputs, output = (_by_rows(t, rows * batch.copies) for t in (inputs, output))
+            if joined and not inputs[..., 0].numel() % (rows * batch.copies):
+                inputs, output = (
+                    tokens.reshape(rows * batch.copies, -1, tokens.shape[-1])
+                    for tokens in (inputs, output)
+                )
             if inputs.shape[0] != rows * batch.copies:
                 raise SiteError(
                     f"Site {name} received {inputs.shape[0]} rows where {rows * batch.copies} were "
@@ -234,7 +231,7 @@ class Lockstep:
                 change = change_of(concept, inputs)
                 if change is not None:
                     own = None if strengths is None else strengths[start:stop]
-                    added(site, change, inputs[start:stop], output[start:stop], own)
+                    site.add(change, inputs[start:stop], output[start:stop], own)
             stream, gate = (None, None) if joined else self._stream_of(name, batch, output)
             solved = batch.observe(
                 name,
@@ -253,28 +250,24 @@ class Lockstep:
                 if merged is not None and batch.copies == 2:
                     merged = self._ready(name, None, merged, inputs)
                     own = None if strengths is None else strengths[rows:]
-                    added(site, merged, inputs[rows:], output[rows:], own)
+                    site.add(merged, inputs[rows:], output[rows:], own)
 
             if batch.pause is None or solved:
                 add_merged()
-            else:
-                self._reach(batch, name, add_merged)
+                return output.view(shape) if joined else output
+            # The last site of a level waits for all of them, then their changes are added.
+            batch.reached.append(name)
+            if batch.until is None:
+                batch.pending.append(add_merged)
+            if self._barriers.ends_at(name):
+                if batch.until == name:
+                    raise ReplayDone
+                batch.wait(self._barriers.level(name))
+                while batch.pending:
+                    batch.pending.pop()()
             return output.view(shape) if joined else output
 
         return hook
-
-    def _reach(self, batch: MicroBatch, name: str, add: Callable[[], None]) -> None:
-        """Wait at the end of a level, then add its sites' merged changes."""
-        batch.reached.append(name)
-        if batch.until is None:
-            batch.pending.append(add)
-        if not self._barriers.ends_at(name):
-            return
-        if batch.until == name:
-            raise ReplayDone
-        batch.wait(self._barriers.level(name))
-        while batch.pending:
-            batch.pending.pop()()
 
     def _ready(self, site: str, which: int | None, change: LowRank, inputs: Tensor) -> LowRank:
         """A LoRA's change, with None the merged one, in the inputs' dtype and on their device,
@@ -288,9 +281,3 @@ class Lockstep:
             cast = change.to(inputs.dtype, inputs.device)
             self._cast[site, which] = change, cast
         return cast
-
-
-def _by_rows(tensor: Tensor, rows: int) -> Tensor:
-    """(rows, tokens, width) from the rows' concatenated tokens; unchanged for other inputs."""
-    tokens = tensor.numel() // tensor.shape[-1]
-    return tensor if tokens % rows else tensor.reshape(rows, -1, tensor.shape[-1])

@@ -18,25 +18,13 @@ from torch import Tensor
 from ..errors import SiteError, UsageError
 from .site import Condition, Site
 from .streams import Source
-from .token_sampling import Saliency, TokenSampling
-from .tokens import Group, Observation
+from .tokens import Group, Observation, Saliency, TokenSampling
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class Observer(Protocol):
     def observe(self, shown: Observation) -> None: ...
-
-
-@dataclass
-class _Received:
-    """A tensor that sites have received, its version after the last of them, whether the first of
-    them ``changed`` it, and its group number."""
-
-    tensor: weakref.ref[Tensor]
-    version: int
-    changed: bool
-    group: int
 
 
 def version_of(tensor: Tensor) -> int | None:
@@ -72,8 +60,7 @@ class MicroBatch:
     until: str | None = None
     reached: list[str] = field(default_factory=list[str])
     pending: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
-    _seen: list[_Received] = field(default_factory=list[Any])
-    _entered: dict[str, tuple[int, int | None]] = field(default_factory=dict[str, Any])
+    _seen: list[tuple[weakref.ref[Tensor], int, int]] = field(default_factory=list[Any])
     _groups: int = 0
     _calls: Counter[str] = field(default_factory=Counter[str])
 
@@ -87,10 +74,6 @@ class MicroBatch:
             else:
                 spans.append((owner, row, row + 1))
         return spans
-
-    def enter(self, site: str, tensor: Tensor) -> None:
-        """Record that ``site`` is called with ``tensor``, which it may change in place."""
-        self._entered[site] = id(tensor), version_of(tensor)
 
     def observe(
         self, name: str, site: Site, received: Tensor, inputs: Tensor, outputs: Tensor, **more: Any
@@ -116,8 +99,8 @@ class MicroBatch:
                 len(self.owners),
                 self.copies,
                 self.spans,
-                self._group_of(name, received),
-                {(self.stage, entry.group) for entry in self._seen if entry.tensor() is not None},
+                self._group_of(received),
+                {(self.stage, number) for tensor, _, number in self._seen if tensor() is not None},
                 call,
                 self.choice,
                 mask,
@@ -127,26 +110,18 @@ class MicroBatch:
             self.observer.observe(shown)
         return solved
 
-    def _group_of(self, site: str, tensor: Tensor) -> Group:
-        """A key for this tensor as ``site`` received it. Sites that receive the same tensor object,
+    def _group_of(self, tensor: Tensor) -> Group:
+        """A key for this tensor as a site received it. Sites that receive the same tensor object,
         unchanged in between, form a group: their tokens are the same, so moments are computed once.
-        fp8 layers clamp their input in place; if two in a row change it, the second is assumed to
-        repeat the first one's change. Groups are numbered in execution order, which is the same for
-        every micro-batch."""
-        self._seen = [entry for entry in self._seen if entry.tensor() is not None]
+        Groups are numbered in execution order, which is the same for every micro-batch."""
+        self._seen = [entry for entry in self._seen if entry[0]() is not None]
         now = version_of(tensor)
-        called_with, before = self._entered.pop(site, (None, now))
-        changed = called_with == id(tensor) and before != now
-        # An inference tensor has no version counter: an in-place change could not be noticed.
-        if now is not None:
-            for entry in self._seen:
-                same = entry.tensor() is tensor and entry.version == (before if changed else now)
-                if same and (entry.changed or not changed):
-                    entry.version = now
-                    return self.stage, entry.group
+        for seen, version, number in self._seen:
+            if seen() is tensor and version == now:
+                return self.stage, number
         self._groups += 1
-        if now is not None:
-            self._seen.append(_Received(weakref.ref(tensor), now, changed, self._groups))
+        if now is not None:  # an in-place change of an inference tensor could not be noticed
+            self._seen.append((weakref.ref(tensor), now, self._groups))
         return self.stage, self._groups
 
     def wait(self, level: Sequence[str]) -> None:

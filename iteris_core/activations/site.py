@@ -60,11 +60,14 @@ class Site:
         """The output of ``change`` without a bias, shaped as the site's output."""
         return (inputs @ change.down.mT) @ change.up.mT
 
-    def add(self, change: LowRank, inputs: Tensor, outputs: Tensor) -> None:
-        """Add :meth:`delta` to ``outputs`` in place."""
+    def add(
+        self, change: LowRank, inputs: Tensor, outputs: Tensor, strengths: Tensor | None = None
+    ) -> None:
+        """Add :meth:`delta` to ``outputs`` in place, in each row at its strength (None: 1)."""
         plain = outputs.is_contiguous() and outputs.dtype == change.up.dtype
+        plain = plain and strengths is None and self.kernel is None
         if not plain or torch.is_autocast_enabled(outputs.device.type):
-            outputs += self.delta(change, inputs)
+            outputs += by_row(self.delta(change, inputs), strengths)
             return
         # In one pass over the outputs
         hidden = inputs.reshape(-1, inputs.shape[-1]) @ change.down.mT
@@ -101,9 +104,6 @@ class ConvSite(Site):
         down = change.down.reshape(change.rank, -1, *self.weight_shape[2:])
         hidden = functional.conv2d(inputs, down, None, self._stride, self._padding, self._dilation)
         return functional.conv2d(hidden, change.up[:, :, None, None])
-
-    def add(self, change: LowRank, inputs: Tensor, outputs: Tensor) -> None:
-        outputs += self.delta(change, inputs)
 
 
 def site_of(name: str, module: nn.Module) -> Site:
@@ -181,16 +181,6 @@ def _signs(name: str, seed: int, count: int) -> Tensor:
     """A sign for every output of the site ``name``, (count,), 1 or -1."""
     draw = torch.Generator().manual_seed(crc32(name.encode(), seed))
     return 2 * torch.empty(count).bernoulli_(0.5, generator=draw) - 1
-
-
-def added(
-    site: Site, change: LowRank, inputs: Tensor, outputs: Tensor, strengths: Tensor | None
-) -> None:
-    """Add the ``change`` to ``outputs`` in place, in each row at its strength (None: 1)."""
-    if strengths is None:
-        site.add(change, inputs, outputs)
-    else:
-        outputs += by_row(site.delta(change, inputs), strengths)
 
 
 def by_row(values: Tensor, strengths: Tensor | None) -> Tensor:

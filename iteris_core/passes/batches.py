@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..activations.micro_batch import MicroBatch, Observer
-from ..activations.token_sampling import Saliency, TokenSampling
+from ..activations.tokens import Saliency, TokenSampling
 from ..hosts.protocol import Stage
 from ..solve.choose import THRESHOLDS, Thresholds
 
@@ -23,7 +23,7 @@ _GOLDEN = 0.618034
 class ExecutionConfig:
     """``rows`` per forward. At most ``row_tokens`` tokens of each row count (None: all; "enough":
     for images the ``thresholds``'s number, for texts all), chosen at random by ``seed``;
-    ``saliency`` is the share in :class:`..activations.token_sampling.Saliency` for images."""
+    ``saliency`` is the share in :class:`..activations.tokens.Saliency` for images."""
 
     rows: int
     row_tokens: int | Literal["enough"] | None = None

@@ -8,7 +8,7 @@ or while it is solved. Otherwise the moments of all sites exist at once, and no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,8 +21,7 @@ from ..activations.host_pool import HostPool
 from ..activations.lockstep import Lockstep
 from ..activations.memory import MemoryMeter
 from ..activations.micro_batch import MicroBatch
-from ..activations.token_sampling import TokenSampling
-from ..activations.tokens import Group, Observation
+from ..activations.tokens import Group, Observation, TokenSampling
 from ..hosts.protocol import Stage
 from ..solve.problem import MemoryEstimate
 
@@ -30,8 +29,8 @@ from ..solve.problem import MemoryEstimate
 @dataclass(frozen=True)
 class Strategy:
     """Rows pause at the end of each of the ``barriers`` (None: at every site). If it ``offloads`` a
-    device, rows without space there wait in host memory, at ``bits`` bits (None: unchanged). A
-    sweep takes ``slower`` times as long as with the first strategy."""
+    device, rows wait in host memory, at ``bits`` bits (None: unchanged). A sweep takes ``slower``
+    times as long as with the first strategy."""
 
     name: str = ""
     slower: float = 1.0
@@ -40,12 +39,16 @@ class Strategy:
     bits: int | None = None
 
 
+ON_DEVICE = Strategy("waiting on the device")
+
+
 @dataclass
 class Step:
-    """A row's step to ``site``: bytes that it holds there (``waiting``), its peak on the way
-    (``running``), copies of its tensors that are reduced later (``shown``), and what a forward of
-    any number of rows takes on the way. The inputs of the sites ``beside`` are still alive there;
-    for a site that ``shares``, the moments of its inputs already exist."""
+    """The step of a row, with all its copies, to ``site``, the last one to the model's end (site
+    ""): bytes that it holds there (``waiting``), its peak on the way (``running``), copies of its
+    tensors that are reduced later (``shown``), and what a forward of any number of rows takes on
+    the way. The inputs of the sites ``beside`` are still alive there; for a site that ``shares``,
+    the moments of its inputs already exist."""
 
     site: str
     waiting: int = 0
@@ -54,20 +57,6 @@ class Step:
     forward: int = 0
     beside: Sequence[str] = ()
     shares: bool = False
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The cost of one row with all its copies: its ``steps`` in order, the last one to the model's
-    end (site ""). ``device`` is where its tensors are."""
-
-    steps: Sequence[Step]
-    device: torch.device
-
-    @property
-    def waiting(self) -> int:
-        """The maximum over all sites."""
-        return max(step.waiting for step in self.steps)
 
 
 @dataclass(frozen=True)
@@ -81,29 +70,22 @@ class Measure:
     limit: Callable[[int], int] | None = None
     itemsize: int = 4
 
-    def row(
-        self,
-        barriers: Barriers | None = None,
-        place: HostPool | None = None,
-        bits: int | None = None,
-    ) -> Cost:
-        """The cost of a row that waits on the device, or in ``place`` at so many ``bits``, at the
-        end of each of the ``barriers`` (None: at every site). The first run casts changes to the
-        model's dtype, and loads weights that are offloaded as a whole model. Both stay on the
-        device and belong to no row, so a run that leaves something behind does not count."""
+    def row(self, strategy: Strategy = ON_DEVICE, place: HostPool | None = None) -> list[Step]:
+        """The steps of a row with a ``strategy``; if that offloads, it waits in ``place``. The
+        first run casts changes to the model's dtype, and loads weights that are offloaded as a
+        whole model. Both stay on the device and belong to no row, so a run that leaves something
+        behind does not count."""
         row = _longest(self.stage)
-        offload = None if place is None else partial(ActivationOffload, place, bits)
-        measured = partial(_MeasuredForward, self, barriers, offload)
-        one = measured([row])
+        one = _MeasuredForward(self, strategy, place, [row])
         if one.meter.live:
-            one = measured([row])
-        two = measured([row, row])
+            one = _MeasuredForward(self, strategy, place, [row])
+        two = _MeasuredForward(self, strategy, place, [row, row])
         for step, both in zip(one.steps, two.steps, strict=True):
             step.forward = max(2 * step.running - both.running, 0)
             step.waiting = self.copies * max(both.waiting - step.waiting, 0)
             step.running = self.copies * max(both.running - step.running, 0)
             step.shown = self.copies * max(both.shown - step.shown, 0)
-        return Cost(one.steps, one.device)
+        return one.steps
 
 
 class _MeasuredForward:
@@ -111,21 +93,16 @@ class _MeasuredForward:
     pause."""
 
     def __init__(
-        self,
-        measure: Measure,
-        barriers: Barriers | None,
-        offload: Callable[[], ActivationOffload] | None,
-        rows: Sequence[int],
+        self, measure: Measure, strategy: Strategy, place: HostPool | None, rows: Sequence[int]
     ) -> None:
         self.steps: list[Step] = []
         self.meter = MemoryMeter()
-        self.device = torch.device("cpu")
         self._measure = measure
-        self._narrow = barriers is not None
+        self._narrow = strategy.barriers is not None
         self._groups: dict[Group, str] = {}
         self._level: list[Observation] = []
         self._solved = 0
-        self._offload = offload() if offload is not None else None
+        self._offload = None if place is None else ActivationOffload(place, strategy.bits)
         stage, lockstep = measure.stage, measure.lockstep
         batch = MicroBatch(
             partial(stage.run, rows, 1),
@@ -137,7 +114,7 @@ class _MeasuredForward:
             conditions=[stage.costliest_condition] * len(rows) if stage.conditions else (),
         )
         with ExitStack() as stack:
-            stack.enter_context(lockstep.in_barriers(barriers or Barriers()))
+            stack.enter_context(lockstep.in_barriers(strategy.barriers or Barriers()))
             stack.enter_context(self.meter)
             if self._offload is not None:
                 stack.enter_context(self._offload)
@@ -148,7 +125,7 @@ class _MeasuredForward:
 
     def observe(self, shown: Observation) -> None:
         """Reduce what a site sees, or keep copies of it, as in a sweep."""
-        self.device, meter, held = shown.inputs.device, self.meter, 0
+        meter, held = self.meter, 0
         before = meter.live, meter.peak
         if self._narrow:
             shown = shown.gathered()
@@ -205,83 +182,62 @@ def _longest(stage: Stage) -> int:
 
 
 @dataclass(frozen=True)
-class MemoryLimits:
-    """Bytes that may be used on the device, and additionally on the host."""
-
-    device: int
-    host: int = 0
-
-
-@dataclass(frozen=True)
 class Footprint:
     """The memory of ``stage`` beyond the model with a ``strategy``: ``fixed`` bytes, ``sites`` for
-    moments and solves, and a ``cost`` per row, or ``parked`` for a row that waits in host memory.
-    In a sweep all rows wait, and ``sampled`` of them with copies of their observed tensors, until
-    all of these can be reduced; the others' are reduced as they run. None: no sweep."""
+    moments and solves, and the ``steps`` of every row. In a sweep all rows wait, and ``sampled`` of
+    them with copies of their observed tensors, until all of these can be reduced; the others' are
+    reduced as they run. None: no sweep."""
 
     stage: Stage
     strategy: Strategy
-    cost: Cost
-    parked: Cost | None
+    steps: Sequence[Step]
     sites: Mapping[str, MemoryEstimate]
     fixed: int = 0
     sampled: int | None = None
 
-    def bytes_of(self, rows: int, at_once: int, on_device: int | None = None) -> int:
-        """Bytes for ``rows`` rows, ``at_once`` per forward, with that many of the rows waiting on
-        the device (None: all)."""
+    def bytes_of(self, rows: int, at_once: int) -> int:
+        """Bytes on the device for ``rows`` rows, ``at_once`` per forward."""
         at_once = min(at_once, rows)
-        sweeps = self.sampled is not None
-        peaks = self._swept(rows, at_once, on_device) if sweeps else self._streamed(at_once)
-        return self.fixed + max(peaks)
-
-    def host_bytes(self, rows: int, on_device: int) -> int:
-        """Bytes of host memory for the rows that do not wait on the device."""
-        if self.parked is None:
-            return 0
-        away = rows - on_device
-        shown = max(sum(s.shown for s in level) for level in self._of_barriers(self.cost.steps))
-        return away * self.parked.waiting + min(self.sampled or 0, away) * shown
-
-    def _swept(self, rows: int, at_once: int, on_device: int | None) -> Iterator[int]:
-        """Bytes at every moment that may be the peak: while rows run to a level, of which others
-        may or may not have left the previous one, and while the level is solved."""
-        there = rows if on_device is None else on_device
-        parked = self.parked or self.cost
-        sampled = min(self.sampled or 0, there)
+        if self.sampled is None:
+            kept = sum(site.kept for site in self.sites.values())
+            solves = [site.solve for site in self.sites.values()]
+            runs = [at_once * step.running + step.forward for step in self.steps]
+            return self.fixed + kept + max(solves + runs)
+        # Of every moment that may be the peak: while rows run to a level, of which others may or
+        # may not have left the previous one, and while the level is solved.
+        peaks: list[int] = []
         before = left = 0
-        levels = map(self._of_barriers, (self.cost.steps, parked.steps))
-        for steps, offs in zip(*levels, strict=True):
-            step, off = steps[-1], offs[-1]
+        there = self.strategy.offloads is None  # where rows wait
+        for steps in self._levels():
+            step, others = steps[-1], rows - at_once
             sites = [(some, self.sites[some.site]) for some in steps if some.site in self.sites]
             kept = sum(site.kept - site.shared * some.shares for some, site in sites)
-            shown = sum(some.shown for some in steps)
             # Sampled rows run first; the last one's copies count towards its running memory.
-            first = there * before + sampled * max(step.waiting - before, 0)
-            first += max(sampled - at_once, 0) * shown
-            for others in (there * max(before, step.waiting), first):
-                if there >= at_once:
-                    rest = others * (there - at_once) // there
-                    yield rest + at_once * step.running + step.forward + left + kept
-                if there < rows:
-                    yield others + at_once * off.running + off.forward + left + kept
+            ahead = max(step.waiting - before, 0) + sum(some.shown for some in steps)
+            first = others * before + min(self.sampled, others) * ahead
+            waiting = max(others * max(before, step.waiting), first) if there else 0
+            peaks.append(waiting + at_once * step.running + step.forward + left + kept)
             before = step.waiting
             if sites:
                 shared = sum(self.sites[s].left for s in step.beside if s in self.sites)
-                yield there * before + kept + max(site.solve for _, site in sites) + shared
+                solve = max(site.solve for _, site in sites)
+                peaks.append(rows * before * there + kept + solve + shared)
                 left = max(site.left for _, site in sites) + shared
+        return self.fixed + max(peaks)
 
-    def _of_barriers(self, steps: Sequence[Step]) -> list[list[Step]]:
+    def host_bytes(self, rows: int) -> int:
+        """Bytes of host memory in which ``rows`` rows wait."""
+        if self.strategy.offloads is None:
+            return 0
+        shown = max(sum(step.shown for step in level) for level in self._levels())
+        waiting = max(step.waiting for step in self.steps)
+        return rows * waiting + min(self.sampled or 0, rows) * shown
+
+    def _levels(self) -> list[list[Step]]:
         """The steps by level; those after the last barrier form their own."""
         barriers, found = self.strategy.barriers, list[list[Step]]([[]])
-        for step in steps:
+        for step in self.steps:
             found[-1].append(step)
             if barriers is None or barriers.ends_at(step.site):
                 found.append([])
         return [level for level in found if level]
-
-    def _streamed(self, at_once: int) -> Iterator[int]:
-        kept = sum(site.kept for site in self.sites.values())
-        yield from (kept + site.solve for site in self.sites.values())
-        for step in self.cost.steps:
-            yield kept + at_once * step.running + step.forward

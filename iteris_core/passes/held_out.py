@@ -67,9 +67,12 @@ class FinalOutputs:
                 owners[row], kinds[row] = owner, (stage.name, key)
         return cls(host, samples, owners, kinds)
 
-    def under(self, changes: Mapping[str, LowRank]) -> dict[int, Tensor]:
-        """Row → its output with ``changes`` on the base, float64, on the CPU."""
-        rows = list(self.owners)
+    def under(
+        self, changes: Mapping[str, LowRank], concepts: Collection[int] | None = None
+    ) -> dict[int, Tensor]:
+        """Row of the ``concepts`` (None: all) → its output with ``changes`` on the base, float64,
+        on the CPU."""
+        rows = [row for row, owner in self.owners.items() if concepts is None or owner in concepts]
 
         def run(at_once: int) -> dict[int, Tensor]:
             found: dict[int, Tensor] = {}
@@ -84,11 +87,6 @@ class FinalOutputs:
         what = "Out of memory while measuring held-out rows"
         with torch.no_grad(), added(self.host, changes):
             return with_less(halved(_BATCH), run, lambda said, tried: f"{what} ({said}).")[0]
-
-    def of_concepts(self, concepts: Collection[int]) -> FinalOutputs:
-        """Those of their rows alone."""
-        owners = {row: owner for row, owner in self.owners.items() if owner in concepts}
-        return replace(self, owners=owners)
 
 
 def expect_held_out(job: Job) -> None:
@@ -115,30 +113,32 @@ def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
     def quiet(what: str, done: int, total: int) -> None:
         pass
 
-    loras = [i for i, concept in enumerate(job.concepts) if concept.lora is not None]
-    own = [
-        {site: change for site, some in job.changes.items() if (change := some.by_concept[i])}
-        for i in loras
-    ]
-    phantom = phantom_of(own[0], _BESIDE, calibration.seed)
+    own = {
+        i: {site: change for site, some in job.changes.items() if (change := some.by_concept[i])}
+        for i, concept in enumerate(job.concepts)
+        if concept.lora is not None
+    }
+    phantom = phantom_of(next(iter(own.values())), _BESIDE, calibration.seed)
     sites, total = job.changes.keys(), len(STRENGTHS) + 1
     with torch.no_grad(), job.run() as run:
         given = job.concepts, sites, calibration, run.lockstep, generator, quiet
         samples = job.host.samples(*given, **job.kept_in)
-    final = FinalOutputs.of(job.host, samples, sites).of_concepts(loras)
-    alone = final.under({})
-
-    def scaled(changes: Mapping[str, LowRank], strength: float) -> dict[str, LowRank]:
-        return {site: change.scaled(strength) for site, change in changes.items()}
-
-    found: dict[str, list[float]] = {}
+    final = FinalOutputs.of(job.host, samples, sites)
+    base, found = final.under({}, own), dict[str, list[float]]()
     for done, strength in enumerate([*STRENGTHS, None]):
         job.tick(WHAT, done, total)
-        other, base = ({}, alone) if strength else (phantom, final.under(phantom))
-        given = final.under(beside(scaled(merged, strength or 1.0), other))
+        other: Mapping[str, LowRank] = {}
+        if strength is None:
+            other, base = phantom, final.under(phantom, own)
+        outputs = [
+            final.under(
+                beside({s: change.scaled(strength or 1.0) for s, change in one.items()}, other),
+                concepts,
+            )
+            for one, concepts in ((merged, own), *((lora, [i]) for i, lora in own.items()))
+        ]
         found[BESIDE if strength is None else f"{strength:g}"] = [
-            1 - error_of(given, base, final.of_concepts([i]).under(beside(lora, other)))
-            for i, lora in zip(loras, (scaled(one, strength or 1.0) for one in own), strict=True)
+            1 - error_of(outputs[0], base, wanted) for wanted in outputs[1:]
         ]
     job.tick(WHAT, total, total)
     return found

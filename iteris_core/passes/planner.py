@@ -6,25 +6,24 @@ because other programs took it, the next ones are tried.
 
 In a sweep rows wait on the device at every site, which needs most memory, or block by block
 (:mod:`..activations.barriers`) with only the inputs of a small or large block. If the device has
-memory of its own, they wait there while it lasts, and then in host memory; as a last resort these
-are rounded to 8 or 4 bits. All but this gives the same result.
+memory of its own, they then wait in host memory; as a last resort they are rounded there to 8 or 4
+bits. All but this gives the same result.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 from ..activations.barriers import Barriers, ExecutionTrace, watched, with_replayable
-from ..activations.host_pool import HostPool
+from ..activations.host_pool import HostPool, free_host
 from ..activations.lockstep import Lockstep
-from ..activations.memory import free_memory, halved, is_apart, is_out_of_memory, usable
+from ..activations.memory import halved, is_apart, is_out_of_memory
 from ..activations.micro_batch import MicroBatch
 from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
@@ -32,7 +31,7 @@ from ..progress import duration
 from ..solve.choose import THRESHOLDS, Thresholds
 from ..solve.problem import StageSolver
 from .batches import ExecutionConfig, Schedule, fewer, limit_of, sampled_rows, selected
-from .footprint import Footprint, Measure, MemoryLimits, Strategy
+from .footprint import ON_DEVICE, Footprint, Measure, Strategy
 from .job import Job, Run
 
 _log = logging.getLogger(__name__)
@@ -44,7 +43,6 @@ _IN_HOST, _BLOCKS_IN_HOST = 1.4, 1.25  # times longer
 _PACKED = {8: 1.1, 4: 1.2}
 """Bits at which rows wait, and the estimated slowdown of a sweep."""
 
-ON_DEVICE = Strategy("waiting on the device")
 IN_HOST = "waiting in host memory"
 
 
@@ -71,31 +69,21 @@ def ladder(stage: Stage, lockstep: Lockstep, thresholds: Thresholds) -> Iterator
 
 def find(stage: Stage, lockstep: Lockstep) -> ExecutionTrace:
     """The barriers of a stage, found with its first row."""
-    return watched(lockstep.run, _first_row(stage))
+    return watched(lockstep.run, MicroBatch(partial(stage.run, [0], 1), [stage.concept_ids[0]], 1))
 
 
 def replayable(
     stage: Stage, lockstep: Lockstep, barriers: Barriers, thresholds: Thresholds = THRESHOLDS
 ) -> Barriers:
     """``barriers`` with the blocks that can be replayed."""
-    return with_replayable(barriers, lockstep.run, _first_row(stage), thresholds.replay_error)
-
-
-def _first_row(stage: Stage) -> MicroBatch:
-    return MicroBatch(partial(stage.run, [0], 1), [stage.concept_ids[0]], 1)
-
-
-def _free_host() -> int:
-    """Bytes of host memory that a merge may use."""
-    return usable(free_memory(torch.device("cpu")))
+    batch = MicroBatch(partial(stage.run, [0], 1), [stage.concept_ids[0]], 1)
+    return with_replayable(barriers, lockstep.run, batch, thresholds.replay_error)
 
 
 @dataclass(frozen=True)
 class Plan:
     """``at_once`` rows of a stage at a time out of ``offered``, with a ``strategy``, using
-    ``bytes`` of the ``budget`` beyond the model. In a sweep ``on_device`` rows wait on the device
-    and, if the strategy offloads, the others in ``host_bytes`` of host memory, of
-    ``host_limit``."""
+    ``bytes`` of the ``budget`` beyond the model, and ``host_bytes`` of host memory."""
 
     stage: Stage
     at_once: int
@@ -103,9 +91,7 @@ class Plan:
     offered: int = 0
     bytes: int = 0
     budget: float = math.inf
-    on_device: int = 0
     host_bytes: int = 0
-    host_limit: int = 0
 
     @property
     def rows(self) -> int:
@@ -164,8 +150,7 @@ def planned(
     """A plan within the run's memory budget; without a budget, the fastest strategy."""
     offered = len(stage.concept_ids)
     if run.job.memory_budget is None or not stage.sites:
-        fastest = ON_DEVICE if schedule.sweep else Strategy()
-        return Plan(stage, batching.rows, fastest, offered)
+        return Plan(stage, batching.rows, ON_DEVICE if schedule.sweep else Strategy(), offered)
     made = replace(_fitting(run, stage, solver, batching, schedule), offered=offered)
     if made.rows < made.offered:
         _log.warning(
@@ -178,146 +163,101 @@ def planned(
 
 
 def _fitting(
-    run: Run, stage: Stage, solver: StageSolver, batching: ExecutionConfig, schedule: Schedule
+    run: Run,
+    stage: Stage,
+    solver: StageSolver,
+    batching: ExecutionConfig,
+    schedule: Schedule,
 ) -> Plan:
     """The plan for as many rows as fit. With fewer rows, more tokens per row may count, so a
     reduced stage is measured again."""
-    lockstep, sweep = run.lockstep, schedule.sweep
-    free, available = run.job.host.free_memory, run.job.memory_budget
+    sweep = schedule.sweep
+    lockstep, available = run.lockstep, run.job.memory_budget
     limit, itemsize = limit_of(stage, batching), solver.dtype.itemsize
     measure = Measure(stage, lockstep, schedule.copies, limit, itemsize)
-    cost = measure.row()
+    steps = measure.row()
     sites = {site: solver.bytes(site, sweep) for site in stage.sites}
-    # The merged changes, at most: float32 factors of rank Σ r_i, on the LoRAs' device.
-    fixed = lockstep.cast_bytes + sum(
-        4 * sum(site.shape) * site.rank
-        for site in lockstep.changes.values()
-        if site.like.up.device.type == cost.device.type
-    )
+    # The merged changes, at most: float32 factors of rank Σ r_i.
+    merged = (4 * sum(site.shape) * site.rank for site in lockstep.changes.values())
     sampled = len(sampled_rows(stage, batching.thresholds)) if sweep else None
-    fastest = ON_DEVICE if sweep else Strategy()
-    footprints = [Footprint(stage, fastest, cost, None, sites, fixed, sampled)]
+    fixed = lockstep.cast_bytes + sum(merged)
+    footprints = [
+        Footprint(stage, ON_DEVICE if schedule.sweep else Strategy(), steps, sites, fixed, sampled)
+    ]
     wanted = footprints[0].bytes_of(len(stage.concept_ids), batching.rows)
+    free, host_limit = run.job.host.free_memory, 0
     if isinstance(available, int):
         free(min(wanted, available))
     else:
         available = free(wanted)
-    limits = MemoryLimits(available)
     if sweep and wanted > available:
-        limits = MemoryLimits(available, _free_host())
-        with closing(HostPool(cost.device, limits.host)) as place:
-            footprints += others(footprints[0], measure, place, batching)
-    made = plan_stage(footprints, limits, batching.rows)
-    if made.rows < made.offered and stage.spatial and batching.row_tokens == "enough":
+        footprints += others(footprints[0], measure, batching.thresholds)
+        host_limit = free_host()
+    made = plan_stage(footprints, available, batching.rows, host_limit)
+    if made.rows < len(stage.concept_ids) and stage.spatial and batching.row_tokens == "enough":
         return _fitting(run, made.stage, solver, batching, schedule)
     if made.bytes < wanted:
         free(made.bytes)  # weights evicted for more than this come back
     return made
 
 
-def others(
-    footprint: Footprint, measure: Measure, place: HostPool, batching: ExecutionConfig
-) -> Iterator[Footprint]:
-    """``footprint`` with the other strategies; offloaded rows wait in ``place``."""
-    barriers, cost = None, footprint.cost
-    for strategy in ladder(footprint.stage, measure.lockstep, batching.thresholds):
-        if strategy.barriers is not barriers:
-            barriers = strategy.barriers
-            cost = measure.row(barriers)
-        parked = None
-        if strategy.offloads is not None:
-            parked = measure.row(barriers, place, strategy.bits)
-        yield replace(footprint, strategy=strategy, cost=cost, parked=parked)
+def others(footprint: Footprint, measure: Measure, thresholds: Thresholds) -> Iterator[Footprint]:
+    """``footprint`` with the other strategies."""
+    for strategy in ladder(footprint.stage, measure.lockstep, thresholds):
+        if strategy.offloads is None:
+            steps = measure.row(strategy)
+        else:
+            with closing(HostPool(strategy.offloads)) as place:
+                steps = measure.row(strategy, place)
+        yield replace(footprint, strategy=strategy, steps=steps)
 
 
-def plan_stage(footprints: Sequence[Footprint], limits: MemoryLimits, most: int) -> Plan:
-    """The first plan of up to ``most`` rows at once that fits into the ``limits``. ``footprints``
-    are those of the strategies, fastest first. If none fits, rows are left out evenly over the
-    concepts, except in a stage that a later one needs in full. Raises :class:`OutOfMemory` if even
-    one row per concept does not fit."""
+def plan_stage(footprints: Sequence[Footprint], limit: int, most: int, host_limit: int = 0) -> Plan:
+    """The first plan of up to ``most`` rows at once that fits into ``limit`` bytes of the device,
+    and ``host_limit`` of the host. ``footprints`` are those of the strategies, fastest first. If
+    none fits, rows are left out evenly over the concepts, except in a stage that a later one needs
+    in full. Raises :class:`OutOfMemory` if even one row per concept does not fit."""
     stage = footprints[0].stage
     offered, concepts = len(stage.concept_ids), len(set(stage.concept_ids))
 
     def first(most: int, share: int | None = None) -> Plan | None:
         """With that many rows of each concept (None: all)."""
         some = stage if share is None else fewer(stage, share * concepts)
-        plans = (_plan_of(footprint, limits, some, most) for footprint in footprints)
-        return next(filter(None, plans), None)
+        rows = len(some.concept_ids)
+        for of in footprints:
+            waiting = of.host_bytes(rows)
+            for at_once in range(min(most, rows), 0, -1) if waiting <= host_limit else ():
+                size = of.bytes_of(rows, at_once)
+                if size <= limit:
+                    return Plan(some, at_once, of.strategy, offered, size, limit, waiting)
+        return None
 
     made = first(most)
     if made is None and not stage.feeds_next:
-        share = _largest(lambda share: first(1, share) is not None, 1, offered // concepts)
-        made = None if share is None else first(most, share)
-    if made is None:
-        raise _too_much(footprints, limits, offered if stage.feeds_next else concepts)
-    return replace(made, offered=offered)
-
-
-def _plan_of(footprint: Footprint, limits: MemoryLimits, stage: Stage, most: int) -> Plan | None:
-    """With one strategy: as many rows at once as fit, with as many as possible waiting there."""
-    rows = len(stage.concept_ids)
-    counts, least, most_there = range(min(most, rows), 0, -1), rows, rows
-    if footprint.parked is not None:
-        counts, least, most_there = halved(min(most, rows)), 0, rows - 1
-
-    def fits(at_once: int, there: int) -> bool:
-        return footprint.bytes_of(rows, at_once, there) <= limits.device
-
-    for at_once in counts:
-        there = _largest(partial(fits, at_once), least, most_there)
-        if there is None:
-            continue
-        if there < rows:
-            there -= there % at_once  # whole forwards
-        host_bytes = footprint.host_bytes(rows, there)
-        if host_bytes <= limits.host:
-            return Plan(
-                stage,
-                at_once,
-                footprint.strategy,
-                bytes=footprint.bytes_of(rows, at_once, there),
-                budget=limits.device,
-                on_device=there,
-                host_bytes=host_bytes,
-                host_limit=limits.host,
-            )
-    return None
-
-
-def _too_much(footprints: Sequence[Footprint], limits: MemoryLimits, fewest: int) -> OutOfMemory:
-    def least(of: Footprint) -> int:
-        return of.bytes_of(fewest, 1, fewest if of.parked is None else 0)
-
-    def size(count: float) -> str:
-        """In the largest unit of which there is at least a tenth."""
-        for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-            if count >= unit / 10:
-                return f"{count / unit:.2f} {name}"
-        return f"{count:.0f} bytes"
-
-    smallest = min(footprints, key=least)
-    tried = ""
-    if smallest.parked is not None:
-        waiting, free = size(smallest.host_bytes(fewest, 0)), size(limits.host)
-        tried = f", with rows waiting in {waiting} of host memory, with {free} free"
-    what = "one row per concept"
-    if smallest.stage.feeds_next:
-        what = "all rows, because later stages need them"
-    return OutOfMemory(
-        f"The {smallest.stage.name} needs at least {size(least(smallest))} beyond the model for "
-        f"{what}{tried}, but only {size(limits.device)} may be used; lower samples, timesteps or "
-        "latent_size, or allow more memory."
+        shares = range(1, offered // concepts + 1)
+        share = bisect_left(shares, True, key=lambda share: first(1, share) is None)
+        made = first(most, share) if share else None
+    if made is not None:
+        return made
+    fewest, what = concepts, "one row per concept"
+    if stage.feeds_next:
+        fewest, what = offered, "all rows, because later stages need them"
+    smallest = min(footprints, key=lambda of: of.bytes_of(fewest, 1))
+    needed, waiting = smallest.bytes_of(fewest, 1), smallest.host_bytes(fewest)
+    in_host = ""
+    if waiting:
+        in_host = (
+            f", with rows waiting in {_gib(waiting)} of host memory, with {_gib(host_limit)} free"
+        )
+    raise OutOfMemory(
+        f"The {stage.name} needs at least {_gib(needed)} beyond the model for {what}{in_host}, but "
+        f"only {_gib(limit)} may be used; lower samples, timesteps or latent_size, or allow more "
+        "memory."
     )
 
 
-def _largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
-    """The largest number that ``fits``, assuming all smaller ones do."""
-    if most < least or not fits(least):
-        return None
-    while least < most:
-        middle = (least + most + 1) // 2
-        least, most = (middle, most) if fits(middle) else (least, middle - 1)
-    return least
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"
 
 
 def attempts(
@@ -326,19 +266,16 @@ def attempts(
     """``plan``, followed by plans that use less in case memory runs out: in a sweep the other
     strategies, then half as many rows at once, down to one."""
     yield plan
+    strategies: list[Strategy] = []
     if sweep:
-        # Those that can be found: that needs a row to run, for which memory may be missing too.
-        strategies = [plan.strategy] if plan.strategy.offloads and plan.on_device else []
-        try:
-            for strategy in ladder(plan.stage, lockstep, thresholds):
-                if strategy.slower > plan.strategy.slower:
-                    strategies.append(strategy)
+        try:  # to find them needs a row to run, for which memory may be missing too
+            strategies.extend(ladder(plan.stage, lockstep, thresholds))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        for strategy in strategies:
-            host = plan.host_limit or (_free_host() if strategy.offloads is not None else 0)
-            plan = replace(plan, strategy=strategy, on_device=0, host_limit=host)
+    for strategy in strategies:
+        if strategy.slower > plan.strategy.slower:
+            plan = replace(plan, strategy=strategy)
             yield plan
     rows = min(plan.at_once, plan.rows)
     yield from (replace(plan, at_once=some) for some in halved(rows) if some < rows)

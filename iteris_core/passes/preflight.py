@@ -80,7 +80,12 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
                 found |= why | dict.fromkeys(mixed - joined, MIXED)
                 if not every_kind:
                     seen.append(timing)
-                    streams |= _streams(stage, modules)
+                    if stage.spatial and stage.concept_ids:
+                        # Two rows of one kind that are far apart in time
+                        kinds = stage.batch_keys or [None] * len(stage.concept_ids)
+                        rows = [row for row, kind in enumerate(kinds) if kind == kinds[0]]
+                        run = partial(stage.run, [rows[0], rows[-1]], 1)
+                        streams |= find_streams(run, 2, modules)
             if sites <= found.keys() and MIXED not in found.values():
                 break
     why_not = {s: why for s in sites if (why := found.get(s, UNREACHED)) is not None}
@@ -139,29 +144,12 @@ def _look(
     return why, mixed, StageTiming(stage, calibration, reached, seconds, device)
 
 
-def _streams(stage: Stage, modules: Mapping[str, nn.Module]) -> dict[str, Stream]:
-    """From two rows of one kind that are far apart in time."""
-    if not stage.spatial or not stage.concept_ids:
-        return {}
-    kinds = stage.batch_keys or [None] * len(stage.concept_ids)
-    rows = [row for row, kind in enumerate(kinds) if kind == kinds[0]]
-    return find_streams(partial(stage.run, [rows[0], rows[-1]], 1), 2, modules)
-
-
 def joined_rows(stage: Stage, modules: Mapping[str, nn.Module]) -> set[str]:
     """The ``modules``, sites of ``stage``, whose inputs are the rows' tokens one row after another:
-    two rows of one kind, run together, give the first row's tokens followed by the second's. If all
-    rows give the same tokens, they must not repeat within a row, where another order would look the
-    same."""
+    two rows of one kind, run together, give the first row's tokens followed by the second's."""
 
     def same(one: Tensor, other: Tensor) -> bool:
         return not differ(one, other, _ROUNDING)
-
-    def repeats(tokens: Tensor) -> bool:
-        """True if (tokens, width) consist of one part, repeated."""
-        count = len(tokens)
-        parts = (tokens.reshape(n, -1) for n in range(2, count + 1) if count % n == 0)
-        return any(same(some[1:], some[:-1]) for some in parts)
 
     of_kinds: dict[Hashable, list[int]] = {}
     for row, kind in enumerate(stage.batch_keys or [None] * len(stage.concept_ids)):
@@ -171,23 +159,19 @@ def joined_rows(stage: Stage, modules: Mapping[str, nn.Module]) -> set[str]:
     pairs = sorted((at, some[at], some[-1 - at]) for some in every for at in range(len(some) // 2))
     undecided = {s: m for s, m in modules.items() if not isinstance(m, nn.Conv2d)}
     joined: set[str] = set()
-    alike: set[str] = set()
     for _, one, other in pairs[:_PAIRS]:
         ways = [one, one], [other, other], [one, other]
         alone, beside, both = (_halves(stage, rows, undecided) for rows in ways)
-        for site in list(undecided):
-            first, second, mixed = alone.get(site), beside.get(site), both.get(site)
-            if first is None or second is None or mixed is None or not same(*first):
-                del undecided[site]
-            elif not same(first[0], second[0]):
-                del undecided[site]
-                if same(first[0], mixed[0]) and same(second[0], mixed[1]):
-                    joined.add(site)
-            elif not repeats(first[0]):
-                alike.add(site)
+        for site in alone.keys() & beside.keys() & both.keys():
+            (first, again), (second, _), mixed = alone[site], beside[site], both[site]
+            if same(first, second):  # another pair may tell
+                continue
+            del undecided[site]
+            if same(first, again) and same(first, mixed[0]) and same(second, mixed[1]):
+                joined.add(site)
         if not undecided:
             break
-    return joined | (alike & undecided.keys())
+    return joined
 
 
 def _halves(

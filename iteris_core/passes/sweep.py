@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
 
 import torch
 
@@ -104,7 +103,8 @@ class _Passes:
         for stage in self.run.stages():
             made = self._plans.get(stage.name)
             plan = self._planned(stage) if made is None else made.of(stage)
-            attempt = partial(self._attempt, self.solver_of(plan.stage))
+            run = self._sweep if schedule.sweep else self._stream
+            attempt = partial(run, self.solver_of(plan.stage))
             tried = attempts(
                 plan, self.run.lockstep, self.batching.thresholds, sweep=schedule.sweep
             )
@@ -142,22 +142,11 @@ class _Passes:
         slower = {plan.stage.name: plan.strategy.slower for plan in self.made}
         expect_sites(self.run.job, self.batching, self.schedule, slower, self.sweeps)
 
-    def _attempt(self, solver: StageSolver, plan: Plan) -> None:
-        # From an attempt that ran out of memory.
-        for site in self._solutions.keys() & set(plan.stage.sites):
-            del self._solutions[site]
-            if self.schedule.sweep:
-                del self.run.lockstep.merged[site]
-        batching = replace(self.batching, rows=plan.at_once)
-        if self.schedule.sweep:
-            self._sweep(solver, plan, batching)
-        else:
-            self._stream(solver, plan.stage, batching)
-
-    def _stream(self, solver: StageSolver, stage: Stage, batching: ExecutionConfig) -> None:
+    def _stream(self, solver: StageSolver, plan: Plan) -> None:
         """Run all rows, then solve the sites. Before the first solve there is no merged model: X̃ =
         X (Algorithm 1, initial)."""
-        job, turn = self.run.job, self._turn
+        job, turn, stage = self.run.job, self._turn, plan.stage
+        batching = replace(self.batching, rows=plan.at_once)
         several = self.schedule.passes > 1
         collector = Collector(self.run.lockstep.changes, solver)
         batches = list(micro_batches(stage, 2 if turn else 1, collector, batching))
@@ -172,13 +161,16 @@ class _Passes:
             if not several:
                 job.tick(SOLVING, len(self._solutions), len(self.run.lockstep.changes))
 
-    def _sweep(self, solver: StageSolver, plan: Plan, batching: ExecutionConfig) -> None:
+    def _sweep(self, solver: StageSolver, plan: Plan) -> None:
         """Run rows in step; they wait at each site until it is solved."""
         job, lockstep, stage, strategy = self.run.job, self.run.lockstep, plan.stage, plan.strategy
+        batching = replace(self.batching, rows=plan.at_once)
+        for site in self._solutions.keys() & set(stage.sites):  # of an attempt that ran out
+            del self._solutions[site], lockstep.merged[site]
         offload = None
         if strategy.offloads is not None:
-            place, modules = HostPool(strategy.offloads, plan.host_limit), job.host.sites().values()
-            offload = ActivationOffload(place, strategy.bits, list(modules))
+            modules = list(job.host.sites().values())
+            offload = ActivationOffload(HostPool(strategy.offloads), strategy.bits, modules)
         sampled = sampled_rows(stage, batching.thresholds)
         collector = Collector(
             lockstep.changes,
@@ -194,8 +186,6 @@ class _Passes:
             stack.enter_context(lockstep.in_barriers(strategy.barriers or Barriers()))
             if offload is not None:
                 stack.callback(offload.place.close)
-                waiting = accumulate(len(batch.owners) for batch in batches)
-                offload.stay = {n for n, rows in enumerate(waiting) if rows <= plan.on_device}
                 stack.enter_context(offload)
             stack.callback(collector.forget)  # otherwise everything it holds would be put back
             for level in stack.enter_context(closing(lockstep.sweep(batches, offload))):

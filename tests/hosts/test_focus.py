@@ -1,4 +1,4 @@
-"""Tokens that count more where a LoRA acts (iteris_core/activations/token_sampling.py)."""
+"""Tokens that count more where a LoRA acts (iteris_core/activations/tokens.py)."""
 
 from collections import defaultdict
 

@@ -6,7 +6,7 @@ from reductions import moments_of
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.activations.token_sampling import TokenSampling
+from iteris_core.activations.tokens import TokenSampling
 from iteris_core.solve.inputs import InputMoments
 
 

@@ -143,20 +143,3 @@ def test_a_method_that_sweeps_refuses_a_repeated_site(between):
     with pytest.raises(SiteError, match=r"up \(in lora-1, lora-2\): it is called more than once"):
         preview_merge(PictureHost(Twice(between), make_data()), some, "regmean++")
     assert preview_merge(PictureHost(Twice(between), make_data()), some, "regmean").plan
-
-
-@pytest.mark.parametrize("repeats", [False, True])
-def test_what_is_alike_for_all_rows_may_not_repeat_itself(repeats):
-    """A row that repeats itself hides the order of the rows."""
-    model = Model(joined)
-    given = torch.randn(12 // (1 + repeats), 12, generator=torch.Generator().manual_seed(4))
-    given = given.repeat(1 + repeats, 1).double()
-    forward = model.forward
-    model.forward = lambda x: forward(given.expand(len(x), -1, -1)) + x.sum()
-    some = [Concept(make_lora(i, sites=("up",)), prompts=["unused"]) for i in (1, 2)]
-    host = PictureHost(model, make_data())
-    if repeats:
-        with pytest.raises(IterisError, match="mixed or split"):
-            merge_loras(host, some)
-    else:
-        assert set(merge_loras(host, some).lora.sites) == {"up"}
