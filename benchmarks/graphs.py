@@ -28,7 +28,7 @@ from client import Client
 from conftest import COMFYUI, running
 from matrix import version_of
 
-GRAPHS = ("quick_start_toybox", "two_in_one_picture", "compare_methods")
+GRAPHS = ("quick_start_toybox", "two_in_one_picture", "compare_methods", "score_pictures")
 FRONT_END = ROOT / "tests" / "comfy" / "front_end.js"
 
 

@@ -15,13 +15,20 @@ from .merge_nodes import CompareMerges, IterisMerge, IterisMergeExperts
 from .merge_settings import IterisMergeSettings
 from .save_node import SaveMergedLora
 from .schema import discreet
-from .sheet_node import ContactSheet
+from .score_nodes import (
+    ClipImageAlignment,
+    ClipScorerLoader,
+    ClipTextAlignment,
+    ScoreSheet,
+    VisionScorer,
+)
 
 NODES: list[type[io.ComfyNode]] = [
     *(IterisLoras, IterisConcept, PreservePrompts),
     *(IterisMerge, IterisMergeSettings, IterisMergeExperts, CompareMerges),
     *(SaveMergedLora, ResizeLora, ExtractLora, InspectLoras),
-    *(ContactSheet, IterisToybox),
+    *(ClipScorerLoader, VisionScorer, ClipImageAlignment, ClipTextAlignment, ScoreSheet),
+    IterisToybox,
 ]
 NODES = [*map(discreet, NODES)]
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..iteris_core.errors import IterisError
-from ..toybox import BASE, TEMPLATES, ToyConcept, pivotal_concepts
+from ..toybox import BASE, TEMPLATES, ToyConcept, load_clip, pivotal_concepts
 from ..toybox import concepts as toy_concepts
 from .comfy_internals import comfy, memory
+from .comfy_scorer import ComfyScorer, LazyScorer
 from .concept_specs import make_spec
 from .pictures import to_image
 from .schema import schema
@@ -32,7 +33,7 @@ class IterisToybox(io.ComfyNode):
             "IterisToybox",
             ["demo", "test model", "example"],
             inputs=[io.String.Input("tokens", default="sks1, sks6")],
-            outputs=("MODEL", "CLIP", "VAE", "concepts", "references", "prompts"),
+            outputs=("MODEL", "CLIP", "VAE", "concepts", "references", "prompts", "scorer"),
             lists=("references", "prompts"),
         )
 
@@ -59,6 +60,7 @@ class IterisToybox(io.ComfyNode):
                 else one.instance_prompt
                 for one in chosen
             ],
+            LazyScorer(lambda: ComfyScorer(*load_clip())),
         )
 
 

@@ -23,6 +23,7 @@ _TEXTS = json.loads((_LOCALES / "en" / "nodeDefs.json").read_text(encoding="utf-
 
 Concepts = io.Custom("ITERIS_CONCEPTS")
 MergeSettings = io.Custom("ITERIS_SETTINGS")
+Scorer = io.Custom("ITERIS_SCORER")
 LoraModel = io.Custom("LORA_MODEL")
 LoraStack = io.Custom("LORA_STACK")
 
@@ -36,8 +37,9 @@ _OUTPUTS: Mapping[str, Any] = {
     **dict.fromkeys(("MODEL", "MODEL low"), io.Model),
     **dict.fromkeys(("lora", "lora low"), LoraModel),
     **dict.fromkeys(("plot", "sheet", "references"), io.Image),
+    **dict.fromkeys(("cosine", "clip_score"), io.Float),
     **{"CLIP": io.Clip, "VAE": io.Vae},
-    **{"concepts": Concepts, "settings": MergeSettings},
+    **{"concepts": Concepts, "settings": MergeSettings, "scorer": Scorer},
 }
 """Output → its type; all others are text."""
 

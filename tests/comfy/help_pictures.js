@@ -41,6 +41,12 @@ const NODES = {
     says: '68 layers at ranks 1 to 7; error 4.4% of what the fine-tune changes.',
   },
   IterisInspectLoras: {},
+  IterisClipScorerLoader: {},
+  IterisVisionScorer: {},
+  IterisClipImageAlignment: { says: 'image alignment: 0.8051' },
+  IterisClipTextAlignment: {
+    values: { prompts: 'a red star on a white background' }, says: 'text alignment: 0.8182',
+  },
   IterisScoreSheet: { values: { labels: 'base\niteris', prompts: 'a sks1 star' } },
   IterisToybox: {},
 };

@@ -176,17 +176,23 @@ def test_compare_inspect_preserve_and_stack(client):
             "IterisInspectLoras", model=toybox[0], clip=toybox[1], concepts=toybox[2]
         ),
         "table": node("PreviewAny", source=["inspected", 1]),
+        "score": node(
+            "IterisClipTextAlignment", scorer=["toybox", 6], images=["drawnd", 0],
+            prompts="a sks1 star", leave_out="sks1",
+        ),
+        "scores": node("PreviewAny", source=["score", 2]),
     }  # fmt: skip
     outputs = client.run(graph)
     assert len(outputs["drawn"]["images"]) == 6
     assert "overlap" in outputs["table"]["text"][0]
+    assert "CLIPScore" in outputs["scores"]["text"][0]
 
 
 def test_every_node_is_served_with_its_help_and_texts(client):
     """What these say is compared with the nodes by test_texts.py."""
     found = {k: v for k, v in client.get("/object_info").items() if k.startswith("Iteris")}
     texts = client.get("/i18n")
-    assert len(found) == 13
+    assert len(found) == 17
     for name, info in found.items():
         assert info["category"].split("/")[0] == "IterIS"
         assert all(info["output_tooltips"])
