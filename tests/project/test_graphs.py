@@ -156,7 +156,7 @@ def test_help_pages_have_a_picture(language):
     """The help panel looks for it from the folder of the pages, whatever the language."""
     docs = ROOT / "web" / "docs"
     pages = sorted(docs.glob("*/zh.md" if language else "*.md"))
-    assert len(pages) == 13
+    assert len(pages) == 17
     for page in pages:
         name = page.parent.name if language else page.stem
         (shown,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
