@@ -17,9 +17,9 @@ from .calibration_prompts import Composite
 from .concepts import Calibration, Concept
 from .config import Unmergeable, read_concepts
 from .errors import IterisError, SettingsError, SiteError
+from .hosts.diffusers import host_of
 from .hosts.diffusers_lora import load_adapter
 from .hosts.learned import embedding_triggers
-from .hosts.of_model import host_of
 from .hosts.protocol import Host
 from .hosts.rows import CLASSES
 from .hosts.sample_store import SampleStore, digest

@@ -25,7 +25,7 @@ from ..architectures.record import TEXT_WIRINGS
 from ..architectures.sites import in_changed_parts, residual_streams
 from ..calibration_prompts import whole_words
 from ..concepts import Calibration, Concept
-from ..errors import BaseError
+from ..errors import BaseError, SettingsError
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from .diffusers_arguments import Arguments, study
@@ -37,6 +37,7 @@ from .protocol import Host, Stage, Tick, check_model, check_ready
 from .recorded import Call, entries, joined, kind, size
 from .rows import SamplePrompts, added_concepts
 from .sample_store import SampleStore, digest, digest_of_weights
+from .transformers import TransformersHost
 
 Words = list[list[Call]]
 """For each of two copies, and each text: the denoiser's arguments that depend on the text."""
@@ -294,3 +295,18 @@ class DiffusersHost(Host):
             for prompt, row in zip(prompts, rows, strict=True):
                 row |= {p: torch.zeros_like(row[p]) for p in arguments.worded if not prompt}
         return rows
+
+
+def host_of(model: Any) -> Host:
+    """A host unchanged, or a new host with defaults for a pipeline or model. Raises
+    :class:`SettingsError` for anything else."""
+    if callable(getattr(model, "stages", None)):
+        return model
+    if isinstance(getattr(model, "components", None), Mapping):
+        return DiffusersHost(model)
+    if isinstance(model, nn.Module) and hasattr(model, "config"):
+        return TransformersHost(model)
+    raise SettingsError(
+        f"{type(model).__name__} does not run a base model; pass a diffusers pipeline, a "
+        "transformers model, or a host for one."
+    )

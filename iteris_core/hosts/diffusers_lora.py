@@ -40,17 +40,16 @@ COMPONENTS = (
 def pipeline_sites(pipeline: Any) -> dict[str, nn.Module]:
     """Layers of all components that a LoRA may change; raises :class:`IterisError` if compiled."""
     sites: dict[str, nn.Module] = {}
-    for name, model in _components(pipeline):
+    for name, model in components_of(pipeline).items():
         check_uncompiled(model)
         sites |= named_sites(name, model)
     return sites
 
 
-def _components(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
-    for name in COMPONENTS:
-        model = getattr(pipeline, name, None)
-        if isinstance(model, nn.Module):
-            yield name, model
+def components_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The pipeline's models that LoRAs may change, by name."""
+    models = {name: getattr(pipeline, name, None) for name in COMPONENTS}
+    return {name: model for name, model in models.items() if isinstance(model, nn.Module)}
 
 
 def base_of(pipeline: Any, sites: Mapping[str, nn.Module]) -> BaseModel:
@@ -107,8 +106,16 @@ def load_adapter(pipeline: Any, lora: Lora, name: str) -> None:
     Raises :class:`OutputError` if the pipeline's own loader fails or leaves out a layer. There is
     then no adapter of that name, and the others are as before.
     """
+
+    def adapters() -> dict[str, Any]:
+        return {
+            f"{component}.{place}": layer
+            for component, model in components_of(pipeline).items()
+            for place, layer in peft_layers(model).items()
+        }
+
     kind = type(pipeline).__name__
-    before = {layer: [*layer.active_adapters] for layer in _adapter_layers(pipeline).values()}
+    before = {layer: [*layer.active_adapters] for layer in adapters().values()}
     try:
         pipeline.delete_adapters(name)
         with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +126,7 @@ def load_adapter(pipeline: Any, lora: Lora, name: str) -> None:
                     second = {"load_into_transformer_2": True} if number else {}
                     pipeline.load_lora_weights(str(path), adapter_name=name, **second)
         # transformers 5 dropped ``text_model.`` from its names
-        loaded = {s for s, layer in _adapter_layers(pipeline).items() if name in layer.lora_A}
+        loaded = {site for site, layer in adapters().items() if name in layer.lora_A}
         left = [s for s in lora.sites if not {s, s.replace(".text_model.", ".", 1)} & loaded]
         if left:
             raise OutputError(
@@ -128,10 +135,10 @@ def load_adapter(pipeline: Any, lora: Lora, name: str) -> None:
             )
         pipeline.set_adapters([name])
     except Exception as error:
-        if not before and hasattr(pipeline, "unload_lora_weights"):
-            pipeline.unload_lora_weights()
-        elif before:
+        if before:
             pipeline.delete_adapters(name)
+        elif hasattr(pipeline, "unload_lora_weights"):
+            pipeline.unload_lora_weights()
         for layer, active in before.items():
             layer.set_adapter([other for other in active if other != name])
         if isinstance(error, IterisError):
@@ -153,25 +160,11 @@ def peft_layers(model: nn.Module) -> dict[str, Any]:
     return layers
 
 
-def _adapter_layers(pipeline: Any) -> dict[str, Any]:
-    """peft's layers in all components, by the site's name."""
-    return {
-        f"{component}.{place}": layer
-        for component, model in _components(pipeline)
-        for place, layer in peft_layers(model).items()
-    }
-
-
 def single_file_pipeline(path: Path) -> Any:
     """The pipeline's class, detected by diffusers from tensor names and shapes; no tensor is read.
-    If no built-in record has it, the class comes from the released model's configuration on the
-    hub. Raises :class:`IterisError` if diffusers cannot load a pipeline from the file."""
+    Raises :class:`BaseError` if no built-in record has it."""
     import diffusers
-    from diffusers.loaders.single_file_utils import (
-        DIFFUSERS_DEFAULT_PIPELINE_PATHS,
-        infer_diffusers_model_type,
-    )
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
     shapes, _ = read_header(path)
     checkpoint = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
@@ -179,20 +172,13 @@ def single_file_pipeline(path: Path) -> Any:
     for known in ARCHITECTURES:
         if model_type in known.single_files:
             return getattr(diffusers, known.pipeline)
-    source: dict[str, str] = DIFFUSERS_DEFAULT_PIPELINE_PATHS[model_type]
-    configured: Any = DiffusionPipeline.load_config(source["pretrained_model_name_or_path"])
-    pipeline = getattr(diffusers, configured.get("_class_name", ""), None)
-    if not hasattr(pipeline, "from_single_file") or not hasattr(pipeline, "load_lora_weights"):
-        raise BaseError(
-            f"{path} is a checkpoint of type {model_type!r}, from which diffusers loads no "
-            "pipeline that supports merging; give a folder with the whole pipeline."
-        )
-    return pipeline
+    raise BaseError(
+        f"{path} is a checkpoint of type {model_type!r}, from which no whole pipeline can be made; "
+        "give a folder with the whole pipeline."
+    )
 
 
 Tensors = Mapping[str, Tensor]
-
-_PREFIXES = re.compile(r"^(base_model\.model\.)?(diffusion_model\.)?(transformer\.)?")
 
 
 def by_loader(
@@ -204,53 +190,45 @@ def by_loader(
     under another spelling of the same names. Raises :class:`LoraFileError` that names the lost
     keys; with ``allow_partial`` they stay, under names that say so.
     """
-    unknown = _unknown(tensors, base)
-    if not unknown:
+
+    def unknown(tensors: Tensors) -> list[str]:
+        splits = {key: split_key(key, base.aliases) for key in tensors}
+        return [key for key, split in splits.items() if not split or split[0] not in base.aliases]
+
+    strange, name = unknown(tensors), type(pipeline).__name__
+    if not strange:
         return dict(tensors)
-    tried: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]] = []
-    error: Exception | None = None
-    for spelled in _spellings(_with_alphas_folded(tensors)):
+    tried: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    why = ""
+    for spelled in _spellings(tensors):
         try:
             converted, lost = _convert(pipeline, spelled)
         except Exception as failure:  # converters raise many types of exception
-            error = error or failure
+            why = why or f" ({brief(failure)})"
             continue
-        missing = len(lost) + len(_unknown(converted, base))
-        if not missing:
+        lost |= {key: converted.pop(key) for key in unknown(converted)}
+        if not lost:
             return converted
-        tried.append((missing, converted, lost))
+        tried.append((converted, lost))
+    best, lost = min(tried, key=lambda one: len(one[1]), default=(dict(tensors), {}))
     if allow_partial:
-        best = min(tried, key=lambda attempt: attempt[0], default=(0, dict(tensors), {}))
-        return best[1] | {f"{key} (left out by diffusers' loader)": t for key, t in best[2].items()}
-    name = type(pipeline).__name__
-    text = [key for key in unknown if key.startswith(("text_encoder", "lora_te"))]
-    if text:
-        raise LoraFileError(
-            f"{path}: {text[0]} changes a text encoder, which diffusers' loader of {name} ignores. "
-            "Allow partial reading (option allow_partial) to merge without it."
-        )
-    lost = next((lost for _, _, lost in tried if lost), None)
-    if lost and len(lost) < len(tensors):
+        return best | {f"{key} (left out by diffusers' loader)": t for key, t in lost.items()}
+    if 0 < len(lost) < len(tensors):
         raise LoraFileError(
             f"{path}: diffusers' loader of {name} would leave out {len(lost)} of {len(tensors)} "
             f"tensors, such as {', '.join([*lost][:3])}. Allow partial reading (option "
             "allow_partial) to go on without them."
         )
-    key, why = unknown[0], f" ({brief(error)})" if error is not None else ""
     raise LoraFileError(
-        f"{path}: {key} {tuple(tensors[key].shape)} matches no module of the base model, and "
-        f"diffusers' loader of {name} does not convert the file{why}; was this LoRA made for "
-        "another base model?"
+        f"{path}: {strange[0]} {tuple(tensors[strange[0]].shape)} matches no module of the base "
+        f"model, and diffusers' loader of {name} does not convert the file{why}; was this LoRA "
+        "made for another base model?"
     )
 
 
-def _unknown(tensors: Tensors, base: BaseModel) -> list[str]:
-    splits = {key: split_key(key, base.aliases) for key in tensors}
-    return [key for key, split in splits.items() if not split or split[0] not in base.aliases]
-
-
-def _with_alphas_folded(tensors: Tensors) -> dict[str, Tensor]:
-    """The same changes with every alpha equal to its rank."""
+def _spellings(tensors: Tensors) -> Iterator[dict[str, Tensor]]:
+    """The tensors with every alpha folded in, then equal to its rank: as they are, without alphas,
+    and with ComfyUI's and kohya's prefixes."""
     folded = dict(tensors)
     for keys in modules_of(tensors).values():
         if {"alpha", "down", "up"} <= keys.keys():
@@ -258,24 +236,16 @@ def _with_alphas_folded(tensors: Tensors) -> dict[str, Tensor]:
             scale = float(alpha.flatten()[0]) / max(rank, 1)
             folded[keys["up"]] = tensors[keys["up"]].float() * scale
             folded[keys["alpha"]] = torch.full_like(alpha, rank, dtype=torch.float32)
-    return folded
-
-
-def _spellings(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The tensors: unchanged, without redundant alphas, and with ComfyUI's and kohya's prefixes."""
-    bare = {key: t for key, t in tensors.items() if not key.endswith(".alpha")}
-    yield tensors
-    yield bare
+    bare = {key: t for key, t in folded.items() if not key.endswith(".alpha")}
     ours: dict[str, Tensor] = {}
     kohya: dict[str, Tensor] = {}
     for key, tensor in bare.items():
-        name = _PREFIXES.sub("", key)
+        name = re.sub(r"^(base_model\.model\.)?(diffusion_model\.)?(transformer\.)?", "", key)
         module, part = split_key(name, ()) or (name, "")
         leaf = {"down": ".lora_down.weight", "up": ".lora_up.weight"}.get(part, f".{part}")
         ours[f"diffusion_model.{name}"] = tensor
         kohya[f"lora_unet_{module.replace('.', '_')}{leaf}"] = tensor
-    yield ours
-    yield kohya
+    yield from (folded, bare, ours, kohya)
 
 
 def _convert(
@@ -291,16 +261,16 @@ def _convert(
         **state,
         **{key: torch.tensor(float(alpha)) for key, alpha in (alphas or {}).items()},
     }
+
+    def fingerprints(tensor: Tensor) -> Tensor:
+        """(rows,) int64, equal for equal rows; none for zero rows, which a converter may drop."""
+        rows = tensor.float().flatten(1) if tensor.ndim > 1 else tensor.float().reshape(-1, 1)
+        generator = torch.Generator().manual_seed(rows.shape[1])
+        factors = torch.randint(2**62, rows.shape[1:], generator=generator)
+        sums = (rows.contiguous().view(torch.int32) * factors).sum(dim=1)  # modulo 2^64
+        return sums[(rows != 0).any(dim=1)]
+
     none = torch.empty(0, dtype=torch.int64)
     there = torch.cat([none, *map(fingerprints, converted.values())])
     lost = {k: t for k, t in tensors.items() if not torch.isin(fingerprints(t), there).all()}
     return converted, {k: t for k, t in lost.items() if not k.endswith(".alpha")}
-
-
-def fingerprints(tensor: Tensor) -> Tensor:
-    """(rows,) int64, equal for equal rows; none for zero rows, which a converter may drop."""
-    rows = tensor.float().flatten(1) if tensor.ndim > 1 else tensor.float().reshape(-1, 1)
-    generator = torch.Generator().manual_seed(rows.shape[1])
-    factors = torch.randint(2**62, rows.shape[1:], generator=generator)
-    sums = (rows.contiguous().view(torch.int32) * factors).sum(dim=1)  # modulo 2^64
-    return sums[(rows != 0).any(dim=1)]

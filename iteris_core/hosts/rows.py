@@ -160,18 +160,19 @@ class SamplePrompts:
         """Draw random prompts. If a concept has very few, a prompt gets extra words after its 16th
         use. Concepts without a LoRA have no samples: their rows use the latents of others."""
         wording = Wording(vocabulary, concepts, generator)
-        own = [_own_generator(concept, calibration.seed) for concept in concepts]
-        prompts = [
-            concept_prompts(concept, calibration, of) if concept.lora else []
-            for concept, of in zip(concepts, own, strict=True)
-        ]
-        if calibration.contexts != 0:
-            for of_concept in prompts:
-                seen: Counter[str] = Counter()
-                for index, prompt in enumerate(of_concept):
-                    seen[prompt] += 1
-                    if seen[prompt] > _DENOISED_ALIKE:
-                        of_concept[index] = wording.in_context(prompt)
+        own: list[torch.Generator] = []
+        prompts: list[list[str]] = []
+        for concept in concepts:
+            given = None if concept.prompts is None else [str(prompt) for prompt in concept.prompts]
+            words = calibration.seed, concept.trigger, concept.class_word, list(concept.subjects)
+            seed = zlib.crc32(repr([*words, given]).encode())
+            own.append(torch.Generator().manual_seed(seed))
+            prompts.append(concept_prompts(concept, calibration, own[-1]) if concept.lora else [])
+            seen: Counter[str] = Counter()
+            for index, prompt in enumerate(prompts[-1]) if calibration.contexts != 0 else ():
+                seen[prompt] += 1
+                if seen[prompt] > _DENOISED_ALIKE:
+                    prompts[-1][index] = wording.in_context(prompt)
         return SamplePrompts(
             [concept for concept, of_concept in enumerate(prompts) for _ in of_concept],
             [prompt for of_concept in prompts for prompt in of_concept],
@@ -259,12 +260,6 @@ class SamplePrompts:
         return min(self.calibration.samples, _REPEATS * min(own, default=0))
 
 
-def _own_generator(concept: Concept, seed: int) -> torch.Generator:
-    prompts = None if concept.prompts is None else [str(prompt) for prompt in concept.prompts]
-    words = [seed, concept.trigger, concept.class_word, list(concept.subjects), prompts]
-    return torch.Generator().manual_seed(zlib.crc32(repr(words).encode()))
-
-
 def drawn_steps(
     count: int, calibration: Calibration, steps: int, generator: torch.Generator
 ) -> Tensor:
@@ -285,30 +280,23 @@ def drawn_uses(
     which phantoms can be made."""
     draw = random.Random(calibration.seed)
     known: dict[Hashable, Use] = {}
-    uses: list[Use] = []
+    uses = [Use()] * len(samples)
     for row, sample in enumerate(samples):
         if row * _GOLDEN % 1 >= (calibration.conditions or 0.0):
-            uses.append(Use())
             continue
         if sample not in known:
-            known[sample] = _drawn(draw, loras)
-        uses.append(known[sample])
+            text = denoiser = 1.0
+            if draw.random() < _AT_STRENGTHS:  # of both together, or of the text encoders apart
+                text = denoiser = draw.uniform(*_STRENGTHS)
+                apart = draw.random()
+                text = draw.uniform(*_STRENGTHS) if apart < 0.5 else text
+                denoiser = 1.0 if apart < 0.25 else denoiser
+            known[sample] = Use(Condition(text), Condition(denoiser))
+            if draw.random() < _BESIDE_ANOTHER:
+                phantom = draw.choice(loras), draw.uniform(*_BESIDE), draw.randrange(1 << 32)
+                known[sample] = Use(Condition(text, *phantom), Condition(denoiser, *phantom))
+        uses[row] = known[sample]
     return uses
-
-
-def _drawn(draw: random.Random, loras: Sequence[int]) -> Use:
-    text = denoiser = 1.0
-    if draw.random() < _AT_STRENGTHS:  # of both together, or of the text encoders apart
-        text = denoiser = draw.uniform(*_STRENGTHS)
-        apart = draw.random()
-        if apart < 0.5:
-            text = draw.uniform(*_STRENGTHS)
-        if apart < 0.25:
-            denoiser = 1.0
-    if draw.random() >= _BESIDE_ANOTHER:
-        return Use(Condition(text), Condition(denoiser))
-    phantom = draw.choice(loras), draw.uniform(*_BESIDE), draw.randrange(1 << 32)
-    return Use(Condition(text, *phantom), Condition(denoiser, *phantom))
 
 
 PICTURE_TOKENS = 1024

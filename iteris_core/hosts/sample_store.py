@@ -4,6 +4,7 @@ LoRA's samples depend on the base, its own prompts and a few settings, not on th
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from ..saving import atomically
 
 _log = logging.getLogger(__name__)
 
-VERSION = "1"
+VERSION = "2"
 """Changes whenever the same key would stand for other samples."""
 
 LIMIT = 4 * 2**30
@@ -52,12 +53,11 @@ class SampleStore:
     def get(self, *parts: str) -> dict[str, Tensor] | None:
         """The tensors kept under these ``parts``, or None."""
         path = self._path(parts)
-        try:
+        with suppress(OSError, SafetensorError, ValueError):
             tensors = load_file(path)
             os.utime(path)
-        except (OSError, SafetensorError, ValueError):
-            return None
-        return tensors
+            return tensors
+        return None
 
     def put(self, tensors: Mapping[str, Tensor], *parts: str) -> None:
         """Keep ``tensors``, and let go of what has not been used for longest."""
@@ -100,50 +100,39 @@ class SampleStore:
         return removed
 
     def _path(self, parts: Sequence[str]) -> Path:
-        return (
-            self.folder / f"{digest((VERSION, torch.__version__, *self.parts, *parts))}.safetensors"
-        )
+        name = digest((VERSION, torch.__version__, *self.parts, *parts))
+        return self.folder / f"{name}.safetensors"
 
 
 def digest(value: Any) -> str:
     """A hash of numbers, texts, tensors, images, and sequences and mappings of them. Raises
     :class:`TypeError` for anything else."""
-    found = hashlib.sha256()
-    _feed(found, value)
-    return found.hexdigest()
+
+    def hashed(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return dict(part)  # pyright: ignore
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().contiguous()
+            kind, content = f"{part.dtype}{tuple(part.shape)}", part.reshape(-1).view(torch.uint8)
+            return [kind, hashlib.sha256(content.numpy()).hexdigest()]
+        if hasattr(part, "tobytes") and hasattr(part, "size"):  # a picture, or an array
+            return [f"{part.size}", hashlib.sha256(part.tobytes()).hexdigest()]
+        raise TypeError(f"no hash of a {type(part).__name__}")
+
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=hashed).encode()).hexdigest()
 
 
 def digest_of_weights(named: Iterable[tuple[str, Tensor]]) -> str | None:
     """A hash of a model's weights, of some values of each: training changes all of them. A
     quantised one is made of others (``__tensor_flatten__``). None if a weight is not there, as on
     the device "meta", or is another kind of tensor."""
-    found = hashlib.sha256()
+    values: list[Any] = []
     for name, tensor in named:
         tensor = tensor.detach()
         parts = getattr(tensor, "__tensor_flatten__", lambda: ((), None))()[0]
         for part in [getattr(tensor, part) for part in parts] or [tensor]:
             if part.is_meta or type(part) is not Tensor:
                 return None
-            flat = part.reshape(-1)
-            some = flat[:: max(1, flat.numel() // _VALUES)]
-            _feed(found, (name, tuple(tensor.shape), some))
-    return found.hexdigest()
-
-
-def _feed(found: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().contiguous()
-        found.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        found.update(value.reshape(-1).view(torch.uint8).numpy())
-    elif isinstance(value, Mapping):
-        _feed(found, sorted(value.items()))  # pyright: ignore
-    elif isinstance(value, (list, tuple)):
-        found.update(f"[{len(value)}".encode())  # pyright: ignore
-        for one in value:  # pyright: ignore
-            _feed(found, one)
-    elif value is None or isinstance(value, (bool, int, float, str)):
-        found.update(f"{type(value).__name__}:{value!r};".encode())
-    elif hasattr(value, "tobytes") and hasattr(value, "size"):  # a picture, or an array
-        found.update(f"{value.size}".encode() + value.tobytes())
-    else:
-        raise TypeError(f"no hash of a {type(value).__name__}")
+            step = max(1, part.numel() // _VALUES)
+            values.append((name, tuple(tensor.shape), part.reshape(-1)[::step]))
+    return digest(values)

@@ -26,6 +26,10 @@ from ..lora_files.peft_folder import read_adapter
 from .protocol import Host, Stage, Tick, check_model, check_ready
 from .sample_store import SampleStore
 
+Row = Mapping[str, Tensor]
+"""Keyword arguments of the model's forward, with a batch dimension of 1"""
+
+_READ = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "attention_mask")
 _CROSS = ("EncDecAttention", "encoder_attn", "crossattention")
 
 
@@ -59,6 +63,7 @@ class TransformersHost(Host):
         check_model(model)
         self.model: Any = model
         self._generate = dict(generate) if generate is not None else None
+        self._decodes = bool(getattr(self.model.config, "is_encoder_decoder", False))
         self._sites = {
             f"model.{name}": module
             for name, module in model.named_modules()
@@ -72,10 +77,6 @@ class TransformersHost(Host):
         placed = (getattr(hook, "execution_device", None) for hook in hooks)
         known = next((device for device in placed if device is not None), None)
         return next(self.model.parameters()).device if known is None else torch.device(known)
-
-    @property
-    def _encodes_and_decodes(self) -> bool:
-        return bool(getattr(self.model.config, "is_encoder_decoder", False))
 
     def sites(self) -> Mapping[str, nn.Module]:
         return self._sites
@@ -95,15 +96,14 @@ class TransformersHost(Host):
         tick: Tick,
         store: SampleStore | None = None,
     ) -> ModelSamples:
-        owners: list[int] = []
-        rows: list[Row] = []
-        for index, concept in enumerate(concepts):
-            mine = rows_of(concept, calibration.samples, decodes=self._encodes_and_decodes)
-            owners += [index] * len(mine)
-            rows += mine
+        own = [rows_of(concept, calibration.samples, decodes=self._decodes) for concept in concepts]
+        owners = [index for index, mine in enumerate(own) for _ in mine]
+        rows = [row for mine in own for row in mine]
         check_ready(self.model)
         if self._generate is not None:
-            rows = self._continued(rows, owners, lockstep, tick)
+            for at, (row, owner) in enumerate(zip(list(rows), owners, strict=True)):
+                rows[at] = self._continued(row, owner, lockstep)
+                tick("generating", at + 1, len(rows))
         return ModelSamples(owners, rows)
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
@@ -111,11 +111,15 @@ class TransformersHost(Host):
         return in_changed_parts(streams, sites)
 
     def stages(self, samples: ModelSamples, sites: Set[str]) -> Iterator[Stage]:
-        more = self._fewest_logits(sites)
+        names = inspect.signature(self.model.forward).parameters
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        reads_head = any(self._sites[site] is head for site in sites)
+        # Otherwise a decoder computes logits for every token.
+        few = {"logits_to_keep": 1} if "logits_to_keep" in names and not reads_head else {}
 
         def run(rows: Sequence[int], copies: int) -> None:
             batch = self._batch([samples.rows[row] for row in rows], copies)
-            self.model(**batch, **({} if "labels" in batch else more))
+            self.model(**batch, **({} if "labels" in batch else few))
 
         def mask(site: str, rows: Sequence[int]) -> Tensor | None:
             name = self._mask_name(site)
@@ -130,16 +134,9 @@ class TransformersHost(Host):
     def free_memory(self, wanted: int) -> int:
         return usable(free_memory(self.device))
 
-    def _fewest_logits(self, sites: Set[str]) -> dict[str, int]:
-        """The argument that stops a decoder from computing logits for every token."""
-        names = inspect.signature(self.model.forward).parameters
-        head = getattr(self.model, "get_output_embeddings", lambda: None)()
-        needed = any(self._sites[site] is head for site in sites)
-        return {"logits_to_keep": 1} if "logits_to_keep" in names and not needed else {}
-
     def _mask_name(self, site: str) -> str | None:
         """The mask for a site's tokens, a decoder's own or that of its input; not of images."""
-        if self._encodes_and_decodes and ".decoder." in site:
+        if self._decodes and ".decoder." in site:
             reads_encoder = any(mark in site for mark in _CROSS)
             leaf = site.rpartition(".")[2]
             if not (reads_encoder and leaf in ("k", "v", "k_proj", "v_proj", "key", "value")):
@@ -151,51 +148,57 @@ class TransformersHost(Host):
         return "attention_mask"
 
     def _batch(self, rows: Sequence[Row], copies: int) -> dict[str, Tensor]:
+        """Rows padded on the right to equal length, ``copies`` times."""
+        if any(row.keys() != rows[0].keys() for row in rows):
+            names = sorted({*rows[0]}.symmetric_difference(*rows[1:]))
+            raise SettingsError(
+                f"Samples have different arguments ({', '.join(names)} are not in all); every "
+                "batch of every concept needs the same ones."
+            )
         config = self.model.config
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        batch = collate(rows, copies, getattr(text, "pad_token_id", None) or 0)
-        for name, tensor in batch.items():
-            dtype = self.model.dtype if tensor.is_floating_point() else tensor.dtype
-            batch[name] = tensor.to(self.device, dtype)
+        pad = getattr(text, "pad_token_id", None) or 0
+        batch: dict[str, Tensor] = {}
+        for name, first in rows[0].items():
+            parts = [row[name] for row in rows]
+            if first.ndim == 2:
+                length = max(part.shape[1] for part in parts)
+                value = -100 if name == "labels" else pad if name.endswith("input_ids") else 0
+                parts = [nn.functional.pad(p, (0, length - p.shape[1]), value=value) for p in parts]
+            dtype = self.model.dtype if first.is_floating_point() else first.dtype
+            batch[name] = torch.cat(parts * copies).to(self.device, dtype)
         return batch
 
-    def _continued(
-        self, rows: Sequence[Row], owners: Sequence[int], lockstep: Lockstep, tick: Tick
-    ) -> list[Row]:
-        """Every row, extended by what its own LoRA generates; one row per call, so no padding."""
-        continued: list[Row] = []
-        for done, (row, owner) in enumerate(zip(rows, owners, strict=True), 1):
-            given = {name: tensor for name, tensor in row.items() if name != "labels"}
-            if "decoder_input_ids" not in given:
-                given.pop("decoder_attention_mask", None)  # the labels' mask
-            ids = self._generated(given, owner, lockstep)[:, :-1]  # the last token is never read
-            continued.append(extended(given, ids, decodes=self._encodes_and_decodes))
-            tick("generating", done, len(rows))
-        return continued
-
-    def _generated(self, row: Row, owner: int, lockstep: Lockstep) -> Tensor:
+    def _continued(self, row: Row, owner: int, lockstep: Lockstep) -> Row:
+        """The row, extended by what its own LoRA generates; alone in its call, so no padding."""
+        given = {name: tensor for name, tensor in row.items() if name != "labels"}
+        if "decoder_input_ids" not in given:
+            given.pop("decoder_attention_mask", None)  # the labels' mask
         generated: list[Tensor] = []
         options = {"do_sample": False, "num_beams": 1, **(self._generate or {})}
         # Models write into their arguments (BLIP its start token).
-        batch = self._batch([{name: tensor.clone() for name, tensor in row.items()}], 1)
+        batch = self._batch([{name: tensor.clone() for name, tensor in given.items()}], 1)
 
         def run() -> None:
             generated.append(self.model.generate(**batch, **options))
 
         lockstep.run(MicroBatch(run, [owner], 1))
-        if generated[0].shape[1] < 2:
+        ids = generated[0].cpu()[:, :-1]  # the last token is never read
+        if not ids.shape[1]:
             raise BaseError("The model generated nothing; check the arguments of generate.")
-        return generated[0].cpu()
-
-
-Row = Mapping[str, Tensor]
-"""Keyword arguments of the model's forward, with a batch dimension of 1"""
-
-_READ = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "attention_mask")
+        prefix = "decoder_" if self._decodes else ""
+        mask, known = torch.ones_like(ids), given.get(f"{prefix}attention_mask")
+        if known is not None and not known.all():
+            same = min(known.shape[1], mask.shape[1])
+            mask[:, :same] = known[:, :same]
+        replaced = () if self._decodes else ("position_ids", "token_type_ids", "inputs_embeds")
+        kept = {name: tensor for name, tensor in given.items() if name not in replaced}
+        return {**kept, f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
 
 
 def rows_of(concept: Concept, limit: int, *, decodes: bool) -> list[Row]:
-    """The concept's batches as rows without padding, at most ``limit``.
+    """The concept's batches as rows without padding, at most ``limit``, with a mask for every kind
+    of token, so that rows can be padded to equal length.
 
     ``decodes``: the model is an encoder-decoder. Raises :class:`IterisError` if there are no
     samples and :class:`SettingsError` for batches that are not tensors with rows first.
@@ -215,7 +218,13 @@ def rows_of(concept: Concept, limit: int, *, decodes: bool) -> list[Row]:
                 f"Concept {concept.name!r}: {', '.join(strange)} of a batch are not tensors with "
                 'rows; make batches with return_tensors="pt".'
             )
-        tensors = _with_masks(batch, decodes)
+        tensors = dict(batch)
+        for prefix in ("", "decoder_"):
+            if (ids := tensors.get(f"{prefix}input_ids")) is not None:
+                tensors.setdefault(f"{prefix}attention_mask", torch.ones_like(ids))
+        if decodes and "labels" in tensors and tensors["labels"].ndim == 2:
+            # The model reads the labels shifted by one: a token counts if it has one to predict.
+            tensors.setdefault("decoder_attention_mask", (tensors["labels"] != -100).long())
         sizes = {len(value) for value in tensors.values()}
         if len(sizes) != 1:
             raise SettingsError(
@@ -233,69 +242,21 @@ def rows_of(concept: Concept, limit: int, *, decodes: bool) -> list[Row]:
     return rows[:limit]
 
 
-def collate(rows: Sequence[Row], copies: int, pad: int) -> dict[str, Tensor]:
-    """Rows padded on the right to equal length, ``copies`` times."""
-    if any(row.keys() != rows[0].keys() for row in rows):
-        names = sorted({*rows[0]}.symmetric_difference(*rows[1:]))
-        raise SettingsError(
-            f"Samples have different arguments ({', '.join(names)} are not in all); every batch of "
-            "every concept needs the same ones."
-        )
-    batch: dict[str, Tensor] = {}
-    for name in rows[0]:
-        parts = [row[name] for row in rows]
-        if parts[0].ndim == 2:
-            length = max(part.shape[1] for part in parts)
-            value = -100 if name == "labels" else pad if name.endswith("input_ids") else 0
-            parts = [nn.functional.pad(p, (0, length - p.shape[1]), value=value) for p in parts]
-        batch[name] = torch.cat(parts * copies)
-    return batch
-
-
-def extended(row: Row, ids: Tensor, *, decodes: bool) -> Row:
-    """``row`` with the tokens ``ids``, (1, tokens), that a decoder has read so far."""
-    prefix = "decoder_" if decodes else ""
-    mask = torch.ones_like(ids)
-    given = row.get(f"{prefix}attention_mask")
-    if given is not None and not given.all():
-        same = min(given.shape[1], mask.shape[1])
-        mask[:, :same] = given[:, :same]
-    replaced = () if decodes else ("position_ids", "token_type_ids", "inputs_embeds")
-    kept = {name: tensor for name, tensor in row.items() if name not in replaced}
-    return {**kept, f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
-
-
-def _with_masks(batch: Mapping[str, Tensor], decodes: bool) -> dict[str, Tensor]:
-    """The batch with a mask for every kind of token, so that rows can be padded to equal length."""
-    masked = dict(batch)
-    if "input_ids" in masked:
-        masked.setdefault("attention_mask", torch.ones_like(masked["input_ids"]))
-    if "decoder_input_ids" in masked:
-        ones = torch.ones_like(masked["decoder_input_ids"])
-        masked.setdefault("decoder_attention_mask", ones)
-    elif decodes and "labels" in masked and masked["labels"].ndim == 2:
-        # The model reads the labels shifted by one: a token counts if it has one to predict.
-        masked.setdefault("decoder_attention_mask", (masked["labels"] != -100).long())
-    return masked
-
-
-def _without_padding(row: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_padding(row: dict[str, Tensor]) -> Row:
     """Cut masked tokens at either end, so that positions start where the model counts from.
 
     With left padding, decoders would otherwise number positions including the padding, and would
     continue from padding when they generate.
     """
-    cut = dict(row)
-    mask = row.get("attention_mask")
-    read = row.get("input_ids", row.get("inputs_embeds"))
-    if mask is not None and read is not None and mask.shape == read.shape[:2] and mask.any():
-        kept = mask[0].nonzero()
-        names = [*_READ, *([] if "decoder_attention_mask" in row else ["labels"])]
-        span = slice(int(kept[0]), int(kept[-1]) + 1)
-        cut |= {n: row[n][:, span] for n in names if n in row and row[n].shape[:2] == mask.shape}
-    mask = row.get("decoder_attention_mask")
-    if mask is not None and mask.ndim == 2 and mask.any():
-        span = slice(int(mask[0].nonzero()[-1]) + 1)
-        names = ["decoder_input_ids", "decoder_attention_mask", "labels"]
-        cut |= {n: row[n][:, span] for n in names if n in row and row[n].shape == mask.shape}
-    return cut
+    beside_encoder = "decoder_attention_mask" in row
+    for mask_name, names in (
+        ("attention_mask", [*_READ, *([] if beside_encoder else ["labels"])]),
+        ("decoder_attention_mask", ["decoder_input_ids", "decoder_attention_mask", "labels"]),
+    ):
+        mask = row.get(mask_name)
+        if mask is not None and mask.ndim == 2 and mask.any():
+            kept = mask[0].nonzero().flatten().tolist()
+            span = slice(0 if mask_name.startswith("decoder_") else kept[0], kept[-1] + 1)
+            alike = [n for n in names if n in row and row[n].shape[:2] == mask.shape]
+            row = row | {name: row[name][:, span] for name in alike}
+    return row
