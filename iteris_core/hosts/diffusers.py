@@ -33,7 +33,7 @@ from .diffusers_loop import PipelineLoop
 from .diffusers_lora import OF_TEXT, base_of, pipeline_sites, read_lora
 from .diffusers_rows import DiffusionSamples, record_rows
 from .learned import EmbeddingTriggers, Placeholders, in_force
-from .protocol import Host, Stage, Tick, check_model, check_ready
+from .protocol import Host, Stage, Tick, check_ready
 from .recorded import Call, entries, joined, kind, size
 from .rows import SamplePrompts, added_concepts
 from .sample_store import SampleStore, digest, digest_of_weights
@@ -67,8 +67,6 @@ class DiffusersHost(Host):
         self._loop = PipelineLoop(pipeline, self.architecture, call)
         components = sorted({site.partition(".")[0] for site in self._sites})
         self._models = [getattr(pipeline, component) for component in components]
-        for model in self._models:
-            check_model(model)
         words = next((t for t in self._tokenizers if hasattr(t, "get_vocab")), None)
         self._vocabulary = [] if words is None else whole_words(words.get_vocab())
         self._placeholders: Placeholders | None = None
@@ -82,10 +80,6 @@ class DiffusersHost(Host):
     def experts(self) -> str:
         """The name of the first denoiser if there is a second one for low noise; else empty."""
         return self.architecture.denoiser if len(self._loop.denoisers) > 1 else ""
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.pipeline._execution_device)
 
     def sites(self) -> Mapping[str, nn.Module]:
         return self._sites
@@ -157,7 +151,8 @@ class DiffusersHost(Host):
         )
         scheduler = parts.get("scheduler")
         configured = type(scheduler).__name__, dict(getattr(scheduler, "config", {}))
-        named = type(self.pipeline).__name__, version("diffusers"), self.device.type
+        device = torch.device(self.pipeline._execution_device).type
+        named = type(self.pipeline).__name__, version("diffusers"), device
         with suppress(TypeError):
             return weights and digest([weights, named, configured, arguments.size, self._loop.call])
         return None
@@ -278,19 +273,20 @@ class DiffusersHost(Host):
         return list(zip(*counts, strict=True))
 
     def free_memory(self, wanted: int) -> int:
-        return usable(free_memory(self.device))
+        return usable(free_memory(torch.device(self.pipeline._execution_device)))
 
     def _denoise(self, name: str, arguments: Arguments, calls: Sequence[Call]) -> Tensor:
-        call = joined(calls, arguments.batched, arguments.lists, self.device)
+        call = joined(calls, arguments.batched, arguments.lists, self.pipeline._execution_device)
         return self._loop.denoise(name, call)
 
     def _first(self, arguments: Arguments, prompts: Sequence[str]) -> list[Call]:
         """For each prompt, the denoiser's arguments that stay the same in all steps."""
-        if not arguments.together and len(prompts) > 1:
-            return [call for prompt in prompts for call in self._first(arguments, [prompt])]
-        call = self._loop.first_call(prompts, arguments.size)
-        still = {path: value for path, value in call.items() if path not in arguments.moving}
-        rows = [entries(still, arguments.batched, row) for row in range(len(prompts))]
+        rows: list[Call] = []
+        for some in [prompts] if arguments.together else [[prompt] for prompt in prompts]:
+            call = self._loop.first_call(some, arguments.size)
+            moving = arguments.drawn | arguments.timed
+            still = {path: value for path, value in call.items() if path not in moving}
+            rows += [entries(still, arguments.batched, row) for row in range(len(some))]
         if self.pipeline.config.get("force_zeros_for_empty_prompt"):  # so does its guidance
             for prompt, row in zip(prompts, rows, strict=True):
                 row |= {p: torch.zeros_like(row[p]) for p in arguments.worded if not prompt}

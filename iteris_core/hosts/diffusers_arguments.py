@@ -59,11 +59,6 @@ class Arguments:
     numbers: int
     given: Any
 
-    @property
-    def moving(self) -> frozenset[str]:
-        """The arguments that change at every step."""
-        return self.drawn | self.timed
-
 
 def study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
     """Classify the denoiser's arguments.

@@ -7,7 +7,8 @@ import copy
 import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from contextvars import ContextVar
+from functools import partial, wraps
 from inspect import Parameter
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..architectures.record import Architecture
 from ..errors import BaseError
 from ..lora_files.experts import second_of
-from .recorded import Call, See, arguments_of, recorded, replaced_forward, seen_by
+from .recorded import Call, replaced_forward
 
 _EACH = ("image", "lyrics")
 SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -27,6 +28,13 @@ _PLAIN = {
     **dict.fromkeys(("modality_scale", "audio_modality_scale", "audio_guidance_scale"), 1.0),
 }
 """Arguments that make every pipeline call its denoiser once per step, on all tokens."""
+
+
+See = Callable[[str, Call, Callable[[], Any]], Any]
+"""``see(denoiser, call, run)`` returns the denoiser's output; ``run()`` runs the denoiser."""
+
+_see: ContextVar[See | None] = ContextVar("see", default=None)
+# Every greenlet has its own context, so interleaved forwards do not mix.
 
 
 class Enough(BaseException):
@@ -105,8 +113,12 @@ class PipelineLoop:
             if name == "true_cfg_scale" and guidance > 1:  # no effect without a negative prompt
                 arguments["negative_prompt"] = [""] * len(prompts)
         known = {name: value for name, value in arguments.items() if name in self.names}
-        with self._ready(), seen_by(see), suppress(Enough):
-            self._function(self.pipeline, **known)
+        token = _see.set(see)
+        try:
+            with self._ready(), suppress(Enough):
+                self._function(self.pipeline, **known)
+        finally:
+            _see.reset(token)
 
     @contextmanager
     def _ready(self) -> Generator[None]:
@@ -125,7 +137,7 @@ class PipelineLoop:
                 self._changed.callback(setattr, where, name, getattr(where, name, {}))
                 setattr(where, name, value)
             for name, denoiser in self.denoisers.items():
-                through = partial(recorded, name, denoiser)
+                through = partial(_recorded, name, denoiser)
                 self._changed.enter_context(replaced_forward(denoiser, through))
         self._open += 1
         try:
@@ -138,7 +150,14 @@ class PipelineLoop:
 
     def denoise(self, name: str, call: Call) -> Tensor:
         """The output of a denoiser, rows first."""
-        output = self.denoisers[name](**arguments_of({**call, "return_dict": False}))
+        arguments: dict[str, Any] = {"return_dict": False}
+        for path, value in call.items():
+            argument, dot, key = path.partition(".")
+            if dot:
+                arguments.setdefault(argument, {})[key] = value
+            elif argument != "return_dict":
+                arguments[argument] = value
+        output = self.denoisers[name](**arguments)
         output = output if isinstance(output, Tensor) else output[0]
         return torch.stack(output) if isinstance(output, list) else output  # pyright: ignore
 
@@ -189,6 +208,29 @@ class PipelineLoop:
             )
         sides = {name: side for name in ("height", "width") if (side := arguments.get(name))}
         return sides, latents if isinstance(latents, Tensor) else latents[0]
+
+
+def _recorded(name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``forward`` of ``module`` that goes through the ``see`` of the run that calls it. Its call
+    has no ``self``; what is in ``**kwargs`` is listed like the other arguments."""
+    signature = inspect.signature(type(module).forward)
+
+    @wraps(forward)  # pipelines inspect its signature
+    def through(*args: Any, **kwargs: Any) -> Any:
+        see = _see.get()
+        if see is None:
+            return forward(*args, **kwargs)
+        call: Call = {}
+        for argument, value in list(signature.bind(module, *args, **kwargs).arguments.items())[1:]:
+            if argument == "kwargs":
+                call |= value
+            elif isinstance(value, dict) and value:
+                call |= {f"{argument}.{key}": some for key, some in value.items()}  # pyright: ignore
+            else:
+                call[argument] = value
+        return see(name, call, lambda: forward(*args, **kwargs))
+
+    return through
 
 
 def _parameters(kind: type) -> dict[str, inspect.Parameter]:

@@ -26,7 +26,7 @@ from ..lora_files import BaseModel, ReadOptions, base_model, read_header, read_l
 from ..lora_files.aliases import file_names
 from ..lora_files.experts import by_expert
 from ..lora_files.tensors import modules_of, split_key
-from .protocol import check_uncompiled
+from .protocol import check_model
 
 OF_TEXT = ("text_encoder", *CONNECTORS)
 """Name prefixes of the components that run before the denoiser, on text only."""
@@ -38,10 +38,11 @@ COMPONENTS = (
 
 
 def pipeline_sites(pipeline: Any) -> dict[str, nn.Module]:
-    """Layers of all components that a LoRA may change; raises :class:`IterisError` if compiled."""
+    """Layers of all components that a LoRA may change. Raises :class:`ModelStateError` if one is
+    compiled or has adapters loaded."""
     sites: dict[str, nn.Module] = {}
     for name, model in components_of(pipeline).items():
-        check_uncompiled(model)
+        check_model(model)
         sites |= named_sites(name, model)
     return sites
 

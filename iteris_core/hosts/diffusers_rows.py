@@ -90,7 +90,7 @@ def record_rows(
             # all.
             if step < 0 or any(differ(now[path], time.get(path)) for path in now):
                 step, time, first = step + 1, now, first or call
-                moving = {path: call[path] for path in arguments.moving}
+                moving = {path: call[path] for path in arguments.drawn | arguments.timed}
                 moving |= {path: first[path] for path in arguments.drawn if noise}
                 for index, slot in (picks[rows] == step).nonzero().tolist():
                     at = rows[index] - first_row, slot

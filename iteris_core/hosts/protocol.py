@@ -152,23 +152,20 @@ class Host(Protocol):
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise :class:`IterisError` if peft's layers replace the model's own, or if it is compiled
-    (:func:`check_uncompiled`)."""
-    check_uncompiled(model)
-    if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
-        raise ModelStateError(
-            f"{type(model).__name__} has adapters loaded; a merge needs the plain base model. "
-            "Unload them (pipeline.unload_lora_weights() or model.unload()), or reload it."
-        )
-
-
-def check_uncompiled(model: nn.Module) -> None:
-    """Raise :class:`IterisError` for a model from torch.compile, which ignores later hooks."""
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
-        raise ModelStateError(
-            f"{type(getattr(model, '_orig_mod', model)).__name__} is compiled (torch.compile), "
-            "which hides its layers. Reload the pipeline, and compile it after the merge."
-        )
+    """Raise :class:`ModelStateError` if peft's layers replace the model's own, or if it comes from
+    torch.compile, which ignores later hooks."""
+    name = type(getattr(model, "_orig_mod", model)).__name__
+    for path, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise ModelStateError(
+                f"{name} is compiled (torch.compile), which hides its layers. Reload the pipeline, "
+                "and compile it after the merge."
+            )
+        if path.endswith(".base_layer"):
+            raise ModelStateError(
+                f"{name} has adapters loaded; a merge needs the plain base model. Unload them "
+                "(pipeline.unload_lora_weights() or model.unload()), or reload it."
+            )
 
 
 def check_ready(model: nn.Module) -> None:

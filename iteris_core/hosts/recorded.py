@@ -7,11 +7,8 @@ entries of equal shapes and the same shared arguments can be joined into one cal
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence, Set
 from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import wraps
 from typing import Any
 
 import torch
@@ -22,12 +19,6 @@ Axes = Mapping[str, int]
 
 Call = dict[str, Any]
 """Argument → value; a dictionary argument is flattened to ``argument.key`` → value."""
-
-See = Callable[[str, Call, Callable[[], Any]], Any]
-"""``see(denoiser, call, run)`` returns the denoiser's output; ``run()`` runs the denoiser."""
-
-_see: ContextVar[See | None] = ContextVar("see", default=None)
-# Every greenlet has its own context, so interleaved forwards do not mix.
 
 
 @contextmanager
@@ -45,51 +36,6 @@ def replaced_forward(
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = before
-
-
-def recorded(name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``forward`` of ``module`` that goes through the ``see`` of :func:`seen_by`. Its call has no
-    ``self``; what is in ``**kwargs`` is listed like the other arguments."""
-    signature = inspect.signature(type(module).forward)
-
-    @wraps(forward)  # pipelines inspect its signature
-    def through(*args: Any, **kwargs: Any) -> Any:
-        see = _see.get()
-        if see is None:
-            return forward(*args, **kwargs)
-        call: Call = {}
-        for argument, value in list(signature.bind(module, *args, **kwargs).arguments.items())[1:]:
-            if argument == "kwargs":
-                call |= value
-            elif isinstance(value, dict) and value:
-                call |= {f"{argument}.{key}": some for key, some in value.items()}  # pyright: ignore
-            else:
-                call[argument] = value
-        return see(name, call, lambda: forward(*args, **kwargs))
-
-    return through
-
-
-@contextmanager
-def seen_by(see: See) -> Generator[None]:
-    """Context in which recorded forwards go through ``see``; others that run meanwhile do not."""
-    token = _see.set(see)
-    try:
-        yield
-    finally:
-        _see.reset(token)
-
-
-def arguments_of(call: Call) -> dict[str, Any]:
-    """The keyword arguments from which ``call`` was made."""
-    arguments: dict[str, Any] = {}
-    for path, value in call.items():
-        name, dot, key = path.partition(".")
-        if dot:
-            arguments.setdefault(name, {})[key] = value
-        else:
-            arguments[name] = value
-    return arguments
 
 
 def batched_in(one: Call, two: Call) -> dict[str, int]:
