@@ -258,7 +258,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
                     batch.sites,
                     batch.owners,
                     batch.run,
-                    feeds_next=any(not _of_text(site) for site in sites),
+                    feeds_next=True,
                     batch_keys=batch.lengths,
                     lengths=batch.lengths,
                     samples=samples.worth,

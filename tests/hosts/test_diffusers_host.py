@@ -21,6 +21,12 @@ def merged_concepts(host, **kwargs):
 CALIBRATION = Calibration(samples=4, timesteps=2, denoising_steps=3, seed=3)
 
 
+def test_a_lora_of_the_text_encoder_alone_is_given_back(host):
+    (concept, _) = merged_concepts(host, select=lambda site: site.startswith("text_encoder"))
+    report = merge_loras(host, [concept], calibration=CALIBRATION).report
+    assert report.kept["1"] == pytest.approx([1.0], abs=1e-3)
+
+
 def test_values_that_do_not_fit_the_dtype_are_an_error_with_the_site(tmp_path):
     site = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     lora = Lora({site: LowRank(torch.full((4, 1), 1e12), torch.ones(1, 4))})

@@ -6,7 +6,6 @@ from pipelines import PIPELINES, draw, two_concepts, write_lora
 from safetensors import safe_open
 
 from iteris_core import merge_loras
-from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.diffusers_loop import progress_bars
 
 CALIBRATION = {"samples": 4, "timesteps": 2, "denoising_steps": 3}
@@ -29,24 +28,6 @@ def test_the_pipeline_is_as_it_was(tmp_path):
     assert pipeline.guider.guidance_scale == scale
     assert [bar._progress_bar_config for bar in bars] == settings
     assert torch.equal(draw(reduced), drawn)
-
-
-def test_the_guider_draws_at_the_calibrations_guidance():
-    reduced = PIPELINES["Anima"]()
-    loop = DiffusersHost(reduced.pipeline, **reduced.call)._loop
-    scales, calls = [], []
-
-    def see(name, call, run):
-        scales.append(reduced.pipeline.guider.guidance_scale)
-        calls.append(call)
-        return run()
-
-    for guidance in (1.0, 5.0):
-        start = [torch.Generator().manual_seed(0)]
-        size = {"height": 64, "width": 64}
-        loop.run(["a dog"], see, steps=2, size=size, generators=start, guidance=guidance)
-    assert scales == [1.0] * 2 + [5.0] * 4
-    assert loop.empty_prompts
 
 
 def test_a_folder_on_the_command_line(tmp_path, iteris):
