@@ -141,9 +141,10 @@ class Collector:
         changes, dtype = self._changes[site], self._solver.dtype
         none = waiting[0].outputs.new_zeros(0, changes.shape[0], dtype=dtype)
         sample = [[none] for _ in range(len(changes))]
-        for shown, row in of_rows:
+        for shown in waiting:
             part = replace(shown, choice=shown.choice.at_most(few))
-            concept = next(c for c, start, stop in shown.spans if start <= row < stop)
-            tokens_of = ConceptTokens(part, changes, concept, row, row + 1, dtype)
-            sample[concept].append(tokens_of.target)
+            for row in [row for of, row in of_rows if of is shown]:
+                concept = next(c for c, start, stop in shown.spans if start <= row < stop)
+                tokens_of = ConceptTokens(part, changes, concept, row, row + 1, dtype)
+                sample[concept].append(tokens_of.target)
         return [torch.cat(parts) for parts in sample]

@@ -62,7 +62,14 @@ class Lockstep:
                 self._hooks.enter_context(module.register_forward_hook(hook))
             streams = [of for name, of in self._streams.items() if name in self.changes]
             for source in dict.fromkeys(source for of in streams for source in of.sources):
-                self._hooks.enter_context(source.register(partial(self._keep, source)))
+                keep, module = partial(self._keep, source), source.module
+                if source.returned:
+                    self._hooks.enter_context(module.register_forward_hook(keep))
+                else:
+                    entering = module.register_forward_pre_hook(
+                        keep, prepend=True, with_kwargs=True
+                    )
+                    self._hooks.enter_context(entering)
         except BaseException:
             self.close()
             raise

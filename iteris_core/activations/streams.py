@@ -37,13 +37,6 @@ class Source:
     number: int = 0
     returned: bool = False
 
-    def register(self, hook: Callable[[nn.Module, Any, Any], None]) -> Any:
-        """Call ``hook`` whenever the module runs, with the module, its arguments, and its keyword
-        arguments or what it returned."""
-        if self.returned:
-            return self.module.register_forward_hook(hook)
-        return self.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-
 
 @dataclass(frozen=True)
 class Gate:

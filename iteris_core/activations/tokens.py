@@ -205,27 +205,8 @@ class Observation:
             choice=choice,
         )
 
-    def input_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
-        """Inputs of the reference rows ``start`` to ``stop``, or of the merged rows, (tokens, in),
-        without masked tokens; for a convolution, tokens are patches."""
-        tokens = self._tokens(self.site.tokens, self.inputs, start, stop, merged)
-        if self.strengths is None:
-            return tokens
-        of_rows = self.strengths[start:stop].to(tokens)
-        each = self.site.length(self.outputs)
-        return tokens * self.chosen(of_rows.repeat_interleave(each)[:, None], start, stop)
-
-    def output_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
-        """The outputs for :meth:`input_tokens`, (tokens, out)."""
-        return self._tokens(self.site.outputs, self.outputs, start, stop, merged)
-
-    def stream_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
-        """The residual stream of the reference rows or of the merged ones, (tokens, out)."""
-        assert self.stream is not None
-        return self._tokens(self.site.outputs, self.stream, start, stop, merged)
-
     def count(self, start: int, stop: int) -> int:
-        """The number of tokens of :meth:`input_tokens`."""
+        """The number of tokens of rows ``start`` to ``stop`` that count."""
         length = self.site.length(self.outputs)
         chosen = self._choice(length, start, stop)
         return (stop - start) * length if chosen is None else len(chosen)
@@ -243,17 +224,6 @@ class Observation:
         delta = self.site.delta(change.to(inputs.dtype, inputs.device), inputs)
         strengths = None if self.strengths is None else self.strengths[start:stop]
         return self.site.outputs(by_row(delta, strengths))
-
-    def _tokens(
-        self,
-        flatten: Callable[[Tensor], Tensor],
-        tensor: Tensor,
-        start: int,
-        stop: int,
-        merged: bool,
-    ) -> Tensor:
-        offset = self.rows if merged and self.copies == 2 else 0
-        return self.chosen(flatten(tensor[offset + start : offset + stop]), start, stop)
 
     def chosen(self, tokens: Tensor, start: int, stop: int) -> Tensor:
         """The tokens of rows ``start`` to ``stop`` that count."""
@@ -298,18 +268,18 @@ class ConceptTokens:
 
     @cached_property
     def _merged(self) -> Tensor:
-        tokens = self.shown.input_tokens(self.start, self.stop, merged=True)
+        tokens = self._inputs_of(merged=True)
         if self.inputs is not None:
             tokens = tokens.index_select(1, self.inputs.to(tokens.device))
         return self._weighted(tokens)
 
     @property
     def reference(self) -> Tensor:
-        return self._weighted(self.shown.input_tokens(self.start, self.stop))
+        return self._weighted(self._inputs_of())
 
     @property
     def output(self) -> Tensor:
-        return self._weighted(self.shown.output_tokens(self.start, self.stop))
+        return self._weighted(self._tokens(self.shown.site.outputs, self.shown.outputs))
 
     @property
     def target(self) -> Tensor:
@@ -319,17 +289,18 @@ class ConceptTokens:
         y_i + (d + (g_i − g̃) y_i) g̃ / (g̃² + ε² ‖h̃‖² / ‖y_i‖²). So a layer that adds little to
         its stream repairs little. A norm between them belongs to the gates, at the size that y_i
         has."""
-        full = self.shown.output_tokens(self.start, self.stop)
+        flatten = self.shown.site.outputs
+        full = self._tokens(flatten, self.shown.outputs)
         rows, base = (self.start, self.stop), full  # W0 X̃
         if self.shown.copies == 2:
-            base = self.shown.output_tokens(*rows, merged=True)
+            base = self._tokens(flatten, self.shown.outputs, merged=True)
         elif (change := self.changes[self.concept]) is not None:
             base = full - self.shown.chosen(self.shown.changed(change, *rows), *rows)
         target = full.to(self.dtype) - base.to(self.dtype)
         if self.shown.stream is None or self.shown.copies == 1:
             return self._weighted(target)
-        own, stream = (self.shown.stream_tokens(*rows, merged=merged) for merged in (False, True))
-        drift = (own - stream).to(self.dtype)
+        stream = self._tokens(flatten, self.shown.stream, merged=True)
+        drift = (self._tokens(flatten, self.shown.stream) - stream).to(self.dtype)
         if self.shown.gate is None:
             return self._weighted(target.add_(drift))
         each = torch.arange(*rows).repeat_interleave(self.shown.site.length(self.shown.outputs))
@@ -343,6 +314,25 @@ class ConceptTokens:
         least = _REPAIR**2 * stream.square().mean(1, keepdim=True) / size.clamp(min=1e-30)
         missing = drift + (own - merged) * full
         return self._weighted(target.add_(missing * merged / (merged.square() + least)))
+
+    def _inputs_of(self, *, merged: bool = False) -> Tensor:
+        """X, or X̃ if ``merged``, in the model's dtype; for a convolution, tokens are patches."""
+        shown = self.shown
+        tokens = self._tokens(shown.site.tokens, shown.inputs, merged=merged)
+        if shown.strengths is None:
+            return tokens
+        of_rows = shown.strengths[self.start : self.stop].to(tokens)
+        of_rows = of_rows.repeat_interleave(shown.site.length(shown.outputs))
+        return tokens * shown.chosen(of_rows[:, None], self.start, self.stop)
+
+    def _tokens(
+        self, flatten: Callable[[Tensor], Tensor], tensor: Tensor, *, merged: bool = False
+    ) -> Tensor:
+        """The tokens of a ``tensor`` of the site that count, of the reference rows or of the merged
+        ones."""
+        offset = self.shown.rows if merged and self.shown.copies == 2 else 0
+        tokens = flatten(tensor[offset + self.start : offset + self.stop])
+        return self.shown.chosen(tokens, self.start, self.stop)
 
     def _weighted(self, tokens: Tensor) -> Tensor:
         tokens, weights = tokens.to(self.dtype), self.shown.weights

@@ -30,7 +30,7 @@ class Recorder:
 
     def observe(self, visit):
         self.inner.observe(visit)
-        tokens = visit.input_tokens(0, visit.rows).double()
+        tokens = visit.site.tokens(visit.inputs[: visit.rows]).double()
         effect = torch.zeros(len(tokens), dtype=torch.float64)
         length = len(tokens) // visit.rows
         for concept, start, stop in visit.spans:
