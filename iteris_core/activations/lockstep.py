@@ -25,7 +25,7 @@ from ..lora import LowRank, SiteChanges, concatenate
 from .activation_offload import ActivationOffload
 from .barriers import Barriers, ReplayDone, replay_hook
 from .memory import tensors_in
-from .micro_batch import MicroBatch, Modes, greenlets
+from .micro_batch import MicroBatch, Modes, greenlets, pausing
 from .site import Site, by_row, site_of, under_conditions
 from .streams import Source, Stream
 
@@ -129,22 +129,8 @@ class Lockstep:
         try:
             with torch.no_grad():
                 outside = Modes.now()
-
-                def pause(site: str) -> None:
-                    """Hand over to the sweep until a site is solved. Greenlets share the thread,
-                    and with it torch's modes; each one restores its own."""
-                    mine = Modes.now()
-                    if mine.inference != outside.inference:
-                        raise SiteError(
-                            f"Site {site} is called in another inference mode of torch than the "
-                            "merge, which cannot be left while a sweep waits there; run the model "
-                            'under torch.no_grad(), or merge with schedule="jacobi".'
-                        )
-                    greenlet.getcurrent().parent.switch(site)
-                    mine.restore()
-
                 for batch in batches:
-                    batch.pause = pause
+                    batch.pause = pausing(outside, greenlet.getcurrent)
                     batch.passed.update(self.merged)
                 while True:
                     arrived: list[Any] = []

@@ -186,3 +186,21 @@ def greenlets() -> Any:
             "A merge in one sweep needs the package greenlet, which this Python lacks: run "
             f'"{sys.executable}" -m pip install greenlet. Without it there is schedule="jacobi".'
         ) from error
+
+
+def pausing(outside: Modes, current: Callable[[], Any]) -> Callable[[str], None]:
+    """A pause that hands over to the sweep until a site is solved. Greenlets share the thread, and
+    with it torch's modes; each one restores its own."""
+
+    def pause(site: str) -> None:
+        mine = Modes.now()
+        if mine.inference != outside.inference:
+            raise SiteError(
+                f"Site {site} is called in another inference mode of torch than the merge, which "
+                "cannot be left while a sweep waits there; run the model under torch.no_grad(), or "
+                'merge with schedule="jacobi".'
+            )
+        current().parent.switch(site)
+        mine.restore()
+
+    return pause
