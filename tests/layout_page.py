@@ -35,8 +35,9 @@ of a layer's change to keep, 99.9 % by default.
 """
 
 REFUSED = """\
-IterIS refuses OFT, BOFT, GLoRA and IA3, and changes of biases, normalisations and shapes. The
-message names them; with `--allow-partial` they are left out and listed.
+IterIS refuses OFT, BOFT, GLoRA, IA3, LoHa and LoKr in Tucker's form, and changes of biases,
+normalisations and shapes. The message names them; with `--allow-partial` they are left out and
+listed.
 Learned embeddings in the file are read, and written beside the merged file.
 """
 

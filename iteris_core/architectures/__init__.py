@@ -46,20 +46,9 @@ def architecture_of_sites(shapes: Shapes) -> Architecture | None:
 def architecture_of_file(shapes: Shapes, metadata: Mapping[str, str]) -> Architecture:
     """The architecture for which a LoRA file was made, by its blocks, its metadata or its width;
     ``shapes`` are its tensors', by key. Raises :class:`LoraFileError` if no known one matches."""
-    known = _of_file(shapes, metadata)
-    if known is None:
-        titles = ", ".join(known.title for known in ARCHITECTURES)
-        raise LoraFileError(
-            f"The file is for none of the known base models ({titles}); is it a LoRA for one of "
-            f"them? Its first tensor is {next(iter(shapes), None)}."
-        )
-    return known
-
-
-def _of_file(shapes: Shapes, metadata: Mapping[str, str]) -> Architecture | None:
     keys = " ".join(shapes)
     # The base model that the metadata name
-    said = metadata.get("ss_base_model_version", "") + metadata.get("modelspec.architecture", "")
+    named = metadata.get("ss_base_model_version", "") + metadata.get("modelspec.architecture", "")
 
     def has(*marks: str) -> bool:
         return any(mark in keys for mark in marks)
@@ -71,15 +60,22 @@ def _of_file(shapes: Shapes, metadata: Mapping[str, str]) -> Architecture | None
     width = _key_width(shapes, "attn2")
     deep = ("input_blocks_4_1_transformer_blocks_1", "attentions_0_transformer_blocks_1")
     added = ("text_encoder_2.", "lora_te2_", "label_emb", "add_embedding")
-    if unet and (has(*added, *deep) or width == 2048 or "xl" in said):
+    if unet and (has(*added, *deep) or width == 2048 or "xl" in named):
         return SDXL
-    if not single and (has("joint_blocks") or "stable-diffusion-3" in said or "sd3" in said):
+    if not single and (has("joint_blocks") or "stable-diffusion-3" in named or "sd3" in named):
         return SD3
     if unet:
         return SD2 if width == 1024 else SD1
-    if single or double or (transformer and ("flux" in said or _key_width(shapes, "attn") == 3072)):
+    wide = _key_width(shapes, "attn") == 3072
+    if single or double or (transformer and ("flux" in named or wide)):
         return FLUX
-    return SD3 if transformer else None
+    if transformer:
+        return SD3
+    titles = ", ".join(known.title for known in ARCHITECTURES)
+    raise LoraFileError(
+        f"The file is for none of the known base models ({titles}); is it a LoRA for one of them? "
+        f"Its first tensor is {next(iter(shapes), None)}."
+    )
 
 
 def _key_width(shapes: Shapes, part: str) -> int | None:

@@ -15,12 +15,12 @@ from ..lora import Lora
 from ..lora_files import ReadOptions, ReleasedBases, check_target
 from ..lora_files.embeddings import embedding_targets
 from ..lora_files.experts import expert_files
-from ..lora_files.metadata import trigger_phrases
+from ..lora_files.metadata import noted_phrases, trigger_words
 from ..merge import MergeResult, merge_loras
 from ..methods.registry import settings_over
 from ..preview import preview_merge
 from ..progress import Progress
-from ..report.provenance import card_files, with_run, write_card
+from ..report.provenance import with_run, write_card
 from ..report.report import MergeReport
 from ..saving import check_new
 from .base import check_base, device_of, load_base
@@ -88,8 +88,8 @@ def _check(config: MergeConfig, options: MergeOptions) -> None:
     paths = expert_files(output) if any(one.low for one in config.concepts) else (output,)
     for path in paths:
         check_target(path, options.layout, options.dtype, overwrite)
-        for beside in card_files(path) if options.card else ():
-            check_new(beside, overwrite=overwrite)
+        if options.card:
+            check_new(path.with_suffix(".md"), overwrite=overwrite)
     if config.base:
         check_base(config.base)
     else:
@@ -110,15 +110,14 @@ def _write(lora: Lora, report: MergeReport, options: MergeOptions) -> None:
     lines += [f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB)." for path in paths]
     if lora.embeddings:
         found = embedding_targets(paths[0], list(lora.embeddings), overwrite=True)
-        phrases = ", ".join(map(repr, trigger_phrases(lora.metadata)))
+        phrases = noted_phrases(lora.metadata) or trigger_words(lora.metadata)[:1]
         lines += [
             *(f"Its embedding {n} is in {f}: load it beside the LoRA." for n, f in found.items()),
-            f"In prompts write {phrases}; in ComfyUI put the files into models/embeddings and "
-            "write embedding:FILE in place of a name.",
+            f"In prompts write {', '.join(map(repr, phrases))}; in ComfyUI put the files into "
+            "models/embeddings and write embedding:FILE in place of a name.",
         ]
     if options.card:
-        cards = [write_card(path, report) for path in paths]
-        lines += [f"Wrote {' and '.join(map(str, files))}." for files in cards]
+        lines += [f"Wrote {write_card(path, report)}." for path in paths]
     if options.as_json:
         more = {"paths": [str(path) for path in paths]} if len(paths) > 1 else {}
         typer.echo(json.dumps({"path": str(paths[0]), **more, **report.to_dict()}))

@@ -92,7 +92,7 @@ class MergeOptions:
     energy: shared.Energy = 0.999
     as_json: shared.AsJson = False
     card: bool = offered(
-        "Also write a card (.md), and the notes that LoRA browsers read (.metadata.json)",
+        "Also write a card (.md): trigger words, sources, verdict and recipe",
         "--card",
         panel=RESULT,
         default=False,

@@ -90,12 +90,6 @@ def kohya_names(kind: Architecture, shapes: Shapes) -> dict[str, Alias]:
     return names
 
 
-def _comfyui_text_name(kind: Architecture, site: str) -> str:
-    index = text_component(site) or 0
-    encoder = "t5xxl" if is_t5(site) else kind.clips[min(index, len(kind.clips) - 1)]
-    return f"text_encoders.{encoder}.transformer.{site.partition('.')[2]}"
-
-
 def _flat(prefix: str, name: str) -> str:
     return f"{prefix}_{name.replace('.', '_')}"
 
@@ -121,7 +115,8 @@ def _text_names(kind: Architecture, site: str) -> Iterator[str]:
         for dotted in (name, name.removeprefix("text_model.")):
             yield f"{component}.{dotted}"
             yield f"{component}.base_model.model.{dotted}"
-    yield _comfyui_text_name(kind, site)
+    encoder = "t5xxl" if is_t5(site) else kind.clips[min(index, len(kind.clips) - 1)]
+    yield f"text_encoders.{encoder}.transformer.{path}"  # ComfyUI's
     prefixes = [*kind.text_prefixes[index : index + 1], f"lora_te{index + 1}"]
     if index == 0:
         prefixes.append("lora_te")

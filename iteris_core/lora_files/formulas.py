@@ -74,9 +74,6 @@ def _lora(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
 def _loha(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
     a1, b1, a2, b2 = (parts[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
     _require(all(factor.ndim == 2 for factor in (a1, b1, a2, b2)))
-    if "hada_t1" in parts:
-        left = _tucker(parts["hada_t1"], a1, b1, shape)
-        return (left * _tucker(parts["hada_t2"], a2, b2, shape)).flatten(1) * scale(len(b1))
     ranks, width = (len(b1), len(b2)), math.prod(shape[1:])
     _require(
         {len(a1), len(a2)} == {shape[0]}
@@ -90,16 +87,6 @@ def _loha(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
     return Factors(up, down, scale(len(b1)))
 
 
-def _tucker(t: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Σ t[i, j, …] a[i, out] b[j, in], (out, in, kh, kw)."""
-    _require(
-        t.ndim == 4
-        and t.shape[:2] == (len(a), len(b))
-        and (a.shape[1], b.shape[1], *t.shape[2:]) == shape
-    )
-    return torch.einsum("ijhw,ip,jr->prhw", t, a, b)
-
-
 def _lokr(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
     _require(all(t.ndim == 2 or (t.ndim == 4 and "w1" not in n) for n, t in parts.items()))
     rank = next((len(parts[n]) for n in ("lokr_w2_b", "lokr_w1_b") if n in parts), 0)
@@ -109,14 +96,9 @@ def _lokr(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
         if name in parts:
             halves.append((parts[name].flatten(1),))
             continue
-        a, b, t = parts[f"{name}_a"], parts[f"{name}_b"], parts.get("lokr_t2")
-        if t is not None and name == "lokr_w2":
-            _require(a.ndim == b.ndim == 2)
-            whole = _tucker(t, a, b, (a.shape[1], b.shape[1], *t.shape[2:]))
-            halves.append((whole.flatten(1),))
-        else:
-            _require(a.ndim == 2 and a.shape[1] == len(b))
-            halves.append((a, b.flatten(1)))
+        a, b = parts[f"{name}_a"], parts[f"{name}_b"]
+        _require(a.ndim == 2 and a.shape[1] == len(b))
+        halves.append((a, b.flatten(1)))
     left, right = halves
     product = len(left[0]) * len(right[0]), left[-1].shape[1] * right[-1].shape[1]
     _require(product == (shape[0], math.prod(shape[1:])))
@@ -130,15 +112,14 @@ def _lokr(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
     return torch.kron(*dense) * factor
 
 
-_LOHA = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b"
 _OF_PARTS = (
     (_lora, ("up down", "up down mid")),
     (_difference, ("diff",)),
-    (_loha, (_LOHA, f"{_LOHA} hada_t1 hada_t2")),
+    (_loha, ("hada_w1_a hada_w1_b hada_w2_a hada_w2_b",)),
     (_lokr, tuple(
         f"{left} {right}"
         for left in ("lokr_w1", "lokr_w1_a lokr_w1_b")
-        for right in ("lokr_w2", "lokr_w2_a lokr_w2_b", "lokr_w2_a lokr_w2_b lokr_t2")
+        for right in ("lokr_w2", "lokr_w2_a lokr_w2_b")
     )),
 )  # fmt: skip
 FORMULAS: Mapping[frozenset[str], Callable[[Parts, tuple[int, ...], Scale], Rebuilt]] = {

@@ -1,7 +1,7 @@
 """What LoRA files say about themselves: in metadata, in their names, and in files beside them.
 
 LoRA browsers and download helpers keep trigger words beside a LoRA: Lora-Manager in
-``.metadata.json``, which is also written here, Civitai Helper in ``.civitai.info``, rgthree in
+``.metadata.json``, Civitai Helper in ``.civitai.info``, rgthree in
 ``.rgthree-info.json``, and Automatic1111's user interface in ``.json``. All of this is untrusted
 and may contain any text. Common words and booru tags invoke no LoRA: the base knows them already,
 and captions of other LoRAs contain them too.
@@ -17,9 +17,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import dropwhile
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, NamedTuple
-
-from ..saving import atomically
-from .tensors import file_digest
 
 Purpose = Literal["speed", "edit", "slider", "detailer", "style", "tags"]
 """What a LoRA is for, other than a subject: it makes a base draw in few steps without guidance, or
@@ -79,11 +76,6 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
         if common and (len(common) == 1 or common[0][1] > common[1][1]):
             words.append(common[0][0].strip())
     return list(dict.fromkeys(word for word in words if word))
-
-
-def trigger_phrases(metadata: Mapping[str, str]) -> list[str]:
-    """Phrases for a prompt: :func:`noted_phrases`, or the best word alone."""
-    return noted_phrases(metadata) or trigger_words(metadata)[:1]
 
 
 def noted_phrases(metadata: Mapping[str, str]) -> list[str]:
@@ -208,14 +200,6 @@ def _is_common(word: str) -> bool:
 
 
 _PREVIEWS = tuple(f".preview.{kind}" for kind in ("png", "jpg", "jpeg", "webp"))
-_SHOWN = {
-    "sd_v1": "SD 1.5",
-    "sd_v2": "SD 2.1",
-    "sdxl_base_v1-0": "SDXL 1.0",
-    "flux1": "Flux.1 D",
-}
-"""``ss_base_model_version`` → Lora-Manager's name for that base."""
-
 _ENDINGS = (".metadata.json", ".civitai.info", ".rgthree-info.json", ".json")
 _NAMES = ("trainedWords", "trigger_words")
 
@@ -232,20 +216,12 @@ def find_phrases(file: Path, metadata: Mapping[str, str]) -> FoundPhrases:
     """A LoRA's phrases: those in ``metadata``, else beside the file, else guessed from captions."""
     if noted := noted_phrases(metadata):
         return FoundPhrases(tuple(noted), "file")
-    beside = sidecar_phrases(file)
-    if beside.phrases:
-        return beside
-    guessed = trigger_words(metadata)[:1]
-    return FoundPhrases(tuple(guessed), "captions" if guessed else "")
-
-
-def sidecar_phrases(file: Path) -> FoundPhrases:
-    """The trigger words from the first file beside ``file`` that has any."""
     for path in sidecars(file):
         if phrases := _phrases(path):
             ending = next(end for end in _ENDINGS if path.name.endswith(end))
             return FoundPhrases(tuple(phrases), ending)
-    return FoundPhrases()
+    guessed = trigger_words(metadata)[:1]
+    return FoundPhrases(tuple(guessed), "captions" if guessed else "")
 
 
 def noted_tags(file: Path) -> set[str]:
@@ -266,41 +242,6 @@ def previews(file: Path) -> list[Path]:
     """The images beside ``file`` that LoRA browsers show for it."""
     paths = [file.with_name(f"{file.stem}{end}") for end in _PREVIEWS]
     return [path for path in paths if path.is_file()]
-
-
-def write_sidecar(file: Path, metadata: Mapping[str, str]) -> Path:
-    """Write Lora-Manager's ``.metadata.json`` for the LoRA in ``file``, and return its path.
-
-    A user's notes in an existing file stay; trigger words and data about the LoRA file are updated.
-    Paths in it are names without a folder, which Lora-Manager completes.
-    """
-    path = file.with_suffix(_ENDINGS[0])
-    there = _content(path)
-    civitai = there.get("civitai")
-    facts = {
-        "file_name": file.stem,
-        "file_path": file.name,
-        "size": file.stat().st_size,
-        "modified": file.stat().st_mtime,
-        "sha256": file_digest(file),
-        "preview_url": next((picture.name for picture in previews(file)), ""),
-        "civitai": {
-            **(civitai if isinstance(civitai, dict) else {}),
-            _NAMES[0]: list(find_phrases(file, metadata).phrases),
-        },
-    }
-    limits = {n: float(metadata[n]) for n in ("strength_min", "strength_max") if n in metadata}
-    first = {
-        **({"usage_tips": json.dumps(limits)} if limits else {}),
-        "model_name": file.stem,
-        "base_model": _SHOWN.get(metadata.get("ss_base_model_version", ""), "Unknown"),
-        "modelDescription": metadata.get("modelspec.description", ""),
-        "from_civitai": False,
-    }
-    with atomically(path) as unfinished:
-        text = json.dumps({**first, **there, **facts}, indent=2, ensure_ascii=False)
-        unfinished.write_text(text, encoding="utf-8")
-    return path
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -111,15 +111,6 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     return config, factors, heads
 
 
-def check_folder(folder: str | Path) -> Path:
-    """Raise :class:`IterisError` if :func:`write_adapter` cannot write there."""
-    folder = Path(folder)
-    if folder.exists():
-        raise OutputError(f"{folder} exists already; choose another name.")
-    check_place(folder)
-    return folder
-
-
 def write_adapter(
     lora: Lora,
     folder: str | Path,
@@ -135,7 +126,9 @@ def write_adapter(
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    check_folder(folder)
+    if folder.exists():
+        raise OutputError(f"{folder} exists already; choose another name.")
+    check_place(folder)
     ranks = {site.removeprefix("model."): change.rank for site, change in lora.sites.items()}
     config = {
         "peft_type": "LORA",

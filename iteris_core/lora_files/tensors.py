@@ -145,8 +145,8 @@ _LEAVES = {
     ),
 }  # fmt: skip
 _CALLED_SO = (
-    "alpha", "diff", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
-    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+    "alpha", "diff", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b",
+    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
 )  # fmt: skip
 LEAVES = {
     **{leaf: part for part, leaves in _LEAVES.items() for leaf in leaves},
@@ -160,6 +160,7 @@ REFUSED = {
     (".set_weight",): "a replaced weight",
     (".reshape_weight",): "a change of a weight's shape",
     (".oft_blocks", ".oft_diag", ".oft_R.weight", ".boft_R", ".rescale"): "OFT or BOFT",
+    (".hada_t1", ".hada_t2", ".lokr_t2"): "a LoHa or LoKr in Tucker's form",
     (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"): "GLoRA",
     (".on_input", ".ia3_l"): "IA3, which multiplies the weight",
 }

@@ -34,7 +34,6 @@ from ..lora_files.metadata import (
     previews,
     public_name,
     purpose_of,
-    write_sidecar,
 )
 from ..lora_files.tensors import read_header
 from ..saving import atomically
@@ -287,23 +286,17 @@ def join_embeddings(concepts: Sequence[Concept]) -> Joined:
     return Joined(joined, names, warnings)
 
 
-def card_files(file: Path) -> list[Path]:
-    """The files that :func:`write_card` writes beside ``file``."""
-    return [file.with_suffix(".md"), file.with_suffix(".metadata.json")]
-
-
-def write_card(file: Path, report: MergeReport | None = None) -> list[Path]:
-    """Write the card of the LoRA in ``file`` beside it, replacing an older one, and the notes that
-    LoRA browsers read (:func:`..lora_files.metadata.write_sidecar`); returns both paths.
+def write_card(file: Path, report: MergeReport | None = None) -> Path:
+    """Write the card of the LoRA in ``file``, a ``.md`` beside it, in place of an older one.
 
     Trigger words, sources with their licences and the recipe come from the file's metadata, the
     verdict from the ``report``, and images from files of the same name beside it.
     """
     _, metadata = read_header(file)
-    card, _ = card_files(file)
+    card = file.with_suffix(".md")
     with atomically(card) as unfinished:
         unfinished.write_text(card_of(file, metadata, report), encoding="utf-8")
-    return [card, write_sidecar(file, metadata)]
+    return card
 
 
 def card_of(file: Path, metadata: Mapping[str, str], report: MergeReport | None = None) -> str:

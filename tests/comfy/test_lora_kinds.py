@@ -35,10 +35,6 @@ KINDS = {
     "loha": (LINEAR, ALPHA | tensors(
         hada_w1_a=(64, 3), hada_w1_b=(3, 256), hada_w2_a=(64, 3), hada_w2_b=(3, 256),
     )),
-    "loha with tucker": (CONV, ALPHA | tensors(
-        **{f"hada_w{n}_{end}": (3, 64) for n in (1, 2) for end in "ab"},
-        hada_t1=(3, 3, 3, 3), hada_t2=(3, 3, 3, 3),
-    )),
     "lokr": (LINEAR, tensors(lokr_w1=(8, 8), lokr_w2_a=(8, 2), lokr_w2_b=(2, 32)) | ALPHA),
     "lokr with full factors": (LINEAR, tensors(lokr_w1=(4, 8), lokr_w2=(16, 32))),
     "lokr of a convolution": (

@@ -124,6 +124,6 @@ def test_no_path_of_this_machine_is_written(kit, save):
     recorded = [c["file"] for c in json.loads(lora.metadata["iteris"])["concepts"]]
     assert recorded == ["cats/inner.safetensors", "outer.safetensors"]
     (name,) = save(lora, "whole", card=True).result
-    for end in (".safetensors", ".md", ".metadata.json"):
+    for end in (".safetensors", ".md"):
         written = (kit.loras / name).with_suffix(end).read_bytes()
         assert str(kit.folder).encode() not in written

@@ -90,7 +90,6 @@ CASES = [
     ("loha", LINEAR, {"lora_dim": 4, "alpha": 2}, 16),
     ("loha", LINEAR, {"lora_dim": 9, "alpha": 2}, None),
     ("loha", CONV, {"lora_dim": 4, "alpha": 1}, 16),
-    ("loha", CONV, {"lora_dim": 4, "alpha": 1, "use_tucker": True}, None),
     ("loha", POINT, {"lora_dim": 4, "alpha": 1}, 16),
     ("lokr", LINEAR, {"lora_dim": 2, "alpha": 1, "factor": 8}, 16),
     ("lokr", LINEAR, {"lora_dim": 2, "alpha": 1, "factor": 16, "decompose_both": True}, 4),
@@ -98,7 +97,6 @@ CASES = [
     ("lokr", LINEAR, {"lora_dim": 99, "alpha": 5, "factor": -1}, None),
     ("lokr", LINEAR, {"lora_dim": 2, "factor": 4, "unbalanced_factorization": True}, 8),
     ("lokr", CONV, {"lora_dim": 2, "alpha": 1, "factor": 8}, 16),
-    ("lokr", CONV, {"lora_dim": 2, "alpha": 1, "factor": 8, "use_tucker": True}, None),
     ("lokr", POINT, {"lora_dim": 2, "alpha": 1, "factor": 8}, 16),
     ("full", LINEAR, {}, None),
     ("full", CONV, {}, None),
@@ -211,6 +209,7 @@ REFUSED = [
     ("w_norm", torch.ones(32), "a change of a normalisation"),
     ("oft_blocks", torch.ones(2, 4, 4), "OFT or BOFT"),
     ("a1.weight", torch.ones(2, 4), "GLoRA"),
+    ("hada_t1", torch.ones(2, 2, 3, 3), "in Tucker's form"),
     ("on_input", torch.ones(4), "IA3"),
     ("mystery", torch.ones(4), "is of an unknown kind"),
 ]

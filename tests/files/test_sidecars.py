@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from iteris_core.lora_files.metadata import find_phrases, sidecar_phrases
+from iteris_core.lora_files.metadata import find_phrases
 
 SIDECARS = {
     "toy.metadata.json": {"civitai": {"trainedWords": ["sks cat", "red hat, sks"]}},
@@ -21,7 +21,7 @@ TAGS = ["1girl", "1boy, solo", "2girls", "6+boys", "looking at viewer", "smile",
 @pytest.mark.parametrize("name", SIDECARS)
 def test_words_of_every_helper(tmp_path, name):
     (tmp_path / name).write_text(json.dumps(SIDECARS[name]))
-    found = sidecar_phrases(tmp_path / "toy.safetensors")
+    found = find_phrases(tmp_path / "toy.safetensors", {})
     assert found.phrases == ("sks cat", "red hat, sks")
     assert name.endswith(found.source)
 
@@ -31,15 +31,15 @@ def test_words_of_every_helper(tmp_path, name):
                                   '{"civitai": []}', "[" * 100_000])  # fmt: skip
 def test_any_text_may_stand_there(tmp_path, text):
     (tmp_path / "toy.civitai.info").write_text(text)
-    assert sidecar_phrases(tmp_path / "toy.safetensors") == ((), "")
+    assert find_phrases(tmp_path / "toy.safetensors", {}) == ((), "")
 
 
 def test_words_of_a1111_are_one_phrase(tmp_path):
     note = {"description": "", "activation text": "<lora:toy:0.8> sks cat, hat", "notes": "x"}
     (tmp_path / "toy.json").write_text(json.dumps(note))
-    assert sidecar_phrases(tmp_path / "toy.safetensors") == (("sks cat, hat",), ".json")
+    assert find_phrases(tmp_path / "toy.safetensors", {}) == (("sks cat, hat",), ".json")
     (tmp_path / "toy.civitai.info").write_text(json.dumps(SIDECARS["toy.civitai.info"]))
-    assert sidecar_phrases(tmp_path / "toy.safetensors").source == ".civitai.info"
+    assert find_phrases(tmp_path / "toy.safetensors", {}).source == ".civitai.info"
 
 
 @pytest.mark.parametrize("tag", TAGS)

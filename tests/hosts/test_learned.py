@@ -16,7 +16,7 @@ from iteris_core.errors import LoraFileError
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.learned import embedding_triggers, in_force
 from iteris_core.lora_files.embeddings import bundled
-from iteris_core.lora_files.metadata import trigger_phrases
+from iteris_core.lora_files.metadata import noted_phrases
 from iteris_core.lora_files.tensors import read_tensors
 
 QUICK = Calibration(samples=3, timesteps=1, denoising_steps=2)
@@ -175,7 +175,7 @@ def test_a_merged_file_is_read_back_and_merged_again(pipeline, tmp_path):
         "toy": ["clip_l"], "l2-toy": ["clip_l"],
     }  # fmt: skip
     assert torch.equal(again.embeddings["l2-toy"]["clip_l"], parts[1]["clip_l"])
-    words = words_in(trigger_phrases(again.metadata))
+    words = words_in(noted_phrases(again.metadata))
     assert words["subjects"] == ("toy dog", "l2-toy cat")
     third = concept({"bird": parts[2]}, "bird", "", loras[2])
     result = merge_loras(host, [Concept(again, **words), third], calibration=QUICK)
