@@ -20,7 +20,7 @@ from ..iteris_core.activations.lockstep import Lockstep
 from ..iteris_core.activations.memory import usable, with_spare
 from ..iteris_core.architectures import unet
 from ..iteris_core.architectures.record import TEXT_WIRINGS
-from ..iteris_core.architectures.sites import in_changed_parts, residual_streams
+from ..iteris_core.architectures.sites import residual_streams
 from ..iteris_core.calibration_prompts import whole_words
 from ..iteris_core.concepts import Calibration, Concept
 from ..iteris_core.errors import IterisError
@@ -236,8 +236,8 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         modules = self.sites()
-        encoders = residual_streams(self.clip.cond_stage_model, modules, TEXT_WIRINGS)
-        streams = in_changed_parts(encoders, sites)
+        encoders = self.clip.cond_stage_model
+        streams = residual_streams(encoders, modules, TEXT_WIRINGS, sites)
         for number, denoiser in enumerate(self._denoisers):
             if self._sites_of(number, sites):
                 network = denoiser.model.model.diffusion_model

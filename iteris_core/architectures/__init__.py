@@ -4,29 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..errors import LoraFileError, UsageError
+from ..errors import LoraFileError
 from .mmdit import FLUX, SD3
 from .record import Architecture, Shapes
 from .unet import SD1, SD2, SDXL
 
-__all__ = [
-    "ARCHITECTURES",
-    "Architecture",
-    "architecture",
-    "architecture_of_file",
-    "architecture_of_sites",
-]
-
 ARCHITECTURES: Sequence[Architecture] = (SD1, SD2, SDXL, FLUX, SD3)
-
-
-def architecture(name: str) -> Architecture:
-    """The architecture of that name. Raises :class:`IterisError` if there is none."""
-    for known in ARCHITECTURES:
-        if known.name == name:
-            return known
-    names = ", ".join(known.name for known in ARCHITECTURES)
-    raise UsageError(f"There is no architecture {name!r}; known are {names}.")
 
 
 def architecture_of_sites(shapes: Shapes) -> Architecture | None:

@@ -33,11 +33,6 @@ class Piece:
         """The number of rows."""
         return sum(stop - start for start, stop in self.rows)
 
-    def overlaps(self, other: Piece) -> bool:
-        """True if both contain the same row of a site."""
-        end = min(self.start + self.length, other.start + other.length)
-        return self.site == other.site and max(self.start, other.start) < end
-
     def of_file(self, matrix: Tensor) -> Tensor:
         """The piece's rows of a file's ``matrix``, in the site's order."""
         return torch.cat([matrix[start:stop] for start, stop in self.rows])

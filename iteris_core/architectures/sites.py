@@ -117,9 +117,13 @@ class Wiring:
 
 
 def residual_streams(
-    model: nn.Module, sites: Mapping[str, nn.Module], wirings: Iterable[Wiring]
+    model: nn.Module,
+    sites: Mapping[str, nn.Module],
+    wirings: Iterable[Wiring],
+    changed: Set[str] | None = None,
 ) -> dict[str, nn.Module]:
-    """Site in ``sites`` → the module whose input is its residual stream, in the model's order."""
+    """Site in ``sites`` → the module whose input is its residual stream, in the model's order; only
+    in parts of the model (encoder, vision model, …) with a ``changed`` site, if given."""
     names = {module: site for site, module in sites.items()}
     wirings = tuple(wirings)
     streams: dict[str, nn.Module] = {}
@@ -132,10 +136,7 @@ def residual_streams(
                 site = names.get(inner.get(added, layer))
                 if site is not None and reader in inner:
                     streams[site] = inner[reader]
-    return streams
-
-
-def in_changed_parts(streams: Mapping[str, nn.Module], changed: Set[str]) -> dict[str, nn.Module]:
-    """The ``streams`` in parts of the model (encoder, vision model, …) with a ``changed`` site."""
+    if changed is None:
+        return streams
     parts = {tuple(site.split(".")[:2]) for site in changed}
     return {site: stream for site, stream in streams.items() if (*site.split("."),)[:2] in parts}

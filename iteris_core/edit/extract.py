@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..activations.lockstep import Lockstep
 from ..activations.site import site_of
@@ -55,7 +55,16 @@ def extract_lora(
     :class:`SolveError` if the LoRA is no nearer to the fine-tune than the base is.
     """
     base_sites, tuned_sites = base.sites(), tuned.sites()
-    check_alike(base_sites, tuned_sites)
+    for name in sorted(base_sites.keys() | tuned_sites.keys()):
+        one, two = (
+            weight_shape(of[name]) if name in of else None for of in (base_sites, tuned_sites)
+        )
+        if one != two:
+            shapes = f"{one or 'nothing'} in the base and {two or 'nothing'} in the fine-tune"
+            raise MismatchError(
+                f"The two models have different architectures: {name} is {shapes}. Give the base "
+                "from which the fine-tune was made."
+            )
     dense = differences(base, tuned)
     if not dense:
         raise MismatchError(
@@ -77,11 +86,13 @@ def extract_lora(
     job = replace(job, joined=looked.joined)
     most = _MOST if target.rank is None else min(_MOST, max(_LEAST, 4 * target.rank))
 
-    def components(name: str, root: Tensor | None, output: float) -> Components:
-        return Components.of_dense(dense[name], root, output, most, sites[name].kernel)
-
     with job.run() as run:
-        found = look(run, components)
+        found = look(
+            run,
+            lambda name, root, output: Components.of_dense(
+                dense[name], root, output, most, sites[name].kernel
+            ),
+        )
     ranks = share_out(found, target, itemsize)
     whole = {
         name: SiteChanges((LowRank.whole(change, sites[name].kernel),))
@@ -116,18 +127,6 @@ def output_error(
         before = final.under({})
         after = final.under(lora.sites)
     return math.sqrt(error_of(after, before, wanted))
-
-
-def check_alike(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module]) -> None:
-    """Raise :class:`MismatchError` naming the first site that only one has, or in another shape."""
-    for name in sorted(base.keys() | tuned.keys()):
-        one, two = (weight_shape(of[name]) if name in of else None for of in (base, tuned))
-        if one != two:
-            shapes = f"{one or 'nothing'} in the base and {two or 'nothing'} in the fine-tune"
-            raise MismatchError(
-                f"The two models have different architectures: {name} is {shapes}. Give the base "
-                "from which the fine-tune was made."
-            )
 
 
 def differences(base: Host, tuned: Host) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -81,12 +81,9 @@ def resize_lora(
     seen_sites = {site: some for site, some in job.changes.items() if site not in looked.refused}
     job = replace(job, changes=seen_sites, joined=looked.joined)
 
-    def components(site: str, root: Tensor | None, output: float) -> Components:
-        return Components.of(lora.sites[site], root, output)
-
     triggers = [embedding_triggers(job.concepts[0])]
     with host.activate(triggers), job.run() as run:
-        found = look(run, components)
+        found = look(run, lambda site, root, output: Components.of(lora.sites[site], root, output))
         # Sites without observed inputs have the mean worth of the others.
         mean = sum(one.total for one in found.values()) / len(found) if found else 1.0
         unseen = {s: Components.of(lora.sites[s]) for s in lora.sites if s not in found}
@@ -110,7 +107,6 @@ def _reduced(lora: Lora, found: Mapping[str, Components], ranks: Mapping[str, in
     return Reduced(made, ranks, kept(found, ranks))
 
 
-_T = TypeVar("_T")
 _SPREAD = 0.1
 """Share of the mean input energy added to every direction of a layer's inputs, so that directions
 without data still count a little. Chosen on two of the toybox's own concepts."""
@@ -201,11 +197,11 @@ class _Moments(Reduction):
         return torch.linalg.cholesky(moment), output
 
 
-def look(run: Run, of: Callable[[str, Tensor | None, float], _T]) -> dict[str, _T]:
+def look(run: Run, of: Callable[[str, Tensor | None, float], Components]) -> dict[str, Components]:
     """Run the rows of one concept under its LoRA; returns what ``of(site, L, E‖y‖²)`` makes of
     every site of its changes. L, (in, in), float64, is lower triangular with L Lᵀ = E[x xᵀ] +
     0.1 E‖x‖²/in I for the site's tokens x, None if all are zero; y are its whole outputs."""
-    found: dict[str, _T] = {}
+    found: dict[str, Components] = {}
 
     def solve(site: str, reduction: Reduction) -> Solution:
         assert isinstance(reduction, _Moments)

@@ -22,7 +22,7 @@ from ..activations.lockstep import Lockstep
 from ..activations.memory import free_memory, usable
 from ..activations.site import PLAIN, Condition
 from ..architectures.record import TEXT_WIRINGS
-from ..architectures.sites import in_changed_parts, residual_streams
+from ..architectures.sites import residual_streams
 from ..calibration_prompts import whole_words
 from ..concepts import Calibration, Concept
 from ..errors import BaseError, SettingsError
@@ -171,8 +171,7 @@ class DiffusersHost(Host):
         for component in sorted({site.partition(".")[0] for site in sites}):
             if component.startswith(OF_TEXT):
                 encoder = getattr(self.pipeline, component)
-                known = residual_streams(encoder, self._sites, TEXT_WIRINGS)
-                streams |= in_changed_parts(known, sites)
+                streams |= residual_streams(encoder, self._sites, TEXT_WIRINGS, sites)
             else:
                 denoiser = getattr(self.pipeline, component)
                 streams |= residual_streams(denoiser, self._sites, self.architecture.wirings)

@@ -17,7 +17,7 @@ from ..activations.lockstep import Lockstep
 from ..activations.memory import free_memory, usable
 from ..activations.micro_batch import MicroBatch
 from ..architectures.record import TEXT_WIRINGS
-from ..architectures.sites import in_changed_parts, residual_streams, weight_shape
+from ..architectures.sites import residual_streams, weight_shape
 from ..concepts import Calibration, Concept
 from ..errors import BaseError, ConceptError, SettingsError
 from ..lora import Lora
@@ -107,8 +107,7 @@ class TransformersHost(Host):
         return ModelSamples(owners, rows)
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
-        streams = residual_streams(self.model, self._sites, TEXT_WIRINGS)
-        return in_changed_parts(streams, sites)
+        return residual_streams(self.model, self._sites, TEXT_WIRINGS, sites)
 
     def stages(self, samples: ModelSamples, sites: Set[str]) -> Iterator[Stage]:
         names = inspect.signature(self.model.forward).parameters

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..architectures import Architecture, architecture
+from ..architectures import ARCHITECTURES, Architecture
 from ..architectures.record import (
     CONNECTORS,
     Alias,
@@ -48,8 +48,9 @@ def base_model(kind: Architecture, shapes: Shapes) -> BaseModel:
 
 @functools.cache
 def released_base(name: str) -> BaseModel:
-    """The released model of an architecture, built without weights from its libraries."""
-    kind = architecture(name)
+    """The released model of the architecture of that name, built without weights from its
+    libraries."""
+    (kind,) = (known for known in ARCHITECTURES if known.name == name)
     with torch.device("meta"):
         parts = {name: part.make() for name, part in kind.components.items()}
     sites = {s: m for name, part in parts.items() for s, m in named_sites(name, part).items()}

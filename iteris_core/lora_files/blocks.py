@@ -100,7 +100,15 @@ def filtered(lora: Lora, blocks: str = "", layers: str = "") -> Lora:
     if not blocks and not layers:
         return lora
     weights = _weights(lora, blocks) if blocks else {}
-    kept = _kept(lora, layers) if layers else set(lora.sites)
+    patterns = check_layers(layers) if layers else []
+    kept = {site for site in lora.sites if not any(keep for keep, _ in patterns)}
+    for keep, pattern in sorted(patterns, reverse=True):
+        fitting = {site for site in lora.sites if fnmatchcase(site, pattern)}
+        if not fitting:
+            raise LoraFileError(
+                f"{lora.name}: no layer name matches {pattern!r}; one name is {min(lora.sites)}."
+            )
+        kept = kept | fitting if keep else kept - fitting
     factors = {site: weights.get(site, 1.0) for site in lora.sites if site in kept}
     factors = {site: factor for site, factor in factors.items() if factor}
     if not factors:
@@ -124,19 +132,6 @@ def check_layers(text: str) -> list[tuple[bool, str]]:
             f"layers={text!r} has an empty pattern; write for example *attn2*,-*ff*."
         )
     return [(not part.startswith("-"), part.removeprefix("-")) for part in parts]
-
-
-def _kept(lora: Lora, layers: str) -> set[str]:
-    patterns = check_layers(layers)
-    kept = {site for site in lora.sites if not any(keep for keep, _ in patterns)}
-    for keep, pattern in sorted(patterns, reverse=True):
-        fitting = {site for site in lora.sites if fnmatchcase(site, pattern)}
-        if not fitting:
-            raise LoraFileError(
-                f"{lora.name}: no layer name matches {pattern!r}; one name is {min(lora.sites)}."
-            )
-        kept = kept | fitting if keep else kept - fitting
-    return kept
 
 
 def _weights(lora: Lora, blocks: str) -> dict[str, float]:

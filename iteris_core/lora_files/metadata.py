@@ -217,9 +217,16 @@ def find_phrases(file: Path, metadata: Mapping[str, str]) -> FoundPhrases:
     if noted := noted_phrases(metadata):
         return FoundPhrases(tuple(noted), "file")
     for path in sidecars(file):
-        if phrases := _phrases(path):
+        content = _content(path)
+        tables = [content, content.get("civitai")]
+        lists = [table.get(name) for table in tables if isinstance(table, dict) for name in _NAMES]
+        words = [word for some in lists if isinstance(some, list) for word in some]
+        words.append(content.get("activation text"))  # Automatic1111's, the words as one text
+        texts = [word.get("word") if isinstance(word, dict) else word for word in words]
+        phrases = [cleaned(text) for text in texts if isinstance(text, str)]
+        if any(phrases):
             ending = next(end for end in _ENDINGS if path.name.endswith(end))
-            return FoundPhrases(tuple(phrases), ending)
+            return FoundPhrases(tuple(dict.fromkeys(filter(None, phrases))), ending)
     guessed = trigger_words(metadata)[:1]
     return FoundPhrases(tuple(guessed), "captions" if guessed else "")
 
@@ -249,14 +256,3 @@ def _content(path: Path) -> dict[str, Any]:
         return parse_object(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeError):
         return {}
-
-
-def _phrases(path: Path) -> list[str]:
-    content = _content(path)
-    tables = [content, content.get("civitai")]
-    lists = [table.get(name) for table in tables if isinstance(table, dict) for name in _NAMES]
-    words = [word for some in lists if isinstance(some, list) for word in some]
-    words.append(content.get("activation text"))  # Automatic1111's, the words as one text
-    texts = [word.get("word") if isinstance(word, dict) else word for word in words]
-    phrases = [cleaned(text) for text in texts if isinstance(text, str)]
-    return list(dict.fromkeys(phrase for phrase in phrases if phrase))

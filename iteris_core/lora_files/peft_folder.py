@@ -37,7 +37,6 @@ _HARMLESS = frozenset({
 })  # fmt: skip
 """Settings of peft's LoraConfig that keep a change equal to scale · up · down, whatever their
 value. Any other setting makes the adapter a variant, including settings added to peft later."""
-_TITLES = {"use_dora": "DoRA", "alora_invocation_tokens": "aLoRA"}
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Values of peft's ``init_lora_weights`` that modify the base's weights"""
 
@@ -50,25 +49,14 @@ def read_adapter(folder: Path, shapes: Shapes, layers: str = "") -> Lora:
     Raises :class:`LoraFileError` for another kind of adapter, or one for another base model.
     """
     config, factors, heads = _read_folder(folder)
-    _check_plain(folder, config)
-    aliases = {site.removeprefix("model."): whole(site, shapes) for site in shapes}
-    base = BaseModel(Architecture("transformers", "transformers"), shapes, aliases, {})
-    lora = lora_of(folder / _WEIGHTS, factors, {"": config}, base, None, ReadOptions(layers=layers))
-    metadata = {"kept_apart": ", ".join(heads)} if heads else {}
-    return replace(lora, name=folder.name, source=folder.name, metadata=metadata)
-
-
-def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise :class:`LoraFileError` if the change consists of more than the two factors."""
     kind = config.get("peft_type") or "nameless"
     if kind != "LORA":
         raise LoraFileError(f"{folder} is a {kind} adapter; only plain LoRA can be merged.")
     unknown = {n: v for n, v in config.items() if n not in _HARMLESS | {"peft_type"} and v}
     if unknown:
         name, value = next(iter(unknown.items()))
-        title = _TITLES.get(name, name)
         raise LoraFileError(
-            f"{folder} is a {title} adapter: its adapter_config.json has {name} = "
+            f"{folder} is no plain LoRA: its adapter_config.json has {name} = "
             f"{str(value)[:60]}, under which a change may be more than up times down; only plain "
             "LoRA is merged here."
         )
@@ -79,6 +67,11 @@ def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
             "as a plain LoRA first (peft: save_pretrained with "
             "path_initial_model_for_weight_conversion)."
         )
+    aliases = {site.removeprefix("model."): whole(site, shapes) for site in shapes}
+    base = BaseModel(Architecture("transformers", "transformers"), shapes, aliases, {})
+    lora = lora_of(folder / _WEIGHTS, factors, {"": config}, base, None, ReadOptions(layers=layers))
+    metadata = {"kept_apart": ", ".join(heads)} if heads else {}
+    return replace(lora, name=folder.name, source=folder.name, metadata=metadata)
 
 
 def read_heads(folder: str | Path) -> dict[str, Tensor]:

@@ -139,7 +139,7 @@ def lora_of(
     if not modules:
         raise LoraFileError(f"{path} changes no weight; it is not a LoRA file.")
     counts: Counter[str] = Counter()
-    taken: dict[str, list[tuple[Piece, str]]] = {}
+    taken: dict[str, list[tuple[int, int, str]]] = {}  # rows of a site, and who changes them
     pieces: dict[str, list[tuple[LowRank, float]]] = {}
     for alias, (name, parts) in modules.items():
         place = f"{path}: {name}"
@@ -156,13 +156,14 @@ def lora_of(
         change = rebuild(parts, shape, scale, place, of_base)
         scale = 1.0 if isinstance(change, Tensor) else change.scale
         for piece in alias:
+            start, stop = piece.start, piece.start + piece.length
             others = taken.setdefault(piece.site, [])
-            if known := next((known for other, known in others if other.overlaps(piece)), None):
+            if known := next((n for a, b, n in others if a < stop and start < b), None):
                 raise LoraFileError(
                     f"{path}: {known} and {name} both change {piece.site}; remove one of them, "
                     "because loaders differ in which one they use."
                 )
-            others.append((piece, name))
+            others.append((start, stop, name))
             part = _part_of(change, piece, base.shapes[piece.site], options.energy, place)
             if part is None:
                 counts["zero"] += 1
@@ -268,7 +269,7 @@ def _complaint(
     if whole and _NO_MODULE not in left_out and left_out.keys() - {_UNKNOWN}:
         advice = "Nothing in it is a low-rank change of a layer, so there is nothing to merge."
     elif whole:
-        advice = "This LoRA was made for another base model, or it is a whole model and no LoRA."
+        advice = "This LoRA was made for another base model, or it is not a LoRA."
     elif set(left_out) == {_NO_MODULE}:
         advice = f"This LoRA was made for another base model, or for one with more parts{rest}"
     else:

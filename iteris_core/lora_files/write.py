@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..architectures import architecture
 from ..architectures.record import Alias, file_rows
+from ..architectures.unet import SD1
 from ..errors import OutputError
 from ..lora import Lora, LowRank
 from ..saving import check_new, together
@@ -104,7 +104,7 @@ def to_tensors(
         for site, change in lora.sites.items():
             kernel = change.kernel or ()
             shapes[site] = (change.shape[0], change.shape[1] // math.prod(kernel), *kernel)
-        base = base_model(architecture("sd1"), shapes)
+        base = base_model(SD1, shapes)
     one_alpha = base.architecture.one_alpha
     lora = replace(lora, sites=_as_wide_as_projections(lora.sites))
     stored = store_all(lora, DTYPES[name_of(dtype)], one_alpha, even=layout == "kohya")
@@ -128,7 +128,7 @@ def to_tensors(
         if lora.base is not None and base.architecture.version:
             metadata["ss_base_model_version"] = base.architecture.version
     else:
-        stored |= _recognisable_to_peft(stored)
+        stored |= _recognisable(stored, {site: site for site in stored}, "peft")
         for site, module in stored.items():
             up, down = module.tensors()
             # Sites may share a down matrix in memory; safetensors refuses that.
@@ -202,7 +202,7 @@ def _kohya(base: BaseModel, stored: Mapping[str, Factors]) -> dict[str, Factors]
     for name, alias in names.items():
         whole = len(alias) == 1 and len(alias[0].rows) == 1
         modules[name] = stored[alias[0].site] if whole else _fuse(name, alias, stored)
-    return modules | _recognisable(modules, {n: names[n][0].site for n in modules})
+    return modules | _recognisable(modules, {n: names[n][0].site for n in modules}, "kohya")
 
 
 def _fuse(name: str, alias: Alias, stored: Mapping[str, Factors]) -> Factors:
@@ -226,40 +226,28 @@ def _fuse(name: str, alias: Alias, stored: Mapping[str, Factors]) -> Factors:
     return Factors(up, down, first.scale, first.kernel)
 
 
-def _recognisable(modules: Mapping[str, Factors], sites: Mapping[str, str]) -> dict[str, Factors]:
-    """Zero factors for an ``out_proj`` of CLIP encoders that need one; ``sites`` by module."""
-    components = {name: site.partition(".")[0] for name, site in sites.items()}
-    known = {components[name] for name in modules if name.endswith("_out_proj")}
+def _recognisable(
+    modules: Mapping[str, Factors], sites: Mapping[str, str], layout: Layout
+) -> dict[str, Factors]:
+    """Zero factors for an ``out_proj`` of each CLIP encoder that diffusers would not recognise: in
+    kohya layout by that module, in peft layout by its attention. ``sites`` are by module."""
+    kohya = layout == "kohya"
+    mark, dot = (".self_attn.out_proj", "_") if kohya else (".self_attn.", ".")
+    known = {site.partition(".")[0] for site in sites.values() if mark in site}
     added: dict[str, Factors] = {}
     for name, like in modules.items():
-        encoder, _, layer = name.partition("_text_")
-        stem, attention, _ = layer.rpartition("_self_attn_")
-        stem = stem if attention else "model_encoder_layers_0"
-        needed = layer == "projection" or (layer.startswith("model_") and attention)
-        if needed and components[name] not in known:
-            known.add(components[name])
-            added[f"{encoder}_text_{stem}_self_attn_out_proj"] = _zeros(like.down.shape[1], like)
+        encoder, _, layer = sites[name].partition(".")
+        stem, attention, _ = layer.rpartition(".self_attn.")
+        needed = layer.startswith("text_model.") and (attention or not kohya)
+        end = dot + layer.replace(".", dot)
+        if not (needed or layer == "text_projection") or encoder in known or not name.endswith(end):
+            continue
+        known.add(encoder)
+        path = f".{stem if attention else 'text_model.encoder.layers.0'}.self_attn.out_proj"
+        width = like.up.shape[0] if layer.endswith(".fc2") else like.down.shape[1]
+        up, down = like.up.new_zeros(width, like.rank), like.up.new_zeros(like.rank, width)
+        added[name.removesuffix(end) + path.replace(".", dot)] = Factors(up, down, like.scale)
     return added
-
-
-def _recognisable_to_peft(stored: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Zero factors for an ``out_proj`` of each CLIP text encoder without attention sites."""
-    known = {site.partition(".")[0] for site in stored if ".self_attn." in site}
-    added: dict[str, Factors] = {}
-    for site, like in stored.items():
-        encoder, _, layer = site.partition(".")
-        of_clip = layer == "text_projection" or layer.startswith("text_model.")
-        if of_clip and layer.endswith((".fc1", ".fc2", "projection")) and encoder not in known:
-            known.add(encoder)
-            width = like.up.shape[0] if site.endswith(".fc2") else like.down.shape[1]
-            name = f"{encoder}.text_model.encoder.layers.0.self_attn.out_proj"
-            added[name] = _zeros(width, like)
-    return added
-
-
-def _zeros(width: int, like: Factors) -> Factors:
-    up, down = like.up.new_zeros(width, like.rank), like.up.new_zeros(like.rank, width)
-    return Factors(up, down, like.scale)
 
 
 def _peft_metadata(stored: Mapping[str, Factors]) -> dict[str, object]:

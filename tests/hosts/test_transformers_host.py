@@ -169,8 +169,8 @@ def test_bad_adapters_and_inputs_are_errors(tmp_path):
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "is a IA3 adapter"),
-        ({"use_dora": True}, "is a DoRA adapter"),
-        ({"alora_invocation_tokens": [3]}, "is a aLoRA adapter"),
+        ({"use_dora": True}, "has use_dora = True"),
+        ({"alora_invocation_tokens": [3]}, "has alora_invocation_tokens"),
         ({"lora_lattice": {"order": 3}}, "lora_lattice = "),  # of a peft to come
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base model's weights"),
     ],
