@@ -230,8 +230,14 @@ def pipeline_size(loop: PipelineLoop, calibration: Calibration) -> tuple[dict[st
             frames = (size.get("num_frames", 1) - 1) // known(_FRAME_SCALES, 1) + 1
             tokens = latents.shape[-2] / frames
         else:
-            patch = middle_patch(token_sides(next(iter(loop.denoisers.values()))))
-            tokens = latents.shape[-2] * latents.shape[-1] / patch**2
+            denoiser = next(iter(loop.denoisers.values()))
+            side = denoiser.config.get("patch_size") or denoiser.config.get("all_patch_size") or 1
+            if "block_out_channels" in denoiser.config:  # a UNet: latents per token side by block
+                middle = getattr(denoiser, "mid_block", None)
+                levels = unet_levels((*denoiser.down_blocks, middle, *denoiser.up_blocks))
+                side = middle_patch(levels) if levels else side
+            side = int(side[-1] if isinstance(side, (list, tuple)) else side)
+            tokens = latents.shape[-2] * latents.shape[-1] / side**2
         # The rule, with pixels in place of latents.
         own = sides["height"], sides["width"]
         patch = max(round(math.sqrt(own[0] * own[1] / tokens)), 1)
@@ -240,14 +246,3 @@ def pipeline_size(loop: PipelineLoop, calibration: Calibration) -> tuple[dict[st
             size["height"], size["width"] = default_size(1, patch, own, _PIXEL_STEP)
             _, latents = loop.prepared(size)
     return size, latents.numel() // (1 if latents.ndim == 2 else len(latents))
-
-
-def token_sides(denoiser: Any) -> list[int]:
-    """Latents per token side, in each transformer block of a UNet, or in all of a transformer."""
-    if "block_out_channels" in denoiser.config:
-        middle = getattr(denoiser, "mid_block", None)
-        levels = unet_levels((*denoiser.down_blocks, middle, *denoiser.up_blocks))
-        if levels:
-            return levels
-    patch = denoiser.config.get("patch_size") or denoiser.config.get("all_patch_size") or 1
-    return [int(patch[-1] if isinstance(patch, (list, tuple)) else patch)]

@@ -36,19 +36,24 @@ class EmbeddingTriggers:
     class_word: str = ""
 
     @cached_property
-    def _named(self) -> Callable[[str], str]:
+    def _cores(self) -> Mapping[str, str]:
+        """The names without brackets, in lower case, longer ones first, each with its name."""
         cores = {name.strip("<> ").lower(): name for name in self.embeddings}
-        return lambda word: cores[word.lower().removeprefix("embedding:").strip("<>")]
+        return {core: cores[core] for core in sorted(cores, key=len, reverse=True) if core}
+
+    def _named(self, word: str) -> str:
+        return self._cores[word.lower().removeprefix("embedding:").strip("<>")]
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        """A name in any form, not inside another word or a path; longer names first."""
-        names = sorted(self.embeddings, key=len, reverse=True)
-        cores = [core for name in names if (core := name.strip("<> ").lower())]
+        """A name in any form, not inside another word or a path."""
         texts, common = "\n".join(self.texts).lower(), self.class_word.lower().split()
-        nouns = {core for core in cores if f"<{core}>" in texts or core in common}
-        plain = [name.lower() for name in names if name.lower() in cores and name not in nouns]
-        every, alone = ("|".join(map(re.escape, some)) or r"(?!)" for some in (cores, plain))
+        plain = [
+            core
+            for core, name in self._cores.items()
+            if core == name.lower() and f"<{core}>" not in texts and core not in common
+        ]
+        every, alone = ("|".join(map(re.escape, some)) or r"(?!)" for some in (self._cores, plain))
         return re.compile(
             rf"<(?:{every})>|(?<![\w/<-])(?:embedding:<?(?:{every})>?|{alone})(?![\w-]|\.\w)",
             re.IGNORECASE,

@@ -112,7 +112,7 @@ def added_concepts(
     """The concepts that a host with prompts adds to a merge: generic prompts and prompts with class
     words alone, on which the base should not change, and composites, whose prompts
     :func:`.composites_of` makes."""
-    count = _preserved_rows(calibration.samples * calibration.rows_each)
+    count = max(1, round(_PRESERVED_ROWS * (calibration.samples * calibration.rows_each)))
     generator = torch.Generator().manual_seed(calibration.seed)
     wording = Wording(vocabulary, concepts, generator)
     loras = [concept for concept in concepts if concept.lora is not None]
@@ -226,7 +226,7 @@ class SamplePrompts:
                 pools = prompt_pools(concept, self.calibration)
                 pool = [prompt for of_phrase in pools for prompt in of_phrase]
                 free = range(len(row_owners))
-                wanted = _preserved_rows(most)
+                wanted = max(1, round(_PRESERVED_ROWS * most))
                 if isinstance(concept, Composite):
                     wanted = min(wanted, len(pool))
                     free = [row for row in free if concept.has(self.concepts[row_owners[row]])]
@@ -266,10 +266,6 @@ def drawn_steps(
     """The steps at which each of ``count`` samples is recorded, ascending, (count, timesteps)."""
     picks = [torch.randperm(steps, generator=generator) for _ in range(count)]
     return torch.stack([pick[: calibration.rows_each] for pick in picks]).sort(dim=1)[0]
-
-
-def _preserved_rows(rows: int) -> int:
-    return max(1, round(_PRESERVED_ROWS * rows))
 
 
 def drawn_uses(
