@@ -2,12 +2,14 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from client import PromptError, node
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 ADVANCED = {"ridge": 1e-5, "timesteps": 2, "image_size": 64}
@@ -152,6 +154,46 @@ def test_errors_are_one_sentence(client):
             "toybox": node("IterisToybox", tokens="sks99"),
             "shown": node("PreviewAny", source=["toybox", 3]),
         })  # fmt: skip
+
+
+@needs_toybox
+def test_a_list_of_eight(client, models):
+    """A missing one that is off does not refuse the graph, and two without words act on every
+    prompt: they are always on."""
+    loras = ROOT / "toybox" / "weights" / "loras"
+    into = models / "models" / "loras" / "eight"
+    into.mkdir()
+    names = [f"sks{number}.safetensors" for number in range(1, 6)]
+    for name in names:
+        shutil.copy(loras / name, into / name)
+    for name, of in (("watercolor_style", "sks6"), ("detail_slider", "sks7")):
+        names.append(f"{name}.safetensors")
+        save_file(load_file(loras / f"{of}.safetensors"), into / names[-1])
+    rows = {f"lora_{row}": f"eight/{name}" for row, name in enumerate([*names, "gone.sft"], 1)}
+    settings = {"latents": "noise", "timesteps": 1, "image_size": 64}
+    graph = {
+        "toybox": node("IterisToybox", tokens="sks1"),
+        "loras": node("IterisLoras", **rows, on_8=False),
+        "settings": node("IterisSettings", **settings),
+        "merge": node(
+            "IterisMerge", model=["toybox", 0], clip=["toybox", 1], concepts=["loras", 0],
+            samples=2, settings=["settings", 0],
+        ),
+        "save": node("IterisSaveLora", lora=["merge", 2], filename_prefix="iteris/eight"),
+        "words": node("PreviewAny", source=["merge", 4]),
+    }  # fmt: skip
+    outputs = client.run(graph)
+    planned, merged, *notes = outputs["merge"]["text"][0].splitlines()
+    assert planned.startswith("Planned: about ")
+    assert merged.startswith("Merged 5 concepts")
+    on = [note for note in notes if "no trigger word, so it acts on every prompt" in note]
+    assert {note.split(":")[0].strip() for note in on} == {"watercolor_style", "detail_slider"}
+    words = outputs["words"]["text"][0]
+    assert words == "sks1 star, sks2 star, sks3 star, sks4 circle, sks5 circle"
+    assert (models / "models" / "loras" / saved_name(outputs)).is_file()
+    graph["loras"]["inputs"]["on_8"] = True
+    with pytest.raises(PromptError, match=r"There is no LoRA eight/gone\.sft in models/loras"):
+        client.run(graph)
 
 
 @needs_toybox

@@ -1,6 +1,9 @@
 """Save Merged LoRA: names, ranks, and a full disk."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +105,31 @@ def test_a_folder_that_cannot_be_written(kit, save):
     (kit.loras / "taken").write_text("")
     with pytest.raises(kit.core.IterisError, match="taken/one cannot be written"):
         save({"lora_unet_a.lora_up.weight": torch.ones(3, 2)}, "taken/one")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_folders_that_are_read_only(kit, save, monkeypatch, code):
+    """The models': one sentence, and the merge is kept. The user's: merges are made and not kept."""
+    import folder_paths
+
+    user, make = Path(folder_paths.get_user_directory()), os.mkdir
+
+    def refuse(path, *args, **more):
+        if any(Path(path).is_relative_to(root) for root in (kit.loras, user)):
+            raise OSError(code, os.strerror(code), str(path))
+        return make(path, *args, **more)
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    merge = kit.node("merge_nodes", "IterisMerge").execute
+    lora = merge(kit.model, tuple(kit.concepts()), clip=kit.clip, method="average").result[2]
+    before = sorted(kit.loras.rglob("*"))
+    for prefix in ("one", "folder/one"):
+        with pytest.raises(kit.core.IterisError) as found:
+            save(lora, prefix)
+        assert os.strerror(code) in str(found.value)
+        assert str(found.value).endswith("The merge is kept; queue again to save it.")
+        assert str(kit.folder) not in str(found.value)
+    assert sorted(kit.loras.rglob("*")) == before
 
 
 def test_the_file_is_there_before_its_thumbnail_is_drawn(kit, save):
