@@ -25,8 +25,7 @@ from outputs import ROOT, add, result_file
 sys.path.append(str(ROOT / "tests" / "comfy"))
 
 from client import Client
-from conftest import COMFYUI, running
-from matrix import version_of
+from conftest import running
 
 GRAPHS = ("quick_start_toybox", "two_in_one_picture", "compare_methods", "score_pictures")
 FRONT_END = ROOT / "tests" / "comfy" / "front_end.js"
@@ -45,7 +44,7 @@ def measured(name: str, base: Path) -> dict[str, Any]:
             "peak_gib": round(peak() / 2**30, 2),
             "threads": torch.get_num_threads(),
             "load": round(load, 2),
-            "comfyui": version_of(Path(COMFYUI)),
+            "comfyui": client.get("/system_stats")["system"]["comfyui_version"],
         }
 
 

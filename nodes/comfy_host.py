@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..iteris_core.activations.lockstep import Lockstep
-from ..iteris_core.activations.memory import usable, with_spare
+from ..iteris_core.activations.memory import halved, usable, with_less, with_spare
 from ..iteris_core.architectures import unet
 from ..iteris_core.architectures.record import TEXT_WIRINGS
 from ..iteris_core.architectures.sites import residual_streams
@@ -34,8 +34,9 @@ from ..iteris_core.lora_files.experts import second_of
 from .comfy_conds import Inputs, References, kind, size
 from .comfy_denoiser import Denoiser
 from .comfy_digest import digest_of_base
+from .comfy_internals import memory
 from .comfy_lora import ComfySites
-from .comfy_runtime import halving
+from .comfy_runtime import ran_out
 from .comfy_sampling import ComfySamples, DenoiserRows, Kept, Sampling, comfy_samples, make_latents
 from .comfy_state import training
 from .comfy_text import Conditioning, TextEncoders
@@ -156,7 +157,16 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
             kept = self._latents(drawn, sites, lockstep, rows, tick, store)
             return comfy_samples(kept, drawn, self._texts.tokenize)
 
-        return halving(self._batch, make)
+        def complaint(said: str, tried: Sequence[int]) -> str:
+            rows = "; ".join(f"{some} rows" if some > 1 else "one row" for some in tried)
+            return (
+                f"Out of memory while making samples ({said}). Tried: {rows} per forward. Lower "
+                "image_size or frames (smaller samples), or free memory elsewhere. MODEL and CLIP "
+                "are unchanged."
+            )
+
+        release, sizes = memory.soft_empty_cache, halved(self._batch)
+        return with_less(sizes, make, complaint, release=release, ran_out=ran_out)[0]
 
     def _latents(
         self,

@@ -120,12 +120,6 @@ def optional(path: str) -> Any:
     return _find(owner, name)
 
 
-def set_optional(path: str, value: Any) -> None:
-    """Replace the object that :func:`optional` returns with ``value``."""
-    owner, _, name = path.rpartition(".")
-    setattr(_object(owner), name, value)
-
-
 def sentence(names: Sequence[str]) -> str:
     version = _find("comfyui_version", "__version__") or "of an unknown version"
     return (
@@ -164,10 +158,11 @@ class _Gone(type):
 
 def _find(path: str, name: str) -> Any:
     """The object called ``name`` in a module, class or object, or None."""
-    return getattr(_object(path), name, None)
+    return getattr(owner_of(path), name, None)
 
 
-def _object(path: str) -> Any:
+def owner_of(path: str) -> Any:
+    """The module, class or object at ``path``, or None."""
     try:
         return importlib.import_module(path)
     except ImportError:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-from ..iteris_core.activations.memory import halved, is_out_of_memory, with_less
+from ..iteris_core.activations.memory import is_out_of_memory
 from ..iteris_core.progress import OUTLOOK, Progress
 from .comfy_internals import comfy, memory, optional
 
 _WHOLE = 1000  # steps of the bar
 _TEXT_EVERY = 0.25  # seconds; the bar itself moves at every step
 _log = logging.getLogger(__name__)
-_Made = TypeVar("_Made")
 
 
-def _ran_out(error: Exception) -> bool:
-    # First, clear asynchronous CUDA errors.
+def ran_out(error: Exception) -> bool:
+    """True for an error that means that memory ran out; clears asynchronous CUDA errors first."""
     is_oom = optional("comfy.model_management.is_oom")
     return (is_oom is not None and is_oom(error)) or is_out_of_memory(error)
 
@@ -30,22 +28,6 @@ def free_beside(patcher: Any) -> int:
     if optional("comfy.model_patcher.ModelPatcher.get_free_memory") is None:
         return memory.get_free_memory(device)
     return patcher.get_free_memory(device)
-
-
-def halving(rows: int, make: Callable[[int], _Made]) -> _Made:
-    """Call ``make`` with that many rows per forward; halve the number whenever memory runs out."""
-
-    def complaint(said: str, tried: Sequence[int]) -> str:
-        rows = "; ".join(f"{some} rows" if some > 1 else "one row" for some in tried)
-        return (
-            f"Out of memory while making samples ({said}). Tried: {rows} per forward. Lower "
-            "image_size or frames (smaller samples), or free memory elsewhere. MODEL and CLIP are "
-            "unchanged."
-        )
-
-    return with_less(
-        halved(rows), make, complaint, release=memory.soft_empty_cache, ran_out=_ran_out
-    )[0]
 
 
 class NodeProgress:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .comfy_internals import check_switches, compiling, optional, set_optional
+from .comfy_internals import check_switches, compiling, optional, owner_of
 
 _PRECISE = "_full_precision_mm"
 """A flag of ComfyUI's mixed-precision layers: True if they do not quantise their input."""
@@ -53,11 +53,12 @@ def switched(path: str, value: Any) -> Generator[None]:
     if before is None:
         yield
         return
-    set_optional(path, value)
+    owner, _, name = path.rpartition(".")
+    setattr(owner_of(owner), name, value)
     try:
         yield
     finally:
-        set_optional(path, before)
+        setattr(owner_of(owner), name, before)
 
 
 def run_uncompiled(options: dict[str, Any]) -> None:

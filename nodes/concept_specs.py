@@ -99,9 +99,12 @@ def fingerprint(name: str | None) -> Any:
     return changed(file), [path.stat().st_mtime_ns for path in sidecars(file)]
 
 
-_NAMES = ("name", "lora_name", "lora", "file", "path")
-_STRENGTHS = ("strength", "strength_model", "model_strength", "model_weight", "weight")
-_CLIP = ("clip_strength", "strength_clip", "strengthTwo", "clip_weight")
+_FIELDS: Sequence[tuple[Sequence[str], Any]] = (
+    (("name", "lora_name", "lora", "file", "path"), str),
+    (("strength", "strength_model", "model_strength", "model_weight", "weight"), (int, float)),
+    (("clip_strength", "strength_clip", "strengthTwo", "clip_weight"), (int, float)),
+)
+"""Other packs' names of a LoRA, of its strength and of that for CLIP, and their types."""
 _ON = ("on", "enabled", "active")
 
 
@@ -157,35 +160,26 @@ def with_words(specs: Sequence[ConceptConfig], text: str) -> tuple[ConceptConfig
 
 def _spec(entry: Any) -> ConceptConfig | None:
     """A stack's (name, strength[, clip strength]) or dictionary; None if off or nameless."""
+    values: Mapping[str, Any] = {}
     if isinstance(entry, Mapping):
-        values = dict(entry)
-        if not all(values.get(name, True) for name in _ON):
-            return None
-        name, strength = _first(values, _NAMES, str), _first(values, _STRENGTHS, (int, float))
-        clip = _first(values, _CLIP, (int, float))
-    elif isinstance(entry, Sequence) and not isinstance(entry, str) and entry:
-        name, strength, clip = (*entry, None, None)[:3]
-    else:
-        raise _unreadable(entry)
-    if name is None or name in ("", "None", NONE):
-        if isinstance(entry, Mapping) and name is None:
-            raise _unreadable(entry)
+        values = entry
+    elif isinstance(entry, (list, tuple)) and all(
+        value is None or isinstance(value, (int, float)) for value in entry[1:3]
+    ):
+        values = dict(zip(("name", "strength", "clip_strength"), entry, strict=False))
+    if not all(values.get(name, True) for name in _ON):
         return None
-    try:
-        strengths = [None if value is None else float(value) for value in (strength, clip)]
-    except (TypeError, ValueError) as error:
-        raise _unreadable(entry) from error
-    strength = 1.0 if strengths[0] is None else strengths[0]
-    return make_spec(lora_path(str(name)), strength=strength, text_strength=strengths[1])
-
-
-def _first(values: Mapping[str, Any], names: Sequence[str], kind: Any) -> Any:
-    return next((values[n] for n in names if isinstance(values.get(n), kind)), None)
-
-
-def _unreadable(entry: Any) -> IterisError:
-    keys = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
-    return IterisError(
-        f"The LORA_STACK has an entry in an unknown format ({keys}); expected is (name, strength, "
-        "clip strength) or a dictionary with name and strength."
+    name, strength, clip = (
+        next((values[n] for n in names if isinstance(values.get(n), kind)), None)
+        for names, kind in _FIELDS
     )
+    if name is None:
+        keys = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
+        raise IterisError(
+            f"The LORA_STACK has an entry in an unknown format ({keys}); expected is (name, "
+            "strength, clip strength) or a dictionary with name and strength."
+        )
+    if name in ("", "None", NONE):
+        return None
+    strength = 1.0 if strength is None else float(strength)
+    return make_spec(lora_path(name), strength=strength, text_strength=clip)

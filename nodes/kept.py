@@ -12,7 +12,6 @@ from typing import Any
 
 import folder_paths
 import torch
-from torch import Tensor
 
 from ..iteris_core.config import ConceptConfig, MergeConfig
 from ..iteris_core.errors import IterisError
@@ -107,15 +106,13 @@ def kept(key: str, model: Any, clip: Any) -> Merge | None:
     try:
         about = json.loads(bytes(found.pop(_ABOUT).numpy()))
         embeddings, parts = unbundled(Path("merged"), found)
-        sites = {site: _change(parts, site, size) for site, size in about["kernels"].items()}
+        sites = {
+            site: LowRank(parts[f"{site} up"], parts[f"{site} down"], kernel and tuple(kernel))
+            for site, kernel in about["kernels"].items()
+        }
         named = about["name"], about["metadata"]
     except (IterisError, KeyError, ValueError):
         return None
     base = ComfySites(model, clip).base
     lora = Lora(sites, *named, base=base, embeddings=embeddings)
     return Merge(lora, f"{about['report']}\n{_NOTE}", about["ordered"])
-
-
-def _change(parts: dict[str, Tensor], site: str, kernel: list[int] | None) -> LowRank:
-    up, down = parts[f"{site} up"], parts[f"{site} down"]
-    return LowRank(up, down, None if kernel is None else (kernel[0], kernel[1]))

@@ -126,11 +126,6 @@ def other_input(name: str) -> Any:
     )
 
 
-def _setting(name: str) -> Any:
-    made = setting_input(IterisSettings, name)
-    return advanced(made) if name in FOLDED else made
-
-
 class IterisMergeSettings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -146,7 +141,10 @@ class IterisMergeSettings(io.ComfyNode):
                 ),
                 io.Combo.Input("cannot_merge", options=choices, default="refuse", optional=True),
                 io.Float.Input("memory", default=0.0, max=1024.0, min=0.0, step=0.1, optional=True),
-                *(_setting(name) for name in ITERIS),
+                *(
+                    advanced(one) if one.id in FOLDED else one
+                    for one in (setting_input(IterisSettings, name) for name in ITERIS)
+                ),
                 *(advanced(other_input(name)) for name in OTHERS),
                 io.Combo.Input("kept", options=["use", _CLEAR], default="use", optional=True),
             ],

@@ -77,7 +77,14 @@ class SaveMergedLora(io.ComfyNode):
         thumbnail: Tensor | None = None,
         card: bool = False,
     ) -> io.NodeOutput:
-        tensors = _at(lora, dtype, rank)
+        tensors: dict[str, Tensor] = lora
+        if dtype != _AS_IT_IS or rank:
+            if not isinstance(lora, MergedLora):
+                raise IterisError(
+                    "Only a LoRA that an IterIS node made is saved in another dtype or at another "
+                    f"rank; choose {_AS_IT_IS!r} and rank 0."
+                )
+            tensors = lora.at("" if dtype == _AS_IT_IS else dtype, rank)
         metadata: dict[str, str] = dict(getattr(tensors, "metadata", {}))
         metadata = {} if optional("comfy.cli_args.args.disable_metadata") else metadata
         metadata |= {_OURS: metadata.get(_OURS, "{}"), _HASH: f"0x{content_hash(tensors)}"}
@@ -101,18 +108,6 @@ class SaveMergedLora(io.ComfyNode):
         text = f"{name}{embeddings}"
         show_text(f"Saved {text}", cls.hidden.unique_id)
         return io.NodeOutput(name, ui=ui_text(text))
-
-
-def _at(lora: dict[str, Any], dtype: str, rank: int) -> dict[str, Tensor]:
-    """``lora`` in ``dtype``, and with every layer cut to ``rank`` unless that is 0."""
-    if dtype == _AS_IT_IS and not rank:
-        return lora
-    if not isinstance(lora, MergedLora):
-        raise IterisError(
-            "Only a LoRA that an IterIS node made is saved in another dtype or at another rank; "
-            f"choose {_AS_IT_IS!r} and rank 0."
-        )
-    return lora.at("" if dtype == _AS_IT_IS else dtype, rank)
 
 
 _END = ".safetensors"

@@ -59,7 +59,7 @@ def weight_input(name: str = "weight", **more: Any) -> Any:
 
 
 def advanced(one: Any) -> Any:
-    """An input that the front end folds away; in 0.3.64 this is not a constructor argument."""
+    """An input that the front end folds away; in 0.8.0 this is not a constructor argument."""
     one.extra_dict = {**one.extra_dict, "advanced": True}
     return one
 

@@ -228,20 +228,3 @@ def test_what_cannot_be_a_base_is_refused_in_one_sentence(kit, monkeypatch):
     kit.model.model.diffusion_model.extra = kind()
     with pytest.raises(kit.core.IterisError, match="MODEL is a Nunchaku model"):
         kit.merge()
-
-
-# -- what is shown --------------------------------------------------------------------------------
-
-
-def test_one_bar(kit, monkeypatch):
-    import comfy.utils
-
-    sent: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: sent.append((value, total))
-    )
-    assert kit.merge().report.sites
-    values, totals = zip(*sent, strict=True)
-    assert list(values) == sorted(values)
-    assert values[-1] > 900
-    assert len(set(totals)) == 1

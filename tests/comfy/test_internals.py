@@ -102,12 +102,3 @@ def test_an_old_comfyui_is_told_what_it_lacks(again, monkeypatch, caplog):
         again()  # looks for the nodes, which are not imported
     assert sys.modules[NAME].__all__ == []
     assert "needs ComfyUI 0.3.77 or newer" in caplog.text
-
-
-def test_an_old_python_is_told_so(again, monkeypatch, caplog):
-    import folder_paths  # noqa: F401
-
-    monkeypatch.setattr(sys, "version_info", (3, 9, 21, "final", 0))
-    again()
-    assert sys.modules[NAME].__all__ == []
-    assert "needs Python 3.10 or newer" in caplog.text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from kit import SETTINGS, part, use_folders
 
 
@@ -89,11 +88,3 @@ def test_minutes_of_the_node_and_of_the_settings(kit):
     assert minutes(minutes=60.0, settings={**SETTINGS, "minutes": 5.0}) == 5
     assert minutes(minutes=0.0, settings={"minutes": 0.0}) is None
     assert minutes(minutes=60.0, settings={"minutes": 0.0}) == 60
-
-
-def test_an_early_limit_runs_fewer_prompts_and_says_so(kit):
-    node = kit.node("merge_nodes", "IterisMerge")
-    given = {"clip": kit.clip, "samples": 40, "settings": SETTINGS, "minutes": 0.0001}
-    *_, lora, report, _ = node.execute(kit.model, tuple(kit.concepts()), **given).result
-    assert "12 of 40 prompts per concept" in report
-    assert isinstance(next(iter(lora.values())), torch.Tensor)

@@ -109,7 +109,7 @@ def test_a_folder_that_cannot_be_written(kit, save):
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
 def test_folders_that_are_read_only(kit, save, monkeypatch, code):
-    """The models': one sentence, and the merge is kept. The user's: merges are made and not kept."""
+    """The models': one sentence, and the merge is kept. The user's: a merge is made, not kept."""
     import folder_paths
 
     user, make = Path(folder_paths.get_user_directory()), os.mkdir
