@@ -1,15 +1,16 @@
-"""The names of ComfyUI's internals that the files ``comfy_*.py`` use, looked up in one place.
+"""The names of ComfyUI's internals that the files ``comfy_*.py`` use, listed in one place.
 
-They may move in any version. Using a name that is gone raises an error that gives the name and the
-versions known to work; all nodes still load. Names are looked up on every use, because other packs
-replace these functions with their own.
+They may move in any version. All nodes still load then, and a run that needs one that is gone ends
+in :func:`sentence` (:func:`.schema.discreet`). Names are looked up on every use, because other
+packs replace these functions with their own.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from contextlib import suppress
+from typing import Any
 
 from ..iteris_core.errors import IterisError
 
@@ -128,32 +129,9 @@ def sentence(names: Sequence[str]) -> str:
     )
 
 
-class _Module:
-    """A ComfyUI module with the names in :data:`NAMES`; missing ones become stand-ins."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __getattr__(self, name: str) -> Any:
-        path = f"{self._path}.{name}"
-        if any(f"{known}.".startswith(f"{path}.") for known in NAMES):
-            return _Module(path)
-        found = _find(self._path, name)
-        if name not in NAMES.get(self._path, ()):
-            raise AttributeError(f"{path} is not among the names that are looked up")
-        return _Gone(name, (), {"path": path}) if found is None else found
-
-
-class _Gone(type):
-    """A stand-in for a missing class: it can only be subclassed."""
-
-    def __call__(cls, *_: Any, **__: Any) -> NoReturn:
-        raise IterisError(sentence([cls.path]))
-
-    def __getattr__(cls, name: str) -> NoReturn:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        raise IterisError(sentence([cls.path]))
+def base_of(path: str) -> Any:
+    """The class at ``path``, to derive from; ``object`` where it is gone."""
+    return _find(*path.rsplit(".", 1)) or object
 
 
 def _find(path: str, name: str) -> Any:
@@ -170,7 +148,8 @@ def owner_of(path: str) -> Any:
         return _find(owner, name) if owner else None
 
 
-comfy = _Module("comfy")
-memory = comfy.model_management
-extension = comfy.patcher_extension
-compiling = _Module("comfy_api.torch_helpers.torch_compile")
+for _path in NAMES:
+    with suppress(ImportError):
+        importlib.import_module(_path)
+comfy = importlib.import_module("comfy")
+memory = importlib.import_module("comfy.model_management")

@@ -21,7 +21,7 @@ from ..iteris_core.hosts.rows import SamplePrompts, TextRows, drawn_steps
 from ..iteris_core.passes.batches import chunks
 from .comfy_conds import Inputs, joined, kind
 from .comfy_denoiser import SEED, Denoiser
-from .comfy_internals import comfy, extension, memory
+from .comfy_internals import base_of, comfy, memory
 from .comfy_state import forget, run_uncompiled
 from .comfy_text import Conditioning
 
@@ -154,7 +154,7 @@ def _denoise(
     return ended
 
 
-class RowsGuider(comfy.samplers.CFGGuider):
+class RowsGuider(base_of("comfy.samplers.CFGGuider")):
     """``positive`` and ``negative`` are the inputs of all rows; ``owners`` is each row's concept,
     whose LoRA is active in that row. ``keep(step, latents)`` gets the denoiser's input. Hooks,
     control nets and memory reservation come from ``one`` conditioning."""
@@ -177,8 +177,8 @@ class RowsGuider(comfy.samplers.CFGGuider):
 
     def outer_sample(self, *args: Any, **options: Any) -> Any:
         run_uncompiled(self.model_options)
-        extension.add_wrapper_with_key(
-            extension.WrappersMP.APPLY_MODEL,
+        comfy.patcher_extension.add_wrapper_with_key(
+            comfy.patcher_extension.WrappersMP.APPLY_MODEL,
             _KEY,
             self._with_own_loras,
             self.model_options,
@@ -218,7 +218,7 @@ class RowsGuider(comfy.samplers.CFGGuider):
         return outputs[0]
 
 
-class _Euler(comfy.samplers.KSAMPLER):
+class _Euler(base_of("comfy.samplers.KSAMPLER")):
     """On ComfyUI's scale, Euler is DDIM without noise. A ``whole`` denoising starts from noise, as
     in DDIM, even if its first step is slightly below the largest sigma."""
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .comfy_internals import check_switches, compiling, optional, owner_of
+from .comfy_internals import check_switches, optional, owner_of
 
 _PRECISE = "_full_precision_mm"
 """A flag of ComfyUI's mixed-precision layers: True if they do not quantise their input."""
@@ -63,10 +63,12 @@ def switched(path: str, value: Any) -> Generator[None]:
 
 def run_uncompiled(options: dict[str, Any]) -> None:
     """Compiled code does not run layer hooks; the plain module underneath gives the same result."""
+    from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
+
     wrappers = options["transformer_options"].get("wrappers", {})
     for found in (wrappers, options.get("to_load_options", {}).get("wrappers", {})):
         for keyed in found.values():
-            keyed.pop(compiling.COMPILE_KEY, None)
+            keyed.pop(COMPILE_KEY, None)
 
 
 def forget(network: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..iteris_core.errors import IterisError
 from ..toybox import BASE, TEMPLATES, ToyConcept, load_clip, pivotal_concepts
 from ..toybox import concepts as toy_concepts
-from .comfy_internals import comfy, memory
+from .comfy_internals import base_of, comfy, memory
 from .comfy_scorer import ComfyScorer, LazyScorer
 from .concept_specs import make_spec
 from .pictures import to_image
@@ -77,7 +77,7 @@ def _chosen(tokens: str) -> list[ToyConcept]:
     return [known[name] for name in names]
 
 
-class _SmallSD15(comfy.supported_models.SD15):
+class _SmallSD15(base_of("comfy.supported_models.SD15")):
     """SD 1.5's architecture with smaller widths, and v-prediction."""
 
     unet_extra_config: dict[str, Any] = {}  # noqa: RUF012

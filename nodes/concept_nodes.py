@@ -23,7 +23,6 @@ from .concept_specs import (
     make_spec,
     phrases_in,
     specs_of,
-    with_words,
 )
 from .schema import (
     NONE,
@@ -37,8 +36,7 @@ from .schema import (
 ROWS = 10
 """Number of LoRAs on one node; the front end shows those in use and one more (web/iteris.js)."""
 
-_SOURCES = {"you": "", "file": " (from the file)", "captions": " (a guess from its captions)",
-            "input": " (from trigger_words)"}  # fmt: skip
+_SOURCES = {"you": "", "file": " (from the file)", "captions": " (a guess from its captions)"}
 
 
 def _lora_input(name: str, **more: Any) -> Any:
@@ -176,19 +174,15 @@ class IterisLoras(io.ComfyNode):
                     io.String.Input(f"blocks_{number}", default="", **_named(number, "blocks"))
                     for number in range(1, ROWS + 1)
                 ),
-                io.String.Input("trigger_words", optional=True, force_input=True),
                 concepts_input(optional=True),
             ],
             outputs=("concepts", "trigger_words"),
         )
 
     @classmethod
-    def execute(
-        cls, lines: str = "", trigger_words: str | None = None, concepts: Any = (), **rows: Any
-    ) -> io.NodeOutput:
+    def execute(cls, lines: str = "", concepts: Any = (), **rows: Any) -> io.NodeOutput:
         of_rows = (_spec(number, lines, rows) for number in range(1, ROWS + 1))
         specs = [*specs_of(concepts), *filter(None, of_rows)]
-        specs = list(with_words(specs, trigger_words or ""))
         show_text("\n".join(map(_line, specs)) or "No LoRA is on.", cls.hidden.unique_id)
         phrases = [phrase for spec in specs if spec.file is not None for phrase in spec.phrases]
         return io.NodeOutput(tuple(specs), ", ".join(dict.fromkeys(phrases)))

@@ -131,33 +131,6 @@ def specs_of(value: Any) -> tuple[ConceptConfig, ...]:
     return tuple(spec for spec in made if spec is not None)
 
 
-def with_words(specs: Sequence[ConceptConfig], text: str) -> tuple[ConceptConfig, ...]:
-    """``specs`` with another node's trigger words: one phrase per LoRA in order, or the unassigned
-    words for the only LoRA without any."""
-    phrases = phrases_in(text)
-    named = [spec.file is not None and spec.always_on == "no" for spec in specs]
-    loras = [at for at, one in enumerate(named) if one]
-    if not phrases or not loras:
-        return tuple(specs)
-    named = list(specs)
-    if len(phrases) == len(loras):
-        for at, phrase in zip(loras, phrases, strict=True):
-            named[at] = named[at].called([phrase], "input")
-        return tuple(named)
-    silent = [at for at in loras if not named[at].phrases]
-    known = {phrase.lower() for spec in specs for phrase in spec.phrases}
-    left = [phrase for phrase in phrases if phrase.lower() not in known]
-    if len(silent) == 1 and left:
-        named[silent[0]] = named[silent[0]].called(left, "input")
-    elif silent:
-        names = ", ".join(file.name for at in silent if (file := named[at].file))
-        raise IterisError(
-            f"trigger_words has {len(phrases)} phrases for {len(loras)} LoRAs, and it is unclear "
-            f"which are for {names}; give one phrase per LoRA, in order, separated by ;."
-        )
-    return tuple(named)
-
-
 def _spec(entry: Any) -> ConceptConfig | None:
     """A stack's (name, strength[, clip strength]) or dictionary; None if off or nameless."""
     values: Mapping[str, Any] = {}

@@ -6,13 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from io import BytesIO
 from itertools import combinations
 from typing import Any, Literal
 
 from comfy_api.latest import io
-from PIL import Image
-from torch import Tensor
 
 from ..iteris_core.concepts import Calibration, lines_of
 from ..iteris_core.config import read_concept
@@ -31,7 +28,7 @@ from .comfy_state import ready_for_merge
 from .concept_specs import specs_of
 from .merge_settings import Request
 from .merging import LoraModel as TensorsOfLora
-from .pictures import to_image
+from .pictures import plotted
 from .schema import (
     MERGED,
     MergeSettings,
@@ -222,15 +219,15 @@ class InspectLoras(io.ComfyNode):
                 lines += preview_merge(host, loaded, **how, memory_budget=budget).lines()
             except IterisError as error:
                 lines.append(f"A merge would fail: {error}")
-        table, prompt = "\n".join(lines), cls.hidden.prompt
+        table = "\n".join(lines)
         show_text(table, node_id)
-        here = [str(node_id), 0]
-        looked_at = prompt is None or any(here in one["inputs"].values() for one in prompt.values())
-        return io.NodeOutput(_plot(facts) if looked_at else None, table, ui=ui_text(table))
+        plot = plotted(cls.hidden, 0, lambda: _plot(facts))
+        return io.NodeOutput(plot, table, ui=ui_text(table))
 
 
-def _plot(facts: Sequence[LoraFacts]) -> Tensor:
-    """A heat map, block × LoRA, of each block's share of the LoRA's energy, as an IMAGE."""
+def _plot(facts: Sequence[LoraFacts]) -> Any:
+    """A heat map, block × LoRA, of each block's share of the LoRA's energy, as a matplotlib
+    Figure."""
     from matplotlib.figure import Figure
 
     blocks = list(dict.fromkeys(block for lora in facts for block in lora.blocks))
@@ -247,5 +244,4 @@ def _plot(facts: Sequence[LoraFacts]) -> Tensor:
             color = "white" if share < 0.6 * most else "black"
             axis.text(x, y, f"{share:.2f}", ha="center", va="center", color=color, fontsize=8)
     figure.colorbar(image, label="share of the LoRA's energy")
-    figure.savefig(png := BytesIO(), format="png", dpi=110)
-    return to_image([Image.open(png)])
+    return figure

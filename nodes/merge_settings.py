@@ -11,7 +11,7 @@ from comfy_api.latest import io
 
 from ..iteris_core.concepts import Calibration
 from ..iteris_core.config import ConceptConfig, MergeConfig, Unmergeable
-from ..iteris_core.methods import all_methods, find_method
+from ..iteris_core.methods import find_method
 from ..iteris_core.methods.iteris import IterisSettings
 from ..iteris_core.settings import PresetName, declared_settings
 from .comfy_conds import References
@@ -30,10 +30,6 @@ FOLDED = (
 ITERIS = ("rank", "share_ranks", "repair", "block_steps", *FOLDED)
 """Excludes the number of rows per forward, which memory decides, the rate of the polish, and the
 bound."""
-OTHERS: Mapping[str, str] = {
-    "density": "Other methods: share of each LoRA's entries to keep.",
-    "scale": "Other methods: factor on the merged change.",
-}
 _DEFAULT_METHOD = "iteris"
 _DIRECT = ("preset", "samples", "seed", "minutes")
 _CLEAR = "clear"
@@ -78,11 +74,11 @@ class Request:
         )
 
     def _settings(self, method: str) -> dict[str, Any]:
-        """The method's settings; of methods other than iteris, rank and :data:`OTHERS`."""
+        """The method's settings; of methods other than iteris, the rank."""
         if method != _DEFAULT_METHOD:
+            rank = self.values.get("rank")
             known = declared_settings(find_method(method).settings)
-            given = {n: self.values.get(n) for n in ("rank", *OTHERS)}
-            return {n: v for n, v in given.items() if v and n in known}
+            return {"rank": rank} if rank and "rank" in known else {}
         values = {name: self.values[name] for name in ITERIS if name in self.values}
         return changed(IterisSettings, values)
 
@@ -107,32 +103,13 @@ class Request:
         return {"references": self.references, "distilled": self.distilled}
 
 
-def other_input(name: str) -> Any:
-    """A setting of some other methods, each with its own default."""
-    declared = {
-        method.name: known[name]
-        for method in all_methods()
-        if name in (known := declared_settings(method.settings))
-    }
-    defaults = ", ".join(f"{method} {one.shown(one.default)}" for method, one in declared.items())
-    return io.Float.Input(
-        name,
-        default=0.0,
-        min=0.0,
-        max=1.0 if all(one.high == 1 for one in declared.values()) else 10.0,
-        step=0.05,
-        optional=True,
-        tooltip=f"{OTHERS[name]} 0: the method's default ({defaults}).",
-    )
-
-
 class IterisMergeSettings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         choices = list(get_args(Unmergeable))
         return schema(
             "IterisSettings",
-            ["merge settings", "density", "ridge", "image size", "rank"],
+            ["merge settings", "ridge", "image size", "rank"],
             inputs=[
                 io.Int.Input("image_size", default=0, min=0, max=4096, step=64, optional=True),
                 *(setting_input(Calibration, name) for name in CALIBRATION),
@@ -145,7 +122,6 @@ class IterisMergeSettings(io.ComfyNode):
                     advanced(one) if one.id in FOLDED else one
                     for one in (setting_input(IterisSettings, name) for name in ITERIS)
                 ),
-                *(advanced(other_input(name)) for name in OTHERS),
                 io.Combo.Input("kept", options=["use", _CLEAR], default="use", optional=True),
             ],
             outputs=("settings",),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,16 @@ def to_image(pictures: Sequence[Image.Image]) -> Tensor:
     """Convert images of equal size to an IMAGE."""
     arrays = [np.asarray(picture.convert("RGB"), dtype=np.float32) / 255 for picture in pictures]
     return torch.from_numpy(np.stack(arrays))
+
+
+def plotted(hidden: Any, output: int, draw: Callable[[], Any]) -> Tensor | None:
+    """The matplotlib Figure that ``draw`` makes, as a batch of one, if a node takes that output or
+    the graph is unknown."""
+    here, graph = [str(hidden.unique_id), output], hidden.prompt
+    if graph is not None and not any(here in node["inputs"].values() for node in graph.values()):
+        return None
+    draw().savefig(png := BytesIO(), format="png", dpi=110)
+    return to_image([Image.open(png)])
 
 
 def save_thumbnail(batch: Tensor, path: Path) -> None:

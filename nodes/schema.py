@@ -17,6 +17,7 @@ from ..iteris_core.concepts import Calibration
 from ..iteris_core.errors import IterisError
 from ..iteris_core.methods import all_methods
 from ..iteris_core.settings import PRESETS, PresetName, Settings, declared_settings
+from .comfy_internals import missing, sentence
 
 _LOCALES = Path(__file__).parents[1] / "locales"
 _TEXTS = json.loads((_LOCALES / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
@@ -66,7 +67,7 @@ def advanced(one: Any) -> Any:
 
 def discreet(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """The ``node``, whose errors now name files as ComfyUI lists them, not where they are on the
-    server."""
+    server, and what this ComfyUI lacks."""
     run: Any = node.execute
 
     @wraps(run.__func__)
@@ -75,6 +76,10 @@ def discreet(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
             return run.__func__(cls, *given, **values)
         except IterisError as error:
             error.args = (_without_folders(str(error)),)
+            raise
+        except (AttributeError, ImportError) as error:
+            if gone := missing():
+                raise IterisError(sentence(gone)) from error
             raise
 
     node.execute = classmethod(execute)

@@ -13,10 +13,10 @@ from ..iteris_core.concepts import lines_of
 from ..iteris_core.errors import IterisError
 from ..iteris_core.score import ClipScorer, ImageScorer, clip_score, without_tokens
 from ..iteris_core.score.results import contact_sheet
-from .comfy_runtime import is_linked, show_text
+from .comfy_runtime import show_text
 from .comfy_scorer import ARCHITECTURES, ComfyScorer, ComfyVisionScorer, check_open_clip
-from .pictures import figure_image, to_image, to_pil
-from .schema import GRAPH, Scorer, schema
+from .pictures import plotted, to_image, to_pil
+from .schema import Scorer, schema
 
 _FOLDERS = ("clip_vision", "text_encoders")
 _SCORED = ("cosine", "clip_score", "scores", "plot")
@@ -31,8 +31,7 @@ def _score_output(values: Tensor, title: str, hidden: Any) -> io.NodeOutput:
     ]
     lines.append(f"mean: cosine {mean:.4f}, CLIPScore {float(scaled.mean()):.4f}")
     show_text(f"{title}: {mean:.4f}", hidden.unique_id)
-    linked = is_linked(hidden, _SCORED.index("plot"))
-    plot = figure_image(plot_scores(values.tolist(), title)) if linked else None
+    plot = plotted(hidden, _SCORED.index("plot"), lambda: plot_scores(values.tolist(), title))
     return io.NodeOutput(mean, float(scaled.mean()), "\n".join(lines), plot)
 
 
@@ -92,7 +91,6 @@ class ClipImageAlignment(io.ComfyNode):
             inputs=[Scorer.Input("scorer"), io.Image.Input("images"), io.Image.Input("references")],
             group="compare",
             outputs=_SCORED,
-            hidden=GRAPH,
         )
 
     @classmethod
@@ -115,7 +113,6 @@ class ClipTextAlignment(io.ComfyNode):
             ],
             group="compare",
             outputs=_SCORED,
-            hidden=GRAPH,
         )
 
     @classmethod

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from kit import merge_on, part
+from kit import SETTINGS, node, part
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "custom-nodes/iteris-once-more"
@@ -36,9 +36,14 @@ def again(library):
         del sys.modules[known]
 
 
-def test_all_are_there(pack):
-    internals = importlib.import_module(f"{pack.__name__}.nodes.comfy_internals")
+def test_all_are_there(pack, kit):
+    internals = part(pack, "nodes.comfy_internals")
     assert internals.missing() == []
+    encoder = kit.clip.cond_stage_model.clip_l
+    for made in (kit.model, kit.clip, encoder, kit.clip.tokenizer.clip_l):
+        kinds = [f"{kind.__module__}.{kind.__name__}" for kind in type(made).__mro__]
+        (names,) = (internals.ATTRIBUTES[kind] for kind in kinds if kind in internals.ATTRIBUTES)
+        assert [name for name in names if not hasattr(made, name)] == []
 
 
 @pytest.mark.parametrize(
@@ -55,8 +60,7 @@ def test_one_is_gone(again, path, monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
     nodes = again()
     assert len(nodes.NODES) == 17
-    for node in nodes.NODES:
-        assert node.define_schema().node_id
+    assert all(one.define_schema().node_id for one in nodes.NODES)
     assert f"has no {path}" in caplog.text
     assert "0.8.0 and 0.33.0 are known to work" in caplog.text
 
@@ -72,15 +76,13 @@ def test_what_needs_it_says_so_and_the_rest_works(again, kit, module, name, monk
     monkeypatch.delattr(sys.modules[f"comfy.{module}"], name)
     again()
     found = sys.modules[NAME]
-    core, merging, specs = (
-        part(found, name) for name in ("iteris_core", "nodes.merging", "nodes.concept_specs")
-    )
+    error, specs = part(found, "iteris_core").IterisError, part(found, "nodes.concept_specs")
     concepts = [specs.make_spec(c.file, trigger=c.trigger) for c in kit.concepts()]
-    calibration = core.Calibration(samples=1, timesteps=1, latents="noise", latent_size=8)
-    on = merging, kit.model, kit.clip, concepts
-    with pytest.raises(core.IterisError, match=rf"no comfy\.{module}\.{name}"):
-        merge_on(*on, "iteris", {}, calibration)
-    assert merge_on(*on, "average", {}, calibration).lora.sites
+    merge = node(found, "merge_nodes", "IterisMerge").execute
+    given = {"clip": kit.clip, "samples": 1, "settings": SETTINGS}
+    with pytest.raises(error, match=rf"no comfy\.{module}\.{name}"):
+        merge(kit.model, concepts, **given)
+    assert merge(kit.model, concepts, method="average", **given).result[2].lora.sites
 
 
 def test_a_switch_that_this_version_should_have_is_gone(kit, monkeypatch):

@@ -27,8 +27,10 @@ class Bench:
 
     def stack(self, *entries):
         """Both with words."""
-        stacks = self.module("concept_specs")
-        return stacks.with_words(stacks.specs_of(entries), "sks cat; zwx dog")
+        specs = self.module("concept_specs").specs_of(entries)
+        return [
+            spec.called([word], "you") for spec, word in zip(specs, ("sks", "zwx"), strict=True)
+        ]
 
     def beside(self, name, *words):
         text = json.dumps({"trainedWords": words})
@@ -87,21 +89,6 @@ def test_words_come_from_beside_the_file_or_from_the_user(bench):
     found = bench.module("comfy_routes").words_of_lora("a.safetensors")
     assert found == {"words": "tok girl, red hair; other", "source": ".civitai.info"}
     assert bench.module("comfy_routes").words_of_lora("../../../etc/passwd")["words"] == ""
-
-
-def test_words_of_other_nodes(bench):
-    rows = {"lora_1": "a.safetensors", "lora_2": "b.safetensors", "lora_3": "mute.safetensors"}
-
-    def phrases(text):
-        specs, _ = bench.run(trigger_words=text, words_2="zwx", **rows)
-        return [list(spec.phrases) for spec in specs]
-
-    assert phrases("") == [["sks cat"], ["zwx"], []]
-    assert bench.shown[-1].endswith("mute at 1: no words: it acts on every prompt")
-    assert phrases("one,, two, red,, three") == [["one"], ["two, red"], ["three"]]
-    assert phrases("sks cat,, tok, hat") == [["sks cat"], ["zwx"], ["tok, hat"]]
-    with pytest.raises(bench.error, match="one phrase per LoRA"):
-        bench.run(trigger_words="one; two; three; four; five", lora_4="mute.safetensors", **rows)
 
 
 def test_prompts_of_the_user(bench):
