@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import rivals  # noqa: F401 (registers them)
 from emotion import (
     ADAPTERS,
     TASKS,

@@ -237,7 +237,6 @@ PRESETS: Mapping[PresetName, Preset] = {
         settings={
             "schedule": "jacobi",
             "iterations": 20,
-            "tolerance": None,
             "objective": "adapter",
             "weighting": "adapter",
             "ridge": 1e-4,

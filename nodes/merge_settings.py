@@ -23,7 +23,7 @@ CALIBRATION = (
     "contexts", "generic", "composites",
 )  # fmt: skip
 FOLDED = (
-    "schedule", "iterations", "tolerance", "objective", "weighting", "ridge", "shrink",
+    "schedule", "iterations", "objective", "weighting", "ridge", "shrink",
     "saliency", "row_tokens", "precision",
 )  # fmt: skip
 """What the front end shows among advanced inputs only."""

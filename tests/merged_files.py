@@ -52,7 +52,7 @@ HEAVY = {
 ITERIS: Mapping[str, Mapping[str, Any]] = {
     "adapter": {"objective": "adapter", "weighting": "adapter", "ridge": 1e-4},
     "jacobi": {"schedule": "jacobi", "iterations": 3, "repair": False, "saliency": 0.0},
-    "jacobi with repair": {"schedule": "jacobi", "iterations": 2, "tolerance": 1e-3},
+    "jacobi with repair": {"schedule": "jacobi", "iterations": 2},
     "no repair": {"repair": False},
     "float64": {"precision": "float64"},
     "of a rank": {"rank": 3},

@@ -16,6 +16,7 @@ from . import (
     orthogonal,
     pico,
     regmean_blocks,
+    ssr,
     tsv_m,
     wudi,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "orthogonal",
     "pico",
     "regmean_blocks",
+    "ssr",
     "tsv_m",
     "wudi",
 ]

@@ -6,17 +6,17 @@ outputs X_i ΔW_iᵀ of each LoRA on the merged model's inputs:
     R = (Σ λ_i E_i H_iᵀ Z̃_i + pull) (Σ λ_i Z̃_iᵀZ̃_i + pull)⁻¹,   H_i = X_i down_iᵀ,
 
 E_i placing concept i's rows, and the pull, α ‖Z̃_iᵀZ̃_i‖_F, going toward the λ-mean of the LoRAs.
-:mod:`iteris_core.methods.regmean` is this with X̃ = X, λ = 1 and a pull toward zero.
+:mod:`.ssr` is this with X̃ = X, λ = 1 and a pull toward zero.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from iteris_core.activations.tokens import ConceptTokens
 from iteris_core.linalg import full_precision
-from iteris_core.lora import SiteChanges
-from iteris_core.methods.regmean import routed, rows_of
+from iteris_core.lora import LowRank, SiteChanges
 from iteris_core.solve.problem import (
     MemoryEstimate,
     Reduction,
@@ -83,3 +83,19 @@ class Subspace(Reduction):
         rank = changes.rank
         kept = 4 * rank * ((len(changes) + 1) * rank + changes.shape[1])
         return MemoryEstimate(kept, 40 * rank * rank)
+
+
+def rows_of(changes: SiteChanges) -> dict[int, slice]:
+    """Concept → its rows of the stacked down matrices."""
+    rows: dict[int, slice] = {}
+    start = 0
+    for concept, change in changes.present.items():
+        rows[concept] = slice(start, start + change.rank)
+        start += change.rank
+    return rows
+
+
+def routed(stacked: LowRank, router: Tensor) -> Solution:
+    """ΔW = [up_1 … up_N] R A for the router R, (Σ r_i, Σ r_i)."""
+    up = (stacked.up.double() @ router.to(stacked.up.device)).to(stacked.up)
+    return Solution(LowRank(up, stacked.down, stacked.kernel))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import rivals  # noqa: F401 (registers them)
 import torch
 from models import prompt_concepts, sd15_host
 from peft import LoraConfig, inject_adapter_in_model

@@ -43,14 +43,6 @@ class IterisSettings(Settings):
         "so. For the paper's whole algorithm use the preset paper.",
     )
     iterations: int = setting(10, "jacobi: maximum number of iterations.", low=1, most=100)
-    tolerance: float | None = setting(
-        None,
-        "jacobi: stop when every layer's change moves by less than this share of itself, such as "
-        "0.001.",
-        none="run all iterations",
-        above=0,
-        below=1,
-    )
     weighting: Literal["auto", "tokens", "adapter", "full", "none"] = setting(
         "auto",
         "How to balance the concepts: by the number of tokens, the size of each LoRA's own "
@@ -128,7 +120,7 @@ class IterisSettings(Settings):
     )
     removed: ClassVar[Mapping[str, str]] = {
         "polish_steps": "block_steps",
-        **dict.fromkeys(("polish_rate", "block_pairs", "pull", "repair_inputs"), ""),
+        **dict.fromkeys(("polish_rate", "block_pairs", "pull", "repair_inputs", "tolerance"), ""),
     }
 
     def __post_init__(self) -> None:
@@ -157,7 +149,7 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
         expect_block_polish(job, steps)
     schedule = SWEEP
     if settings.schedule == "jacobi":
-        schedule = Schedule(False, settings.iterations, settings.tolerance)
+        schedule = Schedule(False, settings.iterations)
     saliency = settings.saliency
     if saliency is None:  # two concepts hardly compete
         saliency = max(0.0, 1 - 2 / job.loras)

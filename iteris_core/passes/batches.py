@@ -34,12 +34,10 @@ class ExecutionConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A ``sweep``; or at most that many passes, until no site's change moves by more than
-    ``tolerance`` times itself."""
+    """A ``sweep``; or that many passes."""
 
     sweep: bool = True
     passes: int = 1
-    tolerance: float | None = None
 
     @property
     def copies(self) -> int:

@@ -56,8 +56,6 @@ def solve_sites(
         if turn:
             convergence.append(_largest_change(solutions, latest))
         solutions = latest
-        if schedule.tolerance is not None and turn and convergence[-1] <= schedule.tolerance:
-            break
     if schedule.passes > 1:
         run.job.tick(ITERATIONS, schedule.passes, schedule.passes)
     if missed := sorted(run.lockstep.changes.keys() - solutions.keys()):

@@ -35,7 +35,6 @@ class SiteReport:
     weighting: Sequence[float] = ()
     before: Sequence[float] = ()
     after: Sequence[float] = ()
-    condition: float = math.nan
     truncated: float = 0.0
     repair: bool = False
     growth: float = math.nan
@@ -51,7 +50,6 @@ class SiteReport:
             solution.weighting[:concepts],
             solution.before[:concepts],
             solution.after[:concepts],
-            solution.condition,
             solution.truncated,
             repair,
             math.sqrt(solution.change.squared_norm()) / size if size else math.nan,
@@ -93,11 +91,11 @@ class MergeReport:
 
     @property
     def converged(self) -> bool | None:
-        """True if the last Jacobi iteration moved no change by more than the tolerance (default:
-        :data:`SETTLED`); None without iterations."""
+        """True if the last Jacobi iteration moved no change by more than :data:`SETTLED`; None
+        without iterations."""
         if not self.convergence:
             return None
-        return self.convergence[-1] <= (self.settings.get("tolerance") or SETTLED)
+        return self.convergence[-1] <= SETTLED
 
     @property
     def strengths(self) -> tuple[float, float] | None:

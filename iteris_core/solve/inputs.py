@@ -35,12 +35,6 @@ class Factor:
     lambdas: Sequence[float]
     jitter: float = 0.0
 
-    @property
-    def condition(self) -> float:
-        """An estimate of M's condition number: (max / min of the diagonal)²."""
-        diagonal = self.lower.diagonal()
-        return float((diagonal.max() / diagonal.min()) ** 2)
-
 
 class InputMoments:
     """X̃_iᵀX̃_i for every concept, (in, in) each; ``tokens`` counts tokens. While tokens are added,

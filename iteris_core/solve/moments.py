@@ -111,7 +111,6 @@ class MomentReduction(Reduction):
         solution = Solution(
             finite_as(change, like),
             tuple(value / total for value in lambdas),
-            condition=math.inf if factor is None else factor.condition,
             truncated=lost,
         )
         if not fit.residuals:

@@ -92,15 +92,13 @@ class RegressionSpec:
 class Solution:
     """A site's change and its quality. Per concept: ``weighting`` is λ_i times the concept's
     weight, scaled to sum to 1; ``before`` and ``after`` are ‖T_i − X̃_i ΔWᵀ‖_F / ‖T_i‖_F with the
-    mean of the changes and with the solution (empty if not requested). ``condition`` is an estimate
-    of M's condition number. ``truncated`` is the share of output energy lost in the cut to the
-    rank."""
+    mean of the changes and with the solution (empty if not requested). ``truncated`` is the share
+    of output energy lost in the cut to the rank."""
 
     change: LowRank
     weighting: tuple[float, ...] = ()
     before: tuple[float, ...] = ()
     after: tuple[float, ...] = ()
-    condition: float = float("nan")
     truncated: float = 0.0
 
 

@@ -100,7 +100,7 @@ def test_the_comparison_of_the_pages_runs(tmp_path, iteris, monkeypatch):
     monkeypatch.chdir(ROOT)
     fewer = ["--set=samples=2", "--set=timesteps=1", "--set=latents=noise", "--set=latent_size=4"]
     quick = ["--steps=2", "--images-per-prompt=1", *fewer, "-o", tmp_path / "out"]
-    assert "| ssr |" in iteris(*words, *quick)
+    assert "| regmean |" in iteris(*words, *quick)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
