@@ -121,7 +121,7 @@ def test_the_planned_peak_is_the_measured_one(host, apart, places, monkeypatch):
 
     monkeypatch.setattr(Lockstep, "sweep", watched)
     monkeypatch.setattr(planner, "plan_stage", kept)
-    for mib, host_mib in ((1000, 1000), (6, 1000), (3, 1000), (2, 6), (2, 3)):
+    for mib, host_mib in ((1000, 1000), (6, 1000), (3, 1000), (2, 7), (2, 3)):
         for module in (planner, host_pool):
             monkeypatch.setattr(module, "free_host", lambda size=host_mib: size << 20)
         with MemoryMeter() as meter:
