@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from protocol.drawing import noise_of
 from protocol.world import KINDS, Wanted
@@ -20,17 +21,16 @@ from torch import Tensor
 
 from iteris_core import Calibration, Concept
 from iteris_core.cli.base import check_base, device_of, load_base
-from iteris_core.cli.compare import picture_size
 from iteris_core.cli.inputs import check_concepts, open_images
 from iteris_core.cli.merge_file import MergeFile, concept_of, read_mapping
 from iteris_core.cli.options import check_settings
 from iteris_core.config import ConceptConfig, read_concept
-from iteris_core.errors import ConceptError, MergeFileError, did_you_mean
+from iteris_core.errors import ConceptError, MergeFileError, ScoreError, brief, did_you_mean
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora import Lora
 from iteris_core.passes.changes import changes_always, switched_on
-from iteris_core.score import ClipScorer, DinoScorer, without_tokens
-from iteris_core.score.drawing import Drawing, draw, find_scheduler
+from iteris_core.score import ClipScorer, ImageScorer, without_tokens
+from iteris_core.score.drawing import Drawing, draw
 
 NEEDED = ("base", "concepts", "seen", "new", "plain")
 CHOICES = {"base_dtype": ("float16", "bfloat16", "float32"), "offload": ("model", "sequential")}
@@ -49,6 +49,38 @@ class Subject:
     trainings: Sequence[ConceptConfig]
     files: Sequence[Path]
     references: Sequence[Image.Image]
+
+
+class DinoScorer(ImageScorer):
+    """Cosines of class tokens of a transformers vision model (Dinov2, DINO ViT-S/16). It judges
+    identity more strictly than CLIP, and cannot score text."""
+
+    def __init__(
+        self, model: Any, processor: Any, *, device: torch.device | str = "cpu", batch: int = 64
+    ) -> None:
+        super().__init__(model, device, batch)
+        self._processor = processor
+
+    @classmethod
+    def load(
+        cls, name: str = "facebook/dinov2-small", *, device: torch.device | str = "cpu"
+    ) -> DinoScorer:
+        """Load from a hub name, or a folder with a model and an image processor."""
+        from transformers import AutoImageProcessor, AutoModel
+
+        try:
+            processor = AutoImageProcessor.from_pretrained(name)
+            model = AutoModel.from_pretrained(name, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise ScoreError(f"The DINO model {name!r} cannot be loaded ({brief(error)}).") from (
+                error
+            )
+        return cls(model, processor, device=device)
+
+    def _embed_images(self, images: list[Image.Image]) -> Tensor:
+        pictures = [image.convert("RGB") for image in images]
+        pixels = self._processor(images=pictures, return_tensors="pt").to(self._device)
+        return self._model(**pixels).last_hidden_state[:, 0]
 
 
 class OwnWorld:
@@ -77,7 +109,8 @@ class OwnWorld:
         files = [file for of in (*configs, *self._known.values()) for file in of.files]
         self.roots = (path, *files)
         self._set_prompts(path, data)
-        self._drawing = drawing_of(data.get("drawing") or {}, f"{path}: drawing")
+        given = check_settings(Drawing, data.get("drawing") or {}, f"{path}: drawing")
+        self._drawing = Drawing(**given)
         self._load(data)
 
     def _subject(self, entry: Any) -> tuple[str, Subject]:
@@ -221,18 +254,6 @@ def checked(data: Mapping[Any, Any], path: Path) -> Mapping[str, Any]:
                     f'{path}: {key}: {text!r} must {holds} "{{}}" where a concept goes.'
                 )
     return {key: value for key, value in data.items() if value is not None}
-
-
-def drawing_of(given: Mapping[str, Any], where: str) -> Drawing:
-    numbers = dict(given)
-    size, scheduler = numbers.pop("size", None), numbers.pop("scheduler", None)
-    if scheduler is not None:
-        find_scheduler(str(scheduler))
-    return Drawing(
-        **check_settings(Drawing, numbers, where),
-        size=picture_size(None if size is None else str(size)),
-        scheduler=scheduler,
-    )
 
 
 def _words(texts: Sequence[str]) -> set[str]:

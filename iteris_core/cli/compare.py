@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +14,8 @@ from ..config import ConceptConfig, read_concept
 from ..errors import UsageError
 from ..methods import find_method
 from ..methods.registry import settings_over
-from ..score.compare import CompareConfig, Comparison, compare_methods, own_references
-from ..score.drawing import Drawing, find_scheduler
+from ..score.compare import Comparison, compare_methods
+from ..score.drawing import Drawing
 from ..score.measures import ALONE, BASE, PROMPT_LISTS, fill_prompts, markdown_table
 from ..score.results import check_results_folder, write_results
 from . import options as shared
@@ -28,7 +27,6 @@ from .options import argument, command, given, offered, option, parse_settings
 
 ClipName = Annotated[str, option("An open_clip architecture, or local-dir:FOLDER")]
 ClipWeights = Annotated[str | None, option("A weights file or an open_clip tag; default: openai")]
-DinoName = Annotated[str | None, option("Also score with a DINO model: a hub name or a folder")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +36,7 @@ class CompareOptions:
     base: str = argument("A diffusers pipeline, as for merge")
     output: Path = offered("A folder for the results", "--output", "-o", default=...)
     concept: list[str] = offered(shared.CONCEPT_HELP, default=...)
-    refs: list[Path] | None = offered(
-        "A folder of reference images for each --concept; default: images by each LoRA alone"
-    )
+    refs: list[Path] = offered("A folder of reference images, for each --concept", default=...)
     methods: str = offered(
         "Comma-separated names. base: no LoRA. alone: each LoRA by itself; the other rows then "
         "show their share of it",
@@ -60,19 +56,11 @@ class CompareOptions:
         panel=shared.PICTURES,
         default="composition",
     )
-    scheduler: str | None = offered(
-        "Scheduler for the images: a diffusers class, such as DDIM or EulerDiscrete",
-        panel=shared.PICTURES,
-    )
-    size: str | None = offered(
-        "Image size in pixels: 512, or 768x512 for width x height", panel=shared.PICTURES
-    )
     templates: Path | None = offered(
         "A text file of prompt templates, with {} for the concept", panel=shared.CALIBRATION
     )
     clip: ClipName = "ViT-L-14"
     clip_weights: ClipWeights = None
-    dino: DinoName = None
     device: shared.Device = None
     base_dtype: shared.BaseDtype = None
     offload: shared.Offload = None
@@ -92,9 +80,9 @@ def compare(context: typer.Context, options: CompareOptions, drawing: dict[str, 
       --concept dog.safetensors:zwx:dog --refs pictures/dog
     """
     from ..hosts.diffusers import DiffusersHost
-    from ..score import ClipScorer, DinoScorer
+    from ..score import ClipScorer
 
-    config, listed, references = _checked(options, drawing)
+    listed, references, how = _checked(options, drawing)
     device = device_of(options.device)
     done: list[str] = []
 
@@ -107,18 +95,16 @@ def compare(context: typer.Context, options: CompareOptions, drawing: dict[str, 
             pipeline = load_base(options.base, device, options.base_dtype, options.offload)
             host = DiffusersHost(pipeline)
             concepts = [read_concept(one, host) for one in listed]
-            if options.refs is None:
-                references = own_references(pipeline, host, concepts, config.drawing, on_progress)
+            scorer = ClipScorer.load(options.clip, options.clip_weights, device=device)
             comparison = compare_methods(
                 pipeline,
                 host,
                 concepts,
                 references,
-                config,
-                ClipScorer.load(options.clip, options.clip_weights, device=device),
-                dino=DinoScorer.load(options.dino, device=device) if options.dino else None,
+                scorer,
                 on_progress=on_progress,
                 on_row=keep,
+                **how,
             )
     except BaseException:
         if done:
@@ -130,13 +116,14 @@ def compare(context: typer.Context, options: CompareOptions, drawing: dict[str, 
 
 def _checked(
     options: CompareOptions, pictures: Mapping[str, Any]
-) -> tuple[CompareConfig, list[ConceptConfig], list[list[Any]]]:
-    """The comparison, its concepts and their references, checked before a base is loaded."""
+) -> tuple[list[ConceptConfig], list[list[Any]], dict[str, Any]]:
+    """The concepts, their references and what :func:`compare_methods` gets by name, checked before
+    a base is loaded."""
     names = [name.strip() for name in options.methods.split(",") if name.strip()]
     if not names:
         raise UsageError("--methods is empty; give names, such as base,alone,average,iteris.")
     kinds = {name: find_method(name).settings for name in names if name not in (BASE, ALONE)}
-    drawing = Drawing(**pictures, scheduler=options.scheduler, size=picture_size(options.size))
+    drawing = Drawing(**pictures)
     settings, calibration = parse_settings(kinds, options.setting or [])
     lines = read_lines(options.templates) if options.templates else None
     calibration = {"seed": drawing.seed, **calibration, **given(templates=lines)}
@@ -145,39 +132,31 @@ def _checked(
         settings_over(preset, name, settings[name], calibration)
     concepts = [parse_concept(text) for text in options.concept]
     compared = [concept for concept in concepts if concept.always_on == "no"]
-    if options.refs is not None and len(options.refs) != len(compared):
+    if len(options.refs) != len(compared):
         raise UsageError(
-            "Give --refs once for each --concept, in the same order, or not at all: there are "
+            "Give --refs once for each --concept, in the same order: there are "
             f"{len(options.refs)} for {len(compared)}."
         )
     check_concepts(concepts)
     for line in warnings_of(concepts):
         warn(line)
     check_results_folder(options.output, overwrite=options.overwrite)
-    references = [open_images(folder)[1] for folder in options.refs or []]
+    references = [open_images(folder)[1] for folder in options.refs]
     templates = PROMPT_LISTS.get(options.prompts) or read_lines(Path(options.prompts))
-    fill_prompts(
-        templates, [replace(one.concept(), trigger=one.trigger or "x") for one in compared]
-    )
-    if options.scheduler is not None:
-        find_scheduler(options.scheduler)
+    named = [replace(one.concept(), trigger=one.trigger or "x") for one in compared]
+    fill_prompts(templates, named)
     check_base(options.base)
-    limits = shared.bytes_of(options.memory), shared.store_of(options.store)
-    config = CompareConfig(names, templates, drawing, settings, calibration, preset, *limits)
-    return config, concepts, references
-
-
-def picture_size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
-    if match is None or "0" in match.groups():
-        raise UsageError(f"--size {text!r} is not a number of pixels, or WIDTHxHEIGHT: 768x512.")
-    width, height = int(match[1]), int(match[2] or match[1])
-    if width % 8 or height % 8:
-        nearest = "x".join(str(max(8, round(side / 8) * 8)) for side in (width, height))
-        raise UsageError(f"--size {text!r}: both sides must be multiples of 8, such as {nearest}.")
-    return width, height
+    how = {
+        "methods": names,
+        "templates": templates,
+        "drawing": drawing,
+        "settings": settings,
+        "calibration": calibration,
+        "preset": preset,
+        "memory_budget": shared.bytes_of(options.memory),
+        "store": shared.store_of(options.store),
+    }
+    return concepts, references, how
 
 
 def score(
@@ -188,7 +167,6 @@ def score(
     ] = None,
     clip: ClipName = "ViT-L-14",
     clip_weights: ClipWeights = None,
-    dino: DinoName = None,
     device: shared.Device = None,
     as_json: shared.AsJson = False,
 ) -> None:
@@ -197,7 +175,7 @@ def score(
     \b
     iteris score pictures --refs references --prompts prompts.txt
     """
-    from ..score import ClipScorer, DinoScorer, clip_score
+    from ..score import ClipScorer, clip_score
 
     if refs is None and prompts is None:
         raise UsageError("Nothing to score against: give --refs, --prompts or both.")
@@ -214,9 +192,6 @@ def score(
     scorer = ClipScorer.load(clip, clip_weights, device=device)
     if references is not None:
         columns["image"] = scorer.image_alignment(pictures, references)
-        if dino is not None:
-            other = DinoScorer.load(dino, device=device)
-            columns["dino"] = other.image_alignment(pictures, references)
     if lines is not None:
         lines = lines * len(pictures) if len(lines) == 1 else lines
         columns["text"] = scorer.text_alignment(pictures, lines)

@@ -1,4 +1,4 @@
-"""Scores of images: CLIP alignment, as in the paper's table 1, and DINO image alignment."""
+"""Scores of images: CLIP alignment, as in the paper's table 1."""
 
 from __future__ import annotations
 
@@ -102,38 +102,6 @@ class ClipScorer(ImageScorer):
                 f"Text alignment needs one prompt per image, not {len(prompts)} for {len(images)}."
             )
         return (self.embed_images(images) * self.embed_texts(prompts)).sum(dim=1)
-
-
-class DinoScorer(ImageScorer):
-    """Cosines of class tokens of a transformers vision model (Dinov2, DINO ViT-S/16). It judges
-    identity more strictly than CLIP, and cannot score text."""
-
-    def __init__(
-        self, model: Any, processor: Any, *, device: torch.device | str = "cpu", batch: int = 64
-    ) -> None:
-        super().__init__(model, device, batch)
-        self._processor = processor
-
-    @classmethod
-    def load(
-        cls, name: str = "facebook/dinov2-small", *, device: torch.device | str = "cpu"
-    ) -> DinoScorer:
-        """Load from a hub name, or a folder with a model and an image processor."""
-        from transformers import AutoImageProcessor, AutoModel
-
-        try:
-            processor = AutoImageProcessor.from_pretrained(name)
-            model = AutoModel.from_pretrained(name, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise ScoreError(f"The DINO model {name!r} cannot be loaded ({brief(error)}).") from (
-                error
-            )
-        return cls(model, processor, device=device)
-
-    def _embed_images(self, images: list[Image.Image]) -> Tensor:
-        pictures = [image.convert("RGB") for image in images]
-        pixels = self._processor(images=pictures, return_tensors="pt").to(self._device)
-        return self._model(**pixels).last_hidden_state[:, 0]
 
 
 def clip_score(cosine: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..concepts import Concept, prompt_list
 from ..errors import ScoreError
-from . import ClipScorer, DinoScorer, without_tokens
+from . import ClipScorer, without_tokens
 
 BASE, ALONE = "base", "alone"
 """Rows without a LoRA, and with each LoRA by itself."""
@@ -99,7 +99,6 @@ class Measure:
     prompts: Sequence[str]
     judged: Sequence[Sequence[int]]
     scorer: ClipScorer
-    dino: DinoScorer | None
 
     @cached_property
     def labels(self) -> list[str]:
@@ -120,17 +119,12 @@ class Measure:
         numbers = [index for index in drawn for _ in range(seeds)]
         prompts = [self.prompts[index] for index in numbers]
 
-        def where_judged(concept: int, values: Tensor) -> Tensor:
-            judged = torch.tensor([number in self.judged[concept] for number in numbers])
-            return values.masked_fill(~judged, math.nan)
-
         vectors = self.scorer.embed_images(images)
-        columns = {
-            f"image {self.labels[index]}": where_judged(
-                index, (vectors @ self._embedded[index].mT).mean(dim=1)
-            )
-            for index in merged
-        }
+        columns: dict[str, Tensor] = {}
+        for index in merged:
+            others = torch.tensor([number not in self.judged[index] for number in numbers])
+            values = (vectors @ self._embedded[index].mT).mean(dim=1)
+            columns[f"image {self.labels[index]}"] = values.masked_fill(others, math.nan)
         likeness = torch.stack(list(columns.values()))
         tokens = [concept.trigger for concept in self.concepts if concept.trigger]
         plain = [without_tokens(prompt, tokens) for prompt in prompts]
@@ -138,10 +132,6 @@ class Measure:
         columns["text"] = text
         columns["text, tokens kept"] = (vectors * self.scorer.embed_texts(prompts)).sum(dim=1)
         columns["mean"] = (likeness.nanmean(dim=0) + text) / 2
-        if self.dino is not None:
-            for index in merged:
-                values = self.dino.image_alignment(images, self.references[index])
-                columns[f"dino {self.labels[index]}"] = where_judged(index, values)
         return columns
 
 

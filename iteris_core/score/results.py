@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import OutputError, SaveError, brief
-from ..saving import together
+from ..errors import OutputError
+from ..saving import check_new, check_place, together
 from .compare import Comparison
 from .measures import markdown_table
 
-_FIGURES = "comparison.json"
+FIGURES = "comparison.json"
 
 
 def check_results_folder(folder: Path, *, overwrite: bool) -> None:
     """Refuse, before any work, a folder that cannot be written or has other results."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; give a folder for the results.")
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise SaveError(f"{folder} cannot be created: {there} is not a writable folder.")
-    if not overwrite and (folder / _FIGURES).exists():
-        raise OutputError(
-            f"{folder} has the results of a comparison; give another folder, or overwrite them "
-            "(option overwrite)."
-        )
+    if folder.is_dir():
+        check_new(folder / FIGURES, overwrite=overwrite)
+    else:
+        check_place(folder)
 
 
 def write_results(comparison: Comparison, folder: Path) -> None:
     """Write comparison.json, comparison.md and sheet.png, all or none."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaveError(f"{folder} cannot be created ({brief(error)}); give another folder.") from (
-            error
-        )
+    folder.mkdir(exist_ok=True)
     prompts, rows = comparison.prompts, comparison.rows
     every = len(next(iter(comparison.pictures.values()))) // len(prompts)
     first = {row: images[::every] for row, images in comparison.pictures.items()}  # seeds
@@ -56,7 +47,7 @@ def write_results(comparison: Comparison, folder: Path) -> None:
     cell, title = 192 if len(prompts) < 9 else 128, " + ".join(comparison.concepts)
     sheet = contact_sheet(first, prompts, cell=cell, title=title)
     with together() as beside:
-        beside(folder / _FIGURES).write_bytes(json.dumps(data, indent=1).encode())
+        beside(folder / FIGURES).write_bytes(json.dumps(data, indent=1).encode())
         beside(folder / "comparison.md").write_bytes(markdown_table(rows).encode())
         sheet.save(beside(folder / "sheet.png"), format="PNG", optimize=True)
 
@@ -74,7 +65,7 @@ def contact_sheet(
     """
     small, large = ImageFont.load_default(12), ImageFont.load_default(16)
     gap, left = 4, 8 + max(int(large.getlength(label)) for label in rows)
-    labels = [_wrap(label, small, cell) for label in columns]
+    labels = [_wrapped(label, small, cell) for label in columns]
     heading = 28 if title else 8
     top = heading + 15 * max(len(lines) for lines in labels) + 6
     width = left + len(columns) * (cell + gap) + 4
@@ -96,7 +87,7 @@ def contact_sheet(
     return sheet
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -5,17 +5,15 @@ import sys
 
 import pytest
 import torch
-from command_line import make_dino, make_world
+from command_line import make_world
 from PIL import Image
 from tiny import make_pipeline, random_lora
 
 import iteris_core.score.compare as compare_module
-import iteris_core.score.drawing as drawing_module
 import toybox
-from iteris_core import Concept, IterisError, Lora, merge_loras
+from iteris_core import Concept, IterisError, Lora
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.score.compare import own_references
-from iteris_core.score.drawing import Drawing, draw
+from iteris_core.score.drawing import Drawing
 from iteris_core.score.measures import (
     add_shares,
     fill_prompts,
@@ -104,11 +102,9 @@ def test_likeness_leaves_out_pictures_that_name_other_concepts(monkeypatch):
     found = compare_module.compare_methods(
         host.pipeline, host, concepts,
         [[Image.new("RGB", (8, 8), "#f00")], [Image.new("RGB", (8, 8), "#0f0")]],
-        compare_module.CompareConfig(
-            ["alone", "average"], ["{all}", "a {each}"],
-            drawing_module.Drawing(images_per_prompt=2),
-        ),
-        Colours(), on_row=lambda comparison: rows.append(list(comparison.rows)),
+        Colours(), methods=["alone", "average"], templates=["{all}", "a {each}"], settings={},
+        drawing=Drawing(images_per_prompt=2),
+        on_row=lambda comparison: rows.append(list(comparison.rows)),
         on_progress=lambda progress: parts.add(progress.what.rpartition(": ")[0]),
     )  # fmt: skip
     assert parts == {"alone s1", "alone s2", "average"}
@@ -161,25 +157,8 @@ def test_compare_from_files_to_a_sheet(world, iteris, references, tmp_path):
     assert "--refs once for each --concept" in err
 
 
-def test_without_pictures_each_lora_draws_its_own(world, iteris, references, tmp_path):
-    pipeline = make_pipeline()
-    host, drawing = DiffusersHost(pipeline), Drawing(images_per_prompt=2, steps=2)
-    concepts = [Concept(random_lora(host, n), trigger=f"s{n}", class_word="dog") for n in (1, 2)]
-    one, two = own_references(pipeline, host, concepts, drawing)
-    assert len({picture.tobytes() for picture in (*one, *two)}) == 12
-    merge_loras(host, concepts[:1], "sum").load_into(pipeline)
-    wanted = draw(pipeline, [("a photo of a s1 dog", seed) for seed in range(2, 8)], drawing)
-    assert [picture.tobytes() for picture in wanted] == [picture.tobytes() for picture in one]
-    arguments = compare(world, references, tmp_path / "out", "--methods=alone")
-    arguments = [one for one in arguments if not str(one).startswith("--refs")]
-    iteris(*arguments)
-    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["methods"]
-    assert all(f"image {name}" in rows[f"alone {name}"] for name in ("s1", "s2"))
-
-
 def test_settings_of_one_method_and_of_all(world, iteris, monkeypatch, references, tmp_path):
     """And every other option: they reach the merge, the pictures and the scorer."""
-    make_dino(tmp_path / "dino")
     merges, drawn = [], []
 
     def merge_loras(host, concepts, method, **how):
@@ -187,8 +166,7 @@ def test_settings_of_one_method_and_of_all(world, iteris, monkeypatch, reference
         return merge(host, concepts, method, **how)
 
     def draw_pictures(pipeline, wanted, drawing, on_progress):
-        with drawing_module._settled(pipeline, drawing):
-            drawn.append((type(pipeline.scheduler).__name__, drawing))
+        drawn.append(drawing)
         return draw(pipeline, wanted, drawing, on_progress)
 
     merge, draw = compare_module.merge_loras, compare_module.draw
@@ -199,9 +177,9 @@ def test_settings_of_one_method_and_of_all(world, iteris, monkeypatch, reference
         *compare(
             world, references, out, "--methods=ties,regmean", "--set=ties.density=0.3",
             "--set=rank=2", "--set=timesteps=1", "--set=regmean.shrink=0.5", "--preset=fast",
-            "--set=latent_size=4", f"--templates={world / 'templates.txt'}", "--scheduler=ddim",
-            "--size=16x8", "--guidance=3", "--batch=1", "--seed=5", "--memory=0.5",
-            "--base-dtype=float32", f"--dino={tmp_path / 'dino'}",
+            "--set=latent_size=4", f"--templates={world / 'templates.txt'}", "--width=16",
+            "--height=8", "--guidance=3", "--batch=1", "--seed=5", "--memory=0.5",
+            "--base-dtype=float32",
         ),
     )  # fmt: skip
     how = dict(merges)
@@ -213,11 +191,8 @@ def test_settings_of_one_method_and_of_all(world, iteris, monkeypatch, reference
     }  # fmt: skip
     assert {h["preset"] for h in how.values()} == {"fast"}
     assert {h["memory_budget"] for h in how.values()} == {1 << 29}
-    assert [name for name, _ in drawn] == ["DDIMScheduler"] * 2
-    assert (drawn[0][1].size, drawn[0][1].guidance) == ((16, 8), 3)
-    assert (drawn[0][1].seed, drawn[0][1].batch) == (5, 1)
+    assert drawn == [Drawing(2, 2, 3.0, 5, 1, 16, 8)] * 2
     found = json.loads((out / "comparison.json").read_text())
-    assert "dino s1" in found["methods"]["ties"]
     made = found["calibration"]
     fast = {**PRESETS["fast"].calibration, "total_samples": None}
     assert made == {**made, **fast, **calibration}
@@ -239,10 +214,7 @@ def test_what_was_finished_is_kept(world, iteris, monkeypatch, references, tmp_p
     assert "has what was finished: sum" in err
     assert list(json.loads((out / "comparison.json").read_text())["methods"]) == ["sum"]
     err = iteris.refused(*arguments)
-    assert (
-        "has the results of a comparison; give another folder, or overwrite them (--overwrite)"
-        in err
-    )
+    assert "comparison.json exists already; choose another name, or overwrite it" in err
     monkeypatch.setattr(compare_module, "merge_loras", merge)
     iteris(*arguments, "--overwrite")
 
