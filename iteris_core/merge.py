@@ -32,7 +32,8 @@ from .methods.registry import Merged, settings_over
 from .passes import changes as of_loras
 from .passes import preflight
 from .passes.held_out import WHAT, expect_held_out, kept
-from .passes.job import Budget, Job, RunLog, within_time
+from .passes.job import Job, within_time
+from .passes.planner import Planned
 from .progress import Forecast, OnProgress
 from .report.provenance import join_embeddings, lacks_of, merge_metadata, notes_of
 from .report.report import MergeReport, SiteReport
@@ -42,9 +43,6 @@ from .solve.choose import THRESHOLDS, Thresholds
 from .solve.problem import Solution
 
 _log = logging.getLogger(__name__)
-
-Notes = list[tuple[str, list[str]]]
-"""Notes by the name of what they are on, for the report."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +100,7 @@ def merge_loras(
     memory_budget: int | Literal["free"] | None = "free",
     thresholds: Thresholds = THRESHOLDS,
     store: SampleStore | None = None,
+    only_plans: bool = False,
 ) -> MergeResult:
     """Merge the LoRAs of ``concepts`` into one.
 
@@ -128,6 +127,8 @@ def merge_loras(
     :param thresholds: the thresholds for choosing a way of solving; experiments set others.
     :param store: where denoised samples are kept for later merges, which then run the denoiser only
         for LoRAs that are new or changed. The result is the same.
+    :param only_plans: end with :class:`.passes.planner.Planned` before anything is solved, see
+        :func:`.preview.preview_merge`.
     :returns: the merged LoRA and a report on every site.
     :raises IterisError: for input that cannot be merged; :class:`SettingsError` for a setting out
         of range.
@@ -139,33 +140,46 @@ def merge_loras(
     settings, calibration = settings_over(preset, method, settings, calibration)
     host = None if host is None else host_of(host)
     concepts = read_concepts(host, concepts)
-    job, always = begun(host, concepts, chosen, calibration, on_progress, memory_budget, thresholds)
+    pictures = host is not None and host.pictures
+    if chosen.needs_host and pictures:
+        concepts = of_loras.with_wordless_on(concepts)
+    counting = [concept for concept in concepts if concept.counts]
+    always, merging = of_loras.always_on(counting), of_loras.always_on(counting, "no")
+    loras = sum(concept.lora is not None for concept in merging)
+    settled = calibration.settled(loras, pictures=pictures)
+    eta = Forecast(on_progress)
+    job = Job(
+        cast(Host, host),
+        merging,
+        {},
+        settled,
+        torch.Generator().manual_seed(settled.seed),
+        eta.tick,
+        memory_budget=memory_budget,
+        thresholds=thresholds,
+        eta=eta,
+        only_plans=only_plans,
+        store=store,
+        rank=getattr(settings, "rank", None),
+    )
     zero = "left out of the merge: its strength or weight is 0"
-    noted = [(concept.name, [zero]) for concept in concepts if not concept.counts]
-    merging, shares = job.concepts, dict[str, list[float]]()
+    job.notes.extend((concept.name, [zero]) for concept in concepts if not concept.counts)
+    shares: dict[str, list[float]] = {}
     if always and not merging:  # as they are, side by side
-        merged = Merged({}, RunLog())
+        merged = Merged({})
     elif host is None or not chosen.needs_host:  # weights make no use of prompts
         merging = [concept for concept in merging if concept.lora is not None]
         job = replace(job, concepts=merging, changes=of_loras.changes_of(merging))
-        merged = chosen.merge(job, settings)
+        merged = Merged({}) if only_plans else chosen.merge(job, settings)
     else:
         with of_loras.switched_on(host, always):
-            if store is not None:
-                on = of_loras.changes_always(always)
-                store = store.within(digest([(s, c.up, c.down) for s, c in sorted(on.items())]))
-            job = replace(job, store=store)
-            job, others, more = prepared(job, always, chosen, settings, unmergeable)
-            merged, shares = _by_features(job, chosen, settings, more)
-        noted += more
-        if unmergeable == "mean":
-            means = of_loras.means_of(job.concepts, others)
-            solved = {site: Solution(change) for site, change in means.items()}
-            merged = replace(merged, sites={**merged.sites, **solved})
+            job, merged, shares = _by_features(job, always, chosen, settings, unmergeable)
         samples = job.calibration.samples  # that the time allowed, for the recipe
         calibration = replace(calibration, samples=samples, minutes=None)
+    if only_plans:
+        raise Planned((), job)
     seconds = time.perf_counter() - started
-    job.eta.end()
+    eta.end()
     sizes = sizes_of({**{site: SiteChanges(()) for site in merged.repairs}, **job.changes})
     log, every = merged.log, [*merging, *always]
     solutions = {site: solution.change for site, solution in merged.sites.items()}
@@ -176,8 +190,8 @@ def merge_loras(
     for one in always:
         why = "" if one.phrases else "no trigger word, so it acts on every prompt: "
         note = f"{why}on while the others were merged; {where[one.always_on]}"
-        noted.append((one.name, [note]))
-    for name, more in (*noted, ("sites", log.notes), ("embeddings", joined.warnings)):
+        job.notes.append((one.name, [note]))
+    for name, more in (*job.notes, ("sites", log.notes), ("embeddings", joined.warnings)):
         if more:
             notes.setdefault(name, []).extend(more)
     report = MergeReport(
@@ -216,52 +230,31 @@ def merge_loras(
     return MergeResult(lora, report)
 
 
-def begun(
-    host: Host | None,
-    concepts: Sequence[Concept],
-    method: Method,
-    calibration: Calibration,
-    on_progress: OnProgress | None,
-    memory_budget: Budget,
-    thresholds: Thresholds,
-) -> tuple[Job, list[Concept]]:
-    """A job with its concepts and no changes yet, and the concepts that are always on."""
-    if method.needs_host and host is not None and host.pictures:
-        concepts = of_loras.with_wordless_on(concepts)
-    counting = [concept for concept in concepts if concept.counts]
-    merged = of_loras.always_on(counting, "no")
-    pictures = host is not None and host.pictures
-    loras = sum(concept.lora is not None for concept in merged)
-    calibration = calibration.settled(loras, pictures=pictures)
-    eta, generator = Forecast(on_progress), torch.Generator().manual_seed(calibration.seed)
-    job = Job(
-        cast(Host, host),
-        merged,
-        {},
-        calibration,
-        generator,
-        eta.tick,
-        memory_budget=memory_budget,
-        thresholds=thresholds,
-        eta=eta,
-    )
-    return job, of_loras.always_on(counting)
-
-
-def prepared(
+def _by_features(
     job: Job,
     always: Sequence[Concept],
     method: Method,
     settings: Settings,
     unmergeable: Unmergeable,
-) -> tuple[Job, dict[str, SiteChanges], Notes]:
-    """``job`` with as many samples as its time allows, the concepts that its host adds and
-    ``method`` supports, and the changes of the sites whose features can be collected. Also returns
-    the changes of all other sites, and notes; the concepts ``always`` are on already. Raises
-    :class:`SiteError` if there are other sites and ``unmergeable`` is ``"refuse"``, or if there
-    are no others."""
+) -> tuple[Job, Merged, dict[str, list[float]]]:
+    """The job as it ran, its merge, and what held-out rows keep; adds to the job's notes.
+
+    The job gets as many samples as its time allows, the concepts that its host adds and ``method``
+    supports, and the changes of the sites whose features can be collected. The concepts ``always``
+    are on already. Raises :class:`SiteError` if there are other sites and ``unmergeable`` is
+    ``"refuse"``, or if there are no others.
+    """
     concepts, wanted = job.concepts, job.calibration.samples
-    job = _with_added(replace(job, rank=getattr(settings, "rank", None)), concepts, method)
+
+    def with_added(job: Job) -> Job:
+        added = job.host.added(concepts, job.calibration)
+        every = [*concepts, *(a for a in added if method.sums or not isinstance(a, Composite))]
+        return replace(job, concepts=every, changes=of_loras.changes_of(every))
+
+    if job.store is not None:
+        on = sorted(of_loras.changes_always(always).items())
+        job = replace(job, store=job.store.within(digest([(s, c.up, c.down) for s, c in on])))
+    job = with_added(job)
     of_loras.check_sites(job.host, job.changes)
     sweeps = method.sweeps(settings)
     looked = preflight.unmergeable_sites(job, sweep=sweeps > 0)
@@ -280,53 +273,45 @@ def prepared(
         job.eta.did(seen.products, seen.seconds)
     job = within_time(job, max(sweeps, 1))
     expect_held_out(job)
-    if job.calibration.samples < wanted:
-        job = _with_added(job, concepts, method)
-    others = {site: job.changes[site] for site in found}
-    left = {site: some for site, some in job.changes.items() if site not in found}
-    added = job.concepts[len(concepts) :]
-    noted = [(one.name, [_added_note(one, concepts, always)]) for one in added]
-    if job.calibration.samples < wanted:
-        few, minutes = job.calibration.samples, job.calibration.minutes
+    few = job.calibration.samples
+    if few < wanted:
+        job = with_added(job)
+    for one in job.concepts[len(concepts) :]:
+        job.notes.append((one.name, [_added_note(one, concepts, always)]))
+    if few < wanted:
+        minutes = job.calibration.minutes
         note = f"{few} of {wanted} prompts per concept, for a merge of about {minutes:g} min"
         job.tick(f"plan: {note}", 0, 0, note)
-        noted.append(("samples", [note]))
+        job.notes.append(("samples", [note]))
     if found:
         what = "get the mean of the LoRAs" if unmergeable == "mean" else "are LEFT OUT"
         note = f"{preflight.complaint(found, concepts, refused=False)}; they {what}"
-        noted.append(("sites", [note]))
+        job.notes.append(("sites", [note]))
+    others = {site: job.changes[site] for site in found}
+    left = {site: some for site, some in job.changes.items() if site not in found}
     job = replace(job, changes=left)
     if job.host.pictures and len(job.concepts) > 1 and getattr(settings, "repair", False):
-        noted.append(("drift", notes_on(streams_of(job), left)))
-    return job, others, noted
-
-
-def _with_added(job: Job, concepts: Sequence[Concept], method: Method) -> Job:
-    """``job`` with ``concepts`` and those that its host adds for its number of samples."""
-    added = job.host.added(concepts, job.calibration)
-    every = [*concepts, *(a for a in added if method.sums or not isinstance(a, Composite))]
-    return replace(job, concepts=every, changes=of_loras.changes_of(every))
-
-
-def _by_features(
-    job: Job, method: Method, settings: Settings, noted: Notes
-) -> tuple[Merged, dict[str, list[float]]]:
-    """The merge, and what held-out rows keep; adds to ``noted``, and logs inactive embeddings."""
+        job.notes.append(("drift", notes_on(streams_of(job), left)))
     calls = [embedding_triggers(concept) for concept in job.concepts]
     with job.host.activate(calls) as in_force:
         for concept, of_one, names in zip(job.concepts, calls, in_force, strict=True):
             warnings = of_one.warnings(names)
             active = [f"its embedding {name} is active" for name in sorted(names)]
-            noted.append((concept.name, [*active, *warnings]))
+            job.notes.append((concept.name, [*active, *warnings]))
             for warning in warnings:
                 _log.warning("%s: %s", concept.name, warning)
         merged = method.merge(job, settings)
         changes = {site: solution.change for site, solution in merged.sites.items()}
         try:
-            return merged, kept(job, changes)
+            shares = kept(job, changes)
         except (IterisError, RuntimeError) as error:  # the merge is done
-            noted.append((WHAT, [f"not measured: {error}"]))
-            return merged, {}
+            job.notes.append((WHAT, [f"not measured: {error}"]))
+            shares = {}
+    if unmergeable == "mean":
+        means = of_loras.means_of(job.concepts, others)
+        solved = {site: Solution(change) for site, change in means.items()}
+        merged = replace(merged, sites={**merged.sites, **solved})
+    return job, merged, shares
 
 
 def _added_note(added: Concept, concepts: Sequence[Concept], always: Sequence[Concept]) -> str:

@@ -109,6 +109,8 @@ class Job:
     only_plans: bool = False
     store: SampleStore | None = None
     rank: int | float | None = None
+    notes: list[tuple[str, list[str]]] = field(default_factory=list[tuple[str, list[str]]])
+    """For the report, each with the name of what it is on; copies of the job share the list."""
 
     @property
     def weights(self) -> list[float]:

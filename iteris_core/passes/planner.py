@@ -120,11 +120,12 @@ class Plan:
 
 
 class Planned(Exception):
-    """Ends a preview: the ``plans`` of all stages are made, and the ``outlook`` is known."""
+    """Ends a preview: the ``plans`` of all stages of a ``job`` are made, and the ``outlook`` is
+    known."""
 
-    def __init__(self, plans: Sequence[Plan], outlook: str) -> None:
+    def __init__(self, plans: Sequence[Plan], job: Job, outlook: str = "") -> None:
         super().__init__("planned")
-        self.plans, self.outlook = plans, outlook
+        self.plans, self.job, self.outlook = plans, job, outlook
 
 
 def outlook_of(job: Job, plans: Sequence[Plan]) -> str:

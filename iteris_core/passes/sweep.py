@@ -126,7 +126,7 @@ class _Passes:
             self.outlook = outlook_of(job, self.made)
             job.tick(OUTLOOK, 0, 0, self.outlook)
         if job.only_plans:
-            raise Planned(self.made, self.outlook)
+            raise Planned(self.made, job, self.outlook)
 
     def _planned(self, stage: Stage) -> Plan:
         solver = self.solver_of(stage)
