@@ -32,10 +32,10 @@ from emotion import (
     read_texts,
 )
 from outputs import BUILD, result_file, rounded, write
+from seeds import Stat, over_seeds
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.hosts.transformers import TransformersHost
-from iteris_core.score.measures import Stat, over_seeds
 
 CACHE = BUILD / "language.jsonl"
 SAMPLES = 50

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from own_drawing import Drawing, draw
 from PIL import Image
 from protocol.drawing import noise_of
 from protocol.world import KINDS, Wanted
@@ -30,7 +31,6 @@ from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora import Lora
 from iteris_core.passes.changes import changes_always, switched_on
 from iteris_core.score import ClipScorer, ImageScorer, without_tokens
-from iteris_core.score.drawing import Drawing, draw
 
 NEEDED = ("base", "concepts", "seen", "new", "plain")
 CHOICES = {"base_dtype": ("float16", "bfloat16", "float32"), "offload": ("model", "sequential")}

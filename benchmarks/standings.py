@@ -15,8 +15,8 @@ from typing import Any
 
 from outputs import BUILD, RESULTS, read
 from protocol.plan import Variant
+from seeds import Stat
 
-from iteris_core.score.measures import Stat
 from toybox.page import html_page, html_table
 
 OURS = "iteris"

@@ -21,8 +21,7 @@ from rich.table import Table
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.progress import OnProgress, Progress
-from iteris_core.score import ClipScorer, without_tokens
-from iteris_core.score.results import contact_sheet
+from iteris_core.score import ClipScorer, contact_sheet, without_tokens
 
 from . import (
     BASE,

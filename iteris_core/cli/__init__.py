@@ -13,11 +13,11 @@ from rich.markup import escape
 from ..errors import IterisError, UsageError
 from .about import demo, explain, methods, store
 from .common import console, spelled, warn
-from .compare import compare, score
 from .files import bake, convert, inspect
 from .merge import merge
 from .options import CONCEPT_FORMS, is_setting
 from .resize import extract, resize
+from .score import score
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -26,10 +26,10 @@ app = typer.Typer(
     rich_markup_mode="rich" if sys.stdout.isatty() else None,  # plain text for a pipe
 )
 for command in (
-    *(merge, inspect, compare, score, resize, extract, convert, bake),
+    *(merge, inspect, score, resize, extract, convert, bake),
     *(methods, explain, demo, store),
 ):
-    forms = CONCEPT_FORMS if command in (merge, compare) else None
+    forms = CONCEPT_FORMS if command is merge else None
     app.command(context_settings=_HELP, epilog=forms)(command)
 
 _CANCELLED = 130
@@ -73,7 +73,7 @@ def main() -> None:
     try:
         status = app(standalone_mode=False)
         if status == _CANCELLED:
-            keeps = sys.argv[1:2] in (["compare"], ["demo"])
+            keeps = sys.argv[1:2] == ["demo"]
             _stop(f"cancelled{'' if keeps else '; nothing was written'}.", status=_CANCELLED)
         sys.exit(status)
     except IterisError as error:

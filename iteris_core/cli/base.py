@@ -71,7 +71,7 @@ def check_base(base: str) -> None:
     if path.is_file() and is_lora(read_header(path)[0]):
         raise BaseError(
             f"The base {base!r} is a LoRA, not a model; give the model for which it was made. "
-            "LoRAs are given by --concept to merge and compare, and by --lora to bake."
+            "LoRAs are given by --concept to merge, and by --lora to bake."
         )
     if not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         raise BaseError(

@@ -8,7 +8,6 @@ from typing import Any
 
 import typer
 
-from ..concepts import Calibration
 from ..config import MergeConfig, read_concept
 from ..errors import UsageError
 from ..lora import Lora
@@ -27,11 +26,11 @@ from .base import check_base, device_of, load_base
 from .common import console, progress_bars, save_or_keep, spelled, warn
 from .inputs import check_apart, check_concepts, check_embeddings, open_picture, warnings_of
 from .merge_file import MergeFile
-from .options import CALIBRATION, bytes_of, command, given, store_of
+from .options import bytes_of, command, given, store_of
 from .request import MergeOptions, requested
 
 
-@command(MergeOptions, Calibration, CALIBRATION)
+@command(MergeOptions)
 def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, Any]) -> None:
     """Merge LoRAs into one, on a diffusers pipeline.
 

@@ -22,7 +22,7 @@ _Run = Callable[[typer.Context, _O, dict[str, Any]], None]
 Dtype = Literal["float16", "bfloat16", "float32"]
 
 BASE, CALIBRATION, READING = "Base", "Calibration: prompts and latents", "LoRA files"
-RESULT, PICTURES = "Result", "Pictures"
+RESULT = "Result"
 METHOD, AGAIN = "Method and settings", "Repeat a merge, or use a merge file"
 """Headings of the help."""
 _TYPER = "typer"
@@ -137,20 +137,18 @@ def is_setting(name: str) -> bool:
     return any(name in declared_settings(method.settings) for method in all_methods())
 
 
-def command(
-    options: type[_O], settings: type[Settings], panel: str
-) -> Callable[[_Run[_O]], Callable[..., None]]:
-    """Decorator: make a function of ``(context, options, settings)`` a typer command, with an
-    option for each field of the dataclass ``options``, and one under the heading ``panel`` for each
-    setting. The function receives the settings that were given, by name."""
-    hints, declared = get_type_hints(options, include_extras=True), declared_settings(settings)
+def command(options: type[_O]) -> Callable[[_Run[_O]], Callable[..., None]]:
+    """Decorator: make a function of ``(context, options, calibration)`` a typer command, with an
+    option for each field of the dataclass ``options``, and one for each setting of the calibration.
+    The function receives the settings that were given, by name."""
+    hints, declared = get_type_hints(options, include_extras=True), declared_settings(Calibration)
     hinted: dict[str, tuple[Any, Any]] = {"context": (typer.Context, Parameter.empty)}
     for one in fields(cast(Any, options)):
         hinted[one.name] = hints[one.name], one.metadata.get(_TYPER, one.default)
     for name, one in declared.items():
         help = f"{one.explained()} Default: {one.shown(one.default)}."
         form = f"<{'|'.join(one.choices) or one.kind.__name__}>"
-        hinted[name] = Annotated[str | None, option(help, panel=panel, metavar=form)], None
+        hinted[name] = Annotated[str | None, option(help, panel=CALIBRATION, metavar=form)], None
 
     def made(run: _Run[_O]) -> Callable[..., None]:
         def called(context: typer.Context, **values: Any) -> None:
@@ -175,29 +173,22 @@ def given(**values: Any) -> dict[str, Any]:
 
 
 def parse_settings(
-    kinds: Mapping[str, type[Settings]], pairs: Sequence[str]
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Split ``[METHOD.]NAME=VALUE`` pairs into settings of each method and of the calibration.
-    Without METHOD, a setting applies to every method that has it."""
-    values: dict[str, dict[str, Any]] = {method: {} for method in kinds}
+    kind: type[Settings], pairs: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split ``NAME=VALUE`` pairs into settings of a method, of that ``kind``, and of the
+    calibration."""
+    values: dict[str, Any] = {}
     calibration: dict[str, Any] = {}
     for pair in pairs:
-        where, (key, equals, text) = f"--set {pair!r}", pair.partition("=")
+        where, (name, equals, text) = f"--set {pair!r}", pair.partition("=")
         if not equals:
             raise SettingsError(f"{where}: write NAME=VALUE, such as rank=16.")
-        method, _, name = key.rpartition(".")
-        if method and method not in kinds:
-            raise SettingsError(
-                f"{where}: {method!r} is not among the methods, which are {', '.join(kinds)}."
-            )
-        of_methods = [(values[one], kinds[one]) for one in ([method] if method else kinds)]
-        owners = [(into, kind) for into, kind in of_methods if name in declared_settings(kind)]
-        if not owners and not method and name in declared_settings(Calibration):
-            owners = [(calibration, Calibration)]
-        if not owners:
-            raise _unknown(where, name, *(kind for _, kind in of_methods), Calibration)
-        for into, kind in owners:
-            into |= check_settings(kind, {name: text}, where)
+        if name in declared_settings(kind):
+            values |= check_settings(kind, {name: text}, where)
+        elif name in declared_settings(Calibration):
+            calibration |= check_settings(Calibration, {name: text}, where)
+        else:
+            raise _unknown(where, name, kind, Calibration)
     return values, calibration
 
 

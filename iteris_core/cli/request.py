@@ -104,11 +104,11 @@ def requested(
 ) -> MergeConfig:
     """The merge. Raises :class:`IterisError` for anything missing, unknown or broken."""
     config = (_again if options.from_file else _written)(file, options)
-    kinds = {config.method: find_method(config.method).settings}
-    settings, of_pairs = parse_settings(kinds, options.setting or [])
+    kind = find_method(config.method).settings
+    settings, of_pairs = parse_settings(kind, options.setting or [])
     lines = read_lines(options.templates) if options.templates else None
     changes: dict[str, Any] = {
-        "settings": {**config.settings, **settings[config.method]},
+        "settings": {**config.settings, **settings},
         "calibration": over(
             config.calibration, {**of_pairs, **calibration, **given(templates=lines)}
         ),

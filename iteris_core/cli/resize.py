@@ -24,7 +24,7 @@ from .base import check_base, device_of, load_base
 from .common import progress_bars, save_or_keep
 from .inputs import check_apart, check_concepts, read_prompts
 from .merge_file import parse_concept
-from .options import CALIBRATION, RESULT, argument, bytes_of, command, offered
+from .options import RESULT, argument, bytes_of, command, offered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class ResizeOptions(Sizing):
     allow_partial: shared.Partial = False
 
 
-@command(ResizeOptions, Calibration, CALIBRATION)
+@command(ResizeOptions)
 def resize(context: typer.Context, options: ResizeOptions, calibration: dict[str, Any]) -> None:
     """Reduce a LoRA to a lower rank, size or share of energy, with ranks shared out over layers.
 
@@ -124,7 +124,7 @@ class ExtractOptions(Sizing):
     )
 
 
-@command(ExtractOptions, Calibration, CALIBRATION)
+@command(ExtractOptions)
 def extract(context: typer.Context, options: ExtractOptions, calibration: dict[str, Any]) -> None:
     """Extract a LoRA from a fine-tune and its base, and compare it with the fine-tune.
 

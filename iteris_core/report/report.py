@@ -165,12 +165,12 @@ class MergeReport:
         if self.loras > 1 and (far := [name for share, name in left if share > 1]):
             wrong.append(
                 f"No closer to {', '.join(far)} than the mean of the LoRAs. {self._advice()}, and "
-                "check images (iteris compare)."
+                "check images."
             )
         if wrong or not own:
             return " ".join(wrong)
         if not left:
-            return f"Not measured by {self.method}; check images (iteris compare)."
+            return f"Not measured by {self.method}; check images."
         if self.loras == 1:
             return f"{own[0][0]} is the only LoRA that is merged."
         if kept:

@@ -40,11 +40,10 @@ def make_mess(folder: Path) -> dict[str, str]:
         (tmp / name).write_text(text)
     for name, content in data.items():
         (tmp / name).write_bytes(content)
-    for name in ("empty", "pics", "done", "others"):
+    for name in ("empty", "pics", "others"):
         (tmp / name).mkdir()
     Image.new("RGB", (8, 8)).save(tmp / "pics" / "a.png")
     Image.new("RGB", (8, 8)).save(tmp / "pics" / "b.png")
-    (tmp / "done" / "comparison.json").write_text("{}")
     tensors = load_file(one)
     whole = {f"model.diffusion_model.input_blocks.{i}.weight": torch.ones(2) for i in range(9)}
     save_file(whole, tmp / "model.safetensors")
@@ -68,7 +67,7 @@ def make_mess(folder: Path) -> dict[str, str]:
     return {name: str(path) for name, path in {
         **places, "changed": places["merged"], "world": world, "tmp": tmp, "one": one,
         "base": world / "base", "empty": tmp / "empty", "pics": tmp / "pics",
-        "pic": tmp / "pics" / "a.png", "done": tmp / "done", "lora": tmp / "model.safetensors",
+        "pic": tmp / "pics" / "a.png", "lora": tmp / "model.safetensors",
     }.items()}  # fmt: skip
 
 
@@ -80,7 +79,6 @@ FORMS = {
     "M": "merge {base} -o {out} --device cpu --concept {one}:s1:dog",
     "L": "merge {base} -o {out} --device cpu --concept",
     "F": "merge {base} -o {out} --loras {world} --from",
-    "C": "compare {base} -o {results} --device cpu --concept {one}:s1:dog --refs {pics}",
 }
 """What a case begins with, for short."""
 
@@ -92,7 +90,7 @@ def arguments_of(case: str, places: Mapping[str, str], folder: Path) -> list[str
     """The words of the command line; what follows ``Y`` is a merge file, ``Z`` the rest of one."""
     first, _, rest = case.partition(" ")
     out = folder / "out.safetensors"
-    names = {**places, "out": str(out), "results": str(folder / "results")}
+    names = {**places, "out": str(out)}
     if first in "YZ":
         text = (GOOD if first == "Z" else "") + rest.removeprefix("|").replace("\\n", "\n")
         (folder / "merge.yaml").write_text(filled(text, names))

@@ -30,7 +30,6 @@ def test_bash_is_given_the_words_that_begin_so():
         (("merge", "--method", "tie"), ["ties"]),
         (("merge", "--set", "sampl"), ["samples="]),
         (("merge", "--offload", ""), ["model", "sequential"]),
-        (("compare", "--sched"), ["--scheduler"]),
     ],
 )
 def test_words_are_completed(words, wanted):

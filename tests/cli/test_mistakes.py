@@ -255,7 +255,7 @@ def mess(tmp_path_factory):
 @pytest.fixture
 def nothing_loaded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for module in ("merge", "compare", "base"):
+    for module in ("merge", "base"):
         command = sys.modules[f"iteris_core.cli.{module}"]
         monkeypatch.setattr(command, "load_base", lambda *_, **__: pytest.fail("a base was loaded"))
     monkeypatch.setattr(ClipScorer, "load", pytest.fail)

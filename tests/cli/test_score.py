@@ -7,8 +7,7 @@ import torch
 from PIL import Image
 
 from iteris_core import IterisError
-from iteris_core.score import ClipScorer, clip_score, without_tokens
-from iteris_core.score.results import contact_sheet
+from iteris_core.score import ClipScorer, clip_score, contact_sheet, without_tokens
 from toybox.page import html_gallery, html_page, html_table
 
 

@@ -93,16 +93,6 @@ def test_the_merges_of_the_pages_run(place, iteris):
     assert recipe_of(place / "smaller.safetensors")["settings"]["rank"] == 16
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("unmeasured")
-def test_the_comparison_of_the_pages_runs(tmp_path, iteris, monkeypatch):
-    words = next(words for _, words in ALL_LINES if words[0] == "compare")
-    monkeypatch.chdir(ROOT)
-    fewer = ["--set=samples=2", "--set=timesteps=1", "--set=latents=noise", "--set=latent_size=4"]
-    quick = ["--steps=2", "--images-per-prompt=1", *fewer, "-o", tmp_path / "out"]
-    assert "| regmean |" in iteris(*words, *quick)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_is_code_and_names_exist(page):
     for text in fences(page, "python"):

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..errors import ScoreError, brief
-from ..hosts.diffusers_loop import is_modular
-from ..progress import Forecast, OnProgress
-from ..settings import Settings, setting
+from iteris_core.errors import ScoreError, brief
+from iteris_core.hosts.diffusers_loop import is_modular
+from iteris_core.progress import Forecast, OnProgress
+from iteris_core.settings import Settings, setting
 
 
 @dataclass(frozen=True)
