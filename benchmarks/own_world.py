@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from iteris_core import Calibration, Concept
 from iteris_core.cli.base import check_base, device_of, load_base
 from iteris_core.cli.inputs import check_concepts, open_images
-from iteris_core.cli.merge_file import MergeFile, concept_of, read_mapping
+from iteris_core.cli.merge_file import base_in, beside, concept_of, read_mapping
 from iteris_core.cli.options import check_settings
 from iteris_core.config import ConceptConfig, read_concept
 from iteris_core.errors import ConceptError, MergeFileError, ScoreError, brief, did_you_mean
@@ -96,7 +97,7 @@ class OwnWorld:
 
     def __init__(self, path: Path) -> None:
         data = checked(read_mapping(path), path)
-        self._file = MergeFile(path)
+        self._path = path
         self._known = dict(map(self._subject, data["concepts"]))
         self.subjects = tuple(self._known)
         if len(self.subjects) < max(2, len(data["concepts"])):
@@ -114,7 +115,7 @@ class OwnWorld:
         self._load(data)
 
     def _subject(self, entry: Any) -> tuple[str, Subject]:
-        where = f"{self._file.path}: concepts"
+        where = f"{self._path}: concepts"
         if not isinstance(entry, Mapping):
             raise MergeFileError(f"{where}: each must be a mapping, not {entry!r}.")
         where = f"{where}: {entry.get('trigger', entry)}"
@@ -123,7 +124,7 @@ class OwnWorld:
                 raise MergeFileError(f"{where}: the key {key!r} is missing.")
         files = entry["file"] if isinstance(entry["file"], list) else [entry["file"]]
         others = {key: value for key, value in entry.items() if key != "references"}
-        find = self._file.find
+        find = partial(beside, self._path)
         trainings = [
             concept_of({**others, "file": str(find(str(file)))}, where, find) for file in files
         ]
@@ -153,13 +154,13 @@ class OwnWorld:
                 raise MergeFileError(f"{path}: plain: {prompt!r} has the trigger {named[0]!r}.")
 
     def _load(self, data: Mapping[str, Any]) -> None:
-        base, device = self._file.place(str(data["base"])), device_of(data.get("device"))
+        base, device = base_in(self._path, str(data["base"])), device_of(data.get("device"))
         check_base(base)
         clip = str(data.get("clip", "ViT-L-14"))
         self._clip = ClipScorer.load(clip, data.get("clip_weights"), device=device)
         self._scorers: dict[str, ClipScorer | DinoScorer] = {"likeness": self._clip}
         if data.get("dino"):
-            name = self._file.place(str(data["dino"]))
+            name = base_in(self._path, str(data["dino"]))
             self._scorers["dino"] = DinoScorer.load(name, device=device)
         self._references = {
             (figure, name): scorer.embed_images(of.references)

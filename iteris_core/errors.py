@@ -165,6 +165,11 @@ KINDS = (IterisError, *IterisError.__subclasses__())
 """The index: all errors declared here."""
 
 
+def meaning_of(kind: type[IterisError]) -> str:
+    """What is wrong."""
+    return (kind.__doc__ or "").partition("\n\n")[0]
+
+
 def remedy_of(kind: type[IterisError]) -> str:
     """What to do, in Markdown."""
     return " ".join((kind.__doc__ or "").partition("\n\n")[2].split())

@@ -23,11 +23,11 @@ from .hosts.learned import embedding_triggers
 from .hosts.protocol import Host
 from .hosts.rows import CLASSES
 from .hosts.sample_store import SampleStore, digest
-from .lora import Lora, SiteChanges
+from .lora import Lora
 from .lora_files import Layout
 from .lora_files.experts import write_by_expert
 from .methods import Method, find_method
-from .methods.fitting import notes_on, sizes_of, streams_of
+from .methods.fitting import notes_on, streams_of
 from .methods.registry import Merged, settings_over
 from .passes import changes as of_loras
 from .passes import preflight
@@ -180,7 +180,6 @@ def merge_loras(
         raise Planned((), job)
     seconds = time.perf_counter() - started
     eta.end()
-    sizes = sizes_of({**{site: SiteChanges(()) for site in merged.repairs}, **job.changes})
     log, every = merged.log, [*merging, *always]
     solutions = {site: solution.change for site, solution in merged.sites.items()}
     included = of_loras.changes_always(of_loras.always_on(always, "include"))
@@ -202,7 +201,6 @@ def merge_loras(
                 replace(merged.sites.get(site, Solution(change)), change=change),
                 len(merging),
                 repair=site in merged.repairs,
-                size=sizes.get(site, 0.0),
             )
             for site, change in sites.items()
         },

@@ -3,7 +3,6 @@ in LoRA files, trigger words and output paths."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,10 @@ from ..lora_files.embeddings import embedding_targets, split_embeddings
 from ..lora_files.experts import by_expert, expert_files
 from ..lora_files.formulas import check_whole
 from ..report.provenance import join_embeddings, shared_triggers
-from .common import warn
 
-_MOST_PROMPTS = 2000
-"""Most prompts read from one file; far more than a concept uses."""
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _FEW = 8
 """Most tensors in a file of embeddings; a model has more."""
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a prompt file, thinned out if very many: a merged file records them all."""
-    lines = read_lines(path)
-    if len(lines) <= _MOST_PROMPTS:
-        return lines
-    warn(f"{path} has {len(lines)} prompts; using {_MOST_PROMPTS} of them, evenly spread.")
-    return [lines[index * len(lines) // _MOST_PROMPTS] for index in range(_MOST_PROMPTS)]
 
 
 def read_lines(path: Path) -> list[str]:
@@ -77,42 +64,41 @@ def open_images(*paths: Path) -> tuple[list[Path], list[Any]]:
 
 
 def check_concepts(concepts: Sequence[ConceptConfig]) -> list[Concept]:
-    """Raise :class:`IterisError` for a missing file, one that is not a LoRA or a broken one.
+    """Raise :class:`IterisError` for a missing file, one that is not a LoRA or a broken one, with
+    NaN or missing parts.
 
     Returns the concepts that have a file, with what needs no base of their LoRAs: metadata and
     embeddings.
     """
-    if concepts and not any(option.counts for option in concepts):
+    if concepts and not any(concept.counts for concept in concepts):
         raise ConceptError("There is nothing to merge: every concept has strength or weight 0.")
     read: list[Concept] = []
-    for option in concepts:
-        loras = [_checked_lora(file) for file in option.files]
-        read += [option.concept(lora) for lora in loras[:1]]
-        if option.blocks and not any(weights_by_block(option.blocks).values()):
+    for concept in concepts:
+        loras: list[Lora] = []
+        for file in concept.files:
+            shapes, _ = read_header(file)
+            if not shapes:
+                raise LoraFileError(f"{file} contains no tensors; it is not a LoRA file.")
+            if not is_lora(shapes):
+                whole = len(shapes) > _FEW
+                what = "a whole model (a checkpoint)" if whole else "another kind of file"
+                raise LoraFileError(
+                    f"{file} is {what}, not a LoRA: its first tensor is {min(shapes)}. Give the "
+                    "LoRA's own file."
+                )
+            tensors, metadata = read_tensors(file)
+            embeddings, tensors, _ = split_embeddings(file, tensors, metadata)
+            check_whole(file, tensors)
+            loras.append(Lora({}, file.stem, metadata, embeddings=embeddings))
+        read += [concept.concept(lora) for lora in loras[:1]]
+        if concept.blocks and not any(weights_by_block(concept.blocks).values()):
             raise ConceptError(
-                f"{option.name}: blocks={option.blocks!r} leaves nothing of it; leave it out, or "
+                f"{concept.name}: blocks={concept.blocks!r} leaves nothing of it; leave it out, or "
                 "give a block another weight."
             )
-        if option.prompts is not None and not option.prompts:
-            raise ConceptError(f"{option.name}: its list of prompts is empty.")
+        if concept.prompts is not None and not concept.prompts:
+            raise ConceptError(f"{concept.name}: its list of prompts is empty.")
     return read
-
-
-def _checked_lora(file: Path) -> Lora:
-    """The metadata and embeddings of a LoRA file, without NaN or missing parts."""
-    shapes, _ = read_header(file)
-    if not shapes:
-        raise LoraFileError(f"{file} contains no tensors; it is not a LoRA file.")
-    if not is_lora(shapes):
-        what = "a whole model (a checkpoint)" if len(shapes) > _FEW else "another kind of file"
-        raise LoraFileError(
-            f"{file} is {what}, not a LoRA: its first tensor is {min(shapes)}. Give the LoRA's own "
-            "file."
-        )
-    tensors, metadata = read_tensors(file)
-    embeddings, tensors, _ = split_embeddings(file, tensors, metadata)
-    check_whole(file, tensors)
-    return Lora({}, file.stem, metadata, embeddings=embeddings)
 
 
 def check_apart(outputs: Sequence[Path], concepts: Sequence[ConceptConfig]) -> None:
@@ -141,28 +127,15 @@ def check_embeddings(
             )
 
 
-def warnings_of(concepts: Sequence[ConceptConfig], output: Path | None = None) -> Iterator[str]:
-    """A sentence for each concept that is probably a mistake, and one if the disk of ``output`` has
-    less room than the LoRAs take; a merge is about as large."""
-    for option in concepts:
-        if not option.counts:
-            what = "strength" if option.weight else "weight"
-            yield f"{option.name} is left out of the merge: its {what} is 0."
-    counting = [option for option in concepts if option.counts]
-    for option, shared in zip(counting, shared_triggers(counting), strict=True):
-        yield from (f"{option.name}: {note}." for note in shared)
-        trigger = " ".join(option.trigger.lower().split())
-        prompts = () if option.preserves else option.prompts or ()
+def warnings_of(concepts: Sequence[ConceptConfig]) -> Iterator[str]:
+    """A sentence for each concept that is probably a mistake."""
+    counting = [concept for concept in concepts if concept.counts]
+    for concept, shared in zip(counting, shared_triggers(counting), strict=True):
+        yield from (f"{concept.name}: {note}." for note in shared)
+        trigger = " ".join(concept.trigger.lower().split())
+        prompts = () if concept.preserves else concept.prompts or ()
         if trigger and prompts and not any(trigger in prompt.lower() for prompt in prompts):
             yield (
-                f"None of the {len(prompts)} prompts of {option.name} contains its trigger "
-                f"{option.trigger!r}: the merge fits what they show, which may not be the concept."
-            )
-    if output is not None:
-        size = sum(file.stat().st_size for option in concepts for file in option.files)
-        free = shutil.disk_usage(output.resolve().parent).free
-        if free < size:
-            yield (
-                f"{output} may not fit: its disk has {free / 1e6:.1f} MB free, and the LoRAs take "
-                f"{size / 1e6:.1f} MB. A lower rank makes it smaller."
+                f"None of the {len(prompts)} prompts of {concept.name} contains its trigger "
+                f"{concept.trigger!r}: the merge fits what they show, which may not be the concept."
             )

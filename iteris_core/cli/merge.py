@@ -47,7 +47,7 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
     pictures = given(image=options.image, mask_image=options.mask_image)
     call = {name: open_picture(path) for name, path in pictures.items()}
     device = device_of(options.device)
-    for line in warnings_of(config.concepts, options.output):
+    for line in warnings_of(config.concepts):
         warn(line)
     with progress_bars(visible=not options.quiet) as show:
 

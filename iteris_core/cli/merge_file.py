@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from ..config import ConceptConfig, MergeConfig
 from ..errors import ConceptError, LoraFileError, MergeFileError, RecipeError, brief, did_you_mean
 from ..lora_files.tensors import file_digest
 from .base import BUNDLED
-from .inputs import read_prompts
+from .inputs import read_lines
 
 KEYS = ("base", "concepts", "settings", "calibration")
 """Keys that are not options of ``iteris merge``."""
@@ -91,7 +92,7 @@ def concept_of(entry: Any, where: str, find: Find = Path) -> ConceptConfig:
         raise MergeFileError(f"{where} must be FILE:TRIGGER:CLASS or a mapping, not {entry!r}.")
     values = dict(cast(Mapping[str, Any], entry))
     if isinstance(prompts := values.get("prompts"), str):
-        values["prompts"] = read_prompts(find(prompts))
+        values["prompts"] = read_lines(find(prompts))
     return ConceptConfig.from_dict(values, where)
 
 
@@ -119,31 +120,26 @@ def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
     raise kind(f"{name} is not in any of the folders {places}; pass its folder with --loras.")
 
 
+def beside(file: Path, name: str) -> Path:
+    """The path of ``name`` in a merge ``file``: beside it, otherwise relative to the current
+    folder."""
+    path = Path(os.path.expanduser(name))
+    there = file.parent / path
+    return there if there.exists() else path
+
+
+def base_in(file: Path, base: str) -> str:
+    """The path of the base in a merge ``file``; a hub name or a bundled base's stays as it is."""
+    path = beside(file, base)
+    return base if base in BUNDLED or not path.exists() else str(path)
+
+
 @dataclass(frozen=True)
 class MergeFile:
-    """A merge file's concepts (``entries``) and settings; its options become defaults."""
+    """The concepts and settings of a merge file; its options become defaults."""
 
     path: Path
-    entries: Sequence[Any] = ()
-    config: MergeConfig = MergeConfig()
-
-    def concepts(self) -> list[ConceptConfig]:
-        """The concepts that the file lists."""
-        return [
-            concept_of(entry, f"{self.path}: concept {number}", self.find)
-            for number, entry in enumerate(self.entries, 1)
-        ]
-
-    def find(self, name: str) -> Path:
-        """The path of a file: beside the merge file, otherwise relative to the current folder."""
-        path = Path(os.path.expanduser(name))
-        beside = self.path.parent / path
-        return beside if beside.exists() else path
-
-    def place(self, base: str) -> str:
-        """The path of the base; a hub name or a bundled base's stays as it is."""
-        path = self.find(base)
-        return base if base in BUNDLED or not path.exists() else str(path)
+    config: MergeConfig
 
 
 def use_merge_file(context: typer.Context, base: str | None) -> str | None:
@@ -156,10 +152,13 @@ def use_merge_file(context: typer.Context, base: str | None) -> str | None:
     name, entries = own.pop("base", None), own.pop("concepts", None) or []
     if not isinstance(entries, list):
         raise MergeFileError(f"{path}: concepts must be a list, not {entries!r}.")
-    file = MergeFile(path, cast(list[Any], entries), MergeConfig.from_dict(own, str(path)))
-    context.obj = file
-    context.default_map = _defaults(context, file, data)
-    return None if name is None else file.place(str(name))
+    own["concepts"] = tuple(
+        concept_of(entry, f"{path}: concept {number}", partial(beside, path))
+        for number, entry in enumerate(cast("list[Any]", entries), 1)
+    )
+    context.obj = MergeFile(path, MergeConfig.of_mapping(own, str(path)))
+    context.default_map = _defaults(context, path, data)
+    return None if name is None else base_in(path, str(name))
 
 
 class _Loader(yaml.SafeLoader):
@@ -190,7 +189,7 @@ def read_mapping(path: Path) -> dict[Any, Any]:
     return data
 
 
-def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]) -> dict[str, Any]:
+def _defaults(context: typer.Context, file: Path, values: Mapping[Any, Any]) -> dict[str, Any]:
     """Parameter → value, converted as on the command line; an error names the file and the key."""
     parameters = keys_of(context.command)
     defaults: dict[str, Any] = {}
@@ -199,7 +198,7 @@ def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]
         if parameter is None:
             known = [*KEYS, *parameters]
             raise MergeFileError(
-                f"{file.path}: there is no key {key!r}{did_you_mean(str(key), known)} The keys are "
+                f"{file}: there is no key {key!r}{did_you_mean(str(key), known)} The keys are "
                 f"{', '.join(known)}."
             )
         if value is None:
@@ -209,11 +208,11 @@ def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]
         try:
             converted = parameter.process_value(context, value if isinstance(value, bool) else text)
         except typer.BadParameter as error:
-            raise MergeFileError(f"{file.path}: {key}: {error.message}") from error
+            raise MergeFileError(f"{file}: {key}: {error.message}") from error
         if isinstance(converted, Path):
             target = parameter.name == "output"
-            beside = file.path.parent / os.path.expanduser(converted)
-            converted = beside if target else file.find(str(converted))
+            there = file.parent / os.path.expanduser(converted)
+            converted = there if target else beside(file, str(converted))
         defaults[parameter.name] = converted
     return defaults
 

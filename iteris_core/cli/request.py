@@ -102,76 +102,74 @@ class MergeOptions:
 def requested(
     file: MergeFile | None, options: MergeOptions, calibration: Mapping[str, Any]
 ) -> MergeConfig:
-    """The merge. Raises :class:`IterisError` for anything missing, unknown or broken."""
-    config = (_again if options.from_file else _written)(file, options)
-    kind = find_method(config.method).settings
-    settings, of_pairs = parse_settings(kind, options.setting or [])
-    lines = read_lines(options.templates) if options.templates else None
-    changes: dict[str, Any] = {
-        "settings": {**config.settings, **settings},
-        "calibration": over(
-            config.calibration, {**of_pairs, **calibration, **given(templates=lines)}
-        ),
-        **given(unmergeable=options.unmergeable, preset=options.preset),
-    }  # fmt: skip
-    return config.model_copy(update=changes)
-
-
-def _written(file: MergeFile | None, options: MergeOptions) -> MergeConfig:
-    """The concepts from the command line or the merge ``file``, and its other keys."""
-    if not options.concept and not (file and file.entries):
+    """The merge: the command line over a merge ``file`` over a recipe. Raises :class:`IterisError`
+    for anything missing, unknown or broken. A recipe is untrusted: only its LoRAs are read, and no
+    base is downloaded."""
+    path, own = (Path(), MergeConfig()) if file is None else (file.path, file.config)
+    if options.from_file is not None:
+        if options.concept or own.concepts:
+            raise UsageError("Give the LoRAs with --concept, or a merged file with --from.")
+        for name in given(preset=options.preset, method=options.method):
+            raise UsageError(
+                f"--{name} does not work with --from, which already has all settings; change "
+                "single ones with --set."
+            )
+        path, config = options.from_file, read_recipe(options.from_file)
+    elif not options.concept and not own.concepts:
         raise UsageError(
-            f"{file.path} has no LoRAs: list them under concepts:, or give them with --concept."
-            if file
-            else "Give the LoRAs with --concept, or a merged file with --from."
+            "Give the LoRAs with --concept, or a merged file with --from."
+            if file is None
+            else f"{path} has no LoRAs: list them under concepts:, or give them with --concept."
         )
-    if file is None and options.loras is not None:
+    elif file is None and options.loras is not None:
         raise UsageError("--loras is for --from; --concept already names the LoRA files.")
-    if options.base is None and find_method(options.method or "iteris").needs_host:
-        raise UsageError("Name the base: BASE on the command line, or base: in the merge file.")
-    if options.concept or file is None:
-        concepts = tuple(map(parse_concept, options.concept or ()))
     else:
-        folders = _folders(options.loras, file.path)
-        concepts = tuple(found_in(folders, concept) for concept in file.concepts())
-    config = _checked(file.config, str(file.path)) if file else MergeConfig()
-    changes = {"concepts": concepts, "base": options.base or "", **given(method=options.method)}
-    return config.model_copy(update=changes)
-
-
-def _again(file: MergeFile | None, options: MergeOptions) -> MergeConfig:
-    """The merge that ``options.from_file`` records. The file is untrusted: only its LoRAs are read,
-    and no base is downloaded."""
-    path = options.from_file
-    assert path is not None
-    if options.concept or (file is not None and file.entries):
-        raise UsageError("Give the LoRAs with --concept, or a merged file with --from.")
-    for name in given(preset=options.preset, method=options.method):
-        raise UsageError(
-            f"--{name} does not work with --from, which already has all settings; change single "
-            "ones with --set."
-        )
-    try:
-        config = _checked(read_recipe(path), str(path))
-    except SettingsError as error:
-        raise RecipeError(f"The recipe is not of this version: {error}") from error
-    folders = _folders(options.loras, path)
+        config = MergeConfig(concepts=own.concepts, method=options.method or "iteris")
+    method = find_method(config.method)
+    folders = [path.parent, Path()]
+    if options.loras is not None:
+        below = sorted(path for path in options.loras.rglob("*") if path.is_dir())
+        folders = [options.loras, *folders, *below]
     base = options.base or ""
-    if not base and (config.base or find_method(config.method).needs_host):
+    if not base and (config.base or method.needs_host):
+        if options.from_file is None:
+            raise UsageError("Name the base: BASE on the command line, or base: in the merge file.")
         base = _base_in(folders, config.base)
-    concepts = tuple(found_in(folders, concept) for concept in config.concepts)
-    return config.model_copy(update={"base": base, "concepts": concepts})
+    concepts = (
+        tuple(map(parse_concept, options.concept))
+        if options.concept
+        else tuple(found_in(folders, concept) for concept in config.concepts)
+    )
+    if file is not None:
+        own = _checked(own, config.method, str(file.path))
+    settings, of_pairs = parse_settings(method.settings, options.setting or [])
+    lines = read_lines(options.templates) if options.templates else None
+    of_line = {**of_pairs, **calibration, **given(templates=lines)}
+    changes: dict[str, Any] = {
+        "base": base,
+        "concepts": concepts,
+        "settings": {**config.settings, **own.settings, **settings},
+        "calibration": over(over(config.calibration, own.calibration), of_line),
+        **given(unmergeable=options.unmergeable, preset=options.preset),
+    }
+    return config.model_copy(update=changes)
 
 
 def read_recipe(path: Path) -> MergeConfig:
     """The recipe in a merged file. Raises :class:`IterisError` if there is none or it is broken."""
     recorded = parse_object(read_tensors(path)[1].get("iteris"))
+    known = ConceptConfig.key_names()
     try:
         if missing := [name for name in _WHOLE if recorded.get(name) is None]:
             raise MergeFileError(f"it has no {missing[0]}")
         data = {name: recorded[name] for name in (*_WHOLE, *_OF_RUN) if name in recorded}
-        if isinstance(data["concepts"], list):
-            data["concepts"] = list(map(_concept_in, data["concepts"]))
+        if isinstance(data["concepts"], list):  # without what it only tells of a concept
+            data["concepts"] = [
+                {key: value for key, value in entry.items() if key in known}
+                if isinstance(entry, dict)
+                else entry
+                for entry in data["concepts"]
+            ]
         config = MergeConfig.from_dict(data, "recipe")
     except (MergeFileError, ConceptError) as error:
         raise RecipeError(
@@ -181,31 +179,20 @@ def read_recipe(path: Path) -> MergeConfig:
     later = {name: recorded[name] for name in ("cut", "strength") if recorded.get(name)}
     if later:
         warn(f"{path} was changed after its merge ({later}); the merge itself is repeated.")
-    return config
+    try:
+        return _checked(config, config.method, str(path))
+    except SettingsError as error:
+        raise RecipeError(f"The recipe is not of this version: {error}") from error
 
 
-def _concept_in(entry: Any) -> Any:
-    """A recipe's concept, without what the recipe only tells about it."""
-    known = ConceptConfig.key_names()
-    return {k: v for k, v in entry.items() if k in known} if isinstance(entry, dict) else entry
-
-
-def _checked(config: MergeConfig, where: str) -> MergeConfig:
+def _checked(config: MergeConfig, method: str, where: str) -> MergeConfig:
     """``config`` from a file, with its settings checked and parsed as on the command line."""
-    kinds = {"settings": find_method(config.method).settings, "calibration": Calibration}
+    kinds = {"settings": find_method(method).settings, "calibration": Calibration}
     changes = {
         name: check_settings(kind, getattr(config, name), f"{where}: {name}")
         for name, kind in kinds.items()
     }
     return config.model_copy(update=changes)
-
-
-def _folders(loras: Path | None, file: Path) -> list[Path]:
-    """The folders in which to look for the files that ``file`` names."""
-    if loras is None:
-        return [file.parent, Path()]
-    below = sorted(path for path in loras.rglob("*") if path.is_dir())
-    return [loras, file.parent, Path(), *below]
 
 
 def _base_in(folders: Sequence[Path], base: str) -> str:

@@ -22,7 +22,7 @@ from ..solve.ranks import Target
 from . import options as shared
 from .base import check_base, device_of, load_base
 from .common import progress_bars, save_or_keep
-from .inputs import check_apart, check_concepts, read_prompts
+from .inputs import check_apart, check_concepts, read_lines
 from .merge_file import parse_concept
 from .options import RESULT, argument, bytes_of, command, offered
 
@@ -140,7 +140,7 @@ def extract(context: typer.Context, options: ExtractOptions, calibration: dict[s
     for base in bases:
         check_base(base)
     if options.prompts is not None:
-        how["prompts"] = read_prompts(options.prompts)
+        how["prompts"] = read_lines(options.prompts)
         if not how["prompts"]:
             raise InputFileError(f"{options.prompts} has no prompts; write one per line.")
     pipelines = [load_base(base, device, options.base_dtype) for base in bases]

@@ -27,8 +27,7 @@ class SiteReport:
     """One site. Sequences run over the concepts, as in :class:`.solve.Solution`.
 
     ``repair`` marks a site that no LoRA changes, see :mod:`.methods.fitting`; it has no ``before``
-    and ``after``. ``growth`` is ‖ΔW‖ / (Σ ‖ΔW_i‖²)^½; of a repair it is relative to the other
-    sites of its component, as in :func:`..methods.fitting.sizes_of`.
+    and ``after``.
     """
 
     rank: int
@@ -37,14 +36,10 @@ class SiteReport:
     after: Sequence[float] = ()
     truncated: float = 0.0
     repair: bool = False
-    growth: float = math.nan
 
     @classmethod
-    def of(
-        cls, solution: Solution, concepts: int, *, repair: bool = False, size: float = 0.0
-    ) -> SiteReport:
-        """The report on a ``solution`` for its first ``concepts``, without generic prompts, where
-        the LoRAs' changes have the norm ``size`` together."""
+    def of(cls, solution: Solution, concepts: int, *, repair: bool = False) -> SiteReport:
+        """The report on a ``solution`` for its first ``concepts``, without generic prompts."""
         return cls(
             solution.change.rank,
             solution.weighting[:concepts],
@@ -52,7 +47,6 @@ class SiteReport:
             solution.after[:concepts],
             solution.truncated,
             repair,
-            math.sqrt(solution.change.squared_norm()) / size if size else math.nan,
         )
 
 
@@ -107,11 +101,6 @@ class MergeReport:
         enough = BRITTLE * kept["1"]
         fine = [float(u) for u, share in kept.items() if u[0].isdigit() and share >= enough]
         return min(fine), max(fine)
-
-    def grown(self) -> list[tuple[str, float]]:
-        """Sites and their ``growth``, largest first."""
-        sizes = [(name, site.growth) for name, site in self.sites.items() if site.growth > 0]
-        return sorted(sizes, key=lambda item: -item[1])
 
     def _kept(self) -> dict[str, float]:
         """Use → what is kept, the mean over the LoRAs."""
@@ -228,9 +217,6 @@ class MergeReport:
                 f"  Converged after {len(self.convergence) + 1} iterations: the last one changed "
                 f"no site by more than {self.convergence[-1]:.2g} of its size."
             )
-        if grown := self.grown()[:3]:
-            listed = ", ".join(f"{site} {size:.1f}" for site, size in grown)
-            lines.append(f"  largest changes, as multiples of the LoRAs' there: {listed}")
         for name, notes in self.notes.items():
             lines += [f"  {name}: {note}" for note in notes]
         verdict = self.verdict()

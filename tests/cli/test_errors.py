@@ -3,8 +3,9 @@
 import ast
 from pathlib import Path
 
+from reference_pages import errors_page
+
 from iteris_core import errors
-from iteris_core.cli.about import errors_page
 from iteris_core.errors import KINDS, IterisError, LoraFileError, remedy_of
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,6 @@ def test_a_message_ends_with_its_code_and_the_code_is_explained(iteris):
         assert "--allow-partial leaves out" in out
     assert len(iteris("explain").splitlines()) == len(KINDS)
     assert "no error 'IT-99'" in iteris.refused("explain", "IT-99")
-    assert iteris("explain", "--markdown") == PAGE.read_text()
 
 
 def test_a_kind_of_another_package_has_the_entry_of_its_nearest():

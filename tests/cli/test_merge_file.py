@@ -97,6 +97,12 @@ def test_a_merge_comes_again_on_the_base_beside_it(place, iteris):
     assert recipe_of(merged)["base"] == "base"
     iteris("merge", "--from", merged, "-o", again, "--device=cpu")
     assert same(merged, again)
+    # A merge file's settings count over the recipe's.
+    file = write(place / "merge.yaml", settings={"rank": 2}, calibration={"samples": 2})
+    iteris("merge", file, "--from", merged, "-o", again, "--overwrite", "--device=cpu")
+    recipe = recipe_of(again)
+    assert (recipe["method"], recipe["settings"]["rank"]) == ("regmean", 2)
+    assert (recipe["calibration"]["samples"], recipe["calibration"]["timesteps"]) == (2, 1)
 
 
 def test_every_option_of_merge_is_a_key():

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import recipe_of
 from mistakes import CASES, arguments_of, contents, filled, make_mess
 from safetensors.torch import load_file, save_file
 from tiny import make_pipeline, random_lora
@@ -92,7 +91,6 @@ def test_a_merge_too_large_for_half_precision_is_written_as_float32(world, tmp_p
             ["--concept={lora2}:s1:cat"],
             "{lora2}: 's1' is the trigger of one concept and part of 's1 cat'",
         ),
-        (["--concept={lora2}:s2:cat:0"], "{lora2} is left out of the merge: its strength"),
         (
             ["--concept={lora2},trigger=s2,prompts={lines}"],
             "None of the 2 prompts of {lora2} contains",
@@ -176,18 +174,6 @@ def test_the_inner_probe_does_not_warn_of_a_long_prompt(monkeypatch):
 def test_a_single_concept_is_not_a_list(given, message):
     with pytest.raises(IterisError, match=message):
         merge_loras(None, given, "sum")
-
-
-def test_far_too_many_prompts_are_thinned_out(world, tmp_path, iteris):
-    """All of them would go into the file: 31 MB of metadata for a million."""
-    lines = tmp_path / "lines.txt"
-    lines.write_text("".join(f"a s1 dog, {number}\n" for number in range(10_000)))
-    out = tmp_path / "out.safetensors"
-    iteris(*merge(world, out, "--method=average", words=f"s1:dog,prompts={lines}"))
-    assert "has 10000 prompts; using 2000 of them, evenly spread" in iteris.err
-    prompts = recipe_of(out)["concepts"][0]["prompts"]
-    assert len(prompts) == 2000
-    assert prompts[-1] == "a s1 dog, 9995"
 
 
 MISSING = """

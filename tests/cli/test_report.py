@@ -74,13 +74,6 @@ def test_the_verdict_is_what_held_out_rows_keep():
     assert little.strengths is None
 
 
-def test_the_largest_changes_come_first():
-    sites = {name: SiteReport(1, growth=size) for name, size in (("a", 1.0), ("b", 4.0))}
-    found = MergeReport("iteris", ["cat", "dog"], sites, 1.0)
-    assert found.grown() == [("b", 4.0), ("a", 1.0)]
-    assert "largest changes, as multiples of the LoRAs' there: b 4.0, a 1.0" in found.summary()
-
-
 def test_one_lora_is_not_compared_with_its_own_mean():
     """Beside one that is always on, at weight 0 or without a LoRA."""
     own = Concept(make_lora(1), prompts=["unused"], trigger="cat")

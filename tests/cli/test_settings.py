@@ -92,7 +92,7 @@ def test_the_constructor_checks_as_a_mapping_does():
     ],
 )
 def test_text_becomes_a_value(pair, value):
-    values = parse_settings({"example": Example}, [pair])[0]["example"]
+    values, _ = parse_settings(Example, [pair])
     assert list(values.values()) == [value]
     assert type(next(iter(values.values()))) is type(value)
     Example.from_mapping(values)
@@ -100,8 +100,8 @@ def test_text_becomes_a_value(pair, value):
 
 def test_calibration_is_set_in_the_same_way():
     pairs = ["repair=False", "guidance=2.5", "denoising_steps=20"]
-    settings, calibration = parse_settings({"iteris": IterisSettings}, pairs)
-    assert settings == {"iteris": {"repair": False}}
+    settings, calibration = parse_settings(IterisSettings, pairs)
+    assert settings == {"repair": False}
     assert calibration == {"guidance": 2.5, "denoising_steps": 20}
 
 
@@ -123,9 +123,11 @@ def test_every_setting_of_every_method_is_declared_and_its_default_is_allowed():
 
 
 def test_the_page_of_settings_is_up_to_date():
-    """``iteris methods --markdown > docs/settings.md``, in a process without the rivals."""
-    command = [sys.executable, "-m", "iteris_core", "methods", "--markdown"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    """``python benchmarks/reference_pages.py``, in a process without the rivals."""
+    script = "import reference_pages as r; print(r.settings_page(), end='')"
+    path = f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-c", script]
     page = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
     assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == page.stdout
 

@@ -105,7 +105,7 @@ def test_code_is_code_and_names_exist(page):
 @pytest.mark.parametrize("page", USED, ids=lambda page: page.name)
 def test_every_option_that_is_named_is_one(page):
     known = {option for command in COMMANDS.values() for p in command.params for option in p.opts}
-    known |= {"--help", "--install-completion", "--markdown", "--version"}
+    known |= {"--help", "--install-completion", "--version"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", page.read_text()))
     assert not named - known
 
