@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from .hosts.rows import CLASSES
 from .hosts.sample_store import SampleStore, digest
 from .lora import Lora
 from .lora_files import Layout
-from .lora_files.experts import write_by_expert
+from .lora_files.experts import write_by_expert, write_or_keep
 from .methods import Method, find_method
 from .methods.fitting import notes_on, streams_of
 from .methods.registry import Merged, settings_over
@@ -58,13 +57,12 @@ class MergeResult:
         dtype: str | torch.dtype = "float16",
         overwrite: bool = False,
     ) -> Path:
-        """Write the merged LoRA; see :func:`.lora_files.write_lora`. If that fails, the error says
-        where the merge is instead, as float32. One for two experts becomes two files,
+        """Write the merged LoRA; see :func:`.lora_files.write_lora`. Values that do not fit in
+        ``dtype`` are written as float32. If nothing can be written, the error says where the merge
+        is instead, as float32. One for two experts becomes two files,
         ``<stem>_high_noise`` and ``<stem>_low_noise``; returns the first."""
-        with self._rescued():
-            return write_by_expert(
-                self.lora, Path(path), layout=layout, dtype=dtype, overwrite=overwrite
-            )[0]
+        how: dict[str, Any] = {"layout": layout, "dtype": dtype, "overwrite": overwrite}
+        return write_or_keep(self.lora, Path(path), **how)[0]
 
     def load_into(self, pipeline: Any, adapter_name: str = "iteris") -> None:
         """Load the merged LoRA into a diffusers pipeline, just like its file, as the only active
@@ -74,14 +72,8 @@ class MergeResult:
         loaded; to use them, save the LoRA. Raises :class:`OutputError` if the pipeline cannot load
         all of it, which also says in which file the merge is.
         """
-        with self._rescued():
-            load_adapter(pipeline, self.lora, adapter_name)
-
-    @contextmanager
-    def _rescued(self) -> Generator[None]:
-        """Context whose errors say in which file the merge is."""
         try:
-            yield
+            load_adapter(pipeline, self.lora, adapter_name)
         except IterisError as error:
             write = partial(write_by_expert, self.lora, dtype="float32")
             raise rescued(write, "merged.safetensors", error) from error

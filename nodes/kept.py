@@ -20,7 +20,6 @@ from ..iteris_core.lora import Lora, LowRank
 from ..iteris_core.lora_files.embeddings import bundled, sidecar_files, unbundled
 from ..iteris_core.lora_files.tensors import file_digest
 from ..iteris_core.merge import MergeResult
-from ..iteris_core.report.provenance import is_ordered
 from .comfy_digest import digest_of_base
 from .comfy_lora import ComfySites
 from .merge_settings import Request
@@ -45,8 +44,10 @@ class Merge:
     @classmethod
     def of(cls, result: MergeResult) -> Merge:
         report = result.report
+        settings = report.settings
+        ordered = settings.get("objective") == "output" and not settings.get("block_steps")
         planned = f"Planned: {report.outlook}.\n" if report.outlook else ""
-        return cls(result.lora, planned + report.summary(), is_ordered(report))
+        return cls(result.lora, planned + report.summary(), ordered)
 
 
 def store(what: str) -> SampleStore:

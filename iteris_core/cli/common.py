@@ -1,24 +1,17 @@
-"""Messages, tables, progress bars and saving that commands share."""
+"""Messages, tables and progress bars that commands share."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from ..errors import IterisError, SaveError
-from ..lora import Lora
-from ..lora_files import Layout
-from ..lora_files.experts import write_by_expert
 from ..progress import OnProgress, Progress
-from ..saving import rescued
 
 console = Console(stderr=True, emoji=False)  # "sks:dog:" is no picture of a dog
 
@@ -79,28 +72,3 @@ def progress_bars(*, visible: bool = True) -> Generator[OnProgress]:
             bars.update(tasks[what], completed=progress.done, total=progress.total, left=left)
 
         yield on_progress
-
-
-def save_or_keep(
-    lora: Lora, path: Path, layout: Layout | None, dtype: str, overwrite: bool
-) -> list[Path]:
-    """Write ``lora`` so that hours of merging are not lost; return the paths.
-
-    Values that do not fit in ``dtype`` are written as float32. If ``path`` or ``layout`` cannot be
-    written at all, the merge goes into the system's folder for temporary files, in the base's own
-    layout as float32, and the error says where it is.
-    """
-    write = partial(write_by_expert, lora, overwrite=overwrite)
-    try:
-        return write(path, layout=layout, dtype=dtype)
-    except IterisError as error:
-        failed = error
-    if dtype != "float32" and not isinstance(failed, SaveError):
-        try:
-            paths = write(path, layout=layout, dtype="float32")
-        except IterisError as error:
-            failed = error
-        else:
-            warn(f"Written as float32, not {dtype}: {failed}")
-            return paths
-    raise rescued(partial(write, dtype="float32"), path.name, failed) from failed

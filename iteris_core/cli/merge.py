@@ -13,7 +13,7 @@ from ..errors import UsageError
 from ..lora import Lora
 from ..lora_files import ReadOptions, ReleasedBases, check_target
 from ..lora_files.embeddings import embedding_targets
-from ..lora_files.experts import expert_files
+from ..lora_files.experts import expert_files, write_or_keep
 from ..lora_files.metadata import noted_phrases, trigger_words
 from ..merge import MergeResult, merge_loras
 from ..methods.registry import settings_over
@@ -23,7 +23,7 @@ from ..report.provenance import with_run, write_card
 from ..report.report import MergeReport
 from ..saving import check_new
 from .base import check_base, device_of, load_base
-from .common import console, progress_bars, save_or_keep, spelled, warn
+from .common import console, progress_bars, spelled, warn
 from .inputs import check_apart, check_concepts, check_embeddings, open_picture, warnings_of
 from .merge_file import MergeFile
 from .options import bytes_of, command, given, store_of
@@ -104,7 +104,8 @@ def _check(config: MergeConfig, options: MergeOptions) -> None:
 
 
 def _write(lora: Lora, report: MergeReport, options: MergeOptions) -> None:
-    paths = save_or_keep(lora, options.output, options.layout, options.dtype, options.overwrite)
+    how: dict[str, Any] = {"layout": options.layout, "dtype": options.dtype}
+    paths = write_or_keep(lora, options.output, **how, overwrite=options.overwrite)
     lines = [spelled(report.summary())]
     lines += [f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB)." for path in paths]
     if lora.embeddings:

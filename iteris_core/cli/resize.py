@@ -17,11 +17,12 @@ from ..edit.extract import extract_lora
 from ..edit.resize import Reduced, resize_lora
 from ..errors import InputFileError, UsageError
 from ..lora_files import DTYPES, Layout, ReadOptions, check_target
+from ..lora_files.experts import write_or_keep
 from ..lora_files.own_names import read_by_own_names
 from ..solve.ranks import Target
 from . import options as shared
 from .base import check_base, device_of, load_base
-from .common import progress_bars, save_or_keep
+from .common import progress_bars
 from .inputs import check_apart, check_concepts, read_lines
 from .merge_file import parse_concept
 from .options import RESULT, argument, bytes_of, command, offered
@@ -57,7 +58,8 @@ class Sizing:
 
     def save(self, made: Reduced, layout: Layout | None, source: Path) -> None:
         """Write the LoRA that was made of ``source``, or keep it elsewhere if that fails."""
-        path = save_or_keep(made.lora, self.output, layout, self.dtype, self.overwrite)[0]
+        how: dict[str, Any] = {"layout": layout, "dtype": self.dtype, "overwrite": self.overwrite}
+        path = write_or_keep(made.lora, self.output, **how)[0]
         sizes = [file.stat().st_size / 1e6 for file in (source, path) if file.is_file()]
         if self.as_json:
             typer.echo(json.dumps({"path": str(path), "megabytes": sizes, **made.to_dict()}))

@@ -6,18 +6,22 @@ Both files contain the same names. In a merge the sites of the second denoiser h
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import LoraFileError
+from ..errors import IterisError, LoraFileError, SaveError
 from ..lora import Lora
+from ..saving import rescued
 from .embeddings import without_embeddings
 from .write import Layout, write_loras
 
+_log = logging.getLogger(__name__)
 HIGH, LOW = "high_noise", "low_noise"
 
 
@@ -78,6 +82,35 @@ def write_by_expert(
     files = [path] if len(parts) == 1 else expert_files(path)
     loras = dict(zip(files, parts, strict=True))
     return write_loras(loras, layout=layout, dtype=dtype, overwrite=overwrite)
+
+
+def write_or_keep(
+    lora: Lora,
+    path: Path,
+    *,
+    layout: Layout | None = None,
+    dtype: str | torch.dtype = "float16",
+    overwrite: bool = False,
+) -> list[Path]:
+    """Like :func:`write_by_expert`, so that hours of merging are not lost.
+
+    Values that do not fit in ``dtype`` are written as float32, with a warning. If ``path`` or
+    ``layout`` cannot be written at all, the LoRA goes into the system's folder for temporary files,
+    in the base's own layout as float32, and the error says where it is.
+    """
+    try:
+        return write_by_expert(lora, path, layout=layout, dtype=dtype, overwrite=overwrite)
+    except IterisError as error:
+        failed = error
+    if dtype not in ("float32", torch.float32) and not isinstance(failed, SaveError):
+        try:
+            paths = write_by_expert(lora, path, layout=layout, dtype="float32", overwrite=overwrite)
+        except IterisError as error:
+            failed = error
+        else:
+            _log.warning("Written as float32, not %s: %s", dtype, failed)
+            return paths
+    raise rescued(partial(write_by_expert, lora, dtype="float32"), path.name, failed) from failed
 
 
 def expert_files(path: Path) -> tuple[Path, Path]:

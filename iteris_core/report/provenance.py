@@ -24,7 +24,6 @@ from ..linalg import cut_to
 from ..lora import Lora, LowRank
 from ..lora_files.metadata import (
     ALWAYS_ON,
-    Purpose,
     merge_tag_frequency,
     merged_concepts,
     noted_phrases,
@@ -39,14 +38,6 @@ from ..lora_files.tensors import read_header
 from ..saving import atomically
 from .report import MergeReport
 
-_PURPOSES: Mapping[Purpose, str] = {
-    "speed": "makes the base draw in few steps",
-    "edit": "makes the base edit pictures",
-    "slider": "is a slider",
-    "detailer": "is a detailer",
-    "style": "is a style",
-    "tags": "was trained on booru tags",
-}
 _MARKS = re.compile(r"([\\`*_\[\]<>|#!])")
 _PACKAGES = ("iteris-lora", "torch", "diffusers", "transformers", "peft", "safetensors")
 
@@ -122,12 +113,6 @@ def recipe(
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return {"versions": versions, **recorded, "concepts": entries, "notes": report.notes}
-
-
-def is_ordered(report: MergeReport) -> bool:
-    """True if the merged components are sorted by output energy."""
-    settings = report.settings
-    return settings.get("objective") == "output" and not settings.get("block_steps")
 
 
 def with_recipe(lora: Lora, **more: Any) -> Lora:
@@ -239,7 +224,7 @@ def _on_its_purpose(concept: Concept) -> list[str]:
     purpose = purpose_of(lora.source or lora.name, lora.metadata, tags)
     if purpose is None:
         return []
-    seen = f"judging by its name and metadata, this LoRA {_PURPOSES[purpose]}"
+    seen = f"judging by its name and metadata, the kind of this LoRA is {purpose}"
     if concept.always_on != "no":
         return [seen] if purpose in ALWAYS_ON else []
     if purpose in (*ALWAYS_ON, "edit"):

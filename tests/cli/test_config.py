@@ -38,8 +38,8 @@ def test_a_config_comes_back_from_its_dictionary():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"base": 3}, "it: base must be text, not 3"),
-        ({"unmergeable": "all"}, "it: unmergeable must be one of refuse, skip, mean, not 'all'"),
+        ({"base": 3}, "it: base: Input should be a valid string, not 3"),
+        ({"unmergeable": "all"}, "it: unmergeable: Input should be 'refuse', 'skip' or 'mean', not 'all'"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(data, message):

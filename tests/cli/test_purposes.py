@@ -105,7 +105,7 @@ def test_notes_beside_a_file_tell_its_kind(tmp_path):
     found = config.with_found_words({})
     assert found.kind == "style"
     (note,) = notes_of([found.concept(Lora({}, source=str(found.file)))]).values()
-    assert "this LoRA is a style" in note[0]
+    assert "the kind of this LoRA is style" in note[0]
     (tmp_path / "x.metadata.json").write_text('{"tags": 3, "model": {"tags": [{}, null]}}')
     assert config.with_found_words({}).kind == "subject"
 
@@ -118,6 +118,6 @@ def test_such_a_concept_is_pointed_out():
     )
     notes = notes_of([speed, cat])
     assert set(notes) == {"x"}
-    assert "draw in few steps" in notes["x"][0]
+    assert "is speed. Mark it as always on" in notes["x"][0]
     merged = Concept(Lora({"unet.a": change}, source="lcm.safetensors", metadata={"iteris": "{}"}))
     assert notes_of([merged]) == {}
