@@ -39,7 +39,7 @@ def test_a_config_comes_back_from_its_dictionary():
     ("data", "message"),
     [
         ({"base": 3}, "it: base: Input should be a valid string, not 3"),
-        ({"unmergeable": "all"}, "it: unmergeable: Input should be 'refuse', 'skip' or 'mean', not 'all'"),
+        ({"unmergeable": "all"}, "it: unmergeable: Input should be 'refuse', 'skip' or"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(data, message):
