@@ -19,7 +19,7 @@ from ..errors import IterisError, LoraFileError, SaveError
 from ..lora import Lora
 from ..saving import rescued
 from .embeddings import without_embeddings
-from .write import Layout, write_loras
+from .write import Layout, name_of, write_loras
 
 _log = logging.getLogger(__name__)
 HIGH, LOW = "high_noise", "low_noise"
@@ -98,11 +98,12 @@ def write_or_keep(
     ``layout`` cannot be written at all, the LoRA goes into the system's folder for temporary files,
     in the base's own layout as float32, and the error says where it is.
     """
+    dtype = name_of(dtype)
     try:
         return write_by_expert(lora, path, layout=layout, dtype=dtype, overwrite=overwrite)
     except IterisError as error:
         failed = error
-    if dtype not in ("float32", torch.float32) and not isinstance(failed, SaveError):
+    if dtype != "float32" and not isinstance(failed, SaveError):
         try:
             paths = write_by_expert(lora, path, layout=layout, dtype="float32", overwrite=overwrite)
         except IterisError as error:
