@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..iteris_core.concepts import lines_of
 from ..iteris_core.errors import IterisError
-from ..iteris_core.score import ClipScorer, ImageScorer, clip_score, without_tokens
-from ..iteris_core.score.results import contact_sheet
+from ..iteris_core.score import ClipScorer, ImageScorer, clip_score, contact_sheet, without_tokens
 from .comfy_runtime import show_text
 from .comfy_scorer import ARCHITECTURES, ComfyScorer, ComfyVisionScorer, check_open_clip
 from .pictures import plotted, to_image, to_pil
