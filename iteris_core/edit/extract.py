@@ -121,7 +121,7 @@ def output_error(
     sites = set(lora.sites)
     with torch.no_grad(), Lockstep({}, {}) as lockstep:
         samples = tuned.samples([concept], sites, separate, lockstep, generator, tick)
-        final = FinalOutputs.of(tuned, samples, sites)
+        final = FinalOutputs.of(tuned, samples)
         wanted = final.under({})
         final = replace(final, host=base)
         before = final.under({})

@@ -225,7 +225,6 @@ class DiffusersHost(Host):
             feeds_next=feeds,
             batch_keys=None if arguments.alike else self._lengths(prompts),
             samples=samples.worth,
-            rows=None if feeds else [text.text_rows.index(some[0]) for some in numbers],
         )
 
     def _denoiser_stage(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Set
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,10 +51,10 @@ class FinalOutputs:
     kinds: Mapping[int, Hashable]
 
     @classmethod
-    def of(cls, host: Host, samples: Any, sites: Set[str]) -> FinalOutputs:
+    def of(cls, host: Host, samples: Any) -> FinalOutputs:
         owners: dict[int, int] = {}
         kinds: dict[int, Hashable] = {}
-        for stage in host.stages(samples, sites):
+        for stage in host.stages(samples, host.sites().keys()):
             count = len(stage.concept_ids)
             if stage.feeds_next:
                 for row in range(count):
@@ -123,7 +123,7 @@ def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
     with torch.no_grad(), job.run() as run:
         given = job.concepts, sites, calibration, run.lockstep, generator, quiet
         samples = job.host.samples(*given, **job.kept_in)
-    final = FinalOutputs.of(job.host, samples, sites)
+    final = FinalOutputs.of(job.host, samples)
     base, found = final.under({}, own), dict[str, list[float]]()
     for done, strength in enumerate([*STRENGTHS, None]):
         job.tick(WHAT, done, total)

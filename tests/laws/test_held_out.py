@@ -78,7 +78,7 @@ def test_rows_of_unlike_kinds(name, tmp_path):
     job = job_of(host, concepts)
     with job.run() as run, torch.no_grad():
         samples = run.samples
-    final = FinalOutputs.of(host, samples, job.changes.keys())
+    final = FinalOutputs.of(host, samples)
     assert len(final.owners) == 12
     assert len(set(final.kinds.values())) > 1
     own = {site: some.by_concept[0] for site, some in job.changes.items() if some.by_concept[0]}
