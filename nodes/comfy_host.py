@@ -25,7 +25,7 @@ from ..iteris_core.calibration_prompts import whole_words
 from ..iteris_core.concepts import Calibration, Concept
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.learned import EmbeddingTriggers
-from ..iteris_core.hosts.protocol import Stage, Tick
+from ..iteris_core.hosts.protocol import DENOISING, Stage, Tick
 from ..iteris_core.hosts.rows import SamplePrompts, TextRows, added_concepts
 from ..iteris_core.hosts.sample_store import SampleStore
 from ..iteris_core.lora import Lora
@@ -37,7 +37,7 @@ from .comfy_digest import digest_of_base
 from .comfy_internals import memory
 from .comfy_lora import ComfySites
 from .comfy_runtime import ran_out
-from .comfy_sampling import ComfySamples, DenoiserRows, Kept, Sampling, comfy_samples, make_latents
+from .comfy_sampling import ComfySamples, DenoiserRows, Kept, comfy_samples, make_latents
 from .comfy_state import training
 from .comfy_text import Conditioning, TextEncoders
 from .concept_specs import DENOISER
@@ -196,20 +196,24 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
             texts = dict(zip(missing, self._texts_alone(*given, sites, tick), strict=True))
         for one, own in samples.items():
             if not parts.get(one):
-                sampling = Sampling(
-                    one,
-                    len(own),
-                    own[0],
-                    len(owners),
-                    [texts[row] for row in own] if texts else [],
+                before = own[0]
+
+                def steps_done(done: int, steps: int, before: int = before) -> None:
+                    tick(DENOISING, before * steps + done, len(owners) * steps)
+
+                parts[one] = make_latents(
+                    self._denoisers,
+                    self.boundary,
                     calibration,
-                    guidance,
-                    lockstep,
-                    rows,
-                    drawn.generators[one],
-                    tick,
+                    owner=one,
+                    count=len(own),
+                    texts=[texts[row] for row in own] if texts else [],
+                    guidance=guidance,
+                    lockstep=lockstep,
+                    rows=rows,
+                    generator=drawn.generators[one],
+                    steps_done=steps_done,
                 )
-                parts[one] = make_latents(self._denoisers, self.boundary, sampling)
                 if store is not None:
                     named = {
                         f"{i} {n}": t for i, k in enumerate(parts[one]) for n, t in vars(k).items()

@@ -13,41 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..iteris_core.hosts.learned import EmbeddingTriggers, Encoder, Parts, Placeholders, give
+from ..iteris_core.hosts.learned import Encoder, Parts, give
 from .comfy_internals import comfy
 
 
-class EmbeddingTokenizer:
-    """A CLIP whose tokenizers have the embeddings of ``triggers`` active, one per concept;
-    ``in_force`` are their names."""
-
-    def __init__(self, clip: Any, triggers: Sequence[EmbeddingTriggers] = ()) -> None:
-        encoders = _encoders(clip) if any(one.words for one in triggers) else []
-        self._placeholders = Placeholders(triggers, encoders)
-        names = self._placeholders.words.keys()
-        self._clip = _knowing(clip, encoders, names) if names else clip
-        self.in_force = self._placeholders.in_force
-
-    def tokenize(self, owner: int, prompt: str) -> Any:
-        """Tokens of a concept's prompt, as ComfyUI makes them for drawing."""
-        said = self._placeholders(owner, prompt, lambda mark: f" embedding:{mark} ")
-        same = said == prompt
-        return self._clip.tokenize(prompt if same else said.replace("  embedding:", " embedding:"))
+def with_embeddings(clip: Any, embeddings: Mapping[str, Parts]) -> Any:
+    """A copy of ``clip`` in which ``embedding:NAME`` finds those of these embeddings that a text
+    encoder of it accepts, before those in models/embeddings."""
+    encoders = encoders_of(clip)
+    return knowing(clip, encoders, {n for n, of in embeddings.items() if give(encoders, n, of)})
 
 
-def with_embeddings(clip: Any, embeddings: Mapping[str, Parts]) -> tuple[Any, set[str]]:
-    """A copy of ``clip`` in which ``embedding:NAME`` finds these embeddings before those in
-    models/embeddings, and the names of those that one of its text encoders accepts."""
-    encoders = _encoders(clip)
-    known = {name for name, parts in embeddings.items() if give(encoders, name, parts)}
-    return _knowing(clip, encoders, known), known
-
-
-def _encoders(clip: Any) -> list[Encoder]:
+def encoders_of(clip: Any) -> list[Encoder]:
     return [Encoder(t, t.embedding_size) for t in tokenizers(clip.tokenizer)]
 
 
-def _knowing(clip: Any, encoders: Sequence[Encoder], names: Set[str]) -> Any:
+def knowing(clip: Any, encoders: Sequence[Encoder], names: Set[str]) -> Any:
     """A copy of ``clip`` whose tokenizers know the vectors of its ``encoders``."""
     own = copy.copy(clip)
     vectors = {id(encoder.tokenizer): encoder.vectors for encoder in encoders}

@@ -151,7 +151,7 @@ def apply_lora(model: Any, clip: Any, lora: Mapping[str, Tensor]) -> tuple[Any, 
     model, clip = model.clone(), None if clip is None else clip.clone()
     if embeddings and clip is not None:
         names = file_names(embeddings)
-        clip, _ = with_embeddings(clip, {names[name]: parts for name, parts in embeddings.items()})
+        clip = with_embeddings(clip, {names[name]: parts for name, parts in embeddings.items()})
     patched = set(model.add_patches(loaded))
     patched |= set() if clip is None else set(clip.add_patches(loaded))
     modules = sum(key.endswith((".alpha", ".diff", ".diff_b")) for key in lora)
@@ -255,13 +255,12 @@ def alias_of(site: str, shapes: Shapes, target: Any) -> Alias | str:
         return f"columns {start} to {start + length} of {site}, which is not read here"
     if start + length > shapes[site][0]:  # Lumina 2 under Z-Image's names, with fewer heads in k, v
         return f"rows {start} to {start + length} of {site}, which has {shapes[site][0]}"
-    rows = torch.arange(length)[:, None]
     if function is None:
         return permuted(site, range(length), start)
     try:
-        order = function(rows).flatten()
-    except Exception as error:  # it may need more than one column
-        return f"{site} by an unknown function ({error})"
-    if order.dtype != rows.dtype or order.sort().values.tolist() != list(range(length)):
+        order = function(torch.arange(length)[:, None]).flatten().tolist()
+    except Exception:  # it may need more than one column
+        order = []
+    if sorted(order) != list(range(length)):
         return f"{site} by a function that is not a row permutation, which is not supported"
-    return permuted(site, order.tolist(), start)
+    return permuted(site, order, start)

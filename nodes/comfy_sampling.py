@@ -16,7 +16,6 @@ from ..iteris_core.activations.micro_batch import MicroBatch
 from ..iteris_core.activations.site import Condition
 from ..iteris_core.concepts import Calibration
 from ..iteris_core.errors import IterisError
-from ..iteris_core.hosts.protocol import DENOISING, Tick
 from ..iteris_core.hosts.rows import SamplePrompts, TextRows, drawn_steps
 from ..iteris_core.passes.batches import chunks
 from .comfy_conds import Inputs, joined, kind
@@ -48,36 +47,34 @@ class Kept:
         return self.schedule[self.picks]
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """The samples of the concept ``owner``, ``before`` of ``total`` done, at most ``rows`` in a
-    forward. ``texts``: each one's conditioning with the concept's LoRA active, and the empty one;
-    none if only noise is drawn. ``count`` is their number."""
-
-    owner: int
-    count: int
-    before: int
-    total: int
-    texts: Sequence[tuple[Conditioning, Conditioning]]
-    calibration: Calibration
-    guidance: float
-    lockstep: Lockstep
-    rows: int
-    generator: torch.Generator
-    tick: Tick
-
-
-def make_latents(denoisers: Sequence[Denoiser], boundary: float, sampling: Sampling) -> list[Kept]:
+def make_latents(
+    denoisers: Sequence[Denoiser],
+    boundary: float,
+    calibration: Calibration,
+    *,
+    owner: int,
+    count: int,
+    texts: Sequence[tuple[Conditioning, Conditioning]],
+    guidance: float,
+    lockstep: Lockstep,
+    rows: int,
+    generator: torch.Generator,
+    steps_done: Callable[[int, int], None],
+) -> list[Kept]:
     """The inputs of each of ``denoisers``: one, or a model's two experts; the second takes over
-    when the share of noise is below ``boundary``. Each gets only rows from its own steps."""
-    first, calibration, count = denoisers[0], sampling.calibration, sampling.count
-    schedule = first.schedule(calibration.denoising_steps)
-    parts = _parts(first, schedule, boundary, len(denoisers))
-    shape = first.shape(calibration)
-    noise = torch.randn(count, *shape[1:], generator=sampling.generator)
+    when the share of noise is below ``boundary``. Each gets only rows from its own steps.
+
+    There are ``count`` samples of the concept ``owner``, at most ``rows`` in a forward. ``texts``:
+    each one's conditioning with the concept's LoRA active, and the empty one; none if only noise is
+    drawn. ``steps_done(done, steps)`` gets how many steps of all samples are done, of so many each.
+    """
+    schedule = denoisers[0].schedule(calibration.denoising_steps)
+    parts = _parts(denoisers[0], schedule, boundary, len(denoisers))
+    shape = (1, *denoisers[0].shape(calibration)[1:])
+    noise = torch.randn(count, *shape[1:], generator=generator)
     made: list[Kept] = []
     for part in parts:
-        picks = drawn_steps(count, calibration, len(part) - 1, sampling.generator)
+        picks = drawn_steps(count, calibration, len(part) - 1, generator)
         made.append(Kept(torch.empty(*picks.shape, *shape[1:]), picks, part))
     if calibration.latents == "noise":
         for denoiser, kept in zip(denoisers, made, strict=True):
@@ -85,73 +82,53 @@ def make_latents(denoisers: Sequence[Denoiser], boundary: float, sampling: Sampl
                 sigma = kept.sigmas[row, slot]
                 kept.latents[row, slot] = denoiser.noised(noise[row : row + 1], sigma)[0]
         return made
-    latents, steps = None, len(schedule) - 1
-    before, total = sampling.before * steps, sampling.total * steps
-    for number, kept in enumerate(made):
+    begun, done, steps = None, 0, len(schedule) - 1  # on the scale of a LATENT
+    for denoiser, kept in zip(denoisers, made, strict=True):
+        ended = torch.empty_like(noise)
+        denoiser.close()  # sampling prepares the model again, and releases it
+        denoiser.free_memory(0)  # some models compute inputs with their own weights
+        own = {id(text): text for pair in texts for text in pair}  # rows of one prompt share one
+        by_text = {key: denoiser.inputs(text, shape) for key, text in own.items()}
+        inputs = [[by_text[id(text)] for text in pair] for pair in texts]
+        kinds = [tuple(map(kind, pair)) for pair in inputs]
+        for batch in chunks(range(count), kinds, rows):
+            some = torch.as_tensor(list(batch))
 
-        def steps_done(done: int, before: int = before) -> None:
-            sampling.tick(DENOISING, before + done, total)
+            def keep(
+                step: int, latents: Tensor, some: Tensor = some, kept: Kept = kept, done: int = done
+            ) -> None:
+                steps_done(done + len(some) * step, steps)
+                row, slot = (kept.picks[some] == step).nonzero(as_tuple=True)
+                found = latents[row.to(latents.device)].to("cpu", torch.float32)
+                kept.latents[some[row], slot] = found
 
-        latents = _denoise(denoisers, number, kept, sampling, noise, latents, steps_done)
-        before += count * (len(kept.schedule) - 1)
+            guider = RowsGuider(
+                denoiser.model,
+                denoiser.references.beside(texts[batch[0]][0]),
+                *(joined([inputs[row][guided] for row in batch]) for guided in (0, 1)),
+                [owner] * len(batch),
+                lockstep,
+                keep,
+            )
+            guider.set_cfg(guidance)
+            if begun is None:
+                empty = denoiser.empty(shape).repeat(len(some), *[1] * (noise.ndim - 1))
+                start = noise[some], empty
+            else:
+                start = torch.zeros_like(noise[some]), begun[some]
+            with torch.inference_mode():
+                ended[some] = guider.sample(
+                    *start,
+                    _Euler(whole=begun is None),
+                    kept.schedule,
+                    denoise_mask=denoiser.references.mask,
+                    disable_pbar=True,
+                    seed=SEED,
+                ).to(ended)
+            done += len(batch) * (len(kept.schedule) - 1)
+        begun = ended
+        steps_done(done, steps)
     return made
-
-
-def _denoise(
-    denoisers: Sequence[Denoiser],
-    number: int,
-    kept: Kept,
-    sampling: Sampling,
-    noise: Tensor,
-    begun: Tensor | None,
-    steps_done: Callable[[int], None],
-) -> Tensor:
-    """Denoise all samples with one denoiser through ``kept.schedule``, from ``noise`` or from
-    latents that another denoiser has ``begun``. Fills ``kept.latents`` and returns the final
-    latents, on the scale of a LATENT."""
-    denoiser, shape, steps = denoisers[number], (1, *noise.shape[1:]), len(kept.schedule) - 1
-    texts = sampling.texts
-    ended = torch.empty_like(noise)
-    denoiser.close()  # sampling prepares the model again, and releases it
-    denoiser.free_memory(0)  # some models compute inputs with their own weights
-    own = {id(text): text for pair in texts for text in pair}  # rows of one prompt share one
-    made = {key: denoiser.inputs(text, shape) for key, text in own.items()}
-    inputs = [[made[id(text)] for text in pair] for pair in texts]
-    kinds = [tuple(map(kind, pair)) for pair in inputs]
-    done = 0
-    for rows in chunks(range(len(noise)), kinds, sampling.rows):
-        some = torch.as_tensor(list(rows))
-
-        def keep(step: int, latents: Tensor, some: Tensor = some, done: int = done) -> None:
-            steps_done(done + len(some) * step)
-            row, slot = (kept.picks[some] == step).nonzero(as_tuple=True)
-            kept.latents[some[row], slot] = latents[row.to(latents.device)].to("cpu", torch.float32)
-
-        guider = RowsGuider(
-            denoiser.model,
-            denoiser.references.beside(texts[rows[0]][0]),
-            *(joined([inputs[row][guided] for row in rows]) for guided in (0, 1)),
-            [sampling.owner] * len(rows),
-            sampling.lockstep,
-            keep,
-        )
-        guider.set_cfg(sampling.guidance)
-        if begun is None:
-            start = noise[some], denoiser.empty(shape).repeat(len(some), *[1] * (noise.ndim - 1))
-        else:
-            start = torch.zeros_like(noise[some]), begun[some]
-        with torch.inference_mode():
-            ended[some] = guider.sample(
-                *start,
-                _Euler(whole=begun is None),
-                kept.schedule,
-                denoise_mask=denoiser.references.mask,
-                disable_pbar=True,
-                seed=SEED,
-            ).to(ended)
-        done += len(rows) * steps
-    steps_done(done)
-    return ended
 
 
 class RowsGuider(base_of("comfy.samplers.CFGGuider")):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,23 +31,6 @@ class ComfyScorer(ClipScorer):
         memory.load_models_gpu([self._patcher], force_full_load=True)
         self._device = self._patcher.load_device
         return super()._units(items, embed)
-
-
-class LazyScorer:
-    """Calls ``load`` to make the scorer on first use."""
-
-    def __init__(self, load: Callable[[], ComfyScorer]) -> None:
-        self._load = load
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._scorer, name)
-
-    @cached_property
-    def _scorer(self) -> ComfyScorer:
-        check_open_clip()
-        return self._load()
 
 
 class ComfyVisionScorer(ImageScorer):

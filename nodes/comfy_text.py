@@ -20,11 +20,11 @@ from ..iteris_core.activations.lockstep import Lockstep
 from ..iteris_core.activations.micro_batch import MicroBatch
 from ..iteris_core.activations.site import PLAIN, Condition
 from ..iteris_core.errors import IterisError
-from ..iteris_core.hosts.learned import EmbeddingTriggers
+from ..iteris_core.hosts.learned import EmbeddingTriggers, Placeholders
 from ..iteris_core.hosts.protocol import Tick
 from ..iteris_core.passes.batches import chunks
 from .comfy_internals import comfy, memory
-from .comfy_learned import EmbeddingTokenizer, tokenizers
+from .comfy_learned import encoders_of, knowing, tokenizers
 from .comfy_runtime import free_beside
 
 Conditioning = tuple[Tensor, dict[str, Any]]
@@ -47,7 +47,7 @@ class TextEncoders:
                 "CLIP from before Set CLIP Hooks."
             )
         self._clip = clip
-        self._tokenizer = EmbeddingTokenizer(clip)
+        self._reader, self._placeholders = clip, Placeholders((), ())
         self._encoders: dict[str, Any] = {
             name: module
             for name, module in clip.cond_stage_model.named_modules()
@@ -66,16 +66,24 @@ class TextEncoders:
     @contextmanager
     def activate(self, triggers: Sequence[EmbeddingTriggers]) -> Iterator[Sequence[Set[str]]]:
         """Context in which the concepts' prompts have their embeddings active."""
-        self._tokenizer = EmbeddingTokenizer(self._clip, triggers)
+        encoders = encoders_of(self._clip) if any(one.words for one in triggers) else []
+        self._placeholders = Placeholders(triggers, encoders)
+        if names := self._placeholders.words.keys():
+            self._reader = knowing(self._clip, encoders, names)
         try:
-            yield self._tokenizer.in_force
+            yield self._placeholders.in_force
         finally:
-            self._tokenizer = EmbeddingTokenizer(self._clip)
+            self._reader, self._placeholders = self._clip, Placeholders((), ())
 
     def tokenize(self, owners: Sequence[int], prompts: Sequence[str]) -> list[Any]:
         """Tokens of every prompt of a concept, as ComfyUI makes them for drawing; lengths differ if
         a tokenizer does not pad."""
-        return [self._tokenizer.tokenize(*pair) for pair in zip(owners, prompts, strict=True)]
+        tokens: list[Any] = []
+        for owner, prompt in zip(owners, prompts, strict=True):
+            said = self._placeholders(owner, prompt, lambda mark: f" embedding:{mark} ")
+            said = prompt if said == prompt else said.replace("  embedding:", " embedding:")
+            tokens.append(self._reader.tokenize(said))
+        return tokens
 
     def vocabulary(self) -> Sequence[str]:
         """The pieces of the first tokenizer's vocabulary; empty if it does not expose them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..iteris_core.errors import IterisError
 from ..toybox import BASE, TEMPLATES, ToyConcept, load_clip, pivotal_concepts
 from ..toybox import concepts as toy_concepts
 from .comfy_internals import base_of, comfy, memory
-from .comfy_scorer import ComfyScorer, LazyScorer
+from .comfy_scorer import ComfyScorer, check_open_clip
 from .concept_specs import make_spec
 from .pictures import to_image
 from .schema import schema
@@ -60,8 +60,13 @@ class IterisToybox(io.ComfyNode):
                 else one.instance_prompt
                 for one in chosen
             ],
-            LazyScorer(lambda: ComfyScorer(*load_clip())),
+            cache(_scorer),
         )
+
+
+def _scorer() -> ComfyScorer:
+    check_open_clip()
+    return ComfyScorer(*load_clip())
 
 
 def _chosen(tokens: str) -> list[ToyConcept]:

@@ -25,6 +25,7 @@ _TEXTS = json.loads((_LOCALES / "en" / "nodeDefs.json").read_text(encoding="utf-
 Concepts = io.Custom("ITERIS_CONCEPTS")
 MergeSettings = io.Custom("ITERIS_SETTINGS")
 Scorer = io.Custom("ITERIS_SCORER")
+"""A function that returns a scorer: the toybox's is loaded when it is used."""
 LoraModel = io.Custom("LORA_MODEL")
 LoraStack = io.Custom("LORA_STACK")
 

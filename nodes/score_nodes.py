@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import folder_paths
@@ -62,7 +62,8 @@ class ClipScorerLoader(io.ComfyNode):
         path = next(filter(None, paths), None)
         if path is None:
             raise IterisError(f"{weights} is not in any of the folders {', '.join(_FOLDERS)}.")
-        return io.NodeOutput(ComfyScorer.load(architecture, path))
+        scorer = ComfyScorer.load(architecture, path)
+        return io.NodeOutput(lambda: scorer)
 
 
 class VisionScorer(io.ComfyNode):
@@ -78,7 +79,7 @@ class VisionScorer(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip_vision: Any) -> io.NodeOutput:
-        return io.NodeOutput(ComfyVisionScorer(clip_vision))
+        return io.NodeOutput(lambda: ComfyVisionScorer(clip_vision))
 
 
 class ClipImageAlignment(io.ComfyNode):
@@ -93,8 +94,10 @@ class ClipImageAlignment(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, scorer: ImageScorer, images: Tensor, references: Tensor) -> io.NodeOutput:
-        values = scorer.image_alignment(to_pil(images), to_pil(references))
+    def execute(
+        cls, scorer: Callable[[], ImageScorer], images: Tensor, references: Tensor
+    ) -> io.NodeOutput:
+        values = scorer().image_alignment(to_pil(images), to_pil(references))
         return _score_output(values, "image alignment", cls.hidden)
 
 
@@ -116,14 +119,14 @@ class ClipTextAlignment(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, scorer: ClipScorer, images: Tensor, prompts: str, leave_out: str
+        cls, scorer: Callable[[], ClipScorer], images: Tensor, prompts: str, leave_out: str
     ) -> io.NodeOutput:
         tokens = [token.strip() for token in leave_out.split(",")]
         lines = [without_tokens(p, tokens) for p in prompts.splitlines() if p.strip()]
         pictures = to_pil(images)
         if len(lines) == 1:
             lines *= len(pictures)
-        values = scorer.text_alignment(pictures, lines)
+        values = scorer().text_alignment(pictures, lines)
         return _score_output(values, "text alignment", cls.hidden)
 
 

@@ -145,10 +145,10 @@ def test_after_a_restart_only_a_new_lora_is_denoised(kit, desk, monkeypatch):
     made: list[int] = []
     make = host.make_latents
 
-    def counted(*given):
-        if given[-1].texts:  # else it only draws noise
-            made.append(given[-1].owner)
-        return make(*given)
+    def counted(*given, **named):
+        if named["texts"]:  # else it only draws noise
+            made.append(named["owner"])
+        return make(*given, **named)
 
     def restart():
         kit.merging.store("merges").clear()

@@ -53,7 +53,7 @@ def test_a_file_of_weights(pack, loader, tmp_path, monkeypatch):
     torch.save(model.state_dict(), tmp_path / "clip_vision" / "small.pt")
     (scorer,) = loader("ViT-S-32-alt", "small.pt").result
     picture = Image.new("RGB", (40, 40), "red")
-    assert scorer.image_alignment([picture], [picture]).item() == pytest.approx(1, abs=1e-5)
+    assert scorer().image_alignment([picture], [picture]).item() == pytest.approx(1, abs=1e-5)
 
 
 def test_dinov2_as_comfyui_loads_it(pack, tmp_path):
@@ -77,7 +77,7 @@ def test_dinov2_as_comfyui_loads_it(pack, tmp_path):
     assert alignment(scorer, images[:1], images[:1]).result[0] == pytest.approx(1, abs=1e-4)
     assert alignment(scorer, images[:2], images[2:, :40]).result[0] < 1 - 1e-4
     with pytest.raises(part(pack, "iteris_core").IterisError, match="cannot read text"):
-        scorer.text_alignment([Image.new("RGB", (4, 4))], ["a"])
+        scorer().text_alignment([Image.new("RGB", (4, 4))], ["a"])
 
 
 def test_without_open_clip_only_scores_are_missing(loader, pack, monkeypatch):
