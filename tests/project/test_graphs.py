@@ -164,3 +164,12 @@ def test_help_pages_have_a_picture(language):
         with Image.open(docs / shown) as picture:
             assert picture.size[0] >= 300
         assert (docs / shown).stat().st_size < 60_000
+
+
+@every_graph
+def test_settings_have_a_value_for_each_input(path):
+    """By position, as the front end reads them; tests/comfy/test_texts.py does so for all nodes."""
+    texts = read(ROOT / "locales" / "en" / "nodeDefs.json")["IterisSettings"]["inputs"]
+    for node in read(path)["nodes"]:
+        if node["type"] == "IterisSettings":
+            assert len(node["widgets_values"]) == len(texts)
