@@ -48,12 +48,18 @@ class ComfySites:
         stock = _stock_key_map(model, clip)
         self.key_map = with_missing_names(stock)
         our_name = our_names(model, clip)
-        self.names = {
-            key: our_name(key).removesuffix(".weight")
-            for key in sorted(set(map(_weight_key, self.key_map.values())))
-            if key.endswith(".weight") and _is_site(self._root(key), key.removesuffix(".weight"))
-        }
-        self.modules = {site: self._module(key) for key, site in self.names.items()}
+        self.names: dict[str, str] = {}
+        self.modules: dict[str, nn.Module] = {}
+        for key in sorted(set(map(_weight_key, self.key_map.values()))):
+            try:
+                module = self._root(key).get_submodule(key.rpartition(".")[0])
+            except AttributeError:  # this model lacks it
+                continue
+            # Quantised layers are not nn.Linear, but expose their width.
+            linear = isinstance(module, nn.Conv2d) or hasattr(module, "in_features")
+            if linear and key.endswith(".weight"):
+                site = self.names[key] = our_name(key).removesuffix(".weight")
+                self.modules[site] = module
         self._keys = {site: key for key, site in self.names.items()}
         shapes = {site: weight_shape(module) for site, module in self.modules.items()}
         aliases: dict[str, Alias] = {}
@@ -113,9 +119,6 @@ class ComfySites:
         root: nn.Module = self._model.model if in_denoiser(key) else self._clip.cond_stage_model
         return root
 
-    def _module(self, key: str) -> nn.Module:
-        return self._root(key).get_submodule(key.rpartition(".")[0])
-
     def weight(self, site: str) -> Tensor:
         """The base's weight in float32, including LoRAs already applied. An unused projection is
         zero, because ComfyUI leaves its memory uninitialised."""
@@ -171,15 +174,6 @@ def _stock_key_map(model: Any, clip: Any) -> dict[str, Any]:
 
 def _weight_key(target: Any) -> str:
     return target if isinstance(target, str) else target[0]
-
-
-def _is_site(root: nn.Module, path: str) -> bool:
-    try:
-        module = root.get_submodule(path)
-    except AttributeError:
-        return False
-    # Quantised layers are not nn.Linear, but expose their width.
-    return isinstance(module, nn.Conv2d) or hasattr(module, "in_features")
 
 
 def in_denoiser(key: str) -> bool:

@@ -39,11 +39,6 @@ ROWS = 10
 _SOURCES = {"you": "", "file": " (from the file)", "captions": " (a guess from its captions)"}
 
 
-def _lora_input(name: str, **more: Any) -> Any:
-    """A list of LoRAs, which the front end fills (web/iteris.js)."""
-    return io.Combo.Input(name, options=[NONE], default=NONE, **more)
-
-
 class IterisConcept(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -53,7 +48,8 @@ class IterisConcept(io.ComfyNode):
             "IterisConcept",
             ["lora", "load lora", "merge lora", "concept"],
             inputs=[
-                _lora_input("lora_name"),
+                # The front end fills lists of LoRAs (web/iteris.js).
+                io.Combo.Input("lora_name", options=[NONE], default=NONE),
                 io.String.Input("trigger", default=""),
                 io.String.Input("class_word", default=""),
                 strength_input("strength"),
@@ -62,7 +58,7 @@ class IterisConcept(io.ComfyNode):
                 advanced(io.Combo.Input("embedding", options=embeddings, default=NONE)),
                 # Optional and last, so that older saved graphs keep the positions of their values.
                 strength_input("strength_clip", optional=True),
-                advanced(_lora_input("lora_low", optional=True)),
+                advanced(io.Combo.Input("lora_low", options=[NONE], default=NONE, optional=True)),
                 io.Combo.Input("kind", options=kinds, default=AUTO, optional=True),
                 concepts_input(optional=True),
             ],

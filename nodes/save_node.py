@@ -149,7 +149,13 @@ def new_file(
         if not file.exists() or _holds(file, metadata):
             return file, subfolder
         if overwrite:
-            _check_replaceable(file, metadata)
+            why = "" if _OURS in _metadata_of(file) else "IterIS did not write it"
+            if not why and file_digest(file) in metadata.get(_OURS, ""):
+                why = "it is one of the LoRAs that were merged"
+            if why:
+                raise SaveError(
+                    f"{file.name} is not overwritten: {why}. Choose another filename_prefix."
+                )
             return file, subfolder
     raise AssertionError("numbers do not end")
 
@@ -164,17 +170,6 @@ def _metadata_of(file: Path) -> Mapping[str, str]:
         return read_header(file)[1]
     except IterisError:  # a file of another kind
         return {}
-
-
-def _check_replaceable(file: Path, metadata: Mapping[str, str]) -> None:
-    """Raise :class:`SaveError` for a file that this pack did not write, or that was merged here."""
-    why = ""
-    if _OURS not in _metadata_of(file):
-        why = "IterIS did not write it"
-    elif file_digest(file) in metadata.get(_OURS, ""):
-        why = "it is one of the LoRAs that were merged"
-    if why:
-        raise SaveError(f"{file.name} is not overwritten: {why}. Choose another filename_prefix.")
 
 
 def numbered_files(folder: Path, name: str) -> Iterator[Path]:
