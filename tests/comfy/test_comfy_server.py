@@ -215,7 +215,8 @@ def test_compare_inspect_preserve_and_stack(client):
         ),
         "shown": node("PreviewImage", images=["sheet", 0]),
         "inspected": node(
-            "IterisInspectLoras", model=toybox[0], clip=toybox[1], concepts=toybox[2]
+            "IterisInspectLoras", model=toybox[0], clip=toybox[1], concepts=toybox[2],
+            settings=["settings", 0],
         ),
         "table": node("PreviewAny", source=["inspected", 1]),
         "score": node(
