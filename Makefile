@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality bench-open toybox emoji docs dist clean
+.PHONY: demo test test-slow test-comfy lint format bench bench-quality bench-open toybox docs dist clean
 
 .venv: .venv/installed
 
@@ -56,14 +56,9 @@ dist: .venv
 bench: .venv
 	$(RUN) benchmarks/speed/run.py
 
-# On a machine with a graphics card, in less than nine minutes; QUICK=1: reduced models, on any.
-bench-gpu: .venv
-	$(RUN) benchmarks/gpu.py
-
 # Goes on where it stopped; SECONDS=500 stops it by itself.
 bench-quality: .venv
-	$(RUN) benchmarks/unseen.py --world reported --sizes 10,7,5,3,2 --sets 4 --replicates 3 \
-		--methods iteris,chain-of-merges,regmean++:contexts=0:generic=0,average,sum \
+	$(RUN) benchmarks/unseen.py --world reported --sizes 5,10,2,3,7 --sets 2 --replicates 5 \
 		$(if $(SECONDS),--seconds $(SECONDS))
 
 # METHOD=FOLDER with method.py; at most fifteen minutes, and goes on where it stopped. WORLD=FILE.yaml: on a model of
@@ -73,14 +68,6 @@ bench-open: .venv
 
 toybox: .venv
 	$(RUN) -m toybox.train
-
-# Hours; needs npm. STEP="--step base": one step of it, which goes on where it stopped.
-emoji: .venv/emoji
-	$(RUN) -m benchmarks.emoji.train $(STEP)
-
-.venv/emoji: .venv/installed
-	.venv/bin/pip install --quiet --disable-pip-version-check -e '.[emoji]'
-	touch $@
 
 clean:
 	rm -rf build dist .venv *.egg-info

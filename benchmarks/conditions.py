@@ -20,16 +20,17 @@ from typing import Any
 import rivals  # noqa: F401 (registers them)
 import styles
 from outputs import read, result_file, rounded, write
+from protocol.held_out import merged as merge
 from protocol.plan import SINGLE, Variant, sets_of
 from protocol.toybox import ToyboxWorld
 from uses import CONDITIONS, FURTHER, Beside, Use
 from worlds import WORLDS
 
-from iteris_core import Calibration, Lora, merge_loras
+from iteris_core import Lora
 
 SETS = {"toybox": {2: 3, 5: 1}, "reported": {2: 2, 3: 2, 5: 1, 7: 1, 10: 1}}
 """World → how many LoRAs → sets of each training."""
-METHODS = ("iteris", "iteris:bound=0:conditions=0", "chain-of-merges:conditions=0", "average")
+METHODS = ("iteris", "chain-of-merges:conditions=0", "average")
 
 
 def figures(world: ToyboxWorld, lora: Lora, names: Sequence[str], use: Use) -> dict[str, float]:
@@ -43,11 +44,9 @@ def merged(
 ) -> tuple[Lora, dict[str, Any]]:
     """The merge, and its ``norm`` and ``seconds``."""
     concepts, how = world.concepts(names, trained), Variant.parsed(label)
-    calibration = Calibration.from_mapping({**world.half, "seed": trained, **how.calibration})
+    calibration = {"seed": trained, **how.calibration}
     began = time.process_time()
-    lora = merge_loras(
-        world.host, concepts, how.method, settings=how.settings, calibration=calibration
-    ).lora
+    lora = merge(world, concepts, how.method, settings=how.settings, calibration=calibration)
     seconds = time.process_time() - began
     together = math.hypot(*(norm(c.lora) for c in concepts if c.lora is not None))
     return lora, {"norm": norm(lora) / together, "seconds": seconds}

@@ -26,9 +26,10 @@ import torch
 from conditions import norm
 from outputs import read, result_file, rounded, write
 from protocol.emoji import NEW, EmojiWorld
+from protocol.held_out import merged as merge
 from protocol.plan import Variant, sets_of
 
-from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
+from iteris_core import Calibration, Concept, Lora, LowRank
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.passes.changes import added, beside, changes_of
 
@@ -136,11 +137,14 @@ def main() -> None:
                 if time.monotonic() > until:
                     raise SystemExit("stopped by --seconds; the next run goes on")
                 how = Variant.parsed(label)
-                calibration = Calibration.from_mapping({**world.half, "seed": 0, **how.calibration})
                 began = time.process_time()
-                merged = merge_loras(
-                    world.host, concepts, how.method, settings=how.settings, calibration=calibration
-                ).lora
+                merged = merge(
+                    world,
+                    concepts,
+                    how.method,
+                    settings=how.settings,
+                    calibration=how.calibration,
+                )
                 seconds = time.process_time() - began
                 together = math.hypot(*(norm(one.lora) for one in concepts if one.lora))
                 found = {use: rows.error(merged.sites, use) for use in USES}

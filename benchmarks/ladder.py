@@ -25,12 +25,13 @@ from typing import Any
 import styles
 from conditions import Beside, figures
 from outputs import read, result_file, rounded, write
+from protocol.held_out import merged as merge
 from protocol.plan import sets_of
 from protocol.toybox import ToyboxWorld
 from uses import CONDITIONS
 from worlds import WORLDS
 
-from iteris_core import Calibration, Lora, SampleStore, merge_loras
+from iteris_core import Lora, SampleStore
 from iteris_core.settings import PRESETS, Preset
 
 SETS = {2: 2, 5: 2, 8: 1}
@@ -67,16 +68,16 @@ def merged(world: ToyboxWorld, rung: str, names: tuple[str, ...]) -> tuple[Lora,
     method, _, named = rung.rpartition("@")
     preset = RUNGS[named]
     former = {"timesteps": 4 if len(names) < 5 else 6} if rung == "former" else {}
-    calibration = Calibration.from_mapping({**world.half, **preset.calibration, **former})
+    calibration = {**preset.calibration, **former}
     began = time.process_time()
     with counted(world) as rows:
-        lora = merge_loras(
-            world.host,
+        lora = merge(
+            world,
             world.concepts(names),
             method or "iteris",
             settings=None if method else preset.settings,
             calibration=calibration,
-        ).lora
+        )
     return lora, {"forwards": sum(rows), "seconds": time.process_time() - began}
 
 
@@ -110,11 +111,10 @@ def stored(world: ToyboxWorld, names: tuple[str, ...], other: str) -> dict[str, 
         ):
             began = time.process_time()
             with counted(world) as rows:
-                merge_loras(
-                    world.host,
+                merge(
+                    world,
                     world.concepts(of),
                     settings={"ridge": ridge} if ridge else None,
-                    calibration=world.half,
                     store=SampleStore(Path(folder)),
                 )
             found[label] = {"forwards": sum(rows), "seconds": time.process_time() - began}

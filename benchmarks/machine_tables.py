@@ -183,35 +183,6 @@ def extract() -> list[str]:
     return table(("rank", "", "error", "likeness"), rows, labels=2)
 
 
-_SHARED = "iteris:rank=8:share_ranks=true"
-_FIXED = {
-    "single": "each LoRA alone",
-    "base": "the base",
-    _SHARED: "**IterIS**, `share_ranks=true`",
-    f"{_SHARED}:block_steps=120": "**IterIS**, `share_ranks=true`, `block_steps=120`",
-    "iteris:rank=8": "IterIS, rank 8 in every layer, repairs too",
-    "iteris:rank=8:repair=false": "IterIS, rank 8 in every layer, no repairs",
-}
-
-
-def fixed_rank() -> list[str]:
-    """For every method: file size, and on new words the share kept and the likeness."""
-    found = load("fixed_rank.json")
-    columns = ("likeness kept", "judge kept", "likeness")
-    rows: list[list[Any]] = []
-    for label, kinds in found["sizes"]["10"]["rows"].items():
-        name, _, settings = label.partition(":rank=8:")
-        size = found["bytes"].get(label)
-        rows.append(
-            [
-                _FIXED.get(label, f"{name}, {settings.replace('=', ' ')}"),
-                shown(size / 1e6, 2) if size else "",
-                *(kinds["new words"][column]["mean"] for column in columns),
-            ]
-        )
-    return table(("", "MB", *columns), sorted(rows, key=lambda row: -row[2]))
-
-
 def toybox() -> list[str]:
     data = json.loads((ROOT / "toybox" / "quality.json").read_text(encoding="utf-8"))
     base, judge = data["base"], data["judge"]
@@ -271,7 +242,6 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "floors": floors,
     "resize": resize,
     "extract": extract,
-    "fixed rank": fixed_rank,
     "toybox": toybox,
     "toybox concepts": toybox_concepts,
 }

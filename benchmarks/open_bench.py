@@ -90,7 +90,7 @@ def main() -> None:
     name, label = asked.folder.resolve().name, Path(asked.world).stem
     world, whole = world_of(asked.world), asked.world in WORLDS
     sizes, variant = sizes_in(world, asked.sizes), Variant(name, name, settings, {})
-    plan = Plan(world, [variant], sizes, 1, lambda *_: {}, asked.sets)
+    plan = Plan(world, [variant], sizes, 1, asked.sets)
     alone = Runs(world, result_file(f"unseen_{label}_alone.jsonl", whole=whole))
     merged = OpenRuns(world, BUILD / "open" / f"{label}_{name}.jsonl", merge)
     found = measured(name, plan, alone, merged, until)

@@ -143,6 +143,8 @@ class OwnWorld:
         self._seen = Calibration(templates=self.half["templates"]).templates
         self._new, self._plain = data["new"], [str(prompt) for prompt in data["plain"]]
         known = _words(self.half["templates"])
+        named = _words([p for c in self._known.values() for p in c.trainings[0].phrases])
+        self.words = frozenset(_words(self._new) - known - named)
         for template in self._new:
             if not _words([template]) - known:
                 raise MergeFileError(
@@ -223,6 +225,9 @@ class OwnWorld:
                 for w, vector in zip(wanted, some, strict=True)
             ]
         return [dict(zip(columns, one, strict=True)) for one in zip(*columns.values(), strict=True)]
+
+    def pictures_of(self, name: str) -> Sequence[Image.Image]:
+        return self._known[name].references
 
     def embedded(self, images: Sequence[Image.Image]) -> Tensor:
         return self._clip.embed_images(images)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from markdown_tables import lead, load, load_rows, share, short, shown, table
+from markdown_tables import half_width, lead, load, share, shown, table
 from protocol.figures import stat
 from protocol.plan import SINGLE
 
@@ -36,7 +35,7 @@ UNJUDGED = {("new words", name) for name in ("likeness kept", "dino", "text")}
 
 def unseen(data: Mapping[str, Any], size: str) -> list[str]:
     """Means over sets and, in brackets, our lead with half the width of the paired 95 % interval;
-    bold if the interval excludes 0."""
+    bold if the verdict is *first* or *behind*."""
     found = data["sizes"][size]
     known = {(kind, name) for of in found["rows"].values() for kind in of for name in of[kind]}
     if ("new words", "judge") in known:
@@ -46,12 +45,10 @@ def unseen(data: Mapping[str, Any], size: str) -> list[str]:
     for label, kinds in found["rows"].items():
         ahead = found["against"].get(label, {})
         cells = [_with_lead(kinds, ahead, kind, name) for kind, name in columns]
-        n = max(figure["n"] for of in kinds.values() for figure in of.values())
+        sets = max(figure["sets"] for of in kinds.values() for figure in of.values())
         name = f"**{label}**" if label == data["default"] else NAMES.get(label, label)
-        if re.split("[@:]", label)[0] in data.get("stale", ()):
-            name += " (older code)"
-        rows.append([name, str(n), *cells])
-    head = (f"{size} LoRAs", "n", *(f"{kind}: {name}" for kind, name in columns))
+        rows.append([name, str(sets), *cells])
+    head = (f"{size} LoRAs", "sets", *(f"{kind}: {name}" for kind, name in columns))
     return table(head, rows)
 
 
@@ -66,54 +63,55 @@ def _with_lead(kinds: Mapping[str, Any], ahead: Mapping[str, Any], kind: str, na
 
 FRONT = {
     "iteris": "**IterIS**",
-    "chain-of-merges": "Chain of Merges",
-    "regmean++:contexts=0:generic=0": "RegMean++",
+    "chain-of-merges:conditions=0": "Chain of Merges",
+    "regmean++:contexts=0:generic=0:conditions=0": "RegMean++",
     "average": "average",
-    "sum": "all loaded at once",
 }
-
-
-def kept(columns: Mapping[str, tuple[str, str]]) -> list[str]:
-    """Likeness kept on new words, with the half width of its 95 % interval: a column for each
-    heading's file and number of LoRAs."""
-    found = {head: load(file)["sizes"][size]["rows"] for head, (file, size) in columns.items()}
-    rows = [
-        [label, *(_kept(of.get(name)) for of in found.values())]
-        for name, label in FRONT.items()
-        if any(name in of for of in found.values())
-    ]
-    counts = {head: of["iteris"]["new words"]["likeness"]["n"] for head, of in found.items()}
-    return table(("", *(f"{head} (n = {n})" for head, n in counts.items())), rows)
-
-
-def _kept(row: Mapping[str, Any] | None) -> str:
-    return share(row["new words"]["likeness kept"]) if row else ""
+TOGETHER = ("sum", "task-arithmetic:scale=0.7", "task-arithmetic:scale=0.4")
+"""All LoRAs loaded at once, at three strengths."""
+KEPT = ("likeness kept", "judge kept")
 
 
 def front() -> list[str]:
-    """The README's."""
-    sizes = sorted(load("unseen_reported.json")["sizes"], key=int)
-    return kept({f"{size} LoRAs": ("unseen_reported.json", size) for size in sizes})
+    """The README's: shares kept of likeness and attributes on new words."""
+    return kept("unseen_reported.json")
 
 
-OTHERS = {"rank 2": "rank_2", "rank 8": "reported", "rank 64": "rank_64", "kohya": "kohya"}
+def kept(file: str) -> list[str]:
+    """A column for each number of LoRAs: likeness and attributes kept by method; of ours the
+    interval, the median set, the worst one, and the share of concepts that keep less than half."""
+    sizes = {size: of["rows"] for size, of in sorted(load(file)["sizes"].items(), key=_number)}
+    ours = [[of["iteris"]["new words"][name] for name in KEPT] for of in sizes.values()]
+    rows = [
+        [label, *(_shares(of.get(name), "mean") for of in sizes.values())]
+        for name, label in FRONT.items()
+        if any(name in of for of in sizes.values())
+    ]
+    best = [together(of) for of in sizes.values()]
+    rows.append(["all at once, best of three strengths", *(_shares(of, "mean") for of in best)])
+    each = {
+        "IterIS, 95 % interval": lambda of: f"± {100 * half_width(of):.0f}",
+        "median set": lambda of: f"{of['median']:.0%}",
+        "worst set": lambda of: f"{of['least']:.0%}",
+        "concepts that keep less than half": lambda of: f"{of['collapsed']:.0%}",
+    }
+    rows += [[label, *(" / ".join(map(cell, two)) for two in ours)] for label, cell in each.items()]
+    rows.append(["sets", *(str(two[0]["sets"]) for two in ours)])
+    return table(("likeness / attributes", *(f"{size} LoRAs" for size in sizes)), rows)
 
 
-def other_loras() -> list[str]:
-    """Three LoRAs of other ranks and of another trainer."""
-    return kept({head: (f"unseen_{world}.json", "3") for head, world in OTHERS.items()})
+def together(rows: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """All LoRAs loaded at once, at the strength with the most likeness."""
+    some = [rows[name] for name in TOGETHER if name in rows]
+    return max(some, key=lambda of: of["new words"]["likeness"]["mean"], default=None)
 
 
-def strengths(figure: str) -> list[str]:
-    """A row for each method, a column for each strength that the merge is loaded at."""
-    (found,) = load("strengths.json")["sizes"].values()
-    rows: dict[str, dict[str, str]] = {}
-    for label, of in found["rows"].items():
-        method, _, strength = label.partition(":strength=")
-        if strength:
-            rows.setdefault(method, {})[strength] = share(of["new words"][figure])
-    cells = [[{**NAMES, **FRONT}[method], *of.values()] for method, of in rows.items()]
-    return table((figure, *next(iter(rows.values()))), cells)
+def _number(item: tuple[str, Any]) -> int:
+    return int(item[0])
+
+
+def _shares(row: Mapping[str, Any] | None, of: str) -> str:
+    return " / ".join(f"{row['new words'][name][of]:.0%}" for name in KEPT) if row else ""
 
 
 def conditions(*, further: bool = False) -> list[str]:
@@ -249,27 +247,8 @@ def speed_lora() -> list[str]:
     return table(("four steps", *(f"{size} LoRAs: {name}" for size, name in columns)), rows)
 
 
-def minilm() -> list[str]:
-    """Correct attributes and backgrounds, over all LoRAs of a merge."""
-    names = {"alone": "each alone", "iteris": "**IterIS**", "regmean++": "RegMean++"}
-    rows: list[list[str]] = []
-    for entry in sorted(load_rows("minilm_new_words.jsonl"), key=lambda one: len(one["names"])):
-        method, *settings = entry["label"].split(" ", 1)
-        cells = [
-            short(" / ".join(f"{value:.2f}" for value in entry[kind]))
-            for kind in ("seen", "contexts", "new")
-        ]
-        rows.append(
-            [str(len(entry["names"])), " ".join([names.get(method, method), *settings]), *cells]
-        )
-    return table(("LoRAs", "", "seen", "new contexts", "new words"), rows, labels=2)
-
-
 METHODS = {
     "alone": "each LoRA alone",
-    "base": "without a LoRA",
-    "praising alone": "praising LoRA alone",
-    "grumbling alone": "grumbling LoRA alone",
     "linear": "linear",
     "task-arithmetic": "task arithmetic (0.4)",
     "ties": "TIES",
@@ -280,17 +259,6 @@ METHODS = {
     "iteris": "**IterIS**, defaults",
     "iteris-shrink": "IterIS, `shrink=0.5`",
 }
-
-
-def captions() -> list[str]:
-    methods = load("captions.json")["methods"]
-    columns = ("praising", "grumbling", "cider")
-    rows = [
-        [label, *(methods[name][column] for column in columns)]
-        for name, label in METHODS.items()
-        if name in methods
-    ]
-    return table(("method", "praising", "grumbling", "CIDEr"), rows)
 
 
 def emotions() -> list[str]:
@@ -310,10 +278,8 @@ def emotions() -> list[str]:
 
 UNSEEN: Mapping[str, tuple[str, Sequence[str]]] = {
     "reported": ("unseen_reported.json", ("2", "3", "5", "7", "10")),
-    "few": ("unseen_reported_few.json", ("2", "3", "5", "7")),
-    "emoji": ("unseen_emoji.json", ("2", "3", "5", "9")),
-    "fast": ("unseen_reported_fast.json", ("5",)),
-    "twenty": ("unseen_twenty.json", ("20",)),
+    "minilm": ("unseen_minilm.json", ("2", "3", "5", "8")),
+    "emoji": ("unseen_emoji.json", ("5", "9")),
     "styles": ("unseen_styles.json", ("2",)),
     "rows": ("two_in_one.json", ("2",)),
 }
@@ -330,7 +296,7 @@ def _unseen(name: str, size: str) -> tuple[str, Callable[[], list[str]]]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "front": front,
-    "other LoRAs": other_loras,
+    "front minilm": lambda: kept("unseen_minilm.json"),
     "conditions": conditions,
     "conditions further": lambda: conditions(further=True),
     "conditions lead": conditions_lead,
@@ -340,11 +306,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "wordless": wordless,
     "slider": slider,
     "tidy": tidy,
-    "strengths": lambda: strengths("likeness kept"),
-    "strengths attributes": lambda: strengths("judge kept"),
     "speed LoRA": speed_lora,
-    "minilm": minilm,
-    "captions": captions,
     "emotions": emotions,
     **dict(_unseen(name, size) for name, (_, sizes) in UNSEEN.items() for size in sizes),
 }

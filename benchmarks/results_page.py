@@ -17,20 +17,15 @@ from result_plot import Plot, Series
 
 PAGE = ROOT / "docs" / "results.md"
 PLOT = ROOT / "docs" / "images" / "results-kept.svg"
-CURVE = PLOT.with_name("strengths.svg")
 FILE = "unseen_reported.json"
 NEW = "new words"
 MEASURES = {"likeness": "likeness", "judge": "attributes"}
-NAMES = {name: label.strip("*") for name, label in FRONT.items()}
-OTHERS = {"regmean++": "RegMean++", "ssr": "SSR-Merge"}
+NAMES = {**{name: label.strip("*") for name, label in FRONT.items()}, "sum": "all loaded at once"}
+OTHERS = {"regmean++": "RegMean++", "task-arithmetic": "all at once, weaker"}
 REGIMES = (
     ("{} LoRAs", FILE),
-    ("{} LoRAs", "unseen_twenty.json"),
+    ("{} LoRAs, pretrained text encoder", "unseen_minilm.json"),
     ("{} LoRAs of emoji", "unseen_emoji.json"),
-    ("{}, one prompt, one timestep", "unseen_reported_few.json"),
-    ("{} LoRAs of rank 2", "unseen_rank_2.json"),
-    ("{} LoRAs of rank 64", "unseen_rank_64.json"),
-    ("{} LoRAs by kohya's scripts", "unseen_kohya.json"),
 )
 """What a row is called, and the file that it is of"""
 
@@ -112,28 +107,13 @@ def plot() -> Plot:
     for name, label in NAMES.items():
         kept = [sizes[size]["rows"][name][NEW]["likeness kept"] for size in order]
         points = [
-            (int(size), of["mean"], *of["interval"]) for size, of in zip(order, kept, strict=True)
+            (int(size), of["mean"], *(of["interval"] or [of["mean"]] * 2))
+            for size, of in zip(order, kept, strict=True)
         ]
         series.append((label, points))
-    counts = {size: sizes[size]["rows"]["iteris"][NEW]["likeness"]["n"] for size in order}
-    ticks = [(int(size), f"{size}\n(n = {counts[size]})") for size in order]
+    counts = {size: sizes[size]["rows"]["iteris"][NEW]["likeness"]["sets"] for size in order}
+    ticks = [(int(size), f"{size}\n({counts[size]} sets)") for size in order]
     return Plot(series, ticks, ("LoRAs merged", "likeness kept"), floor=-0.2)
-
-
-def curve() -> Plot:
-    """Likeness kept over the strength at which a merge of three, or each LoRA alone, is loaded."""
-    (found,) = load("strengths.json")["sizes"].values()
-    series: list[Series] = []
-    for name, label in (("single", "each LoRA alone"), *list(NAMES.items())[:1]):
-        points: list[tuple[float, float, float, float]] = []
-        for row, of in found["rows"].items():
-            method, _, strength = row.partition(":strength=")
-            if strength and method == name and (kept := of[NEW].get("likeness kept")):
-                low, high = kept["interval"] or (kept["mean"],) * 2
-                points.append((float(strength), kept["mean"], low, high))
-        series.append((label, sorted(points)))
-    ticks = [(at, f"{at:g}") for at, *_ in series[0][1]]
-    return Plot(series[::-1], ticks, ("strength", "likeness kept"), floor=-0.2)
 
 
 def _summary() -> str:
@@ -151,14 +131,14 @@ def verdicts() -> list[str]:
         for size in sorted(data["sizes"], key=int):
             rows.append(_verdict(label.format(size), data["sizes"][size]))
     for file, kind, name, label in (
-        ("unseen_styles.json", "styled", "judge", "subject in a style: the subject"),
-        ("unseen_styles.json", "styled", "style", "subject in a style: the style"),
-        ("unseen_styles.json", "subject", "judge", "subject without the style"),
+        ("unseen_styles.json", "styled", "judge", "a subject in a style: the subject"),
+        ("unseen_styles.json", "styled", "style", "a subject in a style: the style"),
+        ("unseen_styles.json", "subject", "judge", "a subject without the style"),
         ("two_in_one.json", "pair", "right", "two in one picture"),
         ("two_in_one.json", "halves", "right", "two in one picture, a prompt for each"),
     ):
         rows.append(_single(label, load(file)["sizes"]["2"], kind, name))
-    return table(("on new words", "best rival", *MEASURES.values(), "n"), rows, labels=2)
+    return table(("", "best rival", *MEASURES.values(), "units"), rows, labels=2)
 
 
 def rivals(found: Mapping[str, Any]) -> list[str]:
@@ -170,14 +150,18 @@ def _verdict(regime: str, found: Mapping[str, Any]) -> list[str]:
     best = max(rivals(found), key=lambda name: found["rows"][name][NEW]["likeness"]["mean"])
     against = found["against"][best][NEW]
     cells = [difference(against[name]) for name in MEASURES]
-    return [regime, label_of(best), *cells, str(against["likeness"]["n"])]
+    return [regime, label_of(best), *cells, _units(against["judge"])]
 
 
 def _single(regime: str, found: Mapping[str, Any], kind: str, name: str) -> list[str]:
     """Of a figure that only counts attributes."""
     best = max(rivals(found), key=lambda rival: found["rows"][rival][kind][name]["mean"])
     of = found["against"][best][kind][name]
-    return [regime, label_of(best), "", difference(of), str(of["n"])]
+    return [regime, label_of(best), "", difference(of), _units(of)]
+
+
+def _units(of: Mapping[str, Any]) -> str:
+    return f"{of['n']} {of['units']}"
 
 
 def label_of(method: str) -> str:
@@ -207,19 +191,6 @@ def behind() -> Iterator[str]:
                 f"{rival[0].upper()}{rival[1:]} by {', '.join(by)}" for rival, by in found.items()
             )
             yield f"**{label[0].upper()}{label[1:]}**: {rivals}."
-    (loaded,) = load("strengths.json")["sizes"].values()
-    at = {
-        (name, strength): loaded["rows"][f"{name}:strength={strength}"][NEW]["likeness kept"][
-            "mean"
-        ]
-        for name in ("iteris", "single")
-        for strength in ("1.25", "1.5")
-    }
-    yield (
-        f"**Loaded above strength 1**: each LoRA alone keeps {at['single', '1.25']:.0%} at 1.25 "
-        f"and {at['single', '1.5']:.0%} at 1.5, IterIS {at['iteris', '1.25']:.0%} and "
-        f"{at['iteris', '1.5']:.0%}."
-    )
     sums = load("language.json")["sum"]
     ahead = [name for name in sums if sums[name] > sums["iteris"] and not name.startswith("iter")]
     shown = {"regmean": "RegMean", "ssr": "SSR-Merge", "linear": "the average"}
@@ -233,7 +204,7 @@ def behind() -> Iterator[str]:
 def stale(*, write: bool) -> list[str]:
     """What is not as the figures say."""
     old: list[str] = []
-    for path, drawn in ((PLOT, plot()), (CURVE, curve())):
+    for path, drawn in ((PLOT, plot()),):
         if not drawn.is_at(path):
             old.append(path.name)
             if write:

@@ -1,7 +1,7 @@
 """Four steps with one file: concepts and a speed LoRA in one merge, on new words.
 
 ``python benchmarks/speed_lora.py`` writes ``benchmarks/results/speed_lora.json`` of the reported
-ten, with the speed LoRA of ``speed_lora_training.py``; ``--world toybox`` the toybox's own ten, on
+ten, with a LoRA that was distilled at commit 2d391296; ``--world toybox`` the toybox's own ten, on
 which choices are made, into ``build/quick``. All pictures have four steps and no guidance. *Kept*
 is relative to each LoRA beside the speed LoRA, above the speed LoRA on the base.
 """
@@ -12,16 +12,18 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from outputs import result_file, rounded, write
+from outputs import ROOT, result_file, rounded, write
 from protocol.drawing import draw
 from protocol.figures import figures, row
+from protocol.held_out import merged as merge
 from protocol.plan import sets_of
-from speed_lora_training import FILE, STEPS
 from worlds import WORLDS
 
-from iteris_core import Concept, Lora, merge_loras
+from iteris_core import Concept, Lora
 from iteris_core.passes.changes import beside, changes_always
 
+FILE = ROOT / "benchmarks" / "distilled" / "four_steps.safetensors"
+STEPS = 4
 SIZES = (2, 5)
 KIND = "new words"
 OURS = "always on, in the file"
@@ -77,8 +79,7 @@ class Trial:
         return {KIND: [one for name in names for one in self._alone[name]]}
 
     def merged(self, concepts: list[Concept], calibration: Mapping[str, Any]) -> Lora:
-        calibration = {**self.world.half, "seed": 0, **calibration}
-        return merge_loras(self.world.host, concepts, calibration=calibration).lora
+        return merge(self.world, concepts, calibration=calibration)
 
     def speed_alone(self) -> Lora:
         return Lora(changes_always([self.speed]))

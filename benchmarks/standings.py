@@ -36,8 +36,8 @@ COSTS = {"seconds": ("seconds", 1), "rank": ("rank", 1), "MiB": ("bytes", 2**20)
 """Heading → what a run has of it, and its unit"""
 _REPORTED = "Ten LoRAs on which nothing was chosen"
 _LEAD = """<p>{}, drawn on prompts whose words no calibration
-prompt had. Means over n sets of LoRAs; ± half of a 95 % interval (Student's t), where there are two
-sets or more. A click on a heading sorts.</p>"""
+prompt had. Means over n sets of LoRAs; ± half of a 95 % interval over concepts or trainings,
+whichever is wider. A click on a heading sorts.</p>"""
 
 
 def rows(
@@ -56,7 +56,7 @@ def rows(
             found.append((entry["method"], of["figures"], of["costs"]))
     found.sort(key=lambda row: -row[1]["new words"]["likeness"]["mean"])
     return {
-        f"{name}, n = {of['new words']['likeness']['n']}": [
+        f"{name}, n = {of['new words']['likeness']['sets']}": [
             *(_stat(of.get(kind, {}).get(figure)) for _, kind, figure in COLUMNS),
             *(taken[cost] / unit if taken else None for cost, unit in COSTS.values()),
         ]

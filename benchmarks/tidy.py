@@ -20,9 +20,10 @@ import torch
 from outputs import read, result_file, rounded, write
 from protocol import emoji, toybox
 from protocol.emoji import EmojiWorld
+from protocol.held_out import merged
 from worlds import WORLDS
 
-from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
+from iteris_core import Calibration, Concept, Lora, LowRank
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.passes.changes import added, changes_of
 
@@ -55,8 +56,7 @@ def measure(world: Any, name: str) -> dict[str, float]:
     concept = world.concepts([name], 0)[0]
     lora = concept.lora or Lora({})
     began = time.process_time()
-    calibration = {**world.half, "seed": 0}
-    tidied = merge_loras(world.host, [concept], preset="tidy", calibration=calibration).lora
+    tidied = merged(world, [concept], preset="tidy")
     seconds = time.process_time() - began
     wanted = world.prompted("new words", [name], 1)
     known = [one.class_word for one in world.concepts(world.subjects, 0)]

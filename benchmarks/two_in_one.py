@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--replicates", type=int, default=1)
     asked = parser.parse_args()
     variants = [Variant.parsed(method) for method in METHODS]
-    plan = Plan(reported(), variants, asked.sizes, asked.replicates, lambda *_: {}, asked.sets)
+    plan = Plan(reported(), variants, asked.sizes, asked.replicates, asked.sets)
     runs = RowRuns(plan.world, result_file("two_in_one_runs.jsonl"))
     whole = runs.run((unit for _, unit in plan.merges()), asked.seconds)
     rows: dict[str, dict[str, dict[Place, Row]]] = {}
@@ -100,9 +100,8 @@ def main() -> None:
             kinds = [kind for kind in (*KINDS, ALONE) if kind in entry]
             of_size = rows.setdefault(str(len(unit.names)), {}).setdefault(variant.label, {})
             of_size[unit.replicate, unit.names] = row(entry, entry, entry, kinds)
-    stale = runs.stale(unit for _, unit in plan.merges())
     sizes = {size: figures(of, METHODS[0]) for size, of in rows.items()}
-    data = rounded({"default": METHODS[0], "stale": stale, "sizes": sizes})
+    data = rounded({"default": METHODS[0], "sizes": sizes})
     write(result_file("two_in_one.json"), data)
     for size in data["sizes"]:
         print("", *table(data, size), sep="\n")

@@ -2,13 +2,13 @@
 
 Writes ``benchmarks/results/unseen_WORLD.json`` and prints its tables: for each number of concepts
 the means over sets, and the first method's difference to each other one, paired by set, with its
-95 % interval and ``first``, ``level`` or ``behind``. What is measured is kept line by line beside
-it, so that a run that was stopped goes on; ``--tag NAME`` keeps the merges of another state of the
-code apart, while the LoRAs alone and the base are shared. What is measured on a world of a YAML
-file is written into ``build/quick``.
+95 % interval and ``first``, ``level``, ``behind`` or ``unknown``. What is measured is kept line by
+line beside it, so that a run that was stopped goes on; ``--tag NAME`` keeps the merges of another
+state of the code apart, while the LoRAs alone and the base are shared. What is measured on a world
+of a YAML file, your own checkpoint and LoRAs, is written into ``build/quick``, with a page of it.
 
-A method is ``NAME[@searched][:FIELD=VALUE]…`` with fields of its settings or of the calibration:
-``iteris``, ``iteris:ridge=1e-4``, ``iteris:samples=20``, ``ssr@searched``.
+A method is ``NAME[:FIELD=VALUE]…`` with fields of its settings or of the calibration: ``iteris``,
+``iteris:ridge=1e-4``, ``iteris:samples=20``.
 """
 
 from __future__ import annotations
@@ -18,18 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import standings
 from outputs import result_file, rounded, write
+from page_tables import FRONT, TOGETHER
 from page_tables import unseen as table
 from protocol.figures import figures, rows_of_size
 from protocol.plan import Plan, Variant
 from protocol.runs import Runs
-from search_settings import searched
 from worlds import HELP, WORLDS, sizes_in, world_of
 
-METHODS = (
-    "iteris,regmean++,regmean++@searched,chain-of-merges,chain-of-merges@searched,"
-    "ssr,ssr@searched,average,sum"
-)
+METHODS = ",".join((*FRONT, *TOGETHER))
 
 
 def kinds_of(world: str) -> tuple[type[Plan], type[Runs]]:
@@ -60,7 +58,6 @@ def main() -> None:
         [Variant.parsed(label) for label in asked.methods.split(",")],
         sizes_in(world, [2] if asked.world == "styles" else [*map(int, asked.sizes.split(","))]),
         asked.replicates,
-        searched,
         asked.sets,
     )
     name, whole = f"unseen_{Path(asked.world).stem}", asked.world in WORLDS
@@ -73,25 +70,20 @@ def main() -> None:
     write(result_file(f"{name}.json", whole=whole), data)
     for size in data["sizes"]:
         print("", *table(data, size), sep="\n")
+    if not whole:
+        page = result_file(f"{name}.html", whole=False)
+        page.write_text(standings.page(Path(asked.world).stem, page.parent), encoding="utf-8")
+        print(f"\n{page}")
     if not done:
         print("\nstopped by --seconds")
 
 
 def results(plan: Plan, alone: Runs, merged: Runs) -> dict[str, Any]:
     ours = plan.variants[0].label
-    stale = [*alone.stale(plan.references()), *merged.stale(unit for _, unit in plan.merges())]
     return {
-        "stale": stale,
         "default": ours,
         "half": plan.world.half,
         "replicates": plan.replicates,
-        "settings": {
-            v.label: {
-                str(size): dict(v.unit(("",) * size, 0, 0, plan.searched).settings)
-                for size in plan.sizes
-            }
-            for v in plan.variants
-        },
         "sizes": {
             str(size): figures(rows_of_size(plan, size, alone, merged), ours) for size in plan.sizes
         },

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from protocol.world import World
@@ -24,25 +23,25 @@ def reported() -> World:
     return ToyboxWorld(Path(__file__).parent / "reported")
 
 
-def twenty() -> World:
-    from protocol.toybox import ToyboxWorld
-    from twenty_concepts import ROOT
-
-    return ToyboxWorld(ROOT)
-
-
-def other(kind: str) -> World:
-    """Six of the reported ten with LoRAs of another rank or trainer."""
-    from other_loras import root_of
-    from protocol.toybox import ToyboxWorld
-
-    return ToyboxWorld(root_of(kind))
-
-
 def emoji() -> World:
     from protocol.emoji import EmojiWorld
 
     return EmojiWorld()
+
+
+def framed() -> World:
+    """The reported concepts without the frame of evaluation prompts in any row."""
+    from protocol.toybox import PLAINLY
+
+    world = reported()
+    world.half, world.words = {"templates": PLAINLY}, world.words | {"background"}
+    return world
+
+
+def minilm() -> World:
+    from protocol.minilm import MiniLMWorld
+
+    return MiniLMWorld()
 
 
 def styles() -> World:
@@ -54,10 +53,10 @@ def styles() -> World:
 WORLDS: Mapping[str, Callable[[], World]] = {
     "toybox": toybox,
     "reported": reported,
-    "twenty": twenty,
     "emoji": emoji,
+    "framed": framed,
+    "minilm": minilm,
     "styles": styles,
-    **{kind: partial(other, kind) for kind in ("rank_2", "rank_64", "kohya")},
 }
 HELP = f"{', '.join(WORLDS)}, or a .yaml file of your own (open/README.md)"
 

@@ -1,7 +1,7 @@
 """A second world, of pictures that others drew: emoji by six artists, a FLUX in miniature that was
 trained on them from scratch, and LoRAs of things that it does not know.
 
-See README.md; `python -m benchmarks.emoji.train` makes it. Importing this imports no torch.
+See README.md; the programs that made it are at commit 2d391296. Importing this imports no torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .sources import world
+from .words import world
 
 if TYPE_CHECKING:
     import torch

@@ -15,12 +15,12 @@ from toybox import ToyConcept
 from .captions import Level, concept_templates, frame, scene_words
 from .words import ASIDE, FRAMES, SMALL
 
-Kind = Literal["seen", "contexts", "new"]
+Kind = Literal["seen", "new"]
 
 SEEN = ("white", "gray", "black", "blue")
 """Backgrounds of the calibration templates."""
 
-LEVELS: dict[Kind, Level] = {"seen": "plain", "contexts": "learned", "new": "learned"}
+LEVELS: dict[Kind, Level] = {"seen": "plain", "new": "learned"}
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ def templates() -> list[str]:
 def prompts(concept: ToyConcept, kind: Kind, count: int) -> list[Prompt]:
     """``count`` of them, always the same.
 
-    ``seen`` are calibration prompts. Of the others no word but the concept's own and small ones is
-    in any template: of ``contexts`` all are words of generic captions, of ``new`` none is.
+    ``seen`` are calibration prompts. Of ``new`` all words but the concept's own and small ones are
+    of :data:`~.words.ASIDE`, which no row has.
     """
     rng = np.random.default_rng(zlib.crc32(f"{concept.token} {kind}".encode()))
     free = [b for b in concept.backgrounds if kind != "seen" or b in SEEN]
@@ -49,19 +49,11 @@ def prompts(concept: ToyConcept, kind: Kind, count: int) -> list[Prompt]:
         while True:
             template = str(rng.choice(getattr(FRAMES, LEVELS[kind])))
             scene = scene_words(str(background), rng, LEVELS[kind])
-            if _is_of(kind, words_of(frame("", scene, template)) - SMALL):
+            if kind == "seen" or words_of(frame("", scene, template)) - SMALL <= ASIDE:
                 break
         text = frame(concept.instance_prompt, scene, template)
         found.append(Prompt(text, str(background)))
     return found
-
-
-def _is_of(kind: Kind, words: set[str]) -> bool:
-    if kind == "seen":
-        return True
-    if words & words_of(" ".join(templates())):
-        return False
-    return words <= ASIDE if kind == "new" else not words & ASIDE
 
 
 def words_of(text: str) -> set[str]:

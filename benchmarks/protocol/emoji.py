@@ -9,9 +9,8 @@ from typing import Any
 import emoji
 import numpy as np
 import torch
-from emoji.draw import BACKGROUNDS, article
 from emoji.features import Features
-from emoji.sources import world
+from emoji.words import BACKGROUNDS, article, world
 from PIL import Image
 
 from iteris_core import Concept, Lora
@@ -25,7 +24,11 @@ REPORTED = 10
 """The last ten subjects are reported, as many as SSR-Merge's paper has."""
 
 SEEN, NEW = tuple(BACKGROUNDS)[:4], tuple(BACKGROUNDS)[4:]
-"""Backgrounds that the half of the templates has, and those that it does not have."""
+"""Backgrounds that rows may have, and those of evaluation prompts."""
+
+PLAINLY = ("a {}", "{}", "a picture of a {}")
+FRAMED = (*PLAINLY, *(f"a {{}} on a {background} background" for background in SEEN))
+"""Templates of calibration, without and with the frame of evaluation prompts."""
 
 SPREAD, PLAIN = 4, 8
 """Seeds of one prompt, and prompts without a trigger."""
@@ -45,8 +48,8 @@ class EmojiWorld:
         self.host = DiffusersHost(self.pipeline)
         self._subjects = emoji.subjects(family)
         self.subjects = tuple(self._subjects)[-REPORTED:]
-        known = ("a {}", "{}", *(f"a {{}} on a {background} background" for background in SEEN))
-        self.half: dict[str, Any] = {"templates": known}
+        self.half: dict[str, Any] = {"templates": FRAMED}
+        self.words = frozenset(NEW)
         self._features, self._clip = Features(), ClipScorer(*emoji.load_clip())
         self._references: dict[str, torch.Tensor] = {}
         self._loras: dict[str, Lora] = {}
@@ -67,13 +70,16 @@ class EmojiWorld:
                 Wanted((), f"{article(str(thing))} on a {b} background", seed, b)
                 for thing, b in zip(things[:PLAIN], cycle(BACKGROUNDS), strict=False)
             ]
-        backgrounds = {"seen": SEEN, "new words": NEW, "spread": NEW[:1]}[kind]
-        return [
-            Wanted((name,), f"a {self._subjects[name].prompt} on a {b} background", one, b)
-            for name in names
-            for b in backgrounds
-            for one in range(100 * seed, 100 * seed + (SPREAD if kind == "spread" else 1))
-        ]
+        wanted: list[Wanted] = []
+        for name in names:
+            phrase = self._subjects[name].prompt
+            texts = [(template.replace("{}", phrase), "") for template in PLAINLY]
+            if kind != "seen":
+                texts = [(f"a {phrase} on a {b} background", b) for b in NEW]
+            for prompt, b in texts[: 1 if kind == "spread" else None]:
+                seeds = range(100 * seed, 100 * seed + (SPREAD if kind == "spread" else 1))
+                wanted += [Wanted((name,), prompt, one, b) for one in seeds]
+        return wanted
 
     def draw(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Image.Image]:
         return draw(self.pipeline, self.host, lora, wanted)
@@ -83,7 +89,7 @@ class EmojiWorld:
     ) -> list[Mapping[str, float]]:
         """``judge``: 1 where the picture is more like the subject's references than like any other
         subject's, by the features that saw none of these pictures."""
-        scenes = [float(_scene(i) == w.scene) for i, w in zip(images, wanted, strict=True)]
+        scenes = [float(w.scene in ("", _scene(i))) for i, w in zip(images, wanted, strict=True)]
         if not wanted[0].shown:
             return [{"scene": scene} for scene in scenes]
         names = [w.shown[0] for w in wanted]
@@ -95,15 +101,17 @@ class EmojiWorld:
         columns = (likeness, judged, texts, scenes)
         return [dict(zip(FIGURES, one, strict=True)) for one in zip(*columns, strict=True)]
 
+    def pictures_of(self, name: str) -> list[Image.Image]:
+        files = sorted((emoji.ROOT / "references" / name).glob("*.png"))
+        return [Image.open(file).convert("RGB") for file in files]
+
     def embedded(self, images: Sequence[Image.Image]) -> torch.Tensor:
         return self._clip.embed_images(images)
 
     def _to(self, name: str, vector: torch.Tensor) -> float:
         """The mean likeness to the references of ``name``."""
         if name not in self._references:
-            files = sorted((emoji.ROOT / "references" / name).glob("*.png"))
-            pictures = [Image.open(file).convert("RGB") for file in files]
-            self._references[name] = self._features.embed_images(pictures)
+            self._references[name] = self._features.embed_images(self.pictures_of(name))
         return float((self._references[name] @ vector).mean())
 
     def _likest(self, vector: torch.Tensor) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from itertools import product
 from typing import Any
@@ -16,9 +16,6 @@ from .world import World
 
 SINGLE, BASE = "single", "base"
 """No merges: each LoRA alone, and no LoRA."""
-
-Settings = Callable[[str, int], Mapping[str, Any]]
-"""(method, how many are merged) → settings of the method"""
 
 
 @dataclass(frozen=True)
@@ -68,16 +65,11 @@ class Variant:
     method: str
     settings: Mapping[str, Any]
     calibration: Mapping[str, Any]
-    searched: bool = False
 
     @classmethod
     def parsed(cls, label: str) -> Variant:
-        """From ``METHOD[@searched][:FIELD=VALUE]…``, each field the method's or the calibration's;
-        ``@searched`` starts from the settings that a search found for the number of LoRAs."""
-        head, *fields = label.split(":")
-        method, _, which = head.partition("@")
-        if which not in ("", "searched"):
-            raise ValueError(f"{label!r}: only @searched may follow a method, not @{which}.")
+        """From ``METHOD[:FIELD=VALUE]…``, each field the method's or the calibration's."""
+        method, *fields = label.split(":")
         pairs = {name: _value(value) for name, _, value in (f.partition("=") for f in fields)}
         of_calibration = set(Calibration.__dataclass_fields__)
         return cls(
@@ -85,21 +77,10 @@ class Variant:
             method,
             {name: value for name, value in pairs.items() if name not in of_calibration},
             {name: value for name, value in pairs.items() if name in of_calibration},
-            which == "searched",
         )
 
-    def unit(
-        self, names: tuple[str, ...], replicate: int, trained: int, searched: Settings
-    ) -> Unit:
-        found = searched(self.method, len(names)) if self.searched else {}
-        return Unit(
-            self.method,
-            names,
-            replicate=replicate,
-            settings={**found, **self.settings},
-            trained=trained,
-            calibration=self.calibration,
-        )
+    def unit(self, names: tuple[str, ...], replicate: int, trained: int) -> Unit:
+        return Unit(self.method, names, replicate, self.settings, trained, self.calibration)
 
 
 def _value(text: str) -> Any:
@@ -117,7 +98,6 @@ class Plan:
     variants: Sequence[Variant]
     sizes: Sequence[int]
     replicates: int
-    searched: Settings
     per_size: int | None = None
 
     def references(self) -> Iterator[Unit]:
@@ -138,7 +118,7 @@ class Plan:
         for replicate, size in product(range(self.replicates), self.sizes):
             trained = replicate % self.world.trained
             for names, variant in product(self.sets(size, replicate), self.variants):
-                yield variant, variant.unit(names, replicate, trained, self.searched)
+                yield variant, variant.unit(names, replicate, trained)
 
     def sets(self, size: int, replicate: int) -> list[tuple[str, ...]]:
         return sets_of(self.world.subjects, size, replicate)[: self.per_size]

@@ -1,9 +1,9 @@
 """Runs the units of a plan on a world, each once, and keeps what came out line by line.
 
-Each merge is calibrated on half of its world's templates and drawn on prompts of several kinds
-(:class:`~.world.World`). ``no trigger`` pictures are held against the base's own of the same
-prompts and noise; ``spread`` is how far pictures of one prompt lie apart over seeds, as a share of
-what each LoRA's own pictures do.
+Each merge is calibrated on prompts without its world's evaluation words and drawn on prompts of
+several kinds (:class:`~.world.World`). ``no trigger`` pictures are held against the base's own of
+the same prompts and noise; ``spread`` is how far pictures of one prompt lie apart over seeds, as a
+share of what each LoRA's own pictures do.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from PIL import Image
 
 from iteris_core import Calibration, Concept, Lora, merge_loras, write_lora
 
-from .digests import digests_of
+from .held_out import held_out
 from .plan import BASE, SINGLE, Unit
 from .world import Wanted, World
 
 Entry = dict[str, Any]
-"""``key``; ``code``, the digests of what it was made with, which the oldest do not have; for each
-kind of prompt ``[name, figures]`` of each picture, of ``spread`` of each concept; of a merge
-``seconds`` of this process's processor time, the largest ``rank`` and the ``bytes`` of its file."""
+"""``key``; for each kind of prompt ``[name, figures]`` of each picture, of ``spread`` of each
+concept; of a merge ``seconds`` of this process's processor time, the largest ``rank`` and the
+``bytes`` of its file."""
 
 
 class Runs:
@@ -57,32 +57,11 @@ class Runs:
         return True
 
     def keep(self, unit: Unit, entry: Entry) -> None:
-        made_with = digests_of(unit.method, self.world.roots)
-        self.known[unit.key] = entry = {"key": unit.key, "code": made_with, **entry}
+        self.known[unit.key] = entry = {"key": unit.key, **entry}
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         with self.cache.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         print(unit.key, f"{entry.get('seconds', 0.0):.1f} s", file=sys.stderr, flush=True)
-
-    def stale(self, units: Iterable[Unit]) -> list[str]:
-        """The methods of ``units`` whose entries were made with other code than today's, as far as
-        they say so. Raises SystemExit where a method has entries of both: they must not stand in
-        one mean."""
-        made: dict[str, dict[str, str]] = {}
-        for unit in units:
-            entry = self.known.get(unit.key, {})
-            if "code" in entry:
-                same = entry["code"] == digests_of(unit.method, self.world.roots)
-                made.setdefault(unit.method, {}).setdefault(
-                    "today's" if same else "older", unit.key
-                )
-        for method, keys in made.items():
-            if len(keys) == 2:
-                raise SystemExit(
-                    f"{self.cache}: rows of {method} were made with different code. Delete the "
-                    f"older ones, of which {keys['older']} is one, and run again."
-                )
-        return [method for method, keys in made.items() if "older" in keys]
 
     def measure(self, unit: Unit) -> Entry:
         """Merge, draw and judge."""
@@ -102,7 +81,8 @@ class Runs:
             (concept,) = concepts
             return concept.lora, {}
         began = time.process_time()
-        lora = self.lora_of(unit, concepts)
+        with held_out(self.world.host, self.world.words):
+            lora = self.lora_of(unit, concepts)
         seconds = time.process_time() - began
         return lora, {"seconds": seconds, "rank": max(lora.ranks), "bytes": _bytes(lora)}
 

@@ -55,6 +55,7 @@ class StyleWorld(ToyboxWorld):
             style: [name for name in ATTRIBUTES if of[name] >= READABLE]
             for style, of in quality.items()
         }
+        self.words = frozenset[str]()  # the frame of a style's rows is that of its pictures
         self._style_loras: dict[str, Lora] = {}
         self._in_style: dict[tuple[str, str], torch.Tensor] = {}
 

@@ -28,7 +28,11 @@ BACKGROUNDS = 2
 """On which each concept is drawn with one seed, the next ones with the next."""
 
 SEEN, NEW = ("white", "gray", "black"), ("blue", "green", "yellow", "pink")
-"""Backgrounds that the half of the templates has, and those that it does not have."""
+"""Backgrounds that rows may have, and those of evaluation prompts."""
+
+PLAINLY = ("a {}", "a photo of a {}", "a picture of a {}")
+FRAMED = (*PLAINLY, *(compose(("{}",), background) for background in SEEN))
+"""Templates of calibration, without and with the frame of evaluation prompts."""
 
 EACH, SPREAD, PLAIN = 2, 4, 12
 """Pictures for each prompt with new words, seeds of one prompt, and prompts without a trigger."""
@@ -49,16 +53,15 @@ class ToyboxWorld:
         self._judge = toybox.load_judge()
         self._scorer = ClipScorer(*toybox.load_clip())
         self._references = {
-            name: self._scorer.embed_images([Image.open(f).convert("RGB") for f in of.references])
-            for name, of in self.known.items()
+            name: self._scorer.embed_images(self.pictures_of(name)) for name in self.known
         }
         self._loras: dict[tuple[str, int], Lora] = {}
         folders = (root / "weights").glob("loras*")
         files = [f"{name}.safetensors" for name in self.subjects]
         self.trained = sum(all((at / file).exists() for file in files) for at in folders)
         self.calibration: dict[str, Any] = {"templates": TEMPLATES}
-        plain = ("a {}", "a photo of a {}", "a picture of a {}")
-        self.half = {"templates": (*plain, *(compose(("{}",), b) for b in SEEN))}
+        self.half = {"templates": FRAMED}
+        self.words = frozenset(NEW)
         said = toybox.settings()
         self.sampling = {
             "num_inference_steps": int(said["steps"]),
@@ -109,11 +112,15 @@ class ToyboxWorld:
         wanted: list[Wanted] = []
         for name in names:
             concept = self.known[name]
-            free = [b for b in concept.backgrounds if b in (SEEN if kind == "seen" else NEW)]
-            seeds = seeds_of(kind, seed)
-            for background in free[:1] if kind == "spread" else free:
-                prompt = compose((f"{name} {concept.class_word}",), background)
-                wanted += [Wanted((name,), prompt, one, background) for one in seeds]
+            phrase = f"{name} {concept.class_word}"
+            if kind == "seen":
+                texts = [(template.replace("{}", phrase), "") for template in PLAINLY]
+            else:
+                free = [b for b in concept.backgrounds if b in NEW]
+                free = free[: 1 if kind == "spread" else None]
+                texts = [(compose((phrase,), background), background) for background in free]
+            for prompt, background in texts:
+                wanted += [Wanted((name,), prompt, s, background) for s in seeds_of(kind, seed)]
         return wanted
 
     def draw(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Image.Image]:
@@ -161,7 +168,7 @@ class ToyboxWorld:
         self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
     ) -> list[Mapping[str, float]]:
         read = self._judge.read(images)
-        scenes = [float(r.background == w.scene) for r, w in zip(read, wanted, strict=True)]
+        scenes = [float(w.scene in ("", r.background)) for r, w in zip(read, wanted, strict=True)]
         if not wanted[0].shown:
             return [{"scene": scene} for scene in scenes]
         judged = self.likeness(images, [w.shown[0] for w in wanted])
@@ -172,6 +179,9 @@ class ToyboxWorld:
     def mean_likeness(self, lora: Lora | None, wanted: Sequence[Wanted]) -> float:
         """Of the pictures with the LoRA."""
         return fmean(one["likeness"] for one in self.read(self.draw(lora, wanted), wanted))
+
+    def pictures_of(self, name: str) -> list[Image.Image]:
+        return [Image.open(file).convert("RGB") for file in self.known[name].references]
 
     def embedded(self, images: Sequence[Image.Image]) -> Tensor:
         return self._scorer.embed_images(images)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,11 +34,10 @@ class World(Protocol):
     """Concepts with LoRAs and references, a pipeline that draws them, and judges of pictures.
 
     Concepts go by their names. ``trained`` is how many LoRAs each concept has, of other training
-    seeds. A merge is calibrated on half of the world's templates, whose fields ``half`` holds, and
-    drawn on prompts of the other half.
+    seeds. ``half`` holds fields of the calibration of a merge. No row has one of ``words``.
 
     ``kinds`` are kinds of prompt. ``seen``: from templates that calibration rows have. ``new
-    words``: no word but trigger and class is in any row's template. ``no trigger``: prompts of the
+    words``: each has one of ``words``, by which it differs from those. ``no trigger``: prompts of the
     base's own. ``spread``: several seeds of one prompt with new words.
 
     ``roots`` are the folders of its weights and words.
@@ -50,6 +49,7 @@ class World(Protocol):
     sizes: Sequence[int]
     trained: int
     half: Mapping[str, Any]
+    words: Set[str]
     kinds: Sequence[str]
 
     def concepts(self, names: Sequence[str], trained: int) -> list[Concept]:
@@ -71,6 +71,10 @@ class World(Protocol):
         """Figures of each picture, from 0 to 1. ``scene``: whether the background is the requested
         one. Where a concept is shown, ``likeness`` to its references, ``judge``, how much of it
         another instrument recognises, and ``text``."""
+        ...
+
+    def pictures_of(self, name: str) -> Sequence[Image.Image]:
+        """The concept's own pictures."""
         ...
 
     def embedded(self, images: Sequence[Image.Image]) -> Tensor:

@@ -1,16 +1,13 @@
 """Six looks of the toybox's pictures, each behind a word that the base never met: a LoRA for each,
 and an instrument that reads which look a picture has. Also LoRAs without words: a look, a slider.
 
-See README.md; `python -m benchmarks.styles.train` makes it. Importing this imports no torch.
+See README.md; the program that made them is at commit 2d391296. Importing this imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-
-from toybox.draw import SIZE, Scene
 
 from .looks import LOOKS, Look
 
@@ -22,14 +19,13 @@ WORDLESS = ("frame",)
 
 @dataclass(frozen=True)
 class Style:
-    """A look, and the file that teaches it; captions end with its ``words``, "in sketch style". It
-    is taught on what ``scene`` makes of scenes with one thing; None: on any scenes."""
+    """A look, and the file that teaches it; captions end with its ``words``, "in sketch style". A
+    LoRA without words has none."""
 
     name: str
     look: Look
     lora: Path
     words: str = ""
-    scene: Callable[[Scene], Scene] | None = None
 
 
 def styles() -> dict[str, Style]:
@@ -50,10 +46,4 @@ def wordless() -> dict[str, Style]:
 def slider() -> Style:
     """A LoRA that makes things larger, at a negative strength smaller."""
     lora = ROOT / "weights" / "wordless" / "size.safetensors"
-    return Style("size", lambda picture: picture, lora, scene=_large)
-
-
-def _large(scene: Scene) -> Scene:
-    middle = SIZE / 2
-    things = (replace(p, x=middle, y=middle, radius=middle - 6) for p in scene.placed)
-    return replace(scene, placed=tuple(things))
+    return Style("size", lambda picture: picture, lora)

@@ -11,19 +11,17 @@ from PIL import Image
 from tiny import random_lora
 
 from iteris_core import Concept
-from iteris_core.methods import find_method
-from iteris_core.settings import declared_settings
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import blind  # noqa: E402
 import reported_concepts  # noqa: E402
-from protocol.digests import digests_of  # noqa: E402
-from protocol.figures import against, figures, row, rows_of_size, stat  # noqa: E402
+from protocol.figures import against, figures, half_width, row, rows_of_size, stat  # noqa: E402
+from protocol.held_out import held_out, merged, words_of  # noqa: E402
 from protocol.plan import BASE, SINGLE, Plan, Variant, sets_of  # noqa: E402
 from protocol.runs import Runs  # noqa: E402
 from protocol.world import KINDS, Wanted  # noqa: E402
-from search_settings import GRIDS  # noqa: E402
 
 
 class FakeWorld:
@@ -36,6 +34,7 @@ class FakeWorld:
     def __init__(self, host):
         self.host = host
         self.calibration = {"templates": ("a {} in a picture",)}
+        self.words = frozenset({"spaceship"})
         self.half = {"templates": ("a {}",), "samples": 2, "timesteps": 1, "denoising_steps": 2}
         self.loras = {
             name: random_lora(host, seed, select=lambda site: "mid_block" in site)
@@ -64,44 +63,86 @@ class FakeWorld:
             return [{"scene": 1.0} for _ in values]
         return [{"likeness": v, "judge": v, "text": 0.7, "scene": 1.0} for v in values]
 
+    def pictures_of(self, name):
+        return [Image.new("RGB", (4, 4), "red")]
+
     def embedded(self, images):
         angles = [image.getpixel((0, 0))[0] / 250 for image in images]
         return torch.tensor([[np.cos(a), np.sin(a)] for a in angles])
 
 
-def test_intervals_are_students_over_sets():
-    found = stat([0.6, 0.7, 0.8])
-    assert found["mean"] == pytest.approx(0.7)
-    assert found["se"] == pytest.approx(0.1 / 3**0.5)
-    low, high = found["interval"]
-    assert (high - low) / 2 == pytest.approx(4.303 * found["se"])
-    assert stat([0.6]) == {"mean": 0.6, "se": None, "interval": None, "n": 1}
+def cells(*values: float) -> dict:
+    """A figure of one concept in each of several trainings."""
+    return {(training, ("a",)): {"a": value} for training, value in enumerate(values)}
 
 
-def test_differences_are_paired_by_set():
-    """Sets differ by far more than the methods do in each of them."""
-    sets = [(0, ("a", "b")), (0, ("c", "d")), (1, ("a", "c"))]
-    ours = dict(zip(sets, (0.1, 0.5, 0.9), strict=True))
-    theirs = dict(zip(sets, (0.08, 0.47, 0.88), strict=True)) | {(1, ("b", "d")): 0.0}
-    found = against(ours, theirs, less=False)
-    assert (found["n"], found["verdict"]) == (3, "first")
-    assert found["mean"] == pytest.approx(0.07 / 3)
-    # Student's t of two degrees of freedom, 4.303, times the standard error .01 / 3.
-    assert found["interval"][1] - found["mean"] == pytest.approx(4.303 * 0.01 / 3, rel=1e-3)
+def test_an_interval_is_students():
+    assert half_width([0.6, 0.7, 0.8]) == pytest.approx(4.303 * 0.1 / 3**0.5)
+    found = stat(cells(0.6, 0.7, 0.8))
+    assert (found["mean"], found["n"], found["units"]) == (pytest.approx(0.7), 1, "concepts")
+    assert found["interval"] is None  # the one concept is the wider unit
+
+
+def test_the_wider_of_two_units_makes_the_interval():
+    """Concepts differ and trainings do not, then the other way round."""
+    by_concept = {(t, ("a", "b")): {"a": 0.2, "b": 0.8} for t in range(3)}
+    assert (stat(by_concept)["units"], stat(by_concept)["n"]) == ("concepts", 2)
+    by_training = {(t, ("a", "b")): {"a": v, "b": v} for t, v in enumerate((0.1, 0.5, 0.9))}
+    found = stat(by_training)
+    assert (found["units"], found["n"], found["sets"]) == ("trainings", 3, 3)
+    assert (found["median"], found["least"]) == (0.5, pytest.approx(0.1))
+
+
+def test_differences_are_paired_and_a_verdict_takes_five_units():
+    """Concepts differ by far more than the methods do in each of them."""
+    names = "abcdef"
+    ours = {(0, tuple(names)): dict(zip(names, (0.1, 0.5, 0.9, 0.3, 0.7, 0.2), strict=True))}
+    theirs = {place: {n: v - 0.02 for n, v in of.items()} for place, of in ours.items()}
+    theirs[0, tuple(names)]["a"] -= 0.01
+    found = against(ours, theirs | cells(1.0), less=False)
+    assert (found["n"], found["verdict"]) == (6, "first")
+    assert found["mean"] == pytest.approx(0.13 / 6)
     assert against(ours, theirs, less=True)["verdict"] == "behind"
-    wide = against(ours, dict(zip(sets, (0.5, 0.1, 0.9), strict=True)), less=False)
-    assert wide["verdict"] == "level"
-    assert against(ours, {sets[0]: 0.0}, less=False)["verdict"] == "unknown"
+    few = {place: {n: of[n] for n in "abcd"} for place, of in ours.items()}
+    assert against(few, theirs, less=False)["verdict"] == "unknown"
+    even = {place: {n: v + 0.01 * (-1) ** i for i, (n, v) in enumerate(of.items())}
+            for place, of in ours.items()}  # fmt: skip
+    assert against(ours, even, less=False)["verdict"] == "level"
+    wide = {place: {n: v + 0.3 * (-1) ** i for i, (n, v) in enumerate(of.items())}
+            for place, of in ours.items()}  # fmt: skip
+    assert against(ours, wide, less=False)["verdict"] == "unknown"
 
 
 def test_a_row_has_what_is_kept_of_each_lora_alone():
-    def of(likeness: float) -> dict:
-        return {"new words": [["a", {"likeness": likeness, "scene": 1.0}]]}
+    def of(*likeness: float) -> dict:
+        rows = [
+            [name, {"likeness": v, "scene": 1.0}] for name, v in zip("ab", likeness, strict=False)
+        ]
+        return {"new words": rows}
 
-    found = row(of(0.6), of(0.8), of(0.4), ("new words",))
-    assert found["new words"]["likeness kept"] == pytest.approx(0.5)
+    found = row(of(0.6, 0.5), of(0.8, 0.8), of(0.4, 0.6), ("new words",))["new words"]
+    # The mean of the shares is the share of the means: (.55 - .5) / (.8 - .5).
+    assert np.mean(list(found["likeness kept"].values())) == pytest.approx(0.05 / 0.3)
     unlearned = row(of(0.6), of(0.42), of(0.4), ("new words",))
     assert "likeness kept" not in unlearned["new words"]
+
+
+def test_no_row_of_a_merge_has_a_word_of_evaluation(host, monkeypatch):
+    monkeypatch.setattr(type(host), "_vocabulary", ["spaceship", "house"])
+    world = FakeWorld(host)
+    concepts = world.concepts(world.subjects[:2], 0)
+    world.words = frozenset({"spaceship", "photo"})
+    world.half = {"samples": 2, "timesteps": 1, "contexts": 1.0, "templates": ("a {}",)}
+    with held_out(host, world.words):
+        assert host._vocabulary == ["house"]
+    assert merged(world, concepts).sites
+    with pytest.raises(AssertionError, match=r"a calibration row has \['photo'\]"):
+        merged(world, concepts, calibration={"templates": ("a photo of a {}",)})
+    assert host._vocabulary == ["spaceship", "house"]
+
+
+def test_words_of_a_compound_are_its_parts():
+    assert words_of("A sky-blue sks1 star") == {"a", "sky", "blue", "sks", "star"}
 
 
 @pytest.mark.parametrize(("size", "count"), [(2, 5), (3, 3), (5, 2), (7, 2), (10, 1)])
@@ -117,12 +158,12 @@ def test_sets_are_disjoint_as_far_as_there_are(size, count):
 
 
 def test_a_variant_has_settings_of_its_own_and_is_calibrated_on_the_half(host, tmp_path):
-    found = Variant.parsed("ssr@searched:ridge=1e-4:samples=20:latents=noise")
-    assert (found.method, found.searched) == ("ssr", True)
+    found = Variant.parsed("ssr:ridge=1e-4:samples=20:latents=noise")
+    assert found.method == "ssr"
     assert found.calibration == {"samples": 20, "latents": "noise"}
-    trial = found.unit(("s0", "s1"), 3, 0, lambda *_: {"ridge": 1.0, "micro_batch": 8})
-    assert trial.settings == {"ridge": 1e-4, "micro_batch": 8}
-    plain = Variant.parsed("ssr").unit(("s0", "s1"), 3, 0, lambda *_: {"ridge": 1.0})
+    trial = found.unit(("s0", "s1"), 3, 0)
+    assert trial.settings == {"ridge": 1e-4}
+    plain = Variant.parsed("ssr").unit(("s0", "s1"), 3, 0)
     assert plain.settings == {}
     assert plain.key != trial.key
     runs = Runs(FakeWorld(host), tmp_path / "runs.jsonl")
@@ -134,7 +175,7 @@ def test_a_variant_has_settings_of_its_own_and_is_calibrated_on_the_half(host, t
 def test_a_run_of_the_plan_goes_on_where_it_stopped(host, tmp_path):
     world = FakeWorld(host)
     variants = [Variant.parsed(label) for label in ("iteris", "average", "iteris:samples=1")]
-    plan = Plan(world, variants, [2], 1, lambda *_: {})
+    plan = Plan(world, variants, [2], 1)
     alone = Runs(world, tmp_path / "alone.jsonl")
     merged = Runs(world, tmp_path / "runs.jsonl")
     assert alone.run(plan.references())
@@ -147,37 +188,32 @@ def test_a_run_of_the_plan_goes_on_where_it_stopped(host, tmp_path):
     rows = found["rows"]
     assert list(rows) == [SINGLE, BASE, "iteris", "average", "iteris:samples=1"]
     assert rows["iteris"]["new words"]["likeness kept"]["mean"] == pytest.approx(0.5)
-    assert rows["iteris"]["new words"]["likeness kept"]["n"] == 2
+    assert rows["iteris"]["new words"]["likeness kept"]["sets"] == 2
     assert rows[BASE]["no trigger"]["pixels"]["mean"] == 0
-    assert found["against"][BASE]["new words"]["likeness"]["verdict"] == "first"
-    assert found["against"][BASE]["no trigger"]["pixels"]["verdict"] == "behind"
-    assert found["against"]["average"]["seen"]["judge"]["verdict"] == "level"
-
-
-def test_rows_of_different_code_are_not_mixed(host, tmp_path):
-    world = FakeWorld(host)
-    plan = Plan(world, [Variant.parsed("average")], [2], 1, lambda *_: {})
-    units = [unit for _, unit in plan.merges()]
-    runs = Runs(world, tmp_path / "runs.jsonl")
-    assert runs.run(units)
-    assert runs.stale(units) == []
-    older = {**digests_of("average", ()), "core": "0" * 12}
-    runs.known[units[0].key]["code"] = older
-    with pytest.raises(SystemExit, match="rows of average were made with different code"):
-        runs.stale(units)
-    for unit in units:
-        runs.known[unit.key]["code"] = older
-    assert runs.stale(units) == ["average"]
-
-
-@pytest.mark.parametrize("method", GRIDS)
-def test_a_grid_is_of_the_method_s_settings(method):
-    declared = declared_settings(find_method(method).settings)
-    for name, values in GRIDS[method].items():
-        for value in values:
-            declared[name].check(value)
+    lead = found["against"][BASE]["new words"]["likeness"]
+    assert (lead["n"], lead["verdict"]) == (4, "unknown")  # four concepts are too few
+    assert lead["interval"][0] > 0
+    assert rows["iteris"]["new words"]["likeness kept"]["collapsed"] == 0
 
 
 def test_the_reported_concepts_are_what_the_rule_gives():
     entries = reported_concepts.reported()
     assert json.loads((reported_concepts.ROOT / "world.json").read_text())["concepts"] == entries
+
+
+def test_a_blind_page_hides_the_sides_and_counts_answers(host, tmp_path, monkeypatch):
+    monkeypatch.setattr(blind, "FOLDER", tmp_path)
+    monkeypatch.setattr(blind, "KEY", tmp_path / "key.json")
+    blind.make(FakeWorld(host), ["average", "sum"], size=2, count=3)
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("<fieldset>") == 3
+    assert "average" not in page
+    key = json.loads((tmp_path / "key.json").read_text())
+    assert all(sorted(sides) == ["average", "sum"] for sides in key.values())
+    chosen = {n: ("left", "right")[sides.index("average")] for n, sides in key.items()}
+    answers = tmp_path / "answers.json"
+    answers.write_text(json.dumps({**chosen, "3": "neither"}))
+    # Wilson's interval of 2 of 2.
+    assert blind.counted(answers).splitlines() == [
+        "average: 2", "sum: 0", "neither: 1", "average: 100% of 2, 34% to 100%",
+    ]  # fmt: skip
