@@ -37,8 +37,8 @@ class World(Protocol):
     seeds. ``half`` holds fields of the calibration of a merge. No row has one of ``words``.
 
     ``kinds`` are kinds of prompt. ``seen``: from templates that calibration rows have. ``new
-    words``: each has one of ``words``, by which it differs from those. ``no trigger``: prompts of the
-    base's own. ``spread``: several seeds of one prompt with new words.
+    words``: each has one of ``words``. ``no trigger``: prompts of the base's own. ``spread``:
+    several seeds of one prompt with new words.
 
     ``roots`` are the folders of its weights and words.
     """
