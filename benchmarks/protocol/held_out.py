@@ -41,7 +41,7 @@ def held_out(host: DiffusersHost, words: Set[str]) -> Generator[None]:
     vocabulary = [word for word in host._vocabulary if word not in words]
     with ExitStack() as stack:
         stack.enter_context(patch.object(calibration_prompts, "CAPTIONS", captions))
-        stack.enter_context(patch.object(type(host), "_vocabulary", vocabulary))
+        stack.enter_context(patch.object(host, "_vocabulary", vocabulary))
         for name, part in host.pipeline.components.items():
             if name.startswith("text_encoder") and isinstance(part, nn.Module):
                 tokenizer = host.pipeline.components[name.replace("text_encoder", "tokenizer")]

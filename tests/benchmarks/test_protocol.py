@@ -128,7 +128,7 @@ def test_a_row_has_what_is_kept_of_each_lora_alone():
 
 
 def test_no_row_of_a_merge_has_a_word_of_evaluation(host, monkeypatch):
-    monkeypatch.setattr(type(host), "_vocabulary", ["spaceship", "house"])
+    monkeypatch.setattr(host, "_vocabulary", ["spaceship", "house"])
     world = FakeWorld(host)
     concepts = world.concepts(world.subjects[:2], 0)
     world.words = frozenset({"spaceship", "photo"})
