@@ -165,6 +165,13 @@ def test_weights_that_have_no_hash_keep_nothing():
         assert sample_store.digest_of_weights([("a", plain), ("b", other)]) is None
 
 
+def test_another_version_of_the_store_is_not_read(tmp_path, monkeypatch):
+    store = SampleStore(tmp_path)
+    store.put({"latents": torch.zeros(3)}, "a")
+    monkeypatch.setattr(sample_store, "VERSION", "0")
+    assert store.get("a") is None
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_store(tmp_path):
     code = (
