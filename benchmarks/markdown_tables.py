@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from outputs import RESULTS
+from protocol.plan import Variant
 
 
 def load(name: str) -> dict[str, Any]:
@@ -18,6 +20,19 @@ def load(name: str) -> dict[str, Any]:
 def load_rows(name: str) -> list[dict[str, Any]]:
     """Load a file from ``results/`` with one row per line."""
     return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+
+
+def runs_of(name: str, label: str, size: int, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The kept runs of a method with its settings on sets of a size."""
+    variant = Variant.parsed(label)
+    wanted = [variant.method, dict(variant.settings), dict(variant.calibration)]
+    runs: list[dict[str, Any]] = []
+    for line in (folder / name).read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        method, names, _, settings, _, calibration = json.loads(entry["key"])
+        if [method, settings, calibration] == wanted and len(names) == size:
+            runs.append(entry)
+    return runs
 
 
 def table(

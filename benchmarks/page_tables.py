@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from markdown_tables import half_width, lead, load, share, shown, table
+from markdown_tables import half_width, lead, load, runs_of, share, shown, table
 from protocol.figures import stat
 from protocol.plan import SINGLE
 
@@ -98,6 +98,30 @@ def kept(file: str) -> list[str]:
     rows += [[label, *(" / ".join(map(cell, two)) for two in ours)] for label, cell in each.items()]
     rows.append(["sets", *(str(two[0]["sets"]) for two in ours)])
     return table(("likeness / attributes", *(f"{size} LoRAs" for size in sizes)), rows)
+
+
+LEAD = {
+    "iteris": "**IterIS**",
+    "iteris:repair=false": "IterIS without repair",
+    "iteris:weighting=none:saliency=0:bound=0:conditions=0": "Chain of Merges with repair",
+    "iteris:rank=8:share_ranks=true": "IterIS in the size of one LoRA",
+    "chain-of-merges:conditions=0": "Chain of Merges",
+}
+
+
+def carries_the_lead() -> list[str]:
+    """Size of the file, and shares of likeness and attributes kept on new words."""
+    sizes = load("unseen_reported_lead.json")["sizes"]
+    rows: list[list[str]] = []
+    for name, label in LEAD.items():
+        cells: list[str] = []
+        for size, of in sizes.items():
+            runs = runs_of("unseen_reported_lead_runs.jsonl", name, int(size))
+            cells.append(f"{fmean(run['bytes'] for run in runs) / 1e6:.2f}")
+            cells.append(_shares(of["rows"].get(name), "mean"))
+        rows.append([label, *cells])
+    heads = (cell for size in sizes for cell in (f"{size} LoRAs: MB", "likeness / attributes"))
+    return table(("kept", *heads), rows)
 
 
 def together(rows: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -278,8 +302,8 @@ def emotions() -> list[str]:
 
 UNSEEN: Mapping[str, tuple[str, Sequence[str]]] = {
     "reported": ("unseen_reported.json", ("2", "3", "5", "7", "10")),
+    "framed": ("unseen_framed.json", ("5",)),
     "minilm": ("unseen_minilm.json", ("2", "3", "5", "8")),
-    "emoji": ("unseen_emoji.json", ("5", "9")),
     "styles": ("unseen_styles.json", ("2",)),
     "rows": ("two_in_one.json", ("2",)),
 }
@@ -297,6 +321,7 @@ def _unseen(name: str, size: str) -> tuple[str, Callable[[], list[str]]]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "front": front,
     "front minilm": lambda: kept("unseen_minilm.json"),
+    "lead": carries_the_lead,
     "conditions": conditions,
     "conditions further": lambda: conditions(further=True),
     "conditions lead": conditions_lead,

@@ -6,15 +6,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from markdown_tables import runs_of
 from outputs import BUILD, RESULTS, read
-from protocol.plan import Variant
 from seeds import Stat
 
 from toybox.page import html_page, html_table
@@ -48,7 +47,7 @@ def rows(
     found: list[tuple[str, Mapping[str, Any], Mapping[str, float]]] = []
     known = _known(world, folder)
     for name, of in known.get(size, {"rows": {}})["rows"].items():
-        runs = _of_runs(folder / f"unseen_{world}_runs.jsonl", name, int(size))
+        runs = runs_of(f"unseen_{world}_runs.jsonl", name, int(size), folder)
         found.append((NAMES.get(name, name), of, costs(runs)))
     for entry in _open(world, folder):
         of = entry["sizes"].get(size)
@@ -78,19 +77,6 @@ def _known(world: str, folder: Path) -> Mapping[str, Any]:
 def _open(world: str, folder: Path) -> list[Mapping[str, Any]]:
     every = [read(file) for file in sorted((folder / "open").glob("*.json"))]
     return [entry for entry in every if entry["world"] == world]
-
-
-def _of_runs(file: Path, label: str, size: int) -> list[Mapping[str, Any]]:
-    """The kept runs of a row."""
-    variant = Variant.parsed(label)
-    wanted = [variant.method, dict(variant.settings), dict(variant.calibration)]
-    runs: list[Mapping[str, Any]] = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        method, names, _, settings, _, calibration = json.loads(entry["key"])
-        if [method, settings, calibration] == wanted and len(names) == size:
-            runs.append(entry)
-    return runs
 
 
 def costs(entries: Iterable[Mapping[str, Any]]) -> dict[str, float]:
