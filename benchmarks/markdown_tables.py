@@ -17,11 +17,6 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-def load_rows(name: str) -> list[dict[str, Any]]:
-    """Load a file from ``results/`` with one row per line."""
-    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
-
-
 def runs_of(name: str, label: str, size: int, folder: Path = RESULTS) -> list[dict[str, Any]]:
     """The kept runs of a method with its settings on sets of a size."""
     variant = Variant.parsed(label)
