@@ -148,14 +148,14 @@ def against(ours: Cells, theirs: Cells, *, less: bool) -> Figures:
 
 
 def verdict(found: Figures, *, less: bool = False) -> str:
-    """``first`` or ``behind`` where a 95 % interval of differences over at least :data:`FEWEST`
-    units leaves out 0, ``level`` where it holds 0 and is no wider than :data:`WIDEST`, else
+    """``first`` or ``behind`` where the 95 % interval of differences leaves out 0, ``level`` where
+    it holds 0, is of at least :data:`FEWEST` units and no wider than :data:`WIDEST`, else
     ``unknown``."""
-    if found["interval"] is None or found["n"] < FEWEST:
+    if found["interval"] is None:
         return "unknown"
     low, high = found["interval"]
     if low <= 0 <= high:
-        return "level" if high - low <= WIDEST else "unknown"
+        return "level" if found["n"] >= FEWEST and high - low <= WIDEST else "unknown"
     return "first" if (low > 0) != less else "behind"
 
 
