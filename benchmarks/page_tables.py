@@ -327,7 +327,6 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "conditions lead": conditions_lead,
     "gated": gated,
     "gated all": lambda: gated(layers="all"),
-    "gated sd3": lambda: gated("gated_sd3.json"),
     "wordless": wordless,
     "slider": slider,
     "tidy": tidy,

@@ -43,7 +43,6 @@ NOT_FROM_A_FILE = {
     "| path | what | parameters |",  # toybox/README.md: the sizes of what is there
     "| step | threads | time | result |",  # toybox/README.md: what its training says
     "| setting | affects | default | change it when |",
-    "| method | repository | largest relative difference |",  # decisions.md: what a test finds
 }
 """The first lines of tables with numbers that no JSON has."""
 
