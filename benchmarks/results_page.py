@@ -25,7 +25,7 @@ OTHERS = {"regmean++": "RegMean++", "task-arithmetic": "all at once, weaker"}
 REGIMES = (
     ("{} LoRAs", FILE),
     ("{} LoRAs, pretrained text encoder", "unseen_minilm.json"),
-    ("{} LoRAs of emoji", "unseen_emoji.json"),
+    ("{} LoRAs, the sentence held out too", "unseen_framed.json"),
 )
 """What a row is called, and the file that it is of"""
 

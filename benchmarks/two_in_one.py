@@ -39,7 +39,7 @@ COMPOSITE = "composite"
 REGMEAN = "regmean++:contexts=0:generic=0"
 """It does better so (UNSEEN.md)."""
 
-METHODS = ("iteris", "iteris:block_steps=120", REGMEAN, COMPOSITE, BASE)
+METHODS = ("iteris", REGMEAN, COMPOSITE, BASE)
 
 
 class RowRuns(Runs):
