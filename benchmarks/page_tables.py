@@ -163,7 +163,7 @@ def conditions_lead() -> list[str]:
         both = [key for key in ours if key in theirs]
         if len(both) > 2:
             less = [[ours[k][h]["judge"] - theirs[k][h]["judge"] for k in both] for h in _uses()]
-            rows.append([f"{size} LoRAs, n {len(both)}", *(lead(stat(one)) for one in less)])
+            rows.append([f"{size} LoRAs, n {len(both)}", *(lead(_over_sets(one)) for one in less)])
     return table(("", *_uses()), rows)
 
 
@@ -183,7 +183,7 @@ def gated(file: str = "gated.json", layers: str = "attention") -> list[str]:
             rows.append([f"{size} LoRAs, n {len(of)}", label.partition(":")[0], *means])
         ours, theirs = sets["iteris"], sets["chain-of-merges:conditions=0"]
         less = [[ours[k][head] - theirs[k][head] for k in ours] for head in heads]
-        rows.append(["", "the difference", *(lead(stat(one)) for one in less)])
+        rows.append(["", "the difference", *(lead(_over_sets(one)) for one in less)])
     return table(("", "", *heads), rows)
 
 
@@ -226,6 +226,10 @@ def tidy() -> list[str]:
             found = (of[f"{figure} LoRA"], of[f"{figure} tidied"], of["class"], of["others"])
             rows.append([world, name, *(f"{one:.2f}" for one in found)])
     return table(("world", "concept", "LoRA", "tidied", "class", "others"), rows)
+
+
+def _over_sets(values: Sequence[float]) -> dict[str, Any]:
+    return stat({(number, ()): {"": value} for number, value in enumerate(values)})
 
 
 def _under_conditions() -> dict[tuple[int, str], dict[str, Any]]:

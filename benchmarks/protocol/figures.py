@@ -70,7 +70,7 @@ def stat(cells: Cells) -> Figures:
 
 
 def units_of(cells: Cells) -> dict[str, list[float]]:
-    """The means by concept, and by training where there are several."""
+    """The means by concept, and by training where there are three or more."""
     by_concept: dict[str, list[float]] = defaultdict(list)
     by_training: dict[int, list[float]] = defaultdict(list)
     for (training, _), of in cells.items():
@@ -78,7 +78,7 @@ def units_of(cells: Cells) -> dict[str, list[float]]:
         for name, value in of.items():
             by_concept[name].append(value)
     units = {"concepts": by_concept} if "" not in by_concept else {}
-    if len(by_training) > 1 or not units:
+    if len(by_training) > 2 or not units:
         units["trainings"] = by_training
     return {name: [fmean(some) for some in of.values()] for name, of in units.items()}
 
