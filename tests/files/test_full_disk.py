@@ -1,6 +1,5 @@
 """A disk that fills up while a merge is written: with a file size limit, and on a 64 kB disk."""
 
-import re
 import resource
 import subprocess
 import sys
@@ -91,8 +90,6 @@ def test_the_command_keeps_a_merge_that_its_disk_does_not_take(
     out = small_disk / "merged.safetensors"
     said = iteris.refused(*command(world, out, "--dtype=float32"))
     assert files_in(small_disk) == []
-    room = r"its disk has 0\.1 MB free, and the LoRAs take 0\.\d MB"
-    assert re.search(room, said)
     assert f"{out} cannot be written (No space left on device" in said
     kept = Path(said.partition("The merge is not lost: it is in ")[2].partition(". [")[0])
     assert kept.name == out.name

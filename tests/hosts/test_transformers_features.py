@@ -23,6 +23,7 @@ from peft import PeftModel
 
 from iteris_core import Concept, merge_loras
 from iteris_core.hosts.transformers import TransformersHost
+from iteris_core.lora import SiteChanges
 
 
 @pytest.fixture(params=list(MAKERS))
@@ -66,7 +67,8 @@ def test_features_are_those_of_each_lora_generating(make, tmp_path):
     kept = {name: value.clone() for name, value in batch.items()}
     concepts = [Concept(host.read_lora(folder), inputs=[batch]) for folder in folders]
     references = {
-        site: [concept.lora.sites[site] for concept in concepts] for site in concepts[0].lora.sites
+        site: SiteChanges([concept.lora.sites[site] for concept in concepts])
+        for site in concepts[0].lora.sites
     }
     task = Job(host, concepts, references, CALIBRATION, torch.Generator(), lambda *_: None)
     moments = {}
@@ -74,7 +76,7 @@ def test_features_are_those_of_each_lora_generating(make, tmp_path):
     def keep(site, reduction):
         reduction.inputs.complete()
         moments[site] = reduction
-        return Solution(references[site][0])
+        return Solution(references[site].by_concept[0])
 
     fit = RegressionSpec([1.0, 1.0], 1e-6)
     solver = StageSolver(

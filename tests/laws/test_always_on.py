@@ -132,7 +132,9 @@ def test_what_makes_no_sense_is_refused():
         Concept(make_lora(1), always_on="yes")  # pyright: ignore
     with pytest.raises(SettingsError, match="only a concept with a LoRA can be always on"):
         merge_loras(None, [Concept(None, ["a"], always_on="include")], "average")
-    with pytest.raises(ConceptError, match="x: always_on must be one of"):
+    with pytest.raises(
+        ConceptError, match="x: always_on: Input should be 'no', 'include' or 'outside'"
+    ):
         ConceptConfig.from_dict({"file": "a.safetensors", "always_on": "yes"}, "x")
     other = Lora({"elsewhere": make_lora(1).sites["q"]})
     with pytest.raises(MismatchError, match="sites are not in the base"):
