@@ -95,6 +95,8 @@ def kept(file: str) -> list[str]:
         "worst set": lambda of: f"{of['least']:.0%}",
         "concepts that keep less than half": lambda of: f"{of['collapsed']:.0%}",
     }
+    if all(two[0]["sets"] < 3 for two in ours):
+        del each["median set"]
     rows += [[label, *(" / ".join(map(cell, two)) for two in ours)] for label, cell in each.items()]
     rows.append(["sets", *(str(two[0]["sets"]) for two in ours)])
     return table(("likeness / attributes", *(f"{size} LoRAs" for size in sizes)), rows)
