@@ -14,9 +14,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from .draw import SIZE
-from .sources import world
 from .tokenizer import LENGTH
+from .words import SIZE, world
 
 HEADS, HEAD = 5, 64
 WIDTH = HEADS * HEAD  # 320: four times the 64 tokens of a picture and 16 of a caption

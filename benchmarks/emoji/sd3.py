@@ -10,10 +10,9 @@ from diffusers import AutoencoderTiny, SD3Transformer2DModel, StableDiffusion3Pi
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5EncoderModel
 
-from .draw import SIZE
 from .pipeline import CHANNELS, HEAD, TEXT_WIDTH, new_scheduler, new_t5
-from .sources import world
 from .tokenizer import LENGTH
+from .words import SIZE, world
 
 BLOCKS, HEADS, PATCH = 4, 4, 2
 PROJECTED = 64  # of each CLIP; both together are the pooled caption

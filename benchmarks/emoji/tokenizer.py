@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .draw import BACKGROUNDS
-from .sources import world
+from .words import BACKGROUNDS, world
 
 LENGTH = 16
 """Tokens of a caption: two things of three words on a background are 15 with the end."""

@@ -5,8 +5,11 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import emoji
 import minilm
 import styles
 from minilm import words
@@ -51,3 +54,9 @@ def test_halves_of_one_prompt_and_one_lora_are_the_whole_picture():
     assert max(abs(a - b) for a, b in zip(whole.tobytes(), halves.tobytes(), strict=True)) <= 1
     (mixed,) = world.draw_row([half, (None, [wanted.prompt])], [wanted])
     assert mixed.tobytes() != whole.tobytes()
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_emoji_draws_on_both_bases(family):
+    (picture,) = emoji.load_pipeline(family=family)("a dog", num_inference_steps=1).images
+    assert picture.size == (64, 64)
