@@ -104,6 +104,13 @@ class ConceptConfig(Phrased, Config):
     source: str = Field(default="", exclude=True)
     changed: int = Field(default=0, exclude=True)
 
+    @field_validator("strength", "text_strength", "weight", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # which pydantic takes for 0 or 1
+            raise ValueError("must be a number")
+        return value
+
     @field_validator("always_on", mode="before")
     @classmethod
     def _word(cls, value: Any) -> Any:

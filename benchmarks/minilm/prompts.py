@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import zlib
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Literal
 
 import numpy as np
+from protocol.held_out import words_of
 
 from toybox import ToyConcept
 
@@ -54,8 +54,3 @@ def prompts(concept: ToyConcept, kind: Kind, count: int) -> list[Prompt]:
         text = frame(concept.instance_prompt, scene, template)
         found.append(Prompt(text, str(background)))
     return found
-
-
-def words_of(text: str) -> set[str]:
-    """Its words, of compounds each part."""
-    return set(re.findall("[a-z]+", text))

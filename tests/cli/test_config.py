@@ -47,6 +47,12 @@ def test_what_is_wrong_is_said_with_its_place(data, message):
         MergeConfig.from_dict(data, "it")
 
 
+@pytest.mark.parametrize("key", ["strength", "text_strength", "weight"])
+def test_a_strength_is_no_truth_value(key):
+    with pytest.raises(IterisError, match=f"it: {key}: .*must be a number, not True"):
+        ConceptConfig.from_dict({"file": "a.safetensors", key: True}, "it")
+
+
 def test_the_recipe_of_a_merge_from_python_is_its_config(host, tmp_path):
     """The settings that the preset gave stand in it, so that it is the merge without a preset."""
     concepts = [
