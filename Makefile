@@ -61,10 +61,10 @@ bench-quality: .venv
 	$(RUN) benchmarks/unseen.py --world reported --sizes 5,10,2,3,7 --sets 2 --replicates 5 \
 		$(if $(SECONDS),--seconds $(SECONDS))
 
-# METHOD=FOLDER with method.py; at most fifteen minutes, and goes on where it stopped. WORLD=FILE.yaml: on a model of
-# your own.
+# METHOD=FOLDER with method.py; goes on where it stopped. WORLD=FILE.yaml: on a model of your own.
 bench-open: .venv
-	$(RUN) benchmarks/open_bench.py $(METHOD) $(if $(WORLD),--world $(WORLD)) $(if $(SECONDS),--seconds $(SECONDS))
+	$(RUN) benchmarks/unseen.py --world $(or $(WORLD),reported) --own $(METHOD) --sizes 2,5,10 --sets 2 \
+		$(if $(SECONDS),--seconds $(SECONDS))
 
 toybox: .venv
 	$(RUN) -m toybox.train

@@ -22,7 +22,7 @@ import numpy as np
 from outputs import BUILD, write
 from PIL import Image
 from protocol.held_out import merged
-from protocol.plan import Variant, sets_of
+from protocol.plan import Unit, sets_of
 from worlds import HELP, world_of
 
 FOLDER = BUILD / "blind"
@@ -55,7 +55,7 @@ def pairs(world: Any, methods: list[str], size: int, count: int) -> list[tuple[A
     for names in sets_of(world.subjects, size, 0):
         wanted = world.prompted("new words", names, 1)
         columns: list[list[Image.Image]] = []
-        for how in map(Variant.parsed, methods):
+        for how in map(Unit.parsed, methods):
             concepts = world.concepts(names, 0)
             fields = {"settings": how.settings, "calibration": how.calibration}
             columns.append(world.draw(merged(world, concepts, how.method, **fields), wanted))

@@ -21,7 +21,7 @@ import rivals  # noqa: F401 (registers them)
 import styles
 from outputs import read, result_file, rounded, write
 from protocol.held_out import merged as merge
-from protocol.plan import SINGLE, Variant, sets_of
+from protocol.plan import SINGLE, Unit, sets_of
 from protocol.toybox import ToyboxWorld
 from uses import CONDITIONS, FURTHER, Beside, Use
 from worlds import WORLDS
@@ -43,7 +43,7 @@ def merged(
     world: ToyboxWorld, label: str, names: Sequence[str], trained: int
 ) -> tuple[Lora, dict[str, Any]]:
     """The merge, and its ``norm`` and ``seconds``."""
-    concepts, how = world.concepts(names, trained), Variant.parsed(label)
+    concepts, how = world.concepts(names, trained), Unit.parsed(label)
     calibration = {"seed": trained, **how.calibration}
     began = time.process_time()
     lora = merge(world, concepts, how.method, settings=how.settings, calibration=calibration)

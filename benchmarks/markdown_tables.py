@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from functools import cache
 from typing import Any
 
-from outputs import RESULTS
-from protocol.plan import Variant
+from outputs import RESULTS, rounded
+from protocol.figures import results
+from protocol.runs import Entry, stored
 
 
 def load(name: str) -> dict[str, Any]:
@@ -17,17 +18,20 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-def runs_of(name: str, label: str, size: int, folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """The kept runs of a method with its settings on sets of a size."""
-    variant = Variant.parsed(label)
-    wanted = [variant.method, dict(variant.settings), dict(variant.calibration)]
-    runs: list[dict[str, Any]] = []
-    for line in (folder / name).read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        method, names, _, settings, _, calibration = json.loads(entry["key"])
-        if [method, settings, calibration] == wanted and len(names) == size:
-            runs.append(entry)
-    return runs
+def runs(name: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The runs of such a file by their keys' parts."""
+    return {tuple(json.loads(key)): of for key, of in load(name)["runs"].items()}
+
+
+def merges(name: str) -> dict[str, Entry]:
+    return stored(RESULTS / f"{name}_runs.jsonl")
+
+
+@cache
+def figures(name: str) -> Mapping[str, Any]:
+    """Figures by number of LoRAs of what :mod:`unseen` or :mod:`two_in_one` kept."""
+    alone = stored(RESULTS / f"{name.removesuffix('_lead')}_alone.jsonl")
+    return rounded(results(alone, merges(name)))
 
 
 def table(

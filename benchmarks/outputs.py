@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,18 @@ def write(path: Path, data: Any) -> None:
 def add(path: Path, name: str, found: Any) -> None:
     """Add ``found`` to the file, keeping entries with other names."""
     write(path, {**read(path), name: found})
+
+
+def once(path: Path, key: str, until: float, measure: Callable[[], Any]) -> None:
+    """Keep what ``measure`` finds among the runs of a JSON file, unless it is there. Once
+    :func:`time.monotonic` is ``until``, end the program instead."""
+    if key in read(path).get("runs", {}):
+        return
+    if time.monotonic() > until:
+        raise SystemExit("stopped by --seconds; the next run goes on")
+    found = rounded(measure())
+    write(path, {**read(path), "runs": {**read(path).get("runs", {}), key: found}})
+    print(key, found, flush=True)
 
 
 def rounded(found: Any) -> Any:

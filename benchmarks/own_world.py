@@ -102,13 +102,9 @@ class OwnWorld:
         self.subjects = tuple(self._known)
         if len(self.subjects) < max(2, len(data["concepts"])):
             raise MergeFileError(f"{path}: concepts must be two or more, each of another trigger.")
-        self.sizes = tuple(range(2, len(self.subjects) + 1))
         self.trained = min(len(of.trainings) for of in self._known.values())
         configs = [config for of in self._known.values() for config in of.trainings]
         check_concepts(configs)
-        # Not the base: a digest of its weights would take minutes.
-        files = [file for of in (*configs, *self._known.values()) for file in of.files]
-        self.roots = (path, *files)
         self._set_prompts(path, data)
         given = check_settings(Drawing, data.get("drawing") or {}, f"{path}: drawing")
         self._drawing = Drawing(**given)

@@ -1,22 +1,22 @@
-"""Every table of the pages by its name, from ``results/`` (see :mod:`tables`)."""
+"""Tables of merges on new words and under conditions of use, from ``results/`` (see
+:mod:`tables`)."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
-from markdown_tables import half_width, lead, load, runs_of, share, shown, table
+from markdown_tables import figures, half_width, lead, load, merges, runs, share, shown, table
 from protocol.figures import stat
-from protocol.plan import SINGLE
+from protocol.plan import SINGLE, Unit
 
-Columns = Sequence[tuple[str, str]]
-NAMES = {"single": "each LoRA alone"}
-COLUMNS: Columns = (
+NAMES = {SINGLE: "each LoRA alone"}
+COLUMNS: Sequence[tuple[str, str]] = (
     ("seen", "likeness"),
     ("seen", "judge"),
-    *((kind, name) for kind in ("pair", "halves", "three") for name in ("right", "complete")),
+    *((kind, name) for kind in ("pair", "halves") for name in ("right", "complete")),
     *(("styled", name) for name in ("judge", "style", "both")),
     ("subject", "judge"),
     ("style", "style"),
@@ -44,10 +44,9 @@ def unseen(data: Mapping[str, Any], size: str) -> list[str]:
     rows: list[list[str]] = []
     for label, kinds in found["rows"].items():
         ahead = found["against"].get(label, {})
-        cells = [_with_lead(kinds, ahead, kind, name) for kind, name in columns]
         sets = max(figure["sets"] for of in kinds.values() for figure in of.values())
         name = f"**{label}**" if label == data["default"] else NAMES.get(label, label)
-        rows.append([name, str(sets), *cells])
+        rows.append([name, str(sets), *(_with_lead(kinds, ahead, *column) for column in columns)])
     head = (f"{size} LoRAs", "sets", *(f"{kind}: {name}" for kind, name in columns))
     return table(head, rows)
 
@@ -56,15 +55,14 @@ def _with_lead(kinds: Mapping[str, Any], ahead: Mapping[str, Any], kind: str, na
     figure, ours = kinds.get(kind, {}).get(name), ahead.get(kind, {}).get(name)
     if figure is None or ours is None:
         return "" if figure is None else shown(figure["mean"])
-    text = f"({lead(ours)})"
-    apart = ours["verdict"] in ("first", "behind")
-    return f"{shown(figure['mean'])} **{text}**" if apart else f"{shown(figure['mean'])} {text}"
+    bold = "**" if ours["verdict"] in ("first", "behind") else ""
+    return f"{shown(figure['mean'])} {bold}({lead(ours)}){bold}"
 
 
 FRONT = {
     "iteris": "**IterIS**",
     "chain-of-merges:conditions=0": "Chain of Merges",
-    "regmean++:contexts=0:generic=0:conditions=0": "RegMean++",
+    "regmean++:conditions=0:contexts=0:generic=0": "RegMean++",
     "average": "average",
 }
 TOGETHER = ("sum", "task-arithmetic:scale=0.7", "task-arithmetic:scale=0.4")
@@ -72,23 +70,25 @@ TOGETHER = ("sum", "task-arithmetic:scale=0.7", "task-arithmetic:scale=0.4")
 KEPT = ("likeness kept", "judge kept")
 
 
-def front() -> list[str]:
-    """The README's: shares kept of likeness and attributes on new words."""
-    return kept("unseen_reported.json")
-
-
-def kept(file: str) -> list[str]:
+def kept(name: str) -> list[str]:
     """A column for each number of LoRAs: likeness and attributes kept by method; of ours the
     interval, the median set, the worst one, and the share of concepts that keep less than half."""
-    sizes = {size: of["rows"] for size, of in sorted(load(file)["sizes"].items(), key=_number)}
+    sizes = {size: of["rows"] for size, of in figures(name)["sizes"].items()}
     ours = [[of["iteris"]["new words"][name] for name in KEPT] for of in sizes.values()]
     rows = [
-        [label, *(_shares(of.get(name), "mean") for of in sizes.values())]
+        [label, *(_shares(of.get(name)) for of in sizes.values())]
         for name, label in FRONT.items()
         if any(name in of for of in sizes.values())
     ]
-    best = [together(of) for of in sizes.values()]
-    rows.append(["all at once, best of three strengths", *(_shares(of, "mean") for of in best)])
+    best = (
+        max(
+            (of[name] for name in TOGETHER if name in of),
+            key=lambda row: row["new words"]["likeness"]["mean"],
+            default=None,
+        )
+        for of in sizes.values()
+    )
+    rows.append(["all at once, best of three strengths", *map(_shares, best)])
     each = {
         "IterIS, 95 % interval": lambda of: f"± {100 * half_width(of):.0f}",
         "median set": lambda of: f"{of['median']:.0%}",
@@ -102,10 +102,14 @@ def kept(file: str) -> list[str]:
     return table(("likeness / attributes", *(f"{size} LoRAs" for size in sizes)), rows)
 
 
+def _shares(row: Mapping[str, Any] | None) -> str:
+    return " / ".join(f"{row['new words'][name]['mean']:.0%}" for name in KEPT) if row else ""
+
+
 LEAD = {
     "iteris": "**IterIS**",
     "iteris:repair=false": "IterIS without repair",
-    "iteris:weighting=none:saliency=0:bound=0:conditions=0": "Chain of Merges with repair",
+    "iteris:bound=0:saliency=0:weighting=none:conditions=0": "Chain of Merges with repair",
     "iteris:rank=8:share_ranks=true": "IterIS in the size of one LoRA",
     "chain-of-merges:conditions=0": "Chain of Merges",
 }
@@ -113,110 +117,131 @@ LEAD = {
 
 def carries_the_lead() -> list[str]:
     """Size of the file, and shares of likeness and attributes kept on new words."""
-    sizes = load("unseen_reported_lead.json")["sizes"]
+    name = "unseen_reported_lead"
+    sizes, units = figures(name)["sizes"], [(Unit.of(k), of) for k, of in merges(name).items()]
     rows: list[list[str]] = []
-    for name, label in LEAD.items():
+    for method, label in LEAD.items():
         cells: list[str] = []
         for size, of in sizes.items():
-            runs = runs_of("unseen_reported_lead_runs.jsonl", name, int(size))
-            cells.append(f"{fmean(run['bytes'] for run in runs) / 1e6:.2f}")
-            cells.append(_shares(of["rows"].get(name), "mean"))
+            own = [run["bytes"] for unit, run in units
+                   if (unit.label, len(unit.names)) == (method, int(size))]  # fmt: skip
+            cells += [f"{fmean(own) / 1e6:.2f}", _shares(of["rows"].get(method))]
         rows.append([label, *cells])
     heads = (cell for size in sizes for cell in (f"{size} LoRAs: MB", "likeness / attributes"))
     return table(("kept", *heads), rows)
 
 
-def together(rows: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """All LoRAs loaded at once, at the strength with the most likeness."""
-    some = [rows[name] for name in TOGETHER if name in rows]
-    return max(some, key=lambda of: of["new words"]["likeness"]["mean"], default=None)
+Sets = dict[tuple[int, str], dict[tuple[Any, ...], dict[str, Any]]]
+"""Size and method → set → figures by use"""
+Cell = Callable[[list[Any]], str]
 
 
-def _number(item: tuple[str, Any]) -> int:
-    return int(item[0])
+def _by_method(file: str, kind: str) -> Sets:
+    """Of runs whose keys have a kind, a method and the names of a set."""
+    found: Sets = {}
+    for (of_kind, label, *names), of in runs(file).items():
+        if of_kind == kind:
+            found.setdefault((len(names), label), {})[tuple(names)] = of
+    return dict(sorted(found.items(), key=lambda one: one[0][0]))
 
 
-def _shares(row: Mapping[str, Any] | None, of: str) -> str:
-    return " / ".join(f"{row['new words'][name][of]:.0%}" for name in KEPT) if row else ""
+def _means(found: Sets, heads: Sequence[str], cell: Cell, noun: str = "LoRAs") -> list[list[str]]:
+    """A row for each size and method: ``cell`` of what the sets have under each head."""
+    return [
+        [
+            f"{size} {noun}, n {len(sets)}",
+            NAMES.get(label, label.removesuffix(":conditions=0").replace(":", " ")),
+        ]
+        + [cell([of[head] for of in sets.values() if head in of]) for head in heads]
+        for (size, label), sets in found.items()
+    ]
+
+
+def _difference(
+    found: Sets, size: int, heads: Sequence[str], figure: Callable[[Any], float]
+) -> tuple[int, list[str]]:
+    """How many sets IterIS and Chain of Merges share, and the difference, paired by set."""
+    ours, theirs = found[size, "iteris"], found[size, "chain-of-merges:conditions=0"]
+    both = [key for key in ours if key in theirs]
+    less = [[figure(ours[key][h]) - figure(theirs[key][h]) for key in both] for h in heads]
+    cells = [{(number, ()): {"": one} for number, one in enumerate(of)} for of in less]
+    return len(both), [lead(stat(of)) for of in cells] if both else []
 
 
 def conditions(*, further: bool = False) -> list[str]:
     """Attributes and backgrounds under conditions of use, means over sets and trainings: strengths
     and LoRAs beside, or the ``further`` ones."""
-    rows: list[list[str]] = []
-    for (size, label), sets in sorted(_under_conditions().items(), key=lambda item: item[0][0]):
-        heads = _uses(further=further)
-        some = [of for of in sets.values() if heads[-1] in of]
-        if not some:
-            continue
-        name = NAMES.get(label, label.removesuffix(":conditions=0").replace(":", " "))
-        norms = [of["norm"] for of in some if "norm" in of]
-        norm = [] if further else [f"{fmean(norms):.1f}" if norms else ""]
-        cells = [_cell([of[head] for of in some if head in of]) for head in heads]
-        rows.append([f"{size} LoRAs, n {len(some)}", name, *norm, *cells])
-    return table(("", "", *([] if further else ["norm"]), *_uses(further=further)), rows)
+    found, uses = _under_conditions(), _uses(further=further)
+    some = {key: {k: of for k, of in sets.items() if uses[-1] in of} for key, sets in found.items()}
+    heads = [*([] if further else ["norm"]), *uses]
+    rows = _means({key: sets for key, sets in some.items() if sets}, heads, _judged)
+    return table(("", "", *heads), rows)
+
+
+def _judged(sets: list[Any]) -> str:
+    """Shares of attributes and backgrounds, or a norm."""
+    if not sets or isinstance(sets[0], float):
+        return f"{fmean(sets):.1f}" if sets else ""
+    return " / ".join(f"{fmean(of[name] for of in sets):.2f}" for name in ("judge", "scene"))
 
 
 def conditions_lead() -> list[str]:
     """Attributes of IterIS less those of Chain of Merges, paired by set and training."""
     found, rows = _under_conditions(), list[list[str]]()
     for size in sorted({size for size, _ in found}):
-        ours, theirs = found[size, "iteris"], found[size, "chain-of-merges:conditions=0"]
-        both = [key for key in ours if key in theirs]
-        if len(both) > 2:
-            less = [[ours[k][h]["judge"] - theirs[k][h]["judge"] for k in both] for h in _uses()]
-            rows.append([f"{size} LoRAs, n {len(both)}", *(lead(_over_sets(one)) for one in less)])
+        count, cells = _difference(found, size, _uses(), lambda of: of["judge"])
+        if count > 2:
+            rows.append([f"{size} LoRAs, n {count}", *cells])
     return table(("", *_uses()), rows)
 
 
-def gated(file: str = "gated.json", layers: str = "attention") -> list[str]:
+def _under_conditions() -> Sets:
+    """By set and training; each LoRA alone first."""
+    every, found = runs("conditions_reported.json"), Sets()
+    for (label, trained, rest, *names), of in every.items():
+        if label == "iteris":
+            alone = [every[SINGLE, trained, rest, name] for name in names]
+            mean = {
+                use: {name: fmean(one[use][name] for one in alone) for name in alone[0][use]}
+                for use in alone[0]
+                if use in of
+            }
+            found.setdefault((len(names), SINGLE), {})[(trained, *names)] = mean
+        if label != SINGLE:
+            found.setdefault((len(names), label), {})[(trained, *names)] = of
+    return dict(sorted(found.items(), key=lambda one: one[0][0]))
+
+
+def _uses(*, further: bool = False) -> list[str]:
+    """The conditions of use that all sets have, or the ``further`` ones."""
+    every = runs("conditions_reported.json").values()
+    heads = dict.fromkeys(use for of in every for use in of if use not in ("norm", "seconds"))
+    return [head for head in heads if further == any(head not in of for of in every)]
+
+
+def gated(layers: str) -> list[str]:
     """The denoiser's error on new prompts of LoRAs cut to their attention ``layers``, or of all,
     means over sets; and IterIS less Chain of Merges, paired by set."""
-    runs = {tuple(json.loads(k)): of for k, of in load(file)["runs"].items()}
-    found: dict[int, dict[str, dict[tuple[str, ...], dict[str, float]]]] = {}
-    for (of_these, label, *names), of in runs.items():
-        if of_these == layers:
-            found.setdefault(len(names), {}).setdefault(label, {})[tuple(names)] = of
-    heads = [head for head in next(iter(runs.values())) if head != "seconds"]
-    rows: list[list[str]] = []
-    for size, sets in sorted(found.items()):
-        for label, of in sorted(sets.items()):
-            means = [f"{fmean(one[head] for one in of.values()):.3f}" for head in heads]
-            rows.append([f"{size} LoRAs, n {len(of)}", label.partition(":")[0], *means])
-        ours, theirs = sets["iteris"], sets["chain-of-merges:conditions=0"]
-        less = [[ours[k][head] - theirs[k][head] for k in ours] for head in heads]
-        rows.append(["", "the difference", *(lead(_over_sets(one)) for one in less)])
+    found, rows = _by_method("gated.json", layers), list[list[str]]()
+    heads = [head for head in next(iter(runs("gated.json").values())) if head != "seconds"]
+    for size in dict.fromkeys(size for size, _ in found):
+        of_size = {key: of for key, of in found.items() if key[0] == size}
+        rows += _means(of_size, heads, lambda sets: f"{fmean(sets):.3f}")
+        rows.append(["", "the difference", *_difference(found, size, heads, float)[1]])
     return table(("", "", *heads), rows)
 
 
-def wordless() -> list[str]:
-    """Of pictures with a subject's trigger and without one: the share in the look, and of the
-    subject's attributes."""
-    return _by_subjects("wordless_reported.json", ("style", "judge", "no trigger"))
+def beside_subjects(file: str, kind: str, names: Sequence[str]) -> list[str]:
+    """Figures of a LoRA without words beside subjects, in each use; means over sets. Of a look the
+    share of pictures that have it, of a slider the size of what is drawn; then the share of the
+    subject's attributes, and the first without a trigger."""
+    found = _by_method(file, kind)
+    heads = [use for use in next(iter(next(iter(found.values())).values())) if use != "norm"]
 
+    def cell(sets: list[Any]) -> str:
+        return " / ".join(f"{fmean(of[name] for of in sets):.2f}" for name in names)
 
-def slider() -> list[str]:
-    """At a slider's strengths: the size of what is drawn, the share of the subject's attributes,
-    and the size without a trigger."""
-    return _by_subjects("slider_toybox.json", ("size", "judge", "no trigger"))
-
-
-def _by_subjects(file: str, figures: Sequence[str]) -> list[str]:
-    """Figures of a LoRA without words beside subjects, in each use; means over sets."""
-    runs = {tuple(json.loads(k)): of for k, of in load(file)["runs"].items()}
-    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for (_, label, *names), of in runs.items():
-        found.setdefault((len(names), label), []).append(of)
-    uses = [use for use in next(iter(runs.values())) if use != "norm"]
-    rows = [
-        [f"{size} subjects, n {len(sets)}", label]
-        + [
-            " / ".join(f"{fmean(of[use][name] for of in sets):.2f}" for name in figures)
-            for use in uses
-        ]
-        for (size, label), sets in sorted(found.items(), key=lambda item: item[0][0])
-    ]
-    return table(("", "", *uses), rows)
+    return table(("", "", *heads), _means(found, heads, cell, "subjects"))
 
 
 def tidy() -> list[str]:
@@ -230,46 +255,10 @@ def tidy() -> list[str]:
     return table(("world", "concept", "LoRA", "tidied", "class", "others"), rows)
 
 
-def _over_sets(values: Sequence[float]) -> dict[str, Any]:
-    return stat({(number, ()): {"": value} for number, value in enumerate(values)})
-
-
-def _under_conditions() -> dict[tuple[int, str], dict[str, Any]]:
-    """Size and method → set and training → figures; each LoRA alone first."""
-    runs = {tuple(json.loads(k)): of for k, of in load("conditions_reported.json")["runs"].items()}
-    found: dict[tuple[int, str], dict[str, Any]] = {}
-    for (label, trained, rest, *names), of in runs.items():
-        if label == SINGLE:
-            continue
-        key = json.dumps([trained, *names])
-        if label == "iteris":
-            alone = [runs[SINGLE, trained, rest, name] for name in names]
-            mean = {use: _mean([one[use] for one in alone]) for use in alone[0] if use in of}
-            found.setdefault((len(names), SINGLE), {})[key] = mean
-        found.setdefault((len(names), label), {})[key] = of
-    return found
-
-
-def _uses(*, further: bool = False) -> list[str]:
-    """The conditions of use that all sets have, or the ``further`` ones."""
-    runs = load("conditions_reported.json")["runs"].values()
-    heads = dict.fromkeys(use for of in runs for use in of if use not in ("norm", "seconds"))
-    return [head for head in heads if further == any(head not in of for of in runs)]
-
-
-def _mean(pictures: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: fmean(of[name] for of in pictures) for name in pictures[0]}
-
-
-def _cell(sets: Sequence[Mapping[str, float]]) -> str:
-    mean = _mean(sets) if sets else {}
-    return " / ".join(f"{mean[name]:.2f}" for name in ("judge", "scene") if mean)
-
-
 def speed_lora() -> list[str]:
     """Shares kept by four-step images on new words."""
-    sizes, figures = load("speed_lora.json")["sizes"], ("likeness kept", "judge kept")
-    columns = [(size, name) for size in sorted(sizes, key=int) for name in figures]
+    sizes = load("speed_lora.json")["sizes"]
+    columns = [(size, name) for size in sorted(sizes, key=int) for name in KEPT]
     rows = [
         [label, *(share(sizes[s]["rows"][label]["new words"][name]) for s, name in columns)]
         for label in next(iter(sizes.values()))["rows"]
@@ -285,7 +274,6 @@ METHODS = {
     "dare": "DARE (0.4)",
     "regmean": "RegMean (0.9)",
     "ssr": "SSR",
-    "iteris-paper": "Algorithm 1 as in the paper",
     "iteris": "**IterIS**, defaults",
     "iteris-shrink": "IterIS, `shrink=0.5`",
 }
@@ -293,50 +281,45 @@ METHODS = {
 
 def emotions() -> list[str]:
     """The best sum first."""
-    data = load("language.json")
-    tasks = ("Emoint", "EC", "TEC", "ISEAR")
+    data, tasks = load("language.json"), ("Emoint", "EC", "TEC", "ISEAR")
+    errors = data["standard_error"]
     rows = [
-        [
-            METHODS[name],
-            *(data["tasks"][name][task] for task in tasks),
-            {"mean": data["sum"][name], "se": data["standard_error"].get(name)},
-        ]
-        for name in sorted(data["sum"], key=lambda name: -data["sum"][name])
-    ]
+        [METHODS[name], *(data["tasks"][name][task] for task in tasks),
+         {"mean": mean, "se": errors.get(name)}]
+        for name, mean in sorted(data["sum"].items(), key=lambda one: -one[1])
+    ]  # fmt: skip
     return table(("method", *tasks, "sum"), rows)
 
 
 UNSEEN: Mapping[str, tuple[str, Sequence[str]]] = {
-    "reported": ("unseen_reported.json", ("2", "3", "5", "7", "10")),
-    "framed": ("unseen_framed.json", ("5",)),
-    "minilm": ("unseen_minilm.json", ("2", "3", "5", "8")),
-    "styles": ("unseen_styles.json", ("2",)),
-    "rows": ("two_in_one.json", ("2",)),
+    "reported": ("unseen_reported", ("2", "3", "5", "7", "10")),
+    "framed": ("unseen_framed", ("5",)),
+    "minilm": ("unseen_minilm", ("2", "3", "5", "8")),
+    "styles": ("unseen_styles", ("2",)),
+    "rows": ("two_in_one", ("2",)),
 }
-"""Table name → file, and the numbers of LoRAs, with one table each."""
+"""Table name → runs, and the numbers of LoRAs, with one table each."""
 
-
-def _unseen(name: str, size: str) -> tuple[str, Callable[[], list[str]]]:
-    file, sizes = UNSEEN[name]
-    return (
-        f"unseen {name} {size}" if len(sizes) > 1 else f"unseen {name}",
-        lambda: unseen(load(file), size),
-    )
-
-
+SUBJECTS = ("judge", "no trigger")
 TABLES: dict[str, Callable[[], list[str]]] = {
-    "front": front,
-    "front minilm": lambda: kept("unseen_minilm.json"),
+    "front": partial(kept, "unseen_reported"),
+    "front minilm": partial(kept, "unseen_minilm"),
     "lead": carries_the_lead,
     "conditions": conditions,
-    "conditions further": lambda: conditions(further=True),
+    "conditions further": partial(conditions, further=True),
     "conditions lead": conditions_lead,
-    "gated": gated,
-    "gated all": lambda: gated(layers="all"),
-    "wordless": wordless,
-    "slider": slider,
+    "gated": partial(gated, "attention"),
+    "gated all": partial(gated, "all"),
+    "wordless": partial(beside_subjects, "wordless_reported.json", "frame", ("style", *SUBJECTS)),
+    "slider": partial(beside_subjects, "slider_toybox.json", "size", ("size", *SUBJECTS)),
     "tidy": tidy,
     "speed LoRA": speed_lora,
     "emotions": emotions,
-    **dict(_unseen(name, size) for name, (_, sizes) in UNSEEN.items() for size in sizes),
+    **{
+        f"unseen {name} {size}" if len(sizes) > 1 else f"unseen {name}": (
+            lambda runs=runs, size=size: unseen(figures(runs), size)
+        )
+        for name, (runs, sizes) in UNSEEN.items()
+        for size in sizes
+    },
 }

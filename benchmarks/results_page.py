@@ -7,30 +7,33 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from markdown_tables import lead, load, short, table
+from markdown_tables import figures, half_width, lead, load, short, table
 from outputs import ROOT
 from page_tables import FRONT
-from result_plot import Plot, Series
 
 PAGE = ROOT / "docs" / "results.md"
 PLOT = ROOT / "docs" / "images" / "results-kept.svg"
-FILE = "unseen_reported.json"
+RUNS = "unseen_reported"
 NEW = "new words"
 MEASURES = {"likeness": "likeness", "judge": "attributes"}
 NAMES = {**{name: label.strip("*") for name, label in FRONT.items()}, "sum": "all loaded at once"}
 OTHERS = {"regmean++": "RegMean++", "task-arithmetic": "all at once, weaker"}
 REGIMES = (
-    ("{} LoRAs", FILE),
-    ("{} LoRAs, pretrained text encoder", "unseen_minilm.json"),
-    ("{} LoRAs, the sentence held out too", "unseen_framed.json"),
+    ("{} LoRAs", RUNS),
+    ("{} LoRAs, pretrained text encoder", "unseen_minilm"),
+    ("{} LoRAs, the sentence held out too", "unseen_framed"),
 )
-"""What a row is called, and the file that it is of"""
+"""What a row is called, and the runs that it is of"""
 
 REFERENCES = ("single", "base", "composite")
 """What is no merge."""
+
+COLORS = ("#c2410c", "#7c3aed", "#1d4ed8", "#737373", "#171717")
 
 COLUMNS = {
     ("seen", "likeness"): "likeness on calibration prompts",
@@ -84,44 +87,72 @@ def page() -> str:
     return head + "\n".join(verdicts()) + "\n" + _TAIL
 
 
-def plot() -> Plot:
-    sizes = load(FILE)["sizes"]
-    order = sorted(sizes, key=int)
-    series: list[Series] = []
-    for name, label in NAMES.items():
-        kept = [sizes[size]["rows"][name][NEW]["likeness kept"] for size in order]
-        points = [
-            (int(size), of["mean"], *(of["interval"] or [of["mean"]] * 2))
-            for size, of in zip(order, kept, strict=True)
-        ]
-        series.append((label, points))
-    counts = {size: sizes[size]["rows"]["iteris"][NEW]["likeness"]["sets"] for size in order}
-    ticks = [(int(size), f"{size}\n({counts[size]} sets)") for size in order]
-    return Plot(series, ticks, ("LoRAs merged", "likeness kept"), floor=-0.2)
+def kept() -> dict[str, dict[int, Mapping[str, Any]]]:
+    """Method → number of LoRAs → likeness kept, with its interval."""
+    sizes = figures(RUNS)["sizes"]
+    return {
+        label: {int(n): of["rows"][name][NEW]["likeness kept"] for n, of in sizes.items()}
+        for name, label in NAMES.items()
+    }
 
 
 def _summary() -> str:
-    sizes = load(FILE)["sizes"]
-    most = max(sizes, key=int)
-    shown = [(NAMES[name], sizes[most]["rows"][name][NEW]["likeness kept"]) for name in NAMES]
-    return f"with {most}, " + ", ".join(f"{label} {of['mean']:.0%}" for label, of in shown)
+    most = max(next(iter(kept().values())))
+    return f"with {most}, " + ", ".join(f"{n} {of[most]['mean']:.0%}" for n, of in kept().items())
+
+
+def digest() -> str:
+    """Of the plot's figures; the plot's metadata have it, so that none is drawn to compare."""
+    return hashlib.sha256(json.dumps(kept(), sort_keys=True).encode()).hexdigest()
+
+
+def save_plot() -> None:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": PLOT.name}):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for number, (label, points) in enumerate(kept().items()):
+            axes.errorbar(
+                [size + 0.07 * (number - 2) for size in points],
+                [of["mean"] for of in points.values()],
+                yerr=[half_width(of) or 0.0 for of in points.values()],
+                label=label,
+                color=COLORS[number],
+                marker="o",
+                markersize=4,
+                linewidth=1.4 if number else 2.4,
+                elinewidth=0.9,
+                capsize=2,
+            )
+        ours = next(iter(kept().values()))
+        axes.set_xticks(list(ours), [f"{size}\n({of['sets']} sets)" for size, of in ours.items()])
+        axes.set_ylim(-0.2, 1.1)
+        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.axhline(0, color="black", linewidth=0.6)
+        axes.axhline(1, color="black", linewidth=0.6, linestyle=":")
+        axes.set(xlabel="LoRAs merged", ylabel="likeness kept")
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+        description = f"sha256 of the figures: {digest()}"
+        figure.savefig(PLOT, metadata={"Date": None, "Description": description})
 
 
 def verdicts() -> list[str]:
     """A row for each number of LoRAs and each regime: the best rival and the differences."""
     rows: list[list[str]] = []
-    for label, file in REGIMES:
-        data = load(file)
-        for size in sorted(data["sizes"], key=int):
-            rows.append(_verdict(label.format(size), data["sizes"][size]))
-    for file, kind, name, label in (
-        ("unseen_styles.json", "styled", "judge", "a subject in a style: the subject"),
-        ("unseen_styles.json", "styled", "style", "a subject in a style: the style"),
-        ("unseen_styles.json", "subject", "judge", "a subject without the style"),
-        ("two_in_one.json", "pair", "right", "two in one picture"),
-        ("two_in_one.json", "halves", "right", "two in one picture, a prompt for each"),
+    for label, runs in REGIMES:
+        for size, of in figures(runs)["sizes"].items():
+            rows.append(_verdict(label.format(size), of))
+    for runs, kind, name, label in (
+        ("unseen_styles", "styled", "judge", "a subject in a style: the subject"),
+        ("unseen_styles", "styled", "style", "a subject in a style: the style"),
+        ("unseen_styles", "subject", "judge", "a subject without the style"),
+        ("two_in_one", "pair", "right", "two in one picture"),
+        ("two_in_one", "halves", "right", "two in one picture, a prompt for each"),
     ):
-        rows.append(_single(label, load(file)["sizes"]["2"], kind, name))
+        rows.append(_single(label, figures(runs)["sizes"]["2"], kind, name))
     return table(("", "best rival", *MEASURES.values(), "units"), rows, labels=2)
 
 
@@ -160,10 +191,10 @@ def difference(of: Mapping[str, Any]) -> str:
 
 def behind() -> Iterator[str]:
     """A line for each column in which the interval says so, with the rivals and their numbers."""
-    sizes = load(FILE)["sizes"]
+    sizes = figures(RUNS)["sizes"]
     for (kind, name), label in COLUMNS.items():
         found: dict[str, list[str]] = {}
-        for size in sorted(sizes, key=int):
+        for size in sizes:
             for rival, kinds in sizes[size]["against"].items():
                 of = kinds.get(kind, {}).get(name)
                 if rival not in REFERENCES and of and of["verdict"] == "behind":
@@ -188,16 +219,14 @@ def behind() -> Iterator[str]:
 def stale(*, write: bool) -> list[str]:
     """What is not as the figures say."""
     old: list[str] = []
-    for path, drawn in ((PLOT, plot()),):
-        if not drawn.is_at(path):
-            old.append(path.name)
-            if write:
-                drawn.save(path)
-    text = page()
-    if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+    if not PLOT.is_file() or digest() not in PLOT.read_text(encoding="utf-8"):
+        old.append(PLOT.name)
+        if write:
+            save_plot()
+    if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page():
         old.append(PAGE.name)
         if write:
-            PAGE.write_text(text, encoding="utf-8")
+            PAGE.write_text(page(), encoding="utf-8")
     return old
 
 

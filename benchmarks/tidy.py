@@ -10,46 +10,22 @@ outputs: 0 for the base, 1 for the LoRA. Writes ``results/tidy_WORLD.json``.
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import time
-from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
-import torch
-from outputs import read, result_file, rounded, write
+from outputs import once, result_file
 from protocol import emoji, toybox
 from protocol.emoji import EmojiWorld
 from protocol.held_out import merged
+from protocol.new_rows import NewRows, relative
 from worlds import WORLDS
 
-from iteris_core import Calibration, Concept, Lora, LowRank
-from iteris_core.activations.lockstep import Lockstep
-from iteris_core.passes.changes import added, changes_of
+from iteris_core import Concept, Lora
 
-_SEED, _BATCH = 99, 16
-
-
-def outputs(
-    world: Any, lora: Lora, prompts: Sequence[str], changes: Sequence[Mapping[str, LowRank]]
-) -> list[torch.Tensor]:
-    """The denoiser's outputs with each of ``changes``, on latents denoised under ``lora``."""
-    concept = Concept(lora, prompts)
-    calibration = Calibration(
-        samples=12, timesteps=3, seed=_SEED, contexts=0.0, conditions=0.0, empty_share=0.0
-    )
-    host, generator = world.host, torch.Generator().manual_seed(_SEED)
-    with torch.no_grad(), Lockstep(host.sites(), changes_of([concept])) as lockstep:
-        samples: Any = host.samples(
-            [concept], lora.sites.keys(), calibration, lockstep, generator, lambda *_: None
-        )
-    rows = range(len(samples.text.owners))
-    parts = [list(rows[start : start + _BATCH]) for start in range(0, len(rows), _BATCH)]
-    found: list[torch.Tensor] = []
-    for some in changes:
-        with torch.no_grad(), added(host, some):
-            found.append(torch.cat([host.forward(samples, part) for part in parts]).double())
-    return found
+_SEED = 99
 
 
 def measure(world: Any, name: str) -> dict[str, float]:
@@ -69,8 +45,11 @@ def measure(world: Any, name: str) -> dict[str, float]:
             found[f"{figure} {label}"] = fmean(p[figure] for p in read_as)
     for label, words in (("class", [own]), ("others", others)):
         prompts = [f"a {word} on a {background} background" for word in words for background in new]
-        base, before, after = outputs(world, lora, prompts, ({}, lora.sites, tidied.sites))
-        found[label] = float((after - base).norm() / (before - base).norm())
+        rows = NewRows(world.host, [Concept(lora, prompts)], _SEED, samples=12)
+        base, before, after = (
+            rows.outputs(changes, rows.of[0]) for changes in ({}, lora.sites, tidied.sites)
+        )
+        found[label] = relative(after, base, before)
     return found
 
 
@@ -82,11 +61,7 @@ def main() -> None:
     world: Any = WORLDS[given.world]()
     path = result_file(f"tidy_{given.world}.json")
     for name in world.subjects[: given.count]:
-        if name in read(path).get("runs", {}):
-            continue
-        found = rounded(measure(world, name))
-        write(path, {"runs": {**read(path).get("runs", {}), name: found}})
-        print(json.dumps({name: found}), flush=True)
+        once(path, name, math.inf, partial(measure, world, name))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Merges on prompts that no calibration row had: ``python benchmarks/unseen.py --world toybox``.
 
-Writes ``benchmarks/results/unseen_WORLD.json`` and prints its tables: for each number of concepts
-the means over sets, and the first method's difference to each other one, paired by set, with its
-95 % interval and ``first``, ``level``, ``behind`` or ``unknown``. What is measured is kept line by
-line beside it, so that a run that was stopped goes on; ``--tag NAME`` keeps the merges of another
-state of the code apart, while the LoRAs alone and the base are shared. What is measured on a world
-of a YAML file, your own checkpoint and LoRAs, is written into ``build/quick``, with a page of it.
+Keeps what is measured line by line in ``benchmarks/results/unseen_WORLD_runs.jsonl`` (and
+``…_alone.jsonl``), so that a run that was stopped goes on, and prints its tables: for each number
+of concepts the means over sets, and the first method's difference to each other one, paired by set,
+with its 95 % interval and ``first``, ``level``, ``behind`` or ``unknown``.
+``build/standings_WORLD.html`` has them as a page. ``--tag NAME`` keeps the merges of another state
+of the code apart, while the LoRAs alone and the base are shared. What is measured on a world of a
+YAML file, your own checkpoint and LoRAs, or by your own method, is written into ``build/quick``.
 
 A method is ``NAME[:FIELD=VALUE]…`` with fields of its settings or of the calibration: ``iteris``,
 ``iteris:ridge=1e-4``, ``iteris:samples=20``.
@@ -14,17 +15,17 @@ A method is ``NAME[:FIELD=VALUE]…`` with fields of its settings or of the cali
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
-from typing import Any
 
 import standings
-from outputs import result_file, rounded, write
+from outputs import BUILD, result_file, rounded
 from page_tables import FRONT, TOGETHER
 from page_tables import unseen as table
-from protocol.figures import figures, rows_of_size
-from protocol.plan import Plan, Variant
-from protocol.runs import Runs
+from protocol.figures import results
+from protocol.plan import Plan, Unit
+from protocol.runs import Runs, loaded
 from worlds import HELP, WORLDS, sizes_in, world_of
 
 METHODS = ",".join((*FRONT, *TOGETHER))
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--world", default="toybox", help=HELP)
     parser.add_argument("--sizes", default="2,3,5", help="how many concepts are merged")
     parser.add_argument("--methods", default=METHODS, help="the first is held against the others")
+    parser.add_argument("--own", type=Path, metavar="FOLDER", help="your method (open/README.md)")
     parser.add_argument("--replicates", type=int, default=1)
     parser.add_argument("--sets", type=int, help="of each size and replicate, at most")
     parser.add_argument("--tag", default="", help="of the file, and of the merges that it keeps")
@@ -51,43 +53,37 @@ def main() -> None:
     )
     asked = parser.parse_args()
     until = time.monotonic() + asked.seconds
+    methods = asked.methods.split(",")
+    if asked.own:
+        loaded(asked.own)
+        methods.append(os.path.join(".", asked.own))  # a method of a folder has a slash
     world = world_of(asked.world)
     plan_kind, runs_kind = kinds_of(asked.world)
     plan = plan_kind(
         world,
-        [Variant.parsed(label) for label in asked.methods.split(",")],
+        [Unit.parsed(label) for label in methods],
         sizes_in(world, [2] if asked.world == "styles" else [*map(int, asked.sizes.split(","))]),
         asked.replicates,
         asked.sets,
     )
-    name, whole = f"unseen_{Path(asked.world).stem}", asked.world in WORLDS
-    alone = runs_kind(world, result_file(f"{name}_alone.jsonl", whole=whole))
+    name, known = f"unseen_{Path(asked.world).stem}", asked.world in WORLDS
+    alone = runs_kind(world, result_file(f"{name}_alone.jsonl", whole=known))
     name += f"_{asked.tag}" if asked.tag else ""
-    merged = runs_kind(world, result_file(f"{name}_runs.jsonl", whole=whole))
+    cache = result_file(f"{name}_runs.jsonl", whole=known)
+    own = result_file(cache.name, whole=known and not asked.own)
+    merged = runs_kind(world, own, cache)
     done = alone.run(plan.references(), until - time.monotonic())
-    done = done and merged.run((t for _, t in plan.merges()), until - time.monotonic())
-    data = rounded(results(plan, alone, merged))
-    write(result_file(f"{name}.json", whole=whole), data)
+    done = done and merged.run(plan.merges(), until - time.monotonic())
+    runs = {u.key: merged.known[u.key] for u in plan.merges() if u.key in merged.known}
+    data = rounded(results(alone.known, runs, Unit.parsed(methods[0]).label))
     for size in data["sizes"]:
         print("", *table(data, size), sep="\n")
-    if not whole:
-        page = result_file(f"{name}.html", whole=False)
-        page.write_text(standings.page(Path(asked.world).stem, page.parent), encoding="utf-8")
-        print(f"\n{page}")
+    page = BUILD / f"standings_{name.removeprefix('unseen_')}.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(standings.page(Path(asked.world).stem, data, runs), encoding="utf-8")
+    print(f"\n{page}")
     if not done:
         print("\nstopped by --seconds")
-
-
-def results(plan: Plan, alone: Runs, merged: Runs) -> dict[str, Any]:
-    ours = plan.variants[0].label
-    return {
-        "default": ours,
-        "half": plan.world.half,
-        "replicates": plan.replicates,
-        "sizes": {
-            str(size): figures(rows_of_size(plan, size, alone, merged), ours) for size in plan.sizes
-        },
-    }
 
 
 if __name__ == "__main__":

@@ -53,13 +53,9 @@ def subjects(family: str = "flux") -> dict[str, Subject]:
 def load_pipeline(dtype: torch.dtype | None = None, family: str = "flux") -> Any:
     """The base of `family`, `flux` or `sd3`, without a progress bar; float32 unless `dtype` says
     otherwise."""
-    from . import pipeline, sd3
+    from .pipeline import load
 
-    return (
-        pipeline.load(BASE, dtype)
-        if family == "flux"
-        else sd3.load(ROOT / "weights" / family, dtype)
-    )
+    return load(BASE if family == "flux" else ROOT / "weights" / family, dtype)
 
 
 def load_clip() -> tuple[Any, Any, Any]:

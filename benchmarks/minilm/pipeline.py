@@ -16,8 +16,6 @@ import toybox.pipeline
 LENGTH = 32
 """Tokens of a caption, filled up as Stable Diffusion does."""
 
-TEXT_WIDTH = 384
-
 
 class TokenStates(BertModel):
     """A BERT of which a pipeline takes the states of all tokens, given their numbers alone.
@@ -44,28 +42,11 @@ def encoder_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def load_text_encoder() -> TokenStates:
-    """all-MiniLM-L6-v2 in float32: six layers of 384."""
-    return TokenStates.from_pretrained(encoder_folder(), add_pooling_layer=False).eval()
-
-
-def load_tokenizer() -> BertTokenizerFast:
-    """Its word pieces, captions of `LENGTH` of them."""
-    return BertTokenizerFast.from_pretrained(encoder_folder(), model_max_length=LENGTH)
-
-
-def load_autoencoder() -> AutoencoderTiny:
-    """The toybox's, which reads and makes these pictures."""
-    return AutoencoderTiny.from_pretrained(toybox.BASE / "vae").float().eval()
-
-
-def new_unet() -> UNet2DConditionModel:
-    """The toybox's UNet with keys and values of MiniLM's width."""
-    return toybox.pipeline.new_unet(TEXT_WIDTH)
-
-
 def load(folder: Path) -> StableDiffusionPipeline:
-    """The pipeline whose UNet is in `folder`, float32 (the file is float16)."""
+    """The pipeline whose UNet is in `folder`, float32 (the file is float16), with the toybox's
+    autoencoder and MiniLM's six layers of 384."""
+    vae = AutoencoderTiny.from_pretrained(toybox.BASE / "vae").float().eval()
     unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
-    parts: Any = (load_autoencoder(), unet.eval(), load_text_encoder(), load_tokenizer())
-    return toybox.pipeline.assemble(*parts)
+    encoder = TokenStates.from_pretrained(encoder_folder(), add_pooling_layer=False).eval()
+    tokenizer = BertTokenizerFast.from_pretrained(encoder_folder(), model_max_length=LENGTH)
+    return toybox.pipeline.assemble(vae, unet.eval(), encoder, tokenizer)

@@ -38,10 +38,8 @@ _NEAR = 40.0
 
 
 class EmojiWorld:
-    sizes = (2, 3, 5, 7, 9)
     kinds = KINDS
     trained = 1
-    roots = (emoji.ROOT,)
 
     def __init__(self, family: str = "flux") -> None:
         self.pipeline = emoji.load_pipeline(family=family)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median, stdev
 from typing import Any
 
-from .plan import BASE, SINGLE, Plan
-from .runs import Entry, Runs
+from .plan import BASE, SINGLE, Unit
+from .runs import Entry
 
 Figures = dict[str, Any]
 Place = tuple[int, tuple[str, ...]]
@@ -81,12 +81,6 @@ def units_of(cells: Cells) -> dict[str, list[float]]:
     if len(by_training) > 2 or not units:
         units["trainings"] = by_training
     return {name: [fmean(some) for some in of.values()] for name, of in units.items()}
-
-
-def joined(entries: Iterable[Entry], kinds: Sequence[str]) -> Entry:
-    """Entries of single concepts as that of a set."""
-    every = list(entries)
-    return {kind: [row for entry in every for row in entry[kind]] for kind in kinds}
 
 
 def row(entry: Entry, alone: Entry, base: Entry, kinds: Sequence[str]) -> Row:
@@ -163,29 +157,37 @@ Rows = dict[str, dict[Place, Row]]
 """label → set → figures"""
 
 
-def rows_of_size(plan: Plan, size: int, alone: Runs, merged: Runs) -> Rows:
-    """Of all sets of ``size`` that are measured, the LoRAs alone and the base among them."""
-    rows: Rows = {}
-    kinds = plan.world.kinds
-    for variant, trial in plan.merges():
-        if len(trial.names) != size:
-            continue
-        of = {
-            method: [one.key for one in plan.references_of(method, trial.names, trial.replicate)]
-            for method in (SINGLE, BASE)
-        }
-        if not all(key in alone.known for keys in of.values() for key in keys):
-            continue
-        own, base = (
-            joined((alone.known[key] for key in of[method]), kinds) for method in (SINGLE, BASE)
-        )
-        place = trial.replicate, trial.names
-        for method, entry in ((SINGLE, own), (BASE, base)):
-            rows.setdefault(method, {})[place] = row(entry, own, base, kinds)
-        if trial.key in merged.known:
-            entry = merged.known[trial.key]
-            rows.setdefault(variant.label, {})[place] = row(entry, own, base, kinds)
+def rows_by_size(alone: Mapping[str, Entry], merged: Mapping[str, Entry]) -> dict[int, Rows]:
+    """Of all sets of ``merged`` whose LoRAs are measured ``alone``, these and the base among them;
+    without any the merges alone."""
+    references: dict[tuple[str, tuple[str, ...], int], Entry] = {}
+    for unit, entry in _units(alone):
+        references[unit.method, unit.names, unit.replicate] = entry
+
+    def reference(method: str, unit: Unit, kinds: Sequence[str]) -> Entry | None:
+        """That of a set, which mostly is of each of its concepts."""
+        whole = references.get((method, unit.names, unit.replicate))
+        each = [references.get((method, (name,), unit.replicate)) for name in unit.names]
+        every = [of for of in ([whole] if whole else each) if of]
+        if not whole and len(every) < len(each):
+            return None
+        return {kind: [row for of in every for row in of[kind]] for kind in kinds}
+
+    rows: dict[int, Rows] = {}
+    for unit, entry in _units(merged):
+        kinds = [kind for kind, of in entry.items() if isinstance(of, list)]
+        of_size, place = rows.setdefault(len(unit.names), {}), (unit.replicate, unit.names)
+        own, base = (reference(method, unit, kinds) for method in (SINGLE, BASE))
+        if own and base:
+            for label, of in ((SINGLE, own), (BASE, base), (unit.label, entry)):
+                of_size.setdefault(label, {})[place] = row(of, own, base, kinds)
+        elif not alone:
+            of_size.setdefault(unit.label, {})[place] = row(entry, entry, entry, kinds)
     return rows
+
+
+def _units(entries: Mapping[str, Entry]) -> list[tuple[Unit, Entry]]:
+    return [(Unit.of(key), entry) for key, entry in entries.items()]
 
 
 def figures(rows: Rows, ours: str) -> Figures:
@@ -217,3 +219,16 @@ def _columns(of: Mapping[Place, Row]) -> list[tuple[str, str]]:
 
 def _column(of: Mapping[Place, Row], kind: str, name: str) -> dict[Place, ByConcept]:
     return {place: one[kind][name] for place, one in of.items() if name in one.get(kind, {})}
+
+
+def results(
+    alone: Mapping[str, Entry], merged: Mapping[str, Entry], ours: str = "iteris"
+) -> Figures:
+    """:func:`figures` of each number of LoRAs, and ``default``, the method held against others."""
+    sizes: Figures = {}
+    for size, of in sorted(rows_by_size(alone, merged).items()):
+        first = [label for label in (SINGLE, BASE, ours) if label in of]
+        sizes[str(size)] = figures(
+            {label: of[label] for label in dict.fromkeys([*first, *of])}, ours
+        )
+    return {"default": ours, "sizes": sizes}

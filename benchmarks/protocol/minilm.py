@@ -21,7 +21,7 @@ from toybox.draw import BACKGROUNDS, draw, place_one, random_thing
 
 from .drawing import draw as draw_pictures
 from .toybox import ToyboxWorld
-from .world import KINDS, Wanted
+from .world import Wanted
 
 REFERENCES, SEEN, NEW, SPREAD, PLAIN = 6, 6, 12, 4, 12
 """Pictures of a concept that likeness is to, prompts of each kind, seeds of one prompt, and prompts
@@ -31,15 +31,11 @@ without a trigger."""
 class MiniLMWorld(ToyboxWorld):
     """``new words`` are of words that the base learned and no row has (``minilm/words.py``)."""
 
-    sizes = (2, 3, 5, 8)
-    kinds = KINDS
-
     def __init__(self) -> None:
         self.pipeline = minilm.load_pipeline()
         self.host = DiffusersHost(self.pipeline)
         self.known = minilm.concepts()
         self.subjects = tuple(self.known)
-        self.roots = (minilm.ROOT,)
         self.trained = 1
         self.half = {"templates": templates()}
         self.words = ASIDE

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ SINGLE, BASE = "single", "base"
 @dataclass(frozen=True)
 class Unit:
     """One merge and its pictures. ``trained`` is which of the trainings of the LoRAs it has,
-    ``calibration`` fields of it beside the world's half of its templates."""
+    ``calibration`` fields of it beside the world's half of its templates. Without ``names`` it is a
+    method of a table."""
 
     method: str
-    names: tuple[str, ...]
+    names: tuple[str, ...] = ()
     replicate: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     trained: int = 0
@@ -33,6 +35,31 @@ class Unit:
     @property
     def key(self) -> str:
         return json.dumps(astuple(self), sort_keys=True)
+
+    @classmethod
+    def parsed(cls, label: str) -> Unit:
+        """A method without concepts, from ``METHOD[:FIELD=VALUE]…``, each field the method's or the
+        calibration's. The method of a folder is the function ``merge`` of its ``method.py``
+        (``open/README.md``)."""
+        method, *fields = label.split(":")
+        pairs = {name: _value(value) for name, _, value in (f.partition("=") for f in fields)}
+        calibration = {n: v for n, v in pairs.items() if n in Calibration.__dataclass_fields__}
+        settings = {name: value for name, value in pairs.items() if name not in calibration}
+        if (file := Path(method) / "settings.json").is_file():
+            settings = {**json.loads(file.read_text(encoding="utf-8")), **settings}
+        return cls(method, settings=settings, calibration=calibration)
+
+    @classmethod
+    def of(cls, key: str) -> Unit:
+        method, names, *rest = json.loads(key)
+        return cls(method, tuple(names), *rest)
+
+    @property
+    def label(self) -> str:
+        """``METHOD[:FIELD=VALUE]…``, settings before fields of the calibration."""
+        fields = [*sorted(self.settings.items()), *sorted(self.calibration.items())]
+        values = ((name, of if isinstance(of, str) else json.dumps(of)) for name, of in fields)
+        return ":".join([self.method, *(f"{name}={value}" for name, value in values)])
 
 
 def sets_of(subjects: Sequence[str], size: int, replicate: int) -> list[tuple[str, ...]]:
@@ -44,43 +71,6 @@ def sets_of(subjects: Sequence[str], size: int, replicate: int) -> list[tuple[st
     return [
         tuple(subjects[order[(start + i) % len(subjects)]] for i in range(size)) for start in starts
     ]
-
-
-def styled_pairs(
-    subjects: Sequence[str], styles: Sequence[str], replicate: int
-) -> list[tuple[str, ...]]:
-    """A subject for each style, and every subject once where there are more of them."""
-    if not styles:
-        return []
-    order = np.random.default_rng(replicate).permutation(len(subjects))
-    count = max(len(subjects), len(styles))
-    return [(subjects[order[i % len(subjects)]], styles[i % len(styles)]) for i in range(count)]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A row of the table: a method with settings and fields of the calibration."""
-
-    label: str
-    method: str
-    settings: Mapping[str, Any]
-    calibration: Mapping[str, Any]
-
-    @classmethod
-    def parsed(cls, label: str) -> Variant:
-        """From ``METHOD[:FIELD=VALUE]…``, each field the method's or the calibration's."""
-        method, *fields = label.split(":")
-        pairs = {name: _value(value) for name, _, value in (f.partition("=") for f in fields)}
-        of_calibration = set(Calibration.__dataclass_fields__)
-        return cls(
-            label,
-            method,
-            {name: value for name, value in pairs.items() if name not in of_calibration},
-            {name: value for name, value in pairs.items() if name in of_calibration},
-        )
-
-    def unit(self, names: tuple[str, ...], replicate: int, trained: int) -> Unit:
-        return Unit(self.method, names, replicate, self.settings, trained, self.calibration)
 
 
 def _value(text: str) -> Any:
@@ -95,7 +85,7 @@ class Plan:
     """The merges of a table: ``per_size`` sets of each size at most in each replicate."""
 
     world: World
-    variants: Sequence[Variant]
+    variants: Sequence[Unit]
     sizes: Sequence[int]
     replicates: int
     per_size: int | None = None
@@ -113,12 +103,12 @@ class Plan:
         trained = 0 if method == BASE else replicate % self.world.trained
         return [Unit(method, (name,), replicate=replicate, trained=trained) for name in names]
 
-    def merges(self) -> Iterator[tuple[Variant, Unit]]:
+    def merges(self) -> Iterator[Unit]:
         """Set by set, so that methods can be paired on what a run that was stopped has."""
         for replicate, size in product(range(self.replicates), self.sizes):
             trained = replicate % self.world.trained
             for names, variant in product(self.sets(size, replicate), self.variants):
-                yield variant, variant.unit(names, replicate, trained)
+                yield replace(variant, names=names, replicate=replicate, trained=trained)
 
     def sets(self, size: int, replicate: int) -> list[tuple[str, ...]]:
         return sets_of(self.world.subjects, size, replicate)[: self.per_size]

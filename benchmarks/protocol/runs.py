@@ -9,10 +9,11 @@ share of what each LoRA's own pictures do.
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from iteris_core import Calibration, Concept, Lora, merge_loras, write_lora
+from iteris_core import Calibration, Lora, merge_loras, write_lora
 
 from .held_out import held_out
 from .plan import BASE, SINGLE, Unit
@@ -33,16 +34,19 @@ concept; of a merge ``seconds`` of this process's processor time, the largest ``
 ``bytes`` of its file."""
 
 
-class Runs:
-    """What was measured, by unit. A run that was stopped goes on."""
+def stored(file: Path) -> dict[str, Entry]:
+    """What a file has, by the keys of units."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return {entry["key"]: entry for entry in map(json.loads, lines)}
 
-    def __init__(self, world: World, cache: Path) -> None:
+
+class Runs:
+    """What was measured, by unit; also what ``others`` have. A run that was stopped goes on."""
+
+    def __init__(self, world: World, cache: Path, *others: Path) -> None:
         self.world = world
         self.cache = cache
-        self.known: dict[str, Entry] = {}
-        if cache.exists():
-            entries = [json.loads(line) for line in cache.read_text().splitlines()]
-            self.known = {entry["key"]: entry for entry in entries}
+        self.known = {key: of for file in (*others, cache) for key, of in stored(file).items()}
 
     def run(self, units: Iterable[Unit], seconds: float = float("inf")) -> bool:
         """Measure what is not known, and begin nothing more after ``seconds``; whether all is
@@ -82,19 +86,19 @@ class Runs:
             return concept.lora, {}
         began = time.process_time()
         with held_out(self.world.host, self.world.words):
-            lora = self.lora_of(unit, concepts)
+            if "/" in unit.method:
+                merge = loaded(Path(unit.method))
+                lora = merge(self.world.host, concepts, self.calibration(unit), **unit.settings)
+            else:
+                lora = merge_loras(
+                    self.world.host,
+                    concepts,
+                    unit.method,
+                    settings=unit.settings,
+                    calibration=self.calibration(unit),
+                ).lora
         seconds = time.process_time() - began
         return lora, {"seconds": seconds, "rank": max(lora.ranks), "bytes": _bytes(lora)}
-
-    def lora_of(self, unit: Unit, concepts: Sequence[Concept]) -> Lora:
-        """The merge of ``concepts``."""
-        return merge_loras(
-            self.world.host,
-            concepts,
-            unit.method,
-            settings=unit.settings,
-            calibration=self.calibration(unit),
-        ).lora
 
     def _of(self, lora: Lora | None, kind: str, unit: Unit) -> list[Any]:
         wanted = self.world.prompted(kind, unit.names, unit.replicate + 1)
@@ -143,6 +147,19 @@ class Runs:
 
     _base_key: tuple[tuple[str, int], ...] = ()
     _base_images: Sequence[Image.Image] = ()
+
+
+def loaded(folder: Path) -> Callable[..., Lora]:
+    """The function of a method's folder."""
+    file = folder / "method.py"
+    if not file.is_file():
+        raise SystemExit(
+            f"{file} is missing: a method is a folder with method.py (open/README.md)."
+        )
+    merge = runpy.run_path(str(file)).get("merge")
+    if not callable(merge):
+        raise SystemExit(f"{file} has no function merge(host, concepts, calibration, …).")
+    return merge
 
 
 def pixels(image: Image.Image, other: Image.Image) -> float:

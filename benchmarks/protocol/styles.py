@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import styles
-import torch
 from PIL import Image
 from styles.reader import ATTRIBUTES, Styled
 from styles.reader import load as load_reader
@@ -21,7 +20,7 @@ from styles.reader import load as load_reader
 from iteris_core import Concept, Lora
 from toybox.draw import Thing, compose, describe, random_thing
 
-from .plan import SINGLE, Plan, Unit, styled_pairs
+from .plan import SINGLE, Plan, Unit
 from .runs import Entry, Runs
 from .toybox import NEW, SEEN, ToyboxWorld, plain_prompts
 from .world import Wanted
@@ -41,12 +40,10 @@ class StyleWorld(ToyboxWorld):
     """Kinds of prompt: ``styled`` is of a subject in a style; ``subject`` and ``style`` of one of
     them, while both are merged."""
 
-    sizes = (2,)
     kinds = ("styled", "subject", "style", "no trigger")
 
     def __init__(self) -> None:
         super().__init__()
-        self.roots = (*self.roots, styles.ROOT)
         self._styles = styles.styles()
         self.styles = tuple(self._styles)
         self._reader = load_reader(styles.ROOT / "weights")
@@ -57,7 +54,6 @@ class StyleWorld(ToyboxWorld):
         }
         self.words = frozenset[str]()  # the frame of a style's rows is that of its pictures
         self._style_loras: dict[str, Lora] = {}
-        self._in_style: dict[tuple[str, str], torch.Tensor] = {}
 
     def concepts(self, names: Sequence[str], trained: int) -> list[Concept]:
         known = self._styles
@@ -104,56 +100,30 @@ class StyleWorld(ToyboxWorld):
         self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
     ) -> list[Mapping[str, float]]:
         """``style``: whether the picture is read as the style's, or as plain where none is
-        requested. Of a subject in a style ``likeness`` is to its references in that style,
-        ``judge`` the share of the attributes that can be read in the style, and ``both`` that
-        share of pictures in the style, 0 of others."""
+        requested. Of a subject in a style ``judge`` is the share of the attributes that can be
+        read in the style, and ``both`` that share of pictures in the style, 0 of others."""
         seen = self._reader.read(images, [w.scene for w in wanted])
         if not wanted[0].shown:
             return super().read(images, wanted)
-        if wanted[0].shown[0] in self._styles:
-            return [self._of_style(s, w) for s, w in zip(seen, wanted, strict=True)]
-        if len(wanted[0].shown) == 1:
+        if len(wanted[0].shown) == 1 and wanted[0].shown[0] in self.subjects:
             of_subject = super().read(images, wanted)
             return [
                 {**figures, "style": float(s.style == styles.PLAIN)}
                 for figures, s in zip(of_subject, seen, strict=True)
             ]
-        vectors = self.embedded(images)
-        return [
-            self._of_both(vector, s, *w.shown)
-            for vector, s, w in zip(vectors, seen, wanted, strict=True)
-        ]
+        return [self._in_style(s, w) for s, w in zip(seen, wanted, strict=True)]
 
-    def _of_style(self, seen: Styled, wanted: Wanted) -> dict[str, float]:
-        _, color, shape, *_ = wanted.prompt.split()
-        in_style = float(seen.style == wanted.shown[0])
-        judge = self._judged(seen, Thing(shape, color), wanted.shown[0])
-        return {"judge": judge, "style": in_style, "both": judge * in_style}
-
-    def _of_both(
-        self, vector: torch.Tensor, seen: Styled, subject: str, style: str
-    ) -> dict[str, float]:
-        in_style = float(seen.style == style)
-        judge = self._judged(seen, self.known[subject].thing, style)
-        likeness = float((self._references_in(subject, style) @ vector).mean())
-        return {
-            "likeness in style": likeness,
-            "judge": judge,
-            "style": in_style,
-            "both": judge * in_style,
-        }
-
-    def _judged(self, seen: Styled, thing: Thing, style: str) -> float:
+    def _in_style(self, seen: Styled, wanted: Wanted) -> dict[str, float]:
+        *subject, style = wanted.shown
+        if subject:
+            thing = self.known[subject[0]].thing
+        else:
+            _, color, shape, *_ = wanted.prompt.split()
+            thing = Thing(shape, color)
         matches = seen.matches(thing)
-        return fmean(matches[name] for name in self._readable[style])
-
-    def _references_in(self, subject: str, style: str) -> torch.Tensor:
-        if (subject, style) not in self._in_style:
-            files = self.known[subject].references
-            look = self._styles[style].look
-            pictures = [look(Image.open(file).convert("RGB")) for file in files]
-            self._in_style[subject, style] = self.embedded(pictures)
-        return self._in_style[subject, style]
+        judge = fmean(matches[name] for name in self._readable[style])
+        in_style = float(seen.style == style)
+        return {"judge": judge, "style": in_style, "both": judge * in_style}
 
 
 def _things(seed: int) -> Iterator[tuple[str, str]]:
@@ -171,7 +141,13 @@ class StyledPlan(Plan):
         return [Unit(method, tuple(names), replicate=replicate)]
 
     def sets(self, size: int, replicate: int) -> list[tuple[str, ...]]:
-        pairs = styled_pairs(self.world.subjects, self.world.styles, replicate)
+        """A subject for each style, and every subject once where there are more of them."""
+        subjects, names = self.world.subjects, self.world.styles
+        order = np.random.default_rng(replicate).permutation(len(subjects))
+        pairs = [
+            (subjects[order[i % len(subjects)]], names[i % len(names)])
+            for i in range(max(len(subjects), len(names)))
+        ]
         return pairs[: self.per_size]
 
 

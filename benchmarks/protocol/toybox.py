@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,16 +15,12 @@ import toybox
 from iteris_core import Concept, Lora
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.score import ClipScorer, without_tokens
-from toybox import TEMPLATES
 from toybox.draw import BACKGROUNDS as SCENES
-from toybox.draw import SIZE, compose, describe, random_thing
+from toybox.draw import compose, describe, random_thing
 
 from .drawing import draw
-from .in_a_row import Part, ring, stable_diffusion
+from .in_a_row import Part, side_by_side
 from .world import FIGURES, KINDS, Wanted
-
-BACKGROUNDS = 2
-"""On which each concept is drawn with one seed, the next ones with the next."""
 
 SEEN, NEW = ("white", "gray", "black"), ("blue", "green", "yellow", "pink")
 """Backgrounds that rows may have, and those of evaluation prompts."""
@@ -41,7 +36,6 @@ EACH, SPREAD, PLAIN = 2, 4, 12
 class ToyboxWorld:
     """``root`` is laid out like the toybox; without it the concepts are the toybox's own."""
 
-    sizes = (2, 3, 5, 7, 10)
     kinds = KINDS
 
     def __init__(self, root: Path = toybox.ROOT) -> None:
@@ -49,7 +43,7 @@ class ToyboxWorld:
         self.host = DiffusersHost(self.pipeline)
         self.known = toybox.concepts(root)
         self.subjects = tuple(self.known)
-        self.roots: tuple[Path, ...] = (toybox.ROOT, root)
+        self._root = root
         self._judge = toybox.load_judge()
         self._scorer = ClipScorer(*toybox.load_clip())
         self._references = {
@@ -59,7 +53,6 @@ class ToyboxWorld:
         folders = (root / "weights").glob("loras*")
         files = [f"{name}.safetensors" for name in self.subjects]
         self.trained = sum(all((at / file).exists() for file in files) for at in folders)
-        self.calibration: dict[str, Any] = {"templates": TEMPLATES}
         self.half = {"templates": FRAMED}
         self.words = frozenset(NEW)
         said = toybox.settings()
@@ -74,23 +67,16 @@ class ToyboxWorld:
     def _lora(self, name: str, trained: int) -> Lora:
         if (name, trained) not in self._loras:
             folder = f"loras-{trained}" if trained else "loras"
-            path = toybox.concepts(self.roots[1], folder)[name].lora
+            path = toybox.concepts(self._root, folder)[name].lora
             self._loras[name, trained] = self.host.read_lora(path)
         return self._loras[name, trained]
 
-    def alone(self, name: str, seed: int) -> list[Wanted]:
-        concept = self.known[name]
-        turn = islice(cycle(concept.backgrounds), BACKGROUNDS * seed, BACKGROUNDS * (seed + 1))
-        return [
-            Wanted((name,), f"a {name} {concept.class_word} on a {background} background", seed)
-            for background in turn
-        ]
+    def pairs(self, names: Sequence[str], seed: int) -> list[Wanted]:
+        """Each two neighbours side by side, the ends as well."""
+        neighbours = zip(names, [*names[1:], names[0]], strict=True)
+        return [Wanted(two, self._side_by_side(two, two), seed) for two in neighbours]
 
-    def rows(self, names: Sequence[str], count: int, seed: int) -> list[Wanted]:
-        """Each ``count`` neighbours side by side, those across the end as well."""
-        return [Wanted(shown, self._in_a_row(shown, shown), seed) for shown in ring(names, count)]
-
-    def _in_a_row(self, shown: Sequence[str], among: Sequence[str]) -> str:
+    def _side_by_side(self, shown: Sequence[str], among: Sequence[str]) -> str:
         """A prompt of ``shown``, on a background that suits all of ``among``."""
         known = self.known
         suitable = known[among[0]].backgrounds
@@ -98,12 +84,11 @@ class ToyboxWorld:
         things = " left of ".join(f"a {name} {known[name].class_word}" for name in shown)
         return f"{things} on a {background} background"
 
-    def prompts_of_regions(self, wanted: Sequence[Wanted]) -> list[list[str]]:
-        """For each region a prompt of two of its own concept, so that no other one is named and
-        each thing has its place."""
-        regions = range(len(wanted[0].shown))
+    def prompts_of_halves(self, wanted: Sequence[Wanted]) -> list[list[str]]:
+        """For each half a prompt of two of its own concept, so that no other one is named and each
+        thing has its place."""
         return [
-            [self._in_a_row([one.shown[at]] * 2, one.shown) for one in wanted] for at in regions
+            [self._side_by_side([one.shown[at]] * 2, one.shown) for one in wanted] for at in (0, 1)
         ]
 
     def prompted(self, kind: str, names: Sequence[str], seed: int) -> list[Wanted]:
@@ -126,54 +111,39 @@ class ToyboxWorld:
     def draw(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Image.Image]:
         return draw(self.pipeline, self.host, lora, wanted, **self.sampling)
 
-    def draw_row(self, parts: Sequence[Part], wanted: Sequence[Wanted]) -> list[Image.Image]:
-        """Composition by regions: at every step each is denoised by its LoRA and prompts."""
-        return stable_diffusion(self.pipeline, self.host, parts, wanted, SIZE, **self.sampling)
+    def draw_halves(self, parts: Sequence[Part], wanted: Sequence[Wanted]) -> list[Image.Image]:
+        """Composition by regions: at every step each half is denoised by its LoRA and prompts."""
+        return side_by_side(self.pipeline, self.host, parts, wanted, **self.sampling)
 
-    def row_read(
+    def read_halves(
         self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
     ) -> list[tuple[float, bool]]:
-        """The share of shape, pattern and both colours of all things that is read rightly in their
-        regions, and whether all shapes are."""
+        """The share of shape, pattern and both colours of both things that is read rightly in their
+        halves, and whether both shapes are."""
         found: list[tuple[float, bool]] = []
-        for image, one in zip(images, wanted, strict=True):
-            things = [self.known[name].thing for name in one.shown]
-            starts = range(0, image.width - SIZE // 2, SIZE // 2)
-            windows = [image.crop((start, 0, start + SIZE, SIZE)) for start in starts]
-            read = self._judge.read_halves(windows)
-            seen = [left for left, _ in read] + [read[-1][1]]
-            pairs = list(zip(seen, things, strict=True))
-            right = sum(sum(region.matches(thing)) for region, thing in pairs) / (4 * len(pairs))
-            found.append((right, all(region.shape == thing.shape for region, thing in pairs)))
+        for seen, one in zip(self._judge.read_halves(images), wanted, strict=True):
+            pairs = list(zip(seen, (self.known[name].thing for name in one.shown), strict=True))
+            right = sum(sum(half.matches(thing)) for half, thing in pairs) / 8
+            found.append((right, all(half.shape == thing.shape for half, thing in pairs)))
         return found
-
-    def likeness(
-        self, images: Sequence[Image.Image], names: Sequence[str]
-    ) -> Mapping[str, Sequence[float]]:
-        """``image`` by the toybox's CLIP; ``judge``, the share of shape, pattern and both colours
-        that are read rightly."""
-        vectors = self._scorer.embed_images(images)
-        read = self._judge.read(images)
-        references, concepts = self._references, self.known
-        return {
-            "image": [
-                float((references[n] @ v).mean()) for n, v in zip(names, vectors, strict=True)
-            ],
-            "judge": [
-                sum(r.matches(concepts[n].thing)) / 4 for n, r in zip(names, read, strict=True)
-            ],
-        }
 
     def read(
         self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
     ) -> list[Mapping[str, float]]:
+        """``likeness`` by the toybox's CLIP; ``judge``, the share of shape, pattern and both
+        colours that are read rightly."""
         read = self._judge.read(images)
         scenes = [float(w.scene in ("", r.background)) for r, w in zip(read, wanted, strict=True)]
         if not wanted[0].shown:
             return [{"scene": scene} for scene in scenes]
-        judged = self.likeness(images, [w.shown[0] for w in wanted])
-        texts = self.text_alignment(images, wanted)
-        columns = (judged["image"], judged["judge"], texts, scenes)
+        names, vectors = [w.shown[0] for w in wanted], self.embedded(images)
+        plain = [without_tokens(w.prompt, self.subjects) for w in wanted]
+        columns = (
+            [float((self._references[n] @ v).mean()) for n, v in zip(names, vectors, strict=True)],
+            [sum(r.matches(self.known[n].thing)) / 4 for n, r in zip(names, read, strict=True)],
+            self._scorer.text_alignment(images, plain).tolist(),
+            scenes,
+        )
         return [dict(zip(FIGURES, one, strict=True)) for one in zip(*columns, strict=True)]
 
     def mean_likeness(self, lora: Lora | None, wanted: Sequence[Wanted]) -> float:
@@ -185,12 +155,6 @@ class ToyboxWorld:
 
     def embedded(self, images: Sequence[Image.Image]) -> Tensor:
         return self._scorer.embed_images(images)
-
-    def text_alignment(
-        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
-    ) -> Sequence[float]:
-        plain = [without_tokens(w.prompt, self.subjects) for w in wanted]
-        return self._scorer.text_alignment(images, plain).tolist()
 
 
 def seeds_of(kind: str, seed: int) -> list[int]:

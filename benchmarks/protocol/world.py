@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
@@ -39,14 +38,10 @@ class World(Protocol):
     ``kinds`` are kinds of prompt. ``seen``: from templates that calibration rows have. ``new
     words``: each has one of ``words``. ``no trigger``: prompts of the base's own. ``spread``:
     several seeds of one prompt with new words.
-
-    ``roots`` are the folders of its weights and words.
     """
 
     host: DiffusersHost
-    roots: Sequence[Path]
     subjects: Sequence[str]
-    sizes: Sequence[int]
     trained: int
     half: Mapping[str, Any]
     words: Set[str]

@@ -9,41 +9,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .looks import LOOKS, Look
+from .looks import LOOKS
 
 ROOT = Path(__file__).resolve().parent
 PLAIN = "plain"
 """The name of no look."""
-WORDLESS = ("frame",)
+WORDLESS = ROOT / "weights" / "wordless"
+"""LoRAs without words: ``frame``, a look; ``size``, which makes things larger, at a negative
+strength smaller."""
 
 
 @dataclass(frozen=True)
 class Style:
-    """A look, and the file that teaches it; captions end with its ``words``, "in sketch style". A
-    LoRA without words has none."""
+    """A look, and the file that teaches it; captions end with its ``words``, "in sketch style"."""
 
     name: str
-    look: Look
     lora: Path
-    words: str = ""
+    words: str
 
 
 def styles() -> dict[str, Style]:
     """Every style by its name."""
     folder = ROOT / "weights" / "loras"
-    return {
-        name: Style(name, look, folder / f"{name}.safetensors", f"in {name} style")
-        for name, look in LOOKS.items()
-    }
-
-
-def wordless() -> dict[str, Style]:
-    """Every style whose LoRA was trained on captions without words of its own, by its name."""
-    folder = ROOT / "weights" / "wordless"
-    return {name: Style(name, LOOKS[name], folder / f"{name}.safetensors") for name in WORDLESS}
-
-
-def slider() -> Style:
-    """A LoRA that makes things larger, at a negative strength smaller."""
-    lora = ROOT / "weights" / "wordless" / "size.safetensors"
-    return Style("size", lambda picture: picture, lora)
+    return {name: Style(name, folder / f"{name}.safetensors", f"in {name} style") for name in LOOKS}

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from toybox.draw import BACKGROUNDS, Thing
+from toybox.draw import Thing
 from toybox.judge import HEADS, JudgeNet
 
 from . import PLAIN
@@ -27,9 +27,6 @@ from .looks import LOOKS, PALETTE, SWAPS, ground
 STYLES = (PLAIN, *LOOKS)
 KINDS = (PLAIN, *(name for name in LOOKS if name not in SWAPS))
 """Of looks, as a network can tell them apart: an exchange of colours is as plain as none."""
-TELLING = tuple(b for b in BACKGROUNDS if len({of[b] for of in SWAPS.values()}) == len(SWAPS))
-"""Backgrounds of which each exchange makes another one: ``negative`` and ``palette`` both make
-black white."""
 READ: dict[str, tuple[str, ...]] = {
     "kind": KINDS,
     "shape": HEADS["shape"],

@@ -1,7 +1,6 @@
 """A world of a YAML file, and a stranger's method: the toybox's files stand for somebody's model,
 LoRAs and pictures."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -13,9 +12,10 @@ import toybox
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import open_bench
 import outputs
 import unseen
+from protocol.figures import results
+from protocol.runs import loaded, stored
 from worlds import world_of
 
 LORAS = toybox.ROOT / "weights" / "loras"
@@ -67,7 +67,7 @@ def run(monkeypatch, script, *arguments):
 
 @pytest.mark.slow
 def test_a_model_of_one_s_own_is_measured_as_every_world(monkeypatch, tmp_path, capsys):
-    for module in (outputs, open_bench):
+    for module in (outputs, unseen):
         monkeypatch.setattr(module, "BUILD", tmp_path / "build")
     make_dino(tmp_path / "dino")
     file = written(tmp_path, dino="dino", seen=["a {}"])  # the model lies beside the file
@@ -78,28 +78,26 @@ def test_a_model_of_one_s_own_is_measured_as_every_world(monkeypatch, tmp_path, 
     assert "judge" not in table
     assert "scene" not in table
     assert "| **iteris** | 1 |" in table
-    data = json.loads((tmp_path / "build" / "quick" / "unseen_mine.json").read_text())
-    assert list(data["sizes"]) == ["2"]  # there are no three concepts
-    rows = data["sizes"]["2"]["rows"]
+    folder = tmp_path / "build" / "quick"
+    alone, runs = (stored(folder / f"unseen_mine_{of}.jsonl") for of in ("alone", "runs"))
+    (of_size,) = results(alone, runs)["sizes"].values()  # there are no three concepts
+    rows = of_size["rows"]
     for kind in ("seen", "new words"):
         assert set(rows["base"][kind]) >= {"likeness", "dino", "text"}
         assert rows["single"][kind]["likeness"]["mean"] > rows["base"][kind]["likeness"]["mean"]
     assert rows["base"]["no trigger"]["likeness"]["mean"] == pytest.approx(1)
     assert rows["iteris"]["no trigger"]["pixels"]["mean"] > 0
-    page = (tmp_path / "build" / "quick" / "unseen_mine.html").read_text()
-    assert "iteris, n = " in page
 
-    folder = tmp_path / "plainly"
-    folder.mkdir()
-    (folder / "method.py").write_text(METHOD)
-    (folder / "settings.json").write_text('{"method": "average"}')
-    run(monkeypatch, open_bench, folder, "--world", file)
-    assert "plainly among 4 others" in capsys.readouterr().out
-    found = json.loads((tmp_path / "build" / "quick" / "open" / "plainly.json").read_text())
-    of = found["sizes"]["2"]["figures"]
-    assert of["new words"] == rows["average"]["new words"]
+    own = tmp_path / "plainly"
+    own.mkdir()
+    (own / "method.py").write_text(METHOD)
+    (own / "settings.json").write_text('{"method": "average"}')
+    run(monkeypatch, unseen, "--world", file, "--methods", "iteris,average", "--own", own)
+    theirs = results(alone, stored(folder / "unseen_mine_runs.jsonl"))["sizes"]["2"]["rows"]
+    assert theirs[f"{own}:method=average"]["new words"] == rows["average"]["new words"]
     page = (tmp_path / "build" / "standings_mine.html").read_text()
-    assert "The LoRAs of mine" in page
+    assert "LoRAs of mine" in page
+    assert "plainly:method=average, n = 1" in page
     assert "likeness by DINO" in page
     assert "backgrounds" not in page
 
@@ -152,7 +150,7 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path):
 
 def test_a_folder_without_a_method_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"method\.py is missing"):
-        open_bench.loaded(tmp_path)
+        loaded(tmp_path)
     (tmp_path / "method.py").write_text("merged = 1")
     with pytest.raises(SystemExit, match="no function merge"):
-        open_bench.loaded(tmp_path)
+        loaded(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import blind  # noqa: E402
 import reported_concepts  # noqa: E402
-from protocol.figures import against, figures, half_width, row, rows_of_size, stat  # noqa: E402
+from protocol.figures import against, half_width, results, row, stat  # noqa: E402
 from protocol.held_out import held_out, merged, words_of  # noqa: E402
-from protocol.plan import BASE, SINGLE, Plan, Variant, sets_of  # noqa: E402
+from protocol.plan import BASE, SINGLE, Plan, Unit, sets_of  # noqa: E402
 from protocol.runs import Runs  # noqa: E402
 from protocol.world import KINDS, Wanted  # noqa: E402
 
@@ -27,13 +28,10 @@ from protocol.world import KINDS, Wanted  # noqa: E402
 class FakeWorld:
     """Concepts whose likeness is a number of the LoRA."""
 
-    subjects, sizes, kinds = ("s0", "s1", "s2", "s3"), (2, 4), KINDS
-    trained, calls = 1, 4
-    roots = ()
+    subjects, kinds, trained = ("s0", "s1", "s2", "s3"), KINDS, 1
 
     def __init__(self, host):
         self.host = host
-        self.calibration = {"templates": ("a {} in a picture",)}
         self.words = frozenset({"spaceship"})
         self.half = {"templates": ("a {}",), "samples": 2, "timesteps": 1, "denoising_steps": 2}
         self.loras = {
@@ -158,14 +156,13 @@ def test_sets_are_disjoint_as_far_as_there_are(size, count):
 
 
 def test_a_variant_has_settings_of_its_own_and_is_calibrated_on_the_half(host, tmp_path):
-    found = Variant.parsed("ssr:ridge=1e-4:samples=20:latents=noise")
-    assert found.method == "ssr"
-    assert found.calibration == {"samples": 20, "latents": "noise"}
-    trial = found.unit(("s0", "s1"), 3, 0)
+    trial = replace(Unit.parsed("ssr:ridge=1e-4:samples=20:latents=noise"), replicate=3)
+    assert trial.method == "ssr"
+    assert trial.calibration == {"samples": 20, "latents": "noise"}
     assert trial.settings == {"ridge": 1e-4}
-    plain = Variant.parsed("ssr").unit(("s0", "s1"), 3, 0)
-    assert plain.settings == {}
-    assert plain.key != trial.key
+    assert trial.label == "ssr:ridge=0.0001:latents=noise:samples=20"
+    assert Unit.of(trial.key) == trial
+    assert Unit.parsed("ssr").settings == {}
     runs = Runs(FakeWorld(host), tmp_path / "runs.jsonl")
     calibration = runs.calibration(trial)
     assert calibration.templates == ("a {}",)
@@ -174,17 +171,17 @@ def test_a_variant_has_settings_of_its_own_and_is_calibrated_on_the_half(host, t
 
 def test_a_run_of_the_plan_goes_on_where_it_stopped(host, tmp_path):
     world = FakeWorld(host)
-    variants = [Variant.parsed(label) for label in ("iteris", "average", "iteris:samples=1")]
+    variants = [Unit.parsed(label) for label in ("iteris", "average", "iteris:samples=1")]
     plan = Plan(world, variants, [2], 1)
     alone = Runs(world, tmp_path / "alone.jsonl")
     merged = Runs(world, tmp_path / "runs.jsonl")
     assert alone.run(plan.references())
-    assert merged.run(trial for _, trial in plan.merges())
+    assert merged.run(plan.merges())
     drawn = len(world.drawn)
     again = Runs(world, tmp_path / "runs.jsonl")
-    assert again.run(trial for _, trial in plan.merges())
+    assert again.run(plan.merges())
     assert len(world.drawn) == drawn
-    found = json.loads(json.dumps(figures(rows_of_size(plan, 2, alone, again), "iteris")))
+    found = results(alone.known, again.known)["sizes"]["2"]
     rows = found["rows"]
     assert list(rows) == [SINGLE, BASE, "iteris", "average", "iteris:samples=1"]
     assert rows["iteris"]["new words"]["likeness kept"]["mean"] == pytest.approx(0.5)

@@ -42,17 +42,17 @@ def test_styles_are_learned_and_can_be_read():
 
 def test_halves_of_one_prompt_and_one_lora_are_the_whole_picture():
     world = ToyboxWorld()
-    (wanted, other) = world.rows(("sks1", "sks4"), 2, 1)
-    left, right = world.prompts_of_regions([wanted, other])
+    wanted, other = world.pairs(("sks1", "sks4"), 1)
+    left, right = world.prompts_of_halves([wanted, other])
     background = wanted.prompt.partition(" on a ")[2]
     assert left[0] == f"a sks1 star left of a sks1 star on a {background}"
     assert right[0] == f"a sks4 circle left of a sks4 circle on a {background}"
     (concept,) = world.concepts(("sks1",), 0)
     (whole,) = world.draw(concept.lora, [wanted])
     half = (concept.lora, [wanted.prompt])
-    (halves,) = world.draw_row([half, half], [wanted])
+    (halves,) = world.draw_halves([half, half], [wanted])
     assert max(abs(a - b) for a, b in zip(whole.tobytes(), halves.tobytes(), strict=True)) <= 1
-    (mixed,) = world.draw_row([half, (None, [wanted.prompt])], [wanted])
+    (mixed,) = world.draw_halves([half, (None, [wanted.prompt])], [wanted])
     assert mixed.tobytes() != whole.tobytes()
 
 
