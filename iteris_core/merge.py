@@ -153,6 +153,7 @@ def merge_loras(
         only_plans=only_plans,
         store=store,
         rank=getattr(settings, "rank", None),
+        included=of_loras.always_on(always, "include"),
     )
     zero = "left out of the merge: its strength or weight is 0"
     job.notes.extend((concept.name, [zero]) for concept in concepts if not concept.counts)
@@ -174,8 +175,7 @@ def merge_loras(
     eta.end()
     log, every = merged.log, [*merging, *always]
     solutions = {site: solution.change for site, solution in merged.sites.items()}
-    included = of_loras.changes_always(of_loras.always_on(always, "include"))
-    sites = of_loras.beside(solutions, included)
+    sites = of_loras.beside(solutions, of_loras.changes_always(job.included))
     joined, notes = join_embeddings(every), notes_of(every)
     where = {"include": "part of the merged LoRA", "outside": "load it beside the merged LoRA"}
     for one in always:

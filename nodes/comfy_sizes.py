@@ -38,7 +38,8 @@ def latent_shape(model: Any, calibration: Calibration) -> tuple[int, ...]:
     if side is None:
         sides = token_sides(model)
         # A UNet halves the sides at every level; they must stay integers.
-        height, width = default_size(scale(model), middle_patch(sides), multiple=max(sides))
+        own = getattr(model.model.model_config, "latent_size", None)
+        height, width = default_size(scale(model), middle_patch(sides), own, max(sides))
     else:
         height = width = side
     empty = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, height, width))

@@ -83,16 +83,19 @@ def _chosen(tokens: str) -> list[ToyConcept]:
 
 
 class _SmallSD15(base_of("comfy.supported_models.SD15")):
-    """SD 1.5's architecture with smaller widths, and v-prediction."""
+    """SD 1.5's architecture with smaller widths and images, and v-prediction."""
 
     unet_extra_config: dict[str, Any] = {}  # noqa: RUF012
+    latent_size: tuple[int, int]
 
     def model_type(self, state_dict: Any, prefix: str = "") -> Any:
         return comfy.model_base.ModelType.V_PREDICTION
 
 
 def _model(folder: Path) -> Any:
-    config = _SmallSD15(_unet_config(json.loads((folder / "config.json").read_text())))
+    theirs = json.loads((folder / "config.json").read_text())
+    config = _SmallSD15(_unet_config(theirs))
+    config.latent_size = (theirs["sample_size"],) * 2
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "")
     names = comfy.utils.unet_to_diffusers(config.unet_config)

@@ -59,6 +59,22 @@ function fillLists(graph) {
   }
 }
 
+// A saved graph has a node's values by position, which inputs that came or went since have shifted. It
+// also names them, unless it is an example of ours; there defaults count if one is of another type.
+function renew(saved) {
+  const widgets = window.LiteGraph.createNode(saved.type)?.widgets?.filter((widget) => widget.serialize !== false) ?? [];
+  const values = saved.widgets_values;
+  const old = saved.inputs?.filter((input) => input.widget) ?? [];
+  if (old.some((input) => input.link == null)) { // an example names those that are linked
+    const known = Object.fromEntries(old.map(({ widget }, index) => [widget.name, values[index]]));
+    saved.widgets_values = widgets.map(({ name, value }) => known[name] ?? value);
+  } else if (widgets.some(({ value }, index) => index in values && typeof value !== typeof values[index])) {
+    saved.widgets_values = widgets.map(({ value }) => value);
+    const detail = `Node ${saved.id} was saved by a version with other inputs. It has its defaults now; set it anew.`;
+    app.extensionManager.toast.add({ severity: 'warn', summary: saved.title ?? saved.type, detail });
+  }
+}
+
 // Two spaces at the end of a line break it in Nodes 2.0, as from the server.
 function showReport(node) {
   const text = node.properties?.[REPORT]?.replaceAll('\n', '  \n');
@@ -72,6 +88,11 @@ app.registerExtension({
     shareNames(defs);
     fillLists(app.rootGraph ?? app.graph);
   },
+  beforeConfigureGraph({ nodes, definitions }) {
+    for (const saved of [nodes, ...(definitions?.subgraphs ?? []).map((one) => one.nodes)].flat()) {
+      if (saved?.type?.startsWith('Iteris') && Array.isArray(saved.widgets_values)) renew(saved);
+    }
+  },
   loadedGraphNode(node) {
     setTimeout(() => showReport(node), 0);
   },
@@ -84,6 +105,10 @@ app.registerExtension({
     return isLoraList(node) ? [{ content: 'To IterIS LoRAs', callback: () => fromLoraList(node) }] : [];
   },
   setup() {
+    // The old front end scrolls a text from 200 pixels on, however high the node is.
+    const style = document.createElement('style');
+    style.textContent = '.dom-widget > .max-h-\\[200px\\] { max-height: 100%; }';
+    document.head.append(style);
     api.addEventListener('progress_text', ({ detail }) => {
       // Once the front end has put the text onto the node.
       setTimeout(() => fitText(nodeOf(detail?.nodeId), detail?.text ?? ''), 50);

@@ -95,14 +95,16 @@ async function fillIn(node, row) {
 
 function choose(node, row, event) {
   const names = choices(widgetOf(node, `lora_${row}`)).filter((name) => name !== NONE);
-  const callback = (name) => {
+  // Menus of older front ends take their entries for HTML.
+  const entries = names.map((name) => ({ content: name.replaceAll('<', '‹'), name }));
+  const callback = ({ name }) => {
     write(node, row, { ...read(node, row), lora: name });
     changed(node);
     fillIn(node, row).catch(console.warn);
   };
   const scale = Math.max(1, app.canvas.ds.scale);
   window.LGraphCanvas.active_canvas = app.canvas; // which the menu's filter takes for granted
-  new window.LiteGraph.ContextMenu(names, { event, scale, className: 'dark', callback }, window);
+  new window.LiteGraph.ContextMenu(entries, { event, scale, className: 'dark', callback }, window);
 }
 
 function make(tag, values = {}, ...children) {

@@ -90,7 +90,8 @@ class Job:
     ``tick`` reports progress, and ``eta`` estimates the time left by the stages ``seen``.
     ``joined``: see :class:`~.preflight.PreflightResult`. With ``only_plans``,
     :func:`~.sweep.solve_sites` raises :class:`~.planner.Planned` once it has planned. Samples may
-    be kept in ``store``. ``rank`` is what the method's settings allow.
+    be kept in ``store``. ``rank`` is what the method's settings allow. ``included`` are the LoRAs
+    always on that become part of the merged one.
     """
 
     host: Host
@@ -109,6 +110,7 @@ class Job:
     only_plans: bool = False
     store: SampleStore | None = None
     rank: int | float | None = None
+    included: Sequence[Concept] = ()
     notes: list[tuple[str, list[str]]] = field(default_factory=list[tuple[str, list[str]]])
     """For the report, each with the name of what it is on; copies of the job share the list."""
 

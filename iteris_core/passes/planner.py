@@ -31,6 +31,7 @@ from ..progress import duration
 from ..solve.choose import THRESHOLDS, Thresholds
 from ..solve.problem import StageSolver
 from .batches import ExecutionConfig, Schedule, fewer, limit_of, sampled_rows, selected
+from .changes import changes_of
 from .footprint import ON_DEVICE, Footprint, Measure, Strategy
 from .job import Job, Run
 
@@ -135,7 +136,10 @@ def outlook_of(job: Job, plans: Sequence[Plan]) -> str:
     short = offered - sum(plan.rows for plan in plans)
     most = job.rank if isinstance(job.rank, int) else math.inf
     ranks = {s: int(min(some.rank, *some.shape, most)) for s, some in job.changes.items()}
-    size = sum(2 * rank * sum(job.changes[site].shape) for site, rank in ranks.items())
+    included = changes_of(job.included) if job.included else {}
+    ranks |= {site: ranks.get(site, 0) + some.rank for site, some in included.items()}
+    shapes = {site: some.shape for site, some in (*included.items(), *job.changes.items())}
+    size = sum(2 * rank * sum(shapes[site]) for site, rank in ranks.items())
     parts = [
         f"about {duration(left)}" if left else "",
         f"{short} of {offered} rows left out" if short else "no row left out" if offered else "",

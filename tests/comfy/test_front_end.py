@@ -159,6 +159,33 @@ def test_a_blueprint_that_is_dropped_runs(client):
     assert any(shown.get("images") for shown in outputs.values())
 
 
+def test_a_graph_of_an_earlier_version_opens(client, tmp_path):
+    """Its values go to the inputs of their names; without names, there is a note."""
+
+    def node(number, kind, values, names=()):
+        inputs = [{"name": n, "type": "*", "widget": {"name": n}, "link": None} for n in names]
+        return {
+            "id": number, "type": kind, "pos": [500 * number, 0], "size": [300, 300], "flags": {},
+            "order": number, "mode": 0, "inputs": inputs, "outputs": [], "properties": {},
+            "widgets_values": values,
+        }  # fmt: skip
+
+    names = ("density", "rank", "gone", "image_size", "repair")
+    nodes = [
+        node(1, "IterisSettings", [0.2, 16, "x", 64, False, "a text on the node"], names),
+        node(2, "IterisMerge", ["iteris", 4, "default", 0, 1.0]),
+    ]
+    graph = {"last_node_id": 2, "last_link_id": 0, "nodes": nodes, "links": [], "version": 0.4}
+    (tmp_path / "old.json").write_text(json.dumps(graph))
+    seen = look(client, tmp_path / "old.json", tmp_path / "old.png")
+    values = seen["values"]["IterisSettings"]
+    assert (values["rank"], values["image_size"], values["repair"]) == (16, 64, False)
+    assert (values["denoising_steps"], values["kept"]) == (6, "use")
+    assert seen["values"]["IterisMerge"]["preset"] == "default"
+    (note,) = seen["toasts"]
+    assert "Node 2 was saved by a version with other inputs" in note
+
+
 def test_help_page_renders(client, tmp_path):
     seen = look(
         client, ROOT / "workflows" / "quick_start_toybox.json", tmp_path / "help.png",
