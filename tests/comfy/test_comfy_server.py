@@ -170,11 +170,10 @@ def test_a_list_of_eight(client, models):
         names.append(f"{name}.safetensors")
         save_file(load_file(loras / f"{of}.safetensors"), into / names[-1])
     rows = {f"lora_{row}": f"eight/{name}" for row, name in enumerate([*names, "gone.sft"], 1)}
-    settings = {"latents": "noise", "timesteps": 1, "image_size": 64}
     graph = {
         "toybox": node("IterisToybox", tokens="sks1"),
         "loras": node("IterisLoras", **rows, on_8=False),
-        "settings": node("IterisSettings", **settings),
+        "settings": node("IterisSettings", latents="noise", timesteps=1),
         "merge": node(
             "IterisMerge", model=["toybox", 0], clip=["toybox", 1], concepts=["loras", 0],
             samples=2, settings=["settings", 0],
@@ -208,7 +207,7 @@ def test_compare_inspect_preserve_and_stack(client):
             "IterisCompareMerges", model=toybox[0], clip=toybox[1], concepts=["kept", 0],
             methods="base, average, iteris", samples=10, settings=["settings", 0],
         ),
-        "settings": node("IterisSettings", timesteps=1, image_size=64, latents="noise"),
+        "settings": node("IterisSettings", timesteps=1, latents="noise"),
         **drawing("drawn", ["compared", 0], ["compared", 1], ["toybox", 2], batch=2),
         "sheet": node(
             "IterisScoreSheet", images=["drawnd", 0], labels=["compared", 2], prompts="", cell=64

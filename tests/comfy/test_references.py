@@ -188,6 +188,11 @@ def test_the_size_rule(bench, name):
     assert bench.sizes.latent_shape(model, bench.core.Calibration()) == SIZES[name]
 
 
+def test_the_toybox_has_images_of_its_own_size(bench, pack):
+    model, *_ = part(pack, "nodes.comfy_toybox").IterisToybox.execute("sks1").result
+    assert bench.sizes.latent_shape(model, bench.core.Calibration()) == (1, 4, 8, 8)
+
+
 def test_frames_and_a_latent_of_ones_own(bench):
     model, _ = reduced_models.wan()
     calibration = bench.core.Calibration(frames=17, latent_size=6)
