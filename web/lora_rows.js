@@ -223,6 +223,8 @@ function arrange(node) {
     if (PARTS.some((part) => widget.name.startsWith(`${part}_`))) setShown(widget, linked(node, widget.name));
   }
   setShown(widgetOf(node, 'lines'), rows.some(inLines));
+  // The front end misses files of lists alone; that of a row that is off may be gone.
+  for (const row of rows) widgetOf(node, `lora_${row}`).type = read(node, row).on ? 'combo' : 'text';
   const shown = rows.map((row) => [line(node, row, rows), ...(isOpen(node, row) ? details(node, row) : [])]);
   const lines = [header(node, rows), ...shown.flat()];
   node.iterisList.replaceChildren(make('style', { textContent: STYLE }), ...lines);

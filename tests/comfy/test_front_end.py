@@ -160,7 +160,8 @@ def test_a_blueprint_that_is_dropped_runs(client):
 
 
 def test_a_graph_of_an_earlier_version_opens(client, tmp_path):
-    """Its values go to the inputs of their names; without names, there is a note."""
+    """Its values go to the inputs of their names; without names, there is a note. A file that is
+    gone is no error in a row that is off."""
 
     def node(number, kind, values, names=()):
         inputs = [{"name": n, "type": "*", "widget": {"name": n}, "link": None} for n in names]
@@ -174,14 +175,17 @@ def test_a_graph_of_an_earlier_version_opens(client, tmp_path):
     nodes = [
         node(1, "IterisSettings", [0.2, 16, "x", 64, False, "a text on the node"], names),
         node(2, "IterisMerge", ["iteris", 4, "default", 0, 1.0]),
+        node(3, "IterisLoras", ["gone.safetensors", False], ("lora_1", "on_1")),
     ]
-    graph = {"last_node_id": 2, "last_link_id": 0, "nodes": nodes, "links": [], "version": 0.4}
+    graph = {"last_node_id": 3, "last_link_id": 0, "nodes": nodes, "links": [], "version": 0.4}
     (tmp_path / "old.json").write_text(json.dumps(graph))
     seen = look(client, tmp_path / "old.json", tmp_path / "old.png")
     values = seen["values"]["IterisSettings"]
     assert (values["rank"], values["image_size"], values["repair"]) == (16, 64, False)
     assert (values["denoising_steps"], values["kept"]) == (6, "use")
     assert seen["values"]["IterisMerge"]["preset"] == "default"
+    assert seen["values"]["IterisLoras"]["lora_1"] == "gone.safetensors"
+    assert "missing a required model" not in seen["text"]
     (note,) = seen["toasts"]
     assert "Node 2 was saved by a version with other inputs" in note
 
