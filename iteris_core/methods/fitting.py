@@ -134,10 +134,10 @@ def solver_of(
     every site are added to ``found``, to share ranks out."""
     dtype: torch.dtype = getattr(torch, settings.precision)
     thresholds, pictures, weighting = job.thresholds, job.host.pictures, settings.weighting
+    samples, timesteps = stage.samples or job.calibration.samples, job.calibration.rows_each
     ridge, pull = settings.ridge, "mean"
     if ridge is None:
-        samples = stage.samples or job.calibration.samples
-        ridge, pull = thresholds.ridge_for(samples, job.calibration.rows_each, job.loras)
+        ridge, pull = thresholds.ridge_for(samples, timesteps, job.loras)
     if weighting == "auto":
         weighting = "tokens" if pictures else "none"
     shrink, few = settings.shrink, math.inf
@@ -156,7 +156,9 @@ def solver_of(
     inputs = {site: chosen for site, chosen in repairs.items() if chosen is not None}
     # Unless the settings say it, there is no bound in a component with gates, except at layers
     # whose output is added without one.
-    bound = thresholds.bound if settings.bound is None else settings.bound
+    bound = settings.bound
+    if bound is None:
+        bound = thresholds.bound_for(samples, timesteps)
     bounds = sizes_of(job.changes) if bound else dict[str, float]()
     if settings.bound is None:
         streams = streams_of(job)

@@ -65,8 +65,8 @@ class IterisSettings(Settings):
         "Largest norm of a layer's change, as a multiple of what the LoRAs together have there. A "
         "layer's ridge is raised until it holds, so that the merge also works at other strengths "
         "and beside other LoRAs. 0: no bound.",
-        none="4; none in a model whose blocks gate what they add, but where a layer's output is "
-        "not gated",
+        none="2, less with few prompts; none in a model whose blocks gate what they add, but where "
+        "a layer's output is not gated",
         low=0,
         most=1000,
     )
