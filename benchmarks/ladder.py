@@ -34,7 +34,7 @@ from worlds import WORLDS
 from iteris_core import Lora, SampleStore
 from iteris_core.settings import PRESETS, Preset
 
-SETS = {2: 2, 5: 2, 8: 1}
+SETS = {2: 2, 5: 2, 8: 2}
 """How many LoRAs → sets."""
 PLAIN = dict.fromkeys(("generic", "conditions", "contexts", "composites", "empty_share"), 0.0)
 LEAST = {"samples": 1, "total_samples": None, "timesteps": 1, "denoising_steps": 1, **PLAIN}
