@@ -26,7 +26,7 @@ from protocol.toybox import ToyboxWorld
 from uses import CONDITIONS, FURTHER, Beside, Use
 from worlds import WORLDS
 
-from iteris_core import Lora
+from iteris_core import Concept, Lora
 
 SETS = {"toybox": {2: 3, 5: 1}, "reported": {2: 2, 3: 2, 5: 1, 7: 1, 10: 1}}
 """World → how many LoRAs → sets of each training."""
@@ -40,11 +40,11 @@ def figures(world: ToyboxWorld, lora: Lora, names: Sequence[str], use: Use) -> d
 
 
 def merged(
-    world: ToyboxWorld, label: str, names: Sequence[str], trained: int
-) -> tuple[Lora, dict[str, Any]]:
-    """The merge, and its ``norm`` and ``seconds``."""
-    concepts, how = world.concepts(names, trained), Unit.parsed(label)
-    calibration = {"seed": trained, **how.calibration}
+    world: Any, concepts: Sequence[Concept], label: str, seed: int
+) -> tuple[Lora, dict[str, float]]:
+    """The merge, its ``norm`` and ``seconds``."""
+    how = Unit.parsed(label)
+    calibration = {"seed": seed, **how.calibration}
     began = time.process_time()
     lora = merge(world, concepts, how.method, settings=how.settings, calibration=calibration)
     seconds = time.process_time() - began
@@ -73,7 +73,7 @@ def measure(
     if label == SINGLE:
         lora, found = world.concepts(names, trained)[0].lora or Lora({}), dict[str, Any]()
     else:
-        lora, found = merged(world, label, names, trained)
+        lora, found = merged(world, world.concepts(names, trained), label, trained)
     return {**found, **{n: figures(world, u.of(lora, more), names, u) for n, u in uses.items()}}
 
 

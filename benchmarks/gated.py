@@ -24,12 +24,11 @@ from typing import Any
 import emoji
 import rivals  # noqa: F401 (registers them)
 import torch
-from conditions import norm
+from conditions import merged
 from outputs import once, result_file
 from protocol.emoji import NEW, EmojiWorld
-from protocol.held_out import merged as merge
 from protocol.new_rows import NewRows, relative
-from protocol.plan import Unit, sets_of
+from protocol.plan import sets_of
 
 from iteris_core import Concept, Lora, LowRank
 from iteris_core.passes.changes import beside
@@ -77,23 +76,18 @@ class Errors:
         return self._rows.outputs(beside(scaled, other), rows)
 
 
+def cut(lora: Lora | None, layers: str) -> Lora:
+    sites = {} if lora is None else lora.sites
+    return Lora({s: c for s, c in sites.items() if layers == "all" or ".attn." in s})
+
+
 def measured(
     world: EmojiWorld, concepts: Sequence[Concept], label: str, errors: Callable[[], Errors]
 ) -> Any:
     """Errors of a merge by use, its norm and seconds."""
-    how = Unit.parsed(label)
-    began = time.process_time()
-    merged = merge(world, concepts, how.method, settings=how.settings, calibration=how.calibration)
-    seconds = time.process_time() - began
-    together = math.hypot(*(norm(one.lora) for one in concepts if one.lora))
+    lora, found = merged(world, concepts, label, 0)
     known = errors()
-    found = {use: known.error(merged.sites, use) for use in USES}
-    return {**found, "norm": norm(merged) / together, "seconds": seconds}
-
-
-def cut(lora: Lora | None, layers: str) -> Lora:
-    sites = {} if lora is None else lora.sites
-    return Lora({s: c for s, c in sites.items() if layers == "all" or ".attn." in s})
+    return {**{use: known.error(lora.sites, use) for use in USES}, **found}
 
 
 def main() -> None:

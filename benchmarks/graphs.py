@@ -36,12 +36,14 @@ def measured(name: str, base: Path) -> dict[str, Any]:
     (base / "custom_nodes" / "iteris-lora").symlink_to(ROOT)
     with running(base) as client:
         graph = opened(client, ROOT / "workflows" / f"{name}.json", base / "seen.png")
-        load, started, busy = os.getloadavg()[0], time.perf_counter(), cpu()
+        load, started = os.getloadavg()[0], time.perf_counter()
+        (server,) = psutil.Process().children()
+        busy = sum(server.cpu_times()[:2])
         client.run(graph)
         return {
             "seconds": round(time.perf_counter() - started, 1),
-            "cpu_seconds": round(cpu() - busy, 1),
-            "peak_gib": round(peak() / 2**30, 2),
+            "cpu_seconds": round(sum(server.cpu_times()[:2]) - busy, 1),
+            "peak_gib": round(peak(server) / 2**30, 2),
             "threads": torch.get_num_threads(),
             "load": round(load, 2),
             "comfyui": client.get("/system_stats")["system"]["comfyui_version"],
@@ -56,20 +58,9 @@ def opened(client: Client, file: Path, picture: Path) -> dict[str, Any]:
     return json.loads(found.stdout.splitlines()[-1])["prompt"]
 
 
-def server() -> psutil.Process:
-    (found,) = psutil.Process().children()
-    return found
-
-
-def cpu() -> float:
-    """CPU seconds that the server has used so far."""
-    times = server().cpu_times()
-    return times.user + times.system
-
-
-def peak() -> int:
+def peak(server: psutil.Process) -> int:
     """The server's peak memory, in bytes."""
-    status = Path(f"/proc/{server().pid}/status").read_text(encoding="utf-8")
+    status = Path(f"/proc/{server.pid}/status").read_text(encoding="utf-8")
     (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
     return int(kib) * 1024
 

@@ -145,10 +145,6 @@ def results(bench: Bench, draws: int) -> dict[str, Any]:
         "standard_error": {m: stdev(s) / math.sqrt(len(s)) for m, s in sums.items() if len(s) > 1},
         "tasks": tasks,
         "combinations": combinations,
-        "settings": {method: settings for method, (_, settings) in METHODS.items()},
-        "samples": SAMPLES,
-        "draws": {m: draws if m in DRAWN else 1 for m in METHODS},
-        "texts": {task: len(bench.texts[task][0]) for task in TASKS},
     }
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-import denoisers
+import diffusers
 import torch
 from outputs import read, result_file, write
 from torch import Tensor, nn
@@ -49,10 +49,12 @@ WORDS = 64
 
 @dataclass(frozen=True)
 class Model:
-    """``call(rows)`` are the arguments of one forward; ``parts`` occur in the names of sites that a
+    """A class of diffusers and its arguments, without which it has the released model's size;
+    ``call(rows)`` are the arguments of one forward; ``parts`` occur in the names of sites that a
     LoRA changes."""
 
-    make: Callable[[], nn.Module]
+    kind: str
+    size: Mapping[str, Any]
     call: Callable[[int], Mapping[str, Any]]
     budget_gib: float
     parts: tuple[str, ...] = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net")
@@ -97,23 +99,33 @@ def wan_call(rows: int) -> Mapping[str, Any]:
     return tensors(rows, timestep=(), **read)
 
 
+SD15 = {"cross_attention_dim": 768, "sample_size": 64}
+SDXL = {
+    "sample_size": 128, "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048, "use_linear_projection": True, "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
 MODELS = {
-    "SD 1.5, 512 px": Model(denoisers.sd15, unet_call(64, 768), 4),
+    "SD 1.5, 512 px": Model("UNet2DConditionModel", SD15, unet_call(64, 768), 4),
     "SDXL, 1024 px": Model(
-        denoisers.sdxl, unet_call(128, 2048, text_embeds=(1280,), time_ids=(6,)), 8
+        "UNet2DConditionModel", SDXL,
+        unet_call(128, 2048, text_embeds=(1280,), time_ids=(6,)), 8,
     ),
     "FLUX.1, 1024 px": Model(
-        denoisers.flux, flux_call, 12,
+        "FluxTransformer2DModel", {"guidance_embeds": True}, flux_call, 12,
         (".to_", ".add_", ".ff.net", ".ff_context.net", ".proj_mlp", ".proj_out"),
     ),
     "Z-Image, 1024 px": Model(
-        denoisers.z_image, z_image_call, 8, (".to_", ".feed_forward."),
+        "ZImageTransformer2DModel", {}, z_image_call, 8, (".to_", ".feed_forward."),
     ),
     "Qwen-Image, 1024 px": Model(
-        denoisers.qwen_image, qwen_image_call, 10, (".to_", ".add_", "_mlp.net"),
+        "QwenImageTransformer2DModel", {}, qwen_image_call, 10, (".to_", ".add_", "_mlp.net"),
     ),
     "Wan 14B, 17 frames of 832 x 480": Model(
-        denoisers.wan, wan_call, 12, (".to_", ".ffn.net"),
+        "WanTransformer3DModel", {}, wan_call, 12, (".to_", ".ffn.net"),
     ),
 }  # fmt: skip
 
@@ -162,7 +174,7 @@ def fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tens
 
 def planned(model: Model) -> dict[str, Any]:
     with torch.device("meta"):
-        network = model.make().eval().requires_grad_(False)
+        network = getattr(diffusers, model.kind)(**model.size).eval().requires_grad_(False)
     network = network.to(HALF)
     host: Any = MetaHost("denoiser", network, model.parts)
     changes: dict[str, SiteChanges] = {}

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from own_drawing import Drawing, draw
 from PIL import Image
-from protocol.drawing import noise_of
+from protocol.drawing import draw
 from protocol.world import KINDS, Wanted
 from torch import Tensor
 
@@ -29,9 +28,11 @@ from iteris_core.cli.options import check_settings
 from iteris_core.config import ConceptConfig, read_concept
 from iteris_core.errors import ConceptError, MergeFileError, ScoreError, brief, did_you_mean
 from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.hosts.diffusers_loop import is_modular
 from iteris_core.lora import Lora
 from iteris_core.passes.changes import changes_always, switched_on
 from iteris_core.score import ClipScorer, ImageScorer, without_tokens
+from iteris_core.settings import Settings, setting
 
 NEEDED = ("base", "concepts", "seen", "new", "plain")
 CHOICES = {"base_dtype": ("float16", "bfloat16", "float32"), "offload": ("model", "sequential")}
@@ -48,35 +49,42 @@ class Subject:
     """A concept: its LoRA files, one of each training, and the pictures that show it."""
 
     trainings: Sequence[ConceptConfig]
-    files: Sequence[Path]
     references: Sequence[Image.Image]
+
+
+@dataclass(frozen=True)
+class Drawing(Settings):
+    """Settings for drawing; the paper uses 100 DDPM steps at guidance 12."""
+
+    images_per_prompt: int = setting(4, "Seeds per prompt.", low=1)
+    steps: int = setting(25, "Denoising steps of the images.", low=1)
+    guidance: float = setting(7.5, "Guidance scale of the images.")
+    seed: int = setting(0, "Seed of each prompt's first image, and of the calibration.")
+    batch: int = setting(8, "Images per batch.", low=1)
+    width: int | None = setting(
+        None, "Width of the images in pixels.", none="the pipeline's", low=8
+    )
+    height: int | None = setting(
+        None, "Height of the images in pixels.", none="the pipeline's", low=8
+    )
 
 
 class DinoScorer(ImageScorer):
     """Cosines of class tokens of a transformers vision model (Dinov2, DINO ViT-S/16). It judges
     identity more strictly than CLIP, and cannot score text."""
 
-    def __init__(
-        self, model: Any, processor: Any, *, device: torch.device | str = "cpu", batch: int = 64
-    ) -> None:
-        super().__init__(model, device, batch)
-        self._processor = processor
-
-    @classmethod
-    def load(
-        cls, name: str = "facebook/dinov2-small", *, device: torch.device | str = "cpu"
-    ) -> DinoScorer:
-        """Load from a hub name, or a folder with a model and an image processor."""
+    def __init__(self, name: str, *, device: torch.device | str = "cpu") -> None:
+        """From a hub name, or a folder with a model and an image processor."""
         from transformers import AutoImageProcessor, AutoModel
 
         try:
-            processor = AutoImageProcessor.from_pretrained(name)
+            self._processor = AutoImageProcessor.from_pretrained(name)
             model = AutoModel.from_pretrained(name, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise ScoreError(f"The DINO model {name!r} cannot be loaded ({brief(error)}).") from (
                 error
             )
-        return cls(model, processor, device=device)
+        super().__init__(model, device, 64)
 
     def _embed_images(self, images: list[Image.Image]) -> Tensor:
         pictures = [image.convert("RGB") for image in images]
@@ -129,8 +137,8 @@ class OwnWorld:
                 f"{where}: only subjects are measured, by the templates of seen; put a speed LoRA "
                 "into the base first (iteris bake)."
             )
-        paths, pictures = open_images(find(str(entry["references"])))
-        return trainings[0].trigger, Subject(trainings, paths, pictures)
+        _, pictures = open_images(find(str(entry["references"])))
+        return trainings[0].trigger, Subject(trainings, pictures)
 
     def _set_prompts(self, path: Path, data: Mapping[str, Any]) -> None:
         where = f"{path}: calibration"
@@ -159,13 +167,15 @@ class OwnWorld:
         self._scorers: dict[str, ClipScorer | DinoScorer] = {"likeness": self._clip}
         if data.get("dino"):
             name = base_in(self._path, str(data["dino"]))
-            self._scorers["dino"] = DinoScorer.load(name, device=device)
+            self._scorers["dino"] = DinoScorer(name, device=device)
         self._references = {
             (figure, name): scorer.embed_images(of.references)
             for figure, scorer in self._scorers.items()
             for name, of in self._known.items()
         }
         pipeline = load_base(base, device, data.get("base_dtype"), data.get("offload"))
+        if is_modular(pipeline):
+            raise MergeFileError(f"{self._path}: base: a modular pipeline cannot be measured.")
         self.host = DiffusersHost(pipeline)
         self._concepts = {
             (name, number): self._read(config)
@@ -204,9 +214,18 @@ class OwnWorld:
 
     def draw(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Image.Image]:
         """With the LoRA beside the weights, which may be of any dtype and on any device."""
-        pairs = [(one.prompt, noise_of(one).initial_seed()) for one in wanted]
+        how = self._drawing
+        sizes = {"width": how.width, "height": how.height}
+        options = {name: size for name, size in sizes.items() if size is not None}
+        options |= {"num_inference_steps": how.steps, "guidance_scale": how.guidance}
+        pipeline = self.host.pipeline
         with nullcontext() if lora is None else switched_on(self.host, [Concept(lora)]):
-            return draw(self.host.pipeline, pairs, self._drawing)
+            try:
+                return draw(pipeline, self.host, None, wanted, how.batch, **options)
+            except ValueError as error:  # for a size, a number of steps, …
+                raise ScoreError(
+                    f"{type(pipeline).__name__} cannot draw with these settings ({brief(error)})."
+                ) from error
 
     def read(
         self, images: Sequence[Image.Image], wanted: Sequence[Wanted]

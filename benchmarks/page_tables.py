@@ -231,14 +231,14 @@ def gated(layers: str) -> list[str]:
     return table(("", "", *heads), rows)
 
 
-def beside_subjects(file: str, kind: str, names: Sequence[str]) -> list[str]:
-    """Figures of a LoRA without words beside subjects, in each use; means over sets. Of a look the
-    share of pictures that have it, of a slider the size of what is drawn; then the share of the
-    subject's attributes, and the first without a trigger."""
-    found = _by_method(file, kind)
+def wordless() -> list[str]:
+    """Of pictures with a subject's trigger and without one: the share in the look, and of the
+    subject's attributes."""
+    found = _by_method("wordless_reported.json", "frame")
     heads = [use for use in next(iter(next(iter(found.values())).values())) if use != "norm"]
 
     def cell(sets: list[Any]) -> str:
+        names = ("style", "judge", "no trigger")
         return " / ".join(f"{fmean(of[name] for of in sets):.2f}" for name in names)
 
     return table(("", "", *heads), _means(found, heads, cell, "subjects"))
@@ -300,7 +300,6 @@ UNSEEN: Mapping[str, tuple[str, Sequence[str]]] = {
 }
 """Table name → runs, and the numbers of LoRAs, with one table each."""
 
-SUBJECTS = ("judge", "no trigger")
 TABLES: dict[str, Callable[[], list[str]]] = {
     "front": partial(kept, "unseen_reported"),
     "front minilm": partial(kept, "unseen_minilm"),
@@ -310,8 +309,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "conditions lead": conditions_lead,
     "gated": partial(gated, "attention"),
     "gated all": partial(gated, "all"),
-    "wordless": partial(beside_subjects, "wordless_reported.json", "frame", ("style", *SUBJECTS)),
-    "slider": partial(beside_subjects, "slider_toybox.json", "size", ("size", *SUBJECTS)),
+    "wordless": wordless,
     "tidy": tidy,
     "speed LoRA": speed_lora,
     "emotions": emotions,

@@ -1,6 +1,6 @@
-"""``docs/results.md`` and its plot, from ``results/``: one screen, each verdict from an interval.
+"""What ``docs/results.md`` says and its plot, from ``results/``: each verdict from an interval.
 
-``python benchmarks/results_page.py`` prints the page, ``--write`` writes it and its plot, and
+``python benchmarks/results_page.py --write`` writes the page's figures and its plot, and
 ``--check`` fails where page or plot are not what the figures make.
 """
 
@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from markdown_tables import figures, half_width, lead, load, short, table
 from outputs import ROOT
 from page_tables import FRONT
 
-PAGE = ROOT / "docs" / "results.md"
 PLOT = ROOT / "docs" / "images" / "results-kept.svg"
 RUNS = "unseen_reported"
 NEW = "new words"
@@ -48,44 +47,6 @@ COLUMNS = {
 }
 """What is compared, by what the page calls it"""
 
-_HEAD = """\
-# Results
-
-How much of each LoRA a merge keeps on prompts with words that no calibration row has. All methods get the same rows
-and draw from the same noise. `python benchmarks/results_page.py --write` makes this page from `benchmarks/results/`.
-
-## Where IterIS is behind
-
-- **Prompts whose whole sentence is new** break a merge on a model whose text encoder was trained from scratch, IterIS's and
-  Chain of Merges' alike (row *the sentence held out too*).
-{behind}
-
-![Likeness kept by the number of merged LoRAs, with 95 % intervals: {summary}.](images/{plot})
-
-## Against the best rival
-
-"""  # noqa: E501
-_TAIL = """
-*First* and *behind*: the 95 % interval of the difference (Student's t, paired by set) leaves out 0. It is over concepts or
-trainings, whichever is wider. *Level* takes five of them and an interval no wider than .1; what is neither is *unknown*. The
-comparison named beforehand is with Chain of Merges at five LoRAs in attributes. A difference is IterIS less the rival with the
-most likeness in that row. Styles and two in one picture are of the former default, and not on new words.
-
-## What is not measured
-
-Full-size Stable Diffusion, SDXL or FLUX with trained LoRAs; a graphics card; the judgement of people. The worlds are
-models of 64 × 64 pictures. [Your own model](../benchmarks/open/README.md) can be one.
-
-[New words, styles](../benchmarks/UNSEEN.md) · [texts](../benchmarks/LANGUAGE.md) ·
-[two in one picture, speed and memory](../benchmarks/README.md)
-"""  # noqa: E501
-
-
-def page() -> str:
-    lost = "\n".join(f"- {line}" for line in behind())
-    head = _HEAD.format(plot=PLOT.name, summary=_summary(), behind=lost)
-    return head + "\n".join(verdicts()) + "\n" + _TAIL
-
 
 def kept() -> dict[str, dict[int, Mapping[str, Any]]]:
     """Method → number of LoRAs → likeness kept, with its interval."""
@@ -96,9 +57,12 @@ def kept() -> dict[str, dict[int, Mapping[str, Any]]]:
     }
 
 
-def _summary() -> str:
+def plot() -> list[str]:
+    """The plot's place on the page."""
     most = max(next(iter(kept().values())))
-    return f"with {most}, " + ", ".join(f"{n} {of[most]['mean']:.0%}" for n, of in kept().items())
+    shown = ", ".join(f"{name} {of[most]['mean']:.0%}" for name, of in kept().items())
+    text = "Likeness kept by the number of merged LoRAs, with 95 % intervals"
+    return [f"![{text}: with {most}, {shown}.](images/{PLOT.name})"]
 
 
 def digest() -> str:
@@ -189,9 +153,9 @@ def difference(of: Mapping[str, Any]) -> str:
     return lead(of) if of["interval"] is None else f"{of['verdict']} ({lead(of)})"
 
 
-def behind() -> Iterator[str]:
+def behind() -> list[str]:
     """A line for each column in which the interval says so, with the rivals and their numbers."""
-    sizes = figures(RUNS)["sizes"]
+    sizes, lines = figures(RUNS)["sizes"], list[str]()
     for (kind, name), label in COLUMNS.items():
         found: dict[str, list[str]] = {}
         for size in sizes:
@@ -205,28 +169,30 @@ def behind() -> Iterator[str]:
             rivals = ". ".join(
                 f"{rival[0].upper()}{rival[1:]} by {', '.join(by)}" for rival, by in found.items()
             )
-            yield f"**{label[0].upper()}{label[1:]}**: {rivals}."
+            lines.append(f"- **{label[0].upper()}{label[1:]}**: {rivals}.")
     sums = load("language.json")["sum"]
     ahead = [name for name in sums if sums[name] > sums["iteris"] and not name.startswith("iter")]
     shown = {"regmean": "RegMean", "ssr": "SSR-Merge", "linear": "the average"}
     rivals = ", ".join(f"{shown[name]} {sums[name]:.3f}" for name in shown if name in ahead)
-    yield (
-        f"**Texts** (four emotion tasks, sum of macro F1): IterIS {sums['iteris']:.3f}, "
+    lines.append(
+        f"- **Texts** (four emotion tasks, sum of macro F1): IterIS {sums['iteris']:.3f}, "
         f"`shrink=0.5` {sums['iteris-shrink']:.3f}; {rivals}."
     )
+    return lines
+
+
+TABLES = {"behind": behind, "plot": plot, "verdicts": verdicts}
 
 
 def stale(*, write: bool) -> list[str]:
     """What is not as the figures say."""
-    old: list[str] = []
+    from tables import renew
+
+    old = renew((ROOT / "docs" / "results.md",), write=write)
     if not PLOT.is_file() or digest() not in PLOT.read_text(encoding="utf-8"):
         old.append(PLOT.name)
         if write:
             save_plot()
-    if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page():
-        old.append(PAGE.name)
-        if write:
-            PAGE.write_text(page(), encoding="utf-8")
     return old
 
 
@@ -235,9 +201,6 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")
     asked = parser.parse_args()
-    if not (asked.write or asked.check):
-        print(page())
-        return
     old = stale(write=asked.write)
     print("\n".join(old))
     raise SystemExit(bool(old) and asked.check)

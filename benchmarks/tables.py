@@ -16,8 +16,9 @@ from pathlib import Path
 from machine_tables import TABLES as MACHINE
 from outputs import ROOT
 from page_tables import TABLES as QUALITY
+from results_page import TABLES as RESULTS
 
-TABLES: Mapping[str, Callable[[], list[str]]] = {**QUALITY, **MACHINE}
+TABLES: Mapping[str, Callable[[], list[str]]] = {**QUALITY, **MACHINE, **RESULTS}
 PAGES = (
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),

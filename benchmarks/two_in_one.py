@@ -16,15 +16,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from typing import Any
+from unittest.mock import patch
 
+import torch
 from outputs import QUICK, result_file, rounded
 from page_tables import unseen as table
 from PIL import Image
+from protocol.drawing import changed, noise_of
 from protocol.figures import results
 from protocol.plan import BASE, Plan, Unit
 from protocol.runs import Entry, Runs
 from protocol.toybox import ToyboxWorld
 from protocol.world import Wanted
+from torch import Tensor
 from worlds import reported
 
 from iteris_core import Lora
@@ -37,6 +42,72 @@ REGMEAN = "regmean++:contexts=0:generic=0"
 """It does better so (UNSEEN.md)."""
 
 METHODS = ("iteris", REGMEAN, COMPOSITE, BASE)
+
+
+def pairs(world: ToyboxWorld, names: Sequence[str], seed: int) -> list[Wanted]:
+    """Each two neighbours side by side, the ends as well."""
+    neighbours = zip(names, [*names[1:], names[0]], strict=True)
+    return [Wanted(two, _prompt(world, two, two), seed) for two in neighbours]
+
+
+def _prompt(world: ToyboxWorld, shown: Sequence[str], among: Sequence[str]) -> str:
+    """Of ``shown``, on a background that suits all of ``among``."""
+    known = world.known
+    suitable = known[among[0]].backgrounds
+    background = next(b for b in suitable if all(b in known[n].backgrounds for n in among))
+    things = " left of ".join(f"a {name} {known[name].class_word}" for name in shown)
+    return f"{things} on a {background} background"
+
+
+def prompts_of_halves(world: ToyboxWorld, wanted: Sequence[Wanted]) -> list[list[str]]:
+    """For each half a prompt of two of its own concept, so that no other one is named and each
+    thing has its place."""
+    return [[_prompt(world, [one.shown[at]] * 2, one.shown) for one in wanted] for at in (0, 1)]
+
+
+def side_by_side(
+    world: ToyboxWorld,
+    parts: Sequence[tuple[Lora | None, Sequence[str]]],
+    pictures: Sequence[Wanted],
+) -> list[Image.Image]:
+    """At every step each of two LoRAs with a prompt for each picture predicts the whole picture, of
+    which its half is taken."""
+    pipeline, host = world.pipeline, world.host
+    words: list[Any] = []
+    for lora, prompts in parts:
+        with changed(host, lora):
+            words.append(pipeline.encode_prompt(prompts, pipeline.device, 1, True))
+    plain = pipeline.unet.forward
+
+    def whole(sample: Tensor, timestep: Any, **given: Any) -> tuple[Tensor]:
+        halves: list[Tensor] = []
+        for at, (lora, _) in enumerate(parts):
+            given["encoder_hidden_states"] = torch.cat(words[at][::-1])
+            with changed(host, lora):
+                halves.append(plain(sample, timestep, **given)[0].chunk(2, -1)[at])
+        return (torch.cat(halves, -1),)
+
+    with patch.object(pipeline.unet, "forward", whole):
+        return pipeline(
+            prompt_embeds=words[0][0],
+            negative_prompt_embeds=words[0][1],
+            generator=[noise_of(one) for one in pictures],
+            **world.sampling,
+        ).images
+
+
+def read_halves(
+    world: ToyboxWorld, images: Sequence[Image.Image], wanted: Sequence[Wanted]
+) -> list[dict[str, float]]:
+    """The share of shape, pattern and both colours of both things that is read rightly in their
+    halves, and whether both shapes are."""
+    found: list[dict[str, float]] = []
+    for seen, one in zip(world.judge.read_halves(images), wanted, strict=True):
+        both = list(zip(seen, (world.known[name].thing for name in one.shown), strict=True))
+        right = sum(sum(half.matches(thing)) for half, thing in both) / 8
+        complete = all(half.shape == thing.shape for half, thing in both)
+        found.append({"right": right, "complete": float(complete)})
+    return found
 
 
 class RowRuns(Runs):
@@ -54,16 +125,14 @@ class RowRuns(Runs):
     def _rows(self, loras: Mapping[str, Lora | None]) -> Entry:
         """Each half is denoised by the LoRA that is its concept's in ``loras``."""
         world = self.world
-        every = [one for seed in range(1, SEEDS + 1) for one in world.pairs(list(loras), seed)]
+        every = [one for seed in range(1, SEEDS + 1) for one in pairs(world, list(loras), seed)]
         found: dict[str, list[object]] = {kind: [] for kind in KINDS}
         for kind in KINDS:
             for shown in dict.fromkeys(wanted.shown for wanted in every):
                 order = [wanted for wanted in every if wanted.shown == shown]
                 images = self._drawn(kind, [loras[name] for name in shown], order)
-                found[kind] += [
-                    [" ".join(shown), {"right": right, "complete": float(both)}]
-                    for right, both in world.read_halves(images, order)
-                ]
+                read = read_halves(world, images, order)
+                found[kind] += [[" ".join(shown), figures] for figures in read]
         return found
 
     def _drawn(
@@ -72,8 +141,8 @@ class RowRuns(Runs):
         if kind == "pair" and own[0] is own[1]:
             return self.world.draw(own[0], order)
         named = [[one.prompt for one in order]] * 2
-        prompts = named if kind == "pair" else self.world.prompts_of_halves(order)
-        return self.world.draw_halves(list(zip(own, prompts, strict=True)), order)
+        prompts = named if kind == "pair" else prompts_of_halves(self.world, order)
+        return side_by_side(self.world, list(zip(own, prompts, strict=True)), order)
 
 
 def main() -> None:

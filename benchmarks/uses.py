@@ -81,12 +81,6 @@ def _plain(
     return draw(world.pipeline, world.host, lora, wanted, **options)
 
 
-def _long(
-    world: ToyboxWorld, lora: Lora, wanted: Sequence[Wanted], options: Mapping[str, Any]
-) -> list[Image.Image]:
-    return _plain(world, lora, [replace(one, prompt=one.prompt + LONG) for one in wanted], options)
-
-
 def _weighted(
     world: ToyboxWorld, lora: Lora, wanted: Sequence[Wanted], options: Mapping[str, Any]
 ) -> list[Image.Image]:
@@ -168,17 +162,20 @@ def _on_fine_tuned(
 @dataclass(frozen=True)
 class Use:
     """What is loaded in place of a LoRA; options of the pipeline; how all patched weights are
-    rounded; the sampler, if it is not the world's own; and how pictures are drawn."""
+    rounded; the sampler, if it is not the world's own; how pictures are drawn; and the end of all
+    prompts."""
 
     of: Callable[[Lora, Beside], Lora] = lambda lora, _: lora
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     rounding: Callable[[Tensor], Tensor] | None = None
     sampler: Any = None
     pictures: Pictures = _plain
+    ending: str = ""
 
     def draw(self, world: ToyboxWorld, lora: Lora, wanted: Sequence[Wanted]) -> list[Image.Image]:
         if self.rounding is not None:
             lora = patched(world, lora, self.rounding)
+        wanted = [replace(one, prompt=one.prompt + self.ending) for one in wanted]
         with sampled(world, self.sampler):
             return self.pictures(world, lora, wanted, {**world.sampling, **self.options})
 
@@ -200,7 +197,7 @@ FURTHER: Mapping[str, Use] = {
     "ancestral": Use(sampler=EulerAncestralDiscreteScheduler),
     "multistep": Use(sampler=DPMSolverMultistepScheduler),
     "weights": Use(pictures=_weighted),
-    "long": Use(pictures=_long),
+    "long": Use(ending=LONG),
     "img2img": Use(pictures=_img2img),
     "fine-tuned": Use(pictures=_on_fine_tuned),
     "bfloat16": Use(rounding=cast(torch.bfloat16)),

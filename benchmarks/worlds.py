@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from protocol.world import World
 
 from iteris_core import IterisError
 
 
-def toybox() -> World:
-    from protocol.toybox import ToyboxWorld
-
-    return ToyboxWorld()
-
-
-def reported() -> World:
-    """Ten concepts on which nothing was chosen (``reported_concepts.py``)."""
-    from protocol.toybox import ToyboxWorld
-
-    return ToyboxWorld(Path(__file__).parent / "reported")
+def _world(module: str, kind: str, *arguments: Any) -> World:
+    """Its module is imported only now."""
+    return getattr(import_module(f"protocol.{module}"), kind)(*arguments)
 
 
-def emoji() -> World:
-    from protocol.emoji import EmojiWorld
-
-    return EmojiWorld()
+toybox = partial(_world, "toybox", "ToyboxWorld")
+reported = partial(toybox, Path(__file__).parent / "reported")
+"""Ten concepts on which nothing was chosen: a rule chose them before any was trained
+(``reported_concepts.py`` at commit cc0405a)."""
 
 
 def framed() -> World:
@@ -38,25 +33,13 @@ def framed() -> World:
     return world
 
 
-def minilm() -> World:
-    from protocol.minilm import MiniLMWorld
-
-    return MiniLMWorld()
-
-
-def styles() -> World:
-    from protocol.styles import StyleWorld
-
-    return StyleWorld()
-
-
 WORLDS: Mapping[str, Callable[[], World]] = {
     "toybox": toybox,
     "reported": reported,
-    "emoji": emoji,
+    "emoji": partial(_world, "emoji", "EmojiWorld"),
     "framed": framed,
-    "minilm": minilm,
-    "styles": styles,
+    "minilm": partial(_world, "minilm", "MiniLMWorld"),
+    "styles": partial(_world, "styles", "StyleWorld"),
 }
 HELP = f"{', '.join(WORLDS)}, or a .yaml file of your own (open/README.md)"
 

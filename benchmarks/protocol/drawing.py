@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,21 +13,14 @@ from PIL import Image
 from iteris_core import Lora
 from iteris_core.hosts.protocol import Host
 
-
-class Drawn(Protocol):
-    """What drawing needs to know of a picture."""
-
-    @property
-    def prompt(self) -> str: ...
-    @property
-    def seed(self) -> int: ...
+from .world import Wanted
 
 
 def draw(
     pipeline: Any,
     host: Host,
     lora: Lora | None,
-    pictures: Sequence[Drawn],
+    pictures: Sequence[Wanted],
     batch: int = 32,
     **options: Any,
 ) -> list[Image.Image]:
@@ -42,7 +35,7 @@ def draw(
     return images
 
 
-def noise_of(picture: Drawn) -> torch.Generator:
+def noise_of(picture: Wanted) -> torch.Generator:
     """Its noise depends on the prompt too, so that no two prompts share a picture."""
     digest = hashlib.sha256(f"{picture.prompt}{picture.seed}".encode()).hexdigest()
     return torch.Generator().manual_seed(int(digest[:8], 16))
@@ -51,10 +44,10 @@ def noise_of(picture: Drawn) -> torch.Generator:
 @contextmanager
 def changed(host: Host, lora: Lora | None) -> Generator[None]:
     """The LoRA's changes added to the weights, which are put back bit for bit."""
-    sites = host.sites()
-    kept = {s: sites[s].weight.data.clone() for s in (lora.sites if lora else {})}
+    sites, changes = host.sites(), lora.sites if lora else {}
+    kept = {site: sites[site].weight.data.clone() for site in changes}
     try:
-        for site, change in (lora.sites if lora else {}).items():
+        for site, change in changes.items():
             weight = sites[site].weight.data
             weight += change.dense().reshape(weight.shape)
         yield

@@ -8,9 +8,7 @@ from itertools import cycle, islice
 import minilm
 import numpy as np
 import torch
-from minilm.captions import caption
-from minilm.prompts import prompts, templates
-from minilm.words import ASIDE
+from minilm.prompts import ASIDE, caption, prompts, templates
 from PIL import Image
 
 import toybox
@@ -29,7 +27,7 @@ without a trigger."""
 
 
 class MiniLMWorld(ToyboxWorld):
-    """``new words`` are of words that the base learned and no row has (``minilm/words.py``)."""
+    """``new words`` are of words that the base learned and no row has (``minilm/words.json``)."""
 
     def __init__(self) -> None:
         self.pipeline = minilm.load_pipeline()
@@ -44,7 +42,7 @@ class MiniLMWorld(ToyboxWorld):
             "num_inference_steps": given["steps"],
             "guidance_scale": given["guidance"],
         }
-        self._judge = toybox.load_judge()
+        self.judge = toybox.load_judge()
         self._scorer = ClipScorer(*toybox.load_clip())
         self._references = {
             name: self._scorer.embed_images(self.pictures_of(name)) for name in self.known

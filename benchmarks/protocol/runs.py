@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from iteris_core import Calibration, Lora, merge_loras, write_lora
+from iteris_core import Calibration, Lora, write_lora
 
-from .held_out import held_out
+from .held_out import held_out, merged
 from .plan import BASE, SINGLE, Unit
 from .world import Wanted, World
 
@@ -85,18 +85,15 @@ class Runs:
             (concept,) = concepts
             return concept.lora, {}
         began = time.process_time()
-        with held_out(self.world.host, self.world.words):
-            if "/" in unit.method:
-                merge = loaded(Path(unit.method))
+        if "/" in unit.method:
+            merge = loaded(Path(unit.method))
+            with held_out(self.world.host, self.world.words):
                 lora = merge(self.world.host, concepts, self.calibration(unit), **unit.settings)
-            else:
-                lora = merge_loras(
-                    self.world.host,
-                    concepts,
-                    unit.method,
-                    settings=unit.settings,
-                    calibration=self.calibration(unit),
-                ).lora
+        else:
+            fields = {"seed": unit.replicate, **unit.calibration}
+            lora = merged(
+                self.world, concepts, unit.method, settings=unit.settings, calibration=fields
+            )
         seconds = time.process_time() - began
         return lora, {"seconds": seconds, "rank": max(lora.ranks), "bytes": _bytes(lora)}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 from PIL import Image
@@ -19,7 +18,6 @@ from toybox.draw import BACKGROUNDS as SCENES
 from toybox.draw import compose, describe, random_thing
 
 from .drawing import draw
-from .in_a_row import Part, side_by_side
 from .world import FIGURES, KINDS, Wanted
 
 SEEN, NEW = ("white", "gray", "black"), ("blue", "green", "yellow", "pink")
@@ -44,7 +42,7 @@ class ToyboxWorld:
         self.known = toybox.concepts(root)
         self.subjects = tuple(self.known)
         self._root = root
-        self._judge = toybox.load_judge()
+        self.judge = toybox.load_judge()
         self._scorer = ClipScorer(*toybox.load_clip())
         self._references = {
             name: self._scorer.embed_images(self.pictures_of(name)) for name in self.known
@@ -71,30 +69,11 @@ class ToyboxWorld:
             self._loras[name, trained] = self.host.read_lora(path)
         return self._loras[name, trained]
 
-    def pairs(self, names: Sequence[str], seed: int) -> list[Wanted]:
-        """Each two neighbours side by side, the ends as well."""
-        neighbours = zip(names, [*names[1:], names[0]], strict=True)
-        return [Wanted(two, self._side_by_side(two, two), seed) for two in neighbours]
-
-    def _side_by_side(self, shown: Sequence[str], among: Sequence[str]) -> str:
-        """A prompt of ``shown``, on a background that suits all of ``among``."""
-        known = self.known
-        suitable = known[among[0]].backgrounds
-        background = next(b for b in suitable if all(b in known[n].backgrounds for n in among))
-        things = " left of ".join(f"a {name} {known[name].class_word}" for name in shown)
-        return f"{things} on a {background} background"
-
-    def prompts_of_halves(self, wanted: Sequence[Wanted]) -> list[list[str]]:
-        """For each half a prompt of two of its own concept, so that no other one is named and each
-        thing has its place."""
-        return [
-            [self._side_by_side([one.shown[at]] * 2, one.shown) for one in wanted] for at in (0, 1)
-        ]
-
     def prompted(self, kind: str, names: Sequence[str], seed: int) -> list[Wanted]:
         if kind == "no trigger":
             return plain_prompts(PLAIN, seed)
-        wanted: list[Wanted] = []
+        count = {"seen": 1, "spread": SPREAD}.get(kind, EACH)
+        wanted, seeds = list[Wanted](), range(100 * seed, 100 * seed + count)
         for name in names:
             concept = self.known[name]
             phrase = f"{name} {concept.class_word}"
@@ -105,34 +84,18 @@ class ToyboxWorld:
                 free = free[: 1 if kind == "spread" else None]
                 texts = [(compose((phrase,), background), background) for background in free]
             for prompt, background in texts:
-                wanted += [Wanted((name,), prompt, s, background) for s in seeds_of(kind, seed)]
+                wanted += [Wanted((name,), prompt, one, background) for one in seeds]
         return wanted
 
     def draw(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Image.Image]:
         return draw(self.pipeline, self.host, lora, wanted, **self.sampling)
-
-    def draw_halves(self, parts: Sequence[Part], wanted: Sequence[Wanted]) -> list[Image.Image]:
-        """Composition by regions: at every step each half is denoised by its LoRA and prompts."""
-        return side_by_side(self.pipeline, self.host, parts, wanted, **self.sampling)
-
-    def read_halves(
-        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
-    ) -> list[tuple[float, bool]]:
-        """The share of shape, pattern and both colours of both things that is read rightly in their
-        halves, and whether both shapes are."""
-        found: list[tuple[float, bool]] = []
-        for seen, one in zip(self._judge.read_halves(images), wanted, strict=True):
-            pairs = list(zip(seen, (self.known[name].thing for name in one.shown), strict=True))
-            right = sum(sum(half.matches(thing)) for half, thing in pairs) / 8
-            found.append((right, all(half.shape == thing.shape for half, thing in pairs)))
-        return found
 
     def read(
         self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
     ) -> list[Mapping[str, float]]:
         """``likeness`` by the toybox's CLIP; ``judge``, the share of shape, pattern and both
         colours that are read rightly."""
-        read = self._judge.read(images)
+        read = self.judge.read(images)
         scenes = [float(w.scene in ("", r.background)) for r, w in zip(read, wanted, strict=True)]
         if not wanted[0].shown:
             return [{"scene": scene} for scene in scenes]
@@ -146,21 +109,11 @@ class ToyboxWorld:
         )
         return [dict(zip(FIGURES, one, strict=True)) for one in zip(*columns, strict=True)]
 
-    def mean_likeness(self, lora: Lora | None, wanted: Sequence[Wanted]) -> float:
-        """Of the pictures with the LoRA."""
-        return fmean(one["likeness"] for one in self.read(self.draw(lora, wanted), wanted))
-
     def pictures_of(self, name: str) -> list[Image.Image]:
         return [Image.open(file).convert("RGB") for file in self.known[name].references]
 
     def embedded(self, images: Sequence[Image.Image]) -> Tensor:
         return self._scorer.embed_images(images)
-
-
-def seeds_of(kind: str, seed: int) -> list[int]:
-    """Of a picture's noise: one for each seen prompt, and others for every replicate."""
-    count = {"seen": 1, "spread": SPREAD}.get(kind, EACH)
-    return [seed * 100 + number for number in range(count)]
 
 
 def plain_prompts(count: int, seed: int) -> list[Wanted]:

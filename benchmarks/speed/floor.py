@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from models import (
+    in_turn,
+    medians,
     prompt_concepts,
     sd15_host,
     t5_host,
@@ -14,7 +16,6 @@ from models import (
     toybox_concepts,
     toybox_host,
 )
-from rounds import in_turn, medians
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.methods.iteris import IterisSettings

@@ -1,9 +1,12 @@
-"""The bases of the speed benchmarks: full-size architectures with random weights; the toybox."""
+"""The bases of the speed benchmarks: full-size architectures with random weights; the toybox. And
+what runs contenders in turn."""
 
 from __future__ import annotations
 
 import string
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
 from typing import Any
 
 import torch
@@ -103,25 +106,20 @@ def random_lora(
     return Lora(sites, f"lora{seed}")
 
 
-def is_attention(site: str) -> bool:
-    """True for projections that diffusers' and kohya's trainers change by default."""
-    return "attn" in site and site.endswith(_ATTENTION)
-
-
-def is_query_or_value(site: str) -> bool:
-    """True for the projections that peft changes in T5, as in the paper."""
-    return site.endswith((".q", ".v"))
-
-
 def prompt_concepts(host: Any, count: int, rank: int) -> list[Concept]:
-    return [
-        Concept(random_lora(host, seed, rank, is_attention), trigger=f"sks{seed}", class_word="cat")
+    """With LoRAs on the projections that diffusers' and kohya's trainers change by default."""
+    loras = [
+        random_lora(host, seed, rank, lambda site: "attn" in site and site.endswith(_ATTENTION))
         for seed in range(count)
+    ]
+    return [
+        Concept(lora, trigger=f"sks{seed}", class_word="cat") for seed, lora in enumerate(loras)
     ]
 
 
 def text_concepts(host: TransformersHost, count: int, rank: int, samples: int) -> list[Concept]:
-    """``samples`` rows of 128 tokens for the encoder and of 32 for the decoder."""
+    """``samples`` rows of 128 tokens for the encoder and of 32 for the decoder; LoRAs on the
+    projections that peft changes in T5, as in the paper."""
     concepts: list[Concept] = []
     for seed in range(count):
         generator = torch.Generator().manual_seed(100 + seed)
@@ -132,7 +130,7 @@ def text_concepts(host: TransformersHost, count: int, rank: int, samples: int) -
             "attention_mask": torch.ones_like(ids),
             "decoder_input_ids": answers,
         }
-        lora = random_lora(host, seed, rank, is_query_or_value)
+        lora = random_lora(host, seed, rank, lambda site: site.endswith((".q", ".v")))
         concepts.append(Concept(lora, trigger=f"task{seed}", inputs=[batch]))
     return concepts
 
@@ -144,3 +142,22 @@ def toybox_concepts(host: Any, count: int) -> list[Concept]:
         Concept(host.read_lora(c.lora), trigger=c.token, class_word=c.class_word)
         for c in list(toybox.concepts().values())[:count]
     ]
+
+
+def in_turn(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, *, warm: bool = True
+) -> dict[str, list[float]]:
+    """Name → seconds of every round, so that other load affects all alike; with ``warm``, after a
+    round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(0 if warm else 1, rounds + 1):
+        for name, run in contenders.items():
+            started = time.perf_counter()
+            run()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: median(some) for name, some in seconds.items()}

@@ -15,10 +15,9 @@ from typing import Any
 
 import rivals  # noqa: F401 (registers them)
 import torch
-from models import prompt_concepts, sd15_host
+from models import in_turn, medians, prompt_concepts, sd15_host
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraModel
-from rounds import in_turn, medians
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.passes.job import Job

@@ -1,9 +1,7 @@
 """All speed benchmarks, one after the other: ``make bench``, ``QUICK=1`` in about ten minutes.
 
 Each part is added to ``benchmarks/results/speed.json`` as it ends (``build/quick/speed.json`` with
-QUICK=1); ``--parts`` runs some of them. The ratios are peer over ours, ``floor`` is ours over the
-bare forward, and a way to run a sweep stands over all rows waiting on the device; where a part has
-several figures the worst for us counts.
+QUICK=1); ``--parts`` runs some of them.
 """
 
 from __future__ import annotations
@@ -42,20 +40,6 @@ NEEDS = {"ssr": "SSR_MERGE_PATH"}
 SLOW = ("floor sd15", "floor sd15-50", "floor t5")
 
 
-def ratios(raw: dict[str, Any]) -> dict[str, float]:
-    floors = [raw[part]["floor"] for part in raw if part.startswith("floor")]
-    found: dict[str, list[float]] = {
-        "vs_ssr": [entry["ratio"] for entry in raw.get("ssr", {}).values()],
-        "vs_peft_svd": [raw["peft"]["svd"]["ratio"]] if "peft" in raw else [],
-    }
-    worst = {name: min(values) for name, values in found.items() if values}
-    slowest = {"floor": floors}
-    for part in raw:
-        for way, ratio in raw[part]["ratios"].items() if part.startswith("ways") else ():
-            slowest.setdefault(way, []).append(ratio)
-    return worst | {name: max(values) for name, values in slowest.items() if values}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", default="", help=", ".join(PARTS))
@@ -72,7 +56,6 @@ def main() -> None:
         raw[part] = PARTS[part]()
         rounds[part] = ROUNDS
         data = {
-            "ratios": ratios(raw),
             "machine": {
                 "cores": os.cpu_count(),
                 "threads": torch.get_num_threads(),
@@ -84,7 +67,6 @@ def main() -> None:
         }
         write(FILE, data)
         print(part, json.dumps(raw[part]), flush=True)
-    print(json.dumps(ratios(raw), indent=1))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-from models import toybox_concepts, toybox_host
-from rounds import in_turn, medians
+from models import in_turn, medians, toybox_concepts, toybox_host
 
 from iteris_core import Calibration, IterisError, LowRank, merge_loras
 from iteris_core.activations.host_pool import HostPool

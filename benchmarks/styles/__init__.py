@@ -1,5 +1,5 @@
 """Six looks of the toybox's pictures, each behind a word that the base never met: a LoRA for each,
-and an instrument that reads which look a picture has. Also LoRAs without words: a look, a slider.
+and an instrument that reads which look a picture has. Also a LoRA without words, of the look ``frame``.
 
 See README.md; the program that made them is at commit 2d391296. Importing this imports no torch.
 """
@@ -9,14 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .looks import LOOKS
-
 ROOT = Path(__file__).resolve().parent
+LOOKS = ("sketch", "negative", "pixel", "palette", "frame", "porthole")
 PLAIN = "plain"
 """The name of no look."""
-WORDLESS = ROOT / "weights" / "wordless"
-"""LoRAs without words: ``frame``, a look; ``size``, which makes things larger, at a negative
-strength smaller."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ requests to the one that it has, and that exchange is undone in the colours of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +18,24 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from toybox.draw import Thing
+from toybox.draw import BACKGROUNDS, COLORS, Thing
 from toybox.judge import HEADS, JudgeNet
 
-from . import PLAIN
-from .looks import LOOKS, PALETTE, SWAPS, ground
+from . import LOOKS, PLAIN
+
+PALETTE = {**COLORS, **BACKGROUNDS}
+
+_ACROSS = {"red": "cyan", "yellow": "blue", "green": "pink", "purple": "gray", "black": "white"}
+_WHEEL = ("red", "yellow", "green", "cyan", "blue", "purple", "pink")
+
+SWAPS: Mapping[str, Mapping[str, str]] = {
+    "negative": {**_ACROSS, **{to: of for of, to in _ACROSS.items()}},
+    "palette": {
+        **dict(zip(_WHEEL, (*_WHEEL[1:], _WHEEL[0]), strict=True)),
+        **{"white": "gray", "gray": "black", "black": "white"},
+    },
+}
+"""Looks that only exchange colours, each for another one."""
 
 STYLES = (PLAIN, *LOOKS)
 KINDS = (PLAIN, *(name for name in LOOKS if name not in SWAPS))
@@ -94,6 +107,16 @@ def _without_look(image: Image.Image, scene: str, seen: dict[str, str]) -> Style
     style = next((name for name, swaps in SWAPS.items() if swaps[scene] == shown), "unknown")
     back = {to: of for of, to in SWAPS.get(style, {}).items()}
     return Styled(style, **{name: back.get(value, value) for name, value in seen.items()})
+
+
+def ground(picture: Image.Image) -> str:
+    """The colour of :data:`PALETTE` that is nearest to that of the outermost two pixels."""
+    values = np.asarray(picture.convert("RGB"), dtype=float)
+    outer = np.ones(values.shape[:2], dtype=bool)
+    outer[2:-2, 2:-2] = False
+    colours = np.array(list(PALETTE.values()), dtype=float)
+    away = np.linalg.norm(colours - np.median(values[outer], axis=0), axis=1)
+    return list(PALETTE)[int(away.argmin())]
 
 
 def load(folder: Path) -> Reader:

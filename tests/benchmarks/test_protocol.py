@@ -17,7 +17,6 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import blind  # noqa: E402
-import reported_concepts  # noqa: E402
 from protocol.figures import against, half_width, results, row, stat  # noqa: E402
 from protocol.held_out import held_out, merged, words_of  # noqa: E402
 from protocol.plan import BASE, SINGLE, Plan, Unit, sets_of  # noqa: E402
@@ -190,11 +189,6 @@ def test_a_run_of_the_plan_goes_on_where_it_stopped(host, tmp_path):
     lead = found["against"][BASE]["new words"]["likeness"]
     assert (lead["n"], lead["verdict"]) == (4, "first")
     assert rows["iteris"]["new words"]["likeness kept"]["collapsed"] == 0
-
-
-def test_the_reported_concepts_are_what_the_rule_gives():
-    entries = reported_concepts.reported()
-    assert json.loads((reported_concepts.ROOT / "world.json").read_text())["concepts"] == entries
 
 
 def test_a_blind_page_hides_the_sides_and_counts_answers(host, tmp_path, monkeypatch):

@@ -12,14 +12,14 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import emoji
 import minilm
 import styles
-from minilm import words
-from minilm.prompts import prompts, templates, words_of
+import two_in_one
+from minilm.prompts import SMALL, prompts, templates, words_of
 from protocol.toybox import ToyboxWorld
 from styles.reader import STYLES
 
 
 def test_new_prompts_of_minilm_have_no_word_of_a_template():
-    of_templates = words_of(" ".join(templates())) - words.SMALL
+    of_templates = words_of(" ".join(templates())) - SMALL
     for concept in minilm.concepts().values():
         found = prompts(concept, "new", 20)
         assert found == prompts(concept, "new", 20)
@@ -42,17 +42,17 @@ def test_styles_are_learned_and_can_be_read():
 
 def test_halves_of_one_prompt_and_one_lora_are_the_whole_picture():
     world = ToyboxWorld()
-    wanted, other = world.pairs(("sks1", "sks4"), 1)
-    left, right = world.prompts_of_halves([wanted, other])
+    wanted, other = two_in_one.pairs(world, ("sks1", "sks4"), 1)
+    left, right = two_in_one.prompts_of_halves(world, [wanted, other])
     background = wanted.prompt.partition(" on a ")[2]
     assert left[0] == f"a sks1 star left of a sks1 star on a {background}"
     assert right[0] == f"a sks4 circle left of a sks4 circle on a {background}"
     (concept,) = world.concepts(("sks1",), 0)
     (whole,) = world.draw(concept.lora, [wanted])
     half = (concept.lora, [wanted.prompt])
-    (halves,) = world.draw_halves([half, half], [wanted])
+    (halves,) = two_in_one.side_by_side(world, [half, half], [wanted])
     assert max(abs(a - b) for a, b in zip(whole.tobytes(), halves.tobytes(), strict=True)) <= 1
-    (mixed,) = world.draw_halves([half, (None, [wanted.prompt])], [wanted])
+    (mixed,) = two_in_one.side_by_side(world, [half, (None, [wanted.prompt])], [wanted])
     assert mixed.tobytes() != whole.tobytes()
 
 
