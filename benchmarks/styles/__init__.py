@@ -1,5 +1,5 @@
 """Six looks of the toybox's pictures, each behind a word that the base never met: a LoRA for each,
-and an instrument that reads which look a picture has. Also a LoRA without words, of the look ``frame``.
+and an instrument that reads which look a picture has. Also a LoRA of ``frame`` without words.
 
 See README.md; the program that made them is at commit 2d391296. Importing this imports no torch.
 """
