@@ -149,7 +149,7 @@ class MergeReport:
             uses = " and ".join(map(_loaded, broken))
             wrong.append(
                 f"Brittle {uses}. {self._shares()} The method iteris "
-                "with bound 4 and conditions 0.5 is made for that."
+                "with its default bound and conditions is made for that."
             )
         if self.loras > 1 and (far := [name for share, name in left if share > 1]):
             wrong.append(
@@ -208,6 +208,8 @@ class MergeReport:
         ]
         if self.rows:
             lines[0] = lines[0][:-1] + f", {self.rows} rows."
+        if verdict := self.verdict():
+            lines.append(f"  {verdict}")
         lines += [
             f"  Not enough memory for {line}; allow more, or lower samples, timesteps or the size"
             for line in self.short
@@ -219,8 +221,7 @@ class MergeReport:
             )
         for name, notes in self.notes.items():
             lines += [f"  {name}: {note}" for note in notes]
-        verdict = self.verdict()
-        return "\n".join([*lines, f"  {verdict}"] if verdict else lines)
+        return "\n".join(lines)
 
 
 def _loaded(use: str) -> str:
