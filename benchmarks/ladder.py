@@ -4,7 +4,7 @@ Merges of the reported concepts by each preset, drawn on new words alone and und
 use (:data:`uses.CONDITIONS`). ``forwards`` counts the rows that go through the denoiser in a merge:
 denoising, the sweep's two copies, and held-out rows. Kept is (merge − base) / (each LoRA alone −
 base). ``former`` is the default before LoRAs shared their prompts, ``least`` a single prompt and
-timestep each. ``METHOD@PRESET`` is another method on the rows of a preset. ``--store`` counts
+timestep each (for :mod:`side_by_side`). ``--store`` counts
 merges that find samples of earlier ones. Writes ``results/ladder.json`` and goes on where it
 stopped (``--seconds``).
 """
@@ -49,15 +49,13 @@ RUNGS: Mapping[str, Preset] = {
 
 
 @contextmanager
-def counted(world: ToyboxWorld) -> Iterator[list[int]]:
+def counted(pipeline: Any) -> Iterator[list[int]]:
     """The rows that go through the denoiser."""
     rows: list[int] = []
-
-    def note(_: Any, args: tuple[Any, ...]) -> None:
-        rows.append(len(args[0]))
-
-    # Its first layer: recorded calls of the UNet itself do not always run it.
-    hook = world.pipeline.unet.conv_in.register_forward_pre_hook(note)
+    parts = pipeline.components
+    # Its first layer: recorded calls of the denoiser itself do not always run it.
+    first = parts["unet"].conv_in if "unet" in parts else parts["transformer"].x_embedder
+    hook = first.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     try:
         yield rows
     finally:
@@ -65,17 +63,15 @@ def counted(world: ToyboxWorld) -> Iterator[list[int]]:
 
 
 def merged(world: ToyboxWorld, rung: str, names: tuple[str, ...]) -> tuple[Lora, dict[str, Any]]:
-    method, _, named = rung.rpartition("@")
-    preset = RUNGS[named]
+    preset = RUNGS[rung]
     former = {"timesteps": 4 if len(names) < 5 else 6} if rung == "former" else {}
     calibration = {**preset.calibration, **former}
     began = time.process_time()
-    with counted(world) as rows:
+    with counted(world.pipeline) as rows:
         lora = merge(
             world,
             world.concepts(names),
-            method or "iteris",
-            settings=None if method else preset.settings,
+            settings=preset.settings,
             calibration=calibration,
         )
     return lora, {"forwards": sum(rows), "seconds": time.process_time() - began}
@@ -110,7 +106,7 @@ def stored(world: ToyboxWorld, names: tuple[str, ...], other: str) -> dict[str, 
             ("another ridge", names, 1e-4),
         ):
             began = time.process_time()
-            with counted(world) as rows:
+            with counted(world.pipeline) as rows:
                 merge(
                     world,
                     world.concepts(of),

@@ -78,23 +78,23 @@ def ladder() -> list[str]:
 _KEPT = ("likeness kept", "attributes", "likeness in other uses", "attributes")
 
 
-def budgets() -> list[str]:
-    """What methods keep of five LoRAs on the same rows, by their number."""
-    rows = [
-        [
-            rung.partition("@")[0] if "@" in rung else "iteris",
-            _ROWS[rung.rpartition("@")[2]],
-            f"{forwards:.0f}",
-            f"{seconds:.0f}",
-            *(f"{share:.2f}" for share in shares),
-            count,
-        ]
-        for (size, rung), (forwards, seconds, *shares), count in _kept_by_rung()
-        if size == 5 and (rung == "least" or "@" in rung)
-    ]
-    return table(("method", "rows of", "forwards", "CPU s", *_KEPT, "n"), rows)
+def side_by_side() -> list[str]:
+    """SSR-Merge's own code, RegMean++ and IterIS on the same rows."""
+    rows: list[list[Any]] = []
+    for world, runs in load("side_by_side.json").items():
+        for contender, of in runs.items():
+            method, _, rung = contender.partition("@")
+            figures = f"{of['seconds']:.0f}", f"{of['peak']:.1f} GiB", of["kept"], of["others"]
+            rows.append([_WORLDS[world], _ROWS[rung], _SIDES[method], of["forwards"], *figures])
+    head = ("", "rows of", "", "forwards", "CPU s", "peak", "kept", "in other uses")
+    return table(head, rows, 2)
 
 
+_WORLDS = {
+    "emoji": "five LoRAs on FLUX's blocks",
+    "sd15": "two on SD 1.5, 256 px, random weights",
+}
+_SIDES = {"ssr-merge": "SSR-Merge, own code", "regmean++": "RegMean++", "iteris": "IterIS"}
 _ROWS = {"least": "one prompt", "fast": "`fast`", "default": "the default"}
 
 
@@ -128,7 +128,6 @@ def ratios() -> list[str]:
     the device; where a part has several figures the worst for us counts."""
     raw = load("speed.json")["raw"]
     found = {
-        "vs_ssr": min(of["ratio"] for of in raw["ssr"].values()),
         "vs_peft_svd": raw["peft"]["svd"]["ratio"],
         "floor": max(of["floor"] for part, of in raw.items() if part.startswith("floor")),
         **raw["ways toybox"]["ratios"],
@@ -238,7 +237,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "memory": memory,
     "waiting": waiting,
     "ladder": ladder,
-    "budgets": budgets,
+    "side by side": side_by_side,
     "ratios": ratios,
     "floors": floors,
     "resize": resize,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import string
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -115,6 +116,12 @@ def prompt_concepts(host: Any, count: int, rank: int) -> list[Concept]:
     return [
         Concept(lora, trigger=f"sks{seed}", class_word="cat") for seed, lora in enumerate(loras)
     ]
+
+
+def denoiser_only(concept: Concept) -> Concept:
+    lora = concept.lora or Lora({})
+    sites = {site: c for site, c in lora.sites.items() if not site.startswith("text_encoder")}
+    return replace(concept, lora=replace(lora, sites=sites))
 
 
 def text_concepts(host: TransformersHost, count: int, rank: int, samples: int) -> list[Concept]:

@@ -33,10 +33,8 @@ PARTS: dict[str, Callable[[], Any]] = {
     "floor sd15-50": lambda: floor.compare("sd15-50", ROUNDS),
     "floor t5": lambda: floor.compare("t5", ROUNDS),
     "peft": lambda: peers.peft_library(ROUNDS),
-    "ssr": lambda: peers.ssr(ROUNDS, (2,) if QUICK else (2, 4, 8)),
     "ways toybox": lambda: ways.compare(ROUNDS, 16),
 }
-NEEDS = {"ssr": "SSR_MERGE_PATH"}
 SLOW = ("floor sd15", "floor sd15-50", "floor t5")
 
 
@@ -48,9 +46,6 @@ def main() -> None:
     raw: dict[str, Any] = kept.get("raw", {})
     rounds: dict[str, int] = kept.get("rounds", {})
     for part in chosen or PARTS:
-        if NEEDS.get(part, "PATH") not in os.environ:
-            print(f"{part}: left out, {NEEDS[part]} names no checkout", flush=True)
-            continue
         if QUICK and not chosen and part in SLOW:
             continue
         raw[part] = PARTS[part]()
