@@ -87,7 +87,7 @@ def side_by_side() -> list[str]:
             figures = f"{of['seconds']:.0f}", f"{of['peak']:.1f} GiB", of["kept"], of["others"]
             rows.append([_WORLDS[world], _ROWS[rung], _SIDES[method], of["forwards"], *figures])
     head = ("", "rows of", "", "forwards", "CPU s", "peak", "kept", "in other uses")
-    return table(head, rows, 2)
+    return table(head, rows, 2, 3)
 
 
 _WORLDS = {

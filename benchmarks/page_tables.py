@@ -171,7 +171,7 @@ def _difference(
 def conditions(*, further: bool = False) -> list[str]:
     """Attributes and backgrounds under conditions of use, means over sets and trainings: strengths
     and LoRAs beside, or the ``further`` ones."""
-    found, uses = _under_conditions(), _uses(further=further)
+    found, uses = _under_conditions(further=further), _uses(further=further)
     some = {key: {k: of for k, of in sets.items() if uses[-1] in of} for key, sets in found.items()}
     heads = [*([] if further else ["norm"]), *uses]
     rows = _means({key: sets for key, sets in some.items() if sets}, heads, _judged)
@@ -195,9 +195,13 @@ def conditions_lead() -> list[str]:
     return table(("", *_uses()), rows)
 
 
-def _under_conditions() -> Sets:
+_CONDITIONS = "conditions_reported.json", "conditions_further.json"
+"""The ``further`` ones are of the default with a bound of 4."""
+
+
+def _under_conditions(*, further: bool = False) -> Sets:
     """By set and training; each LoRA alone first."""
-    every, found = runs("conditions_reported.json"), Sets()
+    every, found = runs(_CONDITIONS[further]), Sets()
     for (label, trained, rest, *names), of in every.items():
         if label == "iteris":
             alone = [every[SINGLE, trained, rest, name] for name in names]
@@ -214,7 +218,7 @@ def _under_conditions() -> Sets:
 
 def _uses(*, further: bool = False) -> list[str]:
     """The conditions of use that all sets have, or the ``further`` ones."""
-    every = runs("conditions_reported.json").values()
+    every = runs(_CONDITIONS[further]).values()
     heads = dict.fromkeys(use for of in every for use in of if use not in ("norm", "seconds"))
     return [head for head in heads if further == any(head not in of for of in every)]
 
