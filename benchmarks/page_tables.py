@@ -213,7 +213,10 @@ def _under_conditions(*, further: bool = False) -> Sets:
             found.setdefault((len(names), SINGLE), {})[(trained, *names)] = mean
         if label != SINGLE:
             found.setdefault((len(names), label), {})[(trained, *names)] = of
-    return dict(sorted(found.items(), key=lambda one: one[0][0]))
+    order = [SINGLE, "iteris"]
+    return dict(
+        sorted(found.items(), key=lambda one: (one[0][0], *(one[0][1] != o for o in order)))
+    )
 
 
 def _uses(*, further: bool = False) -> list[str]:
