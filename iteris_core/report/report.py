@@ -208,12 +208,12 @@ class MergeReport:
         ]
         if self.rows:
             lines[0] = lines[0][:-1] + f", {self.rows} rows."
-        if verdict := self.verdict():
-            lines.append(f"  {verdict}")
         lines += [
             f"  Not enough memory for {line}; allow more, or lower samples, timesteps or the size"
             for line in self.short
         ]
+        if verdict := self.verdict():
+            lines.append(f"  {verdict}")
         if self.converged:
             lines.append(
                 f"  Converged after {len(self.convergence) + 1} iterations: the last one changed "

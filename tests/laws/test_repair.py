@@ -163,7 +163,7 @@ def behind_gate(block, site, y, h, ht, g, gt):
 def test_a_sweep_holds_the_streams_as_the_equation_says(count, pictures, share, inputs, tokens):
     loras = [make_lora(seed) for seed in range(1, count + 1)]
     data = [rows[:2, :2] if tokens == 1 else rows for rows in make_data(count)]
-    settings = {"rank": 100, "ridge": RIDGE, "weighting": "tokens"}
+    settings = {"rank": 100, "ridge": RIDGE, "weighting": "tokens", "bound": 0.0}
     settings |= {"thresholds": Thresholds(repair_share=share)}
     ours = merge(loras, data, pictures=pictures, saliency=0.0, **settings)
     assert difference(ours.lora, dense_sweep(loras, data, Plain, inputs)) < 1e-8
