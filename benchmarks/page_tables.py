@@ -188,7 +188,7 @@ def _judged(sets: list[Any]) -> str:
 def conditions_lead() -> list[str]:
     """Attributes of IterIS less those of Chain of Merges, paired by set and training."""
     found, rows = _under_conditions(), list[list[str]]()
-    for size in sorted({size for size, _ in found}):
+    for size in sorted(size for size, label in found if label.startswith("chain")):
         count, cells = _difference(found, size, _uses(), lambda of: of["judge"])
         if count > 2:
             rows.append([f"{size} LoRAs, n {count}", *cells])
