@@ -160,11 +160,14 @@ def _means(found: Sets, heads: Sequence[str], cell: Cell, noun: str = "LoRAs") -
 def _difference(
     found: Sets, size: int, heads: Sequence[str], figure: Callable[[Any], float]
 ) -> tuple[int, list[str]]:
-    """How many sets IterIS and Chain of Merges share, and the difference, paired by set."""
+    """How many sets IterIS and Chain of Merges share, and the difference, paired by set, with an
+    interval over trainings where keys begin with one, otherwise over sets."""
     ours, theirs = found[size, "iteris"], found[size, "chain-of-merges:conditions=0"]
     both = [key for key in ours if key in theirs]
     less = [[figure(ours[key][h]) - figure(theirs[key][h]) for key in both] for h in heads]
-    cells = [{(number, ()): {"": one} for number, one in enumerate(of)} for of in less]
+    units = [key[0] if isinstance(key[0], int) else at for at, key in enumerate(both)]
+    places = list(zip(units, both, strict=True))
+    cells = [{place: {"": one} for place, one in zip(places, of, strict=True)} for of in less]
     return len(both), [lead(stat(of)) for of in cells] if both else []
 
 

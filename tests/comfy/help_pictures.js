@@ -9,9 +9,9 @@ const [port, ...wanted] = process.argv.slice(2);
 const base = `http://127.0.0.1:${port}`;
 const DOCS = path.join(__dirname, '..', '..', 'web', 'docs');
 const MARGIN = 18;
-const MERGED = `Merged 2 concepts with iteris: 68 sites and 10 that repair drift, rank 16, 193.7 s, 480 rows.
-  Kept on held-out rows (1: each LoRA alone, 0: the base): 0.84 at strength 1, 0.85 at strength 0.75, \
-0.83 at strength 1.25, 0.81 beside another LoRA; least of sks1.
+const MERGED = `Merged 2 concepts with iteris: 68 sites and 10 that repair drift, rank 16, 13.7 s, 480 rows.
+  Kept on held-out rows (1: each LoRA alone, 0: the base): 0.83 at strength 1, 0.84 at strength 0.75, \
+0.82 at strength 1.25, 0.84 beside another LoRA; least of sks1.
   Trigger words: sks1 star, sks6 square`;
 const NODES = {
   IterisLoras: {

@@ -87,6 +87,15 @@ def test_a_cut_keeps_it_whole():
     assert torch.allclose(kept, STRENGTH * speed.sites["q"].dense().to(kept.dtype))
 
 
+def test_the_outlook_counts_what_is_included():
+    loras, speed = [make_lora(1), make_lora(2)], make_lora(7)
+    outside, included = (merged(Net(), loras, on, speed=speed) for on in ("outside", "include"))
+    ranks = [max(c.rank for c in result.lora.sites.values()) for result in (outside, included)]
+    assert ranks[1] == ranks[0] + speed.sites["q"].rank
+    for result, rank in zip((outside, included), ranks, strict=True):
+        assert f"rank at most {rank}," in result.report.outlook
+
+
 def test_the_report_and_the_recipe_say_so():
     loras, speed = [make_lora(1), make_lora(2)], make_lora(7)
     speed = Lora(speed.sites, "fast", source="fast.safetensors")
