@@ -1,12 +1,11 @@
 """Merges on a model that gates what its blocks add: ``python benchmarks/gated.py``.
 
 The denoiser's error on prompts that no row had, of the reported things of ``benchmarks/emoji``, a
-FLUX in miniature, or with ``--family sd3`` an SD 3: ‖f_merged − f_LoRA‖ / ‖f_base − f_LoRA‖ of its
-final outputs, on rows of each LoRA. LoRAs are whole (``all``) or cut to their attention layers
-(``attention``), where feed-forward outputs are left to repairs. Under the conditions of use both
-are loaded alike: at another strength, or beside another LoRA. Writes ``results/gated.json`` (or
-``gated_sd3.json``) and goes on where it stopped. Settings were chosen on ``--chosen --sizes 5``,
-which writes ``results/gated_chosen.json``.
+FLUX in miniature: ‖f_merged − f_LoRA‖ / ‖f_base − f_LoRA‖ of its final outputs, on rows of each
+LoRA. LoRAs are whole (``all``) or cut to their attention layers (``attention``), where feed-forward
+outputs are left to repairs. Under the conditions of use both are loaded alike: at another strength,
+or beside another LoRA. Writes ``results/gated.json`` and goes on where it stopped. Settings were
+chosen on ``--chosen --sizes 5``, which writes ``results/gated_chosen.json``.
 """
 
 from __future__ import annotations
@@ -93,16 +92,14 @@ def measured(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", choices=("all", "attention"), default="attention")
-    parser.add_argument("--family", choices=("flux", "sd3"), default="flux")
     parser.add_argument("--sizes", default=",".join(map(str, SETS)))
     parser.add_argument("--chosen", action="store_true", help="of the first things, not reported")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after")
     given = parser.parse_args()
     until = time.monotonic() + given.seconds
-    world = EmojiWorld(given.family)
-    named = "gated" if given.family == "flux" else f"gated_{given.family}"
-    path = result_file(f"{named}_chosen.json" if given.chosen else f"{named}.json")
+    world = EmojiWorld()
+    path = result_file("gated_chosen.json" if given.chosen else "gated.json")
     for size in map(int, given.sizes.split(",")):
         chosen = [tuple(emoji.subjects())[:size]]
         reported = [of for again in (0, 1) for of in sets_of(world.subjects, size, again)]

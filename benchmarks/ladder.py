@@ -3,8 +3,7 @@
 Merges of the reported concepts by each preset, drawn on new words alone and under the conditions of
 use (:data:`uses.CONDITIONS`). ``forwards`` counts the rows that go through the denoiser in a merge:
 denoising, the sweep's two copies, and held-out rows. Kept is (merge − base) / (each LoRA alone −
-base). ``former`` is the default before LoRAs shared their prompts, ``least`` a single prompt and
-timestep each (for :mod:`side_by_side`). ``--store`` counts
+base). ``least`` is a single prompt and timestep each, for :mod:`side_by_side`. ``--store`` counts
 merges that find samples of earlier ones. Writes ``results/ladder.json`` and goes on where it
 stopped (``--seconds``).
 """
@@ -18,13 +17,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import styles
 from conditions import Beside, figures
-from outputs import read, result_file, rounded, write
+from outputs import once, read, result_file, rounded, write
 from protocol.held_out import merged as merge
 from protocol.plan import sets_of
 from protocol.toybox import ToyboxWorld
@@ -38,11 +38,9 @@ SETS = {2: 2, 5: 2, 8: 2}
 """How many LoRAs → sets."""
 PLAIN = dict.fromkeys(("generic", "conditions", "contexts", "composites", "empty_share"), 0.0)
 LEAST = {"samples": 1, "total_samples": None, "timesteps": 1, "denoising_steps": 1, **PLAIN}
-FORMER = {"samples": 50, "total_samples": None, "denoising_steps": 10}
 RUNGS: Mapping[str, Preset] = {
     "fast": PRESETS["fast"],
     "default": PRESETS["default"],
-    "former": Preset("", calibration=FORMER),
     "best": PRESETS["best"],
     "least": Preset("", calibration=LEAST),
 }
@@ -64,15 +62,13 @@ def counted(pipeline: Any) -> Iterator[list[int]]:
 
 def merged(world: ToyboxWorld, rung: str, names: tuple[str, ...]) -> tuple[Lora, dict[str, Any]]:
     preset = RUNGS[rung]
-    former = {"timesteps": 4 if len(names) < 5 else 6} if rung == "former" else {}
-    calibration = {**preset.calibration, **former}
     began = time.process_time()
     with counted(world.pipeline) as rows:
         lora = merge(
             world,
             world.concepts(names),
             settings=preset.settings,
-            calibration=calibration,
+            calibration=preset.calibration,
         )
     return lora, {"forwards": sum(rows), "seconds": time.process_time() - began}
 
@@ -119,7 +115,7 @@ def stored(world: ToyboxWorld, names: tuple[str, ...], other: str) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rungs", default="fast,default,former")
+    parser.add_argument("--rungs", default="fast,default")
     parser.add_argument("--sizes", default="2,5,8")
     parser.add_argument("--store", action="store_true", help="what kept samples save, of eight")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after")
@@ -139,14 +135,7 @@ def main() -> None:
             more = Beside(world.concepts([rest])[0].lora, style)
             for rung in ("base", "alone", *given.rungs.split(",")):
                 key = json.dumps([rung, *names])
-                runs = read(path).get("runs", {})
-                if key in runs:
-                    continue
-                if time.monotonic() > until:
-                    raise SystemExit("stopped by --seconds; the next run goes on")
-                found = rounded(measured(world, rung, names, more))
-                write(path, {**read(path), "runs": {**read(path).get("runs", {}), key: found}})
-                print(key, found, flush=True)
+                once(path, key, until, partial(measured, world, rung, names, more))
 
 
 if __name__ == "__main__":

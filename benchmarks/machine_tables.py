@@ -49,7 +49,7 @@ def waiting() -> list[str]:
 
 
 _RATE = 100.0  # 10¹² operations a second
-_RUNGS = {"default": "default", "former": "the former default", "best": "`best`", "fast": "`fast`"}
+_RUNGS = {"default": "default", "best": "`best`", "fast": "`fast`"}
 
 
 def ladder() -> list[str]:

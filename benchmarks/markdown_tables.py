@@ -29,7 +29,7 @@ def merges(name: str) -> dict[str, Entry]:
 
 @cache
 def figures(name: str) -> Mapping[str, Any]:
-    """Figures by number of LoRAs of what :mod:`unseen` or :mod:`two_in_one` kept."""
+    """Figures by number of LoRAs of what :mod:`unseen` kept."""
     alone = stored(RESULTS / f"{name.removesuffix('_lead')}_alone.jsonl")
     return rounded(results(alone, merges(name)))
 
@@ -70,7 +70,7 @@ def lead(figure: Mapping[str, Any] | None) -> str:
 def share(figure: Mapping[str, Any]) -> str:
     """A percentage; with fewer than three sets, without the interval, which is meaningless
     there."""
-    mean = f"{figure['mean']:.0%}"
+    mean = f"{round(figure['mean'], 2) + 0.0:.0%}"  # no -0%
     return f"{mean} ± {100 * half_width(figure):.0f}" if figure["n"] > 2 else mean
 
 

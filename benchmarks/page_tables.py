@@ -110,8 +110,10 @@ LEAD = {
     "iteris": "**IterIS**",
     "iteris:repair=false": "IterIS without repair",
     "iteris:bound=0:saliency=0:weighting=none:conditions=0": "Chain of Merges with repair",
-    "iteris:rank=8:share_ranks=true": "IterIS in the size of one LoRA",
     "chain-of-merges:conditions=0": "Chain of Merges",
+    "iteris:rank=8:share_ranks=true": "IterIS in the size of one LoRA",
+    "chain-of-merges:rank=8:conditions=0": "Chain of Merges in that size",
+    "random": "random directions of the sum's norm",
 }
 
 
@@ -160,21 +162,27 @@ def _means(found: Sets, heads: Sequence[str], cell: Cell, noun: str = "LoRAs") -
 def _difference(
     found: Sets, size: int, heads: Sequence[str], figure: Callable[[Any], float]
 ) -> tuple[int, list[str]]:
-    """How many sets IterIS and Chain of Merges share, and the difference, paired by set, with an
-    interval over trainings where keys begin with one, otherwise over sets."""
+    """How many sets IterIS and Chain of Merges share, and the difference, paired by set: with an
+    interval over trainings where keys begin with one, otherwise with the sets in which it is below
+    0."""
     ours, theirs = found[size, "iteris"], found[size, "chain-of-merges:conditions=0"]
     both = [key for key in ours if key in theirs]
-    less = [[figure(ours[key][h]) - figure(theirs[key][h]) for key in both] for h in heads]
-    units = [key[0] if isinstance(key[0], int) else at for at, key in enumerate(both)]
-    places = list(zip(units, both, strict=True))
-    cells = [{place: {"": one} for place, one in zip(places, of, strict=True)} for of in less]
-    return len(both), [lead(stat(of)) for of in cells] if both else []
+    cells: list[str] = []
+    for head in heads if both else ():
+        less = {key: figure(ours[key][head]) - figure(theirs[key][head]) for key in both}
+        if isinstance(both[0][0], int):
+            cells.append(lead(stat({(key[0], key): {"": one} for key, one in less.items()})))
+        else:
+            below = sum(one < 0 for one in less.values())
+            mean = lead({"mean": fmean(less.values()), "interval": None})
+            cells.append(f"{mean} ({below} of {len(both)})")
+    return len(both), cells
 
 
 def conditions(*, further: bool = False) -> list[str]:
     """Attributes and backgrounds under conditions of use, means over sets and trainings: strengths
     and LoRAs beside, or the ``further`` ones."""
-    found, uses = _under_conditions(further=further), _uses(further=further)
+    found, uses = _under_conditions(), _uses(further=further)
     some = {key: {k: of for k, of in sets.items() if uses[-1] in of} for key, sets in found.items()}
     heads = [*([] if further else ["norm"]), *uses]
     rows = _means({key: sets for key, sets in some.items() if sets}, heads, _judged)
@@ -198,13 +206,9 @@ def conditions_lead() -> list[str]:
     return table(("", *_uses()), rows)
 
 
-_CONDITIONS = "conditions_reported.json", "conditions_further.json"
-"""The ``further`` ones are of the default with a bound of 4."""
-
-
-def _under_conditions(*, further: bool = False) -> Sets:
+def _under_conditions() -> Sets:
     """By set and training; each LoRA alone first."""
-    every, found = runs(_CONDITIONS[further]), Sets()
+    every, found = runs("conditions_reported.json"), Sets()
     for (label, trained, rest, *names), of in every.items():
         if label == "iteris":
             alone = [every[SINGLE, trained, rest, name] for name in names]
@@ -224,7 +228,7 @@ def _under_conditions(*, further: bool = False) -> Sets:
 
 def _uses(*, further: bool = False) -> list[str]:
     """The conditions of use that all sets have, or the ``further`` ones."""
-    every = runs(_CONDITIONS[further]).values()
+    every = runs("conditions_reported.json").values()
     heads = dict.fromkeys(use for of in every for use in of if use not in ("norm", "seconds"))
     return [head for head in heads if further == any(head not in of for of in every)]
 
@@ -267,7 +271,7 @@ def tidy() -> list[str]:
 
 def speed_lora() -> list[str]:
     """Shares kept by four-step images on new words."""
-    sizes = load("speed_lora.json")["sizes"]
+    sizes = load("speed_lora_reported.json")["sizes"]
     columns = [(size, name) for size in sorted(sizes, key=int) for name in KEPT]
     rows = [
         [label, *(share(sizes[s]["rows"][label]["new words"][name]) for s, name in columns)]
@@ -305,14 +309,16 @@ UNSEEN: Mapping[str, tuple[str, Sequence[str]]] = {
     "reported": ("unseen_reported", ("2", "3", "5", "7", "10")),
     "framed": ("unseen_framed", ("5",)),
     "minilm": ("unseen_minilm", ("2", "3", "5", "8")),
+    "emoji": ("unseen_emoji", ("5", "10")),
     "styles": ("unseen_styles", ("2",)),
-    "rows": ("two_in_one", ("2",)),
+    "pairs": ("unseen_pairs", ("2",)),
 }
 """Table name → runs, and the numbers of LoRAs, with one table each."""
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "front": partial(kept, "unseen_reported"),
     "front minilm": partial(kept, "unseen_minilm"),
+    "front emoji": partial(kept, "unseen_emoji"),
     "lead": carries_the_lead,
     "conditions": conditions,
     "conditions further": partial(conditions, further=True),

@@ -21,13 +21,14 @@ RUNS = "unseen_reported"
 NEW = "new words"
 MEASURES = {"likeness": "likeness", "judge": "attributes"}
 NAMES = {**{name: label.strip("*") for name, label in FRONT.items()}, "sum": "all loaded at once"}
-OTHERS = {"regmean++": "RegMean++", "task-arithmetic": "all at once, weaker"}
+OTHERS = {"regmean++": "RegMean++", "ssr": "SSR-Merge", "task-arithmetic": "all at once, weaker"}
 REGIMES = (
-    ("{} LoRAs", RUNS),
-    ("{} LoRAs, pretrained text encoder", "unseen_minilm"),
-    ("{} LoRAs, the sentence held out too", "unseen_framed"),
+    ("{} LoRAs", RUNS, ""),
+    ("{} LoRAs, pretrained text encoder", "unseen_minilm", " (MiniLM)"),
+    ("{} LoRAs, FLUX's blocks", "unseen_emoji", " (FLUX's blocks)"),
+    ("{} LoRAs, the sentence held out too", "unseen_framed", " (sentence)"),
 )
-"""What a row is called, and the runs that it is of"""
+"""What a row is called, the runs that it is of, and what a loss there is marked with"""
 
 REFERENCES = ("single", "base", "composite")
 """What is no merge."""
@@ -35,15 +36,15 @@ REFERENCES = ("single", "base", "composite")
 COLORS = ("#c2410c", "#7c3aed", "#1d4ed8", "#737373", "#171717")
 
 COLUMNS = {
+    (NEW, "likeness"): "likeness",
+    (NEW, "judge"): "attributes",
+    (NEW, "scene"): "backgrounds",
+    (NEW, "text"): "text alignment",
+    ("no trigger", "likeness"): "nearness to the base without a trigger (CLIP)",
+    ("no trigger", "pixels"): "nearness to the base without a trigger (pixels)",
     ("seen", "likeness"): "likeness on calibration prompts",
     ("seen", "judge"): "attributes on calibration prompts",
     ("seen", "text"): "text alignment on calibration prompts",
-    (NEW, "likeness"): "likeness",
-    (NEW, "judge"): "attributes",
-    (NEW, "text"): "text alignment",
-    (NEW, "scene"): "backgrounds",
-    ("no trigger", "likeness"): "nearness to the base without a trigger (CLIP)",
-    ("no trigger", "pixels"): "nearness to the base without a trigger (pixels)",
 }
 """What is compared, by what the page calls it"""
 
@@ -106,15 +107,15 @@ def save_plot() -> None:
 def verdicts() -> list[str]:
     """A row for each number of LoRAs and each regime: the best rival and the differences."""
     rows: list[list[str]] = []
-    for label, runs in REGIMES:
+    for label, runs, _ in REGIMES:
         for size, of in figures(runs)["sizes"].items():
             rows.append(_verdict(label.format(size), of))
     for runs, kind, name, label in (
         ("unseen_styles", "styled", "judge", "a subject in a style: the subject"),
         ("unseen_styles", "styled", "style", "a subject in a style: the style"),
         ("unseen_styles", "subject", "judge", "a subject without the style"),
-        ("two_in_one", "pair", "right", "two in one picture"),
-        ("two_in_one", "halves", "right", "two in one picture, a prompt for each"),
+        ("unseen_pairs", "pair", "right", "two in one picture"),
+        ("unseen_pairs", "halves", "right", "two in one picture, a prompt for each"),
     ):
         rows.append(_single(label, figures(runs)["sizes"]["2"], kind, name))
     return table(("", "best rival", *MEASURES.values(), "units"), rows, labels=2)
@@ -155,16 +156,20 @@ def difference(of: Mapping[str, Any]) -> str:
 
 def behind() -> list[str]:
     """A line for each column in which the interval says so, with the rivals and their numbers."""
-    sizes, lines = figures(RUNS)["sizes"], list[str]()
+    lines: list[str] = []
+    every = [
+        (size + mark, of["against"])
+        for _, runs, mark in REGIMES
+        for size, of in figures(runs)["sizes"].items()
+    ]
     for (kind, name), label in COLUMNS.items():
         found: dict[str, list[str]] = {}
-        for size in sizes:
-            for rival, kinds in sizes[size]["against"].items():
+        for at, against in every:
+            for rival, kinds in against.items():
                 of = kinds.get(kind, {}).get(name)
                 if rival not in REFERENCES and of and of["verdict"] == "behind":
-                    found.setdefault(label_of(rival), []).append(
-                        short(f"{abs(of['mean']):.3f} at {size}")
-                    )
+                    by = short(f"{abs(of['mean']):.3f} at {at}")
+                    found.setdefault(label_of(rival), []).append(by)
         if found:
             rivals = ". ".join(
                 f"{rival[0].upper()}{rival[1:]} by {', '.join(by)}" for rival, by in found.items()

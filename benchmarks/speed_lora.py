@@ -1,9 +1,9 @@
 """Four steps with one file: concepts and a speed LoRA in one merge, on new words.
 
-``python benchmarks/speed_lora.py`` writes ``benchmarks/results/speed_lora.json`` of the reported
-ten, with a LoRA that was distilled at commit 2d391296; ``--world toybox`` the toybox's own ten, on
-which choices are made, into ``build/quick``. All pictures have four steps and no guidance. *Kept*
-is relative to each LoRA beside the speed LoRA, above the speed LoRA on the base.
+``python benchmarks/speed_lora.py`` writes ``results/speed_lora_reported.json`` of the reported ten,
+with a LoRA that was distilled at commit 2d391296; ``--world toybox`` the toybox's own ten, on which
+choices are made, into ``build/quick``. All pictures have four steps and no guidance. *Kept* is
+relative to each LoRA beside the speed LoRA, above the speed LoRA on the base.
 """
 
 from __future__ import annotations
@@ -35,10 +35,7 @@ def main() -> None:
     asked = parser.parse_args()
     trial = Trial(WORLDS[asked.world]())
     found: dict[str, Any] = {}
-    path = result_file(
-        "speed_lora.json" if asked.world == "reported" else f"speed_lora_{asked.world}.json",
-        whole=asked.world == "reported",
-    )
+    path = result_file(f"speed_lora_{asked.world}.json", whole=asked.world == "reported")
     for size in SIZES:
         rows: dict[str, Any] = {}
         for names in sets_of(trial.world.subjects, size, 0):

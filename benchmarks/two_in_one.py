@@ -1,8 +1,7 @@
-"""Two concepts in one picture, from one merged LoRA: ``python benchmarks/two_in_one.py``.
+"""Two concepts in one picture, from one merged LoRA: ``unseen.py --world pairs``.
 
 On the reported concepts, each two neighbours of a set side by side and the ends as well,
-:data:`SEEDS` pictures a pair. Writes ``results/two_in_one_runs.jsonl`` and goes on where it stopped
-(``--seconds``, ``--sizes``).
+:data:`SEEDS` pictures a pair.
 
 ``pair`` has one prompt that names both. ``halves`` has a prompt for each half, of two of its
 concept, as regional prompts do: the same LoRA, and twice the time of a picture. ``right`` is the
@@ -14,23 +13,20 @@ share of pictures in which it reads both shapes. ``new words`` are pictures of e
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from outputs import QUICK, result_file, rounded
-from page_tables import unseen as table
+from outputs import QUICK
 from PIL import Image
 from protocol.drawing import changed, noise_of
-from protocol.figures import results
 from protocol.plan import BASE, Plan, Unit
 from protocol.runs import Entry, Runs
-from protocol.toybox import ToyboxWorld
+from protocol.toybox import NEW, ToyboxWorld
 from protocol.world import Wanted
 from torch import Tensor
-from worlds import reported
 
 from iteris_core import Lora
 
@@ -38,10 +34,6 @@ SEEDS = 1 if QUICK else 8
 KINDS = ("pair", "halves")
 ALONE = "new words"
 COMPOSITE = "composite"
-REGMEAN = "regmean++:contexts=0:generic=0"
-"""It does better so (UNSEEN.md)."""
-
-METHODS = ("iteris", REGMEAN, COMPOSITE, BASE)
 
 
 def pairs(world: ToyboxWorld, names: Sequence[str], seed: int) -> list[Wanted]:
@@ -51,10 +43,9 @@ def pairs(world: ToyboxWorld, names: Sequence[str], seed: int) -> list[Wanted]:
 
 
 def _prompt(world: ToyboxWorld, shown: Sequence[str], among: Sequence[str]) -> str:
-    """Of ``shown``, on a background that suits all of ``among``."""
+    """Of ``shown``, on a background that no row has and that suits all of ``among``."""
     known = world.known
-    suitable = known[among[0]].backgrounds
-    background = next(b for b in suitable if all(b in known[n].backgrounds for n in among))
+    background = next(b for b in NEW if all(b in known[n].backgrounds for n in among))
     things = " left of ".join(f"a {name} {known[name].class_word}" for name in shown)
     return f"{things} on a {background} background"
 
@@ -110,7 +101,18 @@ def read_halves(
     return found
 
 
-class RowRuns(Runs):
+class PairPlan(Plan):
+    """What bounds a set is measured with its merges; nothing of a LoRA alone."""
+
+    def references(self) -> Iterator[Unit]:
+        yield from ()
+
+    def merges(self) -> Iterator[Unit]:
+        bounds = Unit(COMPOSITE), Unit(BASE)
+        return Plan.merges(replace(self, variants=[*self.variants, *bounds]))
+
+
+class PairRuns(Runs):
     world: ToyboxWorld
 
     def measure(self, unit: Unit) -> Entry:
@@ -143,26 +145,3 @@ class RowRuns(Runs):
         named = [[one.prompt for one in order]] * 2
         prompts = named if kind == "pair" else prompts_of_halves(self.world, order)
         return side_by_side(self.world, list(zip(own, prompts, strict=True)), order)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin none after")
-    parser.add_argument("--sizes", type=int, nargs="*", default=[2])
-    parser.add_argument("--sets", type=int, default=3, help="of each size and training, at most")
-    parser.add_argument("--replicates", type=int, default=1)
-    asked = parser.parse_args()
-    variants = [Unit.parsed(method) for method in METHODS]
-    plan = Plan(reported(), variants, asked.sizes, asked.replicates, asked.sets)
-    runs = RowRuns(plan.world, result_file("two_in_one_runs.jsonl"))
-    whole = runs.run(plan.merges(), asked.seconds)
-    found = {u.key: runs.known[u.key] for u in plan.merges() if u.key in runs.known}
-    data = rounded(results({}, found))
-    for size in data["sizes"]:
-        print("", *table(data, size), sep="\n")
-    if not whole:
-        print("\nstopped by --seconds")
-
-
-if __name__ == "__main__":
-    main()

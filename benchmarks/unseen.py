@@ -19,6 +19,7 @@ import os
 import time
 from pathlib import Path
 
+import rivals  # noqa: F401 (registers them)
 import standings
 from outputs import BUILD, result_file, rounded
 from page_tables import FRONT, TOGETHER
@@ -32,11 +33,15 @@ METHODS = ",".join((*FRONT, *TOGETHER))
 
 
 def kinds_of(world: str) -> tuple[type[Plan], type[Runs]]:
-    if world != "styles":
-        return Plan, Runs
-    from protocol.styles import StyledPlan, StyledRuns
+    if world == "styles":
+        from protocol.styles import StyledPlan, StyledRuns
 
-    return StyledPlan, StyledRuns
+        return StyledPlan, StyledRuns
+    if world == "pairs":
+        from two_in_one import PairPlan, PairRuns
+
+        return PairPlan, PairRuns
+    return Plan, Runs
 
 
 def main() -> None:
@@ -62,7 +67,7 @@ def main() -> None:
     plan = plan_kind(
         world,
         [Unit.parsed(label) for label in methods],
-        sizes_in(world, [2] if asked.world == "styles" else [*map(int, asked.sizes.split(","))]),
+        sizes_in(world, [*map(int, asked.sizes.split(","))]),
         asked.replicates,
         asked.sets,
     )

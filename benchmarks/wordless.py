@@ -22,21 +22,17 @@ from typing import Any
 import styles
 from conditions import norm
 from outputs import once, result_file
+from protocol.held_out import merged
 from protocol.plan import sets_of
 from styles.reader import load as load_reader
-from uses import both
+from uses import CONDITIONS, Beside, both
 from worlds import reported
 
-from iteris_core import Calibration, Concept, Lora, merge_loras
+from iteris_core import Concept, Lora
 
 SETS = {2: 4, 5: 2}
 """How many subjects → sets."""
-USES = {
-    "plain": (1.0, False),
-    "0.8": (0.8, False),
-    "1.2": (1.2, False),
-    "another at 0.6": (1, True),
-}
+USES = "plain", "0.8", "1.2", "another at 0.6"
 ROWS = "subjects", "pair", "merged", "outside"
 
 
@@ -54,8 +50,7 @@ class Look:
         concepts = self.world.concepts(names, 0)
         if look is not None:
             concepts.append(Concept(look, None))
-        calibration = Calibration.from_mapping({**self.world.half, "seed": 0})
-        return merge_loras(self.world.host, concepts, calibration=calibration).lora
+        return merged(self.world, concepts)
 
     def figures(self, lora: Lora, names: Sequence[str]) -> dict[str, float]:
         """``names`` are the subjects that are prompted; none: prompts without a trigger."""
@@ -74,7 +69,7 @@ class Look:
         own = {
             n: c.lora or Lora({}) for n, c in zip(names, self.world.concepts(names), strict=True)
         }
-        other = self.world.concepts([rest])[0].lora or Lora({})
+        beside = Beside(self.world.concepts([rest])[0].lora or Lora({}), Lora({}))
         if label == "pair":
             loras = {name: both(lora, self.look, 1.0) for name, lora in own.items()}
         else:
@@ -83,10 +78,8 @@ class Look:
         found: dict[str, Any] = {
             "norm": norm(loras[names[0]]) / math.hypot(*map(norm, own.values()))
         }
-        for use, (strength, more) in USES.items():
-            used = {n: both(Lora({}), lora, strength) for n, lora in loras.items()}
-            if more:
-                used = {n: both(lora, other, 0.6) for n, lora in used.items()}
+        for use in USES:
+            used = {n: CONDITIONS[use].of(lora, beside) for n, lora in loras.items()}
             some = [self.figures(lora, [name]) for name, lora in used.items()]
             found[use] = {key: fmean(one[key] for one in some) for key in some[0]}
             found[use]["no trigger"] = self.figures(used[names[0]], [])["style"]

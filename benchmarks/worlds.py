@@ -38,6 +38,7 @@ WORLDS: Mapping[str, Callable[[], World]] = {
     "reported": reported,
     "emoji": partial(_world, "emoji", "EmojiWorld"),
     "framed": framed,
+    "pairs": reported,
     "minilm": partial(_world, "minilm", "MiniLMWorld"),
     "styles": partial(_world, "styles", "StyleWorld"),
 }

@@ -35,27 +35,25 @@ class Subject:
         return f"{self.token} {self.kind}"
 
 
-def subjects(family: str = "flux") -> dict[str, Subject]:
-    """Every subject by its token, with LoRAs for the base of ``family``."""
-    loras = "loras" if family == "flux" else f"{family}_loras"
+def subjects() -> dict[str, Subject]:
+    """Every subject by its token."""
     return {
         entry["token"]: Subject(
             entry["token"],
             entry["name"],
             world()["held_out"][entry["name"]]["kind"],
-            ROOT / "weights" / loras / f"{entry['token']}.safetensors",
+            ROOT / "weights" / "loras" / f"{entry['token']}.safetensors",
             tuple(sorted((ROOT / "references" / entry["token"]).glob("*.png"))),
         )
         for entry in world()["subjects"]
     }
 
 
-def load_pipeline(dtype: torch.dtype | None = None, family: str = "flux") -> Any:
-    """The base of `family`, `flux` or `sd3`, without a progress bar; float32 unless `dtype` says
-    otherwise."""
+def load_pipeline(dtype: torch.dtype | None = None) -> Any:
+    """The base, without a progress bar; float32 unless `dtype` says otherwise."""
     from .pipeline import load
 
-    return load(BASE if family == "flux" else ROOT / "weights" / family, dtype)
+    return load(BASE, dtype)
 
 
 def load_clip() -> tuple[Any, Any, Any]:

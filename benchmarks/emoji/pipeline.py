@@ -1,5 +1,4 @@
-"""The pipelines of both bases: FLUX in miniature, with guidance by a second forward, and the same
-world drawn by an SD 3 in miniature: joint blocks alone, each with gates of its own."""
+"""FLUX in miniature, with guidance by a second forward."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, FluxPipeline, StableDiffusion3Pipeline
+from diffusers import FluxPipeline
 
 from .words import SIZE, world
 
@@ -47,40 +46,10 @@ class EmojiPipeline(FluxPipeline):
         )
 
 
-class Emoji3Pipeline(StableDiffusion3Pipeline):
-    """SD 3's pipeline with this world's size, caption length and guidance as defaults."""
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: Any = None,
-        guidance_scale: float = world()["sampling"]["guidance"],
-        num_inference_steps: int = world()["sampling"]["steps"],
-        max_sequence_length: int = LENGTH,
-        height: int = SIZE,
-        width: int = SIZE,
-        **options: Any,
-    ) -> Any:
-        """As SD 3's; the prompt that guides away is empty."""
-        return super().__call__(
-            prompt,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            max_sequence_length=max_sequence_length,
-            height=height,
-            width=width,
-            **options,
-        )
-
-
 def load(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """The pipeline in `folder`, in `dtype` (float32 by default; the files are float16), without a
-    progress bar. The SD 3 has the autoencoder of the first base."""
-    if folder.name == "sd3":
-        vae = AutoencoderTiny.from_pretrained(folder.parent / "base" / "vae")
-        pipeline: Any = Emoji3Pipeline.from_pretrained(folder, vae=vae, local_files_only=True)
-    else:
-        pipeline = EmojiPipeline.from_pretrained(folder, local_files_only=True)
+    progress bar."""
+    pipeline: Any = EmojiPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.to(dtype=dtype or torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -41,10 +41,10 @@ class EmojiWorld:
     kinds = KINDS
     trained = 1
 
-    def __init__(self, family: str = "flux") -> None:
-        self.pipeline = emoji.load_pipeline(family=family)
+    def __init__(self) -> None:
+        self.pipeline = emoji.load_pipeline()
         self.host = DiffusersHost(self.pipeline)
-        self._subjects = emoji.subjects(family)
+        self._subjects = emoji.subjects()
         self.subjects = tuple(self._subjects)[-REPORTED:]
         self.half: dict[str, Any] = {"templates": FRAMED}
         self.words = frozenset(NEW)

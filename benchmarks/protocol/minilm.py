@@ -18,7 +18,7 @@ from iteris_core.score import ClipScorer
 from toybox.draw import BACKGROUNDS, draw, place_one, random_thing
 
 from .drawing import draw as draw_pictures
-from .toybox import ToyboxWorld
+from .toybox import ToyboxWorld, trainings
 from .world import Wanted
 
 REFERENCES, SEEN, NEW, SPREAD, PLAIN = 6, 6, 12, 4, 12
@@ -34,7 +34,8 @@ class MiniLMWorld(ToyboxWorld):
         self.host = DiffusersHost(self.pipeline)
         self.known = minilm.concepts()
         self.subjects = tuple(self.known)
-        self.trained = 1
+        self.trained = trainings(minilm.ROOT, self.subjects)
+        self._root = minilm.ROOT
         self.half = {"templates": templates()}
         self.words = ASIDE
         given = minilm.world()["sampling"]
@@ -47,7 +48,7 @@ class MiniLMWorld(ToyboxWorld):
         self._references = {
             name: self._scorer.embed_images(self.pictures_of(name)) for name in self.known
         }
-        self._loras = {(n, 0): self.host.read_lora(of.lora) for n, of in self.known.items()}
+        self._loras = {}
 
     def prompted(self, kind: str, names: Sequence[str], seed: int) -> list[Wanted]:
         if kind == "no trigger":

@@ -48,9 +48,7 @@ class ToyboxWorld:
             name: self._scorer.embed_images(self.pictures_of(name)) for name in self.known
         }
         self._loras: dict[tuple[str, int], Lora] = {}
-        folders = (root / "weights").glob("loras*")
-        files = [f"{name}.safetensors" for name in self.subjects]
-        self.trained = sum(all((at / file).exists() for file in files) for at in folders)
+        self.trained = trainings(root, self.subjects)
         self.half = {"templates": FRAMED}
         self.words = frozenset(NEW)
         said = toybox.settings()
@@ -114,6 +112,12 @@ class ToyboxWorld:
 
     def embedded(self, images: Sequence[Image.Image]) -> Tensor:
         return self._scorer.embed_images(images)
+
+
+def trainings(root: Path, subjects: Sequence[str]) -> int:
+    """How many folders of LoRAs have all ``subjects``."""
+    folders = (root / "weights").glob("loras*")
+    return sum(all((at / f"{name}.safetensors").exists() for name in subjects) for at in folders)
 
 
 def plain_prompts(count: int, seed: int) -> list[Wanted]:

@@ -5,8 +5,6 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import emoji
@@ -56,7 +54,6 @@ def test_halves_of_one_prompt_and_one_lora_are_the_whole_picture():
     assert mixed.tobytes() != whole.tobytes()
 
 
-@pytest.mark.parametrize("family", ["flux", "sd3"])
-def test_emoji_draws_on_both_bases(family):
-    (picture,) = emoji.load_pipeline(family=family)("a dog", num_inference_steps=1).images
+def test_emoji_draws():
+    (picture,) = emoji.load_pipeline()("a dog", num_inference_steps=1).images
     assert picture.size == (64, 64)
