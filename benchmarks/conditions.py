@@ -29,7 +29,7 @@ from worlds import WORLDS
 from iteris_core import Concept, Lora
 
 SETS = {"toybox": {2: 3, 5: 1}, "reported": {2: 2, 3: 2, 5: 1, 7: 1, 10: 1}}
-"""World → how many LoRAs → sets of each training."""
+"""World → how many LoRAs → sets of each training; of more than five LoRAs of the first alone."""
 METHODS = ("iteris", "chain-of-merges:conditions=0", "average")
 
 
@@ -58,7 +58,7 @@ def norm(lora: Lora) -> float:
 
 def sets(world: str, subjects: Sequence[str], trained: int) -> Iterator[tuple[str, ...]]:
     for size, count in SETS[world].items():
-        yield from sets_of(subjects, size, trained)[:count]
+        yield from sets_of(subjects, size, trained)[: count if size <= 5 or not trained else 0]
 
 
 def measure(

@@ -257,6 +257,13 @@ def test_one_lora_alone(name):
     assert difference(ours.lora, dense_changes(lora)) < 1e-3  # float32 statistics
 
 
+def test_a_random_change_is_as_large_as_the_sum():
+    found, whole = (dense_changes(merge(LORAS, name).lora) for name in ("random", "sum"))
+    for site, change in whole.items():
+        assert float(found[site].norm() / change.norm()) == pytest.approx(1, abs=1e-4)
+        assert abs(float((found[site] * change).sum())) < 0.5 * float(change.norm() ** 2)
+
+
 def wudi_loss(merged, site):
     return sum(
         float((((merged - dense[site]) @ dense[site].mT) ** 2).sum() / (dense[site] ** 2).sum())
