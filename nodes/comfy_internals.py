@@ -26,9 +26,9 @@ NAMES: Mapping[str, Sequence[str]] = {
     "comfy.lora_convert": ("convert_lora",),
     "comfy.model_base": ("ModelType",),
     "comfy.model_management": (
-        "cast_to_device", "get_free_memory", "get_torch_device", "intermediate_device",
-        "load_models_gpu", "soft_empty_cache", "throw_exception_if_processing_interrupted",
-        "unet_offload_device",
+        "InterruptProcessingException", "cast_to_device", "get_free_memory", "get_torch_device",
+        "intermediate_device", "load_models_gpu", "soft_empty_cache",
+        "throw_exception_if_processing_interrupted", "unet_offload_device",
     ),
     "comfy.model_patcher": ("ModelPatcher", "create_model_options_clone"),
     "comfy.model_sampling": ("CONST",),

@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,10 +67,8 @@ def study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
     Raises :class:`IterisError` if the pipeline cannot run on prompts and the arguments it was
     given.
     """
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # a trial's prompt may be too long, and a trial may fail
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _silent():
             return _study(loop, calibration)
     except IterisError:
         raise
@@ -85,8 +84,26 @@ def study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
             f"{type(loop.pipeline).__name__} cannot be run on prompts alone{also}: "
             f"{brief(error)}. Pass the host the missing arguments, such as image=…"
         ) from error
-    finally:
-        logging.disable(before)
+
+
+@contextmanager
+def _silent() -> Generator[None]:
+    """Context in which this thread, and no other, logs nothing: a trial's prompt may be too long,
+    and a trial may fail."""
+    thread = threading.get_ident()
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = {handler for logger in loggers for handler in getattr(logger, "handlers", ())}
+    if logging.lastResort is not None:
+        handlers.add(logging.lastResort)
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    with ExitStack() as stack:
+        for handler in handlers:
+            handler.addFilter(of_others)
+            stack.callback(handler.removeFilter, of_others)
+        yield
 
 
 def _study(loop: PipelineLoop, calibration: Calibration) -> Arguments:

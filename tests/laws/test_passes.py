@@ -109,6 +109,15 @@ def test_rows_that_are_left_out_are_of_all_steps_and_of_most_samples(kept):
         assert max(by_step) - min(by_step) <= 0.2 * kept
 
 
+@pytest.mark.parametrize("count", [3, 4, 10, 60, 103, 104])
+def test_each_concept_has_a_row_however_few_are_kept(count):
+    owners = [0] * 100 + [1] * 3 + [2]
+    stage = fewer(Stage("unet", [], owners, lambda rows, copies: None), count)
+    assert set(stage.concept_ids) == {0, 1, 2}
+    assert len(stage.concept_ids) <= count
+    assert len(stage.concept_ids) >= count - 2
+
+
 def test_without_greenlet_a_sweep_says_so_at_once_and_others_run(monkeypatch):
     monkeypatch.setitem(sys.modules, "greenlet", None)
     host = ModuleHost(Net(), make_data())
