@@ -12,10 +12,11 @@ from typing import Any, Literal, cast
 
 import torch
 
+from .activations.memory import is_out_of_memory
 from .calibration_prompts import Composite
 from .concepts import Calibration, Concept
 from .config import Unmergeable, read_concepts
-from .errors import IterisError, SettingsError, SiteError, brief
+from .errors import IterisError, OutOfMemory, SettingsError, SiteError, brief
 from .hosts.diffusers import host_of
 from .hosts.diffusers_lora import load_adapter
 from .hosts.learned import embedding_triggers
@@ -165,8 +166,16 @@ def merge_loras(
         job = replace(job, concepts=merging, changes=of_loras.changes_of(merging))
         merged = Merged({}) if only_plans else chosen.merge(job, settings)
     else:
-        with of_loras.switched_on(host, always):
-            job, merged, shares = _by_features(job, always, chosen, settings, unmergeable)
+        try:
+            with of_loras.switched_on(host, always):
+                job, merged, shares = _by_features(job, always, chosen, settings, unmergeable)
+        except Exception as error:  # where nothing can be tried with less
+            if isinstance(error, IterisError) or not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"Out of memory at the step {eta.what!r} ({brief(error)}). Lower latent_size, or "
+                "free memory elsewhere. The model is unchanged."
+            ) from error
         samples = job.calibration.samples  # that the time allowed, for the recipe
         calibration = replace(calibration, samples=samples, minutes=None)
     if only_plans:

@@ -14,8 +14,9 @@ class Progress:
     """A step of a merge: ``done`` of ``total`` steps of ``what``, such as "solving sites".
 
     ``seconds`` have passed since the merge began, and about ``left`` remain for the whole merge
-    (None: not known yet). A bare message has ``total`` 0; ``plan`` is a new line of the memory
-    plan. ``str()`` gives a readable line.
+    (None: not known yet); as long as only a trial was timed, ``at_most`` so many, because it has
+    fewer rows at once. A bare message has ``total`` 0; ``plan`` is a new line of the memory plan.
+    ``str()`` gives a readable line.
     """
 
     what: str
@@ -26,6 +27,7 @@ class Progress:
     share: float = 0.0
     """Share of the whole merge's time, from 0 to 1; it never decreases."""
     plan: str = ""
+    at_most: bool = False
 
     def __str__(self) -> str:
         count = f" {self.done} of {self.total}" if self.total > 1 else ""
@@ -34,7 +36,7 @@ class Progress:
     @property
     def time_left(self) -> str:
         """For example "about 3 min left"; empty until there is an estimate, and at the end."""
-        return f"about {duration(self.left)} left" if self.left else ""
+        return f"{estimate(self.left, self.at_most)} left" if self.left else ""
 
 
 OUTLOOK = "whole merge"
@@ -51,12 +53,19 @@ def duration(seconds: float) -> str:
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def estimate(seconds: float, at_most: bool) -> str:
+    return f"{'at most ' if at_most else ''}about {duration(seconds)}"
+
+
 @dataclass
 class _Phase:
-    """Work by step, the ``share`` of the steps that is done, and the seconds that it ``took``."""
+    """Work by step, the ``share`` of the steps that is done, and the seconds that ``timed`` work
+    ``took``: all but the first step's, which may load or compile what later ones use."""
 
     steps: Sequence[float]
+    begun: bool = False
     share: float = 0.0
+    timed: float = 0.0
     took: float = 0.0
 
     @property
@@ -68,7 +77,8 @@ class _Phase:
         """Seconds, at this phase's own rate as far as that is known."""
         total, done = sum(self.steps), self.done
         before = _FIRST * total
-        return (total - done) * (self.took + rate * before) / (done + before) if total else 0.0
+        own = (self.took + rate * before) / (self.timed + before) if total else 0.0
+        return (total - done) * own
 
 
 class Forecast:
@@ -84,14 +94,19 @@ class Forecast:
         self.clock, self._on_progress = clock, on_progress
         self._began = self._mark = clock()
         self._phases: dict[str, _Phase] = {}
-        self._done = self._took = self._share = 0.0
+        self._tried = self._took = self._share = 0.0
         self._last: Progress | None = None
         self.cancelled = False
         """True once ``on_progress`` has raised, which ends the run."""
 
+    @property
+    def what(self) -> str:
+        """The last step's name."""
+        return "start" if self._last is None else self._last.what
+
     def did(self, work: float, seconds: float) -> None:
-        """Record work that belongs to no phase, such as a trial."""
-        self._done, self._took = self._done + work, self._took + seconds
+        """Record a trial's work, whose rate counts until steps are timed."""
+        self._tried, self._took = self._tried + work, self._took + seconds
 
     def expect(self, what: str, steps: Sequence[float]) -> None:
         """Expect the phase ``what``, with this work in each of its steps; without steps, no more of
@@ -100,18 +115,25 @@ class Forecast:
 
     def tick(self, what: str, done: int, total: int, plan: str = "") -> None:
         """Report ``done`` of ``total``; it counts as work if it was expected, or nothing was."""
-        now = self.clock()
+        now, mark = self.clock(), self._mark
+        self._mark = now
         if total and (what in self._phases or not self._phases):
             phase = self._phases.setdefault(what, _Phase([1.0]))
-            before, phase.share = phase.done, done / total
-            if done:
-                phase.took += now - self._mark
-                self.did(phase.done - before, now - self._mark)
-        self._mark = now
+            before, share, phase.share = phase.done, phase.share, done / total
+            begun, phase.begun = phase.begun, True
+            work, took = phase.done - before, now - mark
+            if phase.share > share > 0:
+                phase.timed, phase.took = phase.timed + work, phase.took + took
+            elif phase.share > share:
+                self.did(work, took)
+            elif begun:  # within a step
+                self._mark = mark
         seconds, left = now - self._began, self.left()
         if left is not None and seconds + left > 0:
             self._share = max(self._share, min(seconds / (seconds + left), 1.0))
-        self._last = Progress(what, done, total, seconds, left, self._share, plan)
+        self._last = Progress(
+            what, done, total, seconds, left, self._share, plan, left is not None and self.at_most
+        )
         self._report(self._last)
 
     def end(self) -> None:
@@ -127,9 +149,18 @@ class Forecast:
             self.cancelled = False
 
     @property
+    def at_most(self) -> bool:
+        """True as long as only a trial was timed."""
+        return not any(phase.timed for phase in self._phases.values())
+
+    @property
     def rate(self) -> float | None:
         """Seconds per unit of work so far; None before any is done."""
-        return self._took / self._done if self._done > 0 else None
+        done, took = self._tried, self._took
+        if not self.at_most:
+            done = sum(phase.timed for phase in self._phases.values())
+            took = sum(phase.took for phase in self._phases.values())
+        return took / done if done > 0 else None
 
     def left(self) -> float | None:
         """Seconds; None before any work is done, or if none is expected."""

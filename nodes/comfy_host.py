@@ -25,7 +25,7 @@ from ..iteris_core.calibration_prompts import whole_words
 from ..iteris_core.concepts import Calibration, Concept
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.learned import EmbeddingTriggers
-from ..iteris_core.hosts.protocol import DENOISING, Stage, Tick
+from ..iteris_core.hosts.protocol import DENOISING, SAMPLES_AT_ONCE, Stage, Tick
 from ..iteris_core.hosts.rows import SamplePrompts, TextRows, added_concepts
 from ..iteris_core.hosts.sample_store import SampleStore
 from ..iteris_core.lora import Lora
@@ -48,7 +48,6 @@ BOUNDARY = 0.875
 """Share of noise at which the model for low noise takes over: Wan 2.2's own, for text to video."""
 
 _log = logging.getLogger(__name__)
-_SAMPLING_ROWS = 16
 _MEASURED_ROWS = 2  # for which ComfyUI frees memory before a row is measured
 
 
@@ -82,7 +81,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
             )
         self.model, self.clip, self.low, self.boundary = model, clip, low, boundary
         self.references = references or References()
-        self._batch = min(rows, _SAMPLING_ROWS)
+        self._batch = min(rows, SAMPLES_AT_ONCE)
         self._encoders: TextEncoders | None = None if clip is None else TextEncoders(clip)
         models = [model] if low is None else [model, low]
         self._denoisers = [Denoiser(one, self.references) for one in models]
@@ -150,6 +149,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         generator: torch.Generator,
         tick: Tick,
         store: SampleStore | None = None,
+        at_once: int = SAMPLES_AT_ONCE,
     ) -> ComfySamples:
         before = generator.get_state()
         share = 0.0 if self.distilled else calibration.empty_share
@@ -169,7 +169,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
                 "are unchanged."
             )
 
-        release, sizes = memory.soft_empty_cache, halved(self._batch)
+        release, sizes = memory.soft_empty_cache, halved(min(self._batch, at_once))
         return with_less(sizes, make, complaint, release=release, ran_out=ran_out)[0]
 
     def _latents(
@@ -242,7 +242,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         batches = self._texts.batches(loaded, tokens, self._found.names, frozenset())
         self._texts.load()
         for batch in batches.values():
-            batch.run_all(self._batch, self._lockstep)
+            batch.run_all(min(self._batch, len(rows)), self._lockstep)
         texts = self._texts.assemble(loaded, tokens, batches, 0, self._lockstep)
         found: list[Tensor] = []
         for number, noisy in enumerate(samples.noisy):

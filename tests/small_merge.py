@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 from oracle import ModuleHost, Net, make_data
 
-from iteris_core import Concept, merge_loras
+from iteris_core import Calibration, Concept, merge_loras
 
 EXACT = {"precision": "float64", "weighting": "tokens", "shrink": 1.0}
 """A model without images has other defaults where tokens are few."""
@@ -25,6 +25,10 @@ def merge(loras, data=None, model=None, *, weights=None, strengths=None, **setti
         for i, lora in enumerate(loras)
     ]
     return merge_loras(host, concepts, settings={**EXACT, **settings})
+
+
+GUIDED = Calibration(samples=16, timesteps=3, denoising_steps=3, guidance=3.0)
+"""Samples take more memory than the rest of a merge, if all are denoised at once."""
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from .diffusers_loop import PipelineLoop
 from .diffusers_lora import OF_TEXT, base_of, pipeline_sites, read_lora
 from .diffusers_rows import DiffusionSamples, record_rows
 from .learned import EmbeddingTriggers, Placeholders, in_force
-from .protocol import Host, Stage, Tick, check_ready
+from .protocol import SAMPLES_AT_ONCE, Host, Stage, Tick, check_ready
 from .recorded import Call, entries, joined, kind, size
 from .rows import SamplePrompts, added_concepts
 from .sample_store import SampleStore, digest, digest_of_weights
@@ -123,6 +123,7 @@ class DiffusersHost(Host):
         generator: torch.Generator,
         tick: Tick,
         store: SampleStore | None = None,
+        at_once: int = SAMPLES_AT_ONCE,
     ) -> DiffusionSamples:
         for model in self._models:
             check_ready(model)
@@ -137,7 +138,7 @@ class DiffusersHost(Host):
         if store is not None:
             base = None if calibration.latents == "noise" else self._base_digest(arguments)
             store = store.within(base) if base else None
-        return record_rows(self._loop, arguments, drawn, texts, lockstep, tick, store)
+        return record_rows(self._loop, arguments, drawn, texts, lockstep, tick, store, at_once)
 
     def _base_digest(self, arguments: Arguments) -> str | None:
         """A hash of all that samples depend on beside prompts and LoRAs; None if there is none: for

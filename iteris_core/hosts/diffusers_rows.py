@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..activations.lockstep import Lockstep
+from ..activations.memory import halved, with_less
 from ..activations.micro_batch import MicroBatch
 from .diffusers_arguments import Arguments, ones_like
 from .diffusers_loop import Enough, PipelineLoop
@@ -19,7 +20,6 @@ from .recorded import Call, differ, entries
 from .rows import SamplePrompts, TextRows, drawn_steps
 from .sample_store import SampleStore
 
-_BATCH = 16  # prompts per run of the pipeline
 _RAN = "denoiser of a row"  # among the arguments kept, none of which has such a name
 
 
@@ -47,22 +47,23 @@ def record_rows(
     lockstep: Lockstep,
     tick: Tick,
     store: SampleStore | None,
+    at_once: int,
 ) -> DiffusionSamples:
     """Run the pipeline on every prompt under its concept's LoRA, and record its denoiser's
     arguments at some of the steps. With ``latents="noise"`` the denoiser does not run, and every
-    step gets the first step's noise. What ``store`` has is not run again."""
+    step gets the first step's noise. What ``store`` has is not run again. A run has ``at_once``
+    prompts, and half as many whenever memory runs out."""
     calibration, names = drawn.calibration, list(loop.denoisers)
-    noise, most = calibration.latents == "noise", _BATCH if arguments.alike else 1
+    noise, most = calibration.latents == "noise", at_once if arguments.alike else 1
     samples: dict[int, list[int]] = {}
-    generators: list[torch.Generator] = []
+    states: list[Tensor] = []
     steps: list[Tensor] = []
     for sample, owner in enumerate(drawn.owners):
         samples.setdefault(owner, []).append(sample)
     for owner, own in samples.items():
         generator = drawn.generators[owner]
         for _ in own:  # as if a single draw had made all noise
-            generators.append(torch.Generator())
-            generators[-1].set_state(generator.get_state())
+            states.append(generator.get_state())
             torch.randn(arguments.numbers, generator=generator)
         steps.append(drawn_steps(len(own), calibration, arguments.steps, generator))
     picks = torch.cat(steps)
@@ -72,14 +73,16 @@ def record_rows(
     }
     # the last step does not run
     total = sum(len(rows) * int(picks[rows].max()) for own in runs.values() for rows in own)
-    before = 0
+    before = reported = 0
 
     def report(done: int) -> None:
-        tick("drawing noise" if noise else DENOISING, done, total)
+        nonlocal reported
+        reported = max(reported, done)  # less in a run that is tried again
+        tick("drawing noise" if noise else DENOISING, reported, total)
 
-    def denoise(rows: list[int], kept: dict[str, Tensor], first_row: int) -> None:
+    def denoise(rows: list[int], kept: dict[str, Tensor], first_row: int, before: int) -> None:
         """Run the samples ``rows`` of one concept, whose samples begin at ``first_row``; ``kept``
-        gets arguments, (samples, T, …)."""
+        gets arguments, (samples, T, …). ``before`` steps are done."""
         step, time, first = -1, Call(), Call()
 
         def see(name: str, call: Call, run: Callable[[], Any]) -> Any:
@@ -105,13 +108,30 @@ def record_rows(
                 raise Enough
             return ones_like(arguments.given, len(rows)) if noise else run()
 
+        generators = [torch.Generator() for _ in rows]
+        for generator, row in zip(generators, rows, strict=True):
+            generator.set_state(states[row])
         loop.run(
             [prompts[row] for row in rows],
             see,
             steps=calibration.denoising_steps,
             size=arguments.size,
-            generators=[generators[row] for row in rows],
+            generators=generators,
             guidance=1.0 if noise else calibration.guidance,
+        )
+
+    def denoise_all(rows: list[int], kept: dict[str, Tensor], size: int) -> None:
+        owner, steps = drawn.owners[rows[0]], int(picks[rows].max())
+        for at in range(0, len(rows), size):
+            some, done = rows[at : at + size], before + at * steps
+            run = partial(denoise, some, kept, samples[owner][0], done)
+            lockstep.run(MicroBatch(run, [owner], 1, of_one=True))
+
+    def complaint(said: str, tried: Sequence[int]) -> str:
+        return (
+            f"Out of memory while samples are denoised ({said}). Tried: "
+            f"{', '.join(map(str, tried))} at once. Lower latent_size or frames (smaller samples), "
+            "or free memory elsewhere. The model is unchanged."
         )
 
     parts: list[dict[str, Tensor]] = []
@@ -120,8 +140,7 @@ def record_rows(
         kept = found or {_RAN: torch.zeros(len(own), picks.shape[1], dtype=torch.int64)}
         for rows in runs[owner]:
             if not found:
-                run = partial(denoise, rows, kept, own[0])
-                lockstep.run(MicroBatch(run, [owner], 1, of_one=True))
+                _, most = with_less(halved(most), partial(denoise_all, rows, kept), complaint)
             before += len(rows) * int(picks[rows].max())
         if store is not None and not found:
             store.put(kept, keys[owner])

@@ -38,6 +38,10 @@ DENOISING = "denoising steps"
 one."""
 
 
+SAMPLES_AT_ONCE = 16
+"""The most samples that are denoised in a forward."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """A part of the model that runs on its own, in execution order: an encoder, the denoiser.
@@ -115,9 +119,11 @@ class Host(Protocol):
         generator: torch.Generator,
         tick: Tick,
         store: SampleStore | None = None,
+        at_once: int = SAMPLES_AT_ONCE,
     ) -> Any:
         """Make the rows on which features are collected; opaque outside the host. What is slow to
-        make may be kept in ``store``."""
+        make may be kept in ``store``. At most ``at_once`` samples are denoised in a forward, with
+        guidance two rows each."""
         ...
 
     def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:

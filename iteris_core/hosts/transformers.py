@@ -23,7 +23,7 @@ from ..errors import BaseError, ConceptError, SettingsError
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from ..lora_files.peft_folder import read_adapter
-from .protocol import Host, Stage, Tick, check_model, check_ready
+from .protocol import SAMPLES_AT_ONCE, Host, Stage, Tick, check_model, check_ready
 from .sample_store import SampleStore
 
 Row = Mapping[str, Tensor]
@@ -95,6 +95,7 @@ class TransformersHost(Host):
         generator: torch.Generator,
         tick: Tick,
         store: SampleStore | None = None,
+        at_once: int = SAMPLES_AT_ONCE,
     ) -> ModelSamples:
         own = [rows_of(concept, calibration.samples, decodes=self._decodes) for concept in concepts]
         owners = [index for index, mine in enumerate(own) for _ in mine]

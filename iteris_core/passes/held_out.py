@@ -43,15 +43,16 @@ def held_out(calibration: Calibration, samples: int, timesteps: int) -> Calibrat
 @dataclass(frozen=True)
 class FinalOutputs:
     """The rows of ``samples`` in the stages whose outputs are final: each one's concept, and its
-    batch key."""
+    batch key; they run so many ``at_once``."""
 
     host: Host
     samples: Any
     owners: Mapping[int, int]
     kinds: Mapping[int, Hashable]
+    at_once: int = _BATCH
 
     @classmethod
-    def of(cls, host: Host, samples: Any) -> FinalOutputs:
+    def of(cls, host: Host, samples: Any, at_once: int = _BATCH) -> FinalOutputs:
         owners: dict[int, int] = {}
         kinds: dict[int, Hashable] = {}
         for stage in host.stages(samples, host.sites().keys()):
@@ -65,7 +66,7 @@ class FinalOutputs:
                 stage.rows or range(count), stage.concept_ids, keys, strict=True
             ):
                 owners[row], kinds[row] = owner, (stage.name, key)
-        return cls(host, samples, owners, kinds)
+        return cls(host, samples, owners, kinds, at_once)
 
     def under(
         self, changes: Mapping[str, LowRank], concepts: Collection[int] | None = None
@@ -86,7 +87,7 @@ class FinalOutputs:
 
         what = "Out of memory while measuring held-out rows"
         with torch.no_grad(), added(self.host, changes):
-            return with_less(halved(_BATCH), run, lambda said, tried: f"{what} ({said}).")[0]
+            return with_less(halved(self.at_once), run, lambda said, tried: f"{what} ({said}).")[0]
 
 
 def expect_held_out(job: Job) -> None:
@@ -95,8 +96,8 @@ def expect_held_out(job: Job) -> None:
         calibration = held_out(job.calibration, _SAMPLES, _TIMESTEPS)
         rows = job.loras * calibration.samples * calibration.rows_each
         denoised = job.loras * calibration.samples * calibration.denoising_steps
-        forwards = denoised + rows * (2 + 2 * (len(STRENGTHS) + 1))
-        job.eta.expect(WHAT, [job.forward_work * forwards])
+        forwards = [denoised + rows, *[2 * rows] * len(STRENGTHS), 3 * rows]
+        job.eta.expect(WHAT, [job.forward_work * some for some in forwards])
 
 
 def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
@@ -108,7 +109,6 @@ def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
     if not job.host.pictures:
         return {}
     calibration = held_out(job.calibration, _SAMPLES, _TIMESTEPS)
-    generator = torch.Generator().manual_seed(calibration.seed)
 
     def quiet(what: str, done: int, total: int) -> None:
         pass
@@ -119,13 +119,15 @@ def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
         if concept.lora is not None
     }
     phantom = phantom_of(next(iter(own.values())), _BESIDE, calibration.seed)
-    sites, total = job.changes.keys(), len(STRENGTHS) + 1
-    with torch.no_grad(), job.run() as run:
-        given = job.concepts, sites, calibration, run.lockstep, generator, quiet
-        samples = job.host.samples(*given, **job.kept_in)
-    final = FinalOutputs.of(job.host, samples)
+    total = 1 + len(STRENGTHS) + 1
+    job.tick(WHAT, 0, total)
+    generator = torch.Generator().manual_seed(calibration.seed)
+    other_rows = replace(job, calibration=calibration, generator=generator, tick=quiet)
+    with torch.no_grad(), other_rows.run() as run:
+        rows = job.at_once(_BATCH, beside=4 * job.factor_bytes)
+        final = FinalOutputs.of(job.host, run.samples, rows)
     base, found = final.under({}, own), dict[str, list[float]]()
-    for done, strength in enumerate([*STRENGTHS, None]):
+    for done, strength in enumerate([*STRENGTHS, None], 1):
         job.tick(WHAT, done, total)
         other: Mapping[str, LowRank] = {}
         if strength is None:

@@ -22,12 +22,13 @@ from ..activations.memory import is_apart
 from ..activations.streams import Stream
 from ..calibration_prompts import samples_of
 from ..concepts import LEAST_SAMPLES, Calibration, Concept
-from ..hosts.protocol import Host, Stage
+from ..hosts.protocol import SAMPLES_AT_ONCE, Host, Stage
 from ..hosts.sample_store import SampleStore
 from ..lora import SiteChanges
 from ..progress import Forecast
 from ..solve.choose import THRESHOLDS, Thresholds
 from .batches import SWEEP, ExecutionConfig, Schedule, limit_of
+from .footprint import ForwardBytes
 
 Budget = int | Literal["free"] | None
 """Bytes beyond the model (``"free"``: what is free; None: no limit)."""
@@ -67,13 +68,14 @@ class SiteCost:
 @dataclass(frozen=True)
 class StageTiming:
     """A ``stage`` made with a ``calibration`` after a forward: the sites that it reached, in order,
-    and its ``seconds`` per row."""
+    and its ``seconds`` and ``bytes``, per row."""
 
     stage: Stage
     calibration: Calibration
     sites: Mapping[str, SiteCost]
     seconds: float
     device: torch.device
+    bytes: ForwardBytes
 
     @property
     def products(self) -> int:
@@ -124,6 +126,11 @@ class Job:
         return sum(concept.lora is not None for concept in self.concepts)
 
     @property
+    def factor_bytes(self) -> int:
+        """Bytes of all the changes as float32."""
+        return sum(4 * sum(site.shape) * site.rank for site in self.changes.values())
+
+    @property
     def denoised(self) -> int:
         """The number of one-row forwards for making samples."""
         calibration = self.calibration
@@ -143,10 +150,25 @@ class Job:
         """The work of a row's forward in the last stage (0: unknown)."""
         return self.seen[-1].products if self.seen else 0.0
 
-    @property
-    def kept_in(self) -> dict[str, SampleStore]:
-        """For :meth:`.Host.samples`, whose argument ``store`` a host may lack."""
-        return {} if self.store is None else {"store": self.store}
+    def at_once(self, most: int, copies: int = 1, *, stage: str = "", beside: int = 0) -> int:
+        """How many rows, each in so many ``copies``, a forward of the ``stage`` (empty: of all
+        stages seen) may have within the memory budget, ``beside`` other bytes: one to ``most``."""
+        seen = [one.bytes for one in self.seen if stage in ("", one.stage.name)]
+        if self.memory_budget is None or not seen:
+            return most
+
+        def size(rows: int) -> int:
+            return beside + max(one.fixed + rows * copies * one.row for one in seen)
+
+        budget = self.memory_budget
+        limit = self.host.free_memory(size(most)) if budget == "free" else budget
+        return max((rows for rows in range(2, most + 1) if size(rows) <= limit), default=1)
+
+    def left_by(self, stages: Sequence[Stage]) -> int:
+        """Bytes on the device of what each of the rows of these ``stages`` leaves for later ones;
+        on a device of its own none, because it waits in host memory."""
+        left = {o.stage.name: o.bytes.left for o in self.seen if not is_apart(o.device)}
+        return sum(left.get(one.name, 0) * len(one.concept_ids) for one in stages)
 
     def samples_of(self, calibration: Calibration) -> int:
         """The number of samples of all concepts with a LoRA."""
@@ -155,23 +177,32 @@ class Job:
     @contextmanager
     def run(self) -> Generator[Run]:
         """The model with the changes applied by hooks."""
+        copies = 2 if self.calibration.guidance > 1 else 1
+        rows = self.at_once(SAMPLES_AT_ONCE, copies, beside=self.factor_bytes)
         with Lockstep(self.host.sites(), self.changes, self.streams, self.joined) as lockstep:
-            yield Run(self, lockstep)
+            yield Run(self, lockstep, rows)
 
 
 @dataclass
 class Run:
-    """The base model of a ``job``; runs rows under ``lockstep``."""
+    """The base model of a ``job``; runs rows under ``lockstep``. So many samples are denoised
+    ``at_once``."""
 
     job: Job
     lockstep: Lockstep
+    at_once: int = SAMPLES_AT_ONCE
 
     @cached_property
     def samples(self) -> Any:
         """The rows on which features are collected, made once, with each LoRA active."""
         job, sites = self.job, self.lockstep.changes.keys()
         given = job.concepts, sites, job.calibration, self.lockstep, job.generator, job.tick
-        return job.host.samples(*given, **job.kept_in)
+        more: dict[str, Any] = {}  # a host may lack these arguments
+        if job.store is not None:
+            more["store"] = job.store
+        if self.at_once < SAMPLES_AT_ONCE:
+            more["at_once"] = self.at_once
+        return job.host.samples(*given, **more)
 
     @property
     def ahead(self) -> Run:

@@ -27,7 +27,7 @@ from ..activations.memory import halved, is_apart, is_out_of_memory
 from ..activations.micro_batch import MicroBatch
 from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
-from ..progress import duration
+from ..progress import estimate
 from ..solve.choose import THRESHOLDS, Thresholds
 from ..solve.problem import StageSolver
 from .batches import ExecutionConfig, Schedule, fewer, limit_of, sampled_rows, selected
@@ -81,6 +81,10 @@ def replayable(
     return with_replayable(barriers, lockstep.run, batch, thresholds.replay_error)
 
 
+def _ran(rows: Sequence[int], copies: int) -> None:
+    raise AssertionError("the stage was made for its plan alone")
+
+
 @dataclass(frozen=True)
 class Plan:
     """``at_once`` rows of a stage at a time out of ``offered``, with a ``strategy``, using
@@ -110,6 +114,11 @@ class Plan:
             f"{self.host_bytes / 2**30:.2f} GiB of host memory" if self.host_bytes else "",
         ]
         return ", ".join(filter(None, parts))
+
+    @property
+    def released(self) -> Plan:
+        """The plan without the stage's tensors; :meth:`of` gives it some again."""
+        return replace(self, stage=replace(self.stage, run=_ran, mask=None))
 
     def of(self, stage: Stage) -> Plan:
         """The same plan, with the same rows, for the planned ``stage`` made again."""
@@ -141,7 +150,7 @@ def outlook_of(job: Job, plans: Sequence[Plan]) -> str:
     shapes = {site: some.shape for site, some in (*included.items(), *job.changes.items())}
     size = sum(2 * rank * sum(shapes[site]) for site, rank in ranks.items())
     parts = [
-        f"about {duration(left)}" if left else "",
+        estimate(left, job.eta.at_most) if left else "",
         f"{short} of {offered} rows left out" if short else "no row left out" if offered else "",
         f"rank at most {max(ranks.values())}",
         f"file at most {size / 2**20:.1f} MiB as float16",
@@ -150,18 +159,27 @@ def outlook_of(job: Job, plans: Sequence[Plan]) -> str:
 
 
 def planned(
-    run: Run, stage: Stage, solver: StageSolver, batching: ExecutionConfig, *, schedule: Schedule
+    run: Run,
+    stage: Stage,
+    solver: StageSolver,
+    batching: ExecutionConfig,
+    *,
+    schedule: Schedule,
+    before: Sequence[Stage] = (),
 ) -> Plan:
-    """A plan within the run's memory budget; without a budget, the fastest strategy."""
+    """A plan within the run's memory budget, after the stages ``before``; without a budget, the
+    fastest strategy."""
     offered = len(stage.concept_ids)
     if run.job.memory_budget is None or not stage.sites:
-        return Plan(stage, batching.rows, ON_DEVICE if schedule.sweep else Strategy(), offered)
-    made = replace(_fitting(run, stage, solver, batching, schedule), offered=offered)
+        rows = run.job.at_once(batching.rows, stage=stage.name)
+        return Plan(stage, rows, ON_DEVICE if schedule.sweep else Strategy(), offered)
+    left = schedule.copies * run.job.left_by([*before, stage])
+    made = replace(_fitting(run, stage, solver, batching, schedule, left), offered=offered)
     if made.rows < made.offered:
         _log.warning(
             "Not enough memory for all rows: %s; lower samples, timesteps or latent_size, or allow "
             "more memory",
-            made,
+            str(made),  # records may be kept, and with the plan its rows
         )
     run.job.tick(f"plan: {made}", 0, 0, str(made))
     return made
@@ -173,19 +191,18 @@ def _fitting(
     solver: StageSolver,
     batching: ExecutionConfig,
     schedule: Schedule,
+    left: int,
 ) -> Plan:
-    """The plan for as many rows as fit. With fewer rows, more tokens per row may count, so a
-    reduced stage is measured again."""
+    """The plan, beside ``left`` bytes, for as many rows as fit. With fewer rows, more tokens per
+    row may count, so a reduced stage is measured again."""
     sweep = schedule.sweep
     lockstep, available = run.lockstep, run.job.memory_budget
     limit, itemsize = limit_of(stage, batching), solver.dtype.itemsize
     measure = Measure(stage, lockstep, schedule.copies, limit, itemsize)
     steps = measure.row()
     sites = {site: solver.bytes(site, sweep) for site in stage.sites}
-    # The merged changes, at most: float32 factors of rank Σ r_i.
-    merged = (4 * sum(site.shape) * site.rank for site in lockstep.changes.values())
     sampled = len(sampled_rows(stage, batching.thresholds)) if sweep else None
-    fixed = lockstep.cast_bytes + sum(merged)
+    fixed = left + lockstep.cast_bytes + run.job.factor_bytes  # the merged changes, at most
     footprints = [
         Footprint(stage, ON_DEVICE if schedule.sweep else Strategy(), steps, sites, fixed, sampled)
     ]
@@ -200,7 +217,7 @@ def _fitting(
         host_limit = free_host()
     made = plan_stage(footprints, available, batching.rows, host_limit)
     if made.rows < len(stage.concept_ids) and stage.spatial and batching.row_tokens == "enough":
-        return _fitting(run, made.stage, solver, batching, schedule)
+        return _fitting(run, made.stage, solver, batching, schedule, left)
     if made.bytes < wanted:
         free(made.bytes)  # weights evicted for more than this come back
     return made

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ..activations.lockstep import Lockstep
-from ..activations.memory import wait_for
+from ..activations.memory import halved, wait_for, with_less
 from ..activations.streams import Stream, find_streams
 from ..architectures.sites import weight_shape
-from ..concepts import Calibration, Concept
+from ..concepts import Concept
 from ..hosts.protocol import Stage
 from ..hosts.recorded import differ
+from .footprint import ForwardBytes
 from .job import Job, SiteCost, StageTiming
 
 UNREACHED = "is reached by no forward"
@@ -34,6 +35,7 @@ PARTLY = 'is reached by some of the prompts only, which schedule="jacobi" of ite
 MIXED = "gets the rows of a batch mixed or split"
 REPEATED = 'is called more than once in a forward, which schedule="jacobi" of iteris takes'
 _PAIRS = 4
+_TIMED = 8  # rows
 _NUMBERS = 8  # numbers that represent a token
 _ROUNDING = 1e-3
 
@@ -74,7 +76,8 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
             samples = host.samples(job.concepts, sites, some, lockstep, generator, quiet)
             for stage in host.stages(samples, sites):
                 every_kind = some is every_prompt
-                why, mixed, timing = _look(stage, modules, some, every_kind=every_kind, sweep=sweep)
+                own = replace(job, calibration=some)
+                why, mixed, timing = _look(own, stage, modules, every_kind=every_kind, sweep=sweep)
                 if mixed - joined:
                     joined |= joined_rows(stage, {site: modules[site] for site in mixed - joined})
                 found |= why | dict.fromkeys(mixed - joined, MIXED)
@@ -93,23 +96,41 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
 
 
 def _look(
+    job: Job,
     stage: Stage,
     modules: Mapping[str, nn.Module],
-    calibration: Calibration,
     *,
     every_kind: bool,
     sweep: bool,
 ) -> tuple[dict[str, str | None], set[str], StageTiming]:
     """Why sites that ``stage`` reaches with its first row, or with the first row of every kind,
-    cannot be merged (None: they can); those that get a different number of rows; and the timing."""
+    cannot be merged (None: they can); those that get a different number of rows; and the timing, of
+    several rows at once: with few, most of a forward's time does not depend on their number."""
     kinds = stage.batch_keys if stage.batch_keys and every_kind else [None] * len(stage.concept_ids)
     firsts = {kind: row for row, kind in reversed(list(enumerate(kinds)))}.values()
-    wanted, device, seconds = set(stage.sites), torch.device("cpu"), 0.0
+    wanted, device, ran = set(stage.sites), torch.device("cpu"), 1
     calls: dict[str, list[int]] = {}
     reached: dict[str, SiteCost] = {}
     count: Counter[str] = Counter()
     mixed: set[str] = set()
     repeated: set[str] = set()
+
+    def timed(row: int, size: int) -> float:
+        nonlocal ran
+        calls.clear()
+        ran = size
+        started = time.perf_counter()
+        stage.run([row] * size, 1)
+        wait_for(device)
+        return (time.perf_counter() - started) / size
+
+    def complaint(said: str, tried: Sequence[int]) -> str:
+        return (
+            f"Out of memory in the {stage.name} with two rows ({said}). Lower latent_size, or free "
+            "memory elsewhere. The model is unchanged."
+        )
+
+    timing = StageTiming(stage, job.calibration, reached, 0.0, device, ForwardBytes())
 
     def note(site: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -117,8 +138,7 @@ def _look(
             device, (out, *rest) = output.device, weight_shape(module)
             if site in wanted:
                 calls.setdefault(site, []).append(len(args[0]))
-            tokens = output.numel() // max(out * len(output), 1)
-            reached[site] = SiteCost((out, math.prod(rest)), tokens)
+            reached[site] = SiteCost((out, math.prod(rest)), output.numel() // max(out * ran, 1))
 
         return hook
 
@@ -126,14 +146,16 @@ def _look(
         for site, module in modules.items():
             stack.enter_context(module.register_forward_hook(note(site)))
         for row in firsts:
-            for _ in range(1 if every_kind else 2):  # the first one may load weights to the device
-                calls.clear()
-                started = time.perf_counter()
-                stage.run([row, row], 1)
-                wait_for(device)
-                seconds = (time.perf_counter() - started) / 2
+            size = 2
+            if not every_kind:  # the first forward may load weights to the device
+                taken = ForwardBytes.of(stage)
+                timing = replace(timing, device=device, bytes=taken)
+                size = max(size, replace(job, seen=[timing]).at_once(_TIMED))
+            sizes = (some for some in halved(size) if some > 1)  # one row cannot be mixed
+            seconds, size = with_less(sizes, partial(timed, row), complaint)
+            timing = replace(timing, seconds=seconds)
             count.update(calls.keys())
-            mixed |= {site for site, rows in calls.items() if set(rows) != {2}}
+            mixed |= {site for site, rows in calls.items() if set(rows) != {size}}
             repeated |= {site for site, rows in calls.items() if len(rows) > 1}
     for row in set(range(len(stage.concept_ids))) - set(firsts) if stage.feeds_next else ():
         stage.run([row], 1)
@@ -141,7 +163,7 @@ def _look(
     if sweep:
         why |= {site: PARTLY for site, times in count.items() if times < len(firsts)}
         why |= dict.fromkeys(repeated, REPEATED)
-    return why, mixed, StageTiming(stage, calibration, reached, seconds, device)
+    return why, mixed, timing
 
 
 def joined_rows(stage: Stage, modules: Mapping[str, nn.Module]) -> set[str]:

@@ -115,13 +115,16 @@ class _Passes:
         ahead, job = self.run.ahead, self.run.job
         if ahead is not self.run or job.only_plans:
             for stage in ahead.stages():
-                # A measurement is to find all changes cast, and a later stage needs all rows.
-                owners = stage.concept_ids
+                # A measurement is to find all changes cast.
+                owners, lockstep = stage.concept_ids, self.run.lockstep
                 firsts = {owner: row for row, owner in reversed(list(enumerate(owners)))}
-                for row in range(len(owners)) if stage.feeds_next else firsts.values():
-                    run = partial(stage.run, [row], 1)
-                    self.run.lockstep.run(MicroBatch(run, [owners[row]], 1))
-                self._plans[stage.name] = self._planned(stage)
+                for owner, row in firsts.items():
+                    lockstep.run(MicroBatch(partial(stage.run, [row], 1), [owner], 1))
+                plan = self._planned(stage)
+                batching = replace(self.batching, rows=plan.at_once)
+                for batch in micro_batches(stage, 1, None, batching) if stage.feeds_next else ():
+                    lockstep.run(batch)
+                self._plans[stage.name] = plan.released
         if "samples" not in vars(self.run) or job.only_plans:
             self.outlook = outlook_of(job, self.made)
             job.tick(OUTLOOK, 0, 0, self.outlook)
@@ -130,8 +133,10 @@ class _Passes:
 
     def _planned(self, stage: Stage) -> Plan:
         solver = self.solver_of(stage)
-        plan = planned(self.run, stage, solver, self.batching, schedule=self.schedule)
-        self.made.append(plan)
+        given = self.run, stage, solver, self.batching
+        before = [plan.stage for plan in self.made]
+        plan = planned(*given, schedule=self.schedule, before=before)
+        self.made.append(plan.released)
         self._expect()
         return plan
 

@@ -1,12 +1,14 @@
 """The merge on a GPU: the same result as on the CPU, in float32 and in half precision."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from pipelines import PIPELINES
 from pipelines.laws import Laws
-from tiny import random_lora
+from small_merge import GUIDED
+from tiny import random_lora, two_concepts
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
@@ -30,6 +32,24 @@ def test_the_gpu_gives_what_the_cpu_gives(host, dtype, limit):
     for site, change in on_cpu.lora.sites.items():
         found = on_gpu.lora.sites[site].dense().float().cpu()
         assert float((found - change.dense()).norm() / change.dense().norm()) < limit
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_a_limit_is_kept_on_the_device(host, share):
+    """What the allocator rounds up is small beside a limit of hundreds of MiB."""
+    host = DiffusersHost(copy.deepcopy(host.pipeline).to("cuda"))
+    calibration = replace(GUIDED, samples=50, latent_size=64)
+
+    def peak(limit):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        merge_loras(host, two_concepts(host), calibration=calibration, memory_budget=limit)
+        return torch.cuda.max_memory_allocated() - before
+
+    limit = round(share * peak(None))
+    assert peak(limit) <= 1.05 * limit
 
 
 @pytest.mark.parametrize("name", PIPELINES)

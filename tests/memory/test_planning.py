@@ -6,7 +6,8 @@ import pytest
 import torch
 from oracle import ModuleHost, Net, make_data, make_lora
 from reductions import by_adapter, by_moments
-from tiny import make_pipeline, random_lora
+from small_merge import GUIDED
+from tiny import make_pipeline, random_lora, two_concepts
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations.memory import MemoryMeter, free_memory
@@ -15,8 +16,15 @@ from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import LowRank, SiteChanges
 from iteris_core.passes.changes import changes_of
-from iteris_core.passes.footprint import ON_DEVICE, Footprint, Measure, Step, Strategy
-from iteris_core.passes.job import Job
+from iteris_core.passes.footprint import (
+    ON_DEVICE,
+    Footprint,
+    ForwardBytes,
+    Measure,
+    Step,
+    Strategy,
+)
+from iteris_core.passes.job import Job, StageTiming
 from iteris_core.passes.planner import IN_HOST, plan_stage
 from iteris_core.solve.moments import AdapterMoments, OutputMoments
 from iteris_core.solve.problem import MemoryEstimate, RegressionSpec
@@ -86,6 +94,30 @@ def test_the_budget_is_kept_and_the_result_is_the_same(host64, schedule, share):
     for site, change in free.lora.sites.items():
         other = result.lora.sites[site].dense()
         assert (other - change.dense()).norm() <= 1e-4 * change.dense().norm(), site
+
+
+@pytest.mark.parametrize("mib", [6, 12])
+def test_denoising_and_held_out_rows_keep_the_limit_as_the_sweep_does(host, mib):
+    with MemoryMeter() as meter:
+        result = merge_loras(host, two_concepts(host), calibration=GUIDED, memory_budget=mib << 20)
+    assert meter.peak <= 1.05 * (mib << 20)
+    assert result.report.kept
+
+
+def test_as_many_rows_run_as_fit_beside_the_rest():
+    def timing(name, **taken):
+        return StageTiming(stage_of([0]), CALIBRATION, {}, 0.0, CPU, ForwardBytes(**taken))
+
+    seen = timing("denoiser", row=10, fixed=5), timing("denoiser", row=1, fixed=70)
+    job = Job(None, [], {}, CALIBRATION, None, lambda *_: None, memory_budget=100, seen=seen)
+    assert (job.at_once(16), job.at_once(4), job.at_once(16, 2)) == (9, 4, 4)
+    assert (job.at_once(16, beside=30), job.at_once(16, beside=99)) == (1, 1)
+    assert replace(job, memory_budget=None).at_once(16) == 16
+    assert replace(job, seen=()).at_once(16) == 16
+    roomy = Roomy(50)
+    roomy.copies_seen.append(1)
+    assert replace(job, memory_budget="free", host=roomy).at_once(16) == 1
+    assert roomy.asked == [165]
 
 
 @pytest.mark.parametrize(

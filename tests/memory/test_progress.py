@@ -1,5 +1,9 @@
 """The reported time left: with fake clocks, and in real merges."""
 
+import random
+import subprocess
+import sys
+
 import pytest
 import rivals  # noqa: F401 (registers them)
 from oracle import ModuleHost, Net, make_data, make_lora
@@ -7,7 +11,8 @@ from test_preflight import PictureHost
 from tiny import two_concepts
 
 from iteris_core import Calibration, Concept, Progress, merge_loras
-from iteris_core.progress import Forecast
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.progress import OUTLOOK, Forecast
 
 
 class Watched(Forecast):
@@ -37,6 +42,63 @@ def test_what_is_left_takes_as_long_as_what_was_done(slower: float):
         if progress.seconds > slower * sum(sites) / 5:
             assert progress.left == pytest.approx(slower * sum(sites[done:]), rel=0.3)
     assert forecast.left() == 0
+
+
+@pytest.mark.parametrize("overhead", [0.0, 16.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_after_ten_forwards_the_forecast_is_within_two(overhead: float, seed: int):
+    """Of a forward's rows, each takes 1 s, and all together an overhead. A machine that others use
+    is now twice as fast and now half; the trial and the first forward take much longer."""
+    forecast, noise = Watched(), random.Random(seed)
+
+    def run(seconds: float) -> None:
+        forecast.now += seconds * 2 ** noise.uniform(-1, 1)
+
+    forecast.did(1.0, 10 * (overhead + 8) / 8)
+    forecast.expect("denoising steps", [500.0])
+    forecast.expect("solving sites", [960 / 78] * 78)
+    planned = forecast.tick("planning", 0, 0)
+    assert planned.time_left.startswith("at most about")
+    forecast.tick("denoising steps", 0, 500)
+    forecast.now += 30 * (overhead + 16)
+    for done in range(16, 500, 16):
+        forecast.tick("denoising steps", done, 500)
+        run(overhead + 16)
+    forecast.tick("denoising steps", 500, 500)
+    forecast.tick("solving sites", 0, 78)
+    for done in range(78):
+        run(15 * (overhead + 64) / 78)
+        forecast.tick("solving sites", done + 1, 78)
+    assert planned.left > forecast.now - 100
+    for progress in forecast.told[12:-8]:
+        left = forecast.now - 100 - progress.seconds
+        assert left / 2 <= progress.left <= 2 * left
+        assert progress.time_left.startswith("about")
+
+
+@pytest.mark.slow
+def test_on_a_busy_machine_the_forecast_of_the_toybox_is_within_two():
+    from toybox import TEMPLATES, concepts, load_pipeline
+
+    host, world, told = DiffusersHost(load_pipeline()), concepts(), list[Progress]()
+    merged = [
+        Concept(host.read_lora(world[t].lora), trigger=t, class_word=world[t].class_word)
+        for t in ("sks1", "sks4")
+    ]
+    calibration = Calibration(templates=TEMPLATES, samples=8)
+    load = "import torch\na = torch.randn(600, 600)\nwhile True: a @ a"
+    process = subprocess.Popen([sys.executable, "-c", load])
+    try:
+        merge_loras(host, merged, calibration=calibration, on_progress=told.append)
+    finally:
+        process.kill()
+        process.wait()
+    end = told[-1].seconds
+    (planned,) = (progress for progress in told if progress.what == OUTLOOK)
+    assert "at most about" in planned.plan
+    counted = [progress for progress in told if progress.what == "denoising steps"]
+    ten = counted[10]
+    assert (end - ten.seconds) / 2 <= ten.left <= 2 * (end - ten.seconds)
 
 
 def test_every_step_of_a_merge_is_told(host):
