@@ -43,6 +43,7 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
     file = context.obj if isinstance(context.obj, MergeFile) else None
     config = requested(file, options, calibration)
     _check(config, options)
+    store = store_of(options.store) if config.base else None
     reading = ReadOptions(options.allow_partial, options.energy)
     pictures = given(image=options.image, mask_image=options.mask_image)
     call = {name: open_picture(path) for name, path in pictures.items()}
@@ -70,7 +71,7 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
         if options.plan:
             done = preview_merge(host, concepts, **how)
         else:
-            done = merge_loras(host, concepts, **how, store=store_of(options.store))
+            done = merge_loras(host, concepts, **how, store=store)
     if isinstance(done, MergeResult):
         _write(with_run(done.lora, config.base, config.unmergeable), done.report, options)
     elif options.as_json:
