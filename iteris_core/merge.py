@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast, get_args
 
 import torch
 
@@ -37,7 +37,7 @@ from .progress import Forecast, OnProgress
 from .report.provenance import join_embeddings, lacks_of, merge_metadata, notes_of
 from .report.report import MergeReport, SiteReport
 from .saving import rescued
-from .settings import PresetName, Settings
+from .settings import Budget, PresetName, Settings, budget_of
 from .solve.choose import THRESHOLDS, Thresholds
 from .solve.problem import Solution
 
@@ -89,7 +89,7 @@ def merge_loras(
     calibration: Calibration | Mapping[str, Any] | None = None,
     unmergeable: Unmergeable = "refuse",
     on_progress: OnProgress | None = None,
-    memory_budget: int | Literal["free"] | None = "free",
+    memory_budget: Budget = "free",
     thresholds: Thresholds = THRESHOLDS,
     store: SampleStore | None = None,
     only_plans: bool = False,
@@ -130,6 +130,10 @@ def merge_loras(
     if chosen.needs_host and host is None:
         raise SettingsError(f"Method {method!r} runs the base model; pass a host.")
     settings, calibration = settings_over(preset, method, settings, calibration)
+    if unmergeable not in get_args(Unmergeable):
+        known = ", ".join(get_args(Unmergeable))
+        raise SettingsError(f"unmergeable must be one of {known}, not {unmergeable!r}.")
+    memory_budget = budget_of(memory_budget)
     host = None if host is None else host_of(host)
     concepts = read_concepts(host, concepts)
     pictures = host is not None and host.pictures

@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ _SHORT, _LONG = "a cat", "two cats" + " and a dog" * 16
 """Prompts whose lengths differ in every tokenizer, even with padding to a multiple of 16 or 32
 tokens; both fit into CLIP."""
 
+_SILENT = threading.RLock()
 _SAME = 1e-2
 """Two runs with one seed differ by rounding, with two seeds by all of the noise."""
 
@@ -66,10 +68,8 @@ def study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
     Raises :class:`IterisError` if the pipeline cannot run on prompts and the arguments it was
     given.
     """
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # a trial's prompt may be too long, and a trial may fail
     try:
-        with torch.no_grad():
+        with _silence(), torch.no_grad():
             return _study(loop, calibration)
     except IterisError:
         raise
@@ -85,8 +85,19 @@ def study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
             f"{type(loop.pipeline).__name__} cannot be run on prompts alone{also}: "
             f"{brief(error)}. Pass the host the missing arguments, such as image=…"
         ) from error
-    finally:
-        logging.disable(before)
+
+
+@contextmanager
+def _silence() -> Generator[None]:
+    """Nothing is logged: a trial's prompt may be too long, and a trial may fail. One thread at a
+    time, because the level belongs to the process."""
+    with _SILENT:
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def _study(loop: PipelineLoop, calibration: Calibration) -> Arguments:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import OutputError, UsageError
 
@@ -36,6 +36,7 @@ which are never read."""
 _WRITING = 3600
 """Seconds after which an unfinished file is one that its process left behind."""
 _VALUES = 4096
+_PACKAGE = __name__.removesuffix("hosts.sample_store")
 
 
 @dataclass(frozen=True)
@@ -177,3 +178,34 @@ def digest_of_weights(named: Iterable[tuple[str, Tensor]]) -> str | None:
             step = max(1, part.numel() // _VALUES)
             values.append((name, tuple(tensor.shape), part.reshape(-1)[::step]))
     return digest(values)
+
+
+def behaviour(models: Mapping[str, nn.Module]) -> list[Any]:
+    """For :func:`digest`, what models do beside their weights: attention processors and the
+    numbers of FreeU. Raises :class:`TypeError` where code of others is on them, hooks or replaced
+    forwards, which have no hash."""
+    found: list[Any] = []
+    for name, model in models.items():
+        for path, module in model.named_modules():
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            forward = vars(module).get("forward")
+            if hasattr(module, "_hf_hook"):  # offloading moves weights alone
+                forward = getattr(module, "_old_forward", forward)
+            own = getattr(forward, "__func__", None) is type(module).forward
+            if not all(map(_is_known, hooks)) or not (forward is None or own):
+                raise TypeError(f"no hash of what is on {name}.{path}")
+            processor = vars(module).get("processor") or module._modules.get("processor")
+            if processor is not None:
+                kind = f"{type(processor).__module__}.{type(processor).__qualname__}"
+                if not kind.startswith("diffusers."):
+                    raise TypeError(f"no hash of {kind}")
+                found.append((name, path, kind, vars(processor)))
+            if any(numbers := [vars(module).get(number) for number in ("s1", "s2", "b1", "b2")]):
+                found.append((name, path, numbers))
+    return found
+
+
+def _is_known(hook: Any) -> bool:
+    """True for a hook of IterIS, or one by which a library makes what is in its weights."""
+    module = str(getattr(getattr(hook, "func", hook), "__module__", ""))
+    return module.startswith((_PACKAGE, "torch.", "transformers."))

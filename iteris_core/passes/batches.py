@@ -107,10 +107,10 @@ def limit_of(stage: Stage, batching: ExecutionConfig) -> Callable[[int], int] | 
 
 
 def fewer(stage: Stage, count: int) -> Stage:
-    """At most ``count`` rows of ``stage``: the same share of each concept, over all steps and as
-    many of its samples as possible."""
+    """About ``count`` rows of ``stage``: the same share of each concept and at least one, over all
+    steps and as many of its samples as possible."""
     total = len(stage.concept_ids)
-    kept = [_evenly(rows, len(rows) * count // total) for rows in _by_concept(stage)]
+    kept = [_evenly(rows, max(1, len(rows) * count // total)) for rows in _by_concept(stage)]
     return selected(stage, [row for rows in kept for row in rows])
 
 

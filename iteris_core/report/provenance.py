@@ -115,6 +115,12 @@ def recipe(
     return {"versions": versions, **recorded, "concepts": entries, "notes": report.notes}
 
 
+def without_files(recipe: Mapping[str, Any]) -> list[str]:
+    """The LoRAs of a recipe that were in no file."""
+    entries = merged_concepts({"iteris": json.dumps(recipe)})
+    return [str(one["lora"]) for one in entries if not one.get("file")]
+
+
 def with_recipe(lora: Lora, **more: Any) -> Lora:
     """``lora`` with ``more`` added to its recipe, if it has one."""
     recipe = parse_object(lora.metadata.get("iteris"))
@@ -221,7 +227,7 @@ def _on_its_purpose(concept: Concept) -> list[str]:
     if lora is None or "iteris" in lora.metadata:
         return []
     tags = noted_tags(Path(lora.source)) if lora.source else ()
-    purpose = purpose_of(lora.source or lora.name, lora.metadata, tags)
+    purpose = purpose_of(lora.source or lora.name, lora.metadata, tags, concept.phrases)
     if purpose is None:
         return []
     seen = f"judging by its name and metadata, the kind of this LoRA is {purpose}"
@@ -315,7 +321,10 @@ def card_of(file: Path, metadata: Mapping[str, str], report: MergeReport | None 
             lines.append(f"- {name}: {_code(str(given))}")
     if recipe:
         again = f"`iteris merge --from {file.name} -o again.safetensors`"
-        lines += ["", f"The file contains the full recipe: {again}."]
+        whole = f"The file contains the full recipe: {again}."
+        if loose := without_files(recipe):
+            whole = f"It cannot be merged again: {_plain(loose[0])} was made in Python."
+        lines += ["", whole]
         parts += ["## Recipe", "\n".join(lines)]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -6,16 +6,19 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from command_line import same
 from host_cases import CALIBRATION, make_case, two_concepts
 
 from iteris_core import Concept, SampleStore, merge_loras
-from iteris_core.hosts import sample_store
 from iteris_core.errors import OutputError
+from iteris_core.hosts import sample_store
+from iteris_core.hosts.diffusers_arguments import study
 from iteris_core.hosts.protocol import DENOISING
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
@@ -26,10 +29,14 @@ class Counted:
 
     def __init__(self, case) -> None:
         self.case, self.rows = case, 0
-        case.host.denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
+        kind = type(case.host.denoiser)
 
-    def _count(self, module, args, kwargs) -> None:
-        self.rows += len(args[0] if args else kwargs["sample"])
+        @wraps(kind.forward)
+        def forward(module, *args, **kwargs):
+            self.rows += len(args[0] if args else kwargs["sample"])
+            return kind.forward(module, *args, **kwargs)
+
+        case.host.denoiser.__class__ = type(kind.__name__, (kind,), {"forward": forward})
 
     def merge(self, concepts, store=None, **calibration):
         self.rows, done = 0, {}
@@ -97,6 +104,42 @@ def test_what_samples_depend_on_is_in_their_key(counted, tmp_path):
         found = {path.name for path in tmp_path.iterdir()}
         new[change], before = len(found - before), found
     assert set(new.values()) == {new["nothing"]} != {0}, new
+
+
+def test_samples_of_another_behaviour_at_equal_weights_are_others(counted):
+    """FreeU and processors are in the key; functions of others have no hash, and keep nothing."""
+    case, unet = counted.case, counted.case.host.denoiser
+    arguments = study(case.host._loop, CALIBRATION)
+
+    def key() -> str | None:
+        return case.host._base_digest(arguments)
+
+    plain = key()
+    unet.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    assert key() not in (plain, None)
+    unet.disable_freeu()
+    assert key() == plain
+    with case.host.denoiser.conv_in.register_forward_hook(lambda *_: None):
+        assert key() is None
+    unet.conv_in.forward = lambda x: x
+    assert key() is None
+    del unet.conv_in.forward
+    unet.set_attention_slice(1)
+    assert key() not in (plain, None)
+
+    class Own:
+        pass
+
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor = Own()
+    assert key() is None
+
+
+def test_offloading_does_not_change_the_key(counted):
+    arguments = study(counted.case.host._loop, CALIBRATION)
+    plain = counted.case.host._base_digest(arguments)
+    for module in counted.case.host.denoiser.modules():
+        add_hook_to_module(module, ModelHook())
+    assert counted.case.host._base_digest(arguments) == plain
 
 
 def test_trouble_with_the_disk_costs_no_merge(counted, tmp_path, monkeypatch, caplog):

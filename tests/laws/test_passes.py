@@ -109,6 +109,11 @@ def test_rows_that_are_left_out_are_of_all_steps_and_of_most_samples(kept):
         assert max(by_step) - min(by_step) <= 0.2 * kept
 
 
+def test_a_concept_of_few_rows_keeps_one():
+    stage = fewer(Stage("unet", [], [0] * 90 + [1] * 2, lambda rows, copies: None), 20)
+    assert [stage.concept_ids.count(concept) for concept in range(2)] == [19, 1]
+
+
 def test_without_greenlet_a_sweep_says_so_at_once_and_others_run(monkeypatch):
     monkeypatch.setitem(sys.modules, "greenlet", None)
     host = ModuleHost(Net(), make_data())
