@@ -48,14 +48,18 @@ def together() -> Generator[Callable[[Path], Path]]:
             undo: list[tuple[Path, Path]] = []
             try:
                 for unfinished, current in written:
-                    target = current.resolve()
-                    if len(written) > 1 and target.exists():  # a single one is never away
-                        undo.append((target.replace(unfinished.with_name("replaced")), target))
-                    undo.append((unfinished.replace(target), unfinished))
+                    target, old = current.resolve(), unfinished.with_name("replaced")
+                    if len(written) > 1:  # otherwise the name is never without a file
+                        undo.append((old, target))
+                        if target.exists():
+                            target.replace(old)
+                        undo.append((target, unfinished))
+                    unfinished.replace(target)
             except BaseException:
                 aside = folders.pop_all()  # a file that cannot be put back stays there
                 for now, before in reversed(undo):
-                    now.replace(before)
+                    if now.exists():
+                        now.replace(before)
                 aside.close()
                 raise
         except IterisError:

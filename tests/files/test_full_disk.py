@@ -97,6 +97,27 @@ def test_the_command_keeps_a_merge_that_its_disk_does_not_take(
     assert len(load_file(kept)) > 30
 
 
+@pytest.mark.parametrize("number", range(10))
+def test_an_interrupt_among_renames_leaves_all_files_as_they_were(tmp_path, monkeypatch, number):
+    """However far they were: each file that is there is moved aside, and then replaced."""
+    paths = [tmp_path / f"{name}.safetensors" for name in ("high", "low", "new")]
+    write_loras({path: lora(8, embedding=1) for path in paths[:2]})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    replace, calls = Path.replace, []
+
+    def interrupted(path, target):
+        calls.append(target)
+        done = replace(path, target)
+        if len(calls) == number + 1:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_loras({path: lora(16, embedding=2) for path in paths}, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_rename_that_fails_leaves_all_files_as_they_were(tmp_path, monkeypatch):
     paths = [tmp_path / f"{name}.safetensors" for name in ("high", "low", "new")]
     write_loras({path: lora(8, embedding=1) for path in paths[:2]})
