@@ -198,7 +198,7 @@ def _by_name(path: Path, concept: ConceptConfig) -> ConceptConfig:
     """``concept`` of the recipe in ``path``, with its files by their names alone: a recipe is
     untrusted, and a folder in it may be anybody's."""
     names = [Path(PureWindowsPath(file).name) for file in concept.files]
-    if len([digest for digest in concept.sha256.split("+") if digest]) != len(names):
+    if len([digest for digest in concept.sha256.split("+") if digest]) < len(names):
         raise RecipeError(
             f"{path} has no SHA-256 of {names[0]} in its recipe, so no file can be known to be the "
             "one that was merged; give the LoRAs with --concept."

@@ -52,7 +52,8 @@ class SampleStore:
 
     def __post_init__(self) -> None:
         with suppress(OSError):  # it does not exist yet, or takes nothing
-            for name in sorted(os.listdir(self.folder)):
+            # What comes there during a merge does not end it.
+            for name in () if self.parts else sorted(os.listdir(self.folder)):
                 if not _OWN.fullmatch(name) and not name.startswith("."):
                     raise OutputError(
                         f"The folder {self.folder} is no store of samples: it contains {name}. "

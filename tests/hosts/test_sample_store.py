@@ -274,8 +274,8 @@ def test_a_store_removes_files_of_its_own_names_alone(tmp_path):
     assert (store.size, SampleStore(tmp_path).clear()) == (100, 100)
     before = planted(tmp_path)
     for name in "ab":
-        store.put({"latents": torch.zeros(1000)}, name)
-    assert store.get("b") is not None
+        store.within("base").put({"latents": torch.zeros(1000)}, name)
+    assert store.within("base").get("b") is not None
     assert store.clear() > 4000
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
