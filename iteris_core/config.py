@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from .concepts import PRESERVE_WEIGHT, AlwaysOn, Concept, Phrased, PromptKind, recognised, words_in
@@ -278,7 +279,14 @@ def read_concepts(host: Host | None, concepts: Any) -> list[Concept]:
             )
         if one.lora is None and one.always_on != "no":
             raise SettingsError(f"{one.name}: only a concept with a LoRA can be always on.")
-        read.append(one if one.lora is None else replace(one, lora=one.lora.in_float32()))
+        half = {  # of Lora(…) in Python; files are read in float32
+            site: change.to(torch.float32)
+            for site, change in (one.lora.sites.items() if one.lora else ())
+            if min(change.up.element_size(), change.down.element_size()) < 4
+        }
+        if one.lora and half:
+            one = replace(one, lora=replace(one.lora, sites={**one.lora.sites, **half}))
+        read.append(one)
     check_merging(read)
     return read
 

@@ -113,15 +113,6 @@ class Lora:
         more = f", embeddings {', '.join(self.embeddings)}" if self.embeddings else ""
         return f"<Lora {self.name!r}: {len(self.sites)} sites{rank}{more}>"
 
-    def in_float32(self) -> Lora:
-        """A copy whose factors in half precision are float32."""
-        half = {
-            site: change.to(torch.float32)
-            for site, change in self.sites.items()
-            if min(change.up.element_size(), change.down.element_size()) < 4
-        }
-        return replace(self, sites={**self.sites, **half}) if half else self
-
     @property
     def ranks(self) -> set[int]:
         return {change.rank for change in self.sites.values()}

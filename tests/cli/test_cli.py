@@ -96,7 +96,10 @@ BASELESS = {f"transformer.h.0.attn.lora_{part}.weight": torch.ones(2, 2) for par
             "another base",
         ),
         (lambda t: BASELESS, "another base model"),
-        (lambda t: {**t, KEY: torch.ones(4, 768)}, "(4, 768)"),
+        (
+            lambda t: {**t, KEY: torch.ones(4, 768)},
+            "takes 768 inputs",
+        ),
     ],
     ids=["names", "no common site", "shapes"],
 )
