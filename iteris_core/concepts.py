@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from .errors import ConceptError, SettingsError
 from .lora import Lora
 from .lora_files.metadata import ALWAYS_ON, bare, find_phrases, noted_tags, parted, purpose_of
-from .settings import Settings, listed, setting
+from .settings import Settings, setting
 
 if TYPE_CHECKING:
     from .hosts.protocol import Host
@@ -111,11 +111,13 @@ class Concept(Phrased, Settings):
                 f"host.read_lora({str(self.lora)!r}), which reads it for the base model."
             )
         for name in ("prompts", "subjects"):
-            object.__setattr__(self, name, listed(getattr(self, name)))
-            if isinstance(getattr(self, name), str):
+            given = getattr(self, name)
+            if isinstance(given, Iterable) and not isinstance(given, Sequence):
+                object.__setattr__(self, name, list(given))  # which may be iterated only once
+            if isinstance(given, str):
                 raise ConceptError(
                     f"{self.name}: {name} must be a list of strings, not one string; pass "
-                    f"{name}=[{getattr(self, name)!r}]."
+                    f"{name}=[{given!r}]."
                 )
         try:
             super().__post_init__()
@@ -282,7 +284,7 @@ class Calibration(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "templates", listed(self.templates))
+        object.__setattr__(self, "templates", tuple(self.templates))
         if self.timesteps is not None and self.timesteps > self.denoising_steps:
             raise SettingsError(
                 f"timesteps is {self.timesteps}, but denoising_steps is {self.denoising_steps}: "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -189,12 +189,6 @@ def budget_of(memory: Any) -> Budget:
     if not 0 <= number < math.inf:
         raise SettingsError(f'memory_budget must be bytes, "free" or None, not {memory!r}.')
     return int(number)
-
-
-def listed(values: Any) -> Any:
-    """Texts that may be iterated only once, as a list; a sequence, one text and None stay."""
-    once = isinstance(values, Iterable) and not isinstance(values, Sequence)
-    return list(values) if once else values
 
 
 @cache

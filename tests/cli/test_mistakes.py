@@ -225,7 +225,7 @@ def test_an_argument_that_would_be_misread_is_refused(given, message):
 def test_texts_may_come_from_an_iterator():
     concept = Concept(Lora({}), prompts=iter(["a", "b"]), subjects=(text for text in "cd"))
     assert (concept.prompts, concept.subjects) == (["a", "b"], ["c", "d"])
-    assert Calibration(templates=map(str, ["a {}"])).templates == ["a {}"]
+    assert Calibration(templates=map(str, ["a {}"])).templates == ("a {}",)
 
 
 def test_a_lora_that_stays_outside_is_no_merge():
