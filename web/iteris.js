@@ -3,6 +3,7 @@
 import { app } from '../../scripts/app.js';
 import { api } from '../../scripts/api.js';
 import { fromLoraList, isLoraList, prepareLoras } from './lora_rows.js';
+import { asText, label } from './page_text.js';
 
 const TELLING = ['IterisMerge', 'IterisMergeExperts', 'IterisCompareMerges', 'IterisInspectLoras',
   'IterisSaveLora'];
@@ -23,12 +24,15 @@ function nodeOf(id) {
   return node;
 }
 
+const isOurs = (node) => node?.comfyClass?.startsWith('Iteris') ?? false;
+
 // The text on a node is two lines high by itself; reports are longer.
 function fitText(node, text) {
-  if (!node?.comfyClass?.startsWith('Iteris')) return;
+  if (!isOurs(node)) return;
   const width = node.size[0];
   const inLine = Math.floor((width - 60) / LETTER);
-  const lines = String(text).split('\n').reduce((n, l) => n + Math.max(1, Math.ceil(l.length / inLine)), 0);
+  const shown = text.replace(/&#\d+;/g, '.'); // see page_text.js
+  const lines = shown.split('\n').reduce((n, l) => n + Math.max(1, Math.ceil(l.length / inLine)), 0);
   const least = node.computeSize([width, 0])[1];
   const height = least + Math.max(0, lines - LINES) * LINE_HEIGHT;
   if (node.size[1] < height) {
@@ -38,6 +42,14 @@ function fitText(node, text) {
 }
 
 const namesIn = (spec) => (Array.isArray(spec?.[0]) ? spec[0] : spec?.[1]?.options);
+
+// A menu of the old front end takes what it lists for HTML.
+function labelLists(node) {
+  for (const { options } of node.widgets ?? []) {
+    const values = Array.isArray(options?.values) ? options.values : [];
+    if (values.some((value) => String(value).includes('<'))) options.getOptionLabel = label;
+  }
+}
 
 function shareNames(defs) {
   names = namesIn(defs.IterisLoras?.input?.optional?.lora_1) ?? names;
@@ -55,6 +67,7 @@ function fillLists(graph) {
     for (const widget of node.widgets ?? []) {
       if (LISTS[node.comfyClass]?.test(widget.name)) widget.options.values = names;
     }
+    if (isOurs(node)) labelLists(node);
     if (node.subgraph) fillLists(node.subgraph);
   }
 }
@@ -75,10 +88,11 @@ function renew(saved) {
   }
 }
 
-// Two spaces at the end of a line break it in Nodes 2.0, as from the server.
+// A graph may come from anybody, and name anything a report.
 function showReport(node) {
-  const text = node.properties?.[REPORT]?.replaceAll('\n', '  \n');
-  if (text) api.dispatchCustomEvent('progress_text', { nodeId: String(node.id), text });
+  const text = node.properties?.[REPORT];
+  if (!TELLING.includes(node.comfyClass) || typeof text !== 'string' || !text) return;
+  api.dispatchCustomEvent('progress_text', { nodeId: String(node.id), text: asText(text) });
 }
 
 app.registerExtension({
@@ -97,6 +111,7 @@ app.registerExtension({
     setTimeout(() => showReport(node), 0);
   },
   nodeCreated(node) {
+    if (isOurs(node)) labelLists(node);
     if (node.comfyClass === 'IterisLoras') prepareLoras(node);
     // Wide enough for what it will say, before others are put beside it.
     if (TELLING.includes(node.comfyClass)) node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]);

@@ -2,6 +2,7 @@
 // widgets hold the values and are hidden.
 import { app } from '../../scripts/app.js';
 import { api } from '../../scripts/api.js';
+import { label } from './page_text.js';
 import { STRIP_LINES, STRIP_STYLE, blockStrip } from './block_strip.js';
 
 const ROWS = 10;
@@ -95,8 +96,7 @@ async function fillIn(node, row) {
 
 function choose(node, row, event) {
   const names = choices(widgetOf(node, `lora_${row}`)).filter((name) => name !== NONE);
-  // Menus of older front ends take their entries for HTML.
-  const entries = names.map((name) => ({ content: name.replaceAll('<', '‹'), name }));
+  const entries = names.map((name) => ({ content: label(name), name }));
   const callback = ({ name }) => {
     write(node, row, { ...read(node, row), lora: name });
     changed(node);

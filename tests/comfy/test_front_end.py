@@ -190,6 +190,52 @@ def test_a_graph_of_an_earlier_version_opens(client, tmp_path):
     assert "Node 2 was saved by a version with other inputs" in note
 
 
+@pytest.mark.parametrize("kind", ["old", "vue"])
+def test_a_hostile_graph_is_text(client, models, tmp_path, kind):
+    """Reports in a graph, names of files and words: nothing of them is HTML or a link, in texts
+    that a graph brings, in those of a run, and in menus."""
+    script = "<img src=hostile onerror='window.hostile = 1'>"
+    report = f"{script}\n![x](https://hostile/1.png) [y](https://hostile) https://hostile *z*"
+    file = f"{script.replace('/', '')}.safetensors"
+    loras = models / "models" / "loras"
+    shutil.copy(loras / "a.safetensors", loras / file)
+
+    def node(number, kind, values=(), **more):
+        return {
+            "id": number, "type": kind, "pos": [450 * (number % 4), 450 * (number // 4)],
+            "size": [400, 350], "flags": {}, "order": number, "mode": 0, "inputs": [],
+            "outputs": [], "properties": {"iteris_report": report},
+            "widgets_values": list(values), **more,
+        }  # fmt: skip
+
+    names = ("lora_1", "on_1", "strength_1", "clip_1", "weight_1", "prompts_1", "words_1")
+    widgets = [{"name": n, "type": "*", "widget": {"name": n}, "link": None} for n in names]
+    words = [{"name": "concepts", "type": "ITERIS_CONCEPTS", "links": []}]
+    words.append({"name": "trigger_words", "type": "STRING", "links": [1]})
+    row = [file, True, 1, 1, 1, "auto", script]
+    shown = {"inputs": [{"name": "source", "type": "*", "link": 1}]}
+    nodes = [
+        node(1, "KSampler"), node(2, "IterisMerge", title=report), node(3, "IterisConcept"),
+        node(4, "IterisLoras", row, inputs=widgets, outputs=words), node(5, "PreviewAny", **shown),
+        node(6, "IterisSaveLora"), node(7, "IterisInspectLoras", properties={"iteris_report": 5}),
+    ]  # fmt: skip
+    graph = {
+        "last_node_id": 7, "last_link_id": 1, "nodes": nodes, "version": 0.4,
+        "links": [[1, 4, 1, 5, 0, "STRING"]],
+    }  # fmt: skip
+    (tmp_path / "hostile.json").write_text(json.dumps(graph))
+    try:
+        for wishes in ([], ["run", "menus"]):
+            seen = look(client, tmp_path / "hostile.json", tmp_path / f"{kind}.png", kind, *wishes)
+            assert seen["hostile"] == []
+            assert seen["errors"] == []
+            assert report.split("\n")[1] in seen["text"]
+    finally:
+        (loras / file).unlink()
+    assert f"{file.removesuffix('.safetensors')} at 1" in seen["text"]
+    assert sum(file.replace("<", "‹") in entry.replace("<", "‹") for entry in seen["entries"]) == 2
+
+
 def test_help_page_renders(client, tmp_path):
     seen = look(
         client, ROOT / "workflows" / "quick_start_toybox.json", tmp_path / "help.png",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 from kit import SETTINGS, part, use_folders
@@ -51,15 +55,21 @@ def test_messages_name_no_folder_of_the_server(kit, loras):
     assert str(kit.folder) not in str(found.value)
 
 
-def test_text_on_a_node_has_no_html(kit, loras, monkeypatch):
-    shown: list[str] = []
-    runtime = part(kit.pack, "nodes.comfy_runtime")
-    monkeypatch.setattr(
-        part(kit.pack, "nodes.concept_nodes"), "show_text",
-        lambda text, _: shown.extend(runtime.ui_text(text)["text"]),
-    )  # fmt: skip
-    kit.node("concept_nodes", "IterisLoras").execute(lora_1="sub/ä 'cat' <b>.safetensors")
-    assert shown == ["ä 'cat' ‹b› at 1: sks cat (a guess from its captions)"]
+def test_text_on_a_node_is_no_html_and_no_markdown(kit, loras, monkeypatch):
+    """Entities show as their character; what the graph records is the text itself."""
+    sent: list[str] = []
+    page = SimpleNamespace(send_progress_text=lambda text, _: sent.append(text))
+    monkeypatch.setitem(
+        sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=page))
+    )
+    node = kit.node("concept_nodes", "IterisLoras")
+    node.hidden.unique_id = "1"
+    words = "<b>*x* ![y](https://z) www.z"
+    node.execute(lora_1="sub/ä 'cat' <b>.safetensors", words_1=words, lora_2="b.safetensors")
+    assert not re.search(r"[<>*!\[\]_]|://|www\.", sent[0])
+    told = f"ä 'cat' <b> at 1: {words}"
+    assert html.unescape(sent[0]).split("  \n")[0] == told
+    assert part(kit.pack, "nodes.comfy_runtime").ui_text(told) == {"text": [told]}
 
 
 def test_a_linked_folder_keeps_its_name_in_the_recipe(kit, loras, tmp_path_factory):
