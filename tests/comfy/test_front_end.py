@@ -122,6 +122,10 @@ def test_a_first_graph_by_search_and_drag(client, models, tmp_path):
     quarter = ["b.safetensors", True, 0.25, 0, *b[4:], "none"]
     assert seen["core"]["LoadLoraModel"] == quarter
     assert seen["core"]["LoadLoraTextEncoder"] == [*quarter[:2], 0, 0.25, *quarter[4:]]
+    chain = seen["chain"]
+    assert chain["rows"][:7] == ["a.safetensors", True, 0.5, 0.25, *a[4:]]
+    assert chain["rows"][7:] == ["b.safetensors", True, 0.75, 0, *b[4:]]
+    assert (chain["modes"], chain["taken"]) == ([0, 4, 4, 0], True)
     assert "execution_interrupted" in seen["cancelled"]
     assert (seen["run"], seen["again"]) == ("success", "success")
     # Another strength does not merge again, and a LoRA that was just saved is in the lists.
