@@ -280,8 +280,8 @@ class Calibration(Settings):
         super().__post_init__()
         if self.timesteps is not None and self.timesteps > self.denoising_steps:
             raise SettingsError(
-                f"timesteps ({self.timesteps}) cannot exceed denoising_steps "
-                f"({self.denoising_steps})."
+                f"timesteps is {self.timesteps}, and denoising_steps {self.denoising_steps}; set "
+                f"denoising_steps to {self.timesteps} or more."
             )
         if any(template.count("{}") != 1 for template in self.templates) or not self.templates:
             raise SettingsError('templates must hold "{}" where the concept goes, once.')
