@@ -6,7 +6,7 @@ import { fromLoraList, isLoraList, prepareLoras } from './lora_rows.js';
 import { asText, label } from './page_text.js';
 
 const TELLING = ['IterisMerge', 'IterisMergeExperts', 'IterisCompareMerges', 'IterisInspectLoras',
-  'IterisSaveLora'];
+  'IterisSaveLora', 'IterisResizeLora', 'IterisExtractLora'];
 // Lists of LoRAs that the server sends empty: they are the same as the first one of IterIS LoRAs.
 const LISTS = { IterisLoras: /^lora_\d+$/, IterisConcept: /^lora_(name|low)$/ };
 const REPORT = 'iteris_report';
@@ -22,6 +22,16 @@ function nodeOf(id) {
     graph = node?.subgraph;
   }
   return node;
+}
+
+// The other way round; of a subgraph that is there several times, the first.
+function idOf(node, graph = app.rootGraph ?? app.graph) {
+  if (node.graph === graph) return String(node.id);
+  for (const outer of graph?._nodes ?? []) {
+    const inner = outer.subgraph && idOf(node, outer.subgraph);
+    if (inner) return `${outer.id}:${inner}`;
+  }
+  return null;
 }
 
 const isOurs = (node) => node?.comfyClass?.startsWith('Iteris') ?? false;
@@ -72,6 +82,17 @@ function fillLists(graph) {
   }
 }
 
+// What an input that is gone said, for those in its place.
+function inOtherInputs(type, known) {
+  if (type === 'IterisCompareMerges' && typeof known.methods === 'string') {
+    const rows = known.methods.split(',').map((name) => name.trim()).filter(Boolean);
+    for (let row = 1; row <= 6; row++) known[`row_${row}`] = rows[row - 1]?.replace(/^sum$/, 'stacked') ?? 'none';
+  }
+  if (['IterisResizeLora', 'IterisExtractLora'].includes(type)) {
+    known.target ??= ['rank', 'megabytes', 'energy'].find((name) => known[name]);
+  }
+}
+
 // A saved graph has a node's values by position, which inputs that came or went since have shifted. It
 // also names them, unless it is an example of ours; there defaults count if one is of another type.
 function renew(saved) {
@@ -80,6 +101,7 @@ function renew(saved) {
   const old = saved.inputs?.filter((input) => input.widget) ?? [];
   if (old.some((input) => input.link == null)) { // an example names those that are linked
     const known = Object.fromEntries(old.map(({ widget }, index) => [widget.name, values[index]]));
+    inOtherInputs(saved.type, known);
     saved.widgets_values = widgets.map(({ name, value }) => known[name] ?? value);
   } else if (widgets.some(({ value }, index) => index in values && typeof value !== typeof values[index])) {
     saved.widgets_values = widgets.map(({ value }) => value);
@@ -92,7 +114,38 @@ function renew(saved) {
 function showReport(node) {
   const text = node.properties?.[REPORT];
   if (!TELLING.includes(node.comfyClass) || typeof text !== 'string' || !text) return;
-  api.dispatchCustomEvent('progress_text', { nodeId: String(node.id), text: asText(text) });
+  api.dispatchCustomEvent('progress_text', { nodeId: idOf(node), text: asText(text) });
+}
+
+const everyNode = (saved) => [saved?.nodes, ...(saved?.definitions?.subgraphs ?? []).map((one) => one.nodes)]
+  .flat().filter((node) => node?.type?.startsWith('Iteris'));
+const openTab = () => app.extensionManager?.workflow?.activeWorkflow;
+const tabs = new WeakMap(); // reports of runs of a tab that was not open then, by node
+const runs = new Map(); // id of a run → its tab
+
+// A picture is made before its run's reports: it must not carry those of the run before.
+function followRuns() {
+  const queue = api.queuePrompt;
+  api.queuePrompt = async function (number, data, ...more) {
+    for (const node of everyNode(data?.workflow)) {
+      const { [REPORT]: _, ...others } = node.properties ?? {};
+      node.properties = others;
+    }
+    const tab = openTab();
+    const made = await queue.call(this, number, data, ...more);
+    if (tab && made?.prompt_id) runs.set(made.prompt_id, tab);
+    return made;
+  };
+}
+
+function tell(id, text) {
+  const node = nodeOf(id);
+  if (!TELLING.includes(node?.comfyClass)) return;
+  node.properties[REPORT] = text;
+  showReport(node);
+  // Lists of files are made when the page loads; a LoRA that was just saved is not in them.
+  const isNew = !names.includes(text.split('\n')[0]);
+  if (node.comfyClass === 'IterisSaveLora' && isNew) app.refreshComboInNodes?.();
 }
 
 app.registerExtension({
@@ -102,9 +155,9 @@ app.registerExtension({
     shareNames(defs);
     fillLists(app.rootGraph ?? app.graph);
   },
-  beforeConfigureGraph({ nodes, definitions }) {
-    for (const saved of [nodes, ...(definitions?.subgraphs ?? []).map((one) => one.nodes)].flat()) {
-      if (saved?.type?.startsWith('Iteris') && Array.isArray(saved.widgets_values)) renew(saved);
+  beforeConfigureGraph(graph) {
+    for (const saved of everyNode(graph)) {
+      if (Array.isArray(saved.widgets_values)) renew(saved);
     }
   },
   loadedGraphNode(node) {
@@ -129,14 +182,20 @@ app.registerExtension({
       setTimeout(() => fitText(nodeOf(detail?.nodeId), detail?.text ?? ''), 50);
     });
     api.addEventListener('executed', ({ detail }) => {
-      const node = nodeOf(detail?.node);
       const text = detail?.output?.text?.[0];
-      if (!TELLING.includes(node?.comfyClass) || !text) return;
-      node.properties[REPORT] = text;
-      showReport(node);
-      // Lists of files are made when the page loads; a LoRA that was just saved is not in them.
-      const isNew = !names.includes(text.split('\n')[0]);
-      if (node.comfyClass === 'IterisSaveLora' && isNew) app.refreshComboInNodes?.();
+      if (typeof text !== 'string' || !text) return;
+      const tab = runs.get(detail.prompt_id);
+      if (!tab || tab === openTab()) tell(detail.node, text);
+      else tabs.set(tab, { ...tabs.get(tab), [detail.node]: text });
     });
+    app.canvas.canvas.addEventListener('litegraph:set-graph', () => app.canvas.graph?._nodes.forEach(showReport));
+    followRuns();
+  },
+  afterConfigureGraph() {
+    setTimeout(() => { // once the tab is the open one
+      const tab = openTab();
+      for (const [id, text] of Object.entries((tab && tabs.get(tab)) ?? {})) tell(id, text);
+      if (tab) tabs.delete(tab);
+    }, 500);
   },
 });

@@ -180,14 +180,21 @@ def test_a_graph_of_an_earlier_version_opens(client, tmp_path):
         node(1, "IterisSettings", [0.2, 16, "x", 64, False, "a text on the node"], names),
         node(2, "IterisMerge", ["iteris", 4, "default", 0, 1.0]),
         node(3, "IterisLoras", ["gone.safetensors", False], ("lora_1", "on_1")),
+        node(4, "IterisCompareMerges", ["base, sum, ties", 3], ("methods", "samples")),
+        node(5, "IterisResizeLora", [0, 10, 0], ("rank", "megabytes", "energy")),
     ]
-    graph = {"last_node_id": 3, "last_link_id": 0, "nodes": nodes, "links": [], "version": 0.4}
+    graph = {"last_node_id": 5, "last_link_id": 0, "nodes": nodes, "links": [], "version": 0.4}
     (tmp_path / "old.json").write_text(json.dumps(graph))
     seen = look(client, tmp_path / "old.json", tmp_path / "old.png")
     values = seen["values"]["IterisSettings"]
     assert (values["rank"], values["image_size"], values["repair"]) == (16, 64, False)
     assert (values["denoising_steps"], values["kept"]) == (6, "use")
     assert seen["values"]["IterisMerge"]["preset"] == "default"
+    compared = seen["values"]["IterisCompareMerges"]
+    rows = [compared[f"row_{number}"] for number in range(1, 7)]
+    assert (rows, compared["samples"]) == (["base", "stacked", "ties", *["none"] * 3], 3)
+    resized = seen["values"]["IterisResizeLora"]
+    assert (resized["target"], resized["megabytes"]) == ("megabytes", 10)
     assert seen["values"]["IterisLoras"]["lora_1"] == "gone.safetensors"
     assert "missing a required model" not in seen["text"]
     (note,) = seen["toasts"]
@@ -238,6 +245,27 @@ def test_a_hostile_graph_is_text(client, models, tmp_path, kind):
         (loras / file).unlink()
     assert f"{file.removesuffix('.safetensors')} at 1" in seen["text"]
     assert sum(file.replace("<", "‹") in entry.replace("<", "‹") for entry in seen["entries"]) == 2
+
+
+def test_reports_are_on_their_nodes(client, tmp_path):
+    """One of a subgraph's node is not on the node of that number outside. One of a run is not on a
+    node of a graph that was opened meanwhile, and no picture has that of the run before."""
+    name = "Merge LoRAs and draw (IterIS)"
+    graph = json.loads((ROOT / "subgraphs" / f"{name}.json").read_text())
+    (inner,) = graph["definitions"]["subgraphs"]
+    merge = next(node for node in inner["nodes"] if node["type"] == "IterisMerge")
+    merge["properties"]["iteris_report"] = "a report inside"
+    outside = {**merge, "inputs": [], "outputs": [], "properties": {}, "pos": [900, 0]}
+    graph["nodes"].append(outside)
+    graph["last_node_id"] = max(node["id"] for node in graph["nodes"])
+    (tmp_path / "reports.json").write_text(json.dumps(graph))
+    seen = run("reports.js", client, tmp_path / "reports.json", merge["id"])
+    assert seen["errors"] == []
+    assert "a report inside" not in seen["outside"]
+    assert "a report inside" in seen["inside"]
+    assert "a report inside" not in seen["sent"]
+    assert "IterisMerge" in seen["sent"]
+    assert (seen["other"], seen["first"]) == (None, "a report that came late")
 
 
 def test_help_page_renders(client, tmp_path):

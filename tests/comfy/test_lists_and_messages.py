@@ -9,7 +9,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from kit import SETTINGS, part, use_folders
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
@@ -88,13 +90,41 @@ def test_a_model_on_several_cards_is_refused(kit):
 
 
 def test_minutes_of_the_node_and_of_the_settings(kit):
-    """The settings' count first; 0 is no limit."""
+    """0 is no limit; those that IterIS Settings had in earlier versions do not count."""
     request = part(kit.pack, "nodes.merge_settings").Request
 
     def minutes(**values):
         return request.of(values, kit.model).config([], "iteris").calibration.get("minutes")
 
     assert minutes(minutes=60.0) == 60
-    assert minutes(minutes=60.0, settings={**SETTINGS, "minutes": 5.0}) == 5
-    assert minutes(minutes=0.0, settings={"minutes": 0.0}) is None
-    assert minutes(minutes=60.0, settings={"minutes": 0.0}) == 60
+    assert minutes(minutes=0.0) is None
+    assert minutes(minutes=60.0, settings={**SETTINGS, "minutes": 5.0}) == 60
+    nodes = {node.define_schema().node_id: node for node in part(kit.pack, "nodes").NODES}
+    assert "minutes" not in {i.id for i in nodes["IterisSettings"].define_schema().inputs}
+
+
+def test_few_inputs_stand_out(pack):
+    """The others are advanced: newer front ends fold them away."""
+    schemas = {s.node_id: s for node in part(pack, "nodes").NODES if (s := node.define_schema())}
+
+    def plain(name):
+        return [i.id for i in schemas[name].inputs if not i.extra_dict.get("advanced")]
+
+    assert "method" not in plain("IterisMerge")
+    assert plain("IterisMerge")[3] == "preset"
+    folded = {"contexts", "generic", "composites", "empty_share", "block_steps", "share_ranks"}
+    assert not folded & set(plain("IterisSettings"))
+    assert len(plain("IterisSettings")) <= 13
+
+
+def test_messages_name_inputs_of_the_nodes(kit, loras):
+    """Not options of the library."""
+    tensors = load_file(kit.loras / "b.safetensors")
+    save_file({**tensors, "lora_unet_elsewhere.diff": torch.ones(3)}, loras / "more.safetensors")
+    spec = kit.specs.make_spec(loras / "more.safetensors", trigger="tok")
+    merge = kit.node("merge_nodes", "IterisMerge").execute
+    with pytest.raises(kit.core.IterisError, match="use cannot_merge: skip on IterIS Settings"):
+        merge(kit.model, [spec], kit.clip)
+    settings = {**SETTINGS, "timesteps": 8}
+    with pytest.raises(kit.core.IterisError, match="set denoising_steps on IterIS Settings to 8"):
+        merge(kit.model, [spec], kit.clip, settings=settings)
