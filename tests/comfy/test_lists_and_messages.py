@@ -127,4 +127,4 @@ def test_messages_name_inputs_of_the_nodes(kit, loras):
         merge(kit.model, [spec], kit.clip)
     settings = {**SETTINGS, "timesteps": 8}
     with pytest.raises(kit.core.IterisError, match="set denoising_steps on IterIS Settings to 8"):
-        merge(kit.model, [spec], kit.clip, settings=settings)
+        merge(kit.model, [("b.safetensors", 1.0)], kit.clip, settings=settings)
