@@ -135,11 +135,12 @@ def merge_loras(
         raise SettingsError(f"unmergeable must be one of {known}, not {unmergeable!r}.")
     memory_budget = budget_of(memory_budget)
     host = None if host is None else host_of(host)
-    concepts = read_concepts(host, concepts)
+    concepts = given = read_concepts(host, concepts)
     pictures = host is not None and host.pictures
     if chosen.needs_host and pictures:
-        concepts = of_loras.with_wordless_on(concepts)
+        concepts = of_loras.with_wordless_on(given)
     counting = [concept for concept in concepts if concept.counts]
+    wordless = [one.name for one in counting if not any(one is other for other in given)]
     always, merging = of_loras.always_on(counting), of_loras.always_on(counting, "no")
     loras = sum(concept.lora is not None for concept in merging)
     settled = calibration.settled(loras, pictures=pictures)
@@ -162,7 +163,7 @@ def merge_loras(
     zero = "left out of the merge: its strength or weight is 0"
     job.notes.extend((concept.name, [zero]) for concept in concepts if not concept.counts)
     shares: dict[str, list[float]] = {}
-    if always and not merging:  # as they are, side by side
+    if always and not loras:  # as they are, side by side
         merged = Merged({})
     elif host is None or not chosen.needs_host:  # weights make no use of prompts
         merging = [concept for concept in merging if concept.lora is not None]
@@ -212,6 +213,7 @@ def merge_loras(
         preserved=[concept.name for concept in merging if concept.lora is None],
         lacks=lacks_of(every),
         kept=shares,
+        wordless=wordless,
     )
     bases = (concept.lora.base for concept in every if concept.lora is not None)
     lora = Lora(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from typing import Any
 
@@ -58,21 +59,21 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}"
 
 
+_MARKS = re.compile(r"[&<>\[\]!*_`#|~\\]|:(?=//)|w(?=ww\.)", re.IGNORECASE)
+"""What makes HTML or Markdown of a text, such as the name of a file; see web/page_text.js."""
+
+
 def show_text(text: str, node_id: str | None) -> None:
-    """Show text on the node itself, if there is a server."""
+    """Show text on the node itself, if there is a server. The old front end reads it as HTML and
+    Nodes 2.0 as Markdown, where two trailing spaces break a line: entities mean the same to both.
+    """
     if node_id is not None:
         from server import PromptServer
 
-        # Nodes 2.0 read Markdown, where two trailing spaces break a line.
-        text = _inert(text).replace("\n", "  \n")
+        text = _MARKS.sub(lambda mark: f"&#{ord(mark[0])};", text).replace("\n", "  \n")
         PromptServer.instance.send_progress_text(text, node_id)
 
 
 def ui_text(text: str) -> dict[str, Any]:
     """What a node shows, for the history and for the front end after a reload (web/iteris.js)."""
-    return {"text": [_inert(text)]}
-
-
-def _inert(text: str) -> str:
-    """``text`` without HTML, which some front ends render, such as in the name of a file."""
-    return text.replace("<", "‹").replace(">", "›")
+    return {"text": [text]}

@@ -174,13 +174,10 @@ def rebuild(
         change = FORMULAS[frozenset(floats)](floats, shape, scale_of)
     except Misfit:
         sizes = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in floats.items())
-        what = f"has {sizes}, but the base's weight there is {tuple(shape)}"
-        for name, dim, verb in (("up", 0, "gives {} outputs"), ("down", 1, "takes {} inputs")):
-            own_shape = floats[name].shape if name in floats else ()
-            if len(own_shape) > dim and own_shape[dim] != shape[dim]:
-                own = verb.format(own_shape[dim])
-                what = f"{own}, but the base's layer {verb.partition(' ')[0]} {shape[dim]}"
-        raise LoraFileError(f"{place} {what}: this LoRA was made for another base.") from None
+        raise LoraFileError(
+            f"{place} was made for another base: it has {sizes}, and this base's layer takes "
+            f"{math.prod(shape[1:])} inputs and gives {shape[0]} outputs."
+        ) from None
     if parts.keys() <= floats.keys() | {"alpha"}:
         return change
     dense = change if isinstance(change, Tensor) else change.dense()

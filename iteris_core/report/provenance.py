@@ -39,6 +39,8 @@ from ..saving import atomically
 from .report import MergeReport
 
 _MARKS = re.compile(r"([\\`*_\[\]<>|#!])")
+_TRIGGERS = "trigger words"
+"""A folder in ``ss_tag_frequency``, of which managers of LoRAs show the most frequent tags."""
 _PACKAGES = ("iteris-lora", "torch", "diffusers", "transformers", "peft", "safetensors")
 
 
@@ -88,7 +90,12 @@ def merge_metadata(
     bases = {public_name(lora.metadata.get("ss_sd_model_name", "")) for lora in loras}
     if len(bases) == 1 and (name := bases.pop()):
         metadata["ss_sd_model_name"] = name
-    if tags := merge_tag_frequency([lora.metadata for lora in loras]):
+    tags = merge_tag_frequency([lora.metadata for lora in loras])
+    tags.pop(_TRIGGERS, None)  # of a source that was merged itself
+    if phrases:
+        most = sum(max(counts.values(), default=0) for counts in tags.values())
+        tags = {_TRIGGERS: dict.fromkeys(phrases, most + 1), **tags}
+    if tags:
         metadata["ss_tag_frequency"] = json.dumps(tags)
     return metadata
 

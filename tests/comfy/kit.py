@@ -130,8 +130,8 @@ class Kit:
 
 
 def write_loras(model, clip, folder, seed=1):
-    """a.safetensors and b.safetensors, of attention, as kohya's trainer writes them; the first one
-    was trained on a folder that names its words."""
+    """a.safetensors, b.safetensors and c.safetensors, of attention, as kohya's trainer writes them;
+    the first one was trained on a folder that names its words."""
     import comfy.lora
     from reduced_models import write_lora
 
@@ -142,6 +142,7 @@ def write_loras(model, clip, folder, seed=1):
     words = {"ss_dataset_dirs": json.dumps({"10_sks cat": {"n_repeats": 10}})}
     write_lora(folder / "a.safetensors", sites, seed, alpha=8.0, metadata=words)
     write_lora(folder / "b.safetensors", sites, seed + 1, alpha=4.0)
+    write_lora(folder / "c.safetensors", sites, seed + 2, alpha=8.0)
 
 
 def _is_trained(name):

@@ -173,3 +173,23 @@ def test_after_a_restart_only_a_new_lora_is_denoised(kit, desk, monkeypatch):
     )
     desk(on=other)
     assert {*made} == {0, 1}
+
+
+def test_compare_shows_each_lora_alone_and_all_stacked(kit):
+    """A speed LoRA is on in every row but the base; minutes and the rank are those of merges."""
+    speed = kit.specs.make_spec(kit.loras / "c.safetensors", kind="always on")
+    node = kit.node("merge_nodes", "CompareMerges")
+    rows = {"row_1": "base", "row_2": "each alone", "row_3": "stacked", "row_5": "average"}
+    given = {"settings": {**SETTINGS, "rank": 2}, "minutes": 5.0, **rows}
+    concepts = [kit.concepts()[0].model_copy(update={"weight": 0.5}), kit.concepts()[1]]
+    models, clips, labels, report = node.execute(
+        kit.model, [*concepts, speed], kit.clip, **given
+    ).result
+    assert labels == ["base", "a alone", "b alone", "stacked", "average"]
+    assert report.startswith("a alone: ")
+    assert models[0] is kit.model
+    kit.model, kit.clip = kit.stock("c.safetensors")
+    wanted = kit.draw(*kit.stock("a.safetensors"))
+    assert float((kit.draw(models[1], clips[1]) - wanted).norm() / wanted.norm()) < 1e-2
+    with pytest.raises(kit.core.IterisError, match="Compare Merges has no rows"):
+        node.execute(kit.model, concepts, kit.clip)

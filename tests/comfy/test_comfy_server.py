@@ -205,7 +205,8 @@ def test_compare_inspect_preserve_and_stack(client):
         ),
         "compared": node(
             "IterisCompareMerges", model=toybox[0], clip=toybox[1], concepts=["kept", 0],
-            methods="base, average, iteris", samples=10, settings=["settings", 0],
+            row_1="base", row_2="each alone", row_3="stacked", row_4="iteris", samples=10,
+            settings=["settings", 0],
         ),
         "settings": node("IterisSettings", timesteps=1, latents="noise"),
         **drawing("drawn", ["compared", 0], ["compared", 1], ["toybox", 2], batch=2),
@@ -225,7 +226,7 @@ def test_compare_inspect_preserve_and_stack(client):
         "scores": node("PreviewAny", source=["score", 2]),
     }  # fmt: skip
     outputs = client.run(graph)
-    assert len(outputs["drawn"]["images"]) == 6
+    assert len(outputs["drawn"]["images"]) == 10  # two LoRAs, each alone
     assert "overlap" in outputs["table"]["text"][0]
     assert "CLIPScore" in outputs["scores"]["text"][0]
 
