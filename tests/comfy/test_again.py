@@ -203,7 +203,12 @@ def test_a_short_merge_is_made_again_when_more_is_allowed(kit, desk, monkeypatch
     assert desk.merges() == 1
     free = memory.get_free_memory
     for size, merges in ((9e6, 2), (10e6, 2), (8e6, 2)):
-        monkeypatch.setattr(memory, "get_free_memory", lambda *_, size=size: int(size))
+        left = int(size), 0
+        monkeypatch.setattr(
+            memory,
+            "get_free_memory",
+            lambda _=None, both=False, left=left: left if both else left[0],
+        )
         assert "Not enough memory" in desk()[3]
         assert desk.merges() == merges
     monkeypatch.setattr(memory, "get_free_memory", free)
