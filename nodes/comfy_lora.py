@@ -113,12 +113,7 @@ class ComfySites:
             return converted
 
         lora = read_lora_file(path, self.base, self.weight, options, convert)
-        folders = [Path(folder) for folder in folder_paths.get_folder_paths("loras")]
-        for full in (Path.absolute, Path.resolve):  # the folder may be a link, or lie in one
-            for folder in map(full, folders):
-                if full(path).is_relative_to(folder):  # as Load LoRA lists it
-                    return replace(lora, source=full(path).relative_to(folder).as_posix())
-        return replace(lora, source=path.name)
+        return replace(lora, source=listed_name(path))
 
     def _holds(self, tensors: Mapping[str, Tensor]) -> bool:
         """True if a patch of MODEL or CLIP has factors that are among a LoRA's ``tensors``."""
@@ -165,6 +160,16 @@ def _sketch(factor: Tensor) -> tuple[object, ...] | None:
     """Its shape and a few of its numbers; None for a scalar and for zeros, which are in many."""
     some = factor.flatten()[:: max(1, factor.numel() // 8)].tolist()
     return (factor.shape, *some) if factor.ndim > 1 and any(some) else None
+
+
+def listed_name(path: Path) -> str:
+    """The name of a LoRA file as Load LoRA lists it, or its name without folders."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths("loras")]
+    for full in (Path.absolute, Path.resolve):  # the folder may be a link, or lie in one
+        for folder in map(full, folders):
+            if full(path).is_relative_to(folder):
+                return full(path).relative_to(folder).as_posix()
+    return path.name
 
 
 def apply_lora(model: Any, clip: Any, lora: Mapping[str, Tensor]) -> tuple[Any, Any]:
