@@ -15,7 +15,7 @@ import torch
 from .calibration_prompts import Composite
 from .concepts import Calibration, Concept
 from .config import Unmergeable, read_concepts
-from .errors import IterisError, SettingsError, SiteError
+from .errors import IterisError, SettingsError, SiteError, brief
 from .hosts.diffusers import host_of
 from .hosts.diffusers_lora import load_adapter
 from .hosts.learned import embedding_triggers
@@ -300,8 +300,10 @@ def _by_features(
         changes = {site: solution.change for site, solution in merged.sites.items()}
         try:
             shares = kept(job, changes)
-        except (IterisError, RuntimeError) as error:  # the merge is done
-            job.notes.append((WHAT, [f"not measured: {error}"]))
+        except Exception as error:  # the merge is done
+            if job.eta.cancelled or isinstance(error, job.host.interrupts):
+                raise
+            job.notes.append((WHAT, [f"not measured: {brief(error)}"]))
             shares = {}
     if unmergeable == "mean":
         means = of_loras.means_of(job.concepts, others)

@@ -86,6 +86,8 @@ class Forecast:
         self._phases: dict[str, _Phase] = {}
         self._done = self._took = self._share = 0.0
         self._last: Progress | None = None
+        self.cancelled = False
+        """True once ``on_progress`` has raised, which ends the run."""
 
     def did(self, work: float, seconds: float) -> None:
         """Record work that belongs to no phase, such as a trial."""
@@ -110,14 +112,19 @@ class Forecast:
         if left is not None and seconds + left > 0:
             self._share = max(self._share, min(seconds / (seconds + left), 1.0))
         self._last = Progress(what, done, total, seconds, left, self._share, plan)
-        if self._on_progress is not None:
-            self._on_progress(self._last)
+        self._report(self._last)
 
     def end(self) -> None:
         """Report the last step again, with nothing left."""
-        if self._on_progress is not None and self._last is not None:
+        if self._last is not None:
             seconds = self.clock() - self._began
-            self._on_progress(replace(self._last, seconds=seconds, left=0.0, share=1.0, plan=""))
+            self._report(replace(self._last, seconds=seconds, left=0.0, share=1.0, plan=""))
+
+    def _report(self, step: Progress) -> None:
+        if self._on_progress is not None:
+            self.cancelled = True  # unless it returns
+            self._on_progress(step)
+            self.cancelled = False
 
     @property
     def rate(self) -> float | None:

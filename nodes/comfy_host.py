@@ -112,6 +112,10 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
             )
         return self._encoders
 
+    @property
+    def interrupts(self) -> tuple[type[Exception], ...]:
+        return (memory.InterruptProcessingException,)
+
     def sites(self) -> Mapping[str, nn.Module]:
         if self._low is None:
             return self._found.modules

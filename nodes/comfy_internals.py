@@ -26,7 +26,8 @@ NAMES: Mapping[str, Sequence[str]] = {
     "comfy.lora_convert": ("convert_lora",),
     "comfy.model_base": ("ModelType",),
     "comfy.model_management": (
-        "cast_to_device", "current_loaded_models", "get_free_memory", "get_torch_device",
+        "InterruptProcessingException", "cast_to_device", "current_loaded_models",
+        "get_free_memory", "get_torch_device",
         "intermediate_device", "load_models_gpu", "soft_empty_cache",
         "throw_exception_if_processing_interrupted", "unet_offload_device",
     ),

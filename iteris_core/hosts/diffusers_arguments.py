@@ -11,8 +11,8 @@ import itertools
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,6 @@ _SHORT, _LONG = "a cat", "two cats" + " and a dog" * 16
 """Prompts whose lengths differ in every tokenizer, even with padding to a multiple of 16 or 32
 tokens; both fit into CLIP."""
 
-_ALONE = threading.Lock()  # the level of logging belongs to the process
 _SAME = 1e-2
 """Two runs with one seed differ by rounding, with two seeds by all of the noise."""
 
@@ -68,27 +67,43 @@ def study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
     Raises :class:`IterisError` if the pipeline cannot run on prompts and the arguments it was
     given.
     """
-    with _ALONE, torch.no_grad():
-        before = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)  # a trial's prompt may be too long, and a trial may fail
-        try:
+    try:
+        with torch.no_grad(), _silent():
             return _study(loop, calibration)
-        except IterisError:
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise OutOfMemory(
-                    f"Memory ran out when {type(loop.pipeline).__name__} ran its first prompt "
-                    f"({brief(error)}). Lower latent_size or frames, or free memory elsewhere."
-                ) from error
-            needed = [n for n, p in loop.names.items() if p.default is p.empty and n != "self"]
-            also = f" (it asks for {', '.join(needed)})" if needed else ""
-            raise BaseError(
-                f"{type(loop.pipeline).__name__} cannot be run on prompts alone{also}: "
-                f"{brief(error)}. Pass the host the missing arguments, such as image=…"
+    except IterisError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(
+                f"Memory ran out when {type(loop.pipeline).__name__} ran its first prompt "
+                f"({brief(error)}). Lower latent_size or frames, or free memory elsewhere."
             ) from error
-        finally:
-            logging.disable(before)
+        needed = [n for n, p in loop.names.items() if p.default is p.empty and n != "self"]
+        also = f" (it asks for {', '.join(needed)})" if needed else ""
+        raise BaseError(
+            f"{type(loop.pipeline).__name__} cannot be run on prompts alone{also}: "
+            f"{brief(error)}. Pass the host the missing arguments, such as image=…"
+        ) from error
+
+
+@contextmanager
+def _silent() -> Generator[None]:
+    """Context in which this thread, and no other, logs nothing: a trial's prompt may be too long,
+    and a trial may fail."""
+    thread = threading.get_ident()
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = {handler for logger in loggers for handler in getattr(logger, "handlers", ())}
+    if logging.lastResort is not None:
+        handlers.add(logging.lastResort)
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    with ExitStack() as stack:
+        for handler in handlers:
+            handler.addFilter(of_others)
+            stack.callback(handler.removeFilter, of_others)
+        yield
 
 
 def _study(loop: PipelineLoop, calibration: Calibration) -> Arguments:

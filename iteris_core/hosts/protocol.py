@@ -90,6 +90,8 @@ class Host(Protocol):
     pictures: bool
     """True for image models, in which two concepts rarely compete for the same region. In language
     models they compete for every word."""
+    interrupts: tuple[type[Exception], ...] = ()
+    """Exceptions by which an application cancels a merge, beside those of ``on_progress``."""
 
     def sites(self) -> Mapping[str, nn.Module]:
         """Every module that a LoRA may change, by site name."""

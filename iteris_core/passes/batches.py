@@ -107,10 +107,11 @@ def limit_of(stage: Stage, batching: ExecutionConfig) -> Callable[[int], int] | 
 
 
 def fewer(stage: Stage, count: int) -> Stage:
-    """About ``count`` rows of ``stage``: the same share of each concept and at least one, over all
-    steps and as many of its samples as possible."""
-    total = len(stage.concept_ids)
-    kept = [_evenly(rows, max(1, len(rows) * count // total)) for rows in _by_concept(stage)]
+    """At most ``count`` rows of ``stage``, but one of each concept: beside that one the same share
+    of each, over all steps and as many of its samples as possible."""
+    parts = _by_concept(stage)
+    left, most = max(count - len(parts), 0), len(stage.concept_ids) - len(parts)
+    kept = [_evenly(rows, 1 + (len(rows) - 1) * left // max(most, 1)) for rows in parts]
     return selected(stage, [row for rows in kept for row in rows])
 
 

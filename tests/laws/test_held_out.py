@@ -65,6 +65,38 @@ def test_a_merge_says_what_it_keeps_and_is_not_lost_where_it_cannot_be_measured(
     assert result.lora.sites
 
 
+@pytest.mark.parametrize("error", [TypeError("a pipeline's"), KeyError("x"), AssertionError()])
+def test_whatever_a_measurement_raises_the_merge_is_there(host, monkeypatch, error):
+    def forward(self, samples, rows):
+        raise error
+
+    monkeypatch.setattr(DiffusersHost, "forward", forward)
+    result = merge_loras(host, two_of(host), calibration=CALIBRATION)
+    (note,) = result.report.notes["held-out rows"]
+    assert note == f"not measured: {str(error) or 'AssertionError'}"
+    assert result.lora.sites
+
+
+class Stopped(Exception):
+    """By which an application cancels."""
+
+
+@pytest.mark.parametrize("stop", ["on_progress", "application", "keyboard"])
+def test_a_user_cancels_a_measurement_too(host, monkeypatch, stop):
+    def on_progress(progress):
+        if stop == "on_progress" and progress.what == "held-out rows":
+            raise Stopped
+
+    def forward(self, samples, rows):
+        raise Stopped if stop == "application" else KeyboardInterrupt
+
+    monkeypatch.setattr(DiffusersHost, "forward", forward)
+    if stop == "application":
+        monkeypatch.setattr(DiffusersHost, "interrupts", (Stopped,), raising=False)
+    with pytest.raises((Stopped, KeyboardInterrupt)):
+        merge_loras(host, two_of(host), calibration=CALIBRATION, on_progress=on_progress)
+
+
 def test_a_concept_that_preserves_the_base_is_not_measured(host):
     concepts = [*two_of(host)[:1], Concept.preserve(["a cat"])]
     assert {len(shares) for shares in kept(job_of(host, concepts), {}).values()} == {1}
