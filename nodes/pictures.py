@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..iteris_core.saving import atomically
@@ -38,10 +40,31 @@ def plotted(hidden: Any, output: int, draw: Callable[[], Any]) -> Tensor | None:
     return to_image([Image.open(png)])
 
 
-def save_thumbnail(batch: Tensor, path: Path) -> None:
-    """Save the first image, scaled down, as a complete PNG without metadata."""
+_MARK = "iteris"
+"""The text in our PNGs that holds a hash of their pixels."""
+
+
+def save_thumbnail(batch: Tensor, path: Path) -> bool:
+    """Save the first image, scaled down, as a complete PNG with nothing but our mark. False if an
+    image without it is there, which stays."""
+    if path.exists() and not _is_ours(path):
+        return False
     picture = to_pil(batch[:1])[0]
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    (mark := PngInfo()).add_text(_MARK, _pixels(picture))
     with atomically(path) as unfinished:
         unfinished.touch()
-        picture.save(unfinished, format="PNG")
+        picture.save(unfinished, format="PNG", pnginfo=mark)
+    return True
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get(_MARK) == _pixels(picture)
+    except OSError:  # not a picture
+        return False
+
+
+def _pixels(picture: Image.Image) -> str:
+    return sha256(picture.tobytes()).hexdigest()
