@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 
 import pytest
 from kit import SETTINGS, part, use_folders
@@ -16,13 +16,21 @@ def loras(kit, monkeypatch):
     return kit.loras
 
 
-def test_names_of_loras_are_sent_once(pack, tmp_path, monkeypatch):
+def test_every_list_of_loras_has_every_name(pack, tmp_path, monkeypatch):
+    """Programs that read /object_info, and not web/iteris.js, offer what it lists."""
     use_folders(monkeypatch, tmp_path, "loras")
-    for number in range(200):
-        (tmp_path / "loras" / f"a_rather_long_name_{number}.safetensors").touch()
-    nodes = part(pack, "nodes").NODES
-    sent = json.dumps([node.GET_NODE_INFO_V1() for node in nodes])
-    assert sent.count("a_rather_long_name_7.safetensors") == 1
+    (tmp_path / "loras" / "one.safetensors").touch()
+    nodes = {node.__name__: node.GET_NODE_INFO_V1()["input"] for node in part(pack, "nodes").NODES}
+    inputs = {
+        f"{name} {key}": str(given)
+        for name, kinds in nodes.items()
+        for kind in kinds.values()
+        if isinstance(kind, dict)
+        for key, given in kind.items()
+        if re.fullmatch(r"lora_(name|low|\d+)", key)
+    }
+    assert len(inputs) == 12
+    assert [key for key, given in inputs.items() if "one.safetensors" not in given] == []
 
 
 @pytest.mark.parametrize(
