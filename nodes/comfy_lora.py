@@ -108,12 +108,7 @@ class ComfySites:
             return converted
 
         lora = read_lora_file(path, self.base, self.weight, options, convert)
-        folders = [Path(folder) for folder in folder_paths.get_folder_paths("loras")]
-        for full in (Path.absolute, Path.resolve):  # the folder may be a link, or lie in one
-            for folder in map(full, folders):
-                if full(path).is_relative_to(folder):  # as Load LoRA lists it
-                    return replace(lora, source=full(path).relative_to(folder).as_posix())
-        return replace(lora, source=path.name)
+        return replace(lora, source=listed_name(path))
 
     def _root(self, key: str) -> nn.Module:
         root: nn.Module = self._model.model if in_denoiser(key) else self._clip.cond_stage_model
@@ -144,6 +139,16 @@ class ComfySites:
             weight = whole
         weight = memory.cast_to_device(weight, torch.device("cpu"), torch.float32, copy=True)
         return comfy.lora.calculate_weight(patches, convert(weight, inplace=True), key).detach()
+
+
+def listed_name(path: Path) -> str:
+    """The name of a LoRA file as Load LoRA lists it, or its name without folders."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths("loras")]
+    for full in (Path.absolute, Path.resolve):  # the folder may be a link, or lie in one
+        for folder in map(full, folders):
+            if full(path).is_relative_to(folder):
+                return full(path).relative_to(folder).as_posix()
+    return path.name
 
 
 def apply_lora(model: Any, clip: Any, lora: Mapping[str, Tensor]) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from ..iteris_core.activations.memory import is_out_of_memory
@@ -28,6 +29,28 @@ def free_beside(patcher: Any) -> int:
     if optional("comfy.model_patcher.ModelPatcher.get_free_memory") is None:
         return memory.get_free_memory(device)
     return patcher.get_free_memory(device)
+
+
+def could_free(patcher: Any) -> int:
+    """The bytes on the device of ``patcher`` that no other program uses: what is free, and what
+    ComfyUI's models take there. The same before and after a merge."""
+    device = patcher.load_device
+    free: int = memory.get_free_memory(device)
+    if device.type == "cpu":
+        return free
+    loaded = [one for one in memory.current_loaded_models if one.device == device]
+    return free + sum(one.model_loaded_memory() for one in loaded)
+
+
+class CurrentCard(ExitStack):
+    """The graphics card on which kernels run that take no device from their tensors; ComfyUI sets
+    it around a model's forwards in versions that know several cards. Forwards of a merge are
+    interleaved, so it is set once for all of a model's."""
+
+    def be(self, device: Any) -> None:
+        self.close()
+        if (context := optional("comfy.model_management.cuda_device_context")) is not None:
+            self.enter_context(context(device))
 
 
 class NodeProgress:

@@ -18,7 +18,7 @@ from .comfy_runtime import show_text, ui_text
 from .concept_specs import specs_of
 from .kept import Merge
 from .merge_settings import Request
-from .merging import as_lora_model, as_lora_models, clear, merged
+from .merging import as_lora_model, as_lora_models, merged
 from .save_node import how_to_call
 from .schema import (
     MERGED,
@@ -85,17 +85,18 @@ class IterisMergeExperts(io.ComfyNode):
         return _output(cls.hidden, (model, model_low, clip_out, high, low), merge)
 
 
+_EACH = "each strength is a file of its own, unless Save Merged LoRA may overwrite."
+
+
 def _merge(
     hidden: Any, model: Any, clip: Any, concepts: Any, values: Mapping[str, Any], **experts: Any
 ) -> Merge:
     """The merge for the inputs' ``values``, at their strength, with the whole report."""
     strength: float = values.get("strength", 1.0)
     request = Request.of(values, model)
-    if request.clears:
-        clear()
     config = request.config(specs_of(concepts), values.get("method", "iteris"))
     merge = merged(model, clip, config, request, hidden.unique_id, **experts)
-    scaled = "" if strength == 1 else f"\n  At strength {strength:g}, in the file as well."
+    scaled = "" if strength == 1 else f"\n  At strength {strength:g}, in the file as well: {_EACH}"
     called = how_to_call(bundled(merge.lora.embeddings))
     if words := _words(merge):
         called = f"\n  Trigger words: {words}{called}"
@@ -150,8 +151,6 @@ class CompareMerges(io.ComfyNode):
             if name != _BASE:
                 find_method(name)
         request = Request.of(values, model)
-        if request.clears:  # once: the methods share their samples
-            clear()
         node_id, specs = cls.hidden.unique_id, specs_of(concepts)
         models, clips, reports = [], [], []
         for name in names:

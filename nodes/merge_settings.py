@@ -32,7 +32,7 @@ ITERIS = ("rank", "share_ranks", "repair", "block_steps", *FOLDED)
 bound."""
 _DEFAULT_METHOD = "iteris"
 _DIRECT = ("preset", "samples", "seed", "minutes")
-_CLEAR = "clear"
+_KEPT = ("use", "make again")
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class Request:
         return round(memory * 2**30) if memory else "free"
 
     @property
-    def clears(self) -> bool:
-        """True if what is kept on the disk is to be removed first."""
-        return self.values.get("kept", "use") == _CLEAR
+    def again(self) -> bool:
+        """True if a merge that is kept is to be made again; "clear" is older graphs' word."""
+        return self.values.get("kept", _KEPT[0]) != _KEPT[0]
 
     @property
     def distilled(self) -> bool | None:
@@ -122,10 +122,15 @@ class IterisMergeSettings(io.ComfyNode):
                     advanced(one) if one.id in FOLDED else one
                     for one in (setting_input(IterisSettings, name) for name in ITERIS)
                 ),
-                io.Combo.Input("kept", options=["use", _CLEAR], default="use", optional=True),
+                io.Combo.Input("kept", options=list(_KEPT), default=_KEPT[0], optional=True),
             ],
             outputs=("settings",),
         )
+
+    @classmethod
+    def validate_inputs(cls, kept: Any = None) -> bool | str:
+        known = kept in (None, *_KEPT, "clear")
+        return known or f"kept is {kept!r}, but can be {' or '.join(_KEPT)}."
 
     @classmethod
     def execute(cls, **values: Any) -> io.NodeOutput:

@@ -63,10 +63,26 @@ class Kit:
         self.calibration = self.core.Calibration(
             samples=4, timesteps=2, denoising_steps=4, latent_size=8
         )
-        self.merging.clear()
+        self.forget()
 
     def node(self, file, name):
         return node(self.pack, file, name)
+
+    def forget(self):
+        """No merge and no sample is kept."""
+        kept = part(self.pack, "nodes.kept")
+        kept._last.clear()
+        for what in ("merges", "samples"):
+            kept.store(what).clear()
+
+    def folder_of(self, what):
+        """Where merges or samples are kept."""
+        return part(self.pack, "nodes.kept").store(what).folder
+
+    def request(self, **values):
+        """What a merging node makes of its inputs."""
+        given = {"samples": 9, "settings": SETTINGS, **values}
+        return part(self.pack, "nodes.merge_settings").Request.of(given, self.model)
 
     def concepts(self):
         make = self.specs.make_spec
