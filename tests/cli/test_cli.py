@@ -110,7 +110,7 @@ BASELESS = {f"transformer.h.0.attn.lora_{part}.weight": torch.ones(2, 2) for par
         (lambda t: BASELESS, "another base model"),
         (
             lambda t: {**t, KEY: torch.ones(4, 768)},
-            "takes 768 inputs",
+            "down (4, 768)",
         ),
     ],
     ids=["names", "no common site", "shapes"],
