@@ -111,10 +111,13 @@ class Concept(Phrased, Settings):
                 f"host.read_lora({str(self.lora)!r}), which reads it for the base model."
             )
         for name in ("prompts", "subjects"):
-            if isinstance(getattr(self, name), str):
+            given = getattr(self, name)
+            if isinstance(given, Iterable) and not isinstance(given, Sequence):
+                object.__setattr__(self, name, list(given))  # which may be iterated only once
+            if isinstance(given, str):
                 raise ConceptError(
                     f"{self.name}: {name} must be a list of strings, not one string; pass "
-                    f"{name}=[{getattr(self, name)!r}]."
+                    f"{name}=[{given!r}]."
                 )
         try:
             super().__post_init__()
@@ -259,7 +262,10 @@ class Calibration(Settings):
     templates: Sequence[str] = TEMPLATES
     """With "{}" for the concept."""
     seed: int = setting(
-        0, "Seeds prompts and latents. The same seed gives the same LoRA.", most=0xFFFFFFFFFFFFFFFF
+        0,
+        "Seeds prompts and latents. The same seed gives the same LoRA.",
+        low=0,
+        high=0xFFFFFFFFFFFFFFFF,
     )
 
     def settled(self, loras: int, *, pictures: bool) -> Calibration:
@@ -278,10 +284,11 @@ class Calibration(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "templates", tuple(self.templates))
         if self.timesteps is not None and self.timesteps > self.denoising_steps:
             raise SettingsError(
-                f"timesteps ({self.timesteps}) cannot exceed denoising_steps "
-                f"({self.denoising_steps})."
+                f"timesteps is {self.timesteps}, but denoising_steps is {self.denoising_steps}: "
+                f"set denoising_steps to {self.timesteps} or more."
             )
         if any(template.count("{}") != 1 for template in self.templates) or not self.templates:
             raise SettingsError('templates must hold "{}" where the concept goes, once.')
@@ -299,19 +306,17 @@ def recognised(
     """Fields of the concept in ``file`` but for those ``given``, from its name, its metadata and a
     download helper's notes beside it, and the source of the words as in :class:`FoundPhrases`: the
     trigger words; a style or booru tags as the kind; a speed LoRA, slider or detailer for which no
-    words are given is always on, and part of the merged LoRA."""
+    words are given is always on, and part of the merged LoRA. See :func:`.purpose_of`."""
     worded = bool({"trigger", "class_word", "subjects", "prompts"} & set(given))
+    found = find_phrases(file, metadata)
     purpose = None
     # A merged LoRA has the names of all that it was made of.
     if not {"kind", "always_on"} & set(given) and "iteris" not in metadata:
-        purpose = purpose_of(file.name, metadata, noted_tags(file))
+        purpose = purpose_of(file.name, metadata, noted_tags(file), found.phrases)
     if purpose in ALWAYS_ON and not worded:
         return {"always_on": "include"}, ""
     kind = {"kind": purpose} if purpose in get_args(PromptKind) else {}
-    if worded:
-        return kind, ""
-    phrases, source = find_phrases(file, metadata)
-    return {**kind, **words_in(phrases)}, source
+    return (kind, "") if worded else ({**kind, **words_in(found.phrases)}, found.source)
 
 
 def lines_of(text: str) -> list[str]:

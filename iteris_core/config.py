@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from .concepts import PRESERVE_WEIGHT, AlwaysOn, Concept, Phrased, PromptKind, recognised, words_in
@@ -119,8 +120,9 @@ class ConceptConfig(Phrased, Config):
     @field_validator("reading")
     @classmethod
     def _reading(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if not isinstance(value.get("energy", 1.0), int | float):
-            raise ValueError("energy must be a number")
+        for name, kind in (("energy", int | float), ("blocks", str), ("layers", str)):
+            if name in value and not isinstance(value[name], kind):
+                raise ValueError(f"{name} is {value[name]!r}")
         return value
 
     @classmethod
@@ -153,8 +155,8 @@ class ConceptConfig(Phrased, Config):
         if config.file is None and config.prompts is None:
             raise ConceptError(f"{where} has neither a file nor prompts that preserve the base.")
         try:
-            ReadOptions(blocks=config.blocks, layers=config.layers)
-        except ConceptError as error:
+            config.options()
+        except (ConceptError, SettingsError) as error:
             raise ConceptError(f"{where}: {error}") from None
         return config
 
@@ -177,6 +179,19 @@ class ConceptConfig(Phrased, Config):
 
     def concept(self, lora: Lora | None = None) -> Concept:
         return Concept(lora, **{name: getattr(self, name) for name in _SHARED})
+
+    def options(self, given: ReadOptions | None = None) -> ReadOptions:
+        """How its LoRA is read; ``given`` applies unless a recipe recorded something else."""
+        given, recorded = given or ReadOptions(), self.reading
+        text = self.strength if self.text_strength is None else self.text_strength
+        return replace(
+            given,
+            allow_partial=bool(recorded.get("allow_partial")) or given.allow_partial,
+            energy=recorded.get("energy", given.energy),
+            text=text != 0,  # at strength 0 its text encoders may be another base's, or missing
+            blocks=self.blocks or recorded.get("blocks", ""),
+            layers=self.layers or recorded.get("layers", ""),
+        )
 
     def called(self, phrases: Sequence[str], source: str = "") -> ConceptConfig:
         """A copy with ``phrases`` as trigger words."""
@@ -264,8 +279,26 @@ def read_concepts(host: Host | None, concepts: Any) -> list[Concept]:
             )
         if one.lora is None and one.always_on != "no":
             raise SettingsError(f"{one.name}: only a concept with a LoRA can be always on.")
+        half = {  # of Lora(…) in Python; files are read in float32
+            site: change.to(torch.float32)
+            for site, change in (one.lora.sites.items() if one.lora else ())
+            if min(change.up.element_size(), change.down.element_size()) < 4
+        }
+        if one.lora and half:
+            one = replace(one, lora=replace(one.lora, sites={**one.lora.sites, **half}))
         read.append(one)
+    check_merging(read)
     return read
+
+
+def check_merging(concepts: Sequence[Concept | ConceptConfig]) -> None:
+    """Raise :class:`ConceptError` if every LoRA stays outside the merged one."""
+    loras = [one for one in concepts if one.counts and not one.preserves]
+    if loras and all(one.always_on == "outside" for one in loras):
+        raise ConceptError(
+            f"There is nothing to merge: {', '.join(one.name for one in loras)} is only loaded "
+            "beside the merged LoRA (always_on=outside). Add a LoRA, or give always_on=include."
+        )
 
 
 def read_concept(
@@ -278,16 +311,7 @@ def read_concept(
     """
     if config.file is None:
         return config.concept()
-    given, recorded = options or ReadOptions(), config.reading
-    text = config.strength if config.text_strength is None else config.text_strength
-    options = replace(
-        given,
-        allow_partial=bool(recorded.get("allow_partial")) or given.allow_partial,
-        energy=recorded.get("energy", given.energy),
-        text=text != 0,  # at strength 0 its text encoders may be those of another base, or missing
-        blocks=config.blocks or recorded.get("blocks", ""),
-        layers=config.layers or recorded.get("layers", ""),
-    )
+    options = config.options(options)
     lora = host.read_lora(config.file, options)
     if config.low is not None:
         experts = getattr(host, "experts", None)

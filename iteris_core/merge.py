@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast, get_args
 
 import torch
 
@@ -38,7 +38,7 @@ from .progress import Forecast, OnProgress
 from .report.provenance import join_embeddings, lacks_of, merge_metadata, notes_of
 from .report.report import MergeReport, SiteReport
 from .saving import rescued
-from .settings import PresetName, Settings
+from .settings import Budget, PresetName, Settings, budget_of
 from .solve.choose import THRESHOLDS, Thresholds
 from .solve.problem import Solution
 
@@ -90,7 +90,7 @@ def merge_loras(
     calibration: Calibration | Mapping[str, Any] | None = None,
     unmergeable: Unmergeable = "refuse",
     on_progress: OnProgress | None = None,
-    memory_budget: int | Literal["free"] | None = "free",
+    memory_budget: Budget = "free",
     thresholds: Thresholds = THRESHOLDS,
     store: SampleStore | None = None,
     only_plans: bool = False,
@@ -131,12 +131,17 @@ def merge_loras(
     if chosen.needs_host and host is None:
         raise SettingsError(f"Method {method!r} runs the base model; pass a host.")
     settings, calibration = settings_over(preset, method, settings, calibration)
+    if unmergeable not in get_args(Unmergeable):
+        known = ", ".join(get_args(Unmergeable))
+        raise SettingsError(f"unmergeable must be one of {known}, not {unmergeable!r}.")
+    memory_budget = budget_of(memory_budget)
     host = None if host is None else host_of(host)
-    concepts = read_concepts(host, concepts)
+    concepts = given = read_concepts(host, concepts)
     pictures = host is not None and host.pictures
     if chosen.needs_host and pictures:
-        concepts = of_loras.with_wordless_on(concepts)
+        concepts = of_loras.with_wordless_on(given)
     counting = [concept for concept in concepts if concept.counts]
+    wordless = [one.name for one in counting if not any(one is other for other in given)]
     always, merging = of_loras.always_on(counting), of_loras.always_on(counting, "no")
     loras = sum(concept.lora is not None for concept in merging)
     settled = calibration.settled(loras, pictures=pictures)
@@ -159,7 +164,7 @@ def merge_loras(
     zero = "left out of the merge: its strength or weight is 0"
     job.notes.extend((concept.name, [zero]) for concept in concepts if not concept.counts)
     shares: dict[str, list[float]] = {}
-    if always and not merging:  # as they are, side by side
+    if always and not loras:  # as they are, side by side
         merged = Merged({})
     elif host is None or not chosen.needs_host:  # weights make no use of prompts
         merging = [concept for concept in merging if concept.lora is not None]
@@ -187,7 +192,7 @@ def merge_loras(
     sites = of_loras.beside(solutions, of_loras.changes_always(job.included))
     joined, notes = join_embeddings(every), notes_of(every)
     where = {"include": "part of the merged LoRA", "outside": "load it beside the merged LoRA"}
-    for one in always:
+    for one in always if loras else ():
         why = "" if one.phrases else "no trigger word, so it acts on every prompt: "
         note = f"{why}on while the others were merged; {where[one.always_on]}"
         job.notes.append((one.name, [note]))
@@ -217,6 +222,7 @@ def merge_loras(
         preserved=[concept.name for concept in merging if concept.lora is None],
         lacks=lacks_of(every),
         kept=shares,
+        wordless=wordless,
     )
     bases = (concept.lora.base for concept in every if concept.lora is not None)
     lora = Lora(

@@ -48,8 +48,9 @@ def preview_merge(
         merge_loras(host, concepts, method, **how, only_plans=True)
     except Planned as planned:
         job, made = planned.job, [plan for plan in planned.plans if plan.budget < math.inf]
-        if not job.concepts:
-            return Preview(["every LoRA is always on: their sum, without rows"])
+        if all(concept.lora is None for concept in job.concepts):
+            why = "every LoRA is always on or has no trigger words, so they are only added up"
+            return Preview([f"nothing is merged: {why}"])
         if not planned.plans:
             return Preview([f"{method} looks at weights only: no rows"])
         return Preview(

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from numbers import Real
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import SettingsError, did_you_mean
@@ -23,6 +24,8 @@ _KEY = "setting"
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 _T = TypeVar("_T")
+Budget = int | Literal["free"] | None
+"""Bytes beyond the model (``"free"``: what is free; None: no limit)."""
 _Kind = TypeVar("_Kind", bound="Settings")
 
 
@@ -173,6 +176,19 @@ class Settings:
                 guess, names = did_you_mean(name, known), ", ".join(known)
                 raise SettingsError(f"There is no setting {name!r}{guess} The names are: {names}.")
         return cls(**values)
+
+
+def budget_of(memory: Any) -> Budget:
+    """A ``memory_budget`` given as any real number of bytes. Raises :class:`SettingsError` for
+    anything else."""
+    if memory is None or (isinstance(memory, str) and memory == "free"):
+        return memory
+    number = math.nan
+    if not isinstance(memory, bool) and isinstance(memory, Real):
+        number = float(memory)
+    if not 0 <= number < math.inf:
+        raise SettingsError(f'memory_budget must be bytes, "free" or None, not {memory!r}.')
+    return int(number)
 
 
 @cache

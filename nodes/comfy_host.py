@@ -36,7 +36,7 @@ from .comfy_denoiser import Denoiser
 from .comfy_digest import digest_of_base
 from .comfy_internals import memory
 from .comfy_lora import ComfySites
-from .comfy_runtime import ran_out
+from .comfy_runtime import CurrentCard, ran_out
 from .comfy_sampling import ComfySamples, DenoiserRows, Kept, comfy_samples, make_latents
 from .comfy_state import training
 from .comfy_text import Conditioning, TextEncoders
@@ -94,9 +94,10 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         self._lockstep = Lockstep({}, {})
         self._running: TextEncoders | Denoiser = self._denoisers[0]
         self._wanted: dict[TextEncoders | Denoiser, int] = {}
+        self._card = CurrentCard()
 
     def __exit__(self, *_: object) -> None:
-        with ExitStack() as stack:
+        with self._card, ExitStack() as stack:
             for part in (*self._denoisers, *([self._encoders] if self._encoders else [])):
                 stack.callback(part.close)
 
@@ -198,6 +199,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
             _log.info("IterIS: making latents of %d samples", len(missing))
             given = [owners[row] for row in missing], [prompts[row] for row in missing]
             texts = dict(zip(missing, self._texts_alone(*given, sites, tick), strict=True))
+            self._card.be(self.model.load_device)
         for one, own in samples.items():
             if not parts.get(one):
                 before = own[0]
@@ -240,7 +242,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
     def forward(self, samples: ComfySamples, rows: Sequence[int]) -> Tensor:
         loaded, tokens = samples.text.loaded, samples.tokens
         batches = self._texts.batches(loaded, tokens, self._found.names, frozenset())
-        self._texts.load()
+        self._load_texts()
         for batch in batches.values():
             batch.run_all(min(self._batch, len(rows)), self._lockstep)
         texts = self._texts.assemble(loaded, tokens, batches, 0, self._lockstep)
@@ -267,7 +269,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         loaded = text.loaded
         batches = self._texts.batches(loaded, tokens, self._found.names, sites)
         self._running = self._texts
-        self._texts.load(self._wanted.get(self._texts, 0))
+        self._load_texts(self._wanted.get(self._texts, 0))
         for batch in batches.values():
             if batch.sites:
                 name = f"text encoder {batch.name}"
@@ -293,6 +295,10 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
             if names := self._sites_of(number, sites):
                 stage = self._stage(number, names, noisy, conditionings)
                 yield replace(stage, samples=samples.worth, rows=samples.rows_of(number))
+
+    def _load_texts(self, wanted: int = 0) -> None:
+        self._card.be(self.clip.patcher.load_device)
+        self._texts.load(wanted)
 
     def _stage(
         self,
@@ -327,6 +333,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         latents, texts = noisy.latents, noisy.text_rows
         wanted = self._wanted.get(denoiser, 0)
         first = conditionings[0][texts[0]]
+        self._card.be(denoiser.model.load_device)
         denoiser.load(latents.shape, noisy.schedule, first, _MEASURED_ROWS, wanted)
         used = sorted(set(texts))
         inputs = [
@@ -359,7 +366,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         rows = TextRows.of([*owners, *concepts], [*prompts, *[""] * len(concepts)])
         tokens = self._texts.tokenize(rows.text_owners, rows.texts)
         batches = self._texts.batches(rows.loaded, tokens, self._found.names, sites)
-        self._texts.load()
+        self._load_texts()
         for batch in batches.values():
             batch.run_all(self._batch, self._lockstep, tick)
         pairs = self._texts.assemble(rows.loaded, tokens, batches, 0, self._lockstep)

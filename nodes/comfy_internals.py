@@ -26,7 +26,8 @@ NAMES: Mapping[str, Sequence[str]] = {
     "comfy.lora_convert": ("convert_lora",),
     "comfy.model_base": ("ModelType",),
     "comfy.model_management": (
-        "InterruptProcessingException", "cast_to_device", "get_free_memory", "get_torch_device",
+        "InterruptProcessingException", "cast_to_device", "current_loaded_models",
+        "get_free_memory", "get_torch_device",
         "intermediate_device", "load_models_gpu", "soft_empty_cache",
         "throw_exception_if_processing_interrupted", "unet_offload_device",
     ),
@@ -49,7 +50,7 @@ NAMES: Mapping[str, Sequence[str]] = {
     "comfy.supported_models": ("SD15",),
     "comfy.supported_models_base": ("ClipTarget",),
     "comfy.utils": ("ProgressBar", "pack_latents", "unet_to_diffusers"),
-    "comfy_api.torch_helpers.torch_compile": ("COMPILE_KEY",),
+    "comfy_api.torch_helpers.torch_compile": ("COMPILE_KEY", "TORCH_COMPILE_KWARGS"),
 }  # fmt: skip
 METHODS: Mapping[str, Sequence[str]] = {
     "comfy.model_patcher.ModelPatcher": (
@@ -78,6 +79,7 @@ WHERE_THERE: Mapping[str, str] = {
     "comfy.cli_args.args.disable_comfy_compiler": "the compiler records allocations",
     "comfy.cli_args.args.disable_cuda_graphs": "blocks are recorded and replayed",
     "comfy.cli_args.args.disable_metadata": "files are to have no metadata",
+    "comfy.model_management.cuda_device_context": "kernels run on the card of their tensors",
     "comfy.model_management.in_training": "fused operations are off",
     "comfy.model_management.is_oom": "knows errors that only mean that memory ran out",
     "comfy.model_patcher.ModelPatcher.get_free_memory": "counts weights that can be evicted",
@@ -98,9 +100,9 @@ be wrong."""
 
 def check_switches() -> None:
     """Raise :class:`IterisError` if this ComfyUI lacks a switch that its version should have."""
-    parts = str(_find("comfyui_version", "__version__") or "0").split(".")
-    version = tuple(int(part) for part in parts[:2] if part.isdigit())
-    gone = [p for p, since in SINCE.items() if version >= since and optional(p) is None]
+    parts = version().split(".")
+    number = tuple(int(part) for part in parts[:2] if part.isdigit())
+    gone = [p for p, since in SINCE.items() if number >= since and optional(p) is None]
     if gone:
         raise IterisError(sentence(gone))
 
@@ -121,11 +123,15 @@ def optional(path: str) -> Any:
     return _find(owner, name)
 
 
+def version() -> str:
+    """ComfyUI's version; empty if it does not say."""
+    return str(_find("comfyui_version", "__version__") or "")
+
+
 def sentence(names: Sequence[str]) -> str:
-    version = _find("comfyui_version", "__version__") or "of an unknown version"
     return (
-        f"This ComfyUI ({version}) has no {', '.join(names)}, which IterIS uses. Versions {KNOWN} "
-        "are known to work; update IterIS, or use one of them."
+        f"This ComfyUI ({version() or 'of an unknown version'}) has no {', '.join(names)}, which "
+        f"IterIS uses. Versions {KNOWN} are known to work; update IterIS, or use one of them."
     )
 
 

@@ -101,6 +101,12 @@ class ComfySites:
                 )
             # BFL's, Wan-Fun's and USO's keys, and those of later versions.
             converted = comfy.lora_convert.convert_lora(tensors)
+            if self._holds(converted):
+                raise LoraFileError(
+                    f"{path.name} is on this MODEL or CLIP already, as Load LoRA puts it there, "
+                    "and would count twice. Connect MODEL and CLIP from before that node, or "
+                    "choose To IterIS LoRAs in its menu."
+                )
             for key in converted if not options.allow_partial else ():
                 name = (split_key(key, self._refused) or ("", ""))[0]
                 if name in self._refused:
@@ -108,12 +114,17 @@ class ComfySites:
             return converted
 
         lora = read_lora_file(path, self.base, self.weight, options, convert)
-        folders = [Path(folder) for folder in folder_paths.get_folder_paths("loras")]
-        for full in (Path.absolute, Path.resolve):  # the folder may be a link, or lie in one
-            for folder in map(full, folders):
-                if full(path).is_relative_to(folder):  # as Load LoRA lists it
-                    return replace(lora, source=full(path).relative_to(folder).as_posix())
-        return replace(lora, source=path.name)
+        return replace(lora, source=listed_name(path))
+
+    def _holds(self, tensors: Mapping[str, Tensor]) -> bool:
+        """True if a patch of MODEL or CLIP has factors that are among a LoRA's ``tensors``."""
+        patchers = [self._model, *([] if self._clip is None else [self._clip.patcher])]
+        every = (
+            patch for patcher in patchers for some in patcher.patches.values() for patch in some
+        )
+        parts = (part for patch in every for part in getattr(patch[1], "weights", ()))
+        there = {_sketch(part) for part in parts if isinstance(part, Tensor)} - {None}
+        return bool(there) and not there.isdisjoint(map(_sketch, tensors.values()))
 
     def _root(self, key: str) -> nn.Module:
         root: nn.Module = self._model.model if in_denoiser(key) else self._clip.cond_stage_model
@@ -144,6 +155,22 @@ class ComfySites:
             weight = whole
         weight = memory.cast_to_device(weight, torch.device("cpu"), torch.float32, copy=True)
         return comfy.lora.calculate_weight(patches, convert(weight, inplace=True), key).detach()
+
+
+def _sketch(factor: Tensor) -> tuple[object, ...] | None:
+    """Its shape and a few of its numbers; None for a scalar and for zeros, which are in many."""
+    some = factor.flatten()[:: max(1, factor.numel() // 8)].tolist()
+    return (factor.shape, *some) if factor.ndim > 1 and any(some) else None
+
+
+def listed_name(path: Path) -> str:
+    """The name of a LoRA file as Load LoRA lists it, or its name without folders."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths("loras")]
+    for full in (Path.absolute, Path.resolve):  # the folder may be a link, or lie in one
+        for folder in map(full, folders):
+            if full(path).is_relative_to(folder):
+                return full(path).relative_to(folder).as_posix()
+    return path.name
 
 
 def apply_lora(model: Any, clip: Any, lora: Mapping[str, Tensor]) -> tuple[Any, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from ..iteris_core.activations.memory import is_out_of_memory
@@ -28,6 +30,28 @@ def free_beside(patcher: Any) -> int:
     if optional("comfy.model_patcher.ModelPatcher.get_free_memory") is None:
         return memory.get_free_memory(device)
     return patcher.get_free_memory(device)
+
+
+def could_free(patcher: Any) -> int:
+    """The bytes on the device of ``patcher`` that no other program uses: what is free, and what
+    ComfyUI's models take there. The same before and after a merge."""
+    device = patcher.load_device
+    free: int = memory.get_free_memory(device)
+    if device.type == "cpu":
+        return free
+    loaded = [one for one in memory.current_loaded_models if one.device == device]
+    return free + sum(one.model_loaded_memory() for one in loaded)
+
+
+class CurrentCard(ExitStack):
+    """The graphics card on which kernels run that take no device from their tensors; ComfyUI sets
+    it around a model's forwards in versions that know several cards. Forwards of a merge are
+    interleaved, so it is set once for all of a model's."""
+
+    def be(self, device: Any) -> None:
+        self.close()
+        if (context := optional("comfy.model_management.cuda_device_context")) is not None:
+            self.enter_context(context(device))
 
 
 class NodeProgress:
@@ -58,21 +82,21 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}"
 
 
+_MARKS = re.compile(r"[&<>\[\]!*_`#|~\\]|:(?=//)|w(?=ww\.)", re.IGNORECASE)
+"""What makes HTML or Markdown of a text, such as the name of a file; see web/page_text.js."""
+
+
 def show_text(text: str, node_id: str | None) -> None:
-    """Show text on the node itself, if there is a server."""
+    """Show text on the node itself, if there is a server. The old front end reads it as HTML and
+    Nodes 2.0 as Markdown, where two trailing spaces break a line: entities mean the same to both.
+    """
     if node_id is not None:
         from server import PromptServer
 
-        # Nodes 2.0 read Markdown, where two trailing spaces break a line.
-        text = _inert(text).replace("\n", "  \n")
+        text = _MARKS.sub(lambda mark: f"&#{ord(mark[0])};", text).replace("\n", "  \n")
         PromptServer.instance.send_progress_text(text, node_id)
 
 
 def ui_text(text: str) -> dict[str, Any]:
     """What a node shows, for the history and for the front end after a reload (web/iteris.js)."""
-    return {"text": [_inert(text)]}
-
-
-def _inert(text: str) -> str:
-    """``text`` without HTML, which some front ends render, such as in the name of a file."""
-    return text.replace("<", "‹").replace(">", "›")
+    return {"text": [text]}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
@@ -27,16 +28,19 @@ SWITCHES: Sequence[tuple[str, Any]] = (
     ("comfy.model_management.in_training", True),
 )
 """Values during a merge, for names that this ComfyUI has."""
+_ONE_AT_A_TIME = RLock()
+"""These are the whole process's, and so are the models' hooks."""
 
 
 @contextmanager
 def ready_for_merge(clip: Any = None) -> Generator[None]:
-    """Context in which a merge can run MODEL and CLIP; previous settings are always restored.
+    """Context in which a merge can run MODEL and CLIP; previous settings are always restored. A
+    merge in another thread waits.
     Tensors have version counters, which reveal sites that share an input, and no gradients. The
     text encoders of ``clip`` are :func:`in_full_precision`. So is the denoiser while its features
     are collected; it draws as usual."""
     check_switches()
-    with ExitStack() as stack:
+    with _ONE_AT_A_TIME, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         for path, value in SWITCHES:

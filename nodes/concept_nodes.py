@@ -39,6 +39,10 @@ ROWS = 10
 _SOURCES = {"you": "", "file": " (from the file)", "captions": " (a guess from its captions)"}
 
 
+def _loras() -> list[str]:
+    return [NONE, *folder_paths.get_filename_list("loras")]
+
+
 class IterisConcept(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -48,8 +52,7 @@ class IterisConcept(io.ComfyNode):
             "IterisConcept",
             ["lora", "load lora", "merge lora", "concept"],
             inputs=[
-                # The front end fills lists of LoRAs (web/iteris.js).
-                io.Combo.Input("lora_name", options=[NONE], default=NONE),
+                io.Combo.Input("lora_name", options=_loras(), default=NONE),
                 io.String.Input("trigger", default=""),
                 io.String.Input("class_word", default=""),
                 strength_input("strength"),
@@ -58,7 +61,7 @@ class IterisConcept(io.ComfyNode):
                 advanced(io.Combo.Input("embedding", options=embeddings, default=NONE)),
                 # Optional and last, so that older saved graphs keep the positions of their values.
                 strength_input("strength_clip", optional=True),
-                advanced(io.Combo.Input("lora_low", options=[NONE], default=NONE, optional=True)),
+                advanced(io.Combo.Input("lora_low", options=_loras(), default=NONE, optional=True)),
                 io.Combo.Input("kind", options=kinds, default=AUTO, optional=True),
                 concepts_input(optional=True),
             ],
@@ -141,10 +144,8 @@ def _named(number: int, what: str) -> dict[str, Any]:
 
 def _row(number: int) -> list[Any]:
     named = partial(_named, number)
-    # The front end gives all lists of LoRAs the first one's names (web/iteris.js).
-    names = folder_paths.get_filename_list("loras") if number == 1 else []
     return [
-        io.Combo.Input(f"lora_{number}", options=[NONE, *names], default=NONE, **named("LoRA")),
+        io.Combo.Input(f"lora_{number}", options=_loras(), default=NONE, **named("LoRA")),
         io.Boolean.Input(
             f"on_{number}", default=True, label_on="on", label_off="off", **named("on")
         ),

@@ -28,7 +28,7 @@ from .comfy_state import ready_for_merge
 from .concept_specs import specs_of
 from .merge_settings import Request
 from .merging import LoraModel as TensorsOfLora
-from .pictures import plotted
+from .pictures import to_plot
 from .schema import (
     MERGED,
     MergeSettings,
@@ -39,12 +39,17 @@ from .schema import (
     setting_input,
 )
 
+_BY = ["outputs", "weights"]
+_TARGETS = ("rank", "megabytes", "energy")
+
 
 def _target_inputs() -> list[Any]:
+    numbers = {"min": 0.0, "optional": True}
     return [
-        io.Int.Input("rank", default=8, min=0, max=1024),
-        io.Float.Input("megabytes", default=0.0, min=0.0, max=10000.0, step=1.0),
-        io.Float.Input("energy", default=0.0, min=0.0, max=0.999, step=0.01),
+        io.Combo.Input("target", options=list(_TARGETS), default="rank", optional=True),
+        io.Int.Input("rank", default=8, min=0, max=1024, optional=True),
+        io.Float.Input("megabytes", default=50.0, max=10000.0, step=1.0, **numbers),
+        io.Float.Input("energy", default=0.9, max=0.999, step=0.01, **numbers),
     ]
 
 
@@ -57,10 +62,12 @@ def _run_inputs() -> list[Any]:
 
 
 def _target(values: Mapping[str, Any]) -> Target:
-    rank, megabytes, energy = (values[name] for name in ("rank", "megabytes", "energy"))
-    if sum(map(bool, (rank, megabytes, energy))) != 1:
-        raise IterisError("Set one of rank, megabytes and energy; set the others to 0.")
-    return Target(rank or None, megabytes or None, energy or None)
+    """Of the three numbers the one that ``target`` names; without it, as in graphs of earlier
+    versions, the first that is not 0."""
+    name = values.get("target") or next(filter(values.get, _TARGETS), "rank")
+    if not values.get(name):
+        raise IterisError(f"target is {name}, but {name} is 0; set it, or choose another target.")
+    return Target(**{name: values[name]})
 
 
 def _run(hidden: Any, request: Request) -> dict[str, Any]:
@@ -90,7 +97,7 @@ class ResizeLora(io.ComfyNode):
                 io.Clip.Input("clip", optional=True),
                 concepts_input(),
                 *_target_inputs(),
-                io.Combo.Input("by", options=["outputs", "weights"], default="outputs"),
+                io.Combo.Input("by", options=_BY, default="outputs", optional=True),
                 *_run_inputs(),
             ],
             group="files",
@@ -130,7 +137,7 @@ class ExtractLora(io.ComfyNode):
                 io.Clip.Input("clip"),
                 io.Clip.Input("clip_tuned", optional=True),
                 *_target_inputs(),
-                io.String.Input("prompts", default="", multiline=True),
+                io.String.Input("prompts", default="", multiline=True, optional=True),
                 *_run_inputs(),
             ],
             group="files",
@@ -221,8 +228,7 @@ class InspectLoras(io.ComfyNode):
                 lines.append(f"A merge would fail: {error}")
         table = "\n".join(lines)
         show_text(table, node_id)
-        plot = plotted(cls.hidden, 0, lambda: _plot(facts))
-        return io.NodeOutput(plot, table, ui=ui_text(table))
+        return io.NodeOutput(to_plot(_plot(facts)), table, ui=ui_text(table))
 
 
 def _plot(facts: Sequence[LoraFacts]) -> Any:

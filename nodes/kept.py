@@ -4,9 +4,11 @@ seed of the picture does not make them again."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+import logging
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,106 +16,228 @@ import folder_paths
 import torch
 
 from ..iteris_core.config import ConceptConfig, MergeConfig
-from ..iteris_core.errors import IterisError
+from ..iteris_core.errors import IterisError, LoraFileError, OutputError
 from ..iteris_core.hosts.sample_store import SampleStore, digest
 from ..iteris_core.lora import Lora, LowRank
 from ..iteris_core.lora_files.embeddings import bundled, sidecar_files, unbundled
+from ..iteris_core.lora_files.factors import store_all
+from ..iteris_core.lora_files.metadata import parse_object
 from ..iteris_core.lora_files.tensors import file_digest
 from ..iteris_core.merge import MergeResult
+from .comfy_conds import References
 from .comfy_digest import digest_of_base
-from .comfy_lora import ComfySites
+from .comfy_lora import ComfySites, listed_name
 from .merge_settings import Request
 
-_PACK = Path(__file__).parents[1]
-_ABOUT = "about"
-_NOTE = (
-    "  Made before with the same inputs, so nothing ran. To make it again, set kept to clear in "
-    "IterIS Settings."
+_ROOT = Path(__file__).parents[1]
+_PACK = digest(
+    [
+        file.read_bytes().decode()
+        for files in ("iteris_core/**/*.py", "iteris_core/prompts/*.txt", "nodes/*.py")
+        for file in sorted(_ROOT.glob(files))
+    ]
 )
+"""A hash of the code that runs: an update of the pack counts from the next start on."""
+_ABOUT = "about"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Merge:
     """A merged ``lora``, its report as text, and whether its components are ``ordered`` by output
-    energy."""
+    energy. ``short``: of a merge with rows or prompts left out, the limits that did it
+    (``minutes``, and ``memory`` in bytes) and what must be exceeded to make it again. ``again``:
+    the input *kept* asked for it."""
 
     lora: Lora
     report: str
     ordered: bool
+    short: Mapping[str, float] = field(default_factory=dict[str, float])
+    again: bool = False
 
     @classmethod
-    def of(cls, result: MergeResult) -> Merge:
+    def of(
+        cls, result: MergeResult, limits: Mapping[str, float] | None = None, *, again: bool = False
+    ) -> Merge:
         report = result.report
         settings = report.settings
         ordered = settings.get("objective") == "output" and not settings.get("block_steps")
         planned = f"Planned: {report.outlook}.\n" if report.outlook else ""
-        return cls(result.lora, planned + report.summary(), ordered)
+        cut = {"memory": bool(report.short), "minutes": "samples" in report.notes}
+        short = {name: limit for name, limit in (limits or {}).items() if cut[name]}
+        return cls(result.lora, planned + report.summary(), ordered, short, again)
+
+    def serves(self, limits: Mapping[str, float], *, again: bool) -> bool:
+        """False if within ``limits`` it would be better, or if it is to be made ``again`` and was
+        not since that was chosen."""
+        return again <= self.again and all(limits[name] <= was for name, was in self.short.items())
 
 
-def store(what: str) -> SampleStore:
-    """The folder for ``samples`` or ``merges``."""
-    return SampleStore(Path(folder_paths.get_user_directory(), "iteris", what))
+def store(what: str, *, anew: bool = False) -> SampleStore | None:
+    """The folder for ``samples`` or ``merges``; one in which nothing is found if all is to be made
+    ``anew``. None for a folder with files of others, which is left alone."""
+    kind = _WriteOnly if anew else SampleStore
+    try:
+        return kind(Path(folder_paths.get_user_directory(), "iteris", what))
+    except IterisError as error:
+        _log.warning("Nothing is kept: %s", error)
+        return None
+
+
+class _WriteOnly(SampleStore):
+    def get(self, *parts: str) -> None:
+        return None
+
+
+Place = str | tuple[Any, ...]
+"""Where a merge is kept: the key on the disk or, without a hash, what it was made of."""
+_last: list[tuple[Place, Merge]] = []
+"""The last merge without a hash; it is kept until ComfyUI ends."""
+
+
+def place_of(
+    models: Sequence[Any], clip: Any, config: MergeConfig, request: Request, boundary: float | None
+) -> Place | None:
+    """By all that a merge depends on. Minutes and memory only decide whether it is whole. None if
+    references have no hash."""
+    calibration = {name: v for name, v in config.calibration.items() if name != "minutes"}
+    config = config.model_copy(update={"calibration": calibration})
+    if (key := key_on_disk(models, clip, config, request, boundary)) is not None:
+        return key
+    if request.references != References():
+        return None
+    parts = [weakref.ref(part) for part in (*models, clip) if part is not None]
+    return parts, config, boundary, request.distilled
 
 
 def key_on_disk(
     models: Sequence[Any], clip: Any, config: MergeConfig, request: Request, boundary: float | None
 ) -> str | None:
-    """A hash of all that a merge depends on: the files' contents, not where they are. None if a
-    MODEL, CLIP or reference has none."""
-    limits = [boundary, request.distilled, request.memory_budget]
-    base = digest_of_base(models, clip, request.references, *limits)
+    """A hash of all that a merge depends on: the files' contents, not what they are called or where
+    they are. None if a MODEL, CLIP or reference has none."""
+    base = digest_of_base(models, clip, request.references, boundary, request.distilled)
     named = config.model_copy(update={"concepts": tuple(map(_by_content, config.concepts))})
     recipe = named.to_dict()
     if base is None or "embedding:" in json.dumps(recipe):  # of a file that may change
         return None
-    return digest([base, recipe, _pack_version()])
+    return digest([base, recipe, _PACK])
 
 
 def _by_content(concept: ConceptConfig) -> ConceptConfig:
-    hashes = [file_digest(one) for file in concept.files for one in (file, *sidecar_files(file))]
-    names = dict(zip(("file", "low"), (Path(file.name) for file in concept.files), strict=False))
-    return concept.model_copy(update={"sha256": "+".join(hashes), **names})
+    hashes = [_hash(one) for file in concept.files for one in (file, *sidecar_files(file))]
+    return concept.model_copy(update={"sha256": "+".join(hashes), "file": None, "low": None})
 
 
-@cache
-def _pack_version() -> str:
-    """A hash that any update of the pack changes."""
-    files = sorted(_PACK.glob("iteris_core/**/*.py")) + sorted(_PACK.glob("nodes/*.py"))
-    return digest([file.read_text(encoding="utf-8") for file in files])
+def _hash(file: Path) -> str:
+    """SHA-256 of a file, which is read again only when it has changed."""
+    try:
+        now = file.stat()
+    except OSError as error:
+        raise LoraFileError(f"{file} is gone ({error.strerror}); was it renamed?") from error
+    return _hash_of(file, now.st_size, now.st_mtime_ns)
 
 
-def keep(merge: Merge, key: str) -> None:
-    """Put a merge onto the disk."""
+@lru_cache(4096)
+def _hash_of(file: Path, size: int, changed: int) -> str:
+    return file_digest(file)
+
+
+def in_half(lora: Lora) -> Lora:
+    """``lora`` as its half-precision file has it, which takes half the space and loses nothing of
+    what the nodes hand on; as it is if values do not fit."""
+    base = lora.base
+    one_alpha = () if base is None else base.architecture.one_alpha
+    try:
+        stored = store_all(
+            lora, torch.float16, one_alpha, even=base is not None and bool(base.written)
+        )
+    except OutputError:
+        return lora
+    sites = {
+        site: LowRank(module.up.float() * module.scale, module.down.float(), module.kernel)
+        for site, module in stored.items()
+    }
+    return replace(lora, sites=sites, scales={site: m.scale for site, m in stored.items()})
+
+
+def keep(merge: Merge, place: Place) -> None:
+    """Put a merge into its place."""
+    if not isinstance(place, str):
+        _last[:] = [(place, merge)]
+        return
     lora = merge.lora
-    tensors = dict(bundled(lora.embeddings))
+    tensors, scales = dict(bundled(lora.embeddings)), dict[str, float]()
     for site, change in lora.sites.items():
-        tensors |= {f"{site} up": change.up, f"{site} down": change.down}
+        scale = lora.scales.get(site, 1.0)
+        half = LowRank((change.up / scale).half(), change.down.half())
+        exact = torch.equal(half.up.float() * scale, change.up)
+        if not exact or not torch.equal(half.down.float(), change.down):
+            half, scale = change, 1.0
+        tensors |= {f"{site} up": half.up, f"{site} down": half.down}
+        scales[site] = scale
     about = {
         "name": lora.name,
         "metadata": dict(lora.metadata),
         "kernels": {site: change.kernel for site, change in lora.sites.items()},
+        "scales": scales,
         "report": merge.report,
         "ordered": merge.ordered,
+        "short": dict(merge.short),
+        "again": merge.again,
     }
     text = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
-    store("merges").put({**tensors, _ABOUT: text}, key)
+    if (merges := store("merges")) is not None:
+        merges.put({**tensors, _ABOUT: text}, place)
 
 
-def kept(key: str, model: Any, clip: Any) -> Merge | None:
-    """The merge that was kept under ``key``, if it is there and whole."""
-    found = store("merges").get(key)
-    if found is None:
+def kept(place: Place, model: Any, clip: Any, concepts: Sequence[ConceptConfig]) -> Merge | None:
+    """The merge in a place, if it is there and whole, with the names that its files have now."""
+    if not isinstance(place, str):
+        return next((merge for where, merge in _last if where == place), None)
+    merges = store("merges")
+    if merges is None or (found := merges.get(place)) is None:
         return None
     try:
         about = json.loads(bytes(found.pop(_ABOUT).numpy()))
         embeddings, parts = unbundled(Path("merged"), found)
+        scales: dict[str, float] = about["scales"]
         sites = {
-            site: LowRank(parts[f"{site} up"], parts[f"{site} down"], kernel and tuple(kernel))
+            site: LowRank(
+                parts[f"{site} up"].float() * scales[site],
+                parts[f"{site} down"].float(),
+                kernel and tuple(kernel),
+            )
             for site, kernel in about["kernels"].items()
         }
-        named = about["name"], about["metadata"]
-    except (IterisError, KeyError, ValueError):
+        lora = Lora(
+            sites,
+            about["name"],
+            _renamed(about["metadata"], concepts),
+            base=ComfySites(model, clip).base,
+            scales=scales,
+            embeddings=embeddings,
+        )
+        told = (about[name] for name in ("report", "ordered", "short", "again"))
+        return Merge(lora, *told)
+    except (IterisError, KeyError, TypeError, ValueError):
         return None
-    base = ComfySites(model, clip).base
-    lora = Lora(sites, *named, base=base, embeddings=embeddings)
-    return Merge(lora, f"{about['report']}\n{_NOTE}", about["ordered"])
+
+
+def _renamed(metadata: Mapping[str, str], concepts: Sequence[ConceptConfig]) -> Mapping[str, str]:
+    """A merged LoRA's metadata with the names that the files of its ``concepts`` have now."""
+    files = {"+".join(map(_hash, one.files)): one.files for one in concepts if one.files}
+    recipe = parse_object(metadata.get("iteris"))
+    entries = [
+        {**one, "lora": own[0].stem, "file": "+".join(map(listed_name, own))}
+        if (own := files.get(one.get("sha256")))
+        else one
+        for one in recipe.get("concepts", ())
+    ]
+    inside = [one for one in entries if one.get("lora") and one.get("always_on") != "outside"]
+    names = [one["lora"] for one in inside]
+    return {
+        **metadata,
+        "iteris": json.dumps({**recipe, "concepts": entries}),
+        "modelspec.title": " + ".join(names),
+        "modelspec.merged_from": ", ".join(names),
+    }

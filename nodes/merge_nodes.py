@@ -8,9 +8,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..iteris_core.config import ConceptConfig, MergeConfig
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files.embeddings import bundled
-from ..iteris_core.methods import all_methods, find_method
 from ..iteris_core.report.provenance import scaled_lora
 from .comfy_host import BOUNDARY
 from .comfy_lora import apply_lora
@@ -18,12 +18,15 @@ from .comfy_runtime import show_text, ui_text
 from .concept_specs import specs_of
 from .kept import Merge
 from .merge_settings import Request
-from .merging import as_lora_model, as_lora_models, clear, merged
+from .merging import as_lora_model, as_lora_models, merged
 from .save_node import how_to_call
 from .schema import (
     MERGED,
+    METHOD,
     beside_inputs,
     method_inputs,
+    method_names,
+    minutes_input,
     model_inputs,
     preset_input,
     sampling_inputs,
@@ -85,17 +88,18 @@ class IterisMergeExperts(io.ComfyNode):
         return _output(cls.hidden, (model, model_low, clip_out, high, low), merge)
 
 
+_EACH = "each strength is a file of its own, unless Save Merged LoRA may overwrite."
+
+
 def _merge(
     hidden: Any, model: Any, clip: Any, concepts: Any, values: Mapping[str, Any], **experts: Any
 ) -> Merge:
     """The merge for the inputs' ``values``, at their strength, with the whole report."""
     strength: float = values.get("strength", 1.0)
     request = Request.of(values, model)
-    if request.clears:
-        clear()
-    config = request.config(specs_of(concepts), values.get("method", "iteris"))
+    config = request.config(specs_of(concepts), values.get("method", METHOD))
     merge = merged(model, clip, config, request, hidden.unique_id, **experts)
-    scaled = "" if strength == 1 else f"\n  At strength {strength:g}, in the file as well."
+    scaled = "" if strength == 1 else f"\n  At strength {strength:g}, in the file as well: {_EACH}"
     called = how_to_call(bundled(merge.lora.embeddings))
     if words := _words(merge):
         called = f"\n  Trigger words: {words}{called}"
@@ -112,7 +116,10 @@ def _words(merge: Merge) -> str:
     return merge.lora.metadata.get("modelspec.trigger_phrase", "")
 
 
-_BASE = "base"
+_NONE, _BASE, _EACH, _STACKED = "none", "base", "each alone", "stacked"
+_SUM = "sum"
+_FIRST = (_BASE, _EACH, _STACKED, METHOD, _NONE, _NONE)
+"""What the rows are at first."""
 
 
 class CompareMerges(io.ComfyNode):
@@ -123,15 +130,10 @@ class CompareMerges(io.ComfyNode):
             ["compare lora merges", "xy plot"],
             inputs=[
                 *model_inputs(),
-                io.String.Input(
-                    "methods",
-                    default="iteris, average, sum, ties",
-                    tooltip="Method names separated by commas "
-                    f"({', '.join(method.name for method in all_methods())}); base means "
-                    "no LoRA.",
-                ),
+                *(_row(number, first) for number, first in enumerate(_FIRST, 1)),
                 *sampling_inputs(),
                 preset_input(),
+                minutes_input(),
                 *beside_inputs(),
             ],
             group="compare",
@@ -140,28 +142,51 @@ class CompareMerges(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, model: Any, concepts: Any, methods: str, clip: Any = None, **values: Any
-    ) -> io.NodeOutput:
-        names = [name.strip() for name in methods.split(",") if name.strip()]
-        if not names:
-            raise IterisError("Compare Merges has no methods; enter for example iteris, average.")
-        for name in names:
-            if name != _BASE:
-                find_method(name)
+    def execute(cls, model: Any, concepts: Any, clip: Any = None, **values: Any) -> io.NodeOutput:
         request = Request.of(values, model)
-        if request.clears:  # once: the methods share their samples
-            clear()
-        node_id, specs = cls.hidden.unique_id, specs_of(concepts)
+        rows = _rows(values, specs_of(concepts), request)
+        node_id = cls.hidden.unique_id
         models, clips, reports = [], [], []
-        for name in names:
+        for label, config in rows:
             drawn = model, clip
-            if name != _BASE:
-                merge = merged(model, clip, request.config(specs, name), request, node_id)
+            if config is not None:
+                merge = merged(model, clip, config, request, node_id)
                 drawn = apply_lora(model, clip, as_lora_model(merge))
-                reports.append(merge.report)
+                reports.append(f"{label}: {merge.report}")
             models.append(drawn[0])
             clips.append(drawn[1])
         report = "\n".join(reports)
         show_text(report, node_id)
-        return io.NodeOutput(models, clips, names, report, ui=ui_text(report))
+        labels = [label for label, _ in rows]
+        return io.NodeOutput(models, clips, labels, report, ui=ui_text(report))
+
+
+def _row(number: int, first: str) -> Any:
+    choices = [_NONE, _BASE, _EACH, _STACKED, *(name for name in method_names() if name != _SUM)]
+    return io.Combo.Input(f"row_{number}", options=choices, default=first, optional=True)
+
+
+def _rows(
+    values: Mapping[str, Any], specs: Sequence[ConceptConfig], request: Request
+) -> list[tuple[str, MergeConfig | None]]:
+    """Label and merge of every row; None for the base."""
+
+    def stacked(some: Sequence[ConceptConfig]) -> MergeConfig:
+        """As Load LoRA adds them up: no weight and no rank counts."""
+        whole = [spec.model_copy(update={"weight": 1.0}) for spec in some if spec.counts]
+        return request.config(whole, _SUM).model_copy(update={"settings": {}})
+
+    always = [spec for spec in specs if spec.always_on != "no"]
+    own = [spec for spec in specs if spec.file is not None and spec.counts and spec not in always]
+    rows: list[tuple[str, MergeConfig | None]] = []
+    for number in range(1, len(_FIRST) + 1):
+        name: str = values.get(f"row_{number}", _NONE)
+        if name == _EACH:
+            rows += [(f"{spec.file.stem} alone", stacked([spec, *always])) for spec in own]
+        elif name == _STACKED:
+            rows.append((name, stacked(specs)))
+        elif name != _NONE:
+            rows.append((name, None if name == _BASE else request.config(specs, name)))
+    if not rows:
+        raise IterisError("Compare Merges has no rows; choose a method for at least one.")
+    return rows

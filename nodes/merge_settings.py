@@ -13,32 +13,31 @@ from ..iteris_core.concepts import Calibration
 from ..iteris_core.config import ConceptConfig, MergeConfig, Unmergeable
 from ..iteris_core.methods import find_method
 from ..iteris_core.methods.iteris import IterisSettings
-from ..iteris_core.settings import PresetName, declared_settings
+from ..iteris_core.settings import PresetName, Settings, declared_settings
 from .comfy_conds import References
 from .comfy_sizes import scale
-from .schema import advanced, changed, schema, setting_input
+from .schema import METHOD, advanced, changed, schema, setting_input
 
 CALIBRATION = (
-    "minutes", "timesteps", "latents", "frames", "denoising_steps", "guidance", "empty_share",
-    "contexts", "generic", "composites",
+    "timesteps", "latents", "frames", "denoising_steps", "guidance", "empty_share", "contexts",
+    "generic", "composites",
 )  # fmt: skip
-FOLDED = (
-    "schedule", "iterations", "objective", "weighting", "ridge", "shrink",
-    "saliency", "row_tokens", "precision",
+ITERIS = (
+    "rank", "share_ranks", "repair", "block_steps", "schedule", "iterations", "objective",
+    "weighting", "ridge", "shrink", "saliency", "row_tokens", "precision",
 )  # fmt: skip
-"""What the front end shows among advanced inputs only."""
-ITERIS = ("rank", "share_ranks", "repair", "block_steps", *FOLDED)
 """Excludes the number of rows per forward, which memory decides, the rate of the polish, and the
 bound."""
-_DEFAULT_METHOD = "iteris"
+PLAIN = ("timesteps", "latents", "frames", "denoising_steps", "guidance", "rank", "repair")
+"""Of these settings, those that the front end does not fold away."""
 _DIRECT = ("preset", "samples", "seed", "minutes")
-_CLEAR = "clear"
+_KEPT = ("use", "make again")
 
 
 @dataclass(frozen=True)
 class Request:
-    """``values`` are those of IterIS Settings, by name; its minutes count first. ``samples`` 0
-    means the preset's number, ``minutes`` 0 no limit. ``pixels`` is pixels per latent side."""
+    """``values`` are those of IterIS Settings, by name. ``samples`` 0 means the preset's number,
+    ``minutes`` 0 no limit. ``pixels`` is pixels per latent side."""
 
     preset: PresetName = "default"
     samples: int = 0
@@ -59,7 +58,6 @@ class Request:
     def config(self, concepts: Sequence[ConceptConfig], method: str) -> MergeConfig:
         """The inputs over the preset."""
         values = {name: self.values[name] for name in CALIBRATION if name in self.values}
-        values = {name: value for name, value in values.items() if name != "minutes" or value}
         calibration = changed(Calibration, {"seed": self.seed, "minutes": self.minutes, **values})
         calibration |= {"samples": self.samples} if self.samples else {}
         if size := self.values.get("image_size", 0):
@@ -75,7 +73,7 @@ class Request:
 
     def _settings(self, method: str) -> dict[str, Any]:
         """The method's settings; of methods other than iteris, the rank."""
-        if method != _DEFAULT_METHOD:
+        if method != METHOD:
             rank = self.values.get("rank")
             known = declared_settings(find_method(method).settings)
             return {"rank": rank} if rank and "rank" in known else {}
@@ -88,9 +86,9 @@ class Request:
         return round(memory * 2**30) if memory else "free"
 
     @property
-    def clears(self) -> bool:
-        """True if what is kept on the disk is to be removed first."""
-        return self.values.get("kept", "use") == _CLEAR
+    def again(self) -> bool:
+        """True if a merge that is kept is to be made again; "clear" is older graphs' word."""
+        return self.values.get("kept", _KEPT[0]) != _KEPT[0]
 
     @property
     def distilled(self) -> bool | None:
@@ -103,6 +101,11 @@ class Request:
         return {"references": self.references, "distilled": self.distilled}
 
 
+def _settings(owner: type[Settings], names: Sequence[str]) -> list[Any]:
+    inputs = {name: setting_input(owner, name) for name in names}
+    return [one if name in PLAIN else advanced(one) for name, one in inputs.items()]
+
+
 class IterisMergeSettings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -112,20 +115,22 @@ class IterisMergeSettings(io.ComfyNode):
             ["merge settings", "ridge", "image size", "rank"],
             inputs=[
                 io.Int.Input("image_size", default=0, min=0, max=4096, step=64, optional=True),
-                *(setting_input(Calibration, name) for name in CALIBRATION),
+                *_settings(Calibration, CALIBRATION),
                 io.Combo.Input(
                     "empty_prompts", options=["auto", "yes", "no"], default="auto", optional=True
                 ),
                 io.Combo.Input("cannot_merge", options=choices, default="refuse", optional=True),
                 io.Float.Input("memory", default=0.0, max=1024.0, min=0.0, step=0.1, optional=True),
-                *(
-                    advanced(one) if one.id in FOLDED else one
-                    for one in (setting_input(IterisSettings, name) for name in ITERIS)
-                ),
-                io.Combo.Input("kept", options=["use", _CLEAR], default="use", optional=True),
+                *_settings(IterisSettings, ITERIS),
+                io.Combo.Input("kept", options=list(_KEPT), default=_KEPT[0], optional=True),
             ],
             outputs=("settings",),
         )
+
+    @classmethod
+    def validate_inputs(cls, kept: Any = None) -> bool | str:
+        known = kept in (None, *_KEPT, "clear")
+        return known or f"kept is {kept!r}, but can be {' or '.join(_KEPT)}."
 
     @classmethod
     def execute(cls, **values: Any) -> io.NodeOutput:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import weakref
+import math
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,15 +21,20 @@ from ..iteris_core.methods import find_method
 from ..iteris_core.report.provenance import cut_lora
 from ..iteris_core.settings import declared_settings
 from ..iteris_core.solve.choose import THRESHOLDS, Thresholds
-from .comfy_conds import References
 from .comfy_host import ComfyHost
-from .comfy_runtime import NodeProgress
+from .comfy_runtime import NodeProgress, could_free, show_text
 from .comfy_state import ready_for_merge
 from .concept_specs import DENOISER
-from .kept import Merge, keep, kept, key_on_disk, store
+from .kept import Merge, in_half, keep, kept, place_of, store
 from .merge_settings import Request
 
 _ROWS = 32
+_NOISE = 1.25
+"""How many times as much memory must be free as when it was short: it is never twice the same."""
+_NOTE = (
+    "  Made before with the same inputs, so nothing ran. To make it again, set kept to make again "
+    "in IterIS Settings."
+)
 _log = logging.getLogger(__name__)
 
 
@@ -61,14 +66,16 @@ def merge_on(
     rows: int = _ROWS,
     memory_budget: int | Literal["free"] = "free",
     thresholds: Thresholds = THRESHOLDS,
+    again: bool = False,
     **base: Any,
 ) -> MergeResult:
     """Merge with at most ``rows`` rows per forward; halved whenever memory runs out.
 
     ``memory_budget`` is the memory in bytes that the merge may use beyond the model; by default
     ComfyUI's free memory. The node and the report show the resulting plan. Settings that the method
-    lacks are ignored; ``thresholds`` holds the thresholds; ``base`` are arguments of
-    :class:`.comfy_host.ComfyHost`. Raises :class:`IterisError` if the merge cannot fit.
+    lacks are ignored; ``thresholds`` holds the thresholds; with ``again`` samples that are kept are
+    made again, too; ``base`` are arguments of :class:`.comfy_host.ComfyHost`. Raises
+    :class:`IterisError` if the merge cannot fit.
     """
     known = declared_settings(find_method(config.method).settings)
     reading = ReadOptions(allow_partial=config.unmergeable == "skip")
@@ -83,7 +90,7 @@ def merge_on(
                 on_progress=NodeProgress(node_id),
                 memory_budget=memory_budget,
                 thresholds=thresholds,
-                store=store("samples"),
+                store=store("samples", anew=again),
             )
         except OutOfMemory as error:  # the node has an input in pixels
             raise OutOfMemory(str(error).replace("latent_size", "image_size")) from error
@@ -105,10 +112,6 @@ def as_lora_models(merge: Merge, dtype: str = "float16") -> list[LoraModel]:
     return [as_lora_model(replace(merge, lora=part), dtype) for part in parts]
 
 
-_last: list[tuple[Any, Merge]] = []
-"""The last merge on a MODEL and CLIP without a hash, and what it was made of."""
-
-
 def merged(
     model: Any,
     clip: Any,
@@ -121,27 +124,25 @@ def merged(
 ) -> Merge:
     """The merge of ``config``, perhaps one that was kept; ``low`` and ``boundary`` as in
     :class:`.comfy_host.ComfyHost`."""
+    show_text("Reading the LoRAs", node_id)  # large files take seconds
     models = [model] if low is None else [model, low]
-    key = key_on_disk(models, clip, config, request, boundary)
-    parts = [weakref.ref(part) for part in (*models, clip) if part is not None]
-    made_of = parts, config, boundary, request.distilled, request.memory_budget
-    if key is not None:
-        if (merge := kept(key, model, clip)) is not None:
-            return merge
-    elif _last and _last[0][0] == made_of and request.references == References():
-        return _last[0][1]
+    place = place_of(models, clip, config, request, boundary)
+    memory, again = request.memory_budget, request.again
+    limits: dict[str, float] = {
+        "minutes": config.calibration.get("minutes") or math.inf,
+        "memory": could_free(model) if memory == "free" else memory,
+    }
+    found = None if place is None else kept(place, model, clip, config.concepts)
+    if place is not None and found is not None and found.serves(limits, again=again):
+        if found.again and not again:  # choosing it once more makes it once more
+            keep(replace(found, again=False), place)
+        return replace(found, report=f"{found.report}\n{_NOTE}")
     experts = {} if low is None else {"low": low, "boundary": boundary}
-    memory, base = request.memory_budget, {**request.base, **experts}
-    merge = Merge.of(merge_on(model, clip, config, node_id, memory_budget=memory, **base))
-    if key is not None:
-        keep(merge, key)
-    elif request.references == References():
-        _last[:] = [(made_of, merge)]
+    base: dict[str, Any] = {**request.base, **experts}
+    result = merge_on(model, clip, config, node_id, memory_budget=memory, again=again, **base)
+    if memory == "free":
+        limits["memory"] *= _NOISE
+    merge = Merge.of(replace(result, lora=in_half(result.lora)), limits, again=again)
+    if place is not None:
+        keep(merge, place)
     return merge
-
-
-def clear() -> None:
-    """Remove all merges and samples that are kept."""
-    _last.clear()
-    for what in ("merges", "samples"):
-        store(what).clear()

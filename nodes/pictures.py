@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..iteris_core.saving import atomically
@@ -28,20 +30,38 @@ def to_image(pictures: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack(arrays))
 
 
-def plotted(hidden: Any, output: int, draw: Callable[[], Any]) -> Tensor | None:
-    """The matplotlib Figure that ``draw`` makes, as a batch of one, if a node takes that output or
-    the graph is unknown."""
-    here, graph = [str(hidden.unique_id), output], hidden.prompt
-    if graph is not None and not any(here in node["inputs"].values() for node in graph.values()):
-        return None
-    draw().savefig(png := BytesIO(), format="png", dpi=110)
+def to_plot(figure: Any) -> Tensor:
+    """A matplotlib Figure as a batch of one. It is drawn whether or not a node takes it: one that
+    is connected later gets what was made before."""
+    figure.savefig(png := BytesIO(), format="png", dpi=110)
     return to_image([Image.open(png)])
 
 
-def save_thumbnail(batch: Tensor, path: Path) -> None:
-    """Save the first image, scaled down, as a complete PNG without metadata."""
+_MARK = "iteris"
+"""The text in our PNGs that holds a hash of their pixels."""
+
+
+def save_thumbnail(batch: Tensor, path: Path) -> bool:
+    """Save the first image, scaled down, as a complete PNG with nothing but our mark. False if an
+    image without it is there, which stays."""
+    if path.exists() and not _is_ours(path):
+        return False
     picture = to_pil(batch[:1])[0]
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    (mark := PngInfo()).add_text(_MARK, _pixels(picture))
     with atomically(path) as unfinished:
         unfinished.touch()
-        picture.save(unfinished, format="PNG")
+        picture.save(unfinished, format="PNG", pnginfo=mark)
+    return True
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get(_MARK) == _pixels(picture)
+    except OSError:  # not a picture
+        return False
+
+
+def _pixels(picture: Image.Image) -> str:
+    return sha256(picture.tobytes()).hexdigest()

@@ -13,14 +13,18 @@ from typing import Any
 import folder_paths
 import torch
 from comfy_api.latest import io
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..iteris_core.errors import IterisError, SaveError
 from ..iteris_core.lora_files import DTYPES, read_header
 from ..iteris_core.lora_files.embeddings import file_names, to_file, unbundled
-from ..iteris_core.lora_files.tensors import content_hash, file_digest, save_atomically
-from ..iteris_core.report.provenance import write_card
+from ..iteris_core.lora_files.tensors import (
+    content_hash,
+    file_digest,
+    read_tensors,
+    save_atomically,
+)
+from ..iteris_core.report.provenance import card_of, write_card
 from .comfy_internals import optional
 from .comfy_runtime import show_text, ui_text
 from .merging import LoraModel as MergedLora
@@ -31,6 +35,10 @@ _AS_IT_IS = "as it is"
 _HASH = "modelspec.hash_sha256"
 _OURS = "iteris"
 """Keys of a file's metadata: the hash of its tensors, and the recipe that all our files have."""
+_STAYS = (
+    "\n{} is not as IterIS wrote it, so it stays, and no {} is saved. Move it, or save the LoRA "
+    "under another name."
+)
 
 
 class SaveMergedLora(io.ComfyNode):
@@ -85,18 +93,24 @@ class SaveMergedLora(io.ComfyNode):
                     f"rank; choose {_AS_IT_IS!r} and rank 0."
                 )
             tensors = lora.at("" if dtype == _AS_IT_IS else dtype, rank)
-        metadata: dict[str, str] = dict(getattr(tensors, "metadata", {}))
-        metadata = {} if optional("comfy.cli_args.args.disable_metadata") else metadata
-        metadata |= {_OURS: metadata.get(_OURS, "{}"), _HASH: f"0x{content_hash(tensors)}"}
+        told: dict[str, str] = dict(getattr(tensors, "metadata", {}))
+        metadata = {} if optional("comfy.cli_args.args.disable_metadata") else told
+        own = {_OURS: metadata.get(_OURS, "{}"), _HASH: f"0x{content_hash(tensors)}"}
+        metadata = {**metadata, **own}
         try:
-            file, subfolder = new_file(filename_prefix, folder, metadata, overwrite=overwrite)
-            embeddings = save_embeddings(tensors, subfolder)
+            sources = told.get(_OURS, "") if overwrite else None
+            file, subfolder = new_file(filename_prefix, folder, metadata, sources)
+            lines = save_embeddings(tensors, subfolder)
+            page, picture = file.with_suffix(".md"), file.with_suffix(".preview.png")
+            free = _is_free_for_a_card(page, file)
             if not _holds(file, metadata):
                 save_atomically(dict(tensors), file, metadata)
-            if thumbnail is not None:
-                save_thumbnail(thumbnail, file.with_suffix(".preview.png"))
-            if card:
+            if thumbnail is not None and not save_thumbnail(thumbnail, picture):
+                lines += _STAYS.format(picture.name, "thumbnail")
+            if card and free:
                 write_card(file)
+            elif card:
+                lines += _STAYS.format(page.name, "card")
         except SaveError as error:
             raise SaveError(f"{error} The merge is kept; queue again to save it.") from error
         except OSError as error:
@@ -105,7 +119,7 @@ class SaveMergedLora(io.ComfyNode):
                 "writable, or choose another. The merge is kept; queue again to save it."
             ) from error
         name = str(Path(subfolder) / file.name)
-        text = f"{name}{embeddings}"
+        text = f"{name}{lines}"
         show_text(f"Saved {text}", cls.hidden.unique_id)
         return io.NodeOutput(name, ui=ui_text(text))
 
@@ -127,12 +141,12 @@ def new_file(
     prefix: str,
     folder: str = _DEFAULT,
     metadata: Mapping[str, str] = MappingProxyType({}),
-    *,
-    overwrite: bool = False,
+    sources: str | None = None,
 ) -> tuple[Path, str]:
     """The file for a LoRA with this ``metadata``, and its folder below the one for LoRAs: a new
-    one, the one that holds this very LoRA, or one that may be overwritten. ``prefix`` supports Save
-    Image's placeholders, such as %year%."""
+    one, the one that holds this very LoRA or, given a text with the hashes of its ``sources``, one
+    of ours that may be overwritten. ``prefix`` supports Save Image's placeholders, such as
+    %year%."""
     prefix = prefix.strip().removesuffix(_END)
     names = folder_names()
     if folder not in names:
@@ -148,9 +162,9 @@ def new_file(
     for file in numbered_files(Path(where), name):
         if not file.exists() or _holds(file, metadata):
             return file, subfolder
-        if overwrite:
+        if sources is not None:
             why = "" if _OURS in _metadata_of(file) else "IterIS did not write it"
-            if not why and file_digest(file) in metadata.get(_OURS, ""):
+            if not why and file_digest(file) in sources:
                 why = "it is one of the LoRAs that were merged"
             if why:
                 raise SaveError(
@@ -170,6 +184,15 @@ def _metadata_of(file: Path) -> Mapping[str, str]:
         return read_header(file)[1]
     except IterisError:  # a file of another kind
         return {}
+
+
+def _is_free_for_a_card(page: Path, file: Path) -> bool:
+    """True if no page is there, or just the card of ``file``."""
+    try:
+        there = page.read_text(encoding="utf-8") if page.exists() else None
+    except UnicodeError:
+        return False
+    return there is None or there == card_of(file, _metadata_of(file))
 
 
 def numbered_files(folder: Path, name: str) -> Iterator[Path]:
@@ -209,7 +232,10 @@ def _is_free(path: Path, tensors: Mapping[str, Tensor]) -> bool:
         return False  # ComfyUI would accept either
     if not path.exists():
         return True
-    there = load_file(path)
+    try:
+        there, _ = read_tensors(path)
+    except IterisError:  # a file of another kind
+        return False
     return there.keys() == tensors.keys() and all(
         torch.equal(there[key], tensors[key]) for key in tensors
     )

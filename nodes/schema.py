@@ -29,6 +29,8 @@ Scorer = io.Custom("ITERIS_SCORER")
 LoraModel = io.Custom("LORA_MODEL")
 LoraStack = io.Custom("LORA_STACK")
 
+METHOD = "iteris"
+"""The default method."""
 MINUTES = 60.0
 """How long a merge takes at most, unless told otherwise: roughly."""
 NONE = "none"
@@ -68,7 +70,7 @@ def advanced(one: Any) -> Any:
 
 def discreet(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """The ``node``, whose errors now name files as ComfyUI lists them, not where they are on the
-    server, and what this ComfyUI lacks."""
+    server, options as inputs, and what this ComfyUI lacks."""
     run: Any = node.execute
 
     @wraps(run.__func__)
@@ -76,7 +78,7 @@ def discreet(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
         try:
             return run.__func__(cls, *given, **values)
         except IterisError as error:
-            error.args = (_without_folders(str(error)),)
+            error.args = (_as_inputs(_without_folders(str(error))),)
             raise
         except (AttributeError, ImportError) as error:
             if gone := missing():
@@ -85,6 +87,20 @@ def discreet(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
 
     node.execute = classmethod(execute)
     return node
+
+
+_OPTIONS = {
+    "option allow_partial": "cannot_merge: skip on IterIS Settings",
+    "option unmergeable": "cannot_merge on IterIS Settings",
+    "denoising_steps to": "denoising_steps on IterIS Settings to",
+}
+
+
+def _as_inputs(text: str) -> str:
+    """``text`` with the library's options as the nodes' inputs."""
+    for option, here in _OPTIONS.items():
+        text = text.replace(option, here)
+    return text
 
 
 def _without_folders(text: str) -> str:
@@ -131,7 +147,7 @@ def schema(
         description=texts["description"],
         inputs=inputs,
         outputs=made,
-        hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+        hidden=[io.Hidden.unique_id],
         **more,
     )
 
@@ -205,15 +221,21 @@ def preset_input() -> Any:
     )
 
 
+def method_names() -> list[str]:
+    """All methods, the default first."""
+    return sorted((method.name for method in all_methods()), key=lambda name: name != METHOD)
+
+
+def minutes_input() -> Any:
+    return io.Float.Input("minutes", default=MINUTES, min=0.0, max=1440.0, step=1.0, optional=True)
+
+
 def method_inputs(*further: Any) -> list[Any]:
-    """Method, preset and rows, the ``further`` inputs, minutes, and those besides the prompts."""
-    methods = [method.name for method in all_methods()]
-    method = io.Combo.Input("method", options=methods, default="iteris", optional=True)
-    # Behind the others, so that older saved graphs keep the positions of their values.
-    minutes = io.Float.Input(
-        "minutes", default=MINUTES, min=0.0, max=10000.0, step=1.0, optional=True
-    )
-    return [method, preset_input(), *sampling_inputs(), *further, minutes, *beside_inputs()]
+    """Preset and rows, the ``further`` inputs, minutes, the method, and those besides the
+    prompts."""
+    method = io.Combo.Input("method", options=method_names(), default=METHOD, optional=True)
+    rows = [preset_input(), *sampling_inputs()]
+    return [*rows, *further, minutes_input(), advanced(method), *beside_inputs()]
 
 
 def beside_inputs() -> list[Any]:

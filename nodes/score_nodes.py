@@ -14,7 +14,7 @@ from ..iteris_core.errors import IterisError
 from ..iteris_core.score import ClipScorer, ImageScorer, clip_score, contact_sheet, without_tokens
 from .comfy_runtime import show_text
 from .comfy_scorer import ARCHITECTURES, ComfyScorer, ComfyVisionScorer, check_open_clip
-from .pictures import plotted, to_image, to_pil
+from .pictures import to_image, to_pil, to_plot
 from .schema import Scorer, schema
 
 _FOLDERS = ("clip_vision", "text_encoders")
@@ -30,7 +30,7 @@ def _score_output(values: Tensor, title: str, hidden: Any) -> io.NodeOutput:
     ]
     lines.append(f"mean: cosine {mean:.4f}, CLIPScore {float(scaled.mean()):.4f}")
     show_text(f"{title}: {mean:.4f}", hidden.unique_id)
-    plot = plotted(hidden, _SCORED.index("plot"), lambda: plot_scores(values.tolist(), title))
+    plot = to_plot(plot_scores(values.tolist(), title))
     return io.NodeOutput(mean, float(scaled.mean()), "\n".join(lines), plot)
 
 

@@ -3,9 +3,10 @@
 import { app } from '../../scripts/app.js';
 import { api } from '../../scripts/api.js';
 import { fromLoraList, isLoraList, prepareLoras } from './lora_rows.js';
+import { asText, label } from './page_text.js';
 
 const TELLING = ['IterisMerge', 'IterisMergeExperts', 'IterisCompareMerges', 'IterisInspectLoras',
-  'IterisSaveLora'];
+  'IterisSaveLora', 'IterisResizeLora', 'IterisExtractLora'];
 // Lists of LoRAs that the server sends empty: they are the same as the first one of IterIS LoRAs.
 const LISTS = { IterisLoras: /^lora_\d+$/, IterisConcept: /^lora_(name|low)$/ };
 const REPORT = 'iteris_report';
@@ -23,12 +24,25 @@ function nodeOf(id) {
   return node;
 }
 
+// The other way round; of a subgraph that is there several times, the first.
+function idOf(node, graph = app.rootGraph ?? app.graph) {
+  if (node.graph === graph) return String(node.id);
+  for (const outer of graph?._nodes ?? []) {
+    const inner = outer.subgraph && idOf(node, outer.subgraph);
+    if (inner) return `${outer.id}:${inner}`;
+  }
+  return null;
+}
+
+const isOurs = (node) => node?.comfyClass?.startsWith('Iteris') ?? false;
+
 // The text on a node is two lines high by itself; reports are longer.
 function fitText(node, text) {
-  if (!node?.comfyClass?.startsWith('Iteris')) return;
+  if (!isOurs(node)) return;
   const width = node.size[0];
   const inLine = Math.floor((width - 60) / LETTER);
-  const lines = String(text).split('\n').reduce((n, l) => n + Math.max(1, Math.ceil(l.length / inLine)), 0);
+  const shown = text.replace(/&#\d+;/g, '.'); // see page_text.js
+  const lines = shown.split('\n').reduce((n, l) => n + Math.max(1, Math.ceil(l.length / inLine)), 0);
   const least = node.computeSize([width, 0])[1];
   const height = least + Math.max(0, lines - LINES) * LINE_HEIGHT;
   if (node.size[1] < height) {
@@ -38,6 +52,14 @@ function fitText(node, text) {
 }
 
 const namesIn = (spec) => (Array.isArray(spec?.[0]) ? spec[0] : spec?.[1]?.options);
+
+// A menu of the old front end takes what it lists for HTML.
+function labelLists(node) {
+  for (const { options } of node.widgets ?? []) {
+    const values = Array.isArray(options?.values) ? options.values : [];
+    if (values.some((value) => String(value).includes('<'))) options.getOptionLabel = label;
+  }
+}
 
 function shareNames(defs) {
   names = namesIn(defs.IterisLoras?.input?.optional?.lora_1) ?? names;
@@ -55,7 +77,19 @@ function fillLists(graph) {
     for (const widget of node.widgets ?? []) {
       if (LISTS[node.comfyClass]?.test(widget.name)) widget.options.values = names;
     }
+    if (isOurs(node)) labelLists(node);
     if (node.subgraph) fillLists(node.subgraph);
+  }
+}
+
+// What an input that is gone said, for those in its place.
+function inOtherInputs(type, known) {
+  if (type === 'IterisCompareMerges' && typeof known.methods === 'string') {
+    const rows = known.methods.split(',').map((name) => name.trim()).filter(Boolean);
+    for (let row = 1; row <= 6; row++) known[`row_${row}`] = rows[row - 1]?.replace(/^sum$/, 'stacked') ?? 'none';
+  }
+  if (['IterisResizeLora', 'IterisExtractLora'].includes(type)) {
+    known.target ??= ['rank', 'megabytes', 'energy'].find((name) => known[name]);
   }
 }
 
@@ -67,6 +101,7 @@ function renew(saved) {
   const old = saved.inputs?.filter((input) => input.widget) ?? [];
   if (old.some((input) => input.link == null)) { // an example names those that are linked
     const known = Object.fromEntries(old.map(({ widget }, index) => [widget.name, values[index]]));
+    inOtherInputs(saved.type, known);
     saved.widgets_values = widgets.map(({ name, value }) => known[name] ?? value);
   } else if (widgets.some(({ value }, index) => index in values && typeof value !== typeof values[index])) {
     saved.widgets_values = widgets.map(({ value }) => value);
@@ -75,10 +110,42 @@ function renew(saved) {
   }
 }
 
-// Two spaces at the end of a line break it in Nodes 2.0, as from the server.
+// A graph may come from anybody, and name anything a report.
 function showReport(node) {
-  const text = node.properties?.[REPORT]?.replaceAll('\n', '  \n');
-  if (text) api.dispatchCustomEvent('progress_text', { nodeId: String(node.id), text });
+  const text = node.properties?.[REPORT];
+  if (!TELLING.includes(node.comfyClass) || typeof text !== 'string' || !text) return;
+  api.dispatchCustomEvent('progress_text', { nodeId: idOf(node), text: asText(text) });
+}
+
+const everyNode = (saved) => [saved?.nodes, ...(saved?.definitions?.subgraphs ?? []).map((one) => one.nodes)]
+  .flat().filter((node) => node?.type?.startsWith('Iteris'));
+const openTab = () => app.extensionManager?.workflow?.activeWorkflow;
+const tabs = new WeakMap(); // reports of runs of a tab that was not open then, by node
+const runs = new Map(); // id of a run → its tab
+
+// A picture is made before its run's reports: it must not carry those of the run before.
+function followRuns() {
+  const queue = api.queuePrompt;
+  api.queuePrompt = async function (number, data, ...more) {
+    for (const node of everyNode(data?.workflow)) {
+      const { [REPORT]: _, ...others } = node.properties ?? {};
+      node.properties = others;
+    }
+    const tab = openTab();
+    const made = await queue.call(this, number, data, ...more);
+    if (tab && made?.prompt_id) runs.set(made.prompt_id, tab);
+    return made;
+  };
+}
+
+function tell(id, text) {
+  const node = nodeOf(id);
+  if (!TELLING.includes(node?.comfyClass)) return;
+  node.properties[REPORT] = text;
+  showReport(node);
+  // Lists of files are made when the page loads; a LoRA that was just saved is not in them.
+  const isNew = !names.includes(text.split('\n')[0]);
+  if (node.comfyClass === 'IterisSaveLora' && isNew) app.refreshComboInNodes?.();
 }
 
 app.registerExtension({
@@ -88,15 +155,16 @@ app.registerExtension({
     shareNames(defs);
     fillLists(app.rootGraph ?? app.graph);
   },
-  beforeConfigureGraph({ nodes, definitions }) {
-    for (const saved of [nodes, ...(definitions?.subgraphs ?? []).map((one) => one.nodes)].flat()) {
-      if (saved?.type?.startsWith('Iteris') && Array.isArray(saved.widgets_values)) renew(saved);
+  beforeConfigureGraph(graph) {
+    for (const saved of everyNode(graph)) {
+      if (Array.isArray(saved.widgets_values)) renew(saved);
     }
   },
   loadedGraphNode(node) {
     setTimeout(() => showReport(node), 0);
   },
   nodeCreated(node) {
+    if (isOurs(node)) labelLists(node);
     if (node.comfyClass === 'IterisLoras') prepareLoras(node);
     // Wide enough for what it will say, before others are put beside it.
     if (TELLING.includes(node.comfyClass)) node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]);
@@ -114,14 +182,20 @@ app.registerExtension({
       setTimeout(() => fitText(nodeOf(detail?.nodeId), detail?.text ?? ''), 50);
     });
     api.addEventListener('executed', ({ detail }) => {
-      const node = nodeOf(detail?.node);
       const text = detail?.output?.text?.[0];
-      if (!TELLING.includes(node?.comfyClass) || !text) return;
-      node.properties[REPORT] = text;
-      showReport(node);
-      // Lists of files are made when the page loads; a LoRA that was just saved is not in them.
-      const isNew = !names.includes(text.split('\n')[0]);
-      if (node.comfyClass === 'IterisSaveLora' && isNew) app.refreshComboInNodes?.();
+      if (typeof text !== 'string' || !text) return;
+      const tab = runs.get(detail.prompt_id);
+      if (!tab || tab === openTab()) tell(detail.node, text);
+      else tabs.set(tab, { ...tabs.get(tab), [detail.node]: text });
     });
+    app.canvas.canvas.addEventListener('litegraph:set-graph', () => app.canvas.graph?._nodes.forEach(showReport));
+    followRuns();
+  },
+  afterConfigureGraph() {
+    setTimeout(() => { // once the tab is the open one
+      const tab = openTab();
+      for (const [id, text] of Object.entries((tab && tabs.get(tab)) ?? {})) tell(id, text);
+      if (tab) tabs.delete(tab);
+    }, 500);
   },
 });

@@ -2,6 +2,7 @@
 // widgets hold the values and are hidden.
 import { app } from '../../scripts/app.js';
 import { api } from '../../scripts/api.js';
+import { label } from './page_text.js';
 import { STRIP_LINES, STRIP_STYLE, blockStrip } from './block_strip.js';
 
 const ROWS = 10;
@@ -95,8 +96,7 @@ async function fillIn(node, row) {
 
 function choose(node, row, event) {
   const names = choices(widgetOf(node, `lora_${row}`)).filter((name) => name !== NONE);
-  // Menus of older front ends take their entries for HTML.
-  const entries = names.map((name) => ({ content: name.replaceAll('<', '‹'), name }));
+  const entries = names.map((name) => ({ content: label(name), name }));
   const callback = ({ name }) => {
     write(node, row, { ...read(node, row), lora: name });
     changed(node);
@@ -239,19 +239,42 @@ const ownRows = (node) => node.widgets.filter(({ name }) => /^loras\.\d+\.lora_n
   { lora: value, on: true, strength: widgetOf(node, name.replace('lora_name', 'strength'))?.value ?? 1 }
 ));
 
-// The LoRAs of a node: in one value each (rgthree), or in widgets loras.NUMBER.FIELD of ComfyUI's own
-// lists, of which one is for the model alone and one for the text encoder.
+const valueOf = (node, name) => widgetOf(node, name)?.value;
+// Bypassed or muted, a loader puts nothing on MODEL.
+const ofLoader = (node) => [{
+  lora: valueOf(node, 'lora_name'),
+  on: node.mode === 0,
+  strength: valueOf(node, 'strength_model'),
+  strengthTwo: valueOf(node, 'strength_clip') ?? 0,
+}];
+
+// The LoRAs of a node: in one value each (rgthree), in widgets loras.NUMBER.FIELD of ComfyUI's own
+// lists, of which one is for the model alone and one for the text encoder, or one of a chain.
 const LISTS = {
   'Power Lora Loader (rgthree)': (node) => node.widgets.map((widget) => widget.value),
   LoadLoraModel: (node) => ownRows(node).map((row) => ({ ...row, strengthTwo: 0 })),
   LoadLoraTextEncoder: (node) => ownRows(node).map((row) => ({ ...row, strength: 0, strengthTwo: row.strength })),
+  LoraLoader: ofLoader,
+  LoraLoaderModelOnly: ofLoader,
 };
+const MERGES = ['IterisMerge', 'IterisMergeExperts', 'IterisCompareMerges'];
+const BYPASSED = 4;
 
 export const isLoraList = (node) => Object.hasOwn(LISTS, node.type);
 
-// The same on a node of ours below it, or on a chain of them.
+// Every list before and behind a node, on the line of MODEL.
+function chainOf(node) {
+  const chain = [node];
+  for (let at = node.getInputNode?.(0); at && isLoraList(at); at = at.getInputNode(0)) chain.unshift(at);
+  for (let at = node.getOutputNodes?.(0)?.find(isLoraList); at; at = at.getOutputNodes(0)?.find(isLoraList)) chain.push(at);
+  return chain;
+}
+
+// The same on a node of ours below it, or on a chain of them. A merge behind it takes them, and MODEL
+// and CLIP as they are without them: on MODEL as well, each LoRA would count twice.
 export function fromLoraList(node) {
-  const loras = LISTS[node.type](node).filter((value) => value?.lora && value.lora.toLowerCase() !== NONE);
+  const chain = chainOf(node);
+  const loras = chain.flatMap((one) => LISTS[one.type](one)).filter((value) => value?.lora && value.lora.toLowerCase() !== NONE);
   let before = null;
   for (let start = 0; start < loras.length; start += ROWS) {
     const made = window.LiteGraph.createNode('IterisLoras');
@@ -264,6 +287,12 @@ export function fromLoraList(node) {
     ));
     rewrite(made, rows);
     for (const row of used(made)) fillIn(made, row).catch(console.warn);
+  }
+  for (const merge of chain.at(-1).getOutputNodes?.(0) ?? []) {
+    const slot = merge.inputs.findIndex((input) => input.name === 'concepts');
+    if (!before || !MERGES.includes(merge.type) || merge.inputs[slot].link != null) continue;
+    before.connect(0, merge, slot);
+    for (const one of chain) one.mode = BYPASSED;
   }
 }
 

@@ -60,8 +60,8 @@ class Collector:
         group = self._order.setdefault((shown.name, shown.call), shown.group)
         if group != shown.group:
             raise SiteError(
-                f"The micro-batches took different paths through the model at site {shown.name}; "
-                "use one micro-batch."
+                f"The base runs differently from prompt to prompt at {shown.name}, perhaps through "
+                "a node or hook on it. Merge on the base from before that, or use micro_batch=1."
             )
         if shown.saliency is not None:
             changes = self._changes[shown.name]

@@ -147,9 +147,9 @@ class Lockstep:
                         return
                     if any(ended) or any(site != arrived[0] for site in arrived):
                         raise SiteError(
-                            f"The micro-batches took different paths through the model ({arrived}),"
-                            " so they cannot be merged in one sweep; use one micro-batch or "
-                            'schedule="jacobi".'
+                            f"The base runs differently from prompt to prompt ({arrived}), perhaps "
+                            "through a node or hook on it. Merge on the base from before that, or "
+                            "use schedule=jacobi."
                         )
                     self._active = None
                     yield self._barriers.level(arrived[0])

@@ -16,7 +16,7 @@ from ..architectures import architecture_of_file
 from ..config import ConceptConfig
 from ..edit.bake import bake as bake_model
 from ..edit.bake import places_in, weight_in
-from ..errors import BaseError, OutputError, UsageError
+from ..errors import BaseError, UsageError
 from ..lora_files import (
     DTYPES,
     Layout,
@@ -134,7 +134,7 @@ def convert(
     check_target(output, None, "float16", overwrite)
     config = ConceptConfig(file=file)
     check_concepts([config])
-    check_apart([output], [config])
+    check_apart([output], file, base)
     lora = lora_reader(base)(file, ReadOptions(allow_partial, energy))
     found = find_phrases(file, lora.metadata)
     if found.source not in ("", "file"):  # from notes beside the file
@@ -183,10 +183,9 @@ def bake(
         raise UsageError("--lora must name a LoRA file.")
     check_base(str(base))
     check_concepts(configs)
-    if output.exists() and output.samefile(base):
-        raise OutputError(f"{output} is the base itself, which would be lost; choose another name.")
-    check_target(output, None, "float16", overwrite)
     files = [config.files[0] for config in configs]
+    check_target(output, None, "float16", overwrite)
+    check_apart([output], base, *files)
     model = released_base(architecture_of_file(*read_header(files[0])).name)
     places, options = places_in(base, model), ReadOptions(allow_partial, energy)
     read = [read_lora_file(file, model, weight_in(base, places), options) for file in files]

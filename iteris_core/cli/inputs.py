@@ -3,7 +3,7 @@ in LoRA files, trigger words and output paths."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from ..errors import ConceptError, InputFileError, LoraFileError, OutputError, b
 from ..lora import Lora
 from ..lora_files import Layout, is_lora, read_header, read_tensors
 from ..lora_files.blocks import weights_by_block
-from ..lora_files.embeddings import embedding_targets, split_embeddings
+from ..lora_files.embeddings import embedding_files, split_embeddings
 from ..lora_files.experts import by_expert, expert_files
 from ..lora_files.formulas import check_whole
 from ..report.provenance import join_embeddings, shared_triggers
+from ..saving import check_new
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _FEW = 8
@@ -101,30 +102,33 @@ def check_concepts(concepts: Sequence[ConceptConfig]) -> list[Concept]:
     return read
 
 
-def check_apart(outputs: Sequence[Path], concepts: Sequence[ConceptConfig]) -> None:
-    """Raise :class:`IterisError` if the result would overwrite one of the LoRAs."""
-    files = [file for option in concepts for file in option.files if file.exists()]
+def check_apart(outputs: Iterable[Path], *inputs: str | Path | None) -> None:
+    """Raise :class:`IterisError` if a result would overwrite what it is made of."""
+    files = [Path(one) for one in inputs if one and Path(one).exists()]
     for output in filter(Path.exists, outputs):
         if any(output.samefile(file) for file in files):
             raise OutputError(
-                f"{output} is one of the LoRAs to merge and would be lost; choose another name for "
-                "the result."
+                f"{output} is an input, which would be lost; choose another name for the result."
             )
 
 
 def check_embeddings(
     concepts: Sequence[Concept], output: Path, layout: Layout | None, *, overwrite: bool
-) -> None:
-    """Refuse embeddings that cannot be written beside ``output``, and a base without names."""
+) -> list[Path]:
+    """Refuse embeddings that cannot be written beside ``output``, and a base without names; returns
+    their files."""
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     beside = expert_files(output)[0] if any(len(by_expert(lora)) > 1 for lora in loras) else output
-    embedding_targets(beside, list(join_embeddings(concepts).embeddings), overwrite)
+    files = list(embedding_files(beside, list(join_embeddings(concepts).embeddings)).values())
+    for file in files:
+        check_new(file, overwrite=overwrite)
     for base in (lora.base for lora in loras):
         if layout == "kohya" and base is not None and not base.written:
             raise OutputError(
                 f"A base of {base.architecture.title} has no names in kohya layout; omit --layout, "
                 "or give peft."
             )
+    return files
 
 
 def warnings_of(concepts: Sequence[ConceptConfig]) -> Iterator[str]:

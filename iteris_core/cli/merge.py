@@ -8,11 +8,11 @@ from typing import Any
 
 import typer
 
-from ..config import MergeConfig, read_concept
+from ..config import MergeConfig, check_merging, read_concept
 from ..errors import UsageError
 from ..lora import Lora
 from ..lora_files import ReadOptions, ReleasedBases, check_target
-from ..lora_files.embeddings import embedding_targets
+from ..lora_files.embeddings import embedding_files, sidecar_files
 from ..lora_files.experts import expert_files, write_or_keep
 from ..lora_files.metadata import noted_phrases, trigger_words
 from ..merge import MergeResult, merge_loras
@@ -43,6 +43,7 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
     file = context.obj if isinstance(context.obj, MergeFile) else None
     config = requested(file, options, calibration)
     _check(config, options)
+    store = store_of(options.store) if config.base else None
     reading = ReadOptions(options.allow_partial, options.energy)
     pictures = given(image=options.image, mask_image=options.mask_image)
     call = {name: open_picture(path) for name, path in pictures.items()}
@@ -70,7 +71,7 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
         if options.plan:
             done = preview_merge(host, concepts, **how)
         else:
-            done = merge_loras(host, concepts, **how, store=store_of(options.store))
+            done = merge_loras(host, concepts, **how, store=store)
     if isinstance(done, MergeResult):
         _write(with_run(done.lora, config.base, config.unmergeable), done.report, options)
     elif options.as_json:
@@ -98,8 +99,11 @@ def _check(config: MergeConfig, options: MergeOptions) -> None:
                     f"--{name.replace('_', '-')} is for merges on a base; name it before the LoRAs."
                 )
     read = check_concepts(config.concepts)
-    check_embeddings(read, paths[0], options.layout, overwrite=overwrite)
-    check_apart(paths, config.concepts)
+    check_merging(config.concepts)
+    embeddings = check_embeddings(read, paths[0], options.layout, overwrite=overwrite)
+    files = [file for one in config.concepts for file in one.files]
+    beside = [embedding for file in files for embedding in sidecar_files(file)]
+    check_apart([*paths, *embeddings], config.base, *files, *beside)
     settings_over(config.preset, config.method, config.settings, config.calibration)
 
 
@@ -109,7 +113,7 @@ def _write(lora: Lora, report: MergeReport, options: MergeOptions) -> None:
     lines = [spelled(report.summary())]
     lines += [f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB)." for path in paths]
     if lora.embeddings:
-        found = embedding_targets(paths[0], list(lora.embeddings), overwrite=True)
+        found = embedding_files(paths[0], list(lora.embeddings))
         phrases = noted_phrases(lora.metadata) or trigger_words(lora.metadata)[:1]
         lines += [
             *(f"Its embedding {n} is in {f}: load it beside the LoRA." for n, f in found.items()),

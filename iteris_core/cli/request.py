@@ -14,6 +14,7 @@ from ..errors import ConceptError, MergeFileError, RecipeError, SettingsError, U
 from ..lora_files import Layout, read_tensors
 from ..lora_files.metadata import parse_object
 from ..methods import find_method
+from ..report.provenance import without_files
 from . import options as shared
 from .base import BUNDLED
 from .common import warn
@@ -164,6 +165,11 @@ def read_recipe(path: Path) -> MergeConfig:
             raise MergeFileError(f"it has no {missing[0]}")
         data = {name: recorded[name] for name in (*_WHOLE, *_OF_RUN) if name in recorded}
         if isinstance(data["concepts"], list):  # without what it only tells of a concept
+            if loose := without_files(recorded):
+                raise RecipeError(
+                    f"{path} cannot be merged again: its LoRA {loose[0]!r} was made in Python and "
+                    "is in no file."
+                )
             data["concepts"] = [
                 {key: value for key, value in entry.items() if key in known}
                 if isinstance(entry, dict)
@@ -176,6 +182,9 @@ def read_recipe(path: Path) -> MergeConfig:
             f"{path} has no complete merge recipe in its metadata ({error}); it was not written "
             "by iteris merge, or another tool saved it without its metadata."
         ) from error
+    config = config.model_copy(
+        update={"concepts": tuple(_by_name(path, one) for one in config.concepts)}
+    )
     later = {name: recorded[name] for name in ("cut", "strength") if recorded.get(name)}
     if later:
         warn(f"{path} was changed after its merge ({later}); the merge itself is repeated.")
@@ -183,6 +192,18 @@ def read_recipe(path: Path) -> MergeConfig:
         return _checked(config, config.method, str(path))
     except SettingsError as error:
         raise RecipeError(f"The recipe is not of this version: {error}") from error
+
+
+def _by_name(path: Path, concept: ConceptConfig) -> ConceptConfig:
+    """``concept`` of the recipe in ``path``, with its files by their names alone: a recipe is
+    untrusted, and a folder in it may be anybody's."""
+    names = [Path(PureWindowsPath(file).name) for file in concept.files]
+    if len([digest for digest in concept.sha256.split("+") if digest]) < len(names):
+        raise RecipeError(
+            f"{path} has no SHA-256 of {names[0]} in its recipe, so no file can be known to be the "
+            "one that was merged; give the LoRAs with --concept."
+        )
+    return concept.model_copy(update=dict(zip(("file", "low"), names, strict=False)))
 
 
 def _checked(config: MergeConfig, method: str, where: str) -> MergeConfig:

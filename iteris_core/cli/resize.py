@@ -97,7 +97,7 @@ def resize(context: typer.Context, options: ResizeOptions, calibration: dict[str
     file = config.files[0]
     check_target(output, options.layout, options.dtype, options.overwrite)
     check_concepts([config])
-    check_apart([output], [config])
+    check_apart([output], file, options.base)
     if options.base is None:
         if calibration:
             name = next(iter(calibration)).replace("_", "-")
@@ -141,6 +141,7 @@ def extract(context: typer.Context, options: ExtractOptions, calibration: dict[s
     device = device_of(options.device)
     for base in bases:
         check_base(base)
+    check_apart([options.output], *bases)
     if options.prompts is not None:
         how["prompts"] = read_lines(options.prompts)
         if not how["prompts"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ..lora_files import BaseModel
 from ..passes.held_out import FinalOutputs, error_of, held_out
 from ..passes.preflight import unmergeable_sites
 from ..progress import OnProgress
+from ..settings import Budget
 from ..solve.ranks import Components, Target, kept, share_out
 from .resize import Reduced, calibration_of, fitted, job_of, look
 
@@ -41,7 +42,7 @@ def extract_lora(
     calibration: Calibration | Mapping[str, Any] | None = None,
     itemsize: int = 2,
     on_progress: OnProgress | None = None,
-    memory_budget: int | Literal["free"] | None = "free",
+    memory_budget: Budget = "free",
 ) -> Reduced:
     """The LoRA that turns ``base`` into ``tuned``, reduced to ``target``.
 

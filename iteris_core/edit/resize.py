@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,11 @@ from ..hosts.protocol import Host
 from ..lora import Lora, LowRank, SiteChanges
 from ..passes.batches import REFERENCE, ExecutionConfig
 from ..passes.changes import changes_of, check_sites
-from ..passes.job import Budget, Job, Run
+from ..passes.job import Job, Run
 from ..passes.preflight import unmergeable_sites
 from ..passes.sweep import solve_sites
 from ..progress import Forecast, OnProgress
+from ..settings import Budget, budget_of
 from ..solve.choose import THRESHOLDS
 from ..solve.inputs import InputMoments
 from ..solve.problem import (
@@ -47,7 +48,7 @@ def resize_lora(
     calibration: Calibration | Mapping[str, Any] | None = None,
     itemsize: int = 2,
     on_progress: OnProgress | None = None,
-    memory_budget: int | Literal["free"] | None = "free",
+    memory_budget: Budget = "free",
 ) -> Reduced:
     """Reduce a LoRA to ``target``, with ranks shared out over its layers by worth.
 
@@ -164,7 +165,7 @@ def job_of(
     """A job that runs the rows of one ``concept`` on a ``host`` with its ``changes``."""
     eta, generator = Forecast(on_progress), torch.Generator().manual_seed(calibration.seed)
     given = host, [concept], changes, calibration, generator, eta.tick
-    return Job(*given, memory_budget=memory_budget, eta=eta)
+    return Job(*given, memory_budget=budget_of(memory_budget), eta=eta)
 
 
 class _Moments(Reduction):

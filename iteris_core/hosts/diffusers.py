@@ -36,7 +36,7 @@ from .learned import EmbeddingTriggers, Placeholders, in_force
 from .protocol import SAMPLES_AT_ONCE, Host, Stage, Tick, check_ready
 from .recorded import Call, entries, joined, kind, size
 from .rows import SamplePrompts, added_concepts
-from .sample_store import SampleStore, digest, digest_of_weights
+from .sample_store import SampleStore, behaviour, digest, digest_of_weights
 from .transformers import TransformersHost
 
 Words = list[list[Call]]
@@ -142,12 +142,12 @@ class DiffusersHost(Host):
 
     def _base_digest(self, arguments: Arguments) -> str | None:
         """A hash of all that samples depend on beside prompts and LoRAs; None if there is none: for
-        an argument of another kind, or weights that are not there."""
+        an argument of another kind, weights that are not there, or code of others on a model."""
         parts = {name: getattr(self.pipeline, name) for name in self.pipeline.components}
+        models = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
         weights = digest_of_weights(
             (f"{name}.{path}", tensor)
-            for name, part in parts.items()
-            if isinstance(part, nn.Module)
+            for name, part in models.items()
             for path, tensor in (*part.named_parameters(), *part.named_buffers())
         )
         scheduler = parts.get("scheduler")
@@ -155,7 +155,8 @@ class DiffusersHost(Host):
         device = torch.device(self.pipeline._execution_device).type
         named = type(self.pipeline).__name__, version("diffusers"), device
         with suppress(TypeError):
-            return weights and digest([weights, named, configured, arguments.size, self._loop.call])
+            told = named, configured, arguments.size, self._loop.call, behaviour(models)
+            return weights and digest([weights, *told])
         return None
 
     def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:

@@ -217,8 +217,8 @@ def by_loader(
     if 0 < len(lost) < len(tensors):
         raise LoraFileError(
             f"{path}: diffusers' loader of {name} would leave out {len(lost)} of {len(tensors)} "
-            f"tensors, such as {', '.join([*lost][:3])}. Allow partial reading (option "
-            "allow_partial) to go on without them."
+            f"tensors, such as {', '.join([*lost][:3])}. To go on without them, use "
+            "option allow_partial."
         )
     raise LoraFileError(
         f"{path}: {strange[0]} {tuple(tensors[strange[0]].shape)} matches no module of the base "

@@ -7,6 +7,9 @@ import hashlib
 import json
 import logging
 import os
+import re
+import secrets
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,10 +19,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import IterisError
-from ..saving import atomically
+from ..errors import OutputError, UsageError
 
 _log = logging.getLogger(__name__)
 
@@ -27,24 +29,50 @@ VERSION = "2"
 """Changes whenever the same key would stand for other samples."""
 
 LIMIT = 4 * 2**30
+_SUFFIX = ".iteris-store"
+_OWN = re.compile(rf"[0-9a-f]{{64}}(\.[0-9a-f]{{8}})?{_SUFFIX}|[0-9a-f]{{64}}\.safetensors")
+"""Names of a store's files: whole ones, those still being written, and those of earlier versions,
+which are never read."""
+_WRITING = 3600
+"""Seconds after which an unfinished file is one that its process left behind."""
 _VALUES = 4096
+_PACKAGE = __name__.removesuffix("hosts.sample_store")
 
 
 @dataclass(frozen=True)
 class SampleStore:
-    """A ``folder`` of samples, of which the least recently used go when it exceeds ``limit`` bytes.
-    ``parts`` belong to every key. Several processes may share a folder. A file that cannot be read
-    is as good as none, and a full disk keeps nothing; neither ends a merge."""
+    """A ``folder`` of samples, of which the least recently used go when it exceeds ``limit`` bytes;
+    the newest always stays. ``parts`` belong to every key. Several processes may share a folder. A
+    file that cannot be read is as good as none, and a full disk keeps nothing; neither ends a
+    merge. Raises :class:`OutputError` for a folder that contains anything else."""
 
     folder: Path
     limit: int = LIMIT
     parts: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        with suppress(OSError):  # it does not exist yet, or takes nothing
+            # What comes there during a merge does not end it.
+            for name in () if self.parts else sorted(os.listdir(self.folder)):
+                if not _OWN.fullmatch(name) and not name.startswith("."):
+                    raise OutputError(
+                        f"The folder {self.folder} is no store of samples: it contains {name}. "
+                        "Give the store a folder of its own (option store, or ITERIS_STORE)."
+                    )
+
     @staticmethod
     def default() -> Path:
         """``ITERIS_STORE``, or ``iteris/samples`` in the user's folder for caches."""
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return Path(os.environ.get("ITERIS_STORE") or caches / "iteris" / "samples")
+        if given := os.environ.get("ITERIS_STORE"):
+            return Path(given)
+        try:
+            caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        except RuntimeError as error:
+            raise UsageError(
+                "The store of samples has no place, because this user has no home folder. Name a "
+                "folder (option store, or ITERIS_STORE), or none."
+            ) from error
+        return caches / "iteris" / "samples"
 
     def within(self, *parts: str) -> SampleStore:
         """The same store, for what also depends on ``parts``."""
@@ -53,24 +81,30 @@ class SampleStore:
     def get(self, *parts: str) -> dict[str, Tensor] | None:
         """The tensors kept under these ``parts``, or None."""
         path = self._path(parts)
-        with suppress(OSError, SafetensorError, ValueError):
+        try:
             tensors = load_file(path)
+        except (OSError, SafetensorError, ValueError, RuntimeError):  # torch maps the file again
+            return None
+        with suppress(OSError):  # the folder may be read only
             os.utime(path)
-            return tensors
-        return None
+        return tensors
 
     def put(self, tensors: Mapping[str, Tensor], *parts: str) -> None:
         """Keep ``tensors``, and let go of what has not been used for longest."""
         path = self._path(parts)
+        unfinished = path.with_suffix(f".{secrets.token_hex(4)}{_SUFFIX}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomically(path) as unfinished:
-                # Copies: tensors that share memory, such as two experts' sigmas, are refused.
-                copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-                save_file({name: t.contiguous() for name, t in copies.items()}, unfinished)
-        except (IterisError, OSError) as error:
+            # Copies: tensors that share memory, such as two experts' sigmas, are refused.
+            copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+            save_file({name: t.contiguous() for name, t in copies.items()}, unfinished)
+            unfinished.replace(path)
+        except (OSError, SafetensorError) as error:
             _log.warning("Nothing is kept for the next merge: %s", error)
-        self._shrink(self.limit)
+        finally:
+            with suppress(OSError):
+                unfinished.unlink()
+        self._shrink(self.limit, path)
 
     @property
     def size(self) -> int:
@@ -82,18 +116,27 @@ class SampleStore:
         return self._shrink(0)
 
     def _files(self) -> list[tuple[float, int, Path]]:
+        """(time of last use, bytes, path) of the store's own files, the least recently used
+        first."""
         found: list[tuple[float, int, Path]] = []
-        for path in self.folder.glob("*.safetensors"):
-            with suppress(OSError):  # another process removed it
-                found.append((path.stat().st_mtime, path.stat().st_size, path))
+        for path in self.folder.glob("*"):
+            if _OWN.fullmatch(path.name):
+                with suppress(OSError):  # another process removed it
+                    status = path.stat()
+                    found.append((status.st_mtime, status.st_size, path))
         return sorted(found)
 
-    def _shrink(self, limit: int) -> int:
+    def _shrink(self, limit: int, newest: Path | None = None) -> int:
+        """Remove files beyond ``limit`` bytes, the least recently used first. With a ``newest``,
+        that stays, and so does what another process is writing."""
         files, removed = self._files(), 0
         size = sum(own for _, own, _ in files)
-        for _, own, path in files:
+        for used, own, path in files:
             if size - removed <= limit:
                 break
+            writing = "." in path.stem and time.time() - used < _WRITING
+            if newest is not None and (path == newest or writing):
+                continue
             with suppress(OSError):
                 path.unlink(missing_ok=True)
                 removed += own
@@ -101,7 +144,7 @@ class SampleStore:
 
     def _path(self, parts: Sequence[str]) -> Path:
         name = digest((VERSION, torch.__version__, *self.parts, *parts))
-        return self.folder / f"{name}.safetensors"
+        return self.folder / f"{name}{_SUFFIX}"
 
 
 def digest(value: Any) -> str:
@@ -136,3 +179,34 @@ def digest_of_weights(named: Iterable[tuple[str, Tensor]]) -> str | None:
             step = max(1, part.numel() // _VALUES)
             values.append((name, tuple(tensor.shape), part.reshape(-1)[::step]))
     return digest(values)
+
+
+def behaviour(models: Mapping[str, nn.Module]) -> list[Any]:
+    """For :func:`digest`, what models do beside their weights: attention processors and the
+    numbers of FreeU. Raises :class:`TypeError` where code of others is on them, hooks or replaced
+    forwards, which have no hash."""
+    found: list[Any] = []
+    for name, model in models.items():
+        for path, module in model.named_modules():
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            forward = vars(module).get("forward")
+            if hasattr(module, "_hf_hook"):  # offloading moves weights alone
+                forward = getattr(module, "_old_forward", forward)
+            own = getattr(forward, "__func__", None) is type(module).forward
+            if not all(map(_is_known, hooks)) or not (forward is None or own):
+                raise TypeError(f"no hash of what is on {name}.{path}")
+            processor = vars(module).get("processor") or module._modules.get("processor")
+            if processor is not None:
+                kind = f"{type(processor).__module__}.{type(processor).__qualname__}"
+                if not kind.startswith("diffusers."):
+                    raise TypeError(f"no hash of {kind}")
+                found.append((name, path, kind, vars(processor)))
+            if any(numbers := [vars(module).get(number) for number in ("s1", "s2", "b1", "b2")]):
+                found.append((name, path, numbers))
+    return found
+
+
+def _is_known(hook: Any) -> bool:
+    """True for a hook of IterIS, or one by which a library makes what is in its weights."""
+    module = str(getattr(getattr(hook, "func", hook), "__module__", ""))
+    return module.startswith((_PACKAGE, "torch.", "transformers."))

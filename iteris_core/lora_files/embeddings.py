@@ -2,7 +2,7 @@
 
 Beside ``<stem>.safetensors`` it is called ``<stem>_emb.safetensors`` (pivotal tuning) or
 ``<stem>_embedding.safetensors`` (textual inversion). A merged LoRA lists its embeddings, and
-:func:`embedding_targets` says where each is.
+:func:`embedding_files` says where each is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import LoraFileError
-from ..saving import check_new
 from .metadata import parse_object
 from .tensors import read_tensors
 
@@ -37,7 +36,7 @@ def split_embeddings(
     embeddings, rest = unbundled(path, tensors)
     names = parse_object(metadata.get("iteris")).get("embeddings")
     if isinstance(names, list):  # a merged file
-        files = embedding_targets(path, [str(name) for name in names], overwrite=True)
+        files = embedding_files(path, [str(name) for name in names])
         for name, file in files.items():
             if name not in embeddings and file.is_file():
                 embeddings |= _embeddings_of(file, name)
@@ -101,15 +100,12 @@ def to_file(name: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[ANY]} if list(tensors) == [ANY] else tensors
 
 
-def embedding_targets(path: Path, names: Sequence[str], overwrite: bool) -> dict[str, Path]:
+def embedding_files(path: Path, names: Sequence[str]) -> dict[str, Path]:
     """Files for embeddings beside a LoRA; bundled, diffusers could not load it."""
-    targets: dict[str, Path] = {}
-    for name, own in file_names(names).items():
-        middle = "" if len(names) == 1 else f"_{own}"
-        target = path.with_name(f"{path.stem}{middle}_emb.safetensors")
-        check_new(target, overwrite=overwrite)
-        targets[name] = target
-    return targets
+    return {
+        name: path.with_name(f"{path.stem}{f'_{own}' * (len(names) > 1)}_emb.safetensors")
+        for name, own in file_names(names).items()
+    }
 
 
 def file_names(names: Iterable[str]) -> dict[str, str]:

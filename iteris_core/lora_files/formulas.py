@@ -175,8 +175,8 @@ def rebuild(
     except Misfit:
         sizes = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in floats.items())
         raise LoraFileError(
-            f"{place} has {sizes}, but the base model's weight there is {tuple(shape)}; this LoRA "
-            "was made for another base model."
+            f"{place} was made for another base: it has {sizes}, and this base's layer takes "
+            f"{math.prod(shape[1:])} inputs and gives {shape[0]} outputs."
         ) from None
     if parts.keys() <= floats.keys() | {"alpha"}:
         return change

@@ -27,9 +27,11 @@ ALWAYS_ON = "speed", "slider", "detailer"
 
 _TURBO = re.compile(r"(z[-_ ]?image|sd|sdxl|sd3(\.5)?)[-_ ]?turbo|qwen[-_ ]?image[-_ ]?edit", re.I)
 """Bases with these words in their names, which their LoRAs' names repeat."""
+_PLAIN = re.compile(r"lightning|turbo|schnell", re.I)
+"""Words for speed that names of people and things contain too."""
 _PURPOSES: Mapping[Purpose, re.Pattern[str]] = {
     "speed": re.compile(
-        r"lightning|turbo|schnell|lightx2v|caus(al)?vid|distill|self[-_ ]?forcing"
+        r"lightning|turbo|schnell|lightx2v|caus(al)?vid|\bdistill(ed|ation)?\b|self[-_ ]?forcing"
         r"|\b(lcm|tcd|pcm|dmd2?|accvid(eo)?)\b|\bhyper[-_ ]?(sd|flux)"
         r"|\b(1|2|4|6|8|12|16)[-_ ]?steps?\b",
         re.I,
@@ -130,14 +132,20 @@ def public_name(base: str) -> str:
     return base if _ON_THE_HUB.fullmatch(base) else PureWindowsPath(base).name
 
 
-def purpose_of(name: str, metadata: Mapping[str, str], tags: Iterable[str] = ()) -> Purpose | None:
-    """The purpose of a LoRA that is no subject, from its file's ``name``, its metadata and the
-    ``tags`` in the notes beside it."""
-    known = [name, *(metadata.get(key, "") for key in _NAMED)]
-    texts = [_words(_TURBO.sub(" ", text)) for text in known]
-    for purpose, words in _PURPOSES.items():
-        if any(words.search(text) for text in texts):
-            return purpose
+def purpose_of(
+    name: str,
+    metadata: Mapping[str, str],
+    tags: Iterable[str] = (),
+    phrases: Sequence[str] = (),
+) -> Purpose | None:
+    """The purpose of a LoRA that is no subject, from its metadata, its file's ``name``, and the
+    ``tags`` in the notes beside it. With trigger ``phrases`` of its own, words such as "lightning"
+    do not make it a speed LoRA."""
+    for text in (*(metadata.get(key, "") for key in _NAMED), name):
+        text = _words(_TURBO.sub(" ", text))
+        for purpose, words in _PURPOSES.items():
+            if words.search(_PLAIN.sub(" ", text) if phrases else text):
+                return purpose
     if "style" in tags:
         return "style"
     bases = (_words(metadata.get(key, "")) for key in _BASE_NAMES)

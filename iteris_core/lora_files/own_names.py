@@ -19,7 +19,7 @@ _COMPONENTS = {
     **{"lora_te2": "text_encoder_2", "lora_te3": "text_encoder_3"},
 }
 """Kohya's prefixes of text encoders; everything else is the denoiser."""
-_RECORD = Architecture("file", "the file", one_alpha=("unet", *_COMPONENTS.values()))
+_RECORD = Architecture("file", "the file", one_alpha=("unet", *_COMPONENTS.values()), network="")
 
 
 def read_by_own_names(

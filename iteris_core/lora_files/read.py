@@ -265,15 +265,18 @@ def _complaint(
     """What is left out, and what to do; ``whole``: that is all of the file."""
     keys = [key for some in left_out.values() for key in some]
     named = [f"{k} {tuple(tensors[k].shape)} {why}" for why, some in left_out.items() for k in some]
-    rest = "; to merge the rest of it, allow a partial reading (option allow_partial)."
+    rest = "To merge the rest, use option allow_partial."
     if whole and _NO_MODULE not in left_out and left_out.keys() - {_UNKNOWN}:
         advice = "Nothing in it is a low-rank change of a layer, so there is nothing to merge."
     elif whole:
         advice = "This LoRA was made for another base model, or it is not a LoRA."
     elif set(left_out) == {_NO_MODULE}:
-        advice = f"This LoRA was made for another base model, or for one with more parts{rest}"
+        return (
+            f"{len(keys)} of {len(tensors)} tensors have no layer in this base, such as {keys[0]}. "
+            f"Was the LoRA made for another base? {rest}"
+        )
     else:
-        advice = f"Nothing is skipped silently{rest}"
+        advice = rest
     first = "; ".join(named[:3])
     return f"{len(keys)} of {len(tensors)} tensors cannot be read: {first}. {advice}"
 

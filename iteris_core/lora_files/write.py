@@ -33,7 +33,7 @@ from ..errors import OutputError
 from ..lora import Lora, LowRank
 from ..saving import check_new, together
 from .aliases import BaseModel, base_model
-from .embeddings import embedding_targets, to_file
+from .embeddings import embedding_files, to_file
 from .factors import Factors, lora_config, store_all
 from .tensors import content_hash, save_tensors
 
@@ -78,7 +78,8 @@ def write_loras(
     for path, lora in loras.items():
         check_target(path, layout, dtype, overwrite)
         files[path] = to_tensors(lora, layout=layout, dtype=dtype)
-        for name, target in embedding_targets(path, list(lora.embeddings), overwrite).items():
+        for name, target in embedding_files(path, list(lora.embeddings)).items():
+            check_new(target, overwrite=overwrite)
             files[target] = to_file(name, lora.embeddings[name]), {"name": name}
     with together() as beside:
         for path, (tensors, metadata) in files.items():
@@ -124,7 +125,8 @@ def to_tensors(
         scales = [module.scale for module in modules.values() if module.rank == dim]
         alpha = dim * max(set(scales), key=scales.count)
         metadata |= {"ss_network_dim": str(dim), "ss_network_alpha": f"{alpha:g}"}
-        metadata["ss_network_module"] = base.architecture.network
+        if base.architecture.network:
+            metadata["ss_network_module"] = base.architecture.network
         if lora.base is not None and base.architecture.version:
             metadata["ss_base_model_version"] = base.architecture.version
     else:

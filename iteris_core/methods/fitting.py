@@ -183,6 +183,8 @@ def solver_of(
         return reduction
 
     def solve(site: str, reduction: Reduction) -> Solution:
+        if ranks is not None and not ranks[site]:  # a repair for which the file has no room
+            return Solution(job.changes[site].like.scaled(0))
         solution = reduction.solve(fit_of(site))
         if site in inputs:
             own = solution.change

@@ -168,7 +168,7 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
             rank = cast(int, settings.rank)
             own = [job.changes[site] for site in changed]
             numbers = sum(min(rank, changes.rank) * sum(changes.shape) for changes in own)
-            solver = partial(solver, ranks=share_numbers(found, numbers, least=1))
+            solver = partial(solver, ranks=share_numbers(found, numbers, changed))
         solutions, log = solve_sites(run, solver, batching, schedule)
         # Repairs of zero are those where nothing has drifted yet.
         solutions = {

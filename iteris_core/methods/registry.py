@@ -223,11 +223,7 @@ def find_method(name: str) -> Method:
     method = _METHODS.get(name)
     if method is None:
         guess = did_you_mean(name, _METHODS)
-        raise SettingsError(
-            f"There is no method {name!r}{guess} Methods: {', '.join(_METHODS)}. Those that exist "
-            "only for comparison, such as wudi or tsv-m, are in benchmarks/rivals of the "
-            "repository; from there, import rivals registers them."
-        )
+        raise SettingsError(f"There is no method {name!r}{guess} Methods: {', '.join(_METHODS)}.")
     return method
 
 

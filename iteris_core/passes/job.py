@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import cycle, islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -26,12 +26,10 @@ from ..hosts.protocol import SAMPLES_AT_ONCE, Host, Stage
 from ..hosts.sample_store import SampleStore
 from ..lora import SiteChanges
 from ..progress import Forecast
+from ..settings import Budget
 from ..solve.choose import THRESHOLDS, Thresholds
 from .batches import SWEEP, ExecutionConfig, Schedule, limit_of
 from .footprint import ForwardBytes
-
-Budget = int | Literal["free"] | None
-"""Bytes beyond the model (``"free"``: what is free; None: no limit)."""
 
 SOLVING, ITERATIONS, FEATURES = "solving sites", "iterations", "features of the {}"
 _FACTORS = 4.0  # cost of factors and eigenvectors, relative to the same number of products

@@ -30,8 +30,8 @@ from ..hosts.recorded import differ
 from .footprint import ForwardBytes
 from .job import Job, SiteCost, StageTiming
 
-UNREACHED = "is reached by no forward"
-PARTLY = 'is reached by some of the prompts only, which schedule="jacobi" of iteris takes'
+UNREACHED = "is not used by this base"
+PARTLY = 'is used with some of the prompts only, which schedule="jacobi" of iteris takes'
 MIXED = "gets the rows of a batch mixed or split"
 REPEATED = 'is called more than once in a forward, which schedule="jacobi" of iteris takes'
 _PAIRS = 4
@@ -242,6 +242,6 @@ def complaint(
         return text
     return (
         f"{len(found)} of the LoRAs' layers cannot be merged by their features: {text}. Give the "
-        "model the input that these layers need (an image, a first frame, a control), leave them "
-        "out, or give them the mean of the LoRAs' changes (unmergeable: skip or mean)."
+        "model the input that these layers need (an image, a first frame, a control), or use "
+        "option unmergeable: skip leaves them out, mean gives them the mean of the LoRAs' changes."
     )

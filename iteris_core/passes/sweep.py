@@ -60,8 +60,8 @@ def solve_sites(
         run.job.tick(ITERATIONS, schedule.passes, schedule.passes)
     if missed := sorted(run.lockstep.changes.keys() - solutions.keys()):
         raise SiteError(
-            f"{len(missed)} sites were never reached by a forward, such as {missed[0]}; "
-            "they cannot be merged by their features. Remove them from the LoRAs."
+            f"{len(missed)} layers that the LoRAs change are not used by this base, such as "
+            f"{missed[0]}. Take them out of the LoRAs."
         )
     rows = max((plan.rows for plan in passes.made), default=0)
     lines = [str(plan) for plan in passes.made if plan.budget < math.inf]

@@ -39,6 +39,8 @@ from ..saving import atomically
 from .report import MergeReport
 
 _MARKS = re.compile(r"([\\`*_\[\]<>|#!])")
+_TRIGGERS = "trigger words"
+"""A folder in ``ss_tag_frequency``, of which managers of LoRAs show the most frequent tags."""
 _PACKAGES = ("iteris-lora", "torch", "diffusers", "transformers", "peft", "safetensors")
 
 
@@ -88,7 +90,12 @@ def merge_metadata(
     bases = {public_name(lora.metadata.get("ss_sd_model_name", "")) for lora in loras}
     if len(bases) == 1 and (name := bases.pop()):
         metadata["ss_sd_model_name"] = name
-    if tags := merge_tag_frequency([lora.metadata for lora in loras]):
+    tags = merge_tag_frequency([lora.metadata for lora in loras])
+    tags.pop(_TRIGGERS, None)  # of a source that was merged itself
+    if phrases:
+        most = sum(max(counts.values(), default=0) for counts in tags.values())
+        tags = {_TRIGGERS: dict.fromkeys(phrases, most + 1), **tags}
+    if tags:
         metadata["ss_tag_frequency"] = json.dumps(tags)
     return metadata
 
@@ -113,6 +120,12 @@ def recipe(
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return {"versions": versions, **recorded, "concepts": entries, "notes": report.notes}
+
+
+def without_files(recipe: Mapping[str, Any]) -> list[str]:
+    """The LoRAs of a recipe that were in no file."""
+    entries = merged_concepts({"iteris": json.dumps(recipe)})
+    return [str(one["lora"]) for one in entries if not one.get("file")]
 
 
 def with_recipe(lora: Lora, **more: Any) -> Lora:
@@ -221,7 +234,7 @@ def _on_its_purpose(concept: Concept) -> list[str]:
     if lora is None or "iteris" in lora.metadata:
         return []
     tags = noted_tags(Path(lora.source)) if lora.source else ()
-    purpose = purpose_of(lora.source or lora.name, lora.metadata, tags)
+    purpose = purpose_of(lora.source or lora.name, lora.metadata, tags, concept.phrases)
     if purpose is None:
         return []
     seen = f"judging by its name and metadata, the kind of this LoRA is {purpose}"
@@ -315,7 +328,10 @@ def card_of(file: Path, metadata: Mapping[str, str], report: MergeReport | None 
             lines.append(f"- {name}: {_code(str(given))}")
     if recipe:
         again = f"`iteris merge --from {file.name} -o again.safetensors`"
-        lines += ["", f"The file contains the full recipe: {again}."]
+        whole = f"The file contains the full recipe: {again}."
+        if loose := without_files(recipe):
+            whole = f"It cannot be merged again: {_plain(loose[0])} was made in Python."
+        lines += ["", whole]
         parts += ["## Recipe", "\n".join(lines)]
     return "\n\n".join(part for part in parts if part) + "\n"
 

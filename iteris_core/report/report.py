@@ -60,7 +60,7 @@ class MergeReport:
     concepts without a LoRA, on which the base should not change. ``lacks`` lists the parts of the
     LoRAs that are not in the merge. ``kept`` is what held-out rows keep of every LoRA, by how the
     merge is loaded, see :func:`..passes.held_out.kept`. ``outlook`` is what was expected before
-    anything was denoised."""
+    anything was denoised. ``wordless`` are the LoRAs that were always on for want of words."""
 
     method: str
     concepts: Sequence[str]
@@ -77,6 +77,7 @@ class MergeReport:
     lacks: Sequence[str] = ()
     kept: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
     outlook: str = ""
+    wordless: Sequence[str] = ()
 
     @property
     def loras(self) -> int:
@@ -144,12 +145,15 @@ class MergeReport:
             )
         kept = self._kept()
         if kept and kept["1"] < LITTLE:
-            wrong.append(f"Keeps little. {self._shares()} {self._advice()}.")
+            wrong.append(
+                f"Weak: on new prompts little is left of the LoRAs{self._least()}. "
+                f"{self._advice()}."
+            )
         elif broken := [use for use, share in kept.items() if share < BRITTLE * kept["1"]]:
             uses = " and ".join(map(_loaded, broken))
             wrong.append(
-                f"Brittle {uses}. {self._shares()} The method iteris "
-                "with its default bound and conditions is made for that."
+                f"Brittle {uses}. The method iteris with its default bound and conditions is made "
+                "for that."
             )
         if self.loras > 1 and (far := [name for share, name in left if share > 1]):
             wrong.append(
@@ -169,13 +173,28 @@ class MergeReport:
             f"{max(left)[1]}."
         )
 
+    def _sum(self) -> str:
+        """Why nothing was merged, and what to do."""
+        if not self.wordless:
+            return "Nothing was merged: every LoRA is always on, so they were only added up."
+        have, added = "have", "they were only added up, as when all are loaded"
+        if len(self.wordless) == 1:
+            have, added = "has", "it is as it was, and on in every prompt"
+        return (
+            f"Nothing was merged: {' and '.join(self.wordless)} {have} no trigger words, so "
+            f"{added}. Give each its words: on IterIS LoRAs in ComfyUI, as FILE:WORDS on the "
+            "command line."
+        )
+
     def _shares(self) -> str:
         shares = sorted(self._kept().items(), key=lambda item: item[0] != "1")
-        names = [name for name in self.concepts if name not in self.preserved]
-        least = min(zip(self.kept["1"], names, strict=True))[1]
         listed = ", ".join(f"{share:.2f} {_loaded(use)}" for use, share in shares)
-        of = f"; least of {least}" if len(names) > 1 else ""
-        return f"Kept on held-out rows (1: each LoRA alone, 0: the base): {listed}{of}."
+        ends = "(1: each LoRA alone, 0: the base)"
+        return f"Kept on held-out rows {ends}: {listed}{self._least()}."
+
+    def _least(self) -> str:
+        names = [name for name in self.concepts if name not in self.preserved]
+        return f", least of {min(zip(self.kept['1'], names, strict=True))[1]}" * (len(names) > 1)
 
     def _advice(self) -> str:
         lost = [site.truncated for site in self.sites.values() if site.after]
@@ -183,7 +202,7 @@ class MergeReport:
             return "Raise rank"
         if (self.settings.get("ridge") or 0) > 1e-3:
             return "Lower ridge, or leave it to the merge"
-        return "Give it more prompts or a larger weight"
+        return "Use more samples, fewer LoRAs or more weight"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN or infinity; None stands for anything not measured."""
@@ -202,18 +221,21 @@ class MergeReport:
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         repairs = sum(site.repair for site in self.sites.values())
         more = f" and {repairs} that repair drift" if repairs else ""
+        rows = f", {self.rows} rows" if self.rows else ""
         lines = [
             f"Merged {self.loras} concept{'s' * (self.loras != 1)} with {self.method}: "
-            f"{len(self.sites) - repairs} sites{more}, rank {span}, {self.seconds:.1f} s."
+            f"{len(self.sites) - repairs} sites{more}, rank {span}, {self.seconds:.1f} s{rows}."
         ]
-        if self.rows:
-            lines[0] = lines[0][:-1] + f", {self.rows} rows."
+        if not self.loras:
+            lines = [self._sum()]
         lines += [
             f"  Not enough memory for {line}; allow more, or lower samples, timesteps or the size"
             for line in self.short
         ]
         if verdict := self.verdict():
             lines.append(f"  {verdict}")
+        if self.kept and (shares := self._shares()) != verdict:
+            lines.append(f"  {shares}")
         if self.converged:
             lines.append(
                 f"  Converged after {len(self.convergence) + 1} iterations: the last one changed "

@@ -122,14 +122,16 @@ def share_out(sites: Mapping[str, Components], target: Target, itemsize: int = 2
     return ranks
 
 
-def share_numbers(sites: Mapping[str, Components], numbers: int, least: int = 0) -> dict[str, int]:
-    """Site → its rank in a file with that many ``numbers``; every site starts at rank ``least``."""
-    ranks = {site: min(least, one.change.rank) for site, one in sites.items()}
-    left = numbers - sum(rank * _cost(sites[site].change) for site, rank in ranks.items())
-    closed: set[str] = set()
-    for place, _, site in _by_worth(sites):
-        if place < least:
-            continue
+def share_numbers(
+    sites: Mapping[str, Components], numbers: int, first: Collection[str] | None = None
+) -> dict[str, int]:
+    """Site → its rank in a file with that many ``numbers``. If sites come ``first``, these and then
+    all others start at rank 1, as long as there are numbers left."""
+    ranks, left, closed = dict.fromkeys(sites, 0), numbers, set[str]()
+    every = _by_worth(sites)
+    if first is not None:  # sorting keeps the order by worth
+        every.sort(key=lambda one: (one[0] > 0, one[0] == 0 and one[2] not in first))
+    for _, _, site in every:
         if _cost(sites[site].change) > left:
             closed.add(site)
         if site not in closed:

@@ -59,7 +59,15 @@ def make_mess(folder: Path) -> dict[str, str]:
         "method": "iteris", "settings": {}, "calibration": {},
         "concepts": [{"file": one.name, "trigger": "s1", "sha256": file_digest(one)}],
     }  # fmt: skip
-    recipes = {"merged": recipe, "broken": {**recipe, "concepts": 3}}
+    concept = recipe["concepts"][0]
+    recipes = {
+        "merged": recipe,
+        "broken": {**recipe, "concepts": 3},
+        "unhashed": {**recipe, "concepts": [{**concept, "sha256": ""}]},
+        "reading": {**recipe, "concepts": [{**concept, "reading": {"blocks": 5}}]},
+        "loose": {**recipe, "concepts": [{**concept, "file": None, "lora": "mine"}]},
+        "away": {**recipe, "concepts": [{**concept, "file": str(one)}]},
+    }
     for name, one_recipe in recipes.items():
         save_file(tensors, tmp / f"{name}.safetensors", {"iteris": json.dumps(one_recipe)})
     (tmp / "others" / one.name).write_bytes((world / "lora2.safetensors").read_bytes())

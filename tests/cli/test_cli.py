@@ -42,6 +42,18 @@ def test_a_merge_from_files_to_a_file(world, tmp_path, iteris):
     assert len(load_file(out)) == 3 * len(sites | repairs)
 
 
+def test_bare_files_are_added_up_and_the_first_line_says_so(world, tmp_path, iteris):
+    bare = [tmp_path / f"{name}.safetensors" for name in ("one", "two")]
+    for seed, file in enumerate(bare):
+        write_lora(random_lora(DiffusersHost(make_pipeline()), seed), file)
+    files = [f"--concept={file}" for file in bare]
+    told = iteris("merge", str(world / "base"), *files, "-o", str(tmp_path / "merged.safetensors"))
+    assert " ".join(told.split()).startswith(
+        "Nothing was merged: one and two have no trigger words, so they were only added up, as "
+        "when all are loaded. Give each its words: on IterIS LoRAs in ComfyUI, as FILE:WORDS"
+    )
+
+
 def test_the_quick_start_runs_on_the_loras_that_ship(tmp_path, iteris, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "toybox").mkdir()  # the base's name never means a folder
@@ -96,7 +108,10 @@ BASELESS = {f"transformer.h.0.attn.lora_{part}.weight": torch.ones(2, 2) for par
             "another base",
         ),
         (lambda t: BASELESS, "another base model"),
-        (lambda t: {**t, KEY: torch.ones(4, 768)}, "(4, 768)"),
+        (
+            lambda t: {**t, KEY: torch.ones(4, 768)},
+            "down (4, 768)",
+        ),
     ],
     ids=["names", "no common site", "shapes"],
 )

@@ -56,8 +56,8 @@ def test_a_strength_is_no_truth_value(key):
 def test_the_recipe_of_a_merge_from_python_is_its_config(host, tmp_path):
     """The settings that the preset gave stand in it, so that it is the merge without a preset."""
     concepts = [
-        Concept(replace(random_lora(host, seed), source=f"{seed}.safetensors"), trigger=f"s{seed}",
-                class_word="dog", strength=0.5)
+        Concept(replace(random_lora(host, seed), source=f"{seed}.safetensors", sha256="ab"),
+                trigger=f"s{seed}", class_word="dog", strength=0.5)
         for seed in (1, 2)
     ]  # fmt: skip
     given = {"timesteps": 1, "latents": "noise", "samples": 3, "denoising_steps": 1}

@@ -4,22 +4,36 @@ import logging
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from mistakes import CASES, arguments_of, contents, filled, make_mess
 from safetensors.torch import load_file, save_file
 from tiny import make_pipeline, random_lora
 
-from iteris_core import Concept, IterisError, Lora, LowRank, cli, merge_loras, write_lora
+from iteris_core import (
+    Calibration,
+    Concept,
+    IterisError,
+    Lora,
+    LowRank,
+    SettingsError,
+    cli,
+    merge_loras,
+    write_lora,
+)
 from iteris_core import __main__ as program
 from iteris_core.architectures import Architecture
 from iteris_core.cli.inputs import check_embeddings, read_lines
 from iteris_core.cli.merge_file import parse_concept
-from iteris_core.errors import OutOfMemory
+from iteris_core.errors import ConceptError, OutOfMemory
+from iteris_core.hosts import diffusers_arguments
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import BaseModel
+from iteris_core.passes.planner import Planned
 from iteris_core.score import ClipScorer
 
 
@@ -178,6 +192,59 @@ def test_a_single_concept_is_not_a_list(given, message):
         merge_loras(None, given, "sum")
 
 
+@pytest.mark.parametrize(("given", "counts"), [(5e6, 5_000_000), (numpy.int64(7), 7), (None, None)])
+def test_a_memory_budget_is_any_number_of_bytes(given, counts):
+    """A float, or a number of NumPy, was taken for what is free."""
+    lora = Lora({"unet.a": LowRank(torch.ones(2, 1), torch.ones(1, 2))})
+    with pytest.raises(Planned) as planned:
+        merge_loras(None, [Concept(lora)], "sum", memory_budget=given, only_plans=True)
+    assert planned.value.job.memory_budget == counts
+    assert type(planned.value.job.memory_budget) is type(counts)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"memory_budget": "half"}, "memory_budget must be bytes, \"free\" or None, not 'half'"),
+        ({"memory_budget": -1}, "memory_budget must be bytes"),
+        ({"memory_budget": True}, "memory_budget must be bytes"),
+        ({"memory_budget": float("nan")}, "memory_budget must be bytes"),
+        (
+            {"unmergeable": "refused"},
+            "unmergeable must be one of refuse, skip, mean, not 'refused'",
+        ),
+        ({"calibration": {"seed": 2**64}}, "seed must be in"),
+    ],
+)
+def test_an_argument_that_would_be_misread_is_refused(given, message):
+    lora = Lora({"unet.a": LowRank(torch.ones(2, 1), torch.ones(1, 2))})
+    with pytest.raises(SettingsError, match=message):
+        merge_loras(None, [Concept(lora)], "sum", **given)
+
+
+def test_texts_may_come_from_an_iterator():
+    concept = Concept(Lora({}), prompts=iter(["a", "b"]), subjects=(text for text in "cd"))
+    assert (concept.prompts, concept.subjects) == (["a", "b"], ["c", "d"])
+    assert Calibration(templates=map(str, ["a {}"])).templates == ("a {}",)
+
+
+def test_a_lora_that_stays_outside_is_no_merge():
+    lora = Lora({"unet.a": LowRank(torch.ones(2, 1), torch.ones(1, 2))}, "lcm")
+    with pytest.raises(ConceptError, match="nothing to merge: lcm is only loaded beside"):
+        merge_loras(None, [Concept(lora, always_on="outside")], "sum")
+
+
+def test_factors_in_half_precision_are_merged_in_float32():
+    change = LowRank(torch.full((2, 1), 1.01).bfloat16(), torch.ones(1, 2).bfloat16())
+    loras = [
+        Lora({"unet.a": change}),
+        Lora({"unet.a": LowRank(torch.ones(2, 1), torch.ones(1, 2))}),
+    ]
+    for method in ("sum", "average"):
+        merged = merge_loras(None, [Concept(lora) for lora in loras], method).lora.sites["unet.a"]
+        assert (merged.up.dtype, merged.down.dtype) == (torch.float32, torch.float32)
+
+
 MISSING = """
 import sys
 sys.modules[{name!r}] = None
@@ -209,6 +276,29 @@ def test_a_stop_while_it_loads_is_one_line(monkeypatch, capsys):
         program.main()
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "iteris: cancelled; nothing was written.\n"
+
+
+def test_two_merges_in_threads_leave_logging_as_it_was(monkeypatch):
+    """Each kept the level that the other had set for its trials."""
+    inside, entered, done = threading.Event(), threading.Event(), threading.Event()
+
+    def slow(*_):
+        if not inside.is_set():
+            inside.set()
+            entered.wait(0.5)  # the other comes in, if nothing stops it
+        else:
+            entered.set()
+            done.wait(0.5)
+
+    monkeypatch.setattr(diffusers_arguments, "_study", slow)
+    one, two = (threading.Thread(target=diffusers_arguments.study, args=[None] * 2) for _ in "ab")
+    one.start()
+    inside.wait()
+    two.start()
+    one.join()
+    done.set()
+    two.join()
+    assert logging.root.manager.disable == 0
 
 
 def test_every_name_of_the_package_is_there():

@@ -41,6 +41,8 @@ from iteris_core.report.provenance import notes_of
         ("lifestyle_blogger.safetensors", None),
         ("bob_hair_style.safetensors", None),
         ("detailed_ornament.safetensors", None),
+        ("distillery.safetensors", None),
+        ("undistilled_look.safetensors", None),
     ],
 )
 def test_purpose_by_name(name, purpose):
@@ -50,6 +52,35 @@ def test_purpose_by_name(name, purpose):
 def test_purpose_by_what_the_file_calls_itself():
     assert purpose_of("v2.safetensors", {"ss_output_name": "sdxl_lightning_v2"}) == "speed"
     assert purpose_of("v2.safetensors", {"ss_sd_model_name": "sdxl_lightning.safetensors"}) is None
+    assert purpose_of("turbo.safetensors", {"modelspec.title": "Ink style"}) == "style"
+
+
+@pytest.mark.parametrize(
+    ("name", "purpose"),
+    [
+        ("lightning_ff13", None),
+        ("porsche_911_turbo", None),
+        ("Lightning_McQueen", None),
+        ("lightning_style", "style"),
+        ("sdxl_lightning_4step", "speed"),
+        ("lcm_sdv1-5", "speed"),
+    ],
+)
+def test_a_name_with_a_word_for_speed_and_a_phrase_of_its_own_is_no_speed_lora(
+    tmp_path, name, purpose
+):
+    """Wherever the phrase is: in the file, in a note beside it, or given."""
+    file, phrase = tmp_path / f"{name}.safetensors", "lightning farron"
+    of_file = ConceptConfig(file=file).with_found_words({"modelspec.trigger_phrase": phrase})
+    lora = Lora({}, source=file.name)
+    given = ConceptConfig(file=file, trigger=phrase).with_found_words({}).concept(lora)
+    (tmp_path / f"{name}.civitai.info").write_text(json.dumps({"trainedWords": [phrase]}))
+    of_note = ConceptConfig(file=file).with_found_words({})
+    always_on = "include" if purpose == "speed" else "no"
+    assert [of_file.always_on, of_note.always_on] == [always_on] * 2
+    said = [] if purpose == "speed" else [phrase]
+    assert list(of_file.phrases) == list(of_note.phrases) == said
+    assert ("is speed" in str(notes_of([given]))) == (purpose == "speed")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections import Counter
 from importlib.metadata import version
 
 import pytest
@@ -64,6 +65,9 @@ def test_the_same_merge_again_from_the_merged_file(world, tmp_path, iteris):
     assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("3", "3")
     tags = json.loads(found["ss_tag_frequency"])
     assert tags["10_sks1 dog"] == {"sks1": 5, "grass": 1}
+    assert next(iter(tags)) == "trigger words"
+    counts = sum(map(Counter, tags.values()), Counter())
+    assert counts.most_common(1)[0][0] == "sks1"
     data = first.read_bytes()
     header = int.from_bytes(data[:8], "little")
     digest = hashlib.sha256(data[8 + header :]).hexdigest()
@@ -341,3 +345,17 @@ def test_no_path_of_this_machine_goes_into_a_file(base, name, tmp_path, monkeypa
     folder = write_adapter(simple("a"), tmp_path / "adapter", base=base)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == name
+
+
+def test_managers_list_the_trigger_phrases_first():
+    """They show the most frequent tags of all folders; a merged source's are called by new ones."""
+    tags = {"10_x": {"1girl": 90, "old": 5}, "trigger words": {"gone": 999}}
+    one = simple("one", metadata={"ss_tag_frequency": json.dumps(tags)})
+    concepts = [
+        Concept(one, trigger="sks", class_word="cat"),
+        Concept(simple("two"), trigger="zwx"),
+    ]
+    found = merge_loras(None, concepts, "sum").lora.metadata["ss_tag_frequency"]
+    counts = sum(map(Counter, json.loads(found).values()), Counter())
+    assert [tag for tag, _ in counts.most_common(3)] == ["sks cat", "zwx", "1girl"]
+    assert "gone" not in counts

@@ -44,7 +44,7 @@ def test_the_verdict_says_what_is_wrong_and_what_to_do():
     assert found.verdict().startswith("Closer")
     far = replace(site, after=(0.1, 0.6))
     for of, advice in (
-        (replace(found, sites={"unet.a": far}), "Give it more prompts"),
+        (replace(found, sites={"unet.a": far}), "Use more samples, fewer LoRAs"),
         (replace(found, sites={"unet.a": far}, settings={"ridge": 0.01}), "Lower ridge"),
         (replace(found, sites={"unet.a": replace(far, truncated=0.3)}), "Raise rank"),
     ):
@@ -63,14 +63,21 @@ def test_the_verdict_is_what_held_out_rows_keep():
     good = replace(found, kept={"0.75": (0.7, 0.5), "1": (0.8, 0.6), beside: (0.6, 0.5)})
     assert good.verdict() == (
         "Kept on held-out rows (1: each LoRA alone, 0: the base): 0.70 at strength 1, 0.60 at "
-        f"strength 0.75, 0.55 {beside}; least of dog."
+        f"strength 0.75, 0.55 {beside}, least of dog."
     )
     assert good.strengths == (0.75, 1.0)
     brittle = replace(good, kept={**good.kept, "1.25": (0.9, -0.4), beside: (0.1, -0.3)})
-    assert brittle.verdict().startswith(f"Brittle {beside} and at strength 1.25. Kept")
+    assert brittle.verdict().startswith(f"Brittle {beside} and at strength 1.25. The method")
     assert brittle.strengths == (0.75, 1.0)
     little = replace(good, kept={"1": (0.5, 0.1), beside: (0.0, 0.0)})
-    assert little.verdict().startswith("Keeps little. Kept on held-out rows")
+    assert little.verdict() == (
+        "Weak: on new prompts little is left of the LoRAs, least of dog. Use more samples, fewer "
+        "LoRAs or more weight."
+    )
+    for found in (little, brittle, good):  # the figures once, below what they mean
+        lines = found.summary().splitlines()
+        assert [line.startswith("  Kept on held-out rows") for line in lines].count(True) == 1
+        assert lines[1] == f"  {found.verdict()}"
     assert little.strengths is None
 
 

@@ -240,6 +240,34 @@ withPage(base, async (page, errors) => {
     return found;
   });
 
+  // A chain of Load LoRA before a merge: on the list, bypassed, and the merge takes the list.
+  seen.chain = await page.evaluate(async () => {
+    const { app, LiteGraph } = window;
+    const kinds = ['CheckpointLoaderSimple', 'LoraLoader', 'LoraLoaderModelOnly', 'IterisMerge'];
+    const nodes = kinds.map((kind) => {
+      const node = LiteGraph.createNode(kind);
+      app.graph.add(node);
+      return node;
+    });
+    nodes.slice(1).forEach((node, index) => nodes[index].connect(0, node, node.inputs.findIndex((i) => i.name === 'model')));
+    const fill = (node, values) => {
+      for (const [name, value] of Object.entries(values)) node.widgets.find((w) => w.name === name).value = value;
+    };
+    fill(nodes[1], { lora_name: 'a.safetensors', strength_model: 0.5, strength_clip: 0.25 });
+    fill(nodes[2], { lora_name: 'b.safetensors', strength_model: 0.75 });
+    app.canvas.getNodeMenuOptions(nodes[2]).find((one) => one?.content === 'To IterIS LoRAs').callback();
+    await new Promise((done) => { setTimeout(done, 1500); });
+    const made = app.graph._nodes.at(-1);
+    const merge = nodes[3];
+    const found = {
+      rows: made.serialize().widgets_values.slice(0, 14),
+      modes: nodes.map((node) => node.mode),
+      taken: merge.getInputNode(merge.inputs.findIndex((i) => i.name === 'concepts')) === made,
+    };
+    for (const node of [...nodes, made]) app.graph.remove(node);
+    return found;
+  });
+
   await set('settings', { image_size: 64, timesteps: 2 });
   await set('sampler', { steps: 2, seed: 1 });
   await set('latent', { width: 64, height: 64 });

@@ -1,10 +1,11 @@
-// node front_end.js PORT GRAPH.json PICTURE.png [set VALUES] [run] [prompt] [vue] [help NODE_TYPE]
+// node front_end.js PORT GRAPH.json PICTURE.png [set VALUES] [run] [prompt] [vue] [menus] [help NODE_TYPE]
 // Opens a graph in ComfyUI's own front end in headless Chromium and prints, as JSON, what the user
 // would see: node types that are missing, toasts, and the text of the help panel. "set" gives nodes
 // values, as JSON by type of node and name of widget. With "run" it
 // presses the Run button and waits for the server to be idle again; with "prompt" it also prints what
 // the front end would send to the server; with "vue" nodes are drawn as Nodes 2.0, and it prints where
-// they stand.
+// they stand; with "menus" it opens every list of files of ours, and prints their entries. "hostile" says
+// what a text did that the page took for HTML.
 const fs = require('fs');
 const path = require('path');
 const { RUN, idle, withPage } = require('./browser.js');
@@ -35,6 +36,33 @@ async function run(page) {
   await page.click(RUN);
   await idle(page, base);
   await page.waitForTimeout(2000);
+}
+
+// Lists of files on nodes of ours, one after another; as drawn on the canvas, or in the page.
+async function menus(page, picture) {
+  const seen = [];
+  const read = async (name) => {
+    await page.waitForTimeout(1000);
+    seen.push(...await page.locator('.litemenu-entry, [role="option"]').allTextContents());
+    await page.screenshot({ path: picture.replace('.png', `_${name}.png`) });
+    await page.keyboard.press('Escape');
+    await page.evaluate(() => document.querySelectorAll('.litecontextmenu').forEach((menu) => menu.remove()));
+  };
+  await page.locator('.iteris-loras .add').first().click();
+  await read('list');
+  const spot = await page.evaluate(() => {
+    const { canvas, graph: shown } = window.app;
+    const node = shown._nodes.find((one) => one.type === 'IterisConcept');
+    const widget = node.widgets.find((one) => one.name === 'lora_name');
+    const box = canvas.canvas.getBoundingClientRect();
+    const [x, y] = [node.pos[0] + node.size[0] / 2, node.pos[1] + widget.last_y + 10];
+    return { id: node.id, at: [box.left + (x + canvas.ds.offset[0]) * canvas.ds.scale, box.top + (y + canvas.ds.offset[1]) * canvas.ds.scale] };
+  });
+  const inPage = page.locator(`[data-node-id="${spot.id}"] [role="combobox"]`).first();
+  if (await inPage.count()) await inPage.click();
+  else await page.mouse.click(...spot.at);
+  await read('concept');
+  return seen;
 }
 
 async function help(page, type) {
@@ -69,12 +97,17 @@ withPage(base, async (page, errors) => {
     });
   }
   await page.waitForTimeout(1500);
+  await page.screenshot({ path: picture });
+  const entries = wishes.includes('menus') ? await menus(page, picture) : [];
   const seen = await page.evaluate(() => ({
     missing: window.app.graph._nodes.filter((n) => n.has_errors).map((n) => n.type),
     nodes: window.app.graph._nodes.length,
     toasts: [...document.querySelectorAll('.p-toast-message')].map((e) => e.innerText),
     dialogs: [...document.querySelectorAll('.p-dialog')].map((e) => e.innerText.slice(0, 300)),
     text: document.body.innerText.slice(0, 6000),
+    hostile: [
+      window.hostile, ...[...document.querySelectorAll('[src*="hostile"], [href*="hostile"]')].map((e) => e.outerHTML),
+    ].filter(Boolean),
     pictures: [...document.querySelectorAll('img[src*="iteris-lora/docs"]')].map((e) => [
       new URL(e.src).pathname.replace(/\/+/g, '/'), e.naturalWidth > 0,
     ]),
@@ -93,11 +126,10 @@ withPage(base, async (page, errors) => {
         .filter(([, names]) => names.length),
     ),
   }));
-  await page.screenshot({ path: picture });
   const prompt = wishes.includes('prompt')
     ? await page.evaluate(async () => (await window.app.graphToPrompt()).output)
     : null;
-  console.log(JSON.stringify({ ...seen, errors, prompt }));
+  console.log(JSON.stringify({ ...seen, entries, errors, prompt }));
 }, { 'Comfy.VueNodes.Enabled': wishes.includes('vue') }).catch((error) => {
   console.error(error);
   process.exit(1);

@@ -11,7 +11,7 @@ const DOCS = path.join(__dirname, '..', '..', 'web', 'docs');
 const MARGIN = 18;
 const MERGED = `Merged 2 concepts with iteris: 68 sites and 10 that repair drift, rank 16, 13.7 s, 480 rows.
   Kept on held-out rows (1: each LoRA alone, 0: the base): 0.83 at strength 1, 0.84 at strength 0.75, \
-0.82 at strength 1.25, 0.84 beside another LoRA; least of sks1.
+0.82 at strength 1.25, 0.84 beside another LoRA, least of sks1.
   Trigger words: sks1 star, sks6 square`;
 const NODES = {
   IterisLoras: {
@@ -29,8 +29,7 @@ const NODES = {
   IterisSettings: {},
   IterisMergeExperts: {},
   IterisCompareMerges: {
-    values: { methods: 'base, average, sum, ties, iteris' },
-    says: `Merged 2 concepts with average: 68 sites, rank 16, 0.0 s.\n${MERGED}`,
+    says: `stacked: Merged 2 concepts with sum: 68 sites, rank 16, 0.0 s.\niteris: ${MERGED}`,
   },
   IterisSaveLora: { says: 'Saved iteris/merged.safetensors' },
   IterisResizeLora: {

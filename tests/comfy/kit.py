@@ -63,10 +63,26 @@ class Kit:
         self.calibration = self.core.Calibration(
             samples=4, timesteps=2, denoising_steps=4, latent_size=8
         )
-        self.merging.clear()
+        self.forget()
 
     def node(self, file, name):
         return node(self.pack, file, name)
+
+    def forget(self):
+        """No merge and no sample is kept."""
+        kept = part(self.pack, "nodes.kept")
+        kept._last.clear()
+        for what in ("merges", "samples"):
+            kept.store(what).clear()
+
+    def folder_of(self, what):
+        """Where merges or samples are kept."""
+        return part(self.pack, "nodes.kept").store(what).folder
+
+    def request(self, **values):
+        """What a merging node makes of its inputs."""
+        given = {"samples": 9, "settings": SETTINGS, **values}
+        return part(self.pack, "nodes.merge_settings").Request.of(given, self.model)
 
     def concepts(self):
         make = self.specs.make_spec
@@ -130,8 +146,8 @@ class Kit:
 
 
 def write_loras(model, clip, folder, seed=1):
-    """a.safetensors and b.safetensors, of attention, as kohya's trainer writes them; the first one
-    was trained on a folder that names its words."""
+    """a.safetensors, b.safetensors and c.safetensors, of attention, as kohya's trainer writes them;
+    the first one was trained on a folder that names its words."""
     import comfy.lora
     from reduced_models import write_lora
 
@@ -142,6 +158,7 @@ def write_loras(model, clip, folder, seed=1):
     words = {"ss_dataset_dirs": json.dumps({"10_sks cat": {"n_repeats": 10}})}
     write_lora(folder / "a.safetensors", sites, seed, alpha=8.0, metadata=words)
     write_lora(folder / "b.safetensors", sites, seed + 1, alpha=4.0)
+    write_lora(folder / "c.safetensors", sites, seed + 2, alpha=8.0)
 
 
 def _is_trained(name):

@@ -1,10 +1,14 @@
 """After a change, a new run computes only what changed."""
 
+import importlib.util
 import json
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from kit import SETTINGS, distance, part, write_loras
+from kit import SETTINGS, Kit, distance, part, write_loras
 
 
 @pytest.fixture
@@ -13,10 +17,11 @@ def desk(kit, caplog):
     caplog.set_level("INFO")
 
     def merge(concepts=None, on=None, settings=None, **values):
-        given = {"clip": kit.clip, "samples": 9, "settings": {**SETTINGS, **(settings or {})}}
+        given = {"clip": kit.clip, "samples": 9, **values}
+        given["settings"] = {**SETTINGS, **(settings or {})}
         specs = tuple(concepts or kit.concepts())
         run = kit.node("merge_nodes", "IterisMerge").execute
-        return run(on or kit.model, specs, **given, **values).result
+        return run(on or kit.model, specs, **given).result
 
     merge.merges = lambda: caplog.text.count("IterIS: merged with")
     merge.latents = lambda: caplog.text.count("IterIS: making latents")
@@ -68,11 +73,10 @@ def test_a_restart_does_not_merge_again(kit, desk):
     })) < 1e-6  # fmt: skip
     assert desk.merges() == 1
     restarted(settings={"rank": 2})
-    restarted(settings={"kept": "clear"})
-    assert desk.merges() == 3
+    assert desk.merges() == 2
     write_loras(kit.model, kit.clip, kit.loras, seed=5)
     restarted()
-    assert desk.merges() == 4
+    assert desk.merges() == 3
 
 
 def test_a_run_after_one_that_was_cancelled_has_the_same_rows(kit, desk, monkeypatch):
@@ -88,7 +92,7 @@ def test_a_run_after_one_that_was_cancelled_has_the_same_rows(kit, desk, monkeyp
 
     monkeypatch.setattr(memory, "throw_exception_if_processing_interrupted", stop)
     whole = desk()[2]
-    kit.merging.clear()
+    kit.forget()
     limit[0], asked[0] = asked[0] - 5, 0
     with pytest.raises(memory.InterruptProcessingException):
         desk()
@@ -173,3 +177,243 @@ def test_after_a_restart_only_a_new_lora_is_denoised(kit, desk, monkeypatch):
     )
     desk(on=other)
     assert {*made} == {0, 1}
+
+
+def test_compare_shows_each_lora_alone_and_all_stacked(kit):
+    """A speed LoRA is on in every row but the base; minutes and the rank are those of merges."""
+    speed = kit.specs.make_spec(kit.loras / "c.safetensors", kind="always on")
+    node = kit.node("merge_nodes", "CompareMerges")
+    rows = {"row_1": "base", "row_2": "each alone", "row_3": "stacked", "row_5": "average"}
+    given = {"settings": {**SETTINGS, "rank": 2}, "minutes": 5.0, **rows}
+    concepts = [kit.concepts()[0].model_copy(update={"weight": 0.5}), kit.concepts()[1]]
+    models, clips, labels, report = node.execute(
+        kit.model, [*concepts, speed], kit.clip, **given
+    ).result
+    assert labels == ["base", "a alone", "b alone", "stacked", "average"]
+    assert report.startswith("a alone: ")
+    assert models[0] is kit.model
+    kit.model, kit.clip = kit.stock("c.safetensors")
+    wanted = kit.draw(*kit.stock("a.safetensors"))
+    assert float((kit.draw(models[1], clips[1]) - wanted).norm() / wanted.norm()) < 1e-2
+    kit.model, kit.clip = kit.stock("a.safetensors")
+    wanted = kit.draw(*kit.stock("b.safetensors", 0.7))
+    assert float((kit.draw(models[3], clips[3]) - wanted).norm() / wanted.norm()) < 1e-2
+    with pytest.raises(kit.core.IterisError, match="Compare Merges has no rows"):
+        node.execute(kit.model, concepts, kit.clip)
+
+
+def test_minutes_and_memory_make_no_other_merge(kit, desk):
+    """One that left nothing out is the same with more of both, and with several methods at once."""
+    desk(minutes=60.0)
+    for more in ({"minutes": 90.0}, {"minutes": 5.0}, {"settings": {"memory": 64.0}}):
+        assert "nothing ran" in desk(**more)[3]
+    compare = kit.node("merge_nodes", "CompareMerges").execute
+    given = {"row_1": "iteris", "samples": 9, "settings": SETTINGS}
+    compare(kit.model, kit.concepts(), kit.clip, **given)
+    assert desk.merges() == 1
+
+
+def test_a_short_merge_is_made_again_when_more_is_allowed(kit, desk, monkeypatch):
+    """By a limit of the user's, or because other programs left more; otherwise it is used, at any
+    strength. A whole one stays whole with less."""
+    import comfy.model_management as memory
+
+    small = {"settings": {"memory": 0.0075}}
+    report = desk(**small)[3]
+    assert "Not enough memory" in report
+    assert "nothing ran" in desk(strength=0.5, **small)[3]
+    assert "nothing ran" in desk(settings={"memory": 0.006})[3]
+    assert desk.merges() == 1
+    free = memory.get_free_memory
+    for size, merges in ((9e6, 2), (10e6, 2), (8e6, 2)):
+        left = int(size), 0
+        monkeypatch.setattr(
+            memory,
+            "get_free_memory",
+            lambda _=None, both=False, left=left: left if both else left[0],
+        )
+        assert "Not enough memory" in desk()[3]
+        assert desk.merges() == merges
+    monkeypatch.setattr(memory, "get_free_memory", free)
+    assert "Not enough memory" not in desk()[3]
+    assert "Not enough memory" not in desk(**small)[3]
+    assert desk.merges() == 3
+
+
+def test_a_merge_with_prompts_left_out_is_made_again_with_more_minutes(kit, desk):
+    """And with no fewer than were allowed it is used."""
+    few, many = {"samples": 16, "minutes": 0.001}, {"samples": 16, "minutes": 60.0}
+    assert "12 of 16 prompts" in desk(**few)[3]
+    assert "nothing ran" in desk(strength=0.5, **few)[3]
+    assert desk.merges() == 1
+    assert "of 16 prompts" not in desk(**many)[3]
+    assert "of 16 prompts" not in desk(**few)[3]
+    assert desk.merges() == 2
+
+
+@pytest.mark.parametrize("word", ["make again", "clear"])
+def test_made_again_once(kit, desk, word):
+    """This merge alone, with its samples, each time that it is chosen; older graphs say clear."""
+    settings = kit.node("merge_settings", "IterisMergeSettings")
+    assert settings.validate_inputs(kept=word) is True
+    assert "can be use or make again" in settings.validate_inputs(kept="never")
+    again = {"settings": settings.execute(kept=word).result[0]}
+    other, this = kit.concepts()[:1], kit.concepts()
+    desk(other)
+    whole, before = desk(this)[2], desk.latents()
+    for strength in (1.0, 0.5, 1.0):
+        found = desk(this, strength=strength, **again)[2]
+    assert all(torch.equal(tensor, found[key]) for key, tensor in whole.items())
+    assert (desk.merges(), desk.latents()) == (3, before + 2)  # of the fit, and held out
+    desk(other)
+    desk(this)
+    assert desk.merges() == 3
+    desk(this, **again)
+    assert desk.merges() == 4
+
+
+def test_a_renamed_lora_does_not_merge_again(kit, desk):
+    """The file that is saved names it as it is called now."""
+    whole, last = desk()[2], kit.concepts()[1]
+    (kit.loras / "a.safetensors").rename(kit.loras / "cat.safetensors")
+    first = kit.specs.make_spec(kit.loras / "cat.safetensors", trigger="sks", class_word="cat")
+    found = desk((first, last))[2]
+    assert desk.merges() == 1
+    assert all(torch.equal(tensor, found[key]) for key, tensor in whole.items())
+    recipe, before = (json.loads(lora.metadata["iteris"]) for lora in (found, whole))
+    assert [one["file"] for one in recipe["concepts"]] == ["cat.safetensors", "b.safetensors"]
+    assert [one["lora"] for one in recipe["concepts"]] == ["cat", "b"]
+    assert found.metadata["modelspec.title"] == "cat + b"
+    assert found.metadata["modelspec.merged_from"] == "cat, b"
+    for one in (*recipe["concepts"], *before["concepts"]):
+        del one["file"], one["lora"]
+    assert recipe == before
+
+
+def test_a_file_is_read_for_its_hash_once(kit, desk, monkeypatch):
+    read: list[str] = []
+    kept = part(kit.pack, "nodes.kept")
+    digest = kept.file_digest
+    monkeypatch.setattr(kept, "file_digest", lambda file: read.append(file.name) or digest(file))
+    desk()
+    assert sorted(read) == ["a.safetensors", "b.safetensors"]
+    desk(strength=0.5)
+    desk(settings={"rank": 2})
+    assert len(read) == 2
+    write_loras(kit.model, kit.clip, kit.loras, seed=5)
+    desk()
+    assert len(read) == 4
+    specs = kit.concepts()
+    specs[0].file.unlink()
+    with pytest.raises(kit.core.IterisError, match=r"a\.safetensors is gone"):
+        desk(specs)
+
+
+def test_a_merge_is_kept_at_half_the_size_and_loses_nothing(kit, desk):
+    """What was made and what was kept give the same files, at every strength, rank and precision.
+    The first is the file of the merge at full precision."""
+    made = desk()[2]
+    kept = desk()[2]
+    assert desk.merges() == 1
+    (file,) = (kit.folder_of("merges")).glob("*")
+    numbers = sum(c.up.numel() + c.down.numel() for c in made.lora.sites.values())
+    assert 2 * numbers < file.stat().st_size < 2.2 * numbers + 60_000
+    for how in ({}, {"dtype": "float32"}, {"dtype": "bfloat16", "rank": 2}):
+        for one, other in zip((made.at(**how),), (kept.at(**how),), strict=True):
+            assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    half, again = (
+        desk(strength=0.3)[2],
+        kit.merging.LoraModel(
+            part(kit.pack, "iteris_core.report.provenance").scaled_lora(made.lora, 0.3)
+        ),
+    )
+    assert all(torch.equal(tensor, again[key]) for key, tensor in half.items())
+    config = kit.request().config(kit.concepts(), "iteris")
+    result = kit.merging.merge_on(kit.model, kit.clip, config)
+    whole = kit.lora_model(result)
+    assert all(torch.equal(tensor, made[key]) for key, tensor in whole.items())
+
+
+def test_comfyui_s_own_functions_of_sampling_have_a_hash(kit, desk):
+    """A merge on them survives a restart; another number is another merge."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+    from comfy_extras.nodes_model_advanced import RescaleCFG
+
+    def compiled():
+        model = kit.model.clone()
+        set_torch_compile_wrapper(model=model, backend="inductor")
+        return model
+
+    nodes = {
+        "rescaled": lambda: RescaleCFG().patch(kit.model, 0.7)[0],
+        "rescaled more": lambda: RescaleCFG().patch(kit.model, 0.8)[0],
+        "masked": lambda: DifferentialDiffusion.execute(kit.model, 0.5).result[0],
+        "compiled": compiled,
+    }
+    of = part(kit.pack, "nodes.comfy_digest").digest_of_patcher
+    hashes = {name: of(make()) for name, make in nodes.items()}
+    assert hashes == {name: of(make()) for name, make in nodes.items()}
+    assert hashes.pop("compiled") == of(kit.model)
+    assert len({*hashes.values(), of(kit.model)}) == 4
+    assert None not in hashes.values()
+    desk(on=nodes["rescaled"]())
+    desk(on=nodes["rescaled"]())
+    assert desk.merges() == 1
+
+
+def test_gguf_s_bytes_have_a_hash(kit):
+    """ComfyUI-GGUF's tensors are of a class of its own, and say how they are quantised."""
+
+    class Packed(torch.Tensor):
+        tensor_type = 8
+
+    of = part(kit.pack, "nodes.comfy_digest").digest_of_patcher
+    layer = kit.model.model.diffusion_model.time_embed[0]
+
+    def hashed(value, kind=8):
+        packed = torch.full((4, 34), value, dtype=torch.uint8).as_subclass(Packed)
+        packed.tensor_type = kind
+        layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+        layer.weight.tensor_type = kind
+        return of(kit.model)
+
+    assert hashed(1) == hashed(1) is not None
+    assert len({hashed(1), hashed(2), hashed(1, kind=2)}) == 3
+
+
+def test_an_update_counts_from_the_next_start_on(library, tmp_path):
+    """The old code's merges lie under the old key until then; ComfyUI's version is in it too."""
+    root, copy = Path(__file__).resolve().parents[2], tmp_path / "pack"
+    for name in ("nodes", "iteris_core", "locales", "toybox"):
+        ignored = shutil.ignore_patterns("__pycache__", "weights", "*.safetensors", "images")
+        shutil.copytree(root / name, copy / name, ignore=ignored)
+    shutil.copy(root / "__init__.py", copy)
+
+    def started(name):
+        spec = importlib.util.spec_from_file_location(
+            name, copy / "__init__.py", submodule_search_locations=[str(copy)]
+        )
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        kit = Kit(module, tmp_path / name)
+        kept, request = part(module, "nodes.kept"), kit.request()
+        config = request.config(kit.concepts(), "iteris")
+        return lambda: kept.key_on_disk([kit.model], kit.clip, config, request, None)
+
+    for name in ("old", "new", "same", "newer"):
+        (tmp_path / name).mkdir()
+    old = started("old")
+    with (copy / "iteris_core" / "linalg.py").open("a") as file:
+        file.write("\n_UPDATED = True\n")
+    new = started("new")
+    assert old() != new()
+    assert started("same")() == new()
+    import comfyui_version
+
+    before = comfyui_version.__version__
+    comfyui_version.__version__ = "0.99.0"
+    try:
+        assert started("newer")() != new()
+    finally:
+        comfyui_version.__version__ = before

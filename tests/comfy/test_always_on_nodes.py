@@ -2,23 +2,13 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
-
-def speedy(kit):
-    """A LoRA of the layers of a with other numbers."""
-    generator = torch.Generator().manual_seed(5)
-    tensors = {
-        key: t if key.endswith("alpha") else torch.randn(t.shape, generator=generator) * t.std()
-        for key, t in load_file(kit.loras / "a.safetensors").items()
-    }
-    save_file(tensors, kit.loras / "turbo.safetensors")
-    return kit.loras / "turbo.safetensors"
+from kit import SETTINGS, use_folders
 
 
 def test_it_is_as_if_load_lora_had_put_it_there(kit):
-    path = speedy(kit)
+    path = kit.loras / "c.safetensors"
     kit.calibration = replace(kit.calibration, conditions=0.0)
     speed = kit.specs.make_spec(path, strength=0.5, kind="always on")
     ours = kit.merge(concepts=[*kit.concepts(), speed]).lora.sites
@@ -30,3 +20,30 @@ def test_it_is_as_if_load_lora_had_put_it_there(kit):
         if site in own.sites:
             there = there + 0.5 * own.sites[site].dense().to(there.dtype)
         assert float((ours[site].dense() - there).norm() / there.norm()) < 1e-3, site
+
+
+def test_two_bare_files_are_added_up_and_the_first_line_says_so(kit, monkeypatch):
+    """As a LORA_STACK brings them: MODEL and CLIP are as with Load LoRA."""
+    use_folders(monkeypatch, kit.folder, "loras")
+    merge = kit.node("merge_nodes", "IterisMerge")
+    stack = [("b.safetensors", 0.7, 0.7), ("c.safetensors", 0.5, 0.5)]
+    given = {"settings": SETTINGS, "samples": 2}
+    made = merge.execute(kit.model, stack, kit.clip, **given).result
+    assert made[3].startswith(
+        "Nothing was merged: b and c have no trigger words, so they were only"
+    )
+    drawn = kit.draw(*made[:2])
+    kit.model, kit.clip = kit.stock("b.safetensors", 0.7)
+    wanted = kit.draw(*kit.stock("c.safetensors", 0.5))
+    torch.testing.assert_close(drawn, wanted, rtol=1e-2, atol=1e-2)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(drawn, kit.draw(kit.model, kit.clip), rtol=1e-2, atol=1e-2)
+
+
+def test_a_lora_that_is_on_model_already_is_refused(kit):
+    """By Load LoRA, on MODEL or on CLIP alone; another one there counts as the base."""
+    model, clip = kit.stock("a.safetensors", 0.5)
+    for on in ((model, clip), (model, kit.clip), (kit.model, clip)):
+        with pytest.raises(kit.core.IterisError, match=r"a\.safetensors is on this MODEL or CLIP"):
+            kit.merge(on=on)
+    assert kit.merge(on=kit.stock("c.safetensors", 0.5)).report.loras == 2

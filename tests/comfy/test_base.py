@@ -53,7 +53,7 @@ def hooked(kit, strength, keyframes=None):
     import comfy.utils
     from comfy_extras.nodes_hooks import SetClipHooks
 
-    weights = comfy.utils.load_torch_file(str(kit.loras / "a.safetensors"))
+    weights = comfy.utils.load_torch_file(str(kit.loras / "c.safetensors"))
     hooks = comfy.hooks.create_hook_lora(weights, strength, strength)
     if keyframes is not None:
         hooks.set_keyframes_on_hooks(keyframes)
@@ -118,13 +118,13 @@ def fp8(kit):
 
 BASES: dict[str, tuple[Callable[[Kit], Any], Callable[[Kit, Any], Any], float]] = {
     "a LoRA": (
-        lambda kit: kit.stock("a.safetensors", 0.5),
+        lambda kit: kit.stock("c.safetensors", 0.5),
         lambda _, on: with_weights_of(on),
         1e-4,
     ),
     "a LoRA as a hook": (
         lambda kit: (kit.model, hooked(kit, 0.5)),
-        lambda kit, _: kit.stock("a.safetensors", 0.5),
+        lambda kit, _: kit.stock("c.safetensors", 0.5),
         1e-4,
     ),
     "fp8": (fp8, lambda _, on: with_weights_of(on), 1e-4),
@@ -158,7 +158,7 @@ def test_a_model_that_is_half_in_host_memory(kit, monkeypatch):
     """With a LoRA on it that is applied as weights are cast."""
     import comfy.model_management as memory
 
-    patched = kit.stock("a.safetensors", 0.5)
+    patched = kit.stock("c.safetensors", 0.5)
     plain, whole = kit.merge().lora, kit.merge(on=patched).lora
     with torch.inference_mode():
         memory.load_models_gpu([patched[0], patched[1].patcher])

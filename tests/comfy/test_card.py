@@ -3,6 +3,7 @@ weights, layers that are read without being called.
 """
 
 import sys
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -102,3 +103,30 @@ def test_a_dora_on_bytes_of_a_gguf_is_refused(kit):
     layer.weight = nn.Parameter(torch.ones(3, 5, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(kit.core.IterisError, match=r"DoRA.*GGUF.*load the base from a safetensors"):
         sites.read_lora(path)
+
+
+def test_forwards_run_with_their_own_card_as_the_current_one(kit, monkeypatch):
+    """Kernels that take no device from their tensors run on it. Later versions set it where they
+    sample and encode; here CLIP and MODEL lie on devices of different names."""
+    import comfy.model_management as memory
+
+    current: list[torch.device | None] = [None]
+    seen: list[tuple[str, torch.device | None]] = []
+
+    @contextmanager
+    def card(device):
+        before, current[0] = current[0], device
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(memory, "cuda_device_context", card, raising=False)
+    second = kit.model.load_device = torch.device("cpu", 0)
+    first = kit.clip.patcher.load_device
+    for name, module in (
+        ("text", kit.clip.cond_stage_model.clip_l.transformer),
+        ("denoiser", kit.model.model.diffusion_model),
+    ):
+        module.register_forward_pre_hook(lambda *_, name=name: seen.append((name, current[0])))
+    kit.merge()
+    assert {*seen} == {("text", first), ("denoiser", second)}
+    assert current == [None]

@@ -97,18 +97,18 @@ def test_saved_lora_draws_what_the_node_draws(client):
 
 
 def test_the_prompt_of_the_documentation(client, models):
-    """Run twice it merges once, and writes one file."""
+    """Run twice it merges once, and writes one file. Older graphs say clear to merge again."""
     page = (ROOT / "docs" / "comfyui.md").read_text(encoding="utf-8")
     graph = json.loads(page.partition("```json")[2].partition("```")[0])
     graph["1"]["inputs"]["ckpt_name"] = "thin.safetensors"
     graph["2"]["inputs"] = {"lora_1": "a.safetensors", "lora_2": "b.safetensors"}
     graph["3"]["inputs"] |= {"samples": 2, "settings": ["settings", 0]}
     graph["4"]["inputs"]["filename_prefix"] = "shortest"
-    graph["settings"] = node("IterisSettings", **ADVANCED)
     log = models / "server.log"
     before = log.read_text().count("IterIS: merged with")
-    for overwrite in (False, True):
+    for overwrite, kept in ((False, "clear"), (True, "use")):
         graph["4"]["inputs"]["overwrite"] = overwrite
+        graph["settings"] = node("IterisSettings", **ADVANCED, kept=kept)
         assert client.run(graph)["4"]["text"] == ["shortest.safetensors"]
     assert log.read_text().count("IterIS: merged with") == before + 1
     assert len([*(models / "models" / "loras").glob("shortest*")]) == 1
@@ -205,7 +205,8 @@ def test_compare_inspect_preserve_and_stack(client):
         ),
         "compared": node(
             "IterisCompareMerges", model=toybox[0], clip=toybox[1], concepts=["kept", 0],
-            methods="base, average, iteris", samples=10, settings=["settings", 0],
+            row_1="base", row_2="each alone", row_3="stacked", row_4="iteris", samples=10,
+            settings=["settings", 0],
         ),
         "settings": node("IterisSettings", timesteps=1, latents="noise"),
         **drawing("drawn", ["compared", 0], ["compared", 1], ["toybox", 2], batch=2),
@@ -225,7 +226,7 @@ def test_compare_inspect_preserve_and_stack(client):
         "scores": node("PreviewAny", source=["score", 2]),
     }  # fmt: skip
     outputs = client.run(graph)
-    assert len(outputs["drawn"]["images"]) == 6
+    assert len(outputs["drawn"]["images"]) == 10  # two LoRAs, each alone
     assert "overlap" in outputs["table"]["text"][0]
     assert "CLIPScore" in outputs["scores"]["text"][0]
 

@@ -5,7 +5,7 @@ import torch
 from kit import SETTINGS, distance, part
 from safetensors.torch import load_file, save_file
 
-SIZE = {"rank": 2, "megabytes": 0.0, "energy": 0.0}
+SIZE = {"target": "rank", "rank": 2}
 
 
 class Edits:
@@ -48,9 +48,16 @@ def test_a_lora_of_a_lower_rank_than_it_says_is_resized_without_loss(kit, edits,
 
 def test_one_lora_and_one_target(kit, edits):
     on = kit.model, kit.concepts()[:1], kit.clip
-    for wrong in ({"rank": 2, "energy": 0.5}, {"rank": 0}):
-        with pytest.raises(kit.core.IterisError, match="Set one of rank, megabytes and energy"):
-            edits.run("ResizeLora", *on, **{**SIZE, **wrong})
+    with pytest.raises(kit.core.IterisError, match="target is energy, but energy is 0"):
+        edits.run("ResizeLora", *on, target="energy", energy=0.0)
+    numbers = {"by": "weights", "rank": 2, "megabytes": 50.0, "energy": 0.9}
+    ranks = edits.run("ResizeLora", *on, **numbers)[2].lora.ranks
+    assert max(ranks) < 8
+    assert edits.run("ResizeLora", *on, **{**numbers, "target": "energy"})[2].lora.ranks != ranks
+    # A graph of an earlier version: the one that is not 0.
+    old = {"target": None, "by": "weights", "rank": 0, "megabytes": 0.0, "energy": 0.9}
+    found = edits.run("ResizeLora", *on, **old)[2].lora.ranks
+    assert found == edits.run("ResizeLora", *on, **{**numbers, "target": "energy"})[2].lora.ranks
     with pytest.raises(kit.core.IterisError, match="takes one LoRA, but 2 are connected"):
         edits.run("ResizeLora", kit.model, kit.concepts(), kit.clip)
 

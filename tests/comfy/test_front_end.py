@@ -122,6 +122,10 @@ def test_a_first_graph_by_search_and_drag(client, models, tmp_path):
     quarter = ["b.safetensors", True, 0.25, 0, *b[4:], "none"]
     assert seen["core"]["LoadLoraModel"] == quarter
     assert seen["core"]["LoadLoraTextEncoder"] == [*quarter[:2], 0, 0.25, *quarter[4:]]
+    chain = seen["chain"]
+    assert chain["rows"][:7] == ["a.safetensors", True, 0.5, 0.25, *a[4:]]
+    assert chain["rows"][7:] == ["b.safetensors", True, 0.75, 0, *b[4:]]
+    assert (chain["modes"], chain["taken"]) == ([0, 4, 4, 0], True)
     assert "execution_interrupted" in seen["cancelled"]
     assert (seen["run"], seen["again"]) == ("success", "success")
     # Another strength does not merge again, and a LoRA that was just saved is in the lists.
@@ -176,18 +180,92 @@ def test_a_graph_of_an_earlier_version_opens(client, tmp_path):
         node(1, "IterisSettings", [0.2, 16, "x", 64, False, "a text on the node"], names),
         node(2, "IterisMerge", ["iteris", 4, "default", 0, 1.0]),
         node(3, "IterisLoras", ["gone.safetensors", False], ("lora_1", "on_1")),
+        node(4, "IterisCompareMerges", ["base, sum, ties", 3], ("methods", "samples")),
+        node(5, "IterisResizeLora", [0, 10, 0], ("rank", "megabytes", "energy")),
     ]
-    graph = {"last_node_id": 3, "last_link_id": 0, "nodes": nodes, "links": [], "version": 0.4}
+    graph = {"last_node_id": 5, "last_link_id": 0, "nodes": nodes, "links": [], "version": 0.4}
     (tmp_path / "old.json").write_text(json.dumps(graph))
     seen = look(client, tmp_path / "old.json", tmp_path / "old.png")
     values = seen["values"]["IterisSettings"]
     assert (values["rank"], values["image_size"], values["repair"]) == (16, 64, False)
     assert (values["denoising_steps"], values["kept"]) == (6, "use")
     assert seen["values"]["IterisMerge"]["preset"] == "default"
+    compared = seen["values"]["IterisCompareMerges"]
+    rows = [compared[f"row_{number}"] for number in range(1, 7)]
+    assert (rows, compared["samples"]) == (["base", "stacked", "ties", *["none"] * 3], 3)
+    resized = seen["values"]["IterisResizeLora"]
+    assert (resized["target"], resized["megabytes"]) == ("megabytes", 10)
     assert seen["values"]["IterisLoras"]["lora_1"] == "gone.safetensors"
     assert "missing a required model" not in seen["text"]
     (note,) = seen["toasts"]
     assert "Node 2 was saved by a version with other inputs" in note
+
+
+@pytest.mark.parametrize("kind", ["old", "vue"])
+def test_a_hostile_graph_is_text(client, models, tmp_path, kind):
+    """Reports in a graph, names of files and words: nothing of them is HTML or a link, in texts
+    that a graph brings, in those of a run, and in menus."""
+    script = "<img src=hostile onerror='window.hostile = 1'>"
+    report = f"{script}\n![x](https://hostile/1.png) [y](https://hostile) https://hostile *z*"
+    file = f"{script.replace('/', '')}.safetensors"
+    loras = models / "models" / "loras"
+    shutil.copy(loras / "a.safetensors", loras / file)
+
+    def node(number, kind, values=(), **more):
+        return {
+            "id": number, "type": kind, "pos": [450 * (number % 4), 450 * (number // 4)],
+            "size": [400, 350], "flags": {}, "order": number, "mode": 0, "inputs": [],
+            "outputs": [], "properties": {"iteris_report": report},
+            "widgets_values": list(values), **more,
+        }  # fmt: skip
+
+    names = ("lora_1", "on_1", "strength_1", "clip_1", "weight_1", "prompts_1", "words_1")
+    widgets = [{"name": n, "type": "*", "widget": {"name": n}, "link": None} for n in names]
+    words = [{"name": "concepts", "type": "ITERIS_CONCEPTS", "links": []}]
+    words.append({"name": "trigger_words", "type": "STRING", "links": [1]})
+    row = [file, True, 1, 1, 1, "auto", script]
+    shown = {"inputs": [{"name": "source", "type": "*", "link": 1}]}
+    nodes = [
+        node(1, "KSampler"), node(2, "IterisMerge", title=report), node(3, "IterisConcept"),
+        node(4, "IterisLoras", row, inputs=widgets, outputs=words), node(5, "PreviewAny", **shown),
+        node(6, "IterisSaveLora"), node(7, "IterisInspectLoras", properties={"iteris_report": 5}),
+    ]  # fmt: skip
+    graph = {
+        "last_node_id": 7, "last_link_id": 1, "nodes": nodes, "version": 0.4,
+        "links": [[1, 4, 1, 5, 0, "STRING"]],
+    }  # fmt: skip
+    (tmp_path / "hostile.json").write_text(json.dumps(graph))
+    try:
+        for wishes in ([], ["run", "menus"]):
+            seen = look(client, tmp_path / "hostile.json", tmp_path / f"{kind}.png", kind, *wishes)
+            assert seen["hostile"] == []
+            assert wishes or seen["errors"] == []  # a menu of Nodes 2.0 may have errors of its own
+            assert report.split("\n")[1] in seen["text"]
+    finally:
+        (loras / file).unlink()
+    assert f"{file.removesuffix('.safetensors')} at 1" in seen["text"]
+    assert sum(file.replace("<", "‹") in entry.replace("<", "‹") for entry in seen["entries"]) == 2
+
+
+def test_reports_are_on_their_nodes(client, tmp_path):
+    """One of a subgraph's node is not on the node of that number outside. One of a run is not on a
+    node of a graph that was opened meanwhile, and no picture has that of the run before."""
+    name = "Merge LoRAs and draw (IterIS)"
+    graph = json.loads((ROOT / "subgraphs" / f"{name}.json").read_text())
+    (inner,) = graph["definitions"]["subgraphs"]
+    merge = next(node for node in inner["nodes"] if node["type"] == "IterisMerge")
+    merge["properties"]["iteris_report"] = "a report inside"
+    outside = {**merge, "inputs": [], "outputs": [], "properties": {}, "pos": [900, 0]}
+    graph["nodes"].append(outside)
+    graph["last_node_id"] = max(node["id"] for node in graph["nodes"])
+    (tmp_path / "reports.json").write_text(json.dumps(graph))
+    seen = run("reports.js", client, tmp_path / "reports.json", merge["id"])
+    assert seen["errors"] == []
+    assert "a report inside" not in seen["outside"]
+    assert "a report inside" in seen["inside"]
+    assert "a report inside" not in seen["sent"]
+    assert "IterisMerge" in seen["sent"]
+    assert (seen["other"], seen["first"]) == (None, "a report that came late")
 
 
 def test_help_page_renders(client, tmp_path):

@@ -71,6 +71,17 @@ def test_what_does_not_fit_and_what_is_alike(kit, inspect):
     assert "ALIKE" not in inspect(*kit.concepts())
 
 
+def test_a_plot_is_there_when_it_is_connected_later(kit):
+    """ComfyUI hands on what a node made before the link was there."""
+    node = kit.node("edit_nodes", "InspectLoras")
+    node.hidden.prompt = {"1": {"inputs": {}}}
+    node.hidden.unique_id = None
+    plot, _ = node.execute(kit.model, kit.concepts(), kit.clip, settings=SETTINGS).result
+    assert plot.shape[0] == 1
+    scored = part(kit.pack, "nodes.score_nodes")._score_output(torch.ones(2), "x", node.hidden)
+    assert scored.result[3].shape[0] == 1
+
+
 def test_what_would_stop_a_merge(kit, inspect):
     mute = kit.concepts()[0].model_copy(update={"trigger": "", "class_word": ""})
     assert "no trigger words and no prompts" in inspect(mute)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import html
+import re
+import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from kit import SETTINGS, part, use_folders
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
@@ -16,13 +21,21 @@ def loras(kit, monkeypatch):
     return kit.loras
 
 
-def test_names_of_loras_are_sent_once(pack, tmp_path, monkeypatch):
+def test_every_list_of_loras_has_every_name(pack, tmp_path, monkeypatch):
+    """Programs that read /object_info, and not web/iteris.js, offer what it lists."""
     use_folders(monkeypatch, tmp_path, "loras")
-    for number in range(200):
-        (tmp_path / "loras" / f"a_rather_long_name_{number}.safetensors").touch()
-    nodes = part(pack, "nodes").NODES
-    sent = json.dumps([node.GET_NODE_INFO_V1() for node in nodes])
-    assert sent.count("a_rather_long_name_7.safetensors") == 1
+    (tmp_path / "loras" / "one.safetensors").touch()
+    nodes = {node.__name__: node.GET_NODE_INFO_V1()["input"] for node in part(pack, "nodes").NODES}
+    inputs = {
+        f"{name} {key}": str(given)
+        for name, kinds in nodes.items()
+        for kind in kinds.values()
+        if isinstance(kind, dict)
+        for key, given in kind.items()
+        if re.fullmatch(r"lora_(name|low|\d+)", key)
+    }
+    assert len(inputs) == 12
+    assert [key for key, given in inputs.items() if "one.safetensors" not in given] == []
 
 
 @pytest.mark.parametrize(
@@ -51,15 +64,21 @@ def test_messages_name_no_folder_of_the_server(kit, loras):
     assert str(kit.folder) not in str(found.value)
 
 
-def test_text_on_a_node_has_no_html(kit, loras, monkeypatch):
-    shown: list[str] = []
-    runtime = part(kit.pack, "nodes.comfy_runtime")
-    monkeypatch.setattr(
-        part(kit.pack, "nodes.concept_nodes"), "show_text",
-        lambda text, _: shown.extend(runtime.ui_text(text)["text"]),
-    )  # fmt: skip
-    kit.node("concept_nodes", "IterisLoras").execute(lora_1="sub/ä 'cat' <b>.safetensors")
-    assert shown == ["ä 'cat' ‹b› at 1: sks cat (a guess from its captions)"]
+def test_text_on_a_node_is_no_html_and_no_markdown(kit, loras, monkeypatch):
+    """Entities show as their character; what the graph records is the text itself."""
+    sent: list[str] = []
+    page = SimpleNamespace(send_progress_text=lambda text, _: sent.append(text))
+    monkeypatch.setitem(
+        sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=page))
+    )
+    node = kit.node("concept_nodes", "IterisLoras")
+    node.hidden.unique_id = "1"
+    words = "<b>*x* ![y](https://z) www.z"
+    node.execute(lora_1="sub/ä 'cat' <b>.safetensors", words_1=words, lora_2="b.safetensors")
+    assert not re.search(r"[<>*!\[\]_]|://|www\.", sent[0])
+    told = f"ä 'cat' <b> at 1: {words}"
+    assert html.unescape(sent[0]).split("  \n")[0] == told
+    assert part(kit.pack, "nodes.comfy_runtime").ui_text(told) == {"text": [told]}
 
 
 def test_a_linked_folder_keeps_its_name_in_the_recipe(kit, loras, tmp_path_factory):
@@ -78,13 +97,41 @@ def test_a_model_on_several_cards_is_refused(kit):
 
 
 def test_minutes_of_the_node_and_of_the_settings(kit):
-    """The settings' count first; 0 is no limit."""
+    """0 is no limit; those that IterIS Settings had in earlier versions do not count."""
     request = part(kit.pack, "nodes.merge_settings").Request
 
     def minutes(**values):
         return request.of(values, kit.model).config([], "iteris").calibration.get("minutes")
 
     assert minutes(minutes=60.0) == 60
-    assert minutes(minutes=60.0, settings={**SETTINGS, "minutes": 5.0}) == 5
-    assert minutes(minutes=0.0, settings={"minutes": 0.0}) is None
-    assert minutes(minutes=60.0, settings={"minutes": 0.0}) == 60
+    assert minutes(minutes=0.0) is None
+    assert minutes(minutes=60.0, settings={**SETTINGS, "minutes": 5.0}) == 60
+    nodes = {node.define_schema().node_id: node for node in part(kit.pack, "nodes").NODES}
+    assert "minutes" not in {i.id for i in nodes["IterisSettings"].define_schema().inputs}
+
+
+def test_few_inputs_stand_out(pack):
+    """The others are advanced: newer front ends fold them away."""
+    schemas = {s.node_id: s for node in part(pack, "nodes").NODES if (s := node.define_schema())}
+
+    def plain(name):
+        return [i.id for i in schemas[name].inputs if not i.extra_dict.get("advanced")]
+
+    assert "method" not in plain("IterisMerge")
+    assert plain("IterisMerge")[3] == "preset"
+    folded = {"contexts", "generic", "composites", "empty_share", "block_steps", "share_ranks"}
+    assert not folded & set(plain("IterisSettings"))
+    assert len(plain("IterisSettings")) <= 13
+
+
+def test_messages_name_inputs_of_the_nodes(kit, loras):
+    """Not options of the library."""
+    tensors = load_file(kit.loras / "b.safetensors")
+    save_file({**tensors, "lora_unet_elsewhere.diff": torch.ones(3)}, loras / "more.safetensors")
+    spec = kit.specs.make_spec(loras / "more.safetensors", trigger="tok")
+    merge = kit.node("merge_nodes", "IterisMerge").execute
+    with pytest.raises(kit.core.IterisError, match="use cannot_merge: skip on IterIS Settings"):
+        merge(kit.model, [spec], kit.clip)
+    settings = {**SETTINGS, "timesteps": 8}
+    with pytest.raises(kit.core.IterisError, match="set denoising_steps on IterIS Settings to 8"):
+        merge(kit.model, [("b.safetensors", 1.0)], kit.clip, settings=settings)

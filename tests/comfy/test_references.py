@@ -116,7 +116,7 @@ def test_first_frame_and_what_clip_sees(bench, monkeypatch):
         "diffusion_model.img_emb.proj.1": (1280, 1280),
     }
     concepts = bench.concepts(sites)
-    with pytest.raises(bench.core.IterisError, match=r"img_emb.*is reached by no forward"):
+    with pytest.raises(bench.core.IterisError, match=r"img_emb.*is not used by this base"):
         bench.merge(on, concepts, unmergeable="refuse")
     skipped = bench.merge(on, concepts, unmergeable="skip")
     assert not any("img_emb" in site for site in skipped.lora.sites)

@@ -164,3 +164,11 @@ def test_what_only_a_base_can_read_is_refused_at_once(world, tmp_path, iteris):
     err = iteris.refused("resize", tmp_path / "loha.safetensors", "-o",
                        tmp_path / "out.safetensors", "--rank", 2)  # fmt: skip
     assert "give --base BASE" in err
+
+
+def test_the_name_of_the_network_stays_without_a_base(world, tmp_path, iteris):
+    own, out = tmp_path / "own.safetensors", tmp_path / "out.safetensors"
+    save_file(load_file(world / "lora1.safetensors"), own, {"ss_network_module": "networks.lora_x"})
+    iteris("resize", own, "--rank=2", "-o", out)
+    with safe_open(out, "pt") as file:
+        assert file.metadata()["ss_network_module"] == "networks.lora_x"

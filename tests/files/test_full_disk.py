@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from iteris_core import IterisError, Lora, LowRank, write_lora
 from iteris_core.errors import SaveError
 from iteris_core.lora_files import write_loras
+from iteris_core.lora_files.experts import write_or_keep
 from iteris_core.lora_files.peft_folder import write_adapter
 
 
@@ -94,3 +95,55 @@ def test_the_command_keeps_a_merge_that_its_disk_does_not_take(
     kept = Path(said.partition("The merge is not lost: it is in ")[2].partition(". [")[0])
     assert kept.name == out.name
     assert len(load_file(kept)) > 30
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_an_interrupt_among_renames_leaves_all_files_as_they_were(tmp_path, monkeypatch, number):
+    """However far they were: each file that is there is moved aside, and then replaced."""
+    paths = [tmp_path / f"{name}.safetensors" for name in ("high", "low", "new")]
+    write_loras({path: lora(8, embedding=1) for path in paths[:2]})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    replace, calls = Path.replace, []
+
+    def interrupted(path, target):
+        calls.append(target)
+        done = replace(path, target)
+        if len(calls) == number + 1:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_loras({path: lora(16, embedding=2) for path in paths}, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_rename_that_fails_leaves_all_files_as_they_were(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{name}.safetensors" for name in ("high", "low", "new")]
+    write_loras({path: lora(8, embedding=1) for path in paths[:2]})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    replace = Path.replace
+
+    def refused(path, target):
+        if Path(target).name == "low.safetensors" and not path.name.startswith("replaced"):
+            raise PermissionError(13, "Permission denied")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", refused)
+    with pytest.raises(SaveError, match=r"low\.safetensors cannot be .* the existing file"):
+        write_loras({path: lora(16, embedding=2) for path in paths}, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("letter", ["n", "画"])
+def test_a_file_may_have_the_longest_name_that_the_system_allows(tmp_path, monkeypatch, letter):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    name = letter * (243 // len(letter.encode())) + ".safetensors"
+    assert len(name.encode()) == 255
+    assert load_file(write_lora(lora(8), tmp_path / name))
+    with pytest.raises(IterisError, match="The merge is not lost") as failed:
+        write_or_keep(lora(8), tmp_path / "none" / name)
+    kept = str(failed.value).partition("not lost: it is in ")[2].removesuffix(".")
+    assert load_file(kept)
+    with pytest.raises(SaveError, match=r"File name too long.*Choose a shorter name"):
+        write_lora(lora(8), tmp_path / f"n{name}")

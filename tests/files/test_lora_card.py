@@ -4,6 +4,7 @@ import torch
 from oracle import make_lora
 from PIL import Image
 from safetensors.torch import save_file
+from tiny import random_lora
 
 from iteris_core import Concept, Lora, merge_loras
 from iteris_core.report.provenance import write_card
@@ -13,7 +14,12 @@ def merged(folder):
     """A file as a merge writes its metadata; one source says under which licence it is."""
     named = {"cat": {"modelspec.license": "CC-BY-4.0"}, "a_dog": {}}
     concepts = [
-        Concept(Lora(make_lora(seed).sites, name, metadata, sha256="ab" * 32), None, word, name)
+        Concept(
+            Lora(make_lora(seed).sites, name, metadata, f"{name}.safetensors", "ab" * 32),
+            None,
+            word,
+            name,
+        )
         for seed, (name, metadata, word) in enumerate(
             ((n, m, f"sk`s{i}") for i, (n, m) in enumerate(named.items())), 1
         )
@@ -56,3 +62,10 @@ def test_any_file_has_a_card(tmp_path):
     file = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(1)}, file, {"iteris": '{"concepts": 3, "settings": []}'})
     assert write_card(file).read_text().startswith("---\n")
+
+
+def test_the_card_of_a_merge_of_loras_in_no_file_promises_no_repetition(host, tmp_path):
+    first = merge_loras(None, [Concept(random_lora(host, 1), trigger="a")], "sum").lora
+    again = merge_loras(None, [Concept(first, trigger="a")], "sum")
+    card = write_card(again.save(tmp_path / "again.safetensors")).read_text()
+    assert "It cannot be merged again: merged was made in Python" in card

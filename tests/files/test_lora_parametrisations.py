@@ -204,6 +204,19 @@ def test_every_dtype_is_read_as_it_is(dtype, tmp_path):
     assert torch.equal(change.dense(), up.float() * 0.5 @ down.float())
 
 
+def test_a_lora_of_another_width_is_said_to_be_of_another_base(tmp_path):
+    tensors, _ = train("locon", LINEAR, lora_dim=4, alpha=2)
+    key = next(key for key in tensors if "down" in key)
+    name, inputs = key.partition(".")[0], tensors[key].shape[1]
+    wide = {**tensors, key: torch.ones(4, 999)}
+    said = rf"{name} was made for another base: it has .* this base's layer takes {inputs} inputs"
+    with pytest.raises(LoraFileError, match=said):
+        read(tmp_path, wide)
+    known = {**tensors, "lora_unet_other.lora_up.weight": torch.ones(4, 4)}
+    with pytest.raises(LoraFileError, match=r"1 of 4 tensors have no layer in this base, such as"):
+        read(tmp_path, known)
+
+
 REFUSED = [
     ("diff_b", torch.ones(32), "a change of a bias"),
     ("w_norm", torch.ones(32), "a change of a normalisation"),
@@ -219,7 +232,7 @@ REFUSED = [
 def test_what_cannot_be_said_is_named_or_listed(leaf, tensor, message, tmp_path):
     tensors, wanted = train("locon", LINEAR, lora_dim=4, alpha=2)
     key = "lora_unet_mid_block_attentions_0_norm." + leaf
-    with pytest.raises(LoraFileError, match=f"{key}.*{message}.*allow a partial reading"):
+    with pytest.raises(LoraFileError, match=f"{key}.*{message}.*use option allow_partial"):
         read(tmp_path, {**tensors, key: tensor})
     lora = read(tmp_path, {**tensors, key: tensor}, ReadOptions(allow_partial=True, energy=1.0))
     assert torch.allclose(lora.sites[LINEAR].dense(), wanted, atol=1e-6)

@@ -1,10 +1,15 @@
 """Trigger words beside a LoRA file, and the precedence of sources."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
+from iteris_core import IterisError, Lora, LowRank, write_lora
+from iteris_core.lora_files import read_tensors
+from iteris_core.lora_files.embeddings import split_embeddings
 from iteris_core.lora_files.metadata import find_phrases
 
 SIDECARS = {
@@ -74,3 +79,22 @@ def test_what_the_file_says_comes_first_and_a_guess_last(tmp_path):
     (tmp_path / "toy.civitai.info").write_text(json.dumps({"trainedWords": ["sks cat"]}))
     assert find_phrases(file, guess) == (("sks cat",), ".civitai.info")
     assert find_phrases(file, said) == (("abc", "def ghi"), "file")
+
+
+def test_a_lora_with_embeddings_is_read_from_a_folder_that_is_read_only(tmp_path, monkeypatch):
+    site = "unet.mid_block.attentions.0.to_q"
+    lora = Lora(
+        {site: LowRank(torch.ones(4, 1), torch.ones(1, 4))},
+        metadata={"iteris": json.dumps({"embeddings": ["word"]})},
+        embeddings={"word": {"clip_l": torch.ones(1, 4)}},
+    )
+    path = write_lora(lora, tmp_path / "merged.safetensors")
+
+    def refused(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    embeddings, _, missing = split_embeddings(path, *read_tensors(path))
+    assert (list(embeddings), missing) == (["word"], [])
+    with pytest.raises(IterisError, match="Read-only"):
+        write_lora(lora, path, overwrite=True)

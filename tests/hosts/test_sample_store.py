@@ -6,15 +6,19 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from command_line import same
 from host_cases import CALIBRATION, make_case, two_concepts
 
 from iteris_core import Concept, SampleStore, merge_loras
+from iteris_core.errors import OutputError
 from iteris_core.hosts import sample_store
+from iteris_core.hosts.diffusers_arguments import study
 from iteris_core.hosts.protocol import DENOISING
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
@@ -25,10 +29,14 @@ class Counted:
 
     def __init__(self, case) -> None:
         self.case, self.rows = case, 0
-        case.host.denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
+        kind = type(case.host.denoiser)
 
-    def _count(self, module, args, kwargs) -> None:
-        self.rows += len(args[0] if args else kwargs["sample"])
+        @wraps(kind.forward)
+        def forward(module, *args, **kwargs):
+            self.rows += len(args[0] if args else kwargs["sample"])
+            return kind.forward(module, *args, **kwargs)
+
+        case.host.denoiser.__class__ = type(kind.__name__, (kind,), {"forward": forward})
 
     def merge(self, concepts, store=None, **calibration):
         self.rows, done = 0, {}
@@ -96,6 +104,42 @@ def test_what_samples_depend_on_is_in_their_key(counted, tmp_path):
         found = {path.name for path in tmp_path.iterdir()}
         new[change], before = len(found - before), found
     assert set(new.values()) == {new["nothing"]} != {0}, new
+
+
+def test_samples_of_another_behaviour_at_equal_weights_are_others(counted):
+    """FreeU and processors are in the key; functions of others have no hash, and keep nothing."""
+    case, unet = counted.case, counted.case.host.denoiser
+    arguments = study(case.host._loop, CALIBRATION)
+
+    def key() -> str | None:
+        return case.host._base_digest(arguments)
+
+    plain = key()
+    unet.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    assert key() not in (plain, None)
+    unet.disable_freeu()
+    assert key() == plain
+    with case.host.denoiser.conv_in.register_forward_hook(lambda *_: None):
+        assert key() is None
+    unet.conv_in.forward = lambda x: x
+    assert key() is None
+    del unet.conv_in.forward
+    unet.set_attention_slice(1)
+    assert key() not in (plain, None)
+
+    class Own:
+        pass
+
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor = Own()
+    assert key() is None
+
+
+def test_offloading_does_not_change_the_key(counted):
+    arguments = study(counted.case.host._loop, CALIBRATION)
+    plain = counted.case.host._base_digest(arguments)
+    for module in counted.case.host.denoiser.modules():
+        add_hook_to_module(module, ModelHook())
+    assert counted.case.host._base_digest(arguments) == plain
 
 
 def test_trouble_with_the_disk_costs_no_merge(counted, tmp_path, monkeypatch, caplog):
@@ -193,4 +237,136 @@ def test_two_processes_share_a_store(tmp_path):
         merged = merge_loras(case.host, two_concepts(case), calibration=CALIBRATION, store=store)
     assert other.returncode == 0
     assert same(theirs, merged.save(ours, layout="peft"))
-    assert len(list((tmp_path / "samples").glob("*.safetensors"))) > 0
+    assert store.size > 0
+
+
+def planted(folder: Path) -> dict[Path, bytes]:
+    folder.mkdir(exist_ok=True)
+    for name in ("cat.safetensors", f"{'a' * 63}.safetensors", "x.iteris-store", "notes.txt"):
+        (folder / name).write_text(name)
+        os.utime(folder / name, (1e9, 1e9))
+    return {path: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_folder_with_other_files_is_no_store(world, tmp_path, monkeypatch, iteris):
+    """It removed LoRAs that somebody else had put there."""
+    models = tmp_path / "models"
+    before = planted(models)
+    concepts = [f"--concept={world}/lora{n}.safetensors:s{n}:dog" for n in (1, 2)]
+    merge = ["merge", world / "base", "-o", tmp_path / "out.safetensors", *concepts]
+    monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "load_base", pytest.fail)
+    said = f"{models} is no store of samples: it contains {'a' * 63}.safetensors. Give the store"
+    for command in (["store", models], ["store", models, "--clear"], [*merge, "--store", models]):
+        assert said in iteris.refused(*command)
+    monkeypatch.setenv("ITERIS_STORE", str(models))
+    for command in (["store", "--clear"], merge):
+        assert said in iteris.refused(*command)
+    with pytest.raises(OutputError, match="is no store of samples"):
+        SampleStore(models)
+    assert {path: path.read_bytes() for path in models.iterdir()} == before
+
+
+def test_a_store_removes_files_of_its_own_names_alone(tmp_path):
+    """Others may come there later. Files of earlier versions have 64 hex digits as well."""
+    store = SampleStore(tmp_path, limit=1)
+    old = tmp_path / f"{'0' * 64}.safetensors"
+    old.write_bytes(bytes(100))
+    assert (store.size, SampleStore(tmp_path).clear()) == (100, 100)
+    before = planted(tmp_path)
+    for name in "ab":
+        store.within("base").put({"latents": torch.zeros(1000)}, name)
+    assert store.within("base").get("b") is not None
+    assert store.clear() > 4000
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_newest_stays_in_a_store_that_is_too_small_for_it(tmp_path):
+    store = SampleStore(tmp_path, limit=10)
+    for name in "ab":
+        store.put({"latents": torch.zeros(100)}, name)
+    assert [store.get(name) is None for name in "ab"] == [True, False]
+
+
+def test_what_a_killed_process_left_counts_and_goes(tmp_path):
+    code = (
+        "import os, sys, torch; from pathlib import Path; from iteris_core import SampleStore; "
+        "Path.replace = lambda *_: os._exit(9); "
+        "SampleStore(Path(sys.argv[1])).put({'latents': torch.zeros(1000)}, 'a')"
+    )
+    assert subprocess.run([sys.executable, "-c", code, tmp_path]).returncode == 9
+    store = SampleStore(tmp_path, limit=1)
+    assert store.size > 4000
+    store.put({"latents": torch.zeros(1)}, "b")
+    (left,) = [path for path in tmp_path.iterdir() if path.stat().st_size > 4000]
+    os.utime(left, (1e9, 1e9))  # by now nobody writes it
+    store.put({"latents": torch.zeros(1)}, "c")
+    assert not left.exists()
+    left.write_bytes(bytes(5000))
+    assert store.clear() > 5000
+
+
+def test_a_store_that_may_only_be_read_is_read(tmp_path, monkeypatch):
+    store = SampleStore(tmp_path)
+    store.put({"latents": torch.ones(3)}, "a")
+
+    def refused(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert torch.equal(store.get("a")["latents"], torch.ones(3))
+
+
+def test_a_user_without_a_home_is_told_to_name_a_folder(world, monkeypatch, iteris):
+    for name in ("ITERIS_STORE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def missing():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", missing)
+    assert "Name a folder (--store, or ITERIS_STORE), or none. [IT-02]" in iteris.refused("store")
+    concept = f"--concept={world}/lora1.safetensors:s1:dog"
+    monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "load_base", pytest.fail)
+    merge = ["merge", world / "base", "-o", world / "out.safetensors", concept]
+    assert "this user has no home folder" in iteris.refused(*merge)
+
+
+LOAD = """
+import random, sys, torch
+from pathlib import Path
+from iteris_core import SampleStore
+store, draw = SampleStore(Path(sys.argv[1]), limit=3_000_000), random.Random(sys.argv[2])
+print(flush=True)
+input()
+hits = 0
+for round in range(50):
+    for key in draw.sample(range(8), 4):
+        found = store.get(str(key))
+        if found is None:
+            store.put({"latents": torch.full((200_000,), float(key))}, str(key))
+        else:
+            hits += 1
+            assert torch.equal(found["latents"], torch.full((200_000,), float(key)))
+    if draw.random() < 0.1:
+        store.clear()
+assert hits > 10
+"""
+
+
+def test_two_processes_use_a_store_a_hundred_times(tmp_path):
+    """What is read is whole, whoever writes or removes it meanwhile."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    both = [
+        subprocess.Popen([sys.executable, "-c", LOAD, tmp_path, str(n)], text=True, **pipes)
+        for n in range(2)
+    ]
+    for one in both:
+        one.stdout.readline()
+    for one in both:
+        one.stdin.write("\n")
+        one.stdin.flush()
+    ends = [one.communicate()[1] for one in both]
+    assert [one.returncode for one in both] == [0, 0], ends
+    store = SampleStore(tmp_path, limit=3_000_000)
+    assert all("." not in path.stem for path in tmp_path.iterdir())
+    assert store.size <= 3_000_000 + 800_200

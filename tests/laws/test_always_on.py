@@ -133,7 +133,30 @@ def test_a_lora_without_words_is_always_on_and_in_the_file(host):
     for site, change in both.lora.sites.items():
         wanted = look.sites[site].dense() + 0.5 * own.sites[site].dense()
         torch.testing.assert_close(change.dense(), wanted)
-    assert preview_merge(host, [Concept(look)]).plan[0].startswith("every LoRA is always on")
+    assert preview_merge(host, [Concept(look)]).plan[0].startswith("nothing is merged: every LoRA")
+
+
+def test_a_sum_is_never_silent(host):
+    """The first line says that nothing was merged, of which LoRAs, and what to do."""
+    one, two = (
+        Concept(replace(random_lora(host, s), name=name)) for s, name in ((1, "anna"), (2, "oil"))
+    )
+    kept = Concept.preserve(["a landscape"])
+
+    def first(*concepts):
+        summary = merge_loras(host, concepts, calibration={"samples": 2}).report.summary()
+        assert "others were merged" not in summary
+        return summary.splitlines()[0]
+
+    for more in ((), (kept,)):
+        told = first(one, two, *more)
+        assert told.startswith("Nothing was merged: anna and oil have no trigger words, so they")
+        assert "IterIS LoRAs" in told
+    assert first(one).startswith("Nothing was merged: anna has no trigger words, so it is as")
+    marked = [replace(concept, always_on="include") for concept in (one, two)]
+    assert first(*marked).startswith("Nothing was merged: every LoRA is always on")
+    off = replace(two, weight=0)
+    assert "oil" not in first(one, off)
 
 
 def test_what_makes_no_sense_is_refused():

@@ -14,6 +14,7 @@ from oracle import (
     make_data,
     make_lora,
 )
+from tiny import random_lora
 
 from iteris_core import Concept, SettingsError, merge_loras
 
@@ -78,6 +79,20 @@ def test_a_rank_that_all_layers_may_have_is_the_whole_merge():
     ours, whole = merge(rank=8, share_ranks=True).lora, merge().lora
     for site, change in ours.sites.items():
         torch.testing.assert_close(change.dense(), whole.sites[site].dense())
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_repairs_do_not_make_the_file_larger(host, rank):
+    loras = [random_lora(host, seed, 3, lambda site: ".attn2.to_k" in site) for seed in (1, 2)]
+    concepts = [Concept(lora, trigger=lora.name) for lora in loras]
+    quick = {"samples": 3, "timesteps": 1, "latents": "noise"}
+    settings = {"rank": rank, "share_ranks": True}
+    result = merge_loras(host, concepts, calibration=quick, settings=settings)
+    sizes = {site: sum(change.shape) for site, change in loras[0].sites.items()}
+    assert result.lora.sites.keys() >= sizes.keys()
+    written = sum(sum(change.shape) * change.rank for change in result.lora.sites.values())
+    assert written <= rank * sum(sizes.values())
+    assert (result.lora.sites.keys() > sizes.keys()) == (rank > 1)  # repairs have room left
 
 
 def test_what_ranks_cannot_be_shared_with():

@@ -48,7 +48,7 @@ class Mixing(Model):
 
 
 CASES = [
-    (Half, "is reached by no forward"),
+    (Half, "is not used by this base"),
     (lambda: Mixing(lambda x: x.sum(dim=0, keepdim=True)), "mixed or split"),
     (lambda: Mixing(lambda x: joined(x.transpose(0, 1))), "mixed or split"),
     # Tokens above nothing of all rows, as experts get them.
@@ -125,7 +125,7 @@ def test_rows_that_stand_in_another_dimension_are_told_apart(between, schedule):
 
 def test_nothing_is_left_of_it():
     some = [Concept(make_lora(1, sites=("up",)), prompts=["unused"])]
-    with pytest.raises(IterisError, match="is reached by no forward"):
+    with pytest.raises(IterisError, match="is not used by this base"):
         merge_loras(PictureHost(Half(), make_data()), some, unmergeable="skip")
 
 

@@ -127,12 +127,16 @@ def test_no_graph_names_a_lora_of_somebody_s(path):
 
 def test_two_graphs_are_apps():
     """In App mode the front end shows these widgets, and what these nodes give."""
+    texts = read(ROOT / "locales" / "en" / "nodeDefs.json")
     apps = [graph for path in GRAPHS if (graph := read(path))["extra"].get("linearData")]
     assert len(apps) == 2
     for graph in apps:
         kinds = {node["id"]: node["type"] for node in graph["nodes"]}
         app = graph["extra"]["linearData"]
         assert {number for number, _ in app["inputs"]} <= kinds.keys()
+        shown = [(kinds[number], name) for number, name in app["inputs"] if name != "loras"]
+        ours = [(kind, name) for kind, name in shown if kind in texts]
+        assert [name for kind, name in ours if name not in texts[kind]["inputs"]] == []
         assert {kinds[number] for number in app["outputs"]} <= {"PreviewImage", "SaveImage"}
 
 
@@ -173,3 +177,35 @@ def test_settings_have_a_value_for_each_input(path):
     for node in read(path)["nodes"]:
         if node["type"] == "IterisSettings":
             assert len(node["widgets_values"]) == len(texts)
+
+
+@every_graph
+def test_a_list_of_loras_leaves_their_kinds_to_the_files(path):
+    """Choosing a file does not change what its row says: a speed LoRA would be a subject."""
+    for node in read(path)["nodes"]:
+        if node["type"] == "IterisLoras":
+            assert node["widgets_values"][5:70:7] == ["auto"] * 10
+
+
+@every_graph
+def test_a_note_says_how_many_samples_the_graph_has(path):
+    nodes = read(path)["nodes"]
+    (note,) = (n["widgets_values"][0] for n in nodes if n["type"] == "MarkdownNote")
+    if any(30 in n.get("widgets_values", []) for n in nodes if n["type"].startswith("IterisMerge")):
+        assert "on 50 samples (this graph has 30, which take less)" in note
+
+
+def test_a_turbo_model_is_merged_as_it_draws():
+    """Without empty prompts, which its weights do not say, in as many steps as the sampler has."""
+    graph = read(ROOT / "workflows" / "z_image.json")
+    nodes = {node["type"]: node for node in graph["nodes"]}
+    names = read(ROOT / "locales" / "en" / "nodeDefs.json")["IterisSettings"]["inputs"]
+    values = dict(zip(names, nodes["IterisSettings"]["widgets_values"], strict=True))
+    steps, cfg = nodes["KSampler"]["widgets_values"][2:4]
+    assert (values["empty_prompts"], values["denoising_steps"], cfg) == ("no", steps, 1)
+    ends = [nodes["IterisSettings"]["id"], 0, nodes["IterisMerge"]["id"], 5]
+    assert ends in [link[1:5] for link in graph["links"]]
+    for name in ("qwen_image", "wan22_two_experts"):
+        note = next(n for n in read(ROOT / "workflows" / f"{name}.json")["nodes"]
+                    if n["type"] == "MarkdownNote")["widgets_values"][0]  # fmt: skip
+        assert "*empty_prompts* on *no*" in note
