@@ -10,6 +10,7 @@ from tiny import is_attention, random_lora
 from iteris_core import Concept
 from iteris_core.activations.collect import Collector
 from iteris_core.passes.batches import ExecutionConfig, micro_batches
+from iteris_core.passes.changes import changes_of
 from iteris_core.passes.job import Job
 from iteris_core.solve.choose import THRESHOLDS
 from iteris_core.solve.problem import RegressionSpec
@@ -48,7 +49,8 @@ def test_moments_are_weighted_by_the_effects_so_far(host64):
         if is_attention(site)
     }
     generator = torch.Generator().manual_seed(0)
-    task = Job(host64, concepts, references, CALIBRATION, generator, lambda *_: None)
+    changes = {site: some for site, some in changes_of(concepts).items() if site in references}
+    task = Job(host64, concepts, changes, CALIBRATION, generator, lambda *_: None)
     acting = set(references) & set(host64.streams(set(references)))
     assert acting
     fit = RegressionSpec([1.0] * 3, 1e-6)
