@@ -75,7 +75,7 @@ def default_merge(folder: Path) -> dict[str, int]:
     return entered.counts()
 
 
-BOUNDS = {"modules": 57, "functions": 490, "classes": 62, "two-way pairs": 7}
+BOUNDS = {"modules": 57, "functions": 491, "classes": 62, "two-way pairs": 7}
 """No more than these; fewer is better."""
 
 
