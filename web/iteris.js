@@ -24,21 +24,13 @@ function nodeOf(id) {
   return node;
 }
 
-// The other way round; of a subgraph that is there several times, the first.
-function idOf(node, graph = app.rootGraph ?? app.graph) {
-  if (node.graph === graph) return String(node.id);
-  for (const outer of graph?._nodes ?? []) {
-    const inner = outer.subgraph && idOf(node, outer.subgraph);
-    if (inner) return `${outer.id}:${inner}`;
-  }
-  return null;
-}
-
 const isOurs = (node) => node?.comfyClass?.startsWith('Iteris') ?? false;
 
 // The text on a node is two lines high by itself; reports are longer.
 function fitText(node, text) {
   if (!isOurs(node)) return;
+  const widget = node.widgets?.find(({ name }) => name === '$$node-text-preview');
+  if (widget) widget.serialize = false; // else a graph has it as the value of an input
   const width = node.size[0];
   const inLine = Math.floor((width - 60) / LETTER);
   const shown = text.replace(/&#\d+;/g, '.'); // see page_text.js
@@ -110,11 +102,13 @@ function renew(saved) {
   }
 }
 
-// A graph may come from anybody, and name anything a report.
+// A graph may come from anybody, and name anything a report. The front end looks for the number in the
+// graph that is in view: nodes of another graph, such as a subgraph, wait until theirs is.
 function showReport(node) {
   const text = node.properties?.[REPORT];
   if (!TELLING.includes(node.comfyClass) || typeof text !== 'string' || !text) return;
-  api.dispatchCustomEvent('progress_text', { nodeId: idOf(node), text: asText(text) });
+  if (node.graph !== app.canvas.graph) return;
+  api.dispatchCustomEvent('progress_text', { nodeId: String(node.id), text: asText(text) });
 }
 
 const everyNode = (saved) => [saved?.nodes, ...(saved?.definitions?.subgraphs ?? []).map((one) => one.nodes)]
@@ -178,8 +172,10 @@ app.registerExtension({
     style.textContent = '.dom-widget > .max-h-\\[200px\\] { max-height: 100%; }';
     document.head.append(style);
     api.addEventListener('progress_text', ({ detail }) => {
+      const id = String(detail?.nodeId ?? '');
+      const node = id.includes(':') ? nodeOf(id) : app.canvas.graph?.getNodeById(id);
       // Once the front end has put the text onto the node.
-      setTimeout(() => fitText(nodeOf(detail?.nodeId), detail?.text ?? ''), 50);
+      setTimeout(() => fitText(node, detail?.text ?? ''), 50);
     });
     api.addEventListener('executed', ({ detail }) => {
       const text = detail?.output?.text?.[0];
@@ -188,7 +184,9 @@ app.registerExtension({
       if (!tab || tab === openTab()) tell(detail.node, text);
       else tabs.set(tab, { ...tabs.get(tab), [detail.node]: text });
     });
-    app.canvas.canvas.addEventListener('litegraph:set-graph', () => app.canvas.graph?._nodes.forEach(showReport));
+    app.canvas.canvas.addEventListener('litegraph:set-graph', () => {
+      setTimeout(() => app.canvas.graph?._nodes.forEach(showReport), 0);
+    });
     followRuns();
   },
   afterConfigureGraph() {

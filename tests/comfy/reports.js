@@ -18,7 +18,8 @@ withPage(`http://127.0.0.1:${port}`, async (page, errors) => {
   const seen = { outside: await text() };
   await page.evaluate(() => {
     const { app } = window;
-    app.canvas.openSubgraph(app.rootGraph._nodes.find((node) => node.subgraph).subgraph);
+    const outer = app.rootGraph._nodes.find((node) => node.subgraph);
+    app.canvas.openSubgraph(outer.subgraph, outer);
   });
   await page.waitForTimeout(1000);
   seen.inside = await text();
