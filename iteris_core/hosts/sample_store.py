@@ -30,9 +30,10 @@ VERSION = "2"
 
 LIMIT = 4 * 2**30
 _SUFFIX = ".iteris-store"
-_OWN = re.compile(rf"[0-9a-f]{{64}}(\.[0-9a-f]{{8}})?{_SUFFIX}|[0-9a-f]{{64}}\.safetensors")
-"""Names of a store's files: whole ones, those still being written, and those of earlier versions,
-which are never read."""
+_OWN = re.compile(rf"[0-9a-f]{{64}}(\.[0-9a-f]{{8}})?{_SUFFIX}")
+"""Names of a store's files: whole ones, and those still being written."""
+_EARLIER = re.compile(r"[0-9a-f]{64}\.safetensors")
+"""Names of earlier versions' files. They may be anybody's, so they are neither read nor removed."""
 _WRITING = 3600
 """Seconds after which an unfinished file is one that its process left behind."""
 _VALUES = 4096
@@ -54,7 +55,7 @@ class SampleStore:
         with suppress(OSError):  # it does not exist yet, or takes nothing
             # What comes there during a merge does not end it.
             for name in () if self.parts else sorted(os.listdir(self.folder)):
-                if not _OWN.fullmatch(name) and not name.startswith("."):
+                if not (_OWN.fullmatch(name) or _EARLIER.fullmatch(name) or name[0] == "."):
                     raise OutputError(
                         f"The folder {self.folder} is no store of samples: it contains {name}. "
                         "Give the store a folder of its own (option store, or ITERIS_STORE)."
