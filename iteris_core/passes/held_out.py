@@ -40,7 +40,7 @@ def held_out(calibration: Calibration, samples: int, timesteps: int) -> Calibrat
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class FinalOutputs:
     """The rows of ``samples`` in the stages whose outputs are final: each one's concept, and its
     batch key; they run so many ``at_once``."""
@@ -87,7 +87,9 @@ class FinalOutputs:
 
         what = "Out of memory while measuring held-out rows"
         with torch.no_grad(), added(self.host, changes):
-            return with_less(halved(self.at_once), run, lambda said, tried: f"{what} ({said}).")[0]
+            sizes = halved(self.at_once)
+            found, self.at_once = with_less(sizes, run, lambda said, _: f"{what} ({said}).")
+        return found
 
 
 def expect_held_out(job: Job) -> None:

@@ -35,6 +35,7 @@ Budget = int | Literal["free"] | None
 
 SOLVING, ITERATIONS, FEATURES = "solving sites", "iterations", "features of the {}"
 _FACTORS = 4.0  # cost of factors and eigenvectors, relative to the same number of products
+_SOLVE = 0.3  # a solve's operations, relative to a forward's
 _FLOAT32 = 8.0  # cost of a product in float32 on a graphics card, relative to one in a forward
 
 
@@ -68,7 +69,8 @@ class SiteCost:
 @dataclass(frozen=True)
 class StageTiming:
     """A ``stage`` made with a ``calibration`` after a forward: the sites that it reached, in order,
-    and its ``seconds`` and ``bytes``, per row."""
+    and its ``seconds`` and ``bytes``, per row. Of a forward's seconds, ``fixed_seconds`` do not
+    depend on its rows."""
 
     stage: Stage
     calibration: Calibration
@@ -76,11 +78,17 @@ class StageTiming:
     seconds: float
     device: torch.device
     bytes: ForwardBytes
+    fixed_seconds: float = 0.0
 
     @property
     def products(self) -> int:
         """A row's multiply-adds."""
         return sum(reached.products for reached in self.sites.values())
+
+    @property
+    def solve_work(self) -> float:
+        """What a solve takes beside its products: its many small operations, as a forward has."""
+        return _SOLVE * self.fixed_seconds * self.products / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True)
@@ -284,7 +292,8 @@ def sites_work(
             # output directions.
             few, directions = min(tokens, width), min(out, int(1.25 * job.changes[site].rank) + 32)
             solve = tokens * width * (few + 2 * directions)
-            work.append((way, slow * (solve + _FACTORS * few * width * (few / 3 + directions))))
+            solve += _FACTORS * few * width * (few / 3 + directions)
+            work.append((way, slow * solve + seen.solve_work))
             way = 0.0
     return work
 

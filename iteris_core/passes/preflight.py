@@ -153,6 +153,10 @@ def _look(
                 size = max(size, replace(job, seen=[timing]).at_once(_TIMED))
             sizes = (some for some in halved(size) if some > 1)  # one row cannot be mixed
             seconds, size = with_less(sizes, partial(timed, row), complaint)
+            if size > 2:  # seconds(rows) = fixed + each · rows
+                fixed = (2 * size * (timed(row, 2) - seconds)) / (size - 2)
+                timing = replace(timing, fixed_seconds=min(max(fixed, 0.0), size * seconds))
+                size = 2
             timing = replace(timing, seconds=seconds)
             count.update(calls.keys())
             mixed |= {site for site, rows in calls.items() if set(rows) != {size}}

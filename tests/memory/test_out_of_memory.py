@@ -16,7 +16,7 @@ class Limited:
     def __init__(self, unet, most, since=""):
         self.most, self.since, self.step, self.refused = most, since, "", []
         self.rows = {}
-        unet.conv_in.register_forward_pre_hook(self.forward)
+        self.hook = unet.conv_in.register_forward_pre_hook(self.forward)
 
     def on_progress(self, progress):
         self.step = progress.what
@@ -37,6 +37,7 @@ def merged(host, limited):
         memory_budget=None,
         on_progress=limited.on_progress,
     )
+    limited.hook.remove()
     return merge.lora.sites, merge.report
 
 
@@ -61,7 +62,7 @@ def test_fewer_samples_and_rows_run_at_once_and_the_merge_is_the_same(host):
 def test_where_one_row_is_too_many_the_error_says_what_to_lower(host, step):
     before = [weight.clone() for weight in host.pipeline.unet.parameters()]
     limited = Limited(host.pipeline.unet, 0, step)
-    hooks = hooks_on(host.pipeline.unet)
+    hooks = hooks_on(host.pipeline.unet)  # with that of the limit
     with pytest.raises(OutOfMemory, match=r"Out of memory.*Lower .*latent_size") as raised:
         merged(host, limited)
     assert "model is unchanged" in str(raised.value)

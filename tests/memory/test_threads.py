@@ -98,7 +98,7 @@ def test_a_hundred_merges_in_pairs_under_load_are_those_one_after_another(tmp_pa
         result = merge_loras(host, concepts, calibration=calibration)
         return result.lora.sites, result.report.kept, of_thread()
 
-    before, process = of_thread(), of_process()
+    thread, process = of_thread(), of_process()
     alone = [merge(number) for number in range(4)]
     hooks = [sum(map(hooks_on, host._models)) for host, _ in hosts]
     load = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
@@ -109,13 +109,13 @@ def test_a_hundred_merges_in_pairs_under_load_are_those_one_after_another(tmp_pa
                 for number, found in zip(pair, pool.map(merge, pair), strict=True):
                     sites, kept, after = found
                     assert kept == alone[number][1]
-                    assert after == before
+                    assert after == thread
                     for site, change in alone[number][0].items():
                         assert torch.equal(change.up, sites[site].up), site
                         assert torch.equal(change.down, sites[site].down), site
     finally:
-        for process in load:
-            process.kill()
-            process.wait()
+        for other in load:
+            other.kill()
+            other.wait()
     assert of_process() == process
     assert [sum(map(hooks_on, host._models)) for host, _ in hosts] == hooks
