@@ -36,8 +36,8 @@ def weight_shape(module: Any) -> tuple[int, ...]:
 @torch.no_grad()
 def weight_norm(module: Any, inputs: Tensor) -> float:
     """‖W‖_F of ``module`` by what it makes of random signs x, since E‖Wx‖² = ‖W‖_F²: within some
-    percent, whatever form its weight has (quantised, offloaded, with another LoRA on it). ``inputs`` are any that
-    it has had, of which the signs get dtype and device."""
+    percent, whatever form its weight has (quantised, offloaded, with another LoRA on it). The signs
+    get the dtype and device of ``inputs`` that it has had."""
     _, width, *kernel = weight_shape(module)
     channels, size, edge = width * getattr(module, "groups", 1), (_SIGNS, width), 0
     if kernel:

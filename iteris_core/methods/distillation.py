@@ -1,17 +1,19 @@
 """Adam steps through the whole denoiser, from the closed form on.
 
-The closed form fits every layer by itself, and no layer sees how the others combine its error. Here
-all merged factors of a denoiser are trained together on its final outputs f,
+The closed form fits every layer by itself, and no layer sees how others combine its error. Here all
+merged factors of a denoiser are trained together on what it does to the merge's own rows r, to the
+outputs f at its end and to the outputs h_b of each of its blocks:
 
-    Σ w_r ‖f_merged(r) − f_LoRA(r)‖²,   w_r = concept's weight / (‖f_LoRA(r) − f_base(r)‖² + ε),
+    Σ_r w_r (‖f_merged(r) − f_LoRA(r)‖² + hints · mean_b ‖h_b,merged(r) − h_b,LoRA(r)‖² / s_b).
 
-for the rows r that the merge has collected its features from: those of every LoRA, under their own
-conditions of use, and generic ones, on which f_LoRA is the base's. ε is a share of the concept's
-mean, so that no row on which its LoRA does little counts beyond measure. Blocks are checkpointed:
-a step holds one row's stream at every block, and the activations of one block.
+f_LoRA is what row r's own LoRA does, under the row's condition of use; the base's for generic rows.
+w_r is the concept's weight over the mean ‖f_LoRA − f_base‖² of its rows, and s_b the block's error
+before. The blocks' outputs (hints: Romero et al. 2015) tell each layer more of a row than its end
+does: without them a merge fits its rows as closely, and keeps less on other words. Blocks are
+checkpointed, so a step holds each block's input and output, and the activations of one.
 
-Text encoders stay as the closed form left them. On the toybox, five LoRAs keep .98 of each with the
-merged text encoder and their own denoiser, and .43 the other way round.
+Text encoders stay as the closed form left them: on the toybox five LoRAs keep .98 with the merged
+text encoder and their own denoiser, and .43 the other way round.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..activations.barriers import unwritten
-from ..activations.memory import halved, with_less
+from ..activations.memory import halved, tensors_in, with_less
 from ..activations.micro_batch import MicroBatch
 from ..hosts.protocol import Stage
 from ..linalg import truncate_factors
@@ -37,14 +39,14 @@ from ..passes.job import Job, Run
 from ..passes.planner import find, replayable
 
 WHAT = "steps through the denoiser"
+_AT_ONCE, _WARM = 4, 10
+"""Rows at once while effects are measured, and steps until the learning rate is full."""
 
 
 def expect_distillation(job: Job, steps: int) -> None:
-    """Expect its work: targets and the base once for every row, and for every step a forward, the
-    blocks again, and gradients."""
-    rows = job.samples_of(job.calibration) * job.calibration.rows_each
-    forwards = 2 * rows + 4.0 * steps * job.thresholds.batch
-    job.eta.expect(WHAT, [job.forward_work * forwards])
+    """Expect its work: in every step the LoRAs' forward, the merge's, its blocks' again and the
+    gradients."""
+    job.eta.expect(WHAT, [job.forward_work * 5.0 * steps * job.thresholds.batch])
 
 
 def distil(
@@ -63,8 +65,7 @@ def distil(
     found: dict[str, LowRank] = {}
     for site, change in merged.items():
         after = lockstep.merged[site]
-        norm = after.squared_norm() ** 0.5
-        over = max(1.0, norm / bounds[site]) if norm else 1.0
+        over = max(1.0, after.squared_norm() ** 0.5 / max(bounds[site], 1e-30))
         found[site] = after.scaled(1 / over).to(change.up.dtype)
     return found
 
@@ -74,137 +75,154 @@ class _Distillation:
 
     def __init__(self, run: Run, stage: Stage, steps: int) -> None:
         self._job, self._lockstep, self._stage, self._steps = run.job, run.lockstep, stage, steps
-        self._kernels = {site: run.lockstep.merged[site].kernel for site in stage.sites}
-        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._start = {site: run.lockstep.merged[site] for site in stage.sites}
+        self._weights = list[float]()
+        self._before = list[float]()
+        """Each block's error at the start"""
 
     def trained(self) -> dict[str, LowRank]:
         """The changes of the stage's sites after all steps."""
-        batch, what = self._job.thresholds.batch, f"Out of memory in {WHAT}"
-        rows = range(len(self._stage.concept_ids))
+        what = f"Out of memory in {WHAT}"
+        with self._gradients() as blocks:
+            self._weights = self._weights_of_rows()
+            train = partial(self._train, blocks)
+            ways = halved(self._job.thresholds.batch)
+            return with_less(ways, train, lambda said, tried: f"{what} ({said}).")[0]
 
-        def train(at_once: int) -> dict[str, LowRank]:
-            wanted, weights = self._targets(rows, at_once)
-            return self._train(wanted, weights, at_once)
-
-        with self._gradients():
-            return with_less(halved(batch), train, lambda said, tried: f"{what} ({said}).")[0]
-
-    def _targets(
-        self, rows: Sequence[int], at_once: int
-    ) -> tuple[dict[int, Tensor], dict[int, float]]:
-        """Row → its output under its own LoRA, float32, on the CPU; and its weight in the loss."""
-        merged, self._lockstep.merged = self._lockstep.merged, {}
-        wanted: dict[int, Tensor] = {}
+    def _weights_of_rows(self) -> list[float]:
+        """w_r of every row."""
+        thresholds, concepts = self._job.thresholds, self._job.concepts
+        owners = self._stage.concept_ids
+        few: dict[int, list[int]] = {}
+        for row in torch.randperm(len(owners), generator=self._generator()).tolist():
+            few.setdefault(owners[row], []).append(row)
         effects: dict[int, float] = {}
-        owners, concepts = self._stage.concept_ids, self._job.concepts
-        try:
-            for some in chunks(rows, self._stage.batch_keys, at_once):
-                self._job.tick(WHAT, 0, self._steps)
-                own, base = (
-                    self._outputs(some, 0, merged_only=of_base) for of_base in (False, True)
-                )
-                for row, target, plain in zip(
-                    some, own.float().cpu(), base.float().cpu(), strict=True
-                ):
-                    wanted[row] = target
-                    effects[row] = float((target - plain).square().sum())
-        finally:
-            self._lockstep.merged = merged
-        of_concept: dict[int, list[float]] = {}
-        for row, owner in enumerate(owners):
-            of_concept.setdefault(owner, []).append(effects[row])
-        means = {owner: sum(some) / len(some) for owner, some in of_concept.items()}
-        active = [mean for mean in means.values() if mean > 0]
-        typical = sum(active) / max(len(active), 1)
-        share = self._job.thresholds.even
-        return wanted, {
-            row: concepts[owner].weight
-            / ((1 - share) * effects[row] + share * means[owner] if means[owner] else typical)
-            for row, owner in enumerate(owners)
-        }
+        for owner, rows in few.items():
+            square, rows = 0.0, rows[: thresholds.batch]
+            for some in chunks(rows, self._stage.batch_keys, _AT_ONCE):
+                own, base = (self._outputs(some, 0, of_base) for of_base in (False, True))
+                square += float((own - base).float().square().sum())
+            effects[owner] = square / len(rows)
+        known = [effect for effect in effects.values() if effect > 0]
+        typical = sum(known) / max(len(known), 1)
+        return [concepts[owner].weight / (effects[owner] or typical) for owner in owners]
 
-    def _train(
-        self, wanted: Mapping[int, Tensor], weights: Mapping[int, float], at_once: int
-    ) -> dict[str, LowRank]:
+    def _train(self, blocks: Sequence[nn.Module], at_once: int) -> dict[str, LowRank]:
         job, stage, steps, batch = self._job, self._stage, self._steps, self._job.thresholds.batch
-        start = {site: self._lockstep.merged[site] for site in stage.sites}
-        self._factors = {site: _leaves(change) for site, change in start.items()}
+        factors = {site: _leaves(change) for site, change in self._start.items()}
+        kernels = {site: change.kernel for site, change in self._start.items()}
+        every = [one for pair in factors.values() for one in pair]
+        rate = job.thresholds.rate
         groups = [
-            {
-                "params": [one],
-                "lr": job.thresholds.rate * float(one.detach().square().mean().sqrt()),
-            }
-            for pair in self._factors.values()
-            for one in pair
+            {"params": [one], "lr": rate * float(one.detach().square().mean().sqrt())}
+            for one in every
         ]
         adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
-        generator = torch.Generator().manual_seed(job.calibration.seed)
-        order: list[int] = []
+        falling = torch.optim.lr_scheduler.LambdaLR(
+            adam, lambda step: min(1.0, (step + 1) / _WARM) * (1 - step / steps)
+        )
+        order, generator = list[int](), self._generator()
+        self._before = [0.0] * len(blocks)
         try:
             for step in range(steps):
+                job.tick(WHAT, step, steps)
                 while len(order) < batch:
-                    order += torch.randperm(len(wanted), generator=generator).tolist()
+                    more = len(stage.concept_ids)
+                    order += torch.randperm(more, generator=generator).tolist()
                 rows, order = order[:batch], order[batch:]
                 for some in chunks(rows, stage.batch_keys, at_once):
-                    self._backward(some, wanted, weights)
+                    changes = {s: LowRank(*pair, kernels[s]) for s, pair in factors.items()}
+                    self._lockstep.merged |= changes
+                    self._add_gradients(every, blocks, sorted(some), first=step < _WARM)
                 adam.step()
                 falling.step()
                 adam.zero_grad()
-                job.tick(WHAT, step + 1, steps)
         finally:
-            self._lockstep.merged |= start
+            self._lockstep.merged |= self._start
+        job.tick(WHAT, steps, steps)
         return {
-            site: LowRank(up.detach(), down.detach(), self._kernels[site])
-            for site, (up, down) in self._factors.items()
+            site: LowRank(up.detach(), down.detach(), kernels[site])
+            for site, (up, down) in factors.items()
         }
 
-    def _backward(
-        self, rows: Sequence[int], wanted: Mapping[int, Tensor], weights: Mapping[int, float]
+    def _add_gradients(
+        self,
+        factors: Sequence[Tensor],
+        blocks: Sequence[nn.Module],
+        rows: Sequence[int],
+        *,
+        first: bool,
     ) -> None:
-        """Add the gradients of these rows' loss to the factors."""
+        """Add the gradients of these rows' loss to those of the ``factors``. At ``first``, the
+        largest error of a block is kept as s_b."""
+        wanted = list[Tensor]()
+        wanted.append(self._outputs(rows, 0, False, hints=(blocks, wanted)))
+        weights = [self._weights[row] for row in rows]
+
+        def error(found: Tensor, target: Tensor) -> Tensor:
+            by_row = (found.float() - target.float()).square().reshape(len(rows), -1).sum(1)
+            return (by_row * by_row.new_tensor(weights)).sum()
+
+        found = list[Tensor]()
 
         def loss(outputs: Tensor) -> None:
-            target = torch.stack([wanted[row] for row in rows]).to(outputs.device)
-            by_row = (outputs.float() - target).square().flatten(1).sum(1)
-            (by_row * by_row.new_tensor([weights[row] for row in rows])).sum().backward()
+            *errors, end = map(error, [*found, outputs], wanted)
+            total = end
+            for number, block in enumerate(errors):
+                if first:
+                    before = float(block.detach()) / len(rows)
+                    self._before[number] = max(self._before[number], before)
+                share = self._job.thresholds.hints / len(errors)
+                total = total + block * (share / max(self._before[number], 1e-30))
+            total.backward(inputs=list(factors))  # weights of the base may want gradients, too
 
-        self._lockstep.merged |= {
-            site: LowRank(*pair, self._kernels[site]) for site, pair in self._factors.items()
-        }
         # Within the forward: the backward pass runs blocks, and their changes, again.
-        self._outputs(rows, 1, merged_only=True, then=loss)
+        self._outputs(rows, 1, True, hints=(blocks, found), then=loss)
 
     def _outputs(
         self,
         rows: Sequence[int],
         copy: int,
-        *,
         merged_only: bool,
+        *,
+        hints: tuple[Sequence[nn.Module], list[Tensor]] = ((), []),
         then: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        """The final outputs of ``rows`` with the texts of a ``copy``; ``then`` gets them with
-        gradients."""
-        assert self._stage.final is not None
-        final, found = partial(self._stage.final, rows, copy), list[Tensor]()
+        """The final outputs of ``rows`` with the texts of a ``copy``: of their own LoRAs or, with
+        ``merged_only``, of what is merged by then (for copy 0 the base). The outputs of the blocks
+        in ``hints`` go into its list. ``then`` gets the outputs with gradients."""
+        stage, lockstep, made = self._stage, self._lockstep, list[Tensor]()
+        assert stage.final is not None
+        final = partial(stage.final, rows, copy)
 
         def run() -> None:
-            found.append(final())
+            made.append(final())
             if then is not None:
-                then(found[0])
+                then(made[0])
 
-        owners, conditions = (
-            [self._stage.concept_ids[row] for row in rows],
-            self._stage.conditions_of(rows),
-        )
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            by_row = [leaf for leaf in tensors_in(output) if len(leaf) == len(rows)]
+            hints[1].append(torch.cat([leaf.flatten(1) for leaf in by_row], 1))
+
+        merged = lockstep.merged
+        owners, conditions = [stage.concept_ids[row] for row in rows], stage.conditions_of(rows)
         batch = MicroBatch(run, owners, 1, merged_only=merged_only, conditions=conditions)
-        self._lockstep.run(batch, grad=then is not None)
-        return found[0].detach()
+        with ExitStack() as stack:
+            for block in hints[0]:
+                stack.enter_context(block.register_forward_hook(keep))
+            if merged_only and then is None:
+                stack.callback(setattr, lockstep, "merged", merged)
+                lockstep.merged = {}
+            lockstep.run(batch, grad=then is not None)
+        return made[0].detach()
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self._job.calibration.seed)
 
     @contextmanager
-    def _gradients(self) -> Generator[None]:
-        """Context in which gradients pass through the stage, whose blocks are checkpointed. Raises
-        :class:`NotTrained` if the stage then gives another result."""
+    def _gradients(self) -> Generator[Sequence[nn.Module]]:
+        """Context in which gradients pass through the stage, whose blocks, which it yields, are
+        checkpointed."""
         stage, lockstep, thresholds = self._stage, self._lockstep, self._job.thresholds
         trace = find(stage, lockstep)
         blocks = replayable(stage, lockstep, trace.barriers(thresholds.blocks[-1])).blocks
@@ -216,7 +234,7 @@ class _Distillation:
             stack.enter_context(differentiable([m for m in network.modules() if m not in inside]))
             for block, of in blocks.items():
                 stack.enter_context(checkpointed(block, of.written, stage.gradients))
-            yield
+            yield list(blocks)
 
 
 def checkpointed(

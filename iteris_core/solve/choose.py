@@ -32,8 +32,8 @@ class Thresholds:
     ``most_ridge``, and pulls to the mean at the changes' own size. A change's norm is at most
     ``bound`` times the layer's own weight's, less below ``bound_samples`` of each, and
     ``conditions`` is the share of rows that show other uses. On models of texts ``shrink`` applies
-    where no concept has ``few_tokens`` tokens per input. Repair of two LoRAs uses ``repair_share`` of a feed-forward's
-    hidden units, never more than ``repair_width``.
+    where no concept has ``few_tokens`` tokens per input. Repair of two LoRAs uses ``repair_share``
+    of a feed-forward's hidden units, never more than ``repair_width``.
 
     Blocks in which rows wait have at most this many barriers (``blocks``: small and large ones). A
     block is replayed if its second run reproduces the first output within ``replay_error``, and
@@ -64,8 +64,8 @@ class Thresholds:
     repair_share: float = 0.5
     repair_width: int = 6144
     batch: int = 16
-    rate: float = 0.02
-    even: float = 0.1
+    rate: float = 0.04
+    hints: float = 3.0
     blocks: tuple[int, ...] = (3, 8)
     replay_error: float = 1e-3
     segment_error: float = 1e-2
