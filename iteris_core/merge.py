@@ -183,7 +183,7 @@ def merge_loras(
     sites = of_loras.beside(solutions, of_loras.changes_always(job.included))
     joined, notes = join_embeddings(every), notes_of(every)
     where = {"include": "part of the merged LoRA", "outside": "load it beside the merged LoRA"}
-    for one in always:
+    for one in always if loras else ():
         why = "" if one.phrases else "no trigger word, so it acts on every prompt: "
         note = f"{why}on while the others were merged; {where[one.always_on]}"
         job.notes.append((one.name, [note]))

@@ -104,7 +104,8 @@ class ComfySites:
             if self._holds(converted):
                 raise LoraFileError(
                     f"{path.name} is on this MODEL or CLIP already, as Load LoRA puts it there, "
-                    "and would count twice. Connect MODEL and CLIP from before that node."
+                    "and would count twice. Connect MODEL and CLIP from before that node, or "
+                    "choose To IterIS LoRAs in its menu."
                 )
             for key in converted if not options.allow_partial else ():
                 name = (split_key(key, self._refused) or ("", ""))[0]

@@ -116,10 +116,10 @@ def _words(merge: Merge) -> str:
     return merge.lora.metadata.get("modelspec.trigger_phrase", "")
 
 
-_NONE, _BASE, _EACH = "none", "base", "each alone"
-_STACKED = {"stacked": "sum"}
-_ROWS = 6
-_FIRST = [_BASE, _EACH, "stacked", "iteris"]
+_NONE, _BASE, _EACH, _STACKED = "none", "base", "each alone", "stacked"
+_SUM = "sum"
+_FIRST = (_BASE, _EACH, _STACKED, METHOD, _NONE, _NONE)
+"""What the rows are at first."""
 
 
 class CompareMerges(io.ComfyNode):
@@ -130,7 +130,7 @@ class CompareMerges(io.ComfyNode):
             ["compare lora merges", "xy plot"],
             inputs=[
                 *model_inputs(),
-                *(_row(number) for number in range(1, _ROWS + 1)),
+                *(_row(number, first) for number, first in enumerate(_FIRST, 1)),
                 *sampling_inputs(),
                 preset_input(),
                 minutes_input(),
@@ -161,32 +161,32 @@ class CompareMerges(io.ComfyNode):
         return io.NodeOutput(models, clips, labels, report, ui=ui_text(report))
 
 
-def _row(number: int) -> Any:
-    """What to draw in a row of pictures; a row that is *none* is left out."""
-    methods = [name for name in method_names() if name not in _STACKED.values()]
-    first = dict(enumerate(_FIRST, 1)).get(number, _NONE)
-    choices = [_NONE, _BASE, _EACH, *_STACKED, *methods]
+def _row(number: int, first: str) -> Any:
+    choices = [_NONE, _BASE, _EACH, _STACKED, *(name for name in method_names() if name != _SUM)]
     return io.Combo.Input(f"row_{number}", options=choices, default=first, optional=True)
 
 
 def _rows(
     values: Mapping[str, Any], specs: Sequence[ConceptConfig], request: Request
 ) -> list[tuple[str, MergeConfig | None]]:
-    """Label and merge of every row; None for the base. A LoRA is alone but for those that are
-    always on, and whole."""
+    """Label and merge of every row; None for the base."""
+
+    def stacked(some: Sequence[ConceptConfig]) -> MergeConfig:
+        """As Load LoRA adds them up: no weight and no rank counts."""
+        whole = [spec.model_copy(update={"weight": 1.0}) for spec in some if spec.counts]
+        return request.config(whole, _SUM).model_copy(update={"settings": {}})
+
     always = [spec for spec in specs if spec.always_on != "no"]
-    own = [spec for spec in specs if spec.file is not None and spec not in always]
+    own = [spec for spec in specs if spec.file is not None and spec.counts and spec not in always]
     rows: list[tuple[str, MergeConfig | None]] = []
-    for number in range(1, _ROWS + 1):
+    for number in range(1, len(_FIRST) + 1):
         name: str = values.get(f"row_{number}", _NONE)
         if name == _EACH:
-            for spec in own:
-                alone = [spec.model_copy(update={"weight": 1.0}), *always]
-                config = request.config(alone, "sum").model_copy(update={"settings": {}})
-                rows.append((f"{spec.file.stem} alone", config))
+            rows += [(f"{spec.file.stem} alone", stacked([spec, *always])) for spec in own]
+        elif name == _STACKED:
+            rows.append((name, stacked(specs)))
         elif name != _NONE:
-            method = _STACKED.get(name, name)
-            rows.append((name, None if name == _BASE else request.config(specs, method)))
+            rows.append((name, None if name == _BASE else request.config(specs, name)))
     if not rows:
         raise IterisError("Compare Merges has no rows; choose a method for at least one.")
     return rows

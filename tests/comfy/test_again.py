@@ -195,6 +195,9 @@ def test_compare_shows_each_lora_alone_and_all_stacked(kit):
     kit.model, kit.clip = kit.stock("c.safetensors")
     wanted = kit.draw(*kit.stock("a.safetensors"))
     assert float((kit.draw(models[1], clips[1]) - wanted).norm() / wanted.norm()) < 1e-2
+    kit.model, kit.clip = kit.stock("a.safetensors")
+    wanted = kit.draw(*kit.stock("b.safetensors", 0.7))
+    assert float((kit.draw(models[3], clips[3]) - wanted).norm() / wanted.norm()) < 1e-2
     with pytest.raises(kit.core.IterisError, match="Compare Merges has no rows"):
         node.execute(kit.model, concepts, kit.clip)
 

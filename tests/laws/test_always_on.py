@@ -145,6 +145,7 @@ def test_a_sum_is_never_silent(host):
 
     def first(*concepts):
         summary = merge_loras(host, concepts, calibration={"samples": 2}).report.summary()
+        assert "others were merged" not in summary
         return summary.splitlines()[0]
 
     for more in ((), (kept,)):

@@ -127,12 +127,16 @@ def test_no_graph_names_a_lora_of_somebody_s(path):
 
 def test_two_graphs_are_apps():
     """In App mode the front end shows these widgets, and what these nodes give."""
+    texts = read(ROOT / "locales" / "en" / "nodeDefs.json")
     apps = [graph for path in GRAPHS if (graph := read(path))["extra"].get("linearData")]
     assert len(apps) == 2
     for graph in apps:
         kinds = {node["id"]: node["type"] for node in graph["nodes"]}
         app = graph["extra"]["linearData"]
         assert {number for number, _ in app["inputs"]} <= kinds.keys()
+        shown = [(kinds[number], name) for number, name in app["inputs"] if name != "loras"]
+        ours = [(kind, name) for kind, name in shown if kind in texts]
+        assert [name for kind, name in ours if name not in texts[kind]["inputs"]] == []
         assert {kinds[number] for number in app["outputs"]} <= {"PreviewImage", "SaveImage"}
 
 
