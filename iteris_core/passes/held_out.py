@@ -36,7 +36,7 @@ def held_out(calibration: Calibration, samples: int, timesteps: int) -> Calibrat
         "timesteps": min(timesteps, calibration.rows_each),
         "seed": calibration.seed ^ _SEED,
         "conditions": 0.0,
-        "contexts": 1.0,
+        "contexts": 0.0 if calibration.contexts == 0 else 1.0,
     }
     return HeldOut(**{**asdict(calibration), **few})
 
