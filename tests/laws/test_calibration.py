@@ -226,7 +226,7 @@ def test_held_out_rows_have_words_that_no_row_of_a_fit_has():
     for held_out in (False, True):
         generator = torch.Generator().manual_seed(0)
         wording = Wording(vocabulary, PAIR, generator, held_out=held_out)
-        prompts = [wording.in_context("sks") for _ in range(500)]
+        prompts = [wording.in_context("sks") for _ in range(3000)]
         words[held_out] = {word for prompt in prompts for word in prompt.split()} - {"sks"}
     assert words[False] & set(vocabulary) == {w for w in vocabulary if not is_held_out(w)}
     assert words[True] == {word for word in vocabulary if is_held_out(word)}
