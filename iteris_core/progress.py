@@ -36,7 +36,8 @@ class Progress:
     @property
     def time_left(self) -> str:
         """For example "about 3 min left"; empty until there is an estimate, and at the end."""
-        return f"{estimate(self.left, self.at_most)} left" if self.left else ""
+        most = "at most " if self.at_most else ""
+        return f"{most}about {duration(self.left)} left" if self.left else ""
 
 
 OUTLOOK = "whole merge"
@@ -51,10 +52,6 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(round(seconds), 1)} s"
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def estimate(seconds: float, at_most: bool) -> str:
-    return f"{'at most ' if at_most else ''}about {duration(seconds)}"
 
 
 @dataclass
@@ -96,8 +93,8 @@ class Forecast:
         self._phases: dict[str, _Phase] = {}
         self._tried = self._took = self._share = 0.0
         self._last: Progress | None = None
-        self.cancelled = False
-        """True once ``on_progress`` has raised, which ends the run."""
+        self.at_most, self.cancelled = True, False
+        """Whether only a trial was timed, and whether ``on_progress`` has raised in a step."""
 
     @property
     def what(self) -> str:
@@ -124,6 +121,7 @@ class Forecast:
             work, took = phase.done - before, now - mark
             if phase.share > share > 0:
                 phase.timed, phase.took = phase.timed + work, phase.took + took
+                self.at_most = False
             elif phase.share > share:
                 self.did(work, took)
             elif begun:  # within a step
@@ -131,27 +129,17 @@ class Forecast:
         seconds, left = now - self._began, self.left()
         if left is not None and seconds + left > 0:
             self._share = max(self._share, min(seconds / (seconds + left), 1.0))
-        self._last = Progress(
-            what, done, total, seconds, left, self._share, plan, left is not None and self.at_most
-        )
-        self._report(self._last)
+        self._last = Progress(what, done, total, seconds, left, self._share, plan, self.at_most)
+        if self._on_progress is not None:
+            self.cancelled = True  # unless it returns
+            self._on_progress(self._last)
+            self.cancelled = False
 
     def end(self) -> None:
         """Report the last step again, with nothing left."""
-        if self._last is not None:
+        if self._on_progress is not None and self._last is not None:
             seconds = self.clock() - self._began
-            self._report(replace(self._last, seconds=seconds, left=0.0, share=1.0, plan=""))
-
-    def _report(self, step: Progress) -> None:
-        if self._on_progress is not None:
-            self.cancelled = True  # unless it returns
-            self._on_progress(step)
-            self.cancelled = False
-
-    @property
-    def at_most(self) -> bool:
-        """True as long as only a trial was timed."""
-        return not any(phase.timed for phase in self._phases.values())
+            self._on_progress(replace(self._last, seconds=seconds, left=0.0, share=1.0, plan=""))
 
     @property
     def rate(self) -> float | None:

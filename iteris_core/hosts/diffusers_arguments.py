@@ -11,8 +11,8 @@ import itertools
 import logging
 import math
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,18 @@ def study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
     Raises :class:`IterisError` if the pipeline cannot run on prompts and the arguments it was
     given.
     """
+    thread, loggers = threading.get_ident(), list(logging.root.manager.loggerDict.values())
+    handlers = {h for one in (logging.root, *loggers) for h in getattr(one, "handlers", ())}
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
     try:
-        with torch.no_grad(), _silent():
+        with torch.no_grad(), ExitStack() as silent:
+            # A trial's prompt may be too long, and a trial may fail.
+            for handler in handlers | ({logging.lastResort} if logging.lastResort else set()):
+                handler.addFilter(of_others)
+                silent.callback(handler.removeFilter, of_others)
             return _study(loop, calibration)
     except IterisError:
         raise
@@ -84,26 +94,6 @@ def study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
             f"{type(loop.pipeline).__name__} cannot be run on prompts alone{also}: "
             f"{brief(error)}. Pass the host the missing arguments, such as image=…"
         ) from error
-
-
-@contextmanager
-def _silent() -> Generator[None]:
-    """Context in which this thread, and no other, logs nothing: a trial's prompt may be too long,
-    and a trial may fail."""
-    thread = threading.get_ident()
-    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
-    handlers = {handler for logger in loggers for handler in getattr(logger, "handlers", ())}
-    if logging.lastResort is not None:
-        handlers.add(logging.lastResort)
-
-    def of_others(record: logging.LogRecord) -> bool:
-        return record.thread != thread
-
-    with ExitStack() as stack:
-        for handler in handlers:
-            handler.addFilter(of_others)
-            stack.callback(handler.removeFilter, of_others)
-        yield
 
 
 def _study(loop: PipelineLoop, calibration: Calibration) -> Arguments:

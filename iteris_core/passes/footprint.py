@@ -168,27 +168,18 @@ class _MeasuredForward:
         return patches + tokens * made
 
 
-@dataclass(frozen=True)
-class ForwardBytes:
-    """A plain forward's bytes beyond the model: for each ``row``, and ``fixed`` for any number; a
-    row's outputs of ``left`` bytes stay for later stages."""
-
-    row: int = 0
-    fixed: int = 0
-    left: int = 0
-
-    @staticmethod
-    def of(stage: Stage) -> ForwardBytes:
-        """By the longest row. The first run may leave something behind that belongs to no row."""
-        row = _longest(stage)
-        found: list[tuple[int, int]] = []
-        for rows in ([row], [row], [row, row]):
-            with MemoryMeter() as meter:
-                stage.run(rows, 1)
-            found.append((meter.peak, meter.live))
-        _, (one, left), (two, _) = found
-        each = max(two - one, 0)
-        return ForwardBytes(each, max(one - each, 0), left if stage.feeds_next else 0)
+def forward_of(stage: Stage) -> Step:
+    """A plain forward as one step of its longest row; what the row leaves for later stages is
+    ``waiting``. The first run may leave something behind that belongs to no row."""
+    row = _longest(stage)
+    found: list[tuple[int, int]] = []
+    for rows in ([row], [row], [row, row]):
+        with MemoryMeter() as meter:
+            stage.run(rows, 1)
+        found.append((meter.peak, meter.live))
+    _, (one, left), (two, _) = found
+    each = max(two - one, 0)
+    return Step("", left if stage.feeds_next else 0, each, forward=max(one - each, 0))
 
 
 def _longest(stage: Stage) -> int:

@@ -111,10 +111,6 @@ def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
     if not job.host.pictures:
         return {}
     calibration = held_out(job.calibration, _SAMPLES, _TIMESTEPS)
-
-    def quiet(what: str, done: int, total: int) -> None:
-        pass
-
     own = {
         i: {site: change for site, some in job.changes.items() if (change := some.by_concept[i])}
         for i, concept in enumerate(job.concepts)
@@ -124,9 +120,11 @@ def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
     total = 1 + len(STRENGTHS) + 1
     job.tick(WHAT, 0, total)
     generator = torch.Generator().manual_seed(calibration.seed)
-    other_rows = replace(job, calibration=calibration, generator=generator, tick=quiet)
+    other_rows = replace(
+        job, calibration=calibration, generator=generator, tick=lambda what, done, total: None
+    )
     with torch.no_grad(), other_rows.run() as run:
-        rows = job.at_once(_BATCH, beside=4 * job.factor_bytes)
+        rows = job.at_once(_BATCH, factors=4)
         final = FinalOutputs.of(job.host, run.samples, rows)
     base, found = final.under({}, own), dict[str, list[float]]()
     for done, strength in enumerate([*STRENGTHS, None], 1):

@@ -29,7 +29,7 @@ from ..progress import Forecast
 from ..settings import Budget
 from ..solve.choose import THRESHOLDS, Thresholds
 from .batches import SWEEP, ExecutionConfig, Schedule, limit_of
-from .footprint import ForwardBytes
+from .footprint import Step
 
 SOLVING, ITERATIONS, FEATURES = "solving sites", "iterations", "features of the {}"
 _FACTORS = 4.0  # cost of factors and eigenvectors, relative to the same number of products
@@ -67,26 +67,21 @@ class SiteCost:
 @dataclass(frozen=True)
 class StageTiming:
     """A ``stage`` made with a ``calibration`` after a forward: the sites that it reached, in order,
-    and its ``seconds`` and ``bytes``, per row. Of a forward's seconds, ``fixed_seconds`` do not
-    depend on its rows."""
+    and its ``seconds`` per row. A whole ``forward`` is one step. Of its seconds, ``fixed_seconds``
+    do not depend on its rows."""
 
     stage: Stage
     calibration: Calibration
     sites: Mapping[str, SiteCost]
     seconds: float
     device: torch.device
-    bytes: ForwardBytes
+    forward: Step
     fixed_seconds: float = 0.0
 
     @property
     def products(self) -> int:
         """A row's multiply-adds."""
         return sum(reached.products for reached in self.sites.values())
-
-    @property
-    def solve_work(self) -> float:
-        """What a solve takes beside its products: its many small operations, as a forward has."""
-        return _SOLVE * self.fixed_seconds * self.products / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True)
@@ -132,11 +127,6 @@ class Job:
         return sum(concept.lora is not None for concept in self.concepts)
 
     @property
-    def factor_bytes(self) -> int:
-        """Bytes of all the changes as float32."""
-        return sum(4 * sum(site.shape) * site.rank for site in self.changes.values())
-
-    @property
     def denoised(self) -> int:
         """The number of one-row forwards for making samples."""
         calibration = self.calibration
@@ -156,25 +146,21 @@ class Job:
         """The work of a row's forward in the last stage (0: unknown)."""
         return self.seen[-1].products if self.seen else 0.0
 
-    def at_once(self, most: int, copies: int = 1, *, stage: str = "", beside: int = 0) -> int:
+    def at_once(self, most: int, copies: int = 1, *, stage: str = "", factors: int = 0) -> int:
         """How many rows, each in so many ``copies``, a forward of the ``stage`` (empty: of all
-        stages seen) may have within the memory budget, ``beside`` other bytes: one to ``most``."""
-        seen = [one.bytes for one in self.seen if stage in ("", one.stage.name)]
+        stages seen) may have within the memory budget, beside so many times the changes' float32
+        ``factors``: one to ``most``."""
+        seen = [one.forward for one in self.seen if stage in ("", one.stage.name)]
         if self.memory_budget is None or not seen:
             return most
-
-        def size(rows: int) -> int:
-            return beside + max(one.fixed + rows * copies * one.row for one in seen)
-
+        beside = factors * sum(4 * sum(of.shape) * of.rank for of in self.changes.values())
+        sizes = [
+            beside + max(one.forward + rows * copies * one.running for one in seen)
+            for rows in range(1, most + 1)
+        ]
         budget = self.memory_budget
-        limit = self.host.free_memory(size(most)) if budget == "free" else budget
-        return max((rows for rows in range(2, most + 1) if size(rows) <= limit), default=1)
-
-    def left_by(self, stages: Sequence[Stage]) -> int:
-        """Bytes on the device of what each of the rows of these ``stages`` leaves for later ones;
-        on a device of its own none, because it waits in host memory."""
-        left = {o.stage.name: o.bytes.left for o in self.seen if not is_apart(o.device)}
-        return sum(left.get(one.name, 0) * len(one.concept_ids) for one in stages)
+        limit = self.host.free_memory(sizes[-1]) if budget == "free" else budget
+        return max(sum(size <= limit for size in sizes), 1)
 
     def samples_of(self, calibration: Calibration) -> int:
         """The number of samples of all concepts with a LoRA."""
@@ -184,7 +170,7 @@ class Job:
     def run(self) -> Generator[Run]:
         """The model with the changes applied by hooks."""
         copies = 2 if self.calibration.guidance > 1 else 1
-        rows = self.at_once(SAMPLES_AT_ONCE, copies, beside=self.factor_bytes)
+        rows = self.at_once(SAMPLES_AT_ONCE, copies, factors=1)
         with Lockstep(self.host.sites(), self.changes, self.streams, self.joined) as lockstep:
             yield Run(self, lockstep, rows)
 
@@ -280,7 +266,9 @@ def sites_work(
     stage = replace(seen.stage, concept_ids=list(islice(cycle(owners), rows)), samples=None)
     limit, slow = limit_of(stage, batching), _FLOAT32 if is_apart(seen.device) else 1.0
     work: list[tuple[float, float]] = []
-    way = 0.0
+    way = operations = 0.0
+    if seen.seconds:  # a solve's many small operations
+        operations = _SOLVE * seen.fixed_seconds * seen.products / seen.seconds
     for site, reached in seen.sites.items():
         way += slower * rows * schedule.copies * reached.products
         if site in job.changes:
@@ -291,7 +279,7 @@ def sites_work(
             few, directions = min(tokens, width), min(out, int(1.25 * job.changes[site].rank) + 32)
             solve = tokens * width * (few + 2 * directions)
             solve += _FACTORS * few * width * (few / 3 + directions)
-            work.append((way, slow * solve + seen.solve_work))
+            work.append((way, slow * solve + operations))
             way = 0.0
     return work
 

@@ -27,7 +27,7 @@ from ..activations.memory import halved, is_apart, is_out_of_memory
 from ..activations.micro_batch import MicroBatch
 from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
-from ..progress import estimate
+from ..progress import duration
 from ..solve.choose import THRESHOLDS, Thresholds
 from ..solve.problem import StageSolver
 from .batches import ExecutionConfig, Schedule, fewer, limit_of, sampled_rows, selected
@@ -81,10 +81,6 @@ def replayable(
     return with_replayable(barriers, lockstep.run, batch, thresholds.replay_error)
 
 
-def _ran(rows: Sequence[int], copies: int) -> None:
-    raise AssertionError("the stage was made for its plan alone")
-
-
 @dataclass(frozen=True)
 class Plan:
     """``at_once`` rows of a stage at a time out of ``offered``, with a ``strategy``, using
@@ -114,11 +110,6 @@ class Plan:
             f"{self.host_bytes / 2**30:.2f} GiB of host memory" if self.host_bytes else "",
         ]
         return ", ".join(filter(None, parts))
-
-    @property
-    def released(self) -> Plan:
-        """The plan without the stage's tensors; :meth:`of` gives it some again."""
-        return replace(self, stage=replace(self.stage, run=_ran, mask=None))
 
     def of(self, stage: Stage) -> Plan:
         """The same plan, with the same rows, for the planned ``stage`` made again."""
@@ -150,7 +141,7 @@ def outlook_of(job: Job, plans: Sequence[Plan]) -> str:
     shapes = {site: some.shape for site, some in (*included.items(), *job.changes.items())}
     size = sum(2 * rank * sum(shapes[site]) for site, rank in ranks.items())
     parts = [
-        estimate(left, job.eta.at_most) if left else "",
+        f"{'at most ' if job.eta.at_most else ''}about {duration(left)}" if left else "",
         f"{short} of {offered} rows left out" if short else "no row left out" if offered else "",
         f"rank at most {max(ranks.values())}",
         f"file at most {size / 2**20:.1f} MiB as float16",
@@ -173,7 +164,9 @@ def planned(
     if run.job.memory_budget is None or not stage.sites:
         rows = run.job.at_once(batching.rows, stage=stage.name)
         return Plan(stage, rows, ON_DEVICE if schedule.sweep else Strategy(), offered)
-    left = schedule.copies * run.job.left_by([*before, stage])
+    # What rows leave for later stages
+    each = {one.stage.name: schedule.copies * one.forward.waiting for one in run.job.seen}
+    left = sum(each.get(of.name, 0) * len(of.concept_ids) for of in (*before, stage))
     made = replace(_fitting(run, stage, solver, batching, schedule, left), offered=offered)
     if made.rows < made.offered:
         _log.warning(
@@ -202,7 +195,9 @@ def _fitting(
     steps = measure.row()
     sites = {site: solver.bytes(site, sweep) for site in stage.sites}
     sampled = len(sampled_rows(stage, batching.thresholds)) if sweep else None
-    fixed = left + lockstep.cast_bytes + run.job.factor_bytes  # the merged changes, at most
+    # The merged changes, at most: float32 factors of rank Σ r_i.
+    merged = (4 * sum(site.shape) * site.rank for site in lockstep.changes.values())
+    fixed = left + lockstep.cast_bytes + sum(merged)
     footprints = [
         Footprint(stage, ON_DEVICE if schedule.sweep else Strategy(), steps, sites, fixed, sampled)
     ]

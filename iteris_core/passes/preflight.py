@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ..activations.lockstep import Lockstep
-from ..activations.memory import halved, wait_for, with_less
+from ..activations.memory import is_apart, wait_for
 from ..activations.streams import Stream, find_streams
 from ..architectures.sites import weight_shape
 from ..concepts import Concept
 from ..hosts.protocol import Stage
 from ..hosts.recorded import differ
-from .footprint import ForwardBytes
+from .footprint import Step, forward_of
 from .job import Job, SiteCost, StageTiming
 
 UNREACHED = "is not used by this base"
@@ -114,23 +114,7 @@ def _look(
     count: Counter[str] = Counter()
     mixed: set[str] = set()
     repeated: set[str] = set()
-
-    def timed(row: int, size: int) -> float:
-        nonlocal ran
-        calls.clear()
-        ran = size
-        started = time.perf_counter()
-        stage.run([row] * size, 1)
-        wait_for(device)
-        return (time.perf_counter() - started) / size
-
-    def complaint(said: str, tried: Sequence[int]) -> str:
-        return (
-            f"Out of memory in the {stage.name} with two rows ({said}). Lower latent_size, or free "
-            "memory elsewhere. The model is unchanged."
-        )
-
-    timing = StageTiming(stage, job.calibration, reached, 0.0, device, ForwardBytes())
+    timing = StageTiming(stage, job.calibration, reached, 0.0, device, Step(""))
 
     def note(site: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -146,20 +130,25 @@ def _look(
         for site, module in modules.items():
             stack.enter_context(module.register_forward_hook(note(site)))
         for row in firsts:
-            size = 2
-            if not every_kind:  # the first forward may load weights to the device
-                taken = ForwardBytes.of(stage)
-                timing = replace(timing, device=device, bytes=taken)
-                size = max(size, replace(job, seen=[timing]).at_once(_TIMED))
-            sizes = (some for some in halved(size) if some > 1)  # one row cannot be mixed
-            seconds, size = with_less(sizes, partial(timed, row), complaint)
-            if size > 2:  # seconds(rows) = fixed + each · rows
-                fixed = (2 * size * (timed(row, 2) - seconds)) / (size - 2)
-                timing = replace(timing, fixed_seconds=min(max(fixed, 0.0), size * seconds))
-                size = 2
-            timing = replace(timing, seconds=seconds)
+            sizes = [2] if every_kind else [2, 2]  # the first one may load weights to the device
+            if not every_kind and job.memory_budget is not None:
+                timing = replace(timing, forward=forward_of(stage))
+                if is_apart(device):  # what a row leaves waits in host memory
+                    timing.forward.waiting = 0
+                sizes[1] = max(2, replace(job, seen=[timing]).at_once(_TIMED))
+            took: list[float] = []
+            for ran in sizes:
+                calls.clear()
+                started = time.perf_counter()
+                stage.run([row] * ran, 1)
+                wait_for(device)
+                took.append(time.perf_counter() - started)
+            timing = replace(timing, seconds=took[-1] / ran, device=device)
+            if ran > 2:  # seconds grow in a line with the rows
+                fixed = took[0] - 2 * (took[1] - took[0]) / (ran - 2)
+                timing = replace(timing, fixed_seconds=min(max(fixed, 0.0), took[1]))
             count.update(calls.keys())
-            mixed |= {site for site, rows in calls.items() if set(rows) != {size}}
+            mixed |= {site for site, rows in calls.items() if set(rows) != {ran}}
             repeated |= {site for site, rows in calls.items() if len(rows) > 1}
     for row in set(range(len(stage.concept_ids))) - set(firsts) if stage.feeds_next else ():
         stage.run([row], 1)

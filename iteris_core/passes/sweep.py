@@ -9,7 +9,7 @@ active, and then, in the paper's Algorithm 1, repeatedly from the last merged mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -124,7 +124,7 @@ class _Passes:
                 batching = replace(self.batching, rows=plan.at_once)
                 for batch in micro_batches(stage, 1, None, batching) if stage.feeds_next else ():
                     lockstep.run(batch)
-                self._plans[stage.name] = plan.released
+                self._plans[stage.name] = self.made[-1]
         if "samples" not in vars(self.run) or job.only_plans:
             self.outlook = outlook_of(job, self.made)
             job.tick(OUTLOOK, 0, 0, self.outlook)
@@ -136,7 +136,8 @@ class _Passes:
         given = self.run, stage, solver, self.batching
         before = [plan.stage for plan in self.made]
         plan = planned(*given, schedule=self.schedule, before=before)
-        self.made.append(plan.released)
+        # Without what its rows hold
+        self.made.append(replace(plan, stage=replace(plan.stage, run=_released, mask=None)))
         self._expect()
         return plan
 
@@ -204,6 +205,10 @@ class _Passes:
         except SolveError as error:
             raise SolveError(f"Site {site}: {error}") from error
         return self._solutions[site].change
+
+
+def _released(rows: Sequence[int], copies: int) -> None:
+    raise AssertionError("the stage was made for its plan alone")
 
 
 def _largest_change(old: Solutions, new: Solutions) -> float:

@@ -109,11 +109,11 @@ def test_the_planned_peak_is_the_measured_one(host, apart, places, monkeypatch):
     run, make = Lockstep.sweep, planner.plan_stage
 
     def watched(self, *args):
-        before = meter.peak = meter.live
+        meter.peak = meter.live
         try:
             yield from run(self, *args)
         finally:
-            peaks.append(meter.peak - before)
+            peaks.append(meter.peak)
 
     def kept(*args):
         plans.append(make(*args))
@@ -129,8 +129,7 @@ def test_the_planned_peak_is_the_measured_one(host, apart, places, monkeypatch):
         made, peak = plans[-1], peaks[-1]
         assert (made.rows == 36) == (host_mib > 3)
         assert made.host_bytes <= host_mib << 20
-        # A plan also counts what text encoders leave, which is there before the sweep.
-        assert 0.7 * made.bytes <= peak <= 1.02 * made.bytes, made
+        assert 0.8 * made.bytes <= peak <= 1.02 * made.bytes, made
     small, _ = (f"{planner.IN_HOST}, by {size}" for size in planner.BLOCKS)
     assert {p.strategy.name for p in plans} >= {planner.ON_DEVICE.name, small}
     assert places

@@ -19,7 +19,6 @@ from iteris_core.passes.changes import changes_of
 from iteris_core.passes.footprint import (
     ON_DEVICE,
     Footprint,
-    ForwardBytes,
     Measure,
     Step,
     Strategy,
@@ -105,13 +104,14 @@ def test_denoising_and_held_out_rows_keep_the_limit_as_the_sweep_does(host, mib)
 
 
 def test_as_many_rows_run_as_fit_beside_the_rest():
-    def timing(name, **taken):
-        return StageTiming(stage_of([0]), CALIBRATION, {}, 0.0, CPU, ForwardBytes(**taken))
+    def timing(**taken):
+        return StageTiming(stage_of([0]), CALIBRATION, {}, 0.0, CPU, Step("", **taken))
 
-    seen = timing("denoiser", row=10, fixed=5), timing("denoiser", row=1, fixed=70)
-    job = Job(None, [], {}, CALIBRATION, None, lambda *_: None, memory_budget=100, seen=seen)
+    seen = (timing(running=10, forward=5), timing(running=1, forward=70))
+    factors = {"a": SiteChanges((LowRank(torch.zeros(3, 1), torch.zeros(1, 2)),))}  # 20 bytes
+    job = Job(None, [], factors, CALIBRATION, None, lambda *_: None, memory_budget=100, seen=seen)
     assert (job.at_once(16), job.at_once(4), job.at_once(16, 2)) == (9, 4, 4)
-    assert (job.at_once(16, beside=30), job.at_once(16, beside=99)) == (1, 1)
+    assert (job.at_once(16, factors=1), job.at_once(16, factors=3)) == (7, 1)
     assert replace(job, memory_budget=None).at_once(16) == 16
     assert replace(job, seen=()).at_once(16) == 16
     roomy = Roomy(50)

@@ -75,8 +75,8 @@ def default_merge(folder: Path) -> dict[str, int]:
     return entered.counts()
 
 
-BOUNDS = {"modules": 57, "functions": 491, "classes": 62, "two-way pairs": 7}
-"""No more than these; fewer is better."""
+BOUNDS = {"modules": 57, "functions": 481, "classes": 61, "two-way pairs": 6}
+"""No more than these; fewer is better. Three pairs are retries with less memory, which call back."""
 
 
 def test_a_default_merge_enters_few_parts(tmp_path):
