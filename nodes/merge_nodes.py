@@ -88,9 +88,6 @@ class IterisMergeExperts(io.ComfyNode):
         return _output(cls.hidden, (model, model_low, clip_out, high, low), merge)
 
 
-_EACH = "each strength is a file of its own, unless Save Merged LoRA may overwrite."
-
-
 def _merge(
     hidden: Any, model: Any, clip: Any, concepts: Any, values: Mapping[str, Any], **experts: Any
 ) -> Merge:
@@ -99,11 +96,14 @@ def _merge(
     request = Request.of(values, model)
     config = request.config(specs_of(concepts), values.get("method", METHOD))
     merge = merged(model, clip, config, request, hidden.unique_id, **experts)
-    scaled = "" if strength == 1 else f"\n  At strength {strength:g}, in the file as well: {_EACH}"
+    scaled = (
+        f"\n  At strength {strength:g}, in the file as well: each strength is a file of its own, "
+    )
+    scaled += "unless Save Merged LoRA may overwrite."
     called = how_to_call(bundled(merge.lora.embeddings))
     if words := _words(merge):
         called = f"\n  Trigger words: {words}{called}"
-    report = merge.report + scaled + called
+    report = merge.report + (scaled if strength != 1 else "") + called
     return replace(merge, lora=scaled_lora(merge.lora, strength), report=report)
 
 

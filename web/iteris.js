@@ -7,10 +7,8 @@ import { asText, label } from './page_text.js';
 
 const TELLING = ['IterisMerge', 'IterisMergeExperts', 'IterisCompareMerges', 'IterisInspectLoras',
   'IterisSaveLora', 'IterisResizeLora', 'IterisExtractLora'];
-// Lists of LoRAs that the server sends empty: they are the same as the first one of IterIS LoRAs.
-const LISTS = { IterisLoras: /^lora_\d+$/, IterisConcept: /^lora_(name|low)$/ };
 const REPORT = 'iteris_report';
-let names = [];
+let names = []; // of LoRAs, as the page lists them
 const [WIDTH, LETTER, LINE_HEIGHT, LINES] = [340, 6.4, 17, 2];
 
 // The node behind an id of the server, such as 5:3 for node 3 of the subgraph that node 5 is.
@@ -43,34 +41,15 @@ function fitText(node, text) {
   }
 }
 
-const namesIn = (spec) => (Array.isArray(spec?.[0]) ? spec[0] : spec?.[1]?.options);
+function keepNames(defs) {
+  const spec = defs.IterisLoras?.input?.optional?.lora_1;
+  names = (Array.isArray(spec?.[0]) ? spec[0] : spec?.[1]?.options) ?? names;
+}
 
 // A menu of the old front end takes what it lists for HTML.
 function labelLists(node) {
   for (const { options } of node.widgets ?? []) {
-    const values = Array.isArray(options?.values) ? options.values : [];
-    if (values.some((value) => String(value).includes('<'))) options.getOptionLabel = label;
-  }
-}
-
-function shareNames(defs) {
-  names = namesIn(defs.IterisLoras?.input?.optional?.lora_1) ?? names;
-  for (const [type, list] of Object.entries(LISTS)) {
-    for (const [name, spec] of Object.values(defs[type]?.input ?? {}).flatMap((kind) => Object.entries(kind))) {
-      if (!list.test(name)) continue;
-      if (Array.isArray(spec[0])) spec[0] = names;
-      else spec[1].options = names;
-    }
-  }
-}
-
-function fillLists(graph) {
-  for (const node of graph?._nodes ?? []) {
-    for (const widget of node.widgets ?? []) {
-      if (LISTS[node.comfyClass]?.test(widget.name)) widget.options.values = names;
-    }
-    if (isOurs(node)) labelLists(node);
-    if (node.subgraph) fillLists(node.subgraph);
+    if (Array.isArray(options?.values)) options.getOptionLabel = label;
   }
 }
 
@@ -144,11 +123,8 @@ function tell(id, text) {
 
 app.registerExtension({
   name: 'iteris',
-  addCustomNodeDefs: shareNames,
-  refreshComboInNodes(defs) {
-    shareNames(defs);
-    fillLists(app.rootGraph ?? app.graph);
-  },
+  addCustomNodeDefs: keepNames,
+  refreshComboInNodes: keepNames,
   beforeConfigureGraph(graph) {
     for (const saved of everyNode(graph)) {
       if (Array.isArray(saved.widgets_values)) renew(saved);

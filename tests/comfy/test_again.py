@@ -35,7 +35,7 @@ def test_another_strength_does_not_merge_again(kit, desk):
     assert desk.merges() == 1
     sites = {site: change.scaled(0.5) for site, change in whole.lora.sites.items()}
     assert distance(half.lora, type(whole.lora)(sites)) < 1e-6
-    assert "At strength 0.5" in report
+    assert "At strength 0.5, in the file as well: each strength is a file of its own" in report
     assert json.loads(half.metadata["iteris"])["strength"] == 0.5
     assert "strength" not in json.loads(whole.metadata["iteris"])
     # Another weight merges again, on the samples that are there.

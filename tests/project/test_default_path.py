@@ -76,7 +76,7 @@ def default_merge(folder: Path) -> dict[str, int]:
 
 
 BOUNDS = {"modules": 57, "functions": 481, "classes": 61, "two-way pairs": 6}
-"""No more than these; fewer is better. Three pairs are retries with less memory, which call back."""
+"""No more than these; fewer is better. Three pairs are retries with less memory, by a call back."""
 
 
 def test_a_default_merge_enters_few_parts(tmp_path):
