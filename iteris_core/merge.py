@@ -267,13 +267,18 @@ def _by_features(
     if not sweeps:  # a fit to reference rows alone learns nothing from them
         conditions = 0.0
     elif conditions is None:
-        gated = any(stream.gate is not None for stream in looked.streams.values())
-        conditions = 0.0 if gated else job.thresholds.conditions
+        conditions = job.thresholds.conditions
     job = replace(job, calibration=replace(job.calibration, conditions=conditions))
     found = looked.refused
     if (found and unmergeable == "refuse") or job.changes.keys() <= found.keys():
         raise SiteError(preflight.complaint(found, concepts))
-    job = replace(job, joined=looked.joined, found_streams=looked.streams, seen=looked.stages)
+    job = replace(
+        job,
+        joined=looked.joined,
+        found_streams=looked.streams,
+        norms=looked.norms,
+        seen=looked.stages,
+    )
     for seen in looked.stages:
         job.eta.did(seen.products, seen.seconds)
     job = within_time(job, max(sweeps, 1))

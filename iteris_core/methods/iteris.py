@@ -25,7 +25,8 @@ from ..passes.sweep import solve_sites
 from ..settings import Settings, setting
 from ..solve.ranks import Components, share_numbers
 from .block_polish import expect_block_polish, polish_blocks
-from .fitting import Repairs, solver_of, streams_of, with_repairs
+from .distillation import distil, expect_distillation
+from .fitting import Repairs, bounds_of, solver_of, streams_of, with_repairs
 from .registry import Merged, micro_batch_setting, on_model, rank_setting
 
 
@@ -62,11 +63,11 @@ class IterisSettings(Settings):
     )
     bound: float | None = setting(
         None,
-        "Largest norm of a layer's change, as a multiple of what the LoRAs together have there. A "
-        "layer's ridge is raised until it holds, so that the merge also works at other strengths "
-        "and beside other LoRAs. 0: no bound.",
-        none="2, less with few prompts; none in a model whose blocks gate what they add, but where "
-        "a layer's output is not gated",
+        "Largest norm of a layer's change, as a multiple of the norm of the layer's own weight, "
+        "but no less than what the LoRAs together have there. A layer's ridge is raised until it "
+        "holds, so that the merge also works at other strengths and beside other LoRAs. 0: no "
+        "bound.",
+        none="1.5, less with few prompts",
         low=0,
         most=1000,
     )
@@ -118,6 +119,13 @@ class IterisSettings(Settings):
     block_rate: float = setting(
         0.05, "Learning rate of block_steps, relative to the size of the trained factors.", above=0
     )
+    steps: int = setting(
+        0,
+        "Adam steps through the whole denoiser after the closed form, on its own rows. Uses "
+        "gradients, but no data. Each takes as long as 64 forwards.",
+        low=0,
+        most=10_000,
+    )
     removed: ClassVar[Mapping[str, str]] = {
         "polish_steps": "block_steps",
         **dict.fromkeys(("polish_rate", "block_pairs", "pull", "repair_inputs", "tolerance"), ""),
@@ -147,6 +155,8 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
     steps = round(settings.block_steps * max(job.loras, 2) / 2)
     if steps:
         expect_block_polish(job, steps)
+    if settings.steps:
+        expect_distillation(job, settings.steps)
     schedule = SWEEP
     if settings.schedule == "jacobi":
         schedule = Schedule(False, settings.iterations)
@@ -177,6 +187,9 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
             if site not in repairs or solution.change.squared_norm()
         }
         changes = {site: solution.change for site, solution in solutions.items()}
+        if settings.steps:
+            bounds = bounds_of(job, settings.bound, job.calibration.samples)
+            changes = distil(run, changes, settings.steps, bounds)
         if steps:
             changes, notes = polish_blocks(run, changes, steps, settings.block_rate)
             log = replace(log, notes=notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..activations.memory import halved, with_less
 from ..activations.site import phantom_of
-from ..concepts import Calibration
+from ..concepts import Calibration, HeldOut
 from ..errors import SiteError
 from ..hosts.protocol import Host
 from ..lora import LowRank
@@ -31,13 +31,14 @@ _BESIDE = 0.6
 
 def held_out(calibration: Calibration, samples: int, timesteps: int) -> Calibration:
     """A calibration for a few rows of other prompts and noise than those of a fit."""
-    return replace(
-        calibration,
-        samples=min(samples, calibration.samples),
-        timesteps=min(timesteps, calibration.rows_each),
-        seed=calibration.seed ^ _SEED,
-        conditions=0.0,
-    )
+    few: dict[str, Any] = {
+        "samples": min(samples, calibration.samples),
+        "timesteps": min(timesteps, calibration.rows_each),
+        "seed": calibration.seed ^ _SEED,
+        "conditions": 0.0,
+        "contexts": 0.0 if calibration.contexts == 0 else 1.0,
+    }
+    return HeldOut(**{**asdict(calibration), **few})
 
 
 @dataclass

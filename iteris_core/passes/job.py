@@ -88,7 +88,7 @@ class StageTiming:
 class Job:
     """A merge of ``concepts`` on a ``host``, which a method on weights ignores. ``changes[site]``
     are the LoRAs' changes there, at their strength; ``streams`` are the residual streams to include
-    in targets, ``found_streams`` those that a forward showed.
+    in targets, ``found_streams`` those that a forward showed. ``norms`` are ‖W0‖_F by layer.
 
     ``tick`` reports progress, and ``eta`` estimates the time left by the stages ``seen``.
     ``joined``: see :class:`~.preflight.PreflightResult`. With ``only_plans``,
@@ -110,6 +110,7 @@ class Job:
     seen: Sequence[StageTiming] = ()
     joined: frozenset[str] = frozenset()
     found_streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
+    norms: Mapping[str, float] = field(default_factory=dict[str, float])
     only_plans: bool = False
     store: SampleStore | None = None
     rank: int | float | None = None

@@ -30,10 +30,10 @@ class Thresholds:
     With fewer prompts than ``enough_samples`` per LoRA for two LoRAs (proportionally fewer with
     more LoRAs), the ``ridge`` grows with the ``ridge_power`` of the shortfall, up to
     ``most_ridge``, and pulls to the mean at the changes' own size. A change's norm is at most
-    ``bound`` times the LoRAs', less below ``bound_samples`` of each, and ``conditions`` is the
-    share of rows that show other uses. On models of texts ``shrink`` applies where no concept has
-    ``few_tokens`` tokens per input. Repair of two LoRAs uses ``repair_share`` of a feed-forward's
-    hidden units, never more than ``repair_width``.
+    ``bound`` times the layer's own weight's, less below ``bound_samples`` of each, and
+    ``conditions`` is the share of rows that show other uses. On models of texts ``shrink`` applies
+    where no concept has ``few_tokens`` tokens per input. Repair of two LoRAs uses ``repair_share``
+    of a feed-forward's hidden units, never more than ``repair_width``.
 
     Blocks in which rows wait have at most this many barriers (``blocks``: small and large ones). A
     block is replayed if its second run reproduces the first output within ``replay_error``, and
@@ -55,14 +55,17 @@ class Thresholds:
     ridge: float = 1e-6
     ridge_power: float = 5.0
     most_ridge: float = 1e-2
-    bound: float = 2.0
+    bound: float = 1.5
     bound_samples: float = 25.0
-    conditions: float = 0.5
+    conditions: float = 0.25
     enough_samples: int = 50
     shrink: float = 0.7
     few_tokens: float = 4.0
     repair_share: float = 0.5
     repair_width: int = 6144
+    batch: int = 16
+    rate: float = 0.04
+    hints: float = 3.0
     blocks: tuple[int, ...] = (3, 8)
     replay_error: float = 1e-3
     segment_error: float = 1e-2
@@ -129,9 +132,9 @@ class Thresholds:
 
     def bound_for(self, samples: int, timesteps: int) -> float:
         """The bound for that many samples of each LoRA: few rows leave a fit free in more
-        directions. Never below 1, with which a single LoRA stays itself."""
+        directions."""
         share = samples * (timesteps / 4) ** 0.25 / self.bound_samples
-        return min(self.bound, max(1.0, self.bound * share ** (1 / 3)))
+        return self.bound * min(1.0, share ** (1 / 3))
 
 
 THRESHOLDS = Thresholds()
