@@ -22,6 +22,8 @@ toybox = partial(_world, "toybox", "ToyboxWorld")
 reported = partial(toybox, Path(__file__).parent / "reported")
 """Ten concepts on which nothing was chosen: a rule chose them before any was trained
 (``reported_concepts.py`` at commit cc0405a)."""
+gentle = partial(toybox, Path(__file__).parent / "gentle")
+"""The toybox's own ten, trained to changes of .02 to .1 of the layers' weights."""
 
 
 def framed() -> World:
@@ -35,6 +37,7 @@ def framed() -> World:
 
 WORLDS: Mapping[str, Callable[[], World]] = {
     "toybox": toybox,
+    "gentle": gentle,
     "reported": reported,
     "emoji": partial(_world, "emoji", "EmojiWorld"),
     "framed": framed,
