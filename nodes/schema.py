@@ -217,7 +217,7 @@ def preset_input() -> Any:
         options=list(PRESETS),
         default="default",
         optional=True,
-        tooltip=f"{helps} Inputs that you change override it. The figures are from the toybox.",
+        tooltip=f"{helps} Inputs that you change override it.",
     )
 
 

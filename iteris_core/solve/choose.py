@@ -36,12 +36,10 @@ class Thresholds:
     of a feed-forward's hidden units, never more than ``repair_width``.
 
     Blocks in which rows wait have at most this many barriers (``blocks``: small and large ones). A
-    block is replayed if its second run reproduces the first output within ``replay_error``, and
-    polished by itself if within ``segment_error``. A polished part has at most ``segment_share`` of
-    a stage's sites. It gets ``polish_rows`` rows, or ``polish_rows_each`` per concept if there are
-    many, ``polish_at_once`` at a time, within ``polish_bytes`` of host memory. ``polish_checked``
-    batches check the gain. ``polish_tokens`` tokens give its input moments; ``polish_floor`` times
-    their mean is added to each.
+    block is replayed if its second run reproduces the first output within ``replay_error``.
+
+    Every step through the denoiser has ``batch`` rows. Its learning rate is ``rate`` times a
+    factor's root mean square. ``hints`` is the weight of the blocks' outputs; the final one has 1.
     """
 
     small_target: int = 1 << 16
@@ -63,20 +61,11 @@ class Thresholds:
     few_tokens: float = 4.0
     repair_share: float = 0.5
     repair_width: int = 6144
+    blocks: tuple[int, ...] = (3, 8)
+    replay_error: float = 1e-3
     batch: int = 16
     rate: float = 0.04
     hints: float = 3.0
-    blocks: tuple[int, ...] = (3, 8)
-    replay_error: float = 1e-3
-    segment_error: float = 1e-2
-    segment_share: float = 0.5
-    polish_rows: int = 256
-    polish_rows_each: int = 64
-    polish_at_once: int = 16
-    polish_bytes: int = 4 << 30
-    polish_checked: int = 8
-    polish_tokens: int = 4096
-    polish_floor: float = 1e-3
 
     def choose(self, context: SiteContext, fit: RegressionSpec, objective: Objective) -> Reduction:
         """The reduction for a site."""
