@@ -66,7 +66,7 @@ class IterisSettings(Settings):
         "but no less than what the LoRAs together have there. A layer's ridge is raised until it "
         "holds, so that the merge also works at other strengths and beside other LoRAs. 0: no "
         "bound.",
-        none="1.5, less with few prompts",
+        none="2, and at most 4 times what the LoRAs have there; less with few prompts",
         low=0,
         most=1000,
     )

@@ -30,10 +30,11 @@ class Thresholds:
     With fewer prompts than ``enough_samples`` per LoRA for two LoRAs (proportionally fewer with
     more LoRAs), the ``ridge`` grows with the ``ridge_power`` of the shortfall, up to
     ``most_ridge``, and pulls to the mean at the changes' own size. A change's norm is at most
-    ``bound`` times the layer's own weight's, less below ``bound_samples`` of each, and
-    ``conditions`` is the share of rows that show other uses. On models of texts ``shrink`` applies
-    where no concept has ``few_tokens`` tokens per input. Repair of two LoRAs uses ``repair_share``
-    of a feed-forward's hidden units, never more than ``repair_width``.
+    ``bound`` times that of the layer's own weight, and ``growth`` times what the LoRAs have there
+    together; both are less below ``bound_samples`` of each. ``conditions`` is the share of rows
+    that show other uses. On models of texts ``shrink`` applies where no concept has ``few_tokens``
+    tokens per input. Repair of two LoRAs uses ``repair_share`` of a feed-forward's hidden units,
+    never more than ``repair_width``.
 
     Blocks in which rows wait have at most this many barriers (``blocks``: small and large ones). A
     block is replayed if its second run reproduces the first output within ``replay_error``.
@@ -53,7 +54,8 @@ class Thresholds:
     ridge: float = 1e-6
     ridge_power: float = 5.0
     most_ridge: float = 1e-2
-    bound: float = 1.5
+    bound: float = 2.0
+    growth: float = 4.0
     bound_samples: float = 25.0
     conditions: float = 0.25
     enough_samples: int = 50
@@ -119,11 +121,10 @@ class Thresholds:
         ridge = max(self.ridge, min(self.ridge * few**self.ridge_power, self.most_ridge))
         return ridge, "size" if effective < self.enough_samples else "mean"
 
-    def bound_for(self, samples: int, timesteps: int) -> float:
-        """The bound for that many samples of each LoRA: few rows leave a fit free in more
-        directions."""
-        share = samples * (timesteps / 4) ** 0.25 / self.bound_samples
-        return self.bound * min(1.0, share ** (1 / 3))
+    def bound_share(self, samples: int, timesteps: int) -> float:
+        """The factor on both bounds for that many samples of each LoRA: few rows leave a fit free
+        in more directions."""
+        return min(1.0, (samples * (timesteps / 4) ** 0.25 / self.bound_samples) ** (1 / 3))
 
 
 THRESHOLDS = Thresholds()

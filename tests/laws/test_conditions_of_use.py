@@ -23,6 +23,7 @@ from iteris_core.activations.site import PLAIN, Condition, site_of, under_condit
 from iteris_core.architectures.sites import weight_norm
 from iteris_core.hosts.rows import drawn_uses
 from iteris_core.passes.changes import changes_of
+from iteris_core.solve.choose import THRESHOLDS
 
 LORAS = [make_lora(1), make_lora(2, rank=3)]
 OUT, WIDTH = 6, 8
@@ -90,6 +91,19 @@ def test_a_change_is_at_most_so_many_times_the_layers_weight_or_as_the_loras(
         kept = merged(LORAS, make_data(), **settings, bound=bound).sites[site]
         assert kept.squared_norm() ** 0.5 <= most * (1 + 1e-9)
     assert over, "nothing was to be bounded"
+
+
+def test_by_default_small_changes_grow_to_so_many_times_their_size():
+    small = [Lora({s: c.scaled(0.02) for s, c in lora.sites.items()}) for lora in LORAS]
+    changes = changes_of([Concept(lora, prompts=["unused"]) for lora in small])
+    free, kept = (merged(small, make_data(), bound=bound).sites for bound in (2.0, None))
+    most = {
+        site: THRESHOLDS.growth * sum(c.squared_norm() for c in some.own.values()) ** 0.5
+        for site, some in changes.items()
+    }
+    assert any(free[site].squared_norm() ** 0.5 > limit for site, limit in most.items())
+    for site, limit in most.items():
+        assert kept[site].squared_norm() ** 0.5 <= limit * (1 + 1e-9)
 
 
 def test_where_no_ridge_keeps_the_bound_the_solution_is_scaled():
