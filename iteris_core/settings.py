@@ -231,13 +231,13 @@ PRESETS: Mapping[PresetName, Preset] = {
     "default": Preset("Every setting at its own default."),
     "fast": Preset(
         "A quarter of the forwards.",
-        calibration={"samples": 24, "total_samples": 96, "timesteps": 2, "denoising_steps": 3},
+        calibration={"samples": 32, "total_samples": 128, "timesteps": 2, "denoising_steps": 4},
     ),
     "best": Preset(
-        "Twice the prompts, and 200 Adam steps through the whole denoiser, which keep more of each "
-        "LoRA, at every strength. About ten times the forwards with two LoRAs, seven with five.",
+        "More prompts, and 200 Adam steps through the whole denoiser, which keep more of each "
+        "LoRA, at every strength. About eight times the forwards with two LoRAs, four with five.",
         settings={"steps": 200},
-        calibration={"samples": 100, "total_samples": 400},
+        calibration={"samples": 100, "total_samples": 500},
     ),
     "tidy": Preset(
         "For one LoRA or several: each acts on its trigger only. Its class word alone, and all "

@@ -108,8 +108,10 @@ def bounds_of(job: Job, bound: float | None, samples: int) -> dict[str, float]:
     single one stays itself."""
     growth = math.inf
     if bound is None:
-        share = job.thresholds.bound_share(samples, job.calibration.rows_each)
-        bound, growth = share * job.thresholds.bound, share * job.thresholds.growth
+        few = job.thresholds.bound_share(samples, job.calibration.rows_each)
+        # What LoRAs have together grows alike with their number.
+        bound = few * job.thresholds.bound * math.sqrt(max(job.loras, 1))
+        growth = few * job.thresholds.growth
     bounds: dict[str, float] = {}
     for site, changes in job.changes.items():
         together = math.sqrt(sum(change.squared_norm() for change in changes.own.values()))

@@ -30,11 +30,11 @@ class Thresholds:
     With fewer prompts than ``enough_samples`` per LoRA for two LoRAs (proportionally fewer with
     more LoRAs), the ``ridge`` grows with the ``ridge_power`` of the shortfall, up to
     ``most_ridge``, and pulls to the mean at the changes' own size. A change's norm is at most
-    ``bound`` times that of the layer's own weight, and ``growth`` times what the LoRAs have there
-    together; both are less below ``bound_samples`` of each. ``conditions`` is the share of rows
-    that show other uses. On models of texts ``shrink`` applies where no concept has ``few_tokens``
-    tokens per input. Repair of two LoRAs uses ``repair_share`` of a feed-forward's hidden units,
-    never more than ``repair_width``.
+    ``bound`` times that of the layer's own weight, times the root of the number of LoRAs, and
+    ``growth`` times what the LoRAs have there together; both are less below ``bound_samples`` of
+    each. ``conditions`` is the share of rows that show other uses. On models of texts ``shrink``
+    applies where no concept has ``few_tokens`` tokens per input. Repair of two LoRAs uses
+    ``repair_share`` of a feed-forward's hidden units, never more than ``repair_width``.
 
     Blocks in which rows wait have at most this many barriers (``blocks``: small and large ones). A
     block is replayed if its second run reproduces the first output within ``replay_error``.
@@ -54,7 +54,7 @@ class Thresholds:
     ridge: float = 1e-6
     ridge_power: float = 5.0
     most_ridge: float = 1e-2
-    bound: float = 2.0
+    bound: float = 0.9
     growth: float = 4.0
     bound_samples: float = 25.0
     conditions: float = 0.25
