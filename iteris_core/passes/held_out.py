@@ -19,7 +19,7 @@ from .batches import chunks
 from .changes import added, beside
 from .job import Job
 
-_SAMPLES, _TIMESTEPS, _BATCH = 2, 2, 8
+_SAMPLES, _TIMESTEPS, _BATCH = 4, 2, 8
 _SEED = 1 << 20
 
 WHAT = "held-out rows"
