@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -75,7 +75,7 @@ class Measure:
         first run casts changes to the model's dtype, and loads weights that are offloaded as a
         whole model. Both stay on the device and belong to no row, so a run that leaves something
         behind does not count."""
-        row = _longest(self.stage)
+        row = longest(self.stage)
         one = _MeasuredForward(self, strategy, place, [row])
         if one.meter.live:
             one = _MeasuredForward(self, strategy, place, [row])
@@ -170,19 +170,26 @@ class _MeasuredForward:
 
 def forward_of(stage: Stage) -> Step:
     """A plain forward as one step of its longest row; what the row leaves for later stages is
-    ``waiting``. The first run may leave something behind that belongs to no row."""
-    row = _longest(stage)
+    ``waiting``."""
+    step = step_of(longest(stage), lambda rows: stage.run(rows, 1))
+    return step if stage.feeds_next else replace(step, waiting=0)
+
+
+def step_of(row: int, run: Callable[[Sequence[int]], None]) -> Step:
+    """``run`` as one step of a row; what it leaves behind is ``waiting``. The first run may leave
+    something that belongs to no row."""
     found: list[tuple[int, int]] = []
     for rows in ([row], [row], [row, row]):
         with MemoryMeter() as meter:
-            stage.run(rows, 1)
+            run(rows)
         found.append((meter.peak, meter.live))
     _, (one, left), (two, _) = found
     each = max(two - one, 0)
-    return Step("", left if stage.feeds_next else 0, each, forward=max(one - each, 0))
+    return Step("", left, each, forward=max(one - each, 0))
 
 
-def _longest(stage: Stage) -> int:
+def longest(stage: Stage) -> int:
+    """The row that takes the most memory."""
     if stage.lengths is not None:
         return max(range(len(stage.lengths)), key=stage.lengths.__getitem__)
     if stage.mask is None:
