@@ -8,19 +8,23 @@ changes a tensor that its gradient needs (``x += attention(norm(x))``), and give
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence, Set
+import copy
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors, saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from ..lora import LowRank
 from .barriers import ExecutionTrace, unwritten
+from .memory import tensors_in
 
 Context = Callable[[], AbstractContextManager[None]]
 
@@ -44,18 +48,30 @@ class Network:
         return cls(trace.inside[trace.sites[0]][0], blocks, trace.device)
 
     @contextmanager
-    def differentiable(self, factors: Mapping[str, LowRank], gradients: Context) -> Generator[None]:
+    def differentiable(
+        self,
+        factors: Mapping[str, LowRank],
+        gradients: Context,
+        losing: set[nn.Module] | None = None,
+    ) -> Generator[None]:
         """Context in which forwards, within ``gradients()``, can be differentiated with respect to
-        ``factors``, merged changes by site."""
+        ``factors``, merged changes by site. The blocks that lose a gradient, because they read a
+        tensor that is none of their arguments, are added to ``losing``."""
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(gradients())
             stack.enter_context(constant_weights(self.module))
             for block, (written, sites) in self.blocks.items():
                 leaves = [leaf for s in sites for leaf in (factors[s].up, factors[s].down)]
-                again = _Block(block.forward, written, leaves, gradients)
+                loses = None if losing is None else partial(losing.add, block)
+                again = _Block(block.forward, written, leaves, gradients, loses)
                 stack.enter_context(patch.object(block, "forward", again))
             yield
+
+    def without(self, blocks: Set[nn.Module]) -> Network:
+        """With these blocks as they are."""
+        left = {block: of for block, of in self.blocks.items() if block not in blocks}
+        return replace(self, blocks=left)
 
 
 @contextmanager
@@ -83,7 +99,7 @@ def saved_tensors(*, mutable: bool) -> Generator[None]:
 
 class _Block:
     """A block's ``forward``, which runs again for the gradients of its arguments and of the
-    ``leaves``, its factors."""
+    ``leaves``, its factors. It calls ``loses`` if it loses others."""
 
     def __init__(
         self,
@@ -91,67 +107,117 @@ class _Block:
         written: Set[str],
         leaves: Sequence[Tensor],
         gradients: Context,
+        loses: Callable[[], None] | None,
     ) -> None:
-        self._forward, self._written, self._gradients = forward, written, gradients
-        self._leaves = leaves
+        self._forward, self._written, self._leaves = forward, written, leaves
+        self._how = gradients, loses
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
-        given, spec = _pytree.tree_flatten((args, kwargs))
-        places = [at for at, leaf in enumerate(given) if isinstance(leaf, Tensor)]
-        tensors = [given[at] for at in places]
-        for at in places:
-            given[at] = None
+        given = _Tree((args, kwargs))
+        tensors = given.taken()
 
-        def run(some: Sequence[Tensor]) -> tuple[list[Any], Any]:
-            leaves = list(given)
-            for at, tensor in zip(places, some, strict=True):
-                leaves[at] = tensor
-            args, kwargs = unwritten(self._written, *_pytree.tree_unflatten(leaves, spec))
-            return _pytree.tree_flatten(self._forward(*args, **kwargs))
+        def run(some: Sequence[Tensor]) -> _Tree:
+            args, kwargs = unwritten(self._written, *given.filled(iter(some)))
+            return _Tree(self._forward(*args, **kwargs))
 
-        made: list[Any] = []
-        given_too = run, made, self._gradients, len(tensors)
-        outputs: Any = iter(_Rerun.apply(*given_too, *tensors, *self._leaves))
-        leaves, shape = made
-        leaves = [next(outputs) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return _pytree.tree_unflatten(leaves, shape)
+        made: list[_Tree] = []
+        apply: Any = _Rerun.apply
+        outputs = apply(run, made, self._how, len(tensors), *tensors, *self._leaves)
+        return made[0].filled(iter(outputs))
+
+
+class _Tree:
+    """Containers of tensors and other things, also within dataclasses; :meth:`taken` takes the
+    tensors out, and :meth:`filled` puts others in."""
+
+    def __init__(self, tree: Any) -> None:
+        self._leaves, self._spec = _pytree.tree_flatten(tree)
+        self._inner = {
+            at: {field.name: _Tree(getattr(leaf, field.name)) for field in fields(leaf)}
+            for at, leaf in enumerate(self._leaves)
+            if is_dataclass(leaf) and not isinstance(leaf, type)
+        }
+
+    def taken(self) -> list[Tensor]:
+        found: list[Tensor] = []
+        for at, leaf in enumerate(self._leaves):
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+                self._leaves[at] = _TENSOR
+            for inner in self._inner.get(at, {}).values():
+                found += inner.taken()
+        return found
+
+    def filled(self, tensors: Iterator[Tensor]) -> Any:
+        leaves = list(self._leaves)
+        for at, leaf in enumerate(leaves):
+            if leaf is _TENSOR:
+                leaves[at] = next(tensors)
+            elif at in self._inner:
+                leaves[at] = copy.copy(leaf)
+                for name, inner in self._inner[at].items():
+                    object.__setattr__(leaves[at], name, inner.filled(tensors))
+        return _pytree.tree_unflatten(leaves, self._spec)
+
+
+_TENSOR = object()
 
 
 class _Rerun(torch.autograd.Function):
-    """The tensors that ``run`` makes of others, without gradients; then once more for them. All
-    that it makes goes into ``made``."""
+    """The tensors of the tree that ``run`` makes of others, without gradients; then once more for
+    them. The tree without them goes into ``made``."""
 
     @staticmethod
     def forward(
-        ctx: Any, run: Any, made: list[Any], gradients: Context, count: int, *given: Tensor
-    ) -> Any:
-        ctx.run, ctx.gradients, ctx.leaves = run, gradients, given[count:]
+        ctx: Any, run: Any, made: list[_Tree], how: Any, count: int, *given: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.run, ctx.how, ctx.leaves = run, how, given[count:]
         ctx.save_for_backward(*given[:count])
         ctx.set_materialize_grads(False)
-        made += run(given[:count])
-        return tuple(leaf for leaf in made[0] if isinstance(leaf, Tensor))
+        made.append(run(given[:count]))
+        return tuple(made[0].taken())
 
     @staticmethod
     def backward(ctx: Any, *wanted: Tensor | None) -> Any:
-        needed = ctx.needs_input_grad[4:]
-        with torch.enable_grad(), ctx.gradients():
+        needed, (gradients, loses) = ctx.needs_input_grad[4:], ctx.how
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(gradients())
             tensors = [
                 tensor.detach().requires_grad_(needs)
                 for tensor, needs in zip(ctx.saved_tensors, needed, strict=False)
             ]
-            made = [leaf for leaf in ctx.run(tensors)[0] if isinstance(leaf, Tensor)]
+            every = [*tensors, *ctx.leaves]
+            if loses is not None:
+                stack.enter_context(_Captured(every, loses))
             pairs = [
                 (output, grad)
-                for output, grad in zip(made, wanted, strict=True)
+                for output, grad in zip(ctx.run(tensors).taken(), wanted, strict=True)
                 if output.requires_grad and grad is not None
             ]
-            every = [*tensors, *ctx.leaves]
             sources = [one for one, needs in zip(every, needed, strict=True) if needs]
             outputs, grads = [output for output, _ in pairs], [grad for _, grad in pairs]
             found = iter(torch.autograd.grad(outputs, sources, grads, allow_unused=True))
         return None, None, None, None, *(next(found) if needs else None for needs in needed)
+
+
+class _Captured(TorchFunctionMode):
+    """Calls ``found()`` for a tensor with gradients that is neither ``given`` nor made here."""
+
+    def __init__(self, given: Sequence[Tensor], found: Callable[[], None]) -> None:
+        super().__init__()
+        self._known, self._found = {id(tensor): tensor for tensor in given}, found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in tensors_in((args, kwargs)):
+            if tensor.requires_grad and id(tensor) not in self._known:
+                self._found()
+        made = func(*args, **kwargs)
+        self._known |= {id(tensor): tensor for tensor in tensors_in(made)}
+        return made
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from ..activations.gradients import Network
 from ..activations.memory import halved, with_less
@@ -38,6 +39,8 @@ _WORK = 5.0
 attention take two."""
 _STATE = 4
 """A factor, its gradient and Adam's two moments of it."""
+_ROOM = 8
+"""A forward's memory, this many times, is kept free for the first measurement."""
 _log = logging.getLogger(__name__)
 
 
@@ -95,19 +98,25 @@ class Distillation:
         batch = job.thresholds.batch
         try:
             network = self._network(stage)
-            leaves = {site: self._largest(site, network.device) for site in stage.sites}
+            leaves = self._largest(stage, network)
             gradients = RowGradients(self.run, stage, network, leaves, copy=0)
+            fixed = _STATE * sum(leaf.nbytes for leaf in gradients.leaves)
+            fixed += left_by(job, (*before, stage), 2)
+            seen = [of.forward for of in job.seen if of.stage.name == stage.name]
+            allowed(job, fixed + sum(_ROOM * (of.running + of.forward) for of in seen))
             with gradients.active():
-                row = gradients.cost()
-            state = _STATE * sum(leaf.nbytes for leaf in gradients.leaves)
+                one = gradients.peak(1)
+            fixed += lockstep.cast_bytes
+            budget, each = allowed(job, fixed + batch * one), one
+            if fixed + 2 * one <= budget:  # two show what does not grow with the number of rows
+                with gradients.active():
+                    each = min(max(gradients.peak(2) - one, 0), one)
             del leaves, gradients
-            fixed = left_by(job, (*before, stage), 2) + lockstep.cast_bytes + state + row.forward
-            sizes = [fixed + rows * row.running for rows in range(1, batch + 1)]
-            budget = allowed(job, sizes[-1])
+            sizes = [fixed + one + more * each for more in range(batch)]
             rows = sum(size <= budget for size in sizes)
             size = sizes[max(rows, 1) - 1]
             why = f"left out, one row needs {size / 2**30:.3g} of {budget / 2**30:.3g} GiB"
-            plan = StepsPlan(stage.name, rows, batch, size, budget, why)
+            plan = StepsPlan(stage.name, rows, batch, size, budget, "" if rows else why)
         except Exception as error:
             if self._cancels(error):
                 raise
@@ -119,17 +128,26 @@ class Distillation:
         return str(plan)
 
     def _network(self, stage: Stage) -> Network:
+        """The stage's, found once: blocks that would lose gradients do not run again."""
         if stage.name not in self._networks:
-            self._networks[stage.name] = network_of(self.run, stage)
+            network, losing = network_of(self.run, stage), set[nn.Module]()
+            leaves = self._largest(stage, network)
+            with RowGradients(self.run, stage, network, leaves, copy=0).active(losing):
+                self._networks[stage.name] = network.without(losing)
         return self._networks[stage.name]
 
-    def _largest(self, site: str, device: torch.device) -> LowRank:
-        """Leaves of a merged change of the largest possible rank."""
-        of, most = self.run.lockstep.changes[site], self.run.job.rank
-        rank = min(of.rank, *of.shape, most if isinstance(most, int) else of.rank)
-        up = torch.zeros(of.shape[0], rank, device=device, requires_grad=True)
-        down = torch.zeros(rank, of.shape[1], device=device, requires_grad=True)
-        return LowRank(up, down, of.like.kernel)
+    def _largest(self, stage: Stage, network: Network) -> dict[str, LowRank]:
+        """Leaves like those of merged changes of the largest possible ranks."""
+        found, most = dict[str, LowRank](), self.run.job.rank
+        for site in stage.sites:
+            of = self.run.lockstep.changes[site]
+            rank = min(of.rank, *of.shape, most if isinstance(most, int) else of.rank)
+            up, down = (
+                torch.zeros(*shape, device=network.device, requires_grad=True)
+                for shape in ((of.shape[0], rank), (rank, of.shape[1]))
+            )
+            found[site] = LowRank(up, down, of.like.kernel)
+        return found
 
     def trained(
         self, merged: Mapping[str, LowRank], bounds: Mapping[str, float]

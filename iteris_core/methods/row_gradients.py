@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from ..activations.barriers import alike
 from ..activations.gradients import Network, saved_tensors
-from ..activations.memory import tensors_in
+from ..activations.memory import MemoryMeter, tensors_in
 from ..activations.micro_batch import MicroBatch
 from ..errors import SiteError
 from ..hosts.protocol import Stage
 from ..lora import LowRank
 from ..passes.batches import chunks
-from ..passes.footprint import Step, longest, step_of
+from ..passes.footprint import longest
 from ..passes.job import Run
 from ..passes.planner import find, replayable
 
@@ -75,11 +75,11 @@ class RowGradients:
         self._scale, self._lowered, self._mutable = 1.0, 0, False
 
     @contextmanager
-    def active(self) -> Generator[None]:
+    def active(self, losing: set[nn.Module] | None = None) -> Generator[None]:
         """Context in which the factors are merged, and a row was tried: it raises if blocks that
-        run again give something else."""
+        run again give something else. ``losing`` gets the blocks that lose gradients."""
         lockstep, merged, row = self._lockstep, self._lockstep.merged, longest(self._stage)
-        with self._network.differentiable(self._factors, self._stage.gradients):
+        with self._network.differentiable(self._factors, self._stage.gradients, losing):
             lockstep.merged = {**merged, **self._factors}
             try:
                 plain = self._outputs([row], self._copy, merged=True)
@@ -92,6 +92,8 @@ class RowGradients:
                     if "inplace" not in str(error):
                         raise
                     self._mutable = True
+                    self.clear()
+                    self.add([row], first=False)
                 self.clear()
                 yield
             finally:
@@ -119,16 +121,18 @@ class RowGradients:
         # 2 w (f_merged − f_LoRA) is about twice the root of 1 / (effect · entries).
         self._scale = 2.0 ** round(math.log2(_AT_OUTPUT * (typical * entries) ** 0.5 / 2))
 
-    def cost(self) -> Step:
-        """The memory of a row's gradients, in one step."""
+    def peak(self, rows: int) -> int:
+        """The memory that the gradients of so many rows take, all like the largest."""
         stage, row = self._stage, longest(self._stage)
         if stage.conditions:
             conditions = [stage.costliest_condition] * len(stage.concept_ids)
             self._stage = replace(stage, conditions=conditions)
-        step = step_of(row, lambda rows: self.add(rows, first=False))
+        self.add([row], first=False)  # some of its first run may stay
+        with MemoryMeter() as meter:
+            self.add([row] * rows, first=False)
         self._stage = stage
         self.clear()
-        return step
+        return meter.peak
 
     def clear(self) -> None:
         for leaf in self.leaves:
@@ -183,9 +187,9 @@ class RowGradients:
         hints: list[Tensor] | None = None,
         then: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        """The final outputs of ``rows`` with the texts of a ``copy``: of their own LoRAs, ``merged``
-        or of the base. Those of the blocks go into ``hints``. ``then`` gets the outputs with
-        gradients."""
+        """The final outputs of ``rows`` with the texts of a ``copy``: of their own LoRAs, or if
+        ``merged`` or ``of_base`` of that. Those of the blocks go into ``hints``. ``then`` gets the
+        outputs with gradients."""
         stage, lockstep, made = self._stage, self._lockstep, list[Tensor]()
 
         def run() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -170,22 +170,16 @@ class _MeasuredForward:
 
 def forward_of(stage: Stage) -> Step:
     """A plain forward as one step of its longest row; what the row leaves for later stages is
-    ``waiting``."""
-    step = step_of(longest(stage), lambda rows: stage.run(rows, 1))
-    return step if stage.feeds_next else replace(step, waiting=0)
-
-
-def step_of(row: int, run: Callable[[Sequence[int]], None]) -> Step:
-    """``run`` as one step of a row; what it leaves behind is ``waiting``. The first run may leave
-    something that belongs to no row."""
+    ``waiting``. The first run may leave something behind that belongs to no row."""
+    row = longest(stage)
     found: list[tuple[int, int]] = []
     for rows in ([row], [row], [row, row]):
         with MemoryMeter() as meter:
-            run(rows)
+            stage.run(rows, 1)
         found.append((meter.peak, meter.live))
     _, (one, left), (two, _) = found
     each = max(two - one, 0)
-    return Step("", left, each, forward=max(one - each, 0))
+    return Step("", left if stage.feeds_next else 0, each, forward=max(one - each, 0))
 
 
 def longest(stage: Stage) -> int:

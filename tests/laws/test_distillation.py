@@ -10,9 +10,9 @@ from tiny import random_lora
 from torch import nn
 
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
-from iteris_core.activations.site import PLAIN, Condition
 from iteris_core.activations.gradients import constant_weights
-from iteris_core.methods import distillation, row_gradients
+from iteris_core.activations.site import PLAIN, Condition
+from iteris_core.methods import distillation
 from iteris_core.methods.row_gradients import RowGradients
 from iteris_core.solve.choose import THRESHOLDS
 

@@ -1,0 +1,63 @@
+"""Gradients of steps through a denoiser, held against finite differences of the loss."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+
+def check_gradients(
+    monkeypatch: Any, gradients: Any, thresholds: Any, merge: Callable[[Any], Any]
+) -> Any:
+    """A merge, by ``merge(thresholds)``, in which the loss of every denoiser's first step changes
+    by finite differences as its gradients say: along them, and along a direction at random.
+    ``gradients`` is the class RowGradients; the blocks' outputs do not count."""
+    add, settled = gradients.add, gradients.settled
+    batches: list[Sequence[int]] = []
+    checked: list[str] = []
+
+    def watched(self: Any, rows: Sequence[int], *, first: bool) -> None:
+        if first:  # no trial
+            batches.append(rows)
+        add(self, rows, first=first)
+
+    def loss(self: Any, direction: Sequence[torch.Tensor], by: float) -> float:
+        moved, total = list(zip(self.leaves, direction, strict=True)), 0.0
+        with torch.no_grad():
+            for leaf, step in moved:
+                leaf += by * step
+            for rows in batches:
+                gap = self._outputs(rows, 1, merged=True) - self._outputs(rows, 0)
+                weights = torch.tensor([self._weights[row] for row in rows]).double()
+                total += float((weights * gap.double().flatten(1).square().sum(1)).sum())
+            for leaf, step in moved:
+                leaf -= by * step
+        return total
+
+    def check(self: Any) -> bool:
+        finite, generator = settled(self), torch.Generator().manual_seed(0)
+        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves]
+        sizes = [leaf.detach().square().mean().sqrt() for leaf in self.leaves]
+        steepest = [grad * size**2 for grad, size in zip(grads, sizes, strict=True)]
+        slope = sum(float((a * b).sum()) for a, b in zip(grads, steepest, strict=True))
+        at_random = [
+            size * torch.randn(leaf.shape, generator=generator)
+            for leaf, size in zip(self.leaves, sizes, strict=True)
+        ]
+        by = 0.02 * loss(self, steepest, 0.0) / slope
+        for direction, by, near in ((steepest, by, 0.02), (at_random, 1e-4, 0.1)):
+            told = sum(float((a * b).sum()) for a, b in zip(grads, direction, strict=True))
+            found = (loss(self, direction, by) - loss(self, direction, -by)) / (2 * by)
+            checked.append("" if found == pytest.approx(told, rel=near) else f"{found} for {told}")
+        batches.clear()
+        return finite
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gradients, "add", watched)
+        patched.setattr(gradients, "settled", check)
+        result = merge(replace(thresholds, hints=0.0))
+    assert not any(checked), checked
+    assert "ended" not in str(result.report.notes["steps"])
+    return result
