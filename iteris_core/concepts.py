@@ -170,14 +170,14 @@ class Calibration(Settings):
     """Settings for the samples on which features are collected."""
 
     samples: int = setting(
-        50,
+        80,
         "Prompts per concept on which features are collected. Below 20 the merge fits its prompts "
         "too closely.",
         low=1,
         most=1000,
     )
     total_samples: int | None = setting(
-        200,
+        400,
         "Prompts of all LoRAs together; many LoRAs get fewer each, at least 12. Ignored for text "
         "models.",
         none="no limit, as when samples is set by itself",

@@ -62,7 +62,8 @@ class Network:
             stack.enter_context(gradients())
             stack.enter_context(constant_weights(self.module))
             for block, (written, sites) in self.blocks.items():
-                leaves = [leaf for s in sites for leaf in (factors[s].up, factors[s].down)]
+                own = [factors[site] for site in sites if site in factors]
+                leaves = [leaf for change in own for leaf in (change.up, change.down)]
                 loses = None if losing is None else partial(losing.add, block)
                 again = _Block(block.forward, written, leaves, gradients, loses)
                 stack.enter_context(patch.object(block, "forward", again))

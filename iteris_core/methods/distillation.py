@@ -193,8 +193,9 @@ class Distillation:
             if plan is not None:
                 job.host.free_memory(plan.bytes)
             network = self._network(stage)
-            for site in stage.sites:
-                leaves[site] = _leaves(self.run.lockstep.merged[site], network.device)
+            for site, change in self.run.lockstep.merged.items():
+                if site in stage.sites:
+                    leaves[site] = _leaves(change, network.device)
             gradients = RowGradients(self.run, stage, network, leaves)
             with gradients.active():
                 job.tick(WHAT, start, total)

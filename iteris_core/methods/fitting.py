@@ -101,16 +101,24 @@ def notes_on(streams: Mapping[str, Stream], changed: Iterable[str]) -> list[str]
 
 
 def bounds_of(job: Job, bound: float | None, samples: int) -> dict[str, float]:
-    """The largest ‖ΔW‖_F of every site: ``bound`` times ‖W0‖_F (None: set by the number of
-    ``samples`` of each LoRA; 0: no bound), since a change as large as the layer's own weight at
-    most doubles what a shift of its inputs does. Never less than what the LoRAs have there
-    together, (Σ ‖ΔW_i‖²)^½, so that a single one stays itself."""
+    """The largest ‖ΔW‖_F of every site: ``bound`` times ‖W0‖_F, since a change as large as the
+    layer's own weight at most doubles what a shift of its inputs does (None: what
+    :class:`Thresholds` says for so many ``samples`` of each LoRA, and no more than ``growth`` times
+    what the LoRAs have there together, (Σ ‖ΔW_i‖²)^½; 0: no bound). Never less than that, so that a
+    single one stays itself."""
+    growth = math.inf
     if bound is None:
-        bound = job.thresholds.bound_for(samples, job.calibration.rows_each)
+        few = job.thresholds.bound_share(samples, job.calibration.rows_each)
+        # What LoRAs have together grows alike with their number.
+        bound = few * job.thresholds.bound * math.sqrt(max(job.loras, 1))
+        growth = few * job.thresholds.growth
     bounds: dict[str, float] = {}
     for site, changes in job.changes.items():
         together = math.sqrt(sum(change.squared_norm() for change in changes.own.values()))
-        bounds[site] = max(bound * job.norms[site], together) if bound else math.inf
+        most = bound * job.norms[site]
+        if together:  # not at a repair
+            most = min(most, growth * together)
+        bounds[site] = max(most, together) if bound else math.inf
     return bounds
 
 

@@ -133,12 +133,12 @@ def test_many_loras_share_their_prompts():
         assert calibration.settled(loras, pictures=True) == calibration
         return calibration.samples
 
-    assert [shared(loras) for loras in (1, 4, 5, 8, 20)] == [50, 50, 40, 25, 12]
-    assert [shared(8, samples=9), shared(8, total_samples=None)] == [9, 50]
-    assert Calibration().settled(8, pictures=False).samples == 50
+    assert [shared(loras) for loras in (1, 4, 5, 8, 20)] == [80, 80, 80, 50, 20]
+    assert [shared(8, samples=9), shared(8, total_samples=None)] == [9, 80]
+    assert Calibration().settled(8, pictures=False).samples == 80
     assert settings_over("default", "iteris", None, {"samples": 60})[1].total_samples is None
     assert over({"samples": 25, "total_samples": 200}, {"samples": 60})["total_samples"] is None
-    assert settings_over("fast", "iteris", None, {"seed": 1})[1].total_samples == 96
+    assert settings_over("fast", "iteris", None, {"seed": 1})[1].total_samples == 128
 
 
 def test_rows_without_a_lora_have_latents_of_others():
@@ -159,7 +159,7 @@ def test_rows_without_a_lora_have_latents_of_others():
 def test_generic_prompts_name_no_concept():
     (concept,) = added_concepts(PAIR, Calibration(), [*WORDS, "garden"])
     assert concept is not None
-    assert (concept.lora, concept.weight, len(concept.prompts)) == (None, 0.2, 80)
+    assert (concept.lora, concept.weight, len(concept.prompts)) == (None, 0.2, 128)
     words = {word for prompt in concept.prompts for word in prompt.split()}
     assert {"apple", "bridge", "garden"} <= words
     assert not any(map(is_held_out, words))

@@ -23,6 +23,7 @@ from iteris_core.activations.site import PLAIN, Condition, site_of, under_condit
 from iteris_core.architectures.sites import weight_norm
 from iteris_core.hosts.rows import drawn_uses
 from iteris_core.passes.changes import changes_of
+from iteris_core.solve.choose import THRESHOLDS
 
 LORAS = [make_lora(1), make_lora(2, rank=3)]
 OUT, WIDTH = 6, 8
@@ -41,7 +42,7 @@ def flat_problem():
     return changes, inputs, targets
 
 
-def merged(loras, data, *, conditions=None, **settings) -> Lora:
+def merged(loras, data, *, conditions=None, thresholds=THRESHOLDS, **settings) -> Lora:
     class Host(ModuleHost):
         def stages(self, samples, sites):
             for stage in super().stages(samples, sites):
@@ -50,7 +51,8 @@ def merged(loras, data, *, conditions=None, **settings) -> Lora:
 
     concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
     settings = {**EXACT, "bound": 0.0, **settings}
-    return merge_loras(Host(Net(), data), concepts, settings=settings).lora
+    host = Host(Net(), data)
+    return merge_loras(host, concepts, settings=settings, thresholds=thresholds).lora
 
 
 @pytest.mark.parametrize("bound", [3.0, 10.0])
@@ -89,6 +91,22 @@ def test_a_change_is_at_most_so_many_times_the_layers_weight_or_as_the_loras(
             over.add(site)
         kept = merged(LORAS, make_data(), **settings, bound=bound).sites[site]
         assert kept.squared_norm() ** 0.5 <= most * (1 + 1e-9)
+    assert over, "nothing was to be bounded"
+
+
+@pytest.mark.parametrize("growth", [0.5, 1.2])
+def test_by_default_a_change_grows_to_so_many_times_what_the_loras_have(growth):
+    changes = changes_of([Concept(lora, prompts=["unused"]) for lora in LORAS])
+    limits = replace(THRESHOLDS, bound=1e6, growth=growth)
+    free = merged(LORAS, make_data()).sites
+    kept = merged(LORAS, make_data(), thresholds=limits, bound=None).sites
+    over = set()
+    for site, some in changes.items():
+        own = sum(change.squared_norm() for change in some.own.values()) ** 0.5
+        most = max(growth, 1.0) * own
+        if free[site].squared_norm() ** 0.5 > most:
+            over.add(site)
+        assert kept[site].squared_norm() ** 0.5 <= most * (1 + 1e-9)
     assert over, "nothing was to be bounded"
 
 

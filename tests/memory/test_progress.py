@@ -134,7 +134,7 @@ def test_every_step_of_a_merge_is_told(host):
         ("regmean", {}),
         ("iteris", {"schedule": "jacobi", "iterations": 3}),
         ("iteris", {"rank": 2, "share_ranks": True}),
-        ("iteris", {"block_steps": 1}),
+        ("iteris", {"steps": 1}),
         ("ties", {}),
     ],
 )
