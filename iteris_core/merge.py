@@ -193,7 +193,8 @@ def merge_loras(
     if only_plans:
         raise Planned((), job)
     seconds = time.perf_counter() - started
-    eta.end()
+    if merged.stopped is None:  # otherwise it may be cancelled again
+        eta.end()
     log, every = merged.log, [*merging, *always]
     solutions = {site: solution.change for site, solution in merged.sites.items()}
     sites = of_loras.beside(solutions, of_loras.changes_always(job.included))

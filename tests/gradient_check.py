@@ -42,9 +42,10 @@ def check_gradients(
         sizes = [leaf.detach().square().mean().sqrt() for leaf in self.leaves]
         steepest = [grad * size**2 for grad, size in zip(grads, sizes, strict=True)]
         slope = sum(float((a * b).sum()) for a, b in zip(grads, steepest, strict=True))
-        at_random = [
-            size * torch.randn(leaf.shape, generator=generator)
-            for leaf, size in zip(self.leaves, sizes, strict=True)
+        at_random = [  # up in every factor
+            size * (noise if float((noise * grad).sum()) > 0 else -noise)
+            for grad, size in zip(grads, sizes, strict=True)
+            for noise in [torch.randn(grad.shape, generator=generator)]
         ]
         by = 0.02 * loss(self, steepest, 0.0) / slope
         # Which step is neither too long nor lost in rounding differs from model to model.

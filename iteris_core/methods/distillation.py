@@ -193,9 +193,9 @@ class Distillation:
             if plan is not None:
                 job.host.free_memory(plan.bytes)
             network = self._network(stage)
-            for site, change in self.run.lockstep.merged.items():
-                if site in stage.sites:
-                    leaves[site] = _leaves(change, network.device)
+            merged = self.run.lockstep.merged  # without repairs where nothing drifts
+            for site in (site for site in stage.sites if site in merged):
+                leaves[site] = _leaves(merged[site], network.device)
             gradients = RowGradients(self.run, stage, network, leaves)
             with gradients.active():
                 job.tick(WHAT, start, total)

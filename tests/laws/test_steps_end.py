@@ -157,12 +157,12 @@ class Stopped(Exception):
 
 
 def stopping(error, what=WHAT, done=2):
-    """Raises once a step is done."""
+    """Raises once a step is done: Ctrl-C once, an application at everything that follows, too."""
     left = [error]
 
     def on_progress(progress):
         if progress.what == what and progress.done == done and left:
-            raise left.pop()
+            raise left.pop() if isinstance(error, KeyboardInterrupt) else error
 
     return on_progress
 
