@@ -1,287 +1,271 @@
 """Adam steps through the whole denoiser, from the closed form on.
 
 The closed form fits every layer by itself, and no layer sees how others combine its error. Here all
-merged factors of a denoiser are trained together on what it does to the merge's own rows r, to the
-outputs f at its end and to the outputs h_b of each of its blocks:
-
-    Σ_r w_r (‖f_merged(r) − f_LoRA(r)‖² + hints · mean_b ‖h_b,merged(r) − h_b,LoRA(r)‖² / s_b).
-
-f_LoRA is what row r's own LoRA does, under the row's condition of use; the base's for generic rows.
-w_r is the concept's weight over the mean ‖f_LoRA − f_base‖² of its rows, and s_b the block's error
-before. The blocks' outputs (hints: Romero et al. 2015) tell each layer more of a row than its end
-does: without them a merge fits its rows as closely, and keeps less on other words. Blocks are
-checkpointed, so a step holds each block's input and output, and the activations of one.
+merged factors of a denoiser are trained together on what it does to the merge's own rows
+(:mod:`.row_gradients`).
 
 Text encoders stay as the closed form left them: on the toybox five LoRAs keep .98 with the merged
 text encoder and their own denoiser, and .43 the other way round.
+
+What ends the steps early loses neither those taken by then nor the merge: memory that runs out, a
+model that cannot be differentiated, gradients that are not finite, or the user.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
-from typing import Any
-from unittest.mock import patch
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
-from ..activations.barriers import unwritten
-from ..activations.memory import halved, tensors_in, with_less
-from ..activations.micro_batch import MicroBatch
+from ..activations.gradients import Network
+from ..activations.memory import halved, with_less
+from ..errors import SolveError, brief
 from ..hosts.protocol import Stage
 from ..linalg import truncate_factors
 from ..lora import LowRank
 from ..passes.batches import ExecutionConfig, chunks, micro_batches
-from ..passes.job import Job, Run
-from ..passes.planner import find, replayable
+from ..passes.job import Run
+from ..passes.planner import allowed, left_by
+from .row_gradients import RowGradients, network_of
 
 WHAT = "steps through the denoiser"
-_AT_ONCE, _WARM = 4, 10
-"""Rows at once while effects are measured, and steps until the learning rate is full."""
+_WARM = 10
+"""Steps until the learning rate is full."""
+_WORK = 5.0
+"""A row's step in forwards: the LoRA's, the merge's, its blocks' again, and the gradients, which in
+attention take two."""
+_STATE = 4
+"""A factor, its gradient and Adam's two moments of it."""
+_ROOM = 8
+"""A forward's memory, this many times, is kept free for the first measurement."""
+_log = logging.getLogger(__name__)
 
 
-def expect_distillation(job: Job, steps: int) -> None:
-    """Expect its work: in every step the LoRAs' forward, the merge's, its blocks' again and the
-    gradients."""
-    job.eta.expect(WHAT, [job.forward_work * 5.0 * steps * job.thresholds.batch])
+def _is_trained(stage: Stage) -> bool:
+    return stage.final is not None and bool(stage.sites) and not stage.feeds_next
 
 
-def distil(
-    run: Run, merged: Mapping[str, LowRank], steps: int, bounds: Mapping[str, float]
-) -> dict[str, LowRank]:
-    """The ``merged`` changes after that many ``steps``, with norms at most ``bounds``."""
-    job, lockstep = run.job, run.lockstep
-    lockstep.merged = dict(merged)
-    for stage in run.stages():
-        if stage.feeds_next:
-            for batch in micro_batches(stage, 2, None, ExecutionConfig(job.thresholds.batch)):
-                lockstep.run(batch)
-        elif stage.final is not None and stage.sites:
-            lockstep.merged |= _Distillation(run, stage, steps).trained()
-    job.eta.expect(WHAT, [])
-    found: dict[str, LowRank] = {}
-    for site, change in merged.items():
-        after = lockstep.merged[site]
-        over = max(1.0, after.squared_norm() ** 0.5 / max(bounds[site], 1e-30))
-        found[site] = after.scaled(1 / over).to(change.up.dtype)
-    return found
+@dataclass(frozen=True)
+class StepsPlan:
+    """``at_once`` rows of a ``stage`` at a time out of the ``batch`` of a step, using ``bytes`` of
+    the ``budget`` beyond the model. With no row there are no steps, for a reason ``why``."""
+
+    stage: str
+    at_once: int
+    batch: int
+    bytes: int = 0
+    budget: int = 0
+    why: str = ""
+
+    def __str__(self) -> str:
+        size, budget = (f"{some / 2**30:.2f}" for some in (self.bytes, self.budget))
+        rows = f"{self.at_once} of {self.batch} rows at once, {size} of {budget} GiB"
+        return f"steps through the {self.stage}: {rows if self.at_once else self.why}"
 
 
-class _Distillation:
-    """The steps of one ``stage``."""
+@dataclass
+class Distillation:
+    """The ``steps`` of every denoiser of a ``run``. ``taken`` counts those of all, and ``stopped``
+    is what the user stopped them by if the job rescues its merge then."""
 
-    def __init__(self, run: Run, stage: Stage, steps: int) -> None:
-        self._job, self._lockstep, self._stage, self._steps = run.job, run.lockstep, stage, steps
-        self._start = {site: run.lockstep.merged[site] for site in stage.sites}
-        self._weights = list[float]()
-        self._before = list[float]()
-        """Each block's error at the start"""
+    run: Run
+    steps: int
+    taken: int = 0
+    stopped: BaseException | None = None
+    _plans: dict[str, StepsPlan] = field(default_factory=dict[str, StepsPlan])
+    _networks: dict[str, Network] = field(default_factory=dict[str, Network])
 
-    def trained(self) -> dict[str, LowRank]:
-        """The changes of the stage's sites after all steps."""
-        what = f"Out of memory in {WHAT}"
-        with self._gradients() as blocks:
-            self._weights = self._weights_of_rows()
-            train = partial(self._train, blocks)
-            ways = halved(self._job.thresholds.batch)
-            return with_less(ways, train, lambda said, tried: f"{what} ({said}).")[0]
+    def __post_init__(self) -> None:
+        self._expect()
 
-    def _weights_of_rows(self) -> list[float]:
-        """w_r of every row."""
-        thresholds, concepts = self._job.thresholds, self._job.concepts
-        owners = self._stage.concept_ids
-        few: dict[int, list[int]] = {}
-        for row in torch.randperm(len(owners), generator=self._generator()).tolist():
-            few.setdefault(owners[row], []).append(row)
-        effects: dict[int, float] = {}
-        for owner, rows in few.items():
-            square, rows = 0.0, rows[: thresholds.batch]
-            for some in chunks(rows, self._stage.batch_keys, _AT_ONCE):
-                own, base = (self._outputs(some, 0, of_base) for of_base in (False, True))
-                square += float((own - base).float().square().sum())
-            effects[owner] = square / len(rows)
-        known = [effect for effect in effects.values() if effect > 0]
-        typical = sum(known) / max(len(known), 1)
-        return [concepts[owner].weight / (effects[owner] or typical) for owner in owners]
+    def _expect(self) -> None:
+        """Expect the work of all stages that are not left out."""
+        job = self.run.job
+        rows = self.steps * job.thresholds.batch
+        work = {s.stage.name: s.products * _WORK * rows for s in job.seen if _is_trained(s.stage)}
+        left_out = {name for name, plan in self._plans.items() if not plan.at_once}
+        job.eta.expect(WHAT, [of for name, of in work.items() if name not in left_out])
 
-    def _train(self, blocks: Sequence[nn.Module], at_once: int) -> dict[str, LowRank]:
-        job, stage, steps, batch = self._job, self._stage, self._steps, self._job.thresholds.batch
-        factors = {site: _leaves(change) for site, change in self._start.items()}
-        kernels = {site: change.kernel for site, change in self._start.items()}
-        every = [one for pair in factors.values() for one in pair]
-        rate = job.thresholds.rate
+    def plan(self, stage: Stage, before: Sequence[Stage]) -> str:
+        """Plan the steps of a ``stage``, after the stages ``before`` it, within the memory budget.
+        Returns the plan in words; empty without a budget."""
+        job, lockstep = self.run.job, self.run.lockstep
+        if job.memory_budget is None or not _is_trained(stage):
+            return ""
+        batch = job.thresholds.batch
+        try:
+            network = self._network(stage)
+            leaves = self._largest(stage, network)
+            gradients = RowGradients(self.run, stage, network, leaves, copy=0)
+            fixed = _STATE * sum(leaf.nbytes for leaf in gradients.leaves)
+            fixed += left_by(job, (*before, stage), 2)
+            seen = [of.forward for of in job.seen if of.stage.name == stage.name]
+            allowed(job, fixed + sum(_ROOM * (of.running + of.forward) for of in seen))
+            with gradients.active():
+                one = gradients.peak(1)
+            fixed += lockstep.cast_bytes
+            budget, each = allowed(job, fixed + batch * one), one
+            if fixed + 2 * one <= budget:  # two show what does not grow with the number of rows
+                with gradients.active():
+                    each = min(max(gradients.peak(2) - one, 0), one)
+            del leaves, gradients
+            sizes = [fixed + one + more * each for more in range(batch)]
+            rows = sum(size <= budget for size in sizes)
+            size = sizes[max(rows, 1) - 1]
+            why = f"left out, one row needs {size / 2**30:.3g} of {budget / 2**30:.3g} GiB"
+            plan = StepsPlan(stage.name, rows, batch, size, budget, "" if rows else why)
+        except Exception as error:
+            if self._cancels(error):
+                raise
+            plan = StepsPlan(stage.name, 0, batch, why=f"left out: {brief(error)}")
+        if not plan.at_once:
+            _log.warning("%s", plan)
+        self._plans[stage.name] = plan
+        self._expect()
+        return str(plan)
+
+    def _network(self, stage: Stage) -> Network:
+        """The stage's, found once: blocks that would lose gradients do not run again."""
+        if stage.name not in self._networks:
+            network, losing = network_of(self.run, stage), set[nn.Module]()
+            leaves = self._largest(stage, network)
+            with RowGradients(self.run, stage, network, leaves, copy=0).active(losing):
+                self._networks[stage.name] = network.without(losing)
+        return self._networks[stage.name]
+
+    def _largest(self, stage: Stage, network: Network) -> dict[str, LowRank]:
+        """Leaves like those of merged changes of the largest possible ranks."""
+        found, most = dict[str, LowRank](), self.run.job.rank
+        for site in stage.sites:
+            of = self.run.lockstep.changes[site]
+            rank = min(of.rank, *of.shape, most if isinstance(most, int) else of.rank)
+            up, down = (
+                torch.zeros(*shape, device=network.device, requires_grad=True)
+                for shape in ((of.shape[0], rank), (rank, of.shape[1]))
+            )
+            found[site] = LowRank(up, down, of.like.kernel)
+        return found
+
+    def trained(
+        self, merged: Mapping[str, LowRank], bounds: Mapping[str, float]
+    ) -> dict[str, LowRank]:
+        """The ``merged`` changes after the steps, with norms at most ``bounds``."""
+        job, lockstep, found = self.run.job, self.run.lockstep, dict(merged)
+        lockstep.merged = dict(merged)
+        notes = {name: str(plan) for name, plan in self._plans.items() if not plan.at_once}
+        known = [seen.stage.name for seen in job.seen if _is_trained(seen.stage)]
+        known, trained = [name for name in known if name not in notes], 0
+        self._expect()
+        try:
+            for stage in self.run.stages() if known or not notes else ():
+                if stage.feeds_next:
+                    rows = job.at_once(job.thresholds.batch, 2, stage=stage.name)
+                    for batch in micro_batches(stage, 2, None, ExecutionConfig(rows)):
+                        lockstep.run(batch)
+                elif _is_trained(stage) and stage.name not in notes:
+                    before, trained = trained, trained + 1
+                    counts = before * self.steps, max(len(known), trained) * self.steps
+                    changes, notes[stage.name] = self._of_stage(stage, *counts)
+                    lockstep.merged |= changes
+                    found |= changes
+                if self.stopped is not None:
+                    break
+        except BaseException as error:
+            notes[""] = self._ended(error, "before the next")
+        none = "none, because no part of this base gives an image"
+        job.notes.append(("steps", list(notes.values()) or [none]))
+        job.eta.expect(WHAT, [])
+        for site, change in merged.items():
+            if found[site] is not change:
+                over = max(1.0, found[site].squared_norm() ** 0.5 / max(bounds[site], 1e-30))
+                found[site] = found[site].scaled(1 / over).to(change.up.dtype, change.up.device)
+        return found
+
+    def _of_stage(self, stage: Stage, start: int, total: int) -> tuple[dict[str, LowRank], str]:
+        """The changes of a stage's sites after as many steps as can be taken, empty if there are
+        none, and a note on them. Steps count from ``start`` on, out of a ``total``."""
+        job, plan, done = self.run.job, self._plans.get(stage.name), 0
+        leaves, end = dict[str, LowRank](), f"{stage.name}: {self.steps} taken"
+        try:
+            if plan is not None:
+                job.host.free_memory(plan.bytes)
+            network = self._network(stage)
+            merged = self.run.lockstep.merged  # without repairs where nothing drifts
+            for site in (site for site in stage.sites if site in merged):
+                leaves[site] = _leaves(merged[site], network.device)
+            gradients = RowGradients(self.run, stage, network, leaves)
+            with gradients.active():
+                job.tick(WHAT, start, total)
+                for done in self._take(gradients, stage):
+                    job.tick(WHAT, start + done, total)
+        except BaseException as error:
+            end = f"{stage.name}: {self._ended(error, f'after {done} of {self.steps}')}"
+        self.taken += done
+        changes = {
+            s: LowRank(of.up.detach(), of.down.detach(), of.kernel) for s, of in leaves.items()
+        }
+        return changes if done else {}, end
+
+    def _ended(self, error: BaseException, when: str) -> str:
+        """What ended the steps, and when; raises what ends the merge."""
+        if self.run.job.rescues and self._cancels(error):
+            self.stopped = error.with_traceback(None)  # whose frames hold tensors
+            return f"stopped {when}"
+        if self._cancels(error) or not isinstance(error, Exception):
+            raise error
+        ended = f"ended {when}, {brief(error)}"
+        _log.warning("%s: %s", WHAT, ended)
+        return ended
+
+    def _cancels(self, error: BaseException) -> bool:
+        job = self.run.job
+        stops = isinstance(error, (KeyboardInterrupt, *job.host.interrupts))
+        return stops or job.eta.cancelled
+
+    def _take(self, gradients: RowGradients, stage: Stage) -> Iterator[int]:
+        """Take the steps; yields how many are taken."""
+        thresholds, seed = self.run.job.thresholds, self.run.job.calibration.seed
+        plan, batch = self._plans.get(stage.name), thresholds.batch
+        at_once = batch if plan is None else plan.at_once
+        gradients.weigh(torch.Generator().manual_seed(seed))
         groups = [
-            {"params": [one], "lr": rate * float(one.detach().square().mean().sqrt())}
-            for one in every
+            {"params": [leaf], "lr": thresholds.rate * float(leaf.detach().square().mean().sqrt())}
+            for leaf in gradients.leaves
         ]
         adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
         falling = torch.optim.lr_scheduler.LambdaLR(
-            adam, lambda step: min(1.0, (step + 1) / _WARM) * (1 - step / steps)
+            adam, lambda step: min(1.0, (step + 1) / _WARM) * (1 - step / self.steps)
         )
-        order, generator = list[int](), self._generator()
-        self._before = [0.0] * len(blocks)
-        try:
-            for step in range(steps):
-                job.tick(WHAT, step, steps)
-                while len(order) < batch:
-                    more = len(stage.concept_ids)
-                    order += torch.randperm(more, generator=generator).tolist()
-                rows, order = order[:batch], order[batch:]
+        order, generator = list[int](), torch.Generator().manual_seed(seed)
+        for step in range(self.steps):
+            while len(order) < batch:
+                order += torch.randperm(len(stage.concept_ids), generator=generator).tolist()
+            rows, order = order[:batch], order[batch:]
+
+            def add(at_once: int, rows: Sequence[int] = rows, step: int = step) -> None:
+                gradients.clear()
                 for some in chunks(rows, stage.batch_keys, at_once):
-                    changes = {s: LowRank(*pair, kernels[s]) for s, pair in factors.items()}
-                    self._lockstep.merged |= changes
-                    self._add_gradients(every, blocks, sorted(some), first=step < _WARM)
-                adam.step()
-                falling.step()
-                adam.zero_grad()
-        finally:
-            self._lockstep.merged |= self._start
-        job.tick(WHAT, steps, steps)
-        return {
-            site: LowRank(up.detach(), down.detach(), kernels[site])
-            for site, (up, down) in factors.items()
-        }
+                    gradients.add(sorted(some), first=step < _WARM)
 
-    def _add_gradients(
-        self,
-        factors: Sequence[Tensor],
-        blocks: Sequence[nn.Module],
-        rows: Sequence[int],
-        *,
-        first: bool,
-    ) -> None:
-        """Add the gradients of these rows' loss to those of the ``factors``. At ``first``, the
-        largest error of a block is kept as s_b."""
-        wanted = list[Tensor]()
-        wanted.append(self._outputs(rows, 0, False, hints=(blocks, wanted)))
-        weights = [self._weights[row] for row in rows]
-
-        def error(found: Tensor, target: Tensor) -> Tensor:
-            by_row = (found.float() - target.float()).square().reshape(len(rows), -1).sum(1)
-            return (by_row * by_row.new_tensor(weights)).sum()
-
-        found = list[Tensor]()
-
-        def loss(outputs: Tensor) -> None:
-            *errors, end = map(error, [*found, outputs], wanted)
-            total = end
-            for number, block in enumerate(errors):
-                if first:
-                    before = float(block.detach()) / len(rows)
-                    self._before[number] = max(self._before[number], before)
-                share = self._job.thresholds.hints / len(errors)
-                total = total + block * (share / max(self._before[number], 1e-30))
-            total.backward(inputs=list(factors))  # weights of the base may want gradients, too
-
-        # Within the forward: the backward pass runs blocks, and their changes, again.
-        self._outputs(rows, 1, True, hints=(blocks, found), then=loss)
-
-    def _outputs(
-        self,
-        rows: Sequence[int],
-        copy: int,
-        merged_only: bool,
-        *,
-        hints: tuple[Sequence[nn.Module], list[Tensor]] = ((), []),
-        then: Callable[[Tensor], None] | None = None,
-    ) -> Tensor:
-        """The final outputs of ``rows`` with the texts of a ``copy``: of their own LoRAs or, with
-        ``merged_only``, of what is merged by then (for copy 0 the base). The outputs of the blocks
-        in ``hints`` go into its list. ``then`` gets the outputs with gradients."""
-        stage, lockstep, made = self._stage, self._lockstep, list[Tensor]()
-        assert stage.final is not None
-        final = partial(stage.final, rows, copy)
-
-        def run() -> None:
-            made.append(final())
-            if then is not None:
-                then(made[0])
-
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            by_row = [leaf for leaf in tensors_in(output) if len(leaf) == len(rows)]
-            hints[1].append(torch.cat([leaf.flatten(1) for leaf in by_row], 1))
-
-        merged = lockstep.merged
-        owners, conditions = [stage.concept_ids[row] for row in rows], stage.conditions_of(rows)
-        batch = MicroBatch(run, owners, 1, merged_only=merged_only, conditions=conditions)
-        with ExitStack() as stack:
-            for block in hints[0]:
-                stack.enter_context(block.register_forward_hook(keep))
-            if merged_only and then is None:
-                stack.callback(setattr, lockstep, "merged", merged)
-                lockstep.merged = {}
-            lockstep.run(batch, grad=then is not None)
-        return made[0].detach()
-
-    def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self._job.calibration.seed)
-
-    @contextmanager
-    def _gradients(self) -> Generator[Sequence[nn.Module]]:
-        """Context in which gradients pass through the stage, whose blocks, which it yields, are
-        checkpointed."""
-        stage, lockstep, thresholds = self._stage, self._lockstep, self._job.thresholds
-        trace = find(stage, lockstep)
-        blocks = replayable(stage, lockstep, trace.barriers(thresholds.blocks[-1])).blocks
-        inside = {part for block in blocks for part in block.modules()}
-        network = trace.inside[trace.sites[0]][0]
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(stage.gradients())
-            stack.enter_context(differentiable([m for m in network.modules() if m not in inside]))
-            for block, of in blocks.items():
-                stack.enter_context(checkpointed(block, of.written, stage.gradients))
-            yield list(blocks)
+            while True:
+                _, at_once = with_less(
+                    halved(at_once), add, lambda said, _: f"out of memory for one row ({said})"
+                )
+                if gradients.settled():
+                    break
+                if not gradients.lower():
+                    raise SolveError("since its gradients are not finite")
+            adam.step()
+            falling.step()
+            yield step + 1
 
 
-def checkpointed(
-    block: nn.Module, written: Set[str], gradients: Callable[[], AbstractContextManager[None]]
-) -> AbstractContextManager[Any]:
-    """Context in which a differentiated forward of ``block`` keeps its arguments alone, and runs
-    again, within ``gradients()``, for the backward pass. It gets copies of the arguments that it
-    has ``written`` to."""
-    forward = block.forward
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        given = unwritten(written, args, kwargs)
-        with gradients(), differentiable(block.modules()):
-            return forward(*given[0], **given[1])
-
-    def through(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        again = partial(run, *args, **kwargs)
-        return checkpoint(again, use_reentrant=False, preserve_rng_state=False)
-
-    return patch.object(block, "forward", through)
-
-
-@contextmanager
-def differentiable(modules: Iterable[nn.Module]) -> Generator[None]:
-    """Context in which weights of ``modules`` that were loaded in inference mode, through which no
-    gradient passes, are replaced by copies."""
-    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
-    try:
-        for module in modules:
-            stores: list[dict[str, Any]] = [module._parameters, module._buffers]
-            for named in stores:
-                for name, value in named.items():
-                    if value is not None and value.is_inference():
-                        replaced.append((named, name, value))
-                        copy = value.detach().clone()
-                        if isinstance(value, nn.Parameter):
-                            copy = nn.Parameter(copy, requires_grad=False)
-                        named[name] = copy
-        yield
-    finally:
-        for named, name, value in replaced:
-            named[name] = value
-
-
-def _leaves(change: LowRank) -> tuple[Tensor, Tensor]:
-    """Its factors, of equal size in every component, as float32 leaves."""
-    even, _ = truncate_factors(change.to(torch.float32), change.rank)
-    return even.up.requires_grad_(), even.down.requires_grad_()
+def _leaves(change: LowRank, device: torch.device) -> LowRank:
+    """Its factors, of equal size in every component, as float32 leaves on a device."""
+    with torch.inference_mode(False):
+        even, _ = truncate_factors(change.to(torch.float32), change.rank)
+        up, down = even.up.to(device).requires_grad_(), even.down.to(device).requires_grad_()
+    return LowRank(up, down, change.kernel)

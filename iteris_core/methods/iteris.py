@@ -19,12 +19,14 @@ from functools import partial
 from typing import ClassVar, Literal, cast
 
 from ..errors import SettingsError
+from ..lora import LowRank
 from ..passes.batches import SWEEP, ExecutionConfig, Schedule
+from ..passes.held_out import expect_held_out
 from ..passes.job import Job
 from ..passes.sweep import solve_sites
 from ..settings import Settings, setting
 from ..solve.ranks import Components, share_numbers
-from .distillation import distil, expect_distillation
+from .distillation import Distillation
 from .fitting import Repairs, bounds_of, solver_of, streams_of, with_repairs
 from .registry import Merged, micro_batch_setting, on_model, rank_setting
 
@@ -143,8 +145,6 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
     repairs: Repairs = {}
     if settings.repair and settings.objective == "output":
         job, repairs = with_repairs(job)
-    if settings.steps:
-        expect_distillation(job, settings.steps)
     schedule = SWEEP
     if settings.schedule == "jacobi":
         schedule = Schedule(False, settings.iterations)
@@ -156,7 +156,12 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
     tokens = None if settings.row_tokens == "all" else settings.row_tokens or "enough"
     seed, thresholds = job.calibration.seed, job.thresholds
     batching = ExecutionConfig(settings.micro_batch, tokens, seed, saliency, thresholds)
+    start: dict[str, LowRank] = {}
     with job.run() as run:
+        distillation = Distillation(run, settings.steps) if settings.steps else None
+        also = None if distillation is None else distillation.plan
+        if distillation is not None:
+            expect_held_out(job, versions=2)
         solver = partial(solver_of, job, settings, acting, repairs)
         if settings.share_ranks:
             found: dict[str, Components] = {}
@@ -167,7 +172,7 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
             own = [job.changes[site] for site in changed]
             numbers = sum(min(rank, changes.rank) * sum(changes.shape) for changes in own)
             solver = partial(solver, ranks=share_numbers(found, numbers, changed))
-        solutions, log = solve_sites(run, solver, batching, schedule)
+        solutions, log = solve_sites(run, solver, batching, schedule, also=also)
         # Repairs of zero are those where nothing has drifted yet.
         solutions = {
             site: solution
@@ -175,8 +180,12 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
             if site not in repairs or solution.change.squared_norm()
         }
         changes = {site: solution.change for site, solution in solutions.items()}
-        if settings.steps:
+        if distillation is not None:
             bounds = bounds_of(job, settings.bound, job.calibration.samples)
-            changes = distil(run, changes, settings.steps, bounds)
+            after = distillation.trained(changes, bounds)
+            start, changes = changes if distillation.taken else {}, after
     sites = {s: replace(solution, change=changes[s]) for s, solution in solutions.items()}
-    return Merged(sites, log, repairs.keys())
+    if distillation is None:
+        return Merged(sites, log, repairs.keys())
+    ran = {} if distillation.taken else {"steps": 0}
+    return Merged(sites, log, repairs.keys(), start, ran, distillation.stopped)

@@ -93,24 +93,25 @@ class FinalOutputs:
         return found
 
 
-def expect_held_out(job: Job) -> None:
-    """Expect the work of :func:`kept`."""
+def expect_held_out(job: Job, versions: int = 1) -> None:
+    """Expect the work of :func:`kept` for so many versions of a merge."""
     if job.host.pictures:
         calibration = held_out(job.calibration, _SAMPLES, _TIMESTEPS)
         rows = job.loras * calibration.samples * calibration.rows_each
         denoised = job.loras * calibration.samples * calibration.denoising_steps
-        forwards = [denoised + rows, *[2 * rows] * len(STRENGTHS), 3 * rows]
+        each = (versions + 1) * rows
+        forwards = [denoised + rows, *[each] * len(STRENGTHS), each + rows]
         job.eta.expect(WHAT, [job.forward_work * some for some in forwards])
 
 
-def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
-    """How the merged LoRA is loaded → for every concept with a LoRA, 1 − ‖f_merged − f_LoRA‖² /
-    ‖f_base − f_LoRA‖² of the final outputs f: 1 for the LoRA itself, 0 for the base. Both are
-    loaded at each of :data:`STRENGTHS`, and at 1 with another LoRA at 0.6, which the base has there
-    too: a phantom, see :mod:`..activations.site`. Empty for models of texts, whose rows are
-    given."""
+def kept(job: Job, *versions: Mapping[str, LowRank]) -> list[dict[str, list[float]]]:
+    """For each of several ``versions`` of a merge: how it is loaded → for every concept with a
+    LoRA, 1 − ‖f_merged − f_LoRA‖² / ‖f_base − f_LoRA‖² of the final outputs f: 1 for the LoRA
+    itself, 0 for the base. Both are loaded at each of :data:`STRENGTHS`, and at 1 with another LoRA
+    at 0.6, which the base has there too: a phantom, see :mod:`..activations.site`. Empty for models
+    of texts, whose rows are given."""
     if not job.host.pictures:
-        return {}
+        return [{} for _ in versions]
     calibration = held_out(job.calibration, _SAMPLES, _TIMESTEPS)
     own = {
         i: {site: change for site, some in job.changes.items() if (change := some.by_concept[i])}
@@ -121,28 +122,36 @@ def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
     total = 1 + len(STRENGTHS) + 1
     job.tick(WHAT, 0, total)
     generator = torch.Generator().manual_seed(calibration.seed)
-    other_rows = replace(
-        job, calibration=calibration, generator=generator, tick=lambda what, done, total: None
-    )
+
+    def quiet(what: str, done: int, total: int) -> None:
+        """Its rows' samples are a part of the first step."""
+
+    other_rows = replace(job, calibration=calibration, generator=generator, tick=quiet)
     with torch.no_grad(), other_rows.run() as run:
         rows = job.at_once(_BATCH, factors=4)
         final = FinalOutputs.of(job.host, run.samples, rows)
-    base, found = final.under({}, own), dict[str, list[float]]()
+    base = final.under({}, own)
+    found: list[dict[str, list[float]]] = [{} for _ in versions]
     for done, strength in enumerate([*STRENGTHS, None], 1):
         job.tick(WHAT, done, total)
         other: Mapping[str, LowRank] = {}
         if strength is None:
             other, base = phantom, final.under(phantom, own)
-        outputs = [
-            final.under(
-                beside({s: change.scaled(strength or 1.0) for s, change in one.items()}, other),
-                concepts,
-            )
-            for one, concepts in ((merged, own), *((lora, [i]) for i, lora in own.items()))
-        ]
-        found[BESIDE if strength is None else f"{strength:g}"] = [
-            1 - error_of(outputs[0], base, wanted) for wanted in outputs[1:]
-        ]
+
+        def outputs(
+            changes: Mapping[str, LowRank],
+            concepts: Collection[int],
+            strength: float | None = strength,
+            other: Mapping[str, LowRank] = other,
+        ) -> dict[int, Tensor]:
+            loaded = {s: change.scaled(strength or 1.0) for s, change in changes.items()}
+            return final.under(beside(loaded, other), concepts)
+
+        wanted = [outputs(lora, [i]) for i, lora in own.items()]
+        for shares, merged in zip(found, versions, strict=True):
+            given = outputs(merged, own)
+            use = BESIDE if strength is None else f"{strength:g}"
+            shares[use] = [1 - error_of(given, base, of_lora) for of_lora in wanted]
     job.tick(WHAT, total, total)
     return found
 

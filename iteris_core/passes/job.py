@@ -94,7 +94,8 @@ class Job:
     ``joined``: see :class:`~.preflight.PreflightResult`. With ``only_plans``,
     :func:`~.sweep.solve_sites` raises :class:`~.planner.Planned` once it has planned. Samples may
     be kept in ``store``. ``rank`` is what the method's settings allow. ``included`` are the LoRAs
-    always on that become part of the merged one.
+    always on that become part of the merged one. With ``rescues`` a user who cancels once there is
+    a merge gets it.
     """
 
     host: Host
@@ -115,6 +116,7 @@ class Job:
     store: SampleStore | None = None
     rank: int | float | None = None
     included: Sequence[Concept] = ()
+    rescues: bool = False
     notes: list[tuple[str, list[str]]] = field(default_factory=list[tuple[str, list[str]]])
     """For the report, each with the name of what it is on; copies of the job share the list."""
 
