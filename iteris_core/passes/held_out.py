@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,9 +121,8 @@ def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
     total = 1 + len(STRENGTHS) + 1
     job.tick(WHAT, 0, total)
     generator = torch.Generator().manual_seed(calibration.seed)
-    other_rows = replace(
-        job, calibration=calibration, generator=generator, tick=lambda what, done, total: None
-    )
+    tick = partial(job.bare, WHAT)
+    other_rows = replace(job, calibration=calibration, generator=generator, tick=tick)
     with torch.no_grad(), other_rows.run() as run:
         rows = job.at_once(_BATCH, factors=4)
         final = FinalOutputs.of(job.host, run.samples, rows)
