@@ -45,9 +45,7 @@ def test_gradients_are_right_where_blocks_change_tensors_in_place(
 def test_quantised_layers(kit, monkeypatch, form):
     kit.calibration = dataclasses.replace(kit.calibration, latents="noise")
     on = quantised(kit, form)
-    checked(
-        kit.pack, monkeypatch, lambda chosen: kit.merge({"steps": 1}, on=on, thresholds=chosen)
-    )
+    checked(kit.pack, monkeypatch, lambda chosen: kit.merge({"steps": 1}, on=on, thresholds=chosen))
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -79,7 +77,10 @@ def test_a_merge_with_steps(pack, tmp_path, name):
 
 @pytest.mark.parametrize("done", [0, 2])
 def test_an_interrupt_is_comfyui_s_own_and_the_merge_without_steps_is_kept(
-    kit, desk, monkeypatch, done
+    kit,
+    desk,
+    monkeypatch,
+    done,  # noqa: F811
 ):
     import comfy.model_management as memory
 
