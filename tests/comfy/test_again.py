@@ -11,23 +11,6 @@ import torch
 from kit import SETTINGS, Kit, distance, part, write_loras
 
 
-@pytest.fixture
-def desk(kit, caplog):
-    """Runs the merging node, and counts in its log."""
-    caplog.set_level("INFO")
-
-    def merge(concepts=None, on=None, settings=None, **values):
-        given = {"clip": kit.clip, "samples": 9, **values}
-        given["settings"] = {**SETTINGS, **(settings or {})}
-        specs = tuple(concepts or kit.concepts())
-        run = kit.node("merge_nodes", "IterisMerge").execute
-        return run(on or kit.model, specs, **given).result
-
-    merge.merges = lambda: caplog.text.count("IterIS: merged with")
-    merge.latents = lambda: caplog.text.count("IterIS: making latents")
-    return merge
-
-
 def test_another_strength_does_not_merge_again(kit, desk):
     _, _, whole, _, words = desk()
     _, _, half, report, _ = desk(strength=0.5)

@@ -11,7 +11,6 @@ from figures import Trial, furthest
 from gradient_check import check_gradients
 from kit import part
 from reduced_models import ARCHITECTURES
-from test_again import desk  # noqa: F401
 from test_base import quantised
 
 FAST = "SD 1.5", "FLUX.1"
@@ -77,10 +76,7 @@ def test_a_merge_with_steps(pack, tmp_path, name):
 
 @pytest.mark.parametrize("done", [0, 2])
 def test_an_interrupt_is_comfyui_s_own_and_the_merge_without_steps_is_kept(
-    kit,
-    desk,
-    monkeypatch,
-    done,  # noqa: F811
+    kit, desk, monkeypatch, done
 ):
     import comfy.model_management as memory
 
