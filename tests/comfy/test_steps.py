@@ -11,7 +11,6 @@ from figures import Trial, furthest
 from gradient_check import check_gradients
 from kit import part
 from reduced_models import ARCHITECTURES
-from test_again import desk  # noqa: F401
 from test_base import quantised
 
 FAST = "SD 1.5", "FLUX.1"
@@ -45,9 +44,7 @@ def test_gradients_are_right_where_blocks_change_tensors_in_place(
 def test_quantised_layers(kit, monkeypatch, form):
     kit.calibration = dataclasses.replace(kit.calibration, latents="noise")
     on = quantised(kit, form)
-    checked(
-        kit.pack, monkeypatch, lambda chosen: kit.merge({"steps": 1}, on=on, thresholds=chosen)
-    )
+    checked(kit.pack, monkeypatch, lambda chosen: kit.merge({"steps": 1}, on=on, thresholds=chosen))
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -75,35 +72,6 @@ def test_a_merge_with_steps(pack, tmp_path, name):
     (line,) = (line for line in result.report.plan if "steps" in line)
     assert line.startswith("steps through the denoiser: 16 of 16 rows at once, ")
     assert trial.unchanged()
-
-
-@pytest.mark.parametrize("done", [0, 2])
-def test_an_interrupt_is_comfyui_s_own_and_the_merge_without_steps_is_kept(
-    kit, desk, monkeypatch, done
-):
-    import comfy.model_management as memory
-
-    before, plain = kit.outputs(), desk()[2]
-    kit.forget()
-    progress = part(kit.pack, "nodes.comfy_runtime").NodeProgress
-    told = progress.__call__
-
-    def stopping(self, now):
-        if now.what == "steps through the denoiser" and now.done == done:
-            memory.interrupt_current_processing()
-        told(self, now)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(progress, "__call__", stopping)
-        with pytest.raises(memory.InterruptProcessingException):
-            desk(settings={"steps": 3})
-    assert kit.unchanged(before)
-    assert not torch.is_inference_mode_enabled()
-    merges = desk.merges()
-    found, report = desk()[2:4]
-    assert desk.merges() == merges
-    assert f"stopped after {done} of 3" in report
-    assert all(torch.equal(tensor, found[key]) for key, tensor in plain.items())
 
 
 def test_an_interrupt_in_the_backward_pass(kit, monkeypatch):

@@ -12,7 +12,6 @@ from tiny import two_concepts
 
 from iteris_core import Calibration, merge_loras
 from iteris_core.activations.memory import MemoryMeter
-from iteris_core.errors import IterisError
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.methods.distillation import WHAT
 from iteris_core.methods.row_gradients import RowGradients
@@ -104,7 +103,9 @@ def test_gradients_that_are_not_finite_are_tried_smaller_and_then_end_the_steps(
     seen.clear()
     monkeypatch.setattr(RowGradients, "settled", lambda self: settle(self, 5))
     result = trial.merge()
-    assert "ended after 2 of 4, since its gradients are not finite" in result.report.notes["steps"][0]
+    assert (
+        "ended after 2 of 4, since its gradients are not finite" in result.report.notes["steps"][0]
+    )
     assert "not finite" in caplog.text
     assert all(bool(change.up.isfinite().all()) for change in result.lora.sites.values())
 
@@ -256,7 +257,10 @@ def test_without_memory_for_a_row_there_are_no_steps(trial, monkeypatch, caplog)
     assert "left out" in caplog.text
     assert note in result.report.summary()
     previewed = preview_merge(
-        trial.host, two_concepts(trial.host), settings={"steps": STEPS}, calibration=CALIBRATION,
+        trial.host,
+        two_concepts(trial.host),
+        settings={"steps": STEPS},
+        calibration=CALIBRATION,
         **how,
     )
     assert previewed.plan == result.report.plan
@@ -264,6 +268,7 @@ def test_without_memory_for_a_row_there_are_no_steps(trial, monkeypatch, caplog)
 
 def test_a_base_of_texts_has_no_steps(trial):
     from oracle import ModuleHost, Net, make_data, make_lora
+
     from iteris_core import Concept
 
     class Texts(ModuleHost):
