@@ -68,7 +68,7 @@ class IterisSettings(Settings):
         "but no less than what the LoRAs together have there. A layer's ridge is raised until it "
         "holds, so that the merge also works at other strengths and beside other LoRAs. 0: no "
         "bound.",
-        none="0.9 times the root of the number of LoRAs, and at most 4 times what they have there; "
+        none="0.8 times the root of the number of LoRAs, and at most 6 times what they have there; "
         "less with few prompts",
         low=0,
         most=1000,

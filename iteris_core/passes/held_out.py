@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .batches import chunks
 from .changes import added, beside
 from .job import Job
 
-_SAMPLES, _TIMESTEPS, _BATCH = 2, 2, 8
+_SAMPLES, _TIMESTEPS, _BATCH = 4, 2, 8
 _SEED = 1 << 20
 
 WHAT = "held-out rows"
@@ -122,11 +123,8 @@ def kept(job: Job, *versions: Mapping[str, LowRank]) -> list[dict[str, list[floa
     total = 1 + len(STRENGTHS) + 1
     job.tick(WHAT, 0, total)
     generator = torch.Generator().manual_seed(calibration.seed)
-
-    def quiet(what: str, done: int, total: int) -> None:
-        """Its rows' samples are a part of the first step."""
-
-    other_rows = replace(job, calibration=calibration, generator=generator, tick=quiet)
+    tick = partial(job.bare, WHAT)
+    other_rows = replace(job, calibration=calibration, generator=generator, tick=tick)
     with torch.no_grad(), other_rows.run() as run:
         rows = job.at_once(_BATCH, factors=4)
         final = FinalOutputs.of(job.host, run.samples, rows)

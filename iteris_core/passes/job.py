@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -165,6 +165,10 @@ class Job:
         limit = self.host.free_memory(sizes[-1]) if budget == "free" else budget
         return max(sum(size <= limit for size in sizes), 1)
 
+    def bare(self, what: str, *_: object) -> None:
+        """Report ``what``, without the count of a step that is no part of it."""
+        self.tick(what, 0, 0)
+
     def samples_of(self, calibration: Calibration) -> int:
         """The number of samples of all concepts with a LoRA."""
         return sum(samples_of(one, calibration) for one in self.concepts if one.lora is not None)
@@ -209,11 +213,8 @@ class Run:
         generator = torch.Generator()
         generator.set_state(job.generator.get_state())
         calibration = replace(job.calibration, latents="noise")
-
-        def quiet(what: str, done: int, total: int) -> None:
-            job.tick("planning", 0, 0)
-
-        noise = replace(job, calibration=calibration, generator=generator, tick=quiet)
+        tick = partial(job.bare, "planning")
+        noise = replace(job, calibration=calibration, generator=generator, tick=tick)
         return Run(noise, self.lockstep)
 
     def stages(self) -> Iterator[Stage]:

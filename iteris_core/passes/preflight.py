@@ -67,10 +67,7 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
     short = replace(calibration, samples=1, timesteps=calibration.denoising_steps, latents="noise")
     generator = torch.Generator().manual_seed(calibration.seed)
     modules, seen = host.sites(), list[StageTiming]()
-
-    def quiet(what: str, done: int, total: int) -> None:
-        job.tick("checking the sites", 0, 0)
-
+    tick = partial(job.bare, "checking the sites")
     found: dict[str, str | None] = {}
     joined: set[str] = set()
     streams: dict[str, Stream] = {}
@@ -78,7 +75,7 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
     every_prompt = replace(short, samples=calibration.samples, timesteps=1)
     with Lockstep({}, {}) as lockstep, torch.no_grad():
         for some in (short, every_prompt):
-            samples = host.samples(job.concepts, sites, some, lockstep, generator, quiet)
+            samples = host.samples(job.concepts, sites, some, lockstep, generator, tick)
             for stage in host.stages(samples, sites):
                 every_kind = some is every_prompt
                 own = replace(job, calibration=some)

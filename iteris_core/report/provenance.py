@@ -207,17 +207,14 @@ def shared_triggers(concepts: Sequence[Phrased]) -> list[list[str]]:
 def _clash(one: Phrased, two: Phrased) -> str:
     if one.preserves or two.preserves:
         return ""
-
-    def plain(text: str) -> str:
-        return " ".join(text.lower().split())
-
     for concept, other in ((one, two), (two, one)):
-        texts = [
-            plain(text) for text in ([concept.trigger] if concept.trigger else concept.subjects)
-        ]
+        own = [concept.trigger] if concept.trigger else concept.subjects
+        texts, phrases = (
+            [" ".join(text.lower().split()) for text in some] for some in (own, other.phrases)
+        )
         # Whole, and by the word that is not common: "sks dog" and "sks cat" share it.
         triggers = {word for text in texts for word in (text, parted(text)[1])} - {""}
-        for phrase in map(plain, other.phrases):
+        for phrase in phrases:
             if within := [word for word in triggers if f" {word} " in f" {phrase} "]:
                 return (
                     f"{max(within, key=len)!r} is the trigger of one concept and part of "

@@ -54,8 +54,8 @@ class Thresholds:
     ridge: float = 1e-6
     ridge_power: float = 5.0
     most_ridge: float = 1e-2
-    bound: float = 0.9
-    growth: float = 4.0
+    bound: float = 0.8
+    growth: float = 6.0
     bound_samples: float = 25.0
     conditions: float = 0.25
     enough_samples: int = 50

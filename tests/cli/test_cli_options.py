@@ -151,10 +151,14 @@ def test_ctrl_c_says_that_nothing_was_written(world, tmp_path, iteris, monkeypat
 
     monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "load_base", load_base)
     out = tmp_path / "out.safetensors"
-    for extra in ([], ["--quiet"]):
-        code, text, err = iteris.run(*merge(world, out, *extra))
-        assert (code, text) == (130, ""), err
-        assert "iteris: cancelled; nothing was written." in err
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs of a shell ignore it
+    try:
+        for extra in ([], ["--quiet"]):
+            code, text, err = iteris.run(*merge(world, out, *extra))
+            assert (code, text) == (130, ""), err
+            assert "iteris: cancelled; nothing was written." in err
+    finally:
+        signal.signal(signal.SIGINT, former)
     assert not list(tmp_path.iterdir())
 
 

@@ -23,7 +23,7 @@ CORE = any(
 @pytest.mark.skipif(not (CHROMIUM and CORE), reason="no chromium, or no playwright-core")
 def test_it_is_for_phones_screen_readers_and_keyboards(tmp_path):
     figures = {"base": 0.25, "iteris": 0.75, "sum": 0.5}
-    rows = {name: [SimpleNamespace(mean=value)] * 8 for name, value in figures.items()}
+    rows = {name: [SimpleNamespace(mean=value, se=0.01)] * 8 for name, value in figures.items()}
     prompts = [f"a picture of number {i}, with many words in it" for i in range(12)]
     pictures = {name: [Image.new("RGB", (512, 512), "#a40")] * len(prompts) for name in rows}
     table = html_table([f"image {i}" for i in range(1, 9)], rows)

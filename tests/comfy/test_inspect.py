@@ -46,10 +46,10 @@ def test_a_merge_says_what_it_takes_before_it_denoises(kit, inspect, monkeypatch
     node = kit.node("merge_nodes", "IterisMerge")
     *_, report, _ = node.execute(kit.model, tuple(kit.concepts()), **given).result
     begun = next(at for at, text in enumerate(shown) if "enoising steps" in text)
-    assert any(text.startswith("About ") for text in shown[:begun])
+    assert any(text.startswith("At most about ") for text in shown[:begun])
     first, *_ = shown[begun].splitlines()
     assert re.fullmatch(
-        r"About .*, no row left out, rank at most 8, file at most .* MiB as float16", first
+        r"At most about .*, no row left out, rank at most 8, file at most .* MiB as float16", first
     )
     assert "12 of 20 prompts per concept" in shown[begun]
     planned, *lines = report.splitlines()

@@ -59,7 +59,7 @@ def test_every_node_that_writes(kit, folders):
     given = {"clip": kit.clip, "samples": 4, "settings": settings}
     merge = kit.node("merge_nodes", "IterisMerge").execute(kit.model, specs, **given).result
     compare = kit.node("merge_nodes", "CompareMerges").execute
-    compare(kit.model, specs, "iteris, average", **given)
+    compare(kit.model, specs, row_1="iteris", row_2="average", **given)
     experts = kit.node("merge_nodes", "IterisMergeExperts").execute
     pairs = [one.model_copy(update={"low": specs[1].file}) for one in specs]
     experts(kit.model, other, pairs, 0.875, method="average", **given)
