@@ -61,6 +61,8 @@ class Network:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(gradients())
             stack.enter_context(constant_weights(self.module))
+            entering = self.module.register_forward_pre_hook(_ordinary, with_kwargs=True)
+            stack.enter_context(entering)
             for block, (written, sites) in self.blocks.items():
                 own = [factors[site] for site in sites if site in factors]
                 leaves = [leaf for change in own for leaf in (change.up, change.down)]
@@ -246,6 +248,15 @@ def constant_weights(root: nn.Module) -> Generator[None]:
             named[name] = value
         for named, name in wanting:
             named[name].requires_grad_(True)
+
+
+def _ordinary(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """A pre-hook: arguments that were made in inference mode, as others of the same storage."""
+    tree = _Tree((args, kwargs))
+    tensors = tree.taken()
+    if not any(tensor.is_inference() for tensor in tensors):
+        return None
+    return tree.filled(_same_storage(of) if of.is_inference() else of for of in tensors)
 
 
 def _same_storage(value: Tensor) -> Tensor:

@@ -74,35 +74,6 @@ def test_a_merge_with_steps(pack, tmp_path, name):
     assert trial.unchanged()
 
 
-@pytest.mark.parametrize("done", [0, 2])
-def test_an_interrupt_is_comfyui_s_own_and_the_merge_without_steps_is_kept(
-    kit, desk, monkeypatch, done
-):
-    import comfy.model_management as memory
-
-    before, plain = kit.outputs(), desk()[2]
-    kit.forget()
-    progress = part(kit.pack, "nodes.comfy_runtime").NodeProgress
-    told = progress.__call__
-
-    def stopping(self, now):
-        if now.what == "steps through the denoiser" and now.done == done:
-            memory.interrupt_current_processing()
-        told(self, now)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(progress, "__call__", stopping)
-        with pytest.raises(memory.InterruptProcessingException):
-            desk(settings={"steps": 3})
-    assert kit.unchanged(before)
-    assert not torch.is_inference_mode_enabled()
-    merges = desk.merges()
-    found, report = desk()[2:4]
-    assert desk.merges() == merges
-    assert f"stopped after {done} of 3" in report
-    assert all(torch.equal(tensor, found[key]) for key, tensor in plain.items())
-
-
 def test_an_interrupt_in_the_backward_pass(kit, monkeypatch):
     """ComfyUI's layers ask for it, too, and so while blocks run again."""
     import comfy.model_management as memory

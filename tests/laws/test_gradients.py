@@ -147,3 +147,11 @@ def test_weights_of_inference_mode_are_replaced_by_others_of_the_same_storage():
         assert not model.table.is_inference()
     assert all(before[name] is weight for name, weight in model.named_parameters())
     assert model.table.is_inference()
+
+
+def test_arguments_of_inference_mode_are_taken():
+    with torch.inference_mode():
+        x = rows()
+    assert all(
+        map(torch.equal, gradients(Model(), x, again=True), gradients(Model(), rows(), again=True))
+    )
