@@ -37,7 +37,7 @@ def weight_shape(module: Any) -> tuple[int, ...]:
 def weight_norm(module: Any, inputs: Tensor) -> float:
     """‖W‖_F of ``module`` by what it makes of random signs x, since E‖Wx‖² = ‖W‖_F²: within some
     percent, whatever form its weight has (quantised, offloaded, with another LoRA on it). The signs
-    get the dtype and device of ``inputs`` that it has had."""
+    get the dtype and device of ``inputs``."""
     _, width, *kernel = weight_shape(module)
     channels, size, edge = width * getattr(module, "groups", 1), (_SIGNS, width), 0
     if kernel:
@@ -45,7 +45,8 @@ def weight_norm(module: Any, inputs: Tensor) -> float:
         size = (2, channels, *(8 + 4 * edge * stride for stride in module.stride))
     generator = torch.Generator().manual_seed(width)
     signs = torch.randint(2, size, generator=generator) * 2 - 1
-    signs = signs.to(inputs.dtype).to(inputs.device)
+    dtype = inputs.dtype if inputs.is_floating_point() else torch.float32
+    signs = signs.to(inputs.device, dtype)
     made = module(signs).float() - module(torch.zeros_like(signs)).float()
     if kernel:  # without the padding
         made = made[..., edge:-edge, edge:-edge].movedim(1, -1).flatten(0, -2)

@@ -62,7 +62,12 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
     norms = dict[str, float]()
     if not host.pictures:
         for site, module in host.sites().items():
-            norms[site] = weight_norm(module, _like(module))
+            like = next(module.parameters())
+            if like.is_meta:  # accelerate's hooks bring weights in; others are not part of a forward
+                if not hasattr(module, "_hf_hook"):
+                    continue
+                like = torch.empty(0, dtype=like.dtype)
+            norms[site] = weight_norm(module, like)
         return PreflightResult(norms=norms)
     short = replace(calibration, samples=1, timesteps=calibration.denoising_steps, latents="noise")
     generator = torch.Generator().manual_seed(calibration.seed)
@@ -97,12 +102,6 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
                 break
     why_not = {s: why for s in sites if (why := found.get(s, UNREACHED)) is not None}
     return PreflightResult(why_not, seen, frozenset(joined - why_not.keys()), streams, norms)
-
-
-def _like(module: nn.Module) -> Tensor:
-    """An input for ``module``, of which only dtype and device count."""
-    some = next(module.parameters())
-    return some.new_empty(0, dtype=some.dtype if some.is_floating_point() else torch.float32)
 
 
 def _look(

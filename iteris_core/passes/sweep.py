@@ -149,7 +149,9 @@ class _Passes:
             self.lines.append(more)
             self.run.job.tick(f"plan: {more}", 0, 0, more)
         # Without what its rows hold
-        self.made.append(replace(plan, stage=replace(plan.stage, run=_released, mask=None)))
+        self.made.append(
+            replace(plan, stage=replace(plan.stage, run=_released, final=None, mask=None))
+        )
         self._expect()
         return plan
 
