@@ -123,7 +123,7 @@ def kept(job: Job, *versions: Mapping[str, LowRank]) -> list[dict[str, list[floa
     total = 1 + len(STRENGTHS) + 1
     job.tick(WHAT, 0, total)
     generator = torch.Generator().manual_seed(calibration.seed)
-    tick = partial(job.bare, WHAT)
+    tick = partial(job.bare, f"denoising {WHAT}")
     other_rows = replace(job, calibration=calibration, generator=generator, tick=tick)
     with torch.no_grad(), other_rows.run() as run:
         rows = job.at_once(_BATCH, factors=4)
