@@ -121,13 +121,13 @@ def kept(job: Job, *versions: Mapping[str, LowRank]) -> list[dict[str, list[floa
     }
     phantom = phantom_of(next(iter(own.values())), _BESIDE, calibration.seed)
     total = 1 + len(STRENGTHS) + 1
-    job.tick(WHAT, 0, total)
     generator = torch.Generator().manual_seed(calibration.seed)
     tick = partial(job.bare, f"denoising {WHAT}")
     other_rows = replace(job, calibration=calibration, generator=generator, tick=tick)
     with torch.no_grad(), other_rows.run() as run:
         rows = job.at_once(_BATCH, factors=4)
         final = FinalOutputs.of(job.host, run.samples, rows)
+    job.tick(WHAT, 0, total)
     base = final.under({}, own)
     found: list[dict[str, list[float]]] = [{} for _ in versions]
     for done, strength in enumerate([*STRENGTHS, None], 1):
