@@ -342,7 +342,8 @@ def _better(job: Job, merged: Merged) -> tuple[Merged, dict[str, list[float]]]:
         if stopped is not None and merged.before:
             again = "Ctrl-C again leaves them out"
             job.tick(f"held-out rows show whether the steps so far are kept; {again}", 0, 0)
-        shares = kept(job, *(version.changes for version in versions))
+        changes = [{s: of.change for s, of in version.sites.items()} for version in versions]
+        shares = kept(job, *changes)
     except BaseException as error:  # the merge is done
         cancelled = isinstance(error, (KeyboardInterrupt, *job.host.interrupts))
         if cancelled or job.eta.cancelled:

@@ -135,21 +135,17 @@ def kept(job: Job, *versions: Mapping[str, LowRank]) -> list[dict[str, list[floa
         other: Mapping[str, LowRank] = {}
         if strength is None:
             other, base = phantom, final.under(phantom, own)
-
-        def outputs(
-            changes: Mapping[str, LowRank],
-            concepts: Collection[int],
-            strength: float | None = strength,
-            other: Mapping[str, LowRank] = other,
-        ) -> dict[int, Tensor]:
-            loaded = {s: change.scaled(strength or 1.0) for s, change in changes.items()}
-            return final.under(beside(loaded, other), concepts)
-
-        wanted = [outputs(lora, [i]) for i, lora in own.items()]
-        for shares, merged in zip(found, versions, strict=True):
-            given = outputs(merged, own)
-            use = BESIDE if strength is None else f"{strength:g}"
-            shares[use] = [1 - error_of(given, base, of_lora) for of_lora in wanted]
+        loras = [(lora, [concept]) for concept, lora in own.items()]
+        outputs = [
+            final.under(
+                beside({s: change.scaled(strength or 1.0) for s, change in loaded.items()}, other),
+                concepts,
+            )
+            for loaded, concepts in (*loras, *((merged, own) for merged in versions))
+        ]
+        use = BESIDE if strength is None else f"{strength:g}"
+        for shares, merged in zip(found, outputs[len(own) :], strict=True):
+            shares[use] = [1 - error_of(merged, base, lora) for lora in outputs[: len(own)]]
     job.tick(WHAT, total, total)
     return found
 

@@ -58,11 +58,6 @@ class SiteCost:
     shape: tuple[int, int]
     tokens: int
 
-    @property
-    def products(self) -> int:
-        """A row's multiply-adds."""
-        return self.tokens * math.prod(self.shape)
-
 
 @dataclass(frozen=True)
 class StageTiming:
@@ -81,7 +76,7 @@ class StageTiming:
     @property
     def products(self) -> int:
         """A row's multiply-adds."""
-        return sum(reached.products for reached in self.sites.values())
+        return sum(of.tokens * math.prod(of.shape) for of in self.sites.values())
 
 
 @dataclass(frozen=True)
@@ -274,7 +269,7 @@ def sites_work(
     if seen.seconds:  # a solve's many small operations
         operations = _SOLVE * seen.fixed_seconds * seen.products / seen.seconds
     for site, reached in seen.sites.items():
-        way += slower * rows * schedule.copies * reached.products
+        way += slower * rows * schedule.copies * reached.tokens * math.prod(reached.shape)
         if site in job.changes:
             out, width = reached.shape
             tokens = rows * min(reached.tokens, limit(width) if limit else reached.tokens)

@@ -63,7 +63,7 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
     if not host.pictures:
         for site, module in host.sites().items():
             like = next(module.parameters())
-            if like.is_meta:  # accelerate's hooks bring weights in; others are not part of a forward
+            if like.is_meta:  # accelerate's hooks bring weights in; others run in no forward
                 if not hasattr(module, "_hf_hook"):
                     continue
                 like = torch.empty(0, dtype=like.dtype)
