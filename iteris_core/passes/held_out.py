@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -135,19 +135,35 @@ def kept(job: Job, *versions: Mapping[str, LowRank]) -> list[dict[str, list[floa
         other: Mapping[str, LowRank] = {}
         if strength is None:
             other, base = phantom, final.under(phantom, own)
-        loras = [(lora, [concept]) for concept, lora in own.items()]
-        outputs = [
-            final.under(
-                beside({s: change.scaled(strength or 1.0) for s, change in loaded.items()}, other),
-                concepts,
-            )
-            for loaded, concepts in (*loras, *((merged, own) for merged in versions))
-        ]
         use = BESIDE if strength is None else f"{strength:g}"
-        for shares, merged in zip(found, outputs[len(own) :], strict=True):
-            shares[use] = [1 - error_of(merged, base, lora) for lora in outputs[: len(own)]]
+        every = _shares(final, base, own, versions, strength or 1.0, other)
+        for of_version, shares in zip(found, every, strict=True):
+            of_version[use] = shares
     job.tick(WHAT, total, total)
     return found
+
+
+def _shares(
+    final: FinalOutputs,
+    base: Mapping[int, Tensor],
+    own: Mapping[int, Mapping[str, LowRank]],
+    versions: Sequence[Mapping[str, LowRank]],
+    strength: float,
+    other: Mapping[str, LowRank],
+) -> list[list[float]]:
+    """What each version keeps of every LoRA, all at a ``strength`` and with ``other`` beside."""
+
+    def outputs(changes: Mapping[str, LowRank], concepts: Collection[int]) -> dict[int, Tensor]:
+        loaded = {site: change.scaled(strength) for site, change in changes.items()}
+        return final.under(beside(loaded, other), concepts)
+
+    wanted = [outputs(lora, [concept]) for concept, lora in own.items()]
+    shares: list[list[float]] = []
+    for version in versions:
+        given = outputs(version, own)
+        shares.append([1 - error_of(given, base, of_lora) for of_lora in wanted])
+        del given
+    return shares
 
 
 def error_of(

@@ -130,3 +130,35 @@ def test_a_model_that_is_half_in_host_memory(kit, monkeypatch):
     checked(
         kit.pack, monkeypatch, lambda chosen: kit.merge({"steps": 1}, on=patched, thresholds=chosen)
     )
+
+
+def test_a_control_net_beside_the_model(kit, monkeypatch):
+    """Its weights, too, were loaded in inference mode; what it adds is a constant."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.ops
+
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        network = comfy.cldm.cldm.ControlNet(
+            image_size=32, in_channels=4, hint_channels=3, model_channels=32, channel_mult=[1, 2],
+            num_res_blocks=[1, 1], transformer_depth=[0, 1], transformer_depth_middle=1,
+            num_head_channels=32, use_spatial_transformer=True, context_dim=64, legacy=False,
+            operations=comfy.ops.disable_weight_init,
+        )  # fmt: skip
+        for weight in network.parameters():
+            weight.copy_(0.05 * torch.randn(weight.shape))
+        control = comfy.controlnet.ControlNet(network, load_device=kit.model.load_device)
+        control.set_cond_hint(torch.rand(1, 3, 64, 64), 1.0)
+    conds = part(kit.pack, "nodes.comfy_conds")
+    references = conds.References({"control": control})
+    ran = []
+    network.register_forward_hook(lambda *_: ran.append(torch.is_grad_enabled()))
+    merge = lambda chosen: kit.merge(  # noqa: E731
+        {"steps": 1}, references=references, thresholds=chosen
+    )
+    before = [weight.clone() for weight in network.parameters()]
+    checked(kit.pack, monkeypatch, merge)
+    assert True in ran
+    assert all(map(torch.equal, before, network.parameters()))
+    assert all(weight.is_inference() for weight in network.parameters())
