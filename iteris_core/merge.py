@@ -179,7 +179,7 @@ def merge_loras(
         merged = Merged({}) if only_plans else chosen.merge(job, settings)
     else:
         try:
-            with of_loras.switched_on(host, always):
+            with of_loras.added(host, of_loras.changes_always(always)):
                 job, merged, shares = _by_features(job, always, chosen, settings, unmergeable)
         except Exception as error:  # where nothing can be tried with less
             if isinstance(error, IterisError) or not is_out_of_memory(error):

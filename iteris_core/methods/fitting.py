@@ -108,10 +108,10 @@ def bounds_of(job: Job, bound: float | None, samples: int) -> dict[str, float]:
     single one stays itself."""
     growth = math.inf
     if bound is None:
-        few = job.thresholds.bound_share(samples, job.calibration.rows_each)
+        chosen, rows = job.thresholds, samples * (job.calibration.rows_each / 4) ** 0.25
+        few = min(1.0, (rows / chosen.bound_samples) ** (1 / 3))  # free in more directions
         # What LoRAs have together grows alike with their number.
-        bound = few * job.thresholds.bound * math.sqrt(max(job.loras, 1))
-        growth = few * job.thresholds.growth
+        bound, growth = few * chosen.bound * math.sqrt(max(job.loras, 1)), few * chosen.growth
     bounds: dict[str, float] = {}
     for site, changes in job.changes.items():
         together = math.sqrt(sum(change.squared_norm() for change in changes.own.values()))

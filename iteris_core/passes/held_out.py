@@ -102,7 +102,8 @@ def expect_held_out(job: Job, versions: int = 1) -> None:
         denoised = job.loras * calibration.samples * calibration.denoising_steps
         each = (versions + 1) * rows
         forwards = [denoised + rows, *[each] * len(STRENGTHS), each + rows]
-        job.eta.expect(WHAT, [job.forward_work * some for some in forwards])
+        work = job.seen[-1].products if job.seen else 0.0
+        job.eta.expect(WHAT, [work * some for some in forwards])
 
 
 def kept(job: Job, *versions: Mapping[str, LowRank]) -> list[dict[str, list[float]]]:

@@ -139,11 +139,6 @@ class Job:
         each = [seen.products for seen in self.seen if seen.stage.spatial]
         return self.denoised * sum(each) / len(each) if each else 0.0
 
-    @property
-    def forward_work(self) -> float:
-        """The work of a row's forward in the last stage (0: unknown)."""
-        return self.seen[-1].products if self.seen else 0.0
-
     def at_once(self, most: int, copies: int = 1, *, stage: str = "", factors: int = 0) -> int:
         """How many rows, each in so many ``copies``, a forward of the ``stage`` (empty: of all
         stages seen) may have within the memory budget, beside so many times the changes' float32

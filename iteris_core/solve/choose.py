@@ -121,10 +121,5 @@ class Thresholds:
         ridge = max(self.ridge, min(self.ridge * few**self.ridge_power, self.most_ridge))
         return ridge, "size" if effective < self.enough_samples else "mean"
 
-    def bound_share(self, samples: int, timesteps: int) -> float:
-        """The factor on both bounds for that many samples of each LoRA: few rows leave a fit free
-        in more directions."""
-        return min(1.0, (samples * (timesteps / 4) ** 0.25 / self.bound_samples) ** (1 / 3))
-
 
 THRESHOLDS = Thresholds()
