@@ -149,12 +149,6 @@ class Concept(Phrased, Settings):
     def name(self) -> str:
         return self.trigger or (self.lora.name if self.lora is not None else "") or "base"
 
-    def strength_at(self, site: str) -> float:
-        """The factor by which the LoRA's change of ``site`` is multiplied."""
-        if self.text_strength is not None and site.startswith("text_encoder"):
-            return self.text_strength
-        return self.strength
-
     @property
     def preserves(self) -> bool:
         return self.lora is None

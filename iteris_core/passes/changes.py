@@ -41,7 +41,9 @@ def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
 
     def change_of(concept: Concept, site: str) -> LowRank | None:
         """None if there is none at the concept's strength."""
-        strength = concept.strength_at(site)
+        strength, of_text = concept.strength, concept.text_strength
+        if of_text is not None and site.startswith("text_encoder"):
+            strength = of_text
         change = None if concept.lora is None else concept.lora.sites.get(site)
         if change is None or strength == 0 or not (change.up.any() and change.down.any()):
             return None
