@@ -335,18 +335,18 @@ def _better(job: Job, merged: Merged) -> tuple[Merged, dict[str, list[float]]]:
     """``merged`` or, if held-out rows keep more with it, what it was before its steps; and what
     they keep. That is the mean over all LoRAs and uses."""
     stopped = merged.stopped
-    if stopped is not None and not isinstance(stopped, KeyboardInterrupt):
-        return (merged.without_steps if merged.before else merged), {}
     versions = [merged, merged.without_steps] if merged.before else [merged]
+    if stopped is not None and not (isinstance(stopped, KeyboardInterrupt) and merged.before):
+        return versions[-1], {}
     try:
-        if stopped is not None and merged.before:
+        if stopped is not None:
             again = "Ctrl-C again leaves them out"
             job.tick(f"held-out rows show whether the steps so far are kept; {again}", 0, 0)
         changes = [{s: of.change for s, of in version.sites.items()} for version in versions]
         shares = kept(job, *changes)
     except BaseException as error:  # the merge is done
-        cancelled = isinstance(error, (KeyboardInterrupt, *job.host.interrupts))
-        if cancelled or job.eta.cancelled:
+        stops = isinstance(error, (KeyboardInterrupt, *job.host.interrupts))
+        if cancelled := stops or job.eta.cancelled:
             if not job.rescues:
                 raise
             whole = stopped is None and isinstance(error, KeyboardInterrupt)
@@ -354,7 +354,7 @@ def _better(job: Job, merged: Merged) -> tuple[Merged, dict[str, list[float]]]:
             merged = replace(versions[0 if whole else -1], stopped=stopped)
         elif not isinstance(error, Exception):
             raise
-        job.notes.append((WHAT, [f"not measured: {brief(error) or 'stopped'}"]))
+        job.notes.append((WHAT, [f"not measured: {'stopped' if cancelled else brief(error)}"]))
         return merged, {}
     if len(versions) == 1 or not shares[0]:
         return merged, shares[0]

@@ -37,8 +37,8 @@ _WARM = 10
 _WORK = 5.0
 """A row's step in forwards: the LoRA's, the merge's, its blocks' again, and the gradients, which in
 attention take two."""
-_STATE = 4
-"""A factor, its gradient and Adam's two moments of it."""
+_STATE = 16
+"""Bytes of a number of a factor, its gradient and Adam's two moments of it."""
 _ROOM = 8
 """A forward's memory, this many times, is kept free for the first measurement."""
 _log = logging.getLogger(__name__)
@@ -92,40 +92,45 @@ class Distillation:
     def plan(self, stage: Stage, before: Sequence[Stage]) -> str:
         """Plan the steps of a ``stage``, after the stages ``before`` it, within the memory budget.
         Returns the plan in words; empty without a budget."""
-        job, lockstep = self.run.job, self.run.lockstep
-        if job.memory_budget is None or not _is_trained(stage):
+        if self.run.job.memory_budget is None or not _is_trained(stage):
             return ""
-        batch = job.thresholds.batch
         try:
-            network = self._network(stage)
-            leaves = self._largest(stage, network)
-            gradients = RowGradients(self.run, stage, network, leaves, copy=0)
-            fixed = _STATE * sum(leaf.nbytes for leaf in gradients.leaves)
-            fixed += left_by(job, (*before, stage), 2)
-            seen = [of.forward for of in job.seen if of.stage.name == stage.name]
-            allowed(job, fixed + sum(_ROOM * (of.running + of.forward) for of in seen))
-            with gradients.active():
-                one = gradients.peak(1)
-            fixed += lockstep.cast_bytes
-            budget, each = allowed(job, fixed + batch * one), one
-            if fixed + 2 * one <= budget:  # two show what does not grow with the number of rows
-                with gradients.active():
-                    each = min(max(gradients.peak(2) - one, 0), one)
-            del leaves, gradients
-            sizes = [fixed + one + more * each for more in range(batch)]
-            rows = sum(size <= budget for size in sizes)
-            size = sizes[max(rows, 1) - 1]
-            why = f"left out, one row needs {size / 2**30:.3g} of {budget / 2**30:.3g} GiB"
-            plan = StepsPlan(stage.name, rows, batch, size, budget, "" if rows else why)
+            plan, _ = with_less([(stage, before)], self._planned, _complaint)
         except Exception as error:
             if self._cancels(error):
                 raise
-            plan = StepsPlan(stage.name, 0, batch, why=f"left out: {brief(error)}")
+            batch, why = self.run.job.thresholds.batch, f"left out: {brief(error)}"
+            plan = StepsPlan(stage.name, 0, batch, why=why)
         if not plan.at_once:
             _log.warning("%s", plan)
         self._plans[stage.name] = plan
         self._expect()
         return str(plan)
+
+    def _planned(self, given: tuple[Stage, Sequence[Stage]]) -> StepsPlan:
+        """Of as many rows at once as fit, by the measured cost of one and of two."""
+        (stage, before), job, lockstep = given, self.run.job, self.run.lockstep
+        batch, ranks = job.thresholds.batch, self._ranks(stage)
+        fixed = sum(
+            _STATE * rank * sum(lockstep.changes[site].shape) for site, rank in ranks.items()
+        )
+        fixed += left_by(job, (*before, stage), 2)
+        forward = [of.forward for of in job.seen if of.stage.name == stage.name]
+        allowed(job, fixed + sum(_ROOM * (of.running + of.forward) for of in forward))
+        network = self._network(stage)
+        gradients = RowGradients(self.run, stage, network, self._largest(stage, network), copy=0)
+        with gradients.active():
+            one = gradients.peak(1)
+        fixed += lockstep.cast_bytes
+        budget, each = allowed(job, fixed + batch * one), one
+        if fixed + 2 * one <= budget:  # two show what does not grow with the number of rows
+            with gradients.active():
+                each = min(max(gradients.peak(2) - one, 0), one)
+        sizes = [fixed + one + more * each for more in range(batch)]
+        rows = sum(size <= budget for size in sizes)
+        size = sizes[max(rows, 1) - 1]
+        why = f"left out, one row needs {size / 2**30:.3g} of {budget / 2**30:.3g} GiB"
+        return StepsPlan(stage.name, rows, batch, size, budget, "" if rows else why)
 
     def _network(self, stage: Stage) -> Network:
         """The stage's, found once: blocks that would lose gradients do not run again."""
@@ -136,17 +141,22 @@ class Distillation:
                 self._networks[stage.name] = network.without(losing)
         return self._networks[stage.name]
 
+    def _ranks(self, stage: Stage) -> dict[str, int]:
+        """Site → the largest rank that its merged change may have."""
+        changes, most = self.run.lockstep.changes, self.run.job.rank
+        own = {site: min(changes[site].rank, *changes[site].shape) for site in stage.sites}
+        return {s: min(rank, most if isinstance(most, int) else rank) for s, rank in own.items()}
+
     def _largest(self, stage: Stage, network: Network) -> dict[str, LowRank]:
-        """Leaves like those of merged changes of the largest possible ranks."""
-        found, most = dict[str, LowRank](), self.run.job.rank
-        for site in stage.sites:
-            of = self.run.lockstep.changes[site]
-            rank = min(of.rank, *of.shape, most if isinstance(most, int) else of.rank)
+        """Leaves like those of merged changes of these ranks."""
+        found = dict[str, LowRank]()
+        for site, rank in self._ranks(stage).items():
+            like = self.run.lockstep.changes[site]
             up, down = (
                 torch.zeros(*shape, device=network.device, requires_grad=True)
-                for shape in ((of.shape[0], rank), (rank, of.shape[1]))
+                for shape in ((like.shape[0], rank), (rank, like.shape[1]))
             )
-            found[site] = LowRank(up, down, of.like.kernel)
+            found[site] = LowRank(up, down, like.like.kernel)
         return found
 
     def trained(
@@ -251,9 +261,7 @@ class Distillation:
                     gradients.add(sorted(some), first=step < _WARM)
 
             while True:
-                _, at_once = with_less(
-                    halved(at_once), add, lambda said, _: f"out of memory for one row ({said})"
-                )
+                _, at_once = with_less(halved(at_once), add, _complaint)
                 if gradients.settled():
                     break
                 if not gradients.lower():
@@ -261,6 +269,10 @@ class Distillation:
             adam.step()
             falling.step()
             yield step + 1
+
+
+def _complaint(said: str, tried: object) -> str:
+    return f"out of memory for one row ({said})"
 
 
 def _leaves(change: LowRank, device: torch.device) -> LowRank:

@@ -203,7 +203,7 @@ def test_ctrl_c_while_held_out_rows_are_measured(trial, what):
         trial.merge(on_progress=on_progress, rescue=rescued.append)
     (result,) = rescued
     assert same(result, trial.merge(0)) == (what == WHAT)
-    assert result.report.notes[held_out.WHAT] == ["not measured: KeyboardInterrupt"]
+    assert result.report.notes[held_out.WHAT] == ["not measured: stopped"]
 
 
 def test_an_interrupt_of_the_application_in_a_forward(trial, monkeypatch):
