@@ -55,10 +55,6 @@ class Merged:
     stopped: BaseException | None = None
 
     @property
-    def changes(self) -> dict[str, LowRank]:
-        return {site: solution.change for site, solution in self.sites.items()}
-
-    @property
     def without_steps(self) -> Merged:
         sites = {s: replace(of, change=self.before[s]) for s, of in self.sites.items()}
         return replace(self, sites=sites, before={}, ran={"steps": 0})
