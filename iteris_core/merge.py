@@ -342,8 +342,7 @@ def _better(job: Job, merged: Merged) -> tuple[Merged, dict[str, list[float]]]:
         if stopped is not None:
             again = "Ctrl-C again leaves them out"
             job.tick(f"held-out rows show whether the steps so far are kept; {again}", 0, 0)
-        changes = [{s: of.change for s, of in version.sites.items()} for version in versions]
-        shares = kept(job, *changes)
+        shares = kept(job, *({s: of.change for s, of in v.sites.items()} for v in versions))
     except BaseException as error:  # the merge is done
         stops = isinstance(error, (KeyboardInterrupt, *job.host.interrupts))
         if cancelled := stops or job.eta.cancelled:

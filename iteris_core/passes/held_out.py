@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -136,35 +136,22 @@ def kept(job: Job, *versions: Mapping[str, LowRank]) -> list[dict[str, list[floa
         other: Mapping[str, LowRank] = {}
         if strength is None:
             other, base = phantom, final.under(phantom, own)
-        use = BESIDE if strength is None else f"{strength:g}"
-        every = _shares(final, base, own, versions, strength or 1.0, other)
-        for of_version, shares in zip(found, every, strict=True):
-            of_version[use] = shares
+        outputs = [
+            final.under(
+                beside({s: change.scaled(strength or 1.0) for s, change in one.items()}, other),
+                concepts,
+            )
+            for one, concepts in (
+                *((lora, [i]) for i, lora in own.items()),
+                *((version, own) for version in versions),
+            )
+        ]
+        for shares, given in zip(found, outputs[len(own) :], strict=True):
+            shares[BESIDE if strength is None else f"{strength:g}"] = [
+                1 - error_of(given, base, wanted) for wanted in outputs[: len(own)]
+            ]
     job.tick(WHAT, total, total)
     return found
-
-
-def _shares(
-    final: FinalOutputs,
-    base: Mapping[int, Tensor],
-    own: Mapping[int, Mapping[str, LowRank]],
-    versions: Sequence[Mapping[str, LowRank]],
-    strength: float,
-    other: Mapping[str, LowRank],
-) -> list[list[float]]:
-    """What each version keeps of every LoRA, all at a ``strength`` and with ``other`` beside."""
-
-    def outputs(changes: Mapping[str, LowRank], concepts: Collection[int]) -> dict[int, Tensor]:
-        loaded = {site: change.scaled(strength) for site, change in changes.items()}
-        return final.under(beside(loaded, other), concepts)
-
-    wanted = [outputs(lora, [concept]) for concept, lora in own.items()]
-    shares: list[list[float]] = []
-    for version in versions:
-        given = outputs(version, own)
-        shares.append([1 - error_of(given, base, of_lora) for of_lora in wanted])
-        del given
-    return shares
 
 
 def error_of(
