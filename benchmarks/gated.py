@@ -14,65 +14,24 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from statistics import fmean
 from typing import Any
 
 import emoji
 import rivals  # noqa: F401 (registers them)
-import torch
 from conditions import merged
 from outputs import once, result_file
 from protocol.emoji import NEW, EmojiWorld
-from protocol.new_rows import NewRows, relative
 from protocol.plan import sets_of
+from protocol.uses_of_rows import Errors
 
-from iteris_core import Concept, Lora, LowRank
-from iteris_core.passes.changes import beside
+from iteris_core import Concept, Lora
 
 SETS = {5: 4, 7: 4, 9: 4}
 """How many LoRAs → sets."""
 METHODS = ("iteris", "chain-of-merges:conditions=0", "iteris:repair=False:saliency=0")
-USES: Mapping[str, tuple[float, float]] = {
-    "plain": (1.0, 0.0),
-    "0.8": (0.8, 0.0),
-    "1.2": (1.2, 0.0),
-    "another at 0.6": (1.0, 0.6),
-    "another at 1": (1.0, 1.0),
-}
-"""Use → the strength of what is measured, and of another LoRA beside it."""
-_SEED = 4711
-
-Changes = Mapping[str, LowRank]
-
-
-class Errors:
-    """Errors of merges of ``concepts`` on new prompts, where ``other`` may be beside them."""
-
-    def __init__(self, world: EmojiWorld, concepts: Sequence[Concept], other: Changes) -> None:
-        templates = [f"a {{}} on a {background} background" for background in NEW]
-        self._rows = NewRows(world.host, concepts, _SEED, samples=8, templates=templates)
-        self._other = other
-        own = [concept.lora.sites for concept in concepts if concept.lora is not None]
-        self._known = {
-            use: [(rows, self._outputs({}, rows, use), self._outputs(sites, rows, use))
-                  for sites, rows in zip(own, self._rows.of, strict=True)]
-            for use in USES
-        }  # fmt: skip
-
-    def error(self, merged: Changes, use: str) -> float:
-        return fmean(
-            relative(self._outputs(merged, rows, use), wanted, base)
-            for rows, base, wanted in self._known[use]
-        )
-
-    def _outputs(self, changes: Changes, rows: Sequence[int], use: str) -> torch.Tensor:
-        strength, more = USES[use]
-        scaled = {site: change.scaled(strength) for site, change in changes.items()}
-        other = {site: change.scaled(more) for site, change in self._other.items()} if more else {}
-        return self._rows.outputs(beside(scaled, other), rows)
 
 
 def cut(lora: Lora | None, layers: str) -> Lora:
@@ -86,7 +45,7 @@ def measured(
     """Errors of a merge by use, its norm and seconds."""
     lora, found = merged(world, concepts, label, 0)
     known = errors()
-    return {**{use: known.error(lora.sites, use) for use in USES}, **found}
+    return {**known.errors(lora.sites), **found}
 
 
 def main() -> None:
@@ -110,7 +69,8 @@ def main() -> None:
             ]
             rest = next(name for name in world.subjects if name not in names)
             other = cut(world.concepts([rest], 0)[0].lora, given.layers)
-            errors = cache(partial(Errors, world, concepts, other.sites))
+            templates = [f"a {{}} on a {background} background" for background in NEW]
+            errors = cache(partial(Errors, world, concepts, other.sites, templates))
             for label in given.methods.split(","):
                 key = json.dumps([given.layers, label, *names])
                 once(path, key, until, partial(measured, world, concepts, label, errors))

@@ -30,7 +30,7 @@ from iteris_core.errors import ConceptError, MergeFileError, ScoreError, brief, 
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.diffusers_loop import is_modular
 from iteris_core.lora import Lora
-from iteris_core.passes.changes import changes_always, switched_on
+from iteris_core.passes.changes import added, changes_always
 from iteris_core.score import ClipScorer, ImageScorer, without_tokens
 from iteris_core.settings import Settings, setting
 
@@ -219,7 +219,7 @@ class OwnWorld:
         options = {name: size for name, size in sizes.items() if size is not None}
         options |= {"num_inference_steps": how.steps, "guidance_scale": how.guidance}
         pipeline = self.host.pipeline
-        with nullcontext() if lora is None else switched_on(self.host, [Concept(lora)]):
+        with nullcontext() if lora is None else added(self.host, changes_always([Concept(lora)])):
             try:
                 return draw(pipeline, self.host, None, wanted, how.batch, **options)
             except ValueError as error:  # for a size, a number of steps, …

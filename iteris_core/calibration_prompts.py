@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from math import lcm
 from typing import TypeVar
+from zlib import crc32
 
 import torch
 
@@ -126,22 +127,35 @@ def whole_words(pieces: Iterable[str]) -> list[str]:
     return sorted({w.lower() for w in words if len(w) >= _LEAST_LETTERS and w.isalpha()})
 
 
+def is_held_out(word: str) -> bool:
+    """True for a tenth of all words, always the same ones."""
+    return not crc32(word.encode(), 7) % 10
+
+
 class Wording:
     """Makes generic prompts, and contexts for a concept's prompts, from built-in captions of which
     the host's text encoder knows most words, and random words of its ``vocabulary``. None invokes
-    one of the ``concepts``."""
+    one of the ``concepts``. Rows of a fit lack a tenth of the words, of which alone rows that
+    measure it are made (``held_out``)."""
 
     def __init__(
-        self, vocabulary: Sequence[str], concepts: Iterable[Concept], generator: torch.Generator
+        self,
+        vocabulary: Sequence[str],
+        concepts: Iterable[Concept],
+        generator: torch.Generator,
+        *,
+        held_out: bool = False,
     ) -> None:
         avoided, known = calling_words(concepts), set(vocabulary)
         self.generator = generator
-        self._words = [word for word in vocabulary if word not in avoided]
+        words = [word for word in vocabulary if is_held_out(word) is held_out] or vocabulary
+        self._words = [word for word in words if word not in avoided]
         self._captions: list[str] = []
-        for caption in CAPTIONS:
-            words = [word for word in _words(caption) if len(word) >= _LEAST_LETTERS]
-            enough = sum(word in known for word in words) >= _KNOWN_SHARE * len(words)
-            if not _words(caption) & avoided and (enough or not known):
+        for caption in () if held_out and self._words else CAPTIONS:
+            said = [word for word in _words(caption) if len(word) >= _LEAST_LETTERS]
+            enough = sum(word in known for word in said) >= _KNOWN_SHARE * len(said)
+            fits = enough and not any(map(is_held_out, said))
+            if not _words(caption) & avoided and (fits or not known):
                 self._captions.append(caption)
 
     def generic(self, count: int) -> list[str]:

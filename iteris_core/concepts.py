@@ -149,12 +149,6 @@ class Concept(Phrased, Settings):
     def name(self) -> str:
         return self.trigger or (self.lora.name if self.lora is not None else "") or "base"
 
-    def strength_at(self, site: str) -> float:
-        """The factor by which the LoRA's change of ``site`` is multiplied."""
-        if self.text_strength is not None and site.startswith("text_encoder"):
-            return self.text_strength
-        return self.strength
-
     @property
     def preserves(self) -> bool:
         return self.lora is None
@@ -170,14 +164,14 @@ class Calibration(Settings):
     """Settings for the samples on which features are collected."""
 
     samples: int = setting(
-        50,
+        80,
         "Prompts per concept on which features are collected. Below 20 the merge fits its prompts "
         "too closely.",
         low=1,
         most=1000,
     )
     total_samples: int | None = setting(
-        200,
+        400,
         "Prompts of all LoRAs together; many LoRAs get fewer each, at least 12. Ignored for text "
         "models.",
         none="no limit, as when samples is set by itself",
@@ -338,3 +332,7 @@ def words_in(phrases: Sequence[str]) -> dict[str, Any]:
         "class_word": "" if before else after,
         "subjects": (phrase,) if before and trigger else (),
     }
+
+
+class HeldOut(Calibration):
+    """A calibration for rows that measure a merge, with words that no row of a fit has."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast, get_args
 
 import torch
@@ -94,6 +95,7 @@ def merge_loras(
     thresholds: Thresholds = THRESHOLDS,
     store: SampleStore | None = None,
     only_plans: bool = False,
+    rescue: Callable[[MergeResult], None] | None = None,
 ) -> MergeResult:
     """Merge the LoRAs of ``concepts`` into one.
 
@@ -122,6 +124,10 @@ def merge_loras(
         for LoRAs that are new or changed. The result is the same.
     :param only_plans: end with :class:`.passes.planner.Planned` before anything is solved, see
         :func:`.preview.preview_merge`.
+    :param rescue: called with what there is if the user cancels during the ``steps`` or while
+        held-out rows are measured; the exception goes on afterwards. After Ctrl-C that is the merge
+        with the steps taken so far, if held-out rows keep more with them. After any other
+        cancellation, which is to take no time, it is the merge without them.
     :returns: the merged LoRA and a report on every site.
     :raises IterisError: for input that cannot be merged; :class:`SettingsError` for a setting out
         of range.
@@ -160,6 +166,7 @@ def merge_loras(
         store=store,
         rank=getattr(settings, "rank", None),
         included=of_loras.always_on(always, "include"),
+        rescues=rescue is not None,
     )
     zero = "left out of the merge: its strength or weight is 0"
     job.notes.extend((concept.name, [zero]) for concept in concepts if not concept.counts)
@@ -172,7 +179,7 @@ def merge_loras(
         merged = Merged({}) if only_plans else chosen.merge(job, settings)
     else:
         try:
-            with of_loras.switched_on(host, always):
+            with of_loras.added(host, of_loras.changes_always(always)):
                 job, merged, shares = _by_features(job, always, chosen, settings, unmergeable)
         except Exception as error:  # where nothing can be tried with less
             if isinstance(error, IterisError) or not is_out_of_memory(error):
@@ -186,7 +193,8 @@ def merge_loras(
     if only_plans:
         raise Planned((), job)
     seconds = time.perf_counter() - started
-    eta.end()
+    if merged.stopped is None:  # otherwise it may be cancelled again
+        eta.end()
     log, every = merged.log, [*merging, *always]
     solutions = {site: solution.change for site, solution in merged.sites.items()}
     sites = of_loras.beside(solutions, of_loras.changes_always(job.included))
@@ -211,7 +219,7 @@ def merge_loras(
             for site, change in sites.items()
         },
         seconds=seconds,
-        settings=asdict(settings),
+        settings={**asdict(settings), **merged.ran},
         calibration=asdict(calibration) if chosen.needs_host else {},
         notes=notes,
         rows=log.rows,
@@ -232,7 +240,12 @@ def merge_loras(
         base=next((base for base in bases if base is not None), None),
         embeddings=joined.embeddings,
     )
-    return MergeResult(lora, report)
+    result = MergeResult(lora, report)
+    if merged.stopped is not None:
+        if rescue is not None:
+            rescue(result)
+        raise merged.stopped
+    return result
 
 
 def _by_features(
@@ -267,13 +280,18 @@ def _by_features(
     if not sweeps:  # a fit to reference rows alone learns nothing from them
         conditions = 0.0
     elif conditions is None:
-        gated = any(stream.gate is not None for stream in looked.streams.values())
-        conditions = 0.0 if gated else job.thresholds.conditions
+        conditions = job.thresholds.conditions
     job = replace(job, calibration=replace(job.calibration, conditions=conditions))
     found = looked.refused
     if (found and unmergeable == "refuse") or job.changes.keys() <= found.keys():
         raise SiteError(preflight.complaint(found, concepts))
-    job = replace(job, joined=looked.joined, found_streams=looked.streams, seen=looked.stages)
+    job = replace(
+        job,
+        joined=looked.joined,
+        found_streams=looked.streams,
+        norms=looked.norms,
+        seen=looked.stages,
+    )
     for seen in looked.stages:
         job.eta.did(seen.products, seen.seconds)
     job = within_time(job, max(sweeps, 1))
@@ -305,20 +323,45 @@ def _by_features(
             job.notes.append((concept.name, [*active, *warnings]))
             for warning in warnings:
                 _log.warning("%s: %s", concept.name, warning)
-        merged = method.merge(job, settings)
-        changes = {site: solution.change for site, solution in merged.sites.items()}
-        try:
-            shares = kept(job, changes)
-        except Exception as error:  # the merge is done
-            if job.eta.cancelled or isinstance(error, job.host.interrupts):
-                raise
-            job.notes.append((WHAT, [f"not measured: {brief(error)}"]))
-            shares = {}
+        merged, shares = _better(job, method.merge(job, settings))
     if unmergeable == "mean":
         means = of_loras.means_of(job.concepts, others)
         solved = {site: Solution(change) for site, change in means.items()}
         merged = replace(merged, sites={**merged.sites, **solved})
     return job, merged, shares
+
+
+def _better(job: Job, merged: Merged) -> tuple[Merged, dict[str, list[float]]]:
+    """``merged`` or, if held-out rows keep more with it, what it was before its steps; and what
+    they keep. That is the mean over all LoRAs and uses."""
+    stopped = merged.stopped
+    versions = [merged, merged.without_steps] if merged.before else [merged]
+    if stopped is not None and not (isinstance(stopped, KeyboardInterrupt) and merged.before):
+        return versions[-1], {}
+    try:
+        if stopped is not None:
+            again = "Ctrl-C again leaves them out"
+            job.tick(f"held-out rows show whether the steps so far are kept; {again}", 0, 0)
+        shares = kept(job, *({s: of.change for s, of in v.sites.items()} for v in versions))
+    except BaseException as error:  # the merge is done
+        stops = isinstance(error, (KeyboardInterrupt, *job.host.interrupts))
+        if cancelled := stops or job.eta.cancelled:
+            if not job.rescues:
+                raise
+            whole = stopped is None and isinstance(error, KeyboardInterrupt)
+            stopped = stopped or error.with_traceback(None)
+            merged = replace(versions[0 if whole else -1], stopped=stopped)
+        elif not isinstance(error, Exception):
+            raise
+        job.notes.append((WHAT, [f"not measured: {'stopped' if cancelled else brief(error)}"]))
+        return merged, {}
+    if len(versions) == 1 or not shares[0]:
+        return merged, shares[0]
+    after, before = (fmean(share for use in of.values() for share in use) for of in shares)
+    told = f"held-out rows keep {after:.3f} with them and {before:.3f} without"
+    better = before <= after
+    job.notes.append(("steps", [f"{told}, so they are {'kept' if better else 'left out'}"]))
+    return versions[not better], shares[not better]
 
 
 def _added_note(added: Concept, concepts: Sequence[Concept], always: Sequence[Concept]) -> str:

@@ -17,7 +17,7 @@ from .passes.planner import Planned
 class Preview:
     """``plan`` has one line per part of the model. ``denoised`` counts the one-row forwards for
     denoising samples beforehand. The whole merge takes at most about that many ``seconds`` (None:
-    unknown), denoising and polish included. ``notes`` are those that its report will have, and
+    unknown), denoising and Adam steps included. ``notes`` are those that its report will have, and
     ``outlook`` sums it up: time, rows left out, rank and size of the file."""
 
     plan: Sequence[str]
@@ -47,15 +47,15 @@ def preview_merge(
     try:
         merge_loras(host, concepts, method, **how, only_plans=True)
     except Planned as planned:
-        job, made = planned.job, [plan for plan in planned.plans if plan.budget < math.inf]
+        job, limited = planned.job, [of for of in planned.plans if of.budget < math.inf]
         if all(concept.lora is None for concept in job.concepts):
             why = "every LoRA is always on or has no trigger words, so they are only added up"
             return Preview([f"nothing is merged: {why}"])
         if not planned.plans:
             return Preview([f"{method} looks at weights only: no rows"])
         return Preview(
-            [str(plan) for plan in made],
-            job.denoised if any(plan.stage.spatial for plan in made) else 0,
+            planned.lines,
+            job.denoised if any(plan.stage.spatial for plan in limited) else 0,
             job.eta.left(),
             [f"{name}: {note}" for name, notes in job.notes for note in notes],
             planned.outlook,

@@ -9,20 +9,27 @@ is one forward, with rows in order.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..iteris_core.activations.gradients import constant_weights
 from ..iteris_core.concepts import Calibration
 from ..iteris_core.errors import ModelStateError
 from .comfy_conds import Inputs, References, joined, sharing
 from .comfy_internals import comfy, memory, optional
 from .comfy_runtime import free_beside
 from .comfy_sizes import latent_shape
-from .comfy_state import forget, in_full_precision, run_uncompiled
+from .comfy_state import (
+    differentiable_attention,
+    forget,
+    in_full_precision,
+    run_uncompiled,
+    training,
+)
 from .comfy_text import Conditioning
 
 SEED = 0
@@ -164,14 +171,29 @@ class Denoiser:
         return sharing(inputs, self._first)
 
     def predict(self, latents: Tensor, sigmas: Tensor, inputs: Sequence[Inputs]) -> Tensor:
-        """The denoised latents of every row; one forward, rows in order. All ``inputs`` must be of
-        one :func:`.comfy_conds.kind`."""
+        """The noise in every row, per ``sigmas``, as it is the step of a sampler; one forward, rows
+        in order. All ``inputs`` must be of one :func:`.comfy_conds.kind`."""
         device = self.model.load_device
         latents, sigmas = latents.to(device), sigmas.to(device)
         forget(self.model.model.diffusion_model)
-        return comfy.samplers.calc_cond_batch(
+        denoised = comfy.samplers.calc_cond_batch(
             self.model.model, [[joined(inputs)]], latents, sigmas, self._options
         )[0]
+        return (latents - denoised) / sigmas.reshape(-1, *[1] * (latents.ndim - 1))
+
+    @contextmanager
+    def gradients(self) -> Generator[None]:
+        """Context in which :meth:`predict` can be differentiated. What is connected beside the
+        model, such as a control net, was loaded in inference mode like it."""
+        models = [self.model, *self._others, *self.model.get_nested_additional_models()]
+        assert self._options is not None
+        with ExitStack() as stack:
+            stack.enter_context(training())
+            stack.enter_context(differentiable_attention(self._options["transformer_options"]))
+            for one in models:
+                if isinstance(one.model, nn.Module):
+                    stack.enter_context(constant_weights(one.model))
+            yield
 
     def _converted(self, text: Conditioning) -> list[dict[str, Any]]:
         conds = comfy.sampler_helpers.convert_cond([self.references.beside(text)])

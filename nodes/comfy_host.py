@@ -38,7 +38,6 @@ from .comfy_internals import memory
 from .comfy_lora import ComfySites
 from .comfy_runtime import CurrentCard, ran_out
 from .comfy_sampling import ComfySamples, DenoiserRows, Kept, comfy_samples, make_latents
-from .comfy_state import training
 from .comfy_text import Conditioning, TextEncoders
 from .concept_specs import DENOISER
 
@@ -251,7 +250,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
             mine = samples.rows_of(number)
             if own := [row - mine.start for row in rows if row in mine]:
                 predict, _ = self._loaded(number, noisy, [texts])
-                found.append(predict(own, 1))
+                found.append(predict(own, [0]))
         return torch.cat(found)
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
@@ -308,8 +307,15 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         conditionings: Sequence[Sequence[Conditioning]],
     ) -> Stage:
         """The stage of a denoiser; loads the denoiser."""
-        run, inputs = self._loaded(number, noisy, conditionings)
+        predict, inputs = self._loaded(number, noisy, conditionings)
         texts = noisy.text_rows
+
+        def run(rows: Sequence[int], copies: int) -> None:
+            predict(rows, range(copies))
+
+        def final(rows: Sequence[int], copy: int) -> Tensor:
+            return predict(rows, [copy])
+
         kinds = {row: tuple(kind(copy[row]) for copy in inputs) for row in inputs[0]}
         steps = noisy.times.tolist() if self.references.by_step else [None] * len(texts)
         return Stage(
@@ -321,14 +327,15 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
             batch_keys=[(kinds[row], step) for row, step in zip(texts, steps, strict=True)],
             lengths=[size(inputs[0][row]) for row in texts],
             conditions=noisy.conditions,
-            gradients=training,
+            final=final,
+            gradients=self._denoisers[number].gradients,
         )
 
     def _loaded(
         self, number: int, noisy: DenoiserRows, conditionings: Sequence[Sequence[Conditioning]]
-    ) -> tuple[Callable[[Sequence[int], int], Tensor], Sequence[Mapping[int, Inputs]]]:
-        """A forward of a denoiser, after loading it, and, for each copy of the conditionings, the
-        inputs of every text in use."""
+    ) -> tuple[Callable[[Sequence[int], Sequence[int]], Tensor], Sequence[Mapping[int, Inputs]]]:
+        """A forward of a denoiser, after loading it, of rows with the texts of each of some copies;
+        and, for each copy of the conditionings, the inputs of every text in use."""
         denoiser = self._running = self._denoisers[number]
         latents, texts = noisy.latents, noisy.text_rows
         wanted = self._wanted.get(denoiser, 0)
@@ -341,12 +348,12 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
             for copy in conditionings
         ]
 
-        def run(rows: Sequence[int], copies: int) -> Tensor:
-            index = torch.as_tensor(list(rows) * copies)
-            of_rows = [inputs[copy][texts[row]] for copy in range(copies) for row in rows]
+        def predict(rows: Sequence[int], copies: Sequence[int]) -> Tensor:
+            index = torch.as_tensor(list(rows) * len(copies))
+            of_rows = [inputs[copy][texts[row]] for copy in copies for row in rows]
             return denoiser.predict(latents[index], noisy.times[index], of_rows)
 
-        return run, inputs
+        return predict, inputs
 
     def free_memory(self, wanted: int) -> int:
         wanted = with_spare(wanted)

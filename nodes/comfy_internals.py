@@ -20,7 +20,7 @@ KNOWN = "0.3.77, 0.8.0 and 0.33.0"
 NAMES: Mapping[str, Sequence[str]] = {
     "comfy.conds": ("CONDConstant",),
     "comfy.k_diffusion.sampling": ("sample_euler",),
-    "comfy.ldm.modules.attention": ("BasicTransformerBlock",),
+    "comfy.ldm.modules.attention": ("BasicTransformerBlock", "attention_pytorch"),
     "comfy.ldm.modules.diffusionmodules.openaimodel": ("Downsample", "UNetModel", "Upsample"),
     "comfy.lora": ("calculate_weight", "load_lora", "model_lora_keys_clip", "model_lora_keys_unet"),
     "comfy.lora_convert": ("convert_lora",),

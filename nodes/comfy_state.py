@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .comfy_internals import check_switches, optional, owner_of
+from .comfy_internals import check_switches, comfy, optional, owner_of
 
 _PRECISE = "_full_precision_mm"
 """A flag of ComfyUI's mixed-precision layers: True if they do not quantise their input."""
@@ -106,6 +106,33 @@ def training() -> Generator[None]:
     operations without gradients are replaced by torch's own."""
     with switched("comfy.model_management.in_training", True), _Unfused():
         yield
+
+
+_OVERRIDE = "optimized_attention_override"
+_WITHOUT_GRADIENTS = "sage", "flash"
+"""Parts of the names of ComfyUI's attention functions of which no gradient comes back."""
+
+
+@contextmanager
+def differentiable_attention(options: dict[str, Any]) -> Generator[None]:
+    """Context in which forwards with these transformer ``options`` use attention with gradients:
+    torch's own in place of ComfyUI's that has none, or of another pack's."""
+
+    def attend(chosen: Any, *args: Any, **kwargs: Any) -> Any:
+        name = getattr(chosen, "__name__", "")
+        without = any(part in name for part in _WITHOUT_GRADIENTS)
+        plain = comfy.ldm.modules.attention.attention_pytorch
+        return (plain if without else chosen)(*args, **kwargs)
+
+    before = options.get(_OVERRIDE)
+    options[_OVERRIDE] = attend
+    try:
+        yield
+    finally:
+        if before is None:
+            del options[_OVERRIDE]
+        else:
+            options[_OVERRIDE] = before
 
 
 class _Unfused(TorchFunctionMode):

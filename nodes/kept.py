@@ -61,7 +61,7 @@ class Merge:
     ) -> Merge:
         report = result.report
         settings = report.settings
-        ordered = settings.get("objective") == "output" and not settings.get("block_steps")
+        ordered = settings.get("objective") == "output" and not settings.get("steps")
         planned = f"Planned: {report.outlook}.\n" if report.outlook else ""
         cut = {"memory": bool(report.short), "minutes": "samples" in report.notes}
         short = {name: limit for name, limit in (limits or {}).items() if cut[name]}

@@ -23,11 +23,10 @@ CALIBRATION = (
     "generic", "composites",
 )  # fmt: skip
 ITERIS = (
-    "rank", "share_ranks", "repair", "block_steps", "schedule", "iterations", "objective",
+    "rank", "share_ranks", "repair", "steps", "schedule", "iterations", "objective",
     "weighting", "ridge", "shrink", "saliency", "row_tokens", "precision",
 )  # fmt: skip
-"""Excludes the number of rows per forward, which memory decides, the rate of the polish, and the
-bound."""
+"""Excludes the number of rows per forward, which memory decides, and the bound."""
 PLAIN = ("timesteps", "latents", "frames", "denoising_steps", "guidance", "rank", "repair")
 """Of these settings, those that the front end does not fold away."""
 _DIRECT = ("preset", "samples", "seed", "minutes")

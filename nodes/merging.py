@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,13 +20,13 @@ from ..iteris_core.lora_files.experts import split_experts
 from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
 from ..iteris_core.report.provenance import cut_lora
-from ..iteris_core.settings import declared_settings
+from ..iteris_core.settings import PRESETS, declared_settings
 from ..iteris_core.solve.choose import THRESHOLDS, Thresholds
 from .comfy_host import ComfyHost
 from .comfy_runtime import NodeProgress, could_free, show_text
 from .comfy_state import ready_for_merge
 from .concept_specs import DENOISER
-from .kept import Merge, in_half, keep, kept, place_of, store
+from .kept import Merge, Place, in_half, keep, kept, place_of, store
 from .merge_settings import Request
 
 _ROWS = 32
@@ -67,6 +68,7 @@ def merge_on(
     memory_budget: int | Literal["free"] = "free",
     thresholds: Thresholds = THRESHOLDS,
     again: bool = False,
+    rescue: Callable[[MergeResult], None] | None = None,
     **base: Any,
 ) -> MergeResult:
     """Merge with at most ``rows`` rows per forward; halved whenever memory runs out.
@@ -74,8 +76,9 @@ def merge_on(
     ``memory_budget`` is the memory in bytes that the merge may use beyond the model; by default
     ComfyUI's free memory. The node and the report show the resulting plan. Settings that the method
     lacks are ignored; ``thresholds`` holds the thresholds; with ``again`` samples that are kept are
-    made again, too; ``base`` are arguments of :class:`.comfy_host.ComfyHost`. Raises
-    :class:`IterisError` if the merge cannot fit.
+    made again, too; ``rescue`` gets what there is if the user interrupts during the steps; ``base``
+    are arguments of :class:`.comfy_host.ComfyHost`. Raises :class:`IterisError` if the merge cannot
+    fit.
     """
     known = declared_settings(find_method(config.method).settings)
     reading = ReadOptions(allow_partial=config.unmergeable == "skip")
@@ -91,6 +94,7 @@ def merge_on(
                 memory_budget=memory_budget,
                 thresholds=thresholds,
                 store=store("samples", anew=again),
+                rescue=rescue,
             )
         except OutOfMemory as error:  # the node has an input in pixels
             raise OutOfMemory(str(error).replace("latent_size", "image_size")) from error
@@ -139,10 +143,22 @@ def merged(
         return replace(found, report=f"{found.report}\n{_NOTE}")
     experts = {} if low is None else {"low": low, "boundary": boundary}
     base: dict[str, Any] = {**request.base, **experts}
-    result = merge_on(model, clip, config, node_id, memory_budget=memory, again=again, **base)
-    if memory == "free":
-        limits["memory"] *= _NOISE
-    merge = Merge.of(replace(result, lora=in_half(result.lora)), limits, again=again)
-    if place is not None:
-        keep(merge, place)
-    return merge
+    most = {**limits, "memory": limits["memory"] * (_NOISE if memory == "free" else 1)}
+
+    def kept_as(result: MergeResult, place: Place | None, *, again: bool = again) -> Merge:
+        merge = Merge.of(replace(result, lora=in_half(result.lora)), most, again=again)
+        if place is not None:
+            keep(merge, place)
+        return merge
+
+    def rescue(result: MergeResult) -> None:
+        """Keep a merge that was interrupted in its steps as what it is: one without steps."""
+        settings = {name: value for name, value in config.settings.items() if name != "steps"}
+        settings |= {"steps": 0} if PRESETS[config.preset].settings.get("steps") else {}
+        without = config.model_copy(update={"settings": settings})
+        kept_as(result, place_of(models, clip, without, request, boundary), again=False)
+
+    result = merge_on(
+        model, clip, config, node_id, memory_budget=memory, again=again, rescue=rescue, **base
+    )
+    return kept_as(result, place)

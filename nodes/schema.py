@@ -203,7 +203,7 @@ def sampling_inputs() -> list[Any]:
         min=0,
         max=declared.most,
         tooltip=f"{declared.help} 0: set by the preset ({by_preset}), fewer each with more than "
-        "four LoRAs.",
+        "five LoRAs.",
         optional=True,
         control_after_generate=False,
     )
@@ -217,7 +217,7 @@ def preset_input() -> Any:
         options=list(PRESETS),
         default="default",
         optional=True,
-        tooltip=f"{helps} Inputs that you change override it. The figures are from the toybox.",
+        tooltip=f"{helps} Inputs that you change override it.",
     )
 
 

@@ -61,7 +61,7 @@ ITERIS: Mapping[str, Mapping[str, Any]] = {
     "few tokens": {"row_tokens": 7, "saliency": 0.5},
     "full weighting": {"weighting": "full", "shrink": 0.8},
     "micro-batches": {"micro_batch": 3},
-    "block polish": {"block_steps": 2},
+    "steps": {"steps": 2},
 }
 PRESETS = ("fast", "paper")
 WAYS: Mapping[str, tuple[int, bool]] = {

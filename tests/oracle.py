@@ -76,7 +76,10 @@ class ModuleHost(Host):
             self.copies_seen.append(copies)
             self.model(torch.cat([rows_of[list(rows)]] * copies))
 
-        yield Stage("model", sorted(sites), owners, run)
+        def final(rows, copy):
+            return self.model(rows_of[list(rows)])
+
+        yield Stage("model", sorted(sites), owners, run, final=final)
 
 
 def make_lora(seed: int, rank: int = 2, sites=SITES, width: int = 12, size: float = 1.0) -> Lora:

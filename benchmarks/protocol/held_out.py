@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 from torch import nn
 
-from iteris_core import Concept, Lora, calibration_prompts, merge_loras
+from iteris_core import Concept, Lora, MergeResult, calibration_prompts, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
 
 from .world import World
@@ -24,11 +24,23 @@ def merged(
     calibration: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Lora:
+    """The LoRA of :func:`result_of`."""
+    return result_of(world, concepts, method, calibration=calibration, **options).lora
+
+
+def result_of(
+    world: World,
+    concepts: Sequence[Concept],
+    method: str = "iteris",
+    *,
+    calibration: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> MergeResult:
     """The merge by fields of the calibration beside the world's own; no row has a word of the
     world's evaluation prompts. ``options`` are further ones of :func:`merge_loras`."""
     fields = {"seed": 0, **world.half, **(calibration or {})}
     with held_out(world.host, world.words):
-        return merge_loras(world.host, concepts, method, calibration=fields, **options).lora
+        return merge_loras(world.host, concepts, method, calibration=fields, **options)
 
 
 @contextmanager

@@ -144,7 +144,7 @@ class ExecutionTrace:
             level = []
         return Barriers(ends, {block: Block(tuple(some)) for block, some in lasts.items()})
 
-    def modules(self, counted: Sequence[str], most: float) -> dict[str, nn.Module]:
+    def modules(self, counted: Sequence[str], most: int) -> dict[str, nn.Module]:
         """Site → the largest module around it that is called once and has 2 to ``most`` of the
         ``counted`` sites; sites without one are omitted."""
         count = Counter(module for site in counted for module in self.inside[site])

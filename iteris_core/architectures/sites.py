@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import BaseError
 
+_SIGNS = 256
 _SCALES = ("residual_multiplier", "residual_scale")
 """Names of a layer's factor on its additions to the stream (Granite, MiniCPM)."""
 
@@ -30,6 +31,26 @@ def weight_shape(module: Any) -> tuple[int, ...]:
     if hasattr(module, "nf"):
         return (module.nf, module.nx)
     return (module.out_features, module.in_features)
+
+
+@torch.no_grad()
+def weight_norm(module: Any, inputs: Tensor) -> float:
+    """‖W‖_F of ``module`` by what it makes of random signs x, since E‖Wx‖² = ‖W‖_F²: within some
+    percent, whatever form its weight has (quantised, offloaded, with another LoRA on it). The signs
+    get the dtype and device of ``inputs``."""
+    _, width, *kernel = weight_shape(module)
+    channels, size, edge = width * getattr(module, "groups", 1), (_SIGNS, width), 0
+    if kernel:
+        edge = max(kernel)
+        size = (2, channels, *(8 + 4 * edge * stride for stride in module.stride))
+    generator = torch.Generator().manual_seed(width)
+    signs = torch.randint(2, size, generator=generator) * 2 - 1
+    dtype = inputs.dtype if inputs.is_floating_point() else torch.float32
+    signs = signs.to(inputs.device, dtype)
+    made = module(signs).float() - module(torch.zeros_like(signs)).float()
+    if kernel:  # without the padding
+        made = made[..., edge:-edge, edge:-edge].movedim(1, -1).flatten(0, -2)
+    return float(made.square().sum() / len(made)) ** 0.5
 
 
 def plain_weight(site: str, module: Any, reader: str = "This") -> Tensor:

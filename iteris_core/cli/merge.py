@@ -71,7 +71,13 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
         if options.plan:
             done = preview_merge(host, concepts, **how)
         else:
-            done = merge_loras(host, concepts, **how, store=store)
+            rescued: list[MergeResult] = []
+            try:
+                done = merge_loras(host, concepts, **how, store=store, rescue=rescued.append)
+            except KeyboardInterrupt:
+                if not rescued:
+                    raise
+                (done,) = rescued
     if isinstance(done, MergeResult):
         _write(with_run(done.lora, config.base, config.unmergeable), done.report, options)
     elif options.as_json:

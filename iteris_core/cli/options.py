@@ -84,7 +84,7 @@ AsJson = Annotated[bool, option("Print the report as JSON", "--json", panel=RESU
 Preset = Annotated[
     PresetName | None,
     option(
-        "fast: in a quarter of the time. best: for a low rank or many LoRAs; 6 to 7 times as long. "
+        "fast: in a quarter of the time. best: keeps more; takes about 7 to 10 times as long. "
         "tidy: LoRAs act on triggers only. All: iteris methods"
     ),
 ]
@@ -213,6 +213,10 @@ def check_settings(kind: type[Settings], values: Mapping[str, Any], where: str) 
 
 
 def _unknown(where: str, name: str, *kinds: type[Settings]) -> SettingsError:
+    for kind in kinds:
+        if name in kind.removed:
+            use = f"; use {kind.removed[name]}" if kind.removed[name] else ""
+            return SettingsError(f"{where}: there is no setting {name!r} any more{use}.")
     known = [one for kind in kinds for one in declared_settings(kind)]
     return SettingsError(
         f"{where}: there is no setting {name!r}{did_you_mean(str(name), known)} iteris methods "

@@ -246,6 +246,9 @@ class DiffusersHost(Host):
             calls = [call_of(rows[row], copy) for copy in range(copies) for row in some]
             self._denoise(name, arguments, calls)
 
+        def final(some: Sequence[int], copy: int) -> Tensor:
+            return self._denoise(name, arguments, [call_of(rows[row], copy) for row in some])
+
         firsts = [call_of(row, 0) for row in rows]
         kinds = None
         if not arguments.alike or arguments.masked:
@@ -266,6 +269,7 @@ class DiffusersHost(Host):
             samples=samples.worth,
             rows=rows,
             conditions=[text.conditions[row] for row in rows],
+            final=final,
         )
 
     def _lengths(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:

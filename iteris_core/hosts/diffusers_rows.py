@@ -140,7 +140,9 @@ def record_rows(
         kept = found or {_RAN: torch.zeros(len(own), picks.shape[1], dtype=torch.int64)}
         for rows in runs[owner]:
             if not found:
-                _, most = with_less(halved(most), partial(denoise_all, rows, kept), complaint)
+                sizes = halved(min(most, len(rows)))
+                _, size = with_less(sizes, partial(denoise_all, rows, kept), complaint)
+                most = size if size < len(rows) else most
             before += len(rows) * int(picks[rows].max())
         if store is not None and not found:
             store.put(kept, keys[owner])

@@ -62,7 +62,9 @@ class Stage:
       calibration's number).
     - ``rows``: indices among the samples' rows, if several stages share them (None: all).
     - ``conditions``: how the LoRAs are loaded in every row (empty: at their strength, alone).
-    - ``gradients()``: a context to enter before differentiating a part of the model.
+    - ``final(rows, copy)``: the model's final outputs of these rows, rows first, with the texts
+      of reference rows (copy 0) or of merged rows (1); None if the outputs are not final.
+    - ``gradients()``: a context to enter before differentiating the model.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Stage:
     samples: int | None = None
     rows: Sequence[int] | None = None
     conditions: Sequence[Condition] = ()
+    final: Callable[[Sequence[int], int], torch.Tensor] | None = None
     gradients: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property

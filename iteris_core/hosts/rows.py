@@ -33,7 +33,7 @@ from ..calibration_prompts import (
     templates_of,
     turns_of,
 )
-from ..concepts import Calibration, Concept
+from ..concepts import Calibration, Concept, HeldOut
 from .sample_store import digest
 
 GENERIC, CLASSES = "generic", "class words"
@@ -159,7 +159,8 @@ class SamplePrompts:
     ) -> SamplePrompts:
         """Draw random prompts. If a concept has very few, a prompt gets extra words after its 16th
         use. Concepts without a LoRA have no samples: their rows use the latents of others."""
-        wording = Wording(vocabulary, concepts, generator)
+        measures = isinstance(calibration, HeldOut)
+        wording = Wording(vocabulary, concepts, generator, held_out=measures)
         own: list[torch.Generator] = []
         prompts: list[list[str]] = []
         for concept in concepts:

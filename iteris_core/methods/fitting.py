@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,22 +100,26 @@ def notes_on(streams: Mapping[str, Stream], changed: Iterable[str]) -> list[str]
     return notes
 
 
-def sizes_of(changes: Mapping[str, SiteChanges]) -> dict[str, float]:
-    """(Σ ‖ΔW_i‖²)^½ of every site; of a repair site, which no LoRA changes, the root mean square
-    over the others of its component."""
-    squares = {
-        site: sum(change.squared_norm() for change in at_site.own.values())
-        for site, at_site in changes.items()
-    }
-    of_component: dict[str, list[float]] = {}
-    for site, square in squares.items():
-        if square:
-            of_component.setdefault(site.partition(".")[0], []).append(square)
-    typical = {component: fmean(some) for component, some in of_component.items()}
-    return {
-        site: math.sqrt(square or typical.get(site.partition(".")[0], 0.0))
-        for site, square in squares.items()
-    }
+def bounds_of(job: Job, bound: float | None, samples: int) -> dict[str, float]:
+    """The largest ‖ΔW‖_F of every site: ``bound`` times ‖W0‖_F, since a change as large as the
+    layer's own weight at most doubles what a shift of its inputs does (None: what
+    :class:`Thresholds` says for so many ``samples`` of each LoRA, and no more than ``growth`` times
+    what the LoRAs have there together, (Σ ‖ΔW_i‖²)^½; 0: no bound). Never less than that, so that a
+    single one stays itself."""
+    growth = math.inf
+    if bound is None:
+        chosen, rows = job.thresholds, samples * (job.calibration.rows_each / 4) ** 0.25
+        few = min(1.0, (rows / chosen.bound_samples) ** (1 / 3))  # free in more directions
+        # What LoRAs have together grows alike with their number.
+        bound, growth = few * chosen.bound * math.sqrt(max(job.loras, 1)), few * chosen.growth
+    bounds: dict[str, float] = {}
+    for site, changes in job.changes.items():
+        together = math.sqrt(sum(change.squared_norm() for change in changes.own.values()))
+        most = bound * job.norms[site]
+        if together:  # not at a repair
+            most = min(most, growth * together)
+        bounds[site] = max(most, together) if bound else math.inf
+    return bounds
 
 
 def solver_of(
@@ -154,26 +157,11 @@ def solver_of(
     )
     repairing = replace(fit, dtype=dtype, residuals=found is not None)  # many inputs wide
     inputs = {site: chosen for site, chosen in repairs.items() if chosen is not None}
-    # Unless the settings say it, there is no bound in a component with gates, except at layers
-    # whose output is added without one.
-    bound = settings.bound
-    if bound is None:
-        bound = thresholds.bound_for(samples, timesteps)
-    bounds = sizes_of(job.changes) if bound else dict[str, float]()
-    if settings.bound is None:
-        streams = streams_of(job)
-        free = {site for site, stream in streams.items() if stream.gate is not None}
-        gated = {site.partition(".")[0] for site in free}
-        bounds = {
-            site: size
-            for site, size in bounds.items()
-            if site in streams.keys() - free or site.partition(".")[0] not in gated
-        }
+    bounds = bounds_of(job, settings.bound, samples)
 
     def fit_of(site: str) -> RegressionSpec:
         of = repairing if site in repairs else fit
-        if site in bounds:
-            of = replace(of, bound=bound * bounds[site])
+        of = replace(of, bound=bounds[site])
         return replace(of, rank=ranks[site]) if ranks else of
 
     def begin(context: SiteContext) -> Reduction:

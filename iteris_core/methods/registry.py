@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -42,11 +42,22 @@ def micro_batch_setting() -> int:
 
 @dataclass(frozen=True)
 class Merged:
-    """Every site's solution, the run's log, and which sites are repairs."""
+    """Every site's solution, the run's log, and which sites are repairs. ``before`` are the changes
+    before steps (empty: there were none): whichever keep more on held-out rows are the merge.
+    ``ran`` are settings that differ from those requested. The user ``stopped`` the merge, and is to
+    get what there is."""
 
     sites: Mapping[str, Solution]
     log: RunLog = field(default_factory=RunLog)
     repairs: Set[str] = frozenset()
+    before: Mapping[str, LowRank] = field(default_factory=dict[str, LowRank])
+    ran: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    stopped: BaseException | None = None
+
+    @property
+    def without_steps(self) -> Merged:
+        sites = {s: replace(of, change=self.before[s]) for s, of in self.sites.items()}
+        return replace(self, sites=sites, before={}, ran={"steps": 0})
 
 
 Sweeps = Callable[[Any], int]

@@ -9,7 +9,7 @@ therefore covers only the concepts; a file that includes speed LoRAs adds their 
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 
 from ..activations.lockstep import Lockstep
@@ -41,7 +41,9 @@ def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
 
     def change_of(concept: Concept, site: str) -> LowRank | None:
         """None if there is none at the concept's strength."""
-        strength = concept.strength_at(site)
+        strength, of_text = concept.strength, concept.text_strength
+        if of_text is not None and site.startswith("text_encoder"):
+            strength = of_text
         change = None if concept.lora is None else concept.lora.sites.get(site)
         if change is None or strength == 0 or not (change.up.any() and change.down.any()):
             return None
@@ -113,15 +115,10 @@ def changes_always(concepts: Sequence[Concept]) -> dict[str, LowRank]:
     return {site: some.stacked() for site, some in changes.items()}
 
 
-def switched_on(host: Host, concepts: Sequence[Concept]) -> AbstractContextManager[None]:
-    """Context in which the LoRAs of ``concepts`` are on the base of ``host``; no weight is touched.
-    Raises :class:`MismatchError` if they change sites that the base lacks."""
-    return added(host, changes_always(concepts))
-
-
 @contextmanager
 def added(host: Host, changes: Mapping[str, LowRank]) -> Generator[None]:
-    """Context in which ``changes``, by site, act as part of the base of ``host``."""
+    """Context in which ``changes``, by site, act as part of the base of ``host``; no weight is
+    touched."""
     check_sites(host, changes)
     on = {site: SiteChanges((change,)) for site, change in changes.items()}
     every = MicroBatch(lambda: None, [0], 1, of_one=True)

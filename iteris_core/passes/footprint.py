@@ -75,7 +75,7 @@ class Measure:
         first run casts changes to the model's dtype, and loads weights that are offloaded as a
         whole model. Both stay on the device and belong to no row, so a run that leaves something
         behind does not count."""
-        row = _longest(self.stage)
+        row = longest(self.stage)
         one = _MeasuredForward(self, strategy, place, [row])
         if one.meter.live:
             one = _MeasuredForward(self, strategy, place, [row])
@@ -171,7 +171,7 @@ class _MeasuredForward:
 def forward_of(stage: Stage) -> Step:
     """A plain forward as one step of its longest row; what the row leaves for later stages is
     ``waiting``. The first run may leave something behind that belongs to no row."""
-    row = _longest(stage)
+    row = longest(stage)
     found: list[tuple[int, int]] = []
     for rows in ([row], [row], [row, row]):
         with MemoryMeter() as meter:
@@ -182,7 +182,8 @@ def forward_of(stage: Stage) -> Step:
     return Step("", left if stage.feeds_next else 0, each, forward=max(one - each, 0))
 
 
-def _longest(stage: Stage) -> int:
+def longest(stage: Stage) -> int:
+    """The row that takes the most memory."""
     if stage.lengths is not None:
         return max(range(len(stage.lengths)), key=stage.lengths.__getitem__)
     if stage.mask is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..activations.memory import halved, with_less
 from ..activations.site import phantom_of
-from ..concepts import Calibration
+from ..concepts import Calibration, HeldOut
 from ..errors import SiteError
 from ..hosts.protocol import Host
 from ..lora import LowRank
@@ -20,7 +20,7 @@ from .batches import chunks
 from .changes import added, beside
 from .job import Job
 
-_SAMPLES, _TIMESTEPS, _BATCH = 2, 2, 8
+_SAMPLES, _TIMESTEPS, _BATCH = 4, 2, 8
 _SEED = 1 << 20
 
 WHAT = "held-out rows"
@@ -32,13 +32,14 @@ _BESIDE = 0.6
 
 def held_out(calibration: Calibration, samples: int, timesteps: int) -> Calibration:
     """A calibration for a few rows of other prompts and noise than those of a fit."""
-    return replace(
-        calibration,
-        samples=min(samples, calibration.samples),
-        timesteps=min(timesteps, calibration.rows_each),
-        seed=calibration.seed ^ _SEED,
-        conditions=0.0,
-    )
+    few: dict[str, Any] = {
+        "samples": min(samples, calibration.samples),
+        "timesteps": min(timesteps, calibration.rows_each),
+        "seed": calibration.seed ^ _SEED,
+        "conditions": 0.0,
+        "contexts": 0.0 if calibration.contexts == 0 else 1.0,
+    }
+    return HeldOut(**{**asdict(calibration), **few})
 
 
 @dataclass
@@ -93,24 +94,26 @@ class FinalOutputs:
         return found
 
 
-def expect_held_out(job: Job) -> None:
-    """Expect the work of :func:`kept`."""
+def expect_held_out(job: Job, versions: int = 1) -> None:
+    """Expect the work of :func:`kept` for so many versions of a merge."""
     if job.host.pictures:
         calibration = held_out(job.calibration, _SAMPLES, _TIMESTEPS)
         rows = job.loras * calibration.samples * calibration.rows_each
         denoised = job.loras * calibration.samples * calibration.denoising_steps
-        forwards = [denoised + rows, *[2 * rows] * len(STRENGTHS), 3 * rows]
-        job.eta.expect(WHAT, [job.forward_work * some for some in forwards])
+        each = (versions + 1) * rows
+        forwards = [denoised + rows, *[each] * len(STRENGTHS), each + rows]
+        work = job.seen[-1].products if job.seen else 0.0
+        job.eta.expect(WHAT, [work * some for some in forwards])
 
 
-def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
-    """How the merged LoRA is loaded → for every concept with a LoRA, 1 − ‖f_merged − f_LoRA‖² /
-    ‖f_base − f_LoRA‖² of the final outputs f: 1 for the LoRA itself, 0 for the base. Both are
-    loaded at each of :data:`STRENGTHS`, and at 1 with another LoRA at 0.6, which the base has there
-    too: a phantom, see :mod:`..activations.site`. Empty for models of texts, whose rows are
-    given."""
+def kept(job: Job, *versions: Mapping[str, LowRank]) -> list[dict[str, list[float]]]:
+    """For each of several ``versions`` of a merge: how it is loaded → for every concept with a
+    LoRA, 1 − ‖f_merged − f_LoRA‖² / ‖f_base − f_LoRA‖² of the final outputs f: 1 for the LoRA
+    itself, 0 for the base. Both are loaded at each of :data:`STRENGTHS`, and at 1 with another LoRA
+    at 0.6, which the base has there too: a phantom, see :mod:`..activations.site`. Empty for models
+    of texts, whose rows are given."""
     if not job.host.pictures:
-        return {}
+        return [{} for _ in versions]
     calibration = held_out(job.calibration, _SAMPLES, _TIMESTEPS)
     own = {
         i: {site: change for site, some in job.changes.items() if (change := some.by_concept[i])}
@@ -119,14 +122,15 @@ def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
     }
     phantom = phantom_of(next(iter(own.values())), _BESIDE, calibration.seed)
     total = 1 + len(STRENGTHS) + 1
-    job.tick(WHAT, 0, total)
     generator = torch.Generator().manual_seed(calibration.seed)
-    tick = partial(job.bare, WHAT)
+    tick = partial(job.bare, f"denoising {WHAT}")
     other_rows = replace(job, calibration=calibration, generator=generator, tick=tick)
     with torch.no_grad(), other_rows.run() as run:
         rows = job.at_once(_BATCH, factors=4)
         final = FinalOutputs.of(job.host, run.samples, rows)
-    base, found = final.under({}, own), dict[str, list[float]]()
+    job.tick(WHAT, 0, total)
+    base = final.under({}, own)
+    found: list[dict[str, list[float]]] = [{} for _ in versions]
     for done, strength in enumerate([*STRENGTHS, None], 1):
         job.tick(WHAT, done, total)
         other: Mapping[str, LowRank] = {}
@@ -137,11 +141,15 @@ def kept(job: Job, merged: Mapping[str, LowRank]) -> dict[str, list[float]]:
                 beside({s: change.scaled(strength or 1.0) for s, change in one.items()}, other),
                 concepts,
             )
-            for one, concepts in ((merged, own), *((lora, [i]) for i, lora in own.items()))
+            for one, concepts in (
+                *((lora, [i]) for i, lora in own.items()),
+                *((version, own) for version in versions),
+            )
         ]
-        found[BESIDE if strength is None else f"{strength:g}"] = [
-            1 - error_of(outputs[0], base, wanted) for wanted in outputs[1:]
-        ]
+        for shares, given in zip(found, outputs[len(own) :], strict=True):
+            shares[BESIDE if strength is None else f"{strength:g}"] = [
+                1 - error_of(given, base, wanted) for wanted in outputs[: len(own)]
+            ]
     job.tick(WHAT, total, total)
     return found
 

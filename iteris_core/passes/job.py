@@ -58,11 +58,6 @@ class SiteCost:
     shape: tuple[int, int]
     tokens: int
 
-    @property
-    def products(self) -> int:
-        """A row's multiply-adds."""
-        return self.tokens * math.prod(self.shape)
-
 
 @dataclass(frozen=True)
 class StageTiming:
@@ -81,20 +76,21 @@ class StageTiming:
     @property
     def products(self) -> int:
         """A row's multiply-adds."""
-        return sum(reached.products for reached in self.sites.values())
+        return sum(of.tokens * math.prod(of.shape) for of in self.sites.values())
 
 
 @dataclass(frozen=True)
 class Job:
     """A merge of ``concepts`` on a ``host``, which a method on weights ignores. ``changes[site]``
     are the LoRAs' changes there, at their strength; ``streams`` are the residual streams to include
-    in targets, ``found_streams`` those that a forward showed.
+    in targets, ``found_streams`` those that a forward showed. ``norms`` are ‖W0‖_F by layer.
 
     ``tick`` reports progress, and ``eta`` estimates the time left by the stages ``seen``.
     ``joined``: see :class:`~.preflight.PreflightResult`. With ``only_plans``,
     :func:`~.sweep.solve_sites` raises :class:`~.planner.Planned` once it has planned. Samples may
     be kept in ``store``. ``rank`` is what the method's settings allow. ``included`` are the LoRAs
-    always on that become part of the merged one.
+    always on that become part of the merged one. With ``rescues`` a user who cancels once there is
+    a merge gets it.
     """
 
     host: Host
@@ -110,10 +106,12 @@ class Job:
     seen: Sequence[StageTiming] = ()
     joined: frozenset[str] = frozenset()
     found_streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
+    norms: Mapping[str, float] = field(default_factory=dict[str, float])
     only_plans: bool = False
     store: SampleStore | None = None
     rank: int | float | None = None
     included: Sequence[Concept] = ()
+    rescues: bool = False
     notes: list[tuple[str, list[str]]] = field(default_factory=list[tuple[str, list[str]]])
     """For the report, each with the name of what it is on; copies of the job share the list."""
 
@@ -140,11 +138,6 @@ class Job:
         """The work of making the samples."""
         each = [seen.products for seen in self.seen if seen.stage.spatial]
         return self.denoised * sum(each) / len(each) if each else 0.0
-
-    @property
-    def forward_work(self) -> float:
-        """The work of a row's forward in the last stage (0: unknown)."""
-        return self.seen[-1].products if self.seen else 0.0
 
     def at_once(self, most: int, copies: int = 1, *, stage: str = "", factors: int = 0) -> int:
         """How many rows, each in so many ``copies``, a forward of the ``stage`` (empty: of all
@@ -271,7 +264,7 @@ def sites_work(
     if seen.seconds:  # a solve's many small operations
         operations = _SOLVE * seen.fixed_seconds * seen.products / seen.seconds
     for site, reached in seen.sites.items():
-        way += slower * rows * schedule.copies * reached.products
+        way += slower * rows * schedule.copies * reached.tokens * math.prod(reached.shape)
         if site in job.changes:
             out, width = reached.shape
             tokens = rows * min(reached.tokens, limit(width) if limit else reached.tokens)

@@ -121,12 +121,14 @@ class Plan:
 
 
 class Planned(Exception):
-    """Ends a preview: the ``plans`` of all stages of a ``job`` are made, and the ``outlook`` is
-    known."""
+    """Ends a preview: the ``plans`` of all stages of a ``job`` are made, also as ``lines``, and the
+    ``outlook`` is known."""
 
-    def __init__(self, plans: Sequence[Plan], job: Job, outlook: str = "") -> None:
+    def __init__(
+        self, plans: Sequence[Plan], job: Job, outlook: str = "", lines: Sequence[str] = ()
+    ) -> None:
         super().__init__("planned")
-        self.plans, self.job, self.outlook = plans, job, outlook
+        self.plans, self.job, self.outlook, self.lines = plans, job, outlook, lines
 
 
 def outlook_of(job: Job, plans: Sequence[Plan]) -> str:
@@ -164,9 +166,7 @@ def planned(
     if run.job.memory_budget is None or not stage.sites:
         rows = run.job.at_once(batching.rows, stage=stage.name)
         return Plan(stage, rows, ON_DEVICE if schedule.sweep else Strategy(), offered)
-    # What rows leave for later stages
-    each = {one.stage.name: schedule.copies * one.forward.waiting for one in run.job.seen}
-    left = sum(each.get(of.name, 0) * len(of.concept_ids) for of in (*before, stage))
+    left = left_by(run.job, (*before, stage), schedule.copies)
     made = replace(_fitting(run, stage, solver, batching, schedule, left), offered=offered)
     if made.rows < made.offered:
         _log.warning(
@@ -176,6 +176,21 @@ def planned(
         )
     run.job.tick(f"plan: {made}", 0, 0, str(made))
     return made
+
+
+def left_by(job: Job, stages: Sequence[Stage], copies: int) -> int:
+    """The bytes that all rows of ``stages``, in so many ``copies``, leave for later stages."""
+    each = {one.stage.name: copies * one.forward.waiting for one in job.seen}
+    return sum(each.get(stage.name, 0) * len(stage.concept_ids) for stage in stages)
+
+
+def allowed(job: Job, wanted: int) -> int:
+    """The bytes that the most recent stage may use, after the host has tried to free ``wanted``."""
+    budget, free = job.memory_budget, job.host.free_memory
+    if isinstance(budget, int):
+        free(min(wanted, budget))
+        return budget
+    return free(wanted)
 
 
 def _fitting(
@@ -189,7 +204,7 @@ def _fitting(
     """The plan, beside ``left`` bytes, for as many rows as fit. With fewer rows, more tokens per
     row may count, so a reduced stage is measured again."""
     sweep = schedule.sweep
-    lockstep, available = run.lockstep, run.job.memory_budget
+    lockstep = run.lockstep
     limit, itemsize = limit_of(stage, batching), solver.dtype.itemsize
     measure = Measure(stage, lockstep, schedule.copies, limit, itemsize)
     steps = measure.row()
@@ -202,11 +217,7 @@ def _fitting(
         Footprint(stage, ON_DEVICE if schedule.sweep else Strategy(), steps, sites, fixed, sampled)
     ]
     wanted = footprints[0].bytes_of(len(stage.concept_ids), batching.rows)
-    free, host_limit = run.job.host.free_memory, 0
-    if isinstance(available, int):
-        free(min(wanted, available))
-    else:
-        available = free(wanted)
+    available, host_limit = allowed(run.job, wanted), 0
     if sweep and wanted > available:
         footprints += others(footprints[0], measure, batching.thresholds)
         host_limit = free_host()
@@ -214,7 +225,7 @@ def _fitting(
     if made.rows < len(stage.concept_ids) and stage.spatial and batching.row_tokens == "enough":
         return _fitting(run, made.stage, solver, batching, schedule, left)
     if made.bytes < wanted:
-        free(made.bytes)  # weights evicted for more than this come back
+        run.job.host.free_memory(made.bytes)  # weights evicted for more than this come back
     return made
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..activations.lockstep import Lockstep
 from ..activations.memory import is_apart, wait_for
 from ..activations.streams import Stream, find_streams
-from ..architectures.sites import weight_shape
+from ..architectures.sites import weight_norm, weight_shape
 from ..concepts import Concept
 from ..hosts.protocol import Stage
 from ..hosts.recorded import differ
@@ -44,12 +44,14 @@ _ROUNDING = 1e-3
 class PreflightResult:
     """``refused``: site of a job's changes → why its features cannot be collected; empty if all
     can. ``stages``: observations of every stage. ``joined``: sites whose inputs have the rows in
-    another dimension than the first. ``streams``: what the denoisers' forwards show of them."""
+    another dimension than the first. ``streams``: what the denoisers' forwards show of them.
+    ``norms``: ‖W0‖_F of every layer that a forward reaches."""
 
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
     stages: Sequence[StageTiming] = ()
     joined: frozenset[str] = frozenset()
     streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
+    norms: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
@@ -57,8 +59,16 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
     generator keeps the merge's random draws independent of this pass. Text models are skipped:
     their rows may be available only once, and all their layers are reached."""
     host, calibration, sites = job.host, job.calibration, job.changes.keys()
+    norms = dict[str, float]()
     if not host.pictures:
-        return PreflightResult()
+        for site, module in host.sites().items():
+            like = next(module.parameters())
+            if like.is_meta:  # accelerate's hooks bring weights in; others run in no forward
+                if not hasattr(module, "_hf_hook"):
+                    continue
+                like = torch.empty(0, dtype=like.dtype)
+            norms[site] = weight_norm(module, like)
+        return PreflightResult(norms=norms)
     short = replace(calibration, samples=1, timesteps=calibration.denoising_steps, latents="noise")
     generator = torch.Generator().manual_seed(calibration.seed)
     modules, seen = host.sites(), list[StageTiming]()
@@ -74,7 +84,9 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
             for stage in host.stages(samples, sites):
                 every_kind = some is every_prompt
                 own = replace(job, calibration=some)
-                why, mixed, timing = _look(own, stage, modules, every_kind=every_kind, sweep=sweep)
+                why, mixed, timing = _look(
+                    own, stage, modules, norms, every_kind=every_kind, sweep=sweep
+                )
                 if mixed - joined:
                     joined |= joined_rows(stage, {site: modules[site] for site in mixed - joined})
                 found |= why | dict.fromkeys(mixed - joined, MIXED)
@@ -89,20 +101,22 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
             if sites <= found.keys() and MIXED not in found.values():
                 break
     why_not = {s: why for s in sites if (why := found.get(s, UNREACHED)) is not None}
-    return PreflightResult(why_not, seen, frozenset(joined - why_not.keys()), streams)
+    return PreflightResult(why_not, seen, frozenset(joined - why_not.keys()), streams, norms)
 
 
 def _look(
     job: Job,
     stage: Stage,
     modules: Mapping[str, nn.Module],
+    norms: dict[str, float],
     *,
     every_kind: bool,
     sweep: bool,
 ) -> tuple[dict[str, str | None], set[str], StageTiming]:
     """Why sites that ``stage`` reaches with its first row, or with the first row of every kind,
     cannot be merged (None: they can); those that get a different number of rows; and the timing, of
-    several rows at once: with few, most of a forward's time does not depend on their number."""
+    several rows at once: with few, most of a forward's time does not depend on their number.
+    ``norms`` gets those of the layers that it lacks."""
     kinds = stage.batch_keys if stage.batch_keys and every_kind else [None] * len(stage.concept_ids)
     firsts = {kind: row for row, kind in reversed(list(enumerate(kinds)))}.values()
     wanted, device, ran = set(stage.sites), torch.device("cpu"), 1
@@ -116,10 +130,15 @@ def _look(
     def note(site: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             nonlocal device
+            if norms.get(site, 0.0) < 0:  # called to measure it
+                return
             device, (out, *rest) = output.device, weight_shape(module)
             if site in wanted:
                 calls.setdefault(site, []).append(len(args[0]))
             reached[site] = SiteCost((out, math.prod(rest)), output.numel() // max(out * ran, 1))
+            if site not in norms:
+                norms[site] = -1.0
+                norms[site] = weight_norm(module, args[0])
 
         return hook
 

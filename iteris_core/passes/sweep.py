@@ -33,6 +33,9 @@ from .planner import Plan, Planned, attempts, complaint, outlook_of, planned
 
 Solutions = dict[str, Solution]
 SolverOf = Callable[[Stage], StageSolver]
+PlanOf = Callable[[Stage, Sequence[Stage]], str]
+"""``plan(stage, before)`` plans more for a stage, after the stages ``before`` it; returns the
+plan's line, empty if there is none."""
 
 
 def solve_sites(
@@ -41,13 +44,14 @@ def solve_sites(
     batching: ExecutionConfig,
     schedule: Schedule = SWEEP,
     sweeps: int = 1,
+    also: PlanOf | None = None,
 ) -> tuple[Solutions, RunLog]:
-    """Every site's solution, in execution order; the first of so many ``sweeps``. A site that no
-    forward reaches is an error."""
+    """Every site's solution, in execution order; the first of so many ``sweeps``. What comes after
+    them is planned by ``also``. A site that no forward reaches is an error."""
     if schedule.sweep:
         greenlets()  # before samples are made
     run.lockstep.merged = {}
-    passes = _Passes(run, solver_of, batching, schedule, sweeps)
+    passes = _Passes(run, solver_of, batching, schedule, sweeps, also)
     solutions: Solutions = {}
     convergence: list[float] = []
     for turn in range(schedule.passes):
@@ -64,22 +68,23 @@ def solve_sites(
             f"{missed[0]}. Take them out of the LoRAs."
         )
     rows = max((plan.rows for plan in passes.made), default=0)
-    lines = [str(plan) for plan in passes.made if plan.budget < math.inf]
     short = [str(plan) for plan in passes.made if plan.rows < plan.offered]
-    return solutions, RunLog(rows, lines, short, convergence, outlook=passes.outlook)
+    return solutions, RunLog(rows, passes.lines, short, convergence, outlook=passes.outlook)
 
 
 @dataclass
 class _Passes:
-    """``made`` are the plans of all stages, as before any out-of-memory retry, and ``outlook`` what
-    they mean for the whole merge."""
+    """``made`` are the plans of all stages, as before any out-of-memory retry, ``lines`` those in
+    words, with what ``also`` planned, and ``outlook`` what they mean for the whole merge."""
 
     run: Run
     solver_of: SolverOf
     batching: ExecutionConfig
     schedule: Schedule
     sweeps: int
+    also: PlanOf | None = None
     made: list[Plan] = field(default_factory=list[Plan])
+    lines: list[str] = field(default_factory=list[str])
     outlook: str = ""
     _plans: dict[str, Plan] = field(default_factory=dict[str, Plan])
     _solutions: Solutions = field(default_factory=dict[str, Solution])
@@ -129,15 +134,24 @@ class _Passes:
             self.outlook = outlook_of(job, self.made)
             job.tick(OUTLOOK, 0, 0, self.outlook)
         if job.only_plans:
-            raise Planned(self.made, job, self.outlook)
+            raise Planned(self.made, job, self.outlook, self.lines)
 
     def _planned(self, stage: Stage) -> Plan:
         solver = self.solver_of(stage)
         given = self.run, stage, solver, self.batching
         before = [plan.stage for plan in self.made]
+        # Before the stage's own plan, for whose memory the host keeps the last free.
+        more = self.also(stage, before) if self.also is not None else ""
         plan = planned(*given, schedule=self.schedule, before=before)
+        if plan.budget < math.inf:
+            self.lines.append(str(plan))
+        if more:
+            self.lines.append(more)
+            self.run.job.tick(f"plan: {more}", 0, 0, more)
         # Without what its rows hold
-        self.made.append(replace(plan, stage=replace(plan.stage, run=_released, mask=None)))
+        self.made.append(
+            replace(plan, stage=replace(plan.stage, run=_released, final=None, mask=None))
+        )
         self._expect()
         return plan
 

@@ -30,18 +30,17 @@ class Thresholds:
     With fewer prompts than ``enough_samples`` per LoRA for two LoRAs (proportionally fewer with
     more LoRAs), the ``ridge`` grows with the ``ridge_power`` of the shortfall, up to
     ``most_ridge``, and pulls to the mean at the changes' own size. A change's norm is at most
-    ``bound`` times the LoRAs', less below ``bound_samples`` of each, and ``conditions`` is the
-    share of rows that show other uses. On models of texts ``shrink`` applies where no concept has
-    ``few_tokens`` tokens per input. Repair of two LoRAs uses ``repair_share`` of a feed-forward's
-    hidden units, never more than ``repair_width``.
+    ``bound`` times that of the layer's own weight, times the root of the number of LoRAs, and
+    ``growth`` times what the LoRAs have there together; both are less below ``bound_samples`` of
+    each. ``conditions`` is the share of rows that show other uses. On models of texts ``shrink``
+    applies where no concept has ``few_tokens`` tokens per input. Repair of two LoRAs uses
+    ``repair_share`` of a feed-forward's hidden units, never more than ``repair_width``.
 
     Blocks in which rows wait have at most this many barriers (``blocks``: small and large ones). A
-    block is replayed if its second run reproduces the first output within ``replay_error``, and
-    polished by itself if within ``segment_error``. A polished part has at most ``segment_share`` of
-    a stage's sites. It gets ``polish_rows`` rows, or ``polish_rows_each`` per concept if there are
-    many, ``polish_at_once`` at a time, within ``polish_bytes`` of host memory. ``polish_checked``
-    batches check the gain. ``polish_tokens`` tokens give its input moments; ``polish_floor`` times
-    their mean is added to each.
+    block is replayed if its second run reproduces the first output within ``replay_error``.
+
+    Every step through the denoiser has ``batch`` rows. Its learning rate is ``rate`` times a
+    factor's root mean square. ``hints`` is the weight of the blocks' outputs; the final one has 1.
     """
 
     small_target: int = 1 << 16
@@ -55,9 +54,10 @@ class Thresholds:
     ridge: float = 1e-6
     ridge_power: float = 5.0
     most_ridge: float = 1e-2
-    bound: float = 2.0
+    bound: float = 0.8
+    growth: float = 6.0
     bound_samples: float = 25.0
-    conditions: float = 0.5
+    conditions: float = 0.25
     enough_samples: int = 50
     shrink: float = 0.7
     few_tokens: float = 4.0
@@ -65,15 +65,9 @@ class Thresholds:
     repair_width: int = 6144
     blocks: tuple[int, ...] = (3, 8)
     replay_error: float = 1e-3
-    segment_error: float = 1e-2
-    segment_share: float = 0.5
-    polish_rows: int = 256
-    polish_rows_each: int = 64
-    polish_at_once: int = 16
-    polish_bytes: int = 4 << 30
-    polish_checked: int = 8
-    polish_tokens: int = 4096
-    polish_floor: float = 1e-3
+    batch: int = 16
+    rate: float = 0.04
+    hints: float = 3.0
 
     def choose(self, context: SiteContext, fit: RegressionSpec, objective: Objective) -> Reduction:
         """The reduction for a site."""
@@ -126,12 +120,6 @@ class Thresholds:
         few = max(1.0, self.enough_samples / effective)
         ridge = max(self.ridge, min(self.ridge * few**self.ridge_power, self.most_ridge))
         return ridge, "size" if effective < self.enough_samples else "mean"
-
-    def bound_for(self, samples: int, timesteps: int) -> float:
-        """The bound for that many samples of each LoRA: few rows leave a fit free in more
-        directions. Never below 1, with which a single LoRA stays itself."""
-        share = samples * (timesteps / 4) ** 0.25 / self.bound_samples
-        return min(self.bound, max(1.0, self.bound * share ** (1 / 3)))
 
 
 THRESHOLDS = Thresholds()

@@ -104,6 +104,9 @@ class MomentReduction(Reduction):
             fit = replace(fit, ridge=max(3 * fit.ridge, _LEAST_RIDGE))
             del factor, change  # before the next ones are made
             self.inputs.forget_factor()
+        over = change.squared_norm() ** 0.5 / fit.bound
+        if over > 1:
+            change = change.scaled(1 / over)
         if isinstance(fit.rank, float):
             change, more = truncate_factors(change, fit.rank, factor and factor.lower)
             lost = 1 - (1 - lost) * (1 - more)

@@ -47,7 +47,7 @@ class RegressionSpec:
     With ``shrink`` s, the off-diagonal entries of X̃_iᵀX̃_i and X_iᵀX̃_i are multiplied by s, as in
     RegMean, and T_iᵀX̃_i becomes s T_iᵀX̃_i + (1 − s) ΔW_i diag(X̃_iᵀX̃_i), where every concept has
     less than ``shrinks_below`` tokens for each input. ``bound`` is the largest ‖ΔW‖_F allowed: the
-    ridge is tripled until the solution keeps it, or reaches 1.
+    ridge is tripled until the solution keeps it, or reaches 1; then the solution is scaled.
 
     ``rank`` is the largest rank of the result, or the share of output energy to keep (None: Σ r_i).
     ``dtype`` is the precision of the normal equations if it suffices; otherwise float64.

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
-from command_line import QUICK, recipe_of
+from command_line import QUICK, recipe_of, same
 from PIL import Image
 from safetensors.torch import load_file
 
 from iteris_core import cli
+from iteris_core.methods.row_gradients import RowGradients
 
 
 def merge(world, out, *extra):
@@ -159,6 +160,31 @@ def test_ctrl_c_says_that_nothing_was_written(world, tmp_path, iteris, monkeypat
     finally:
         signal.signal(signal.SIGINT, former)
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_in_the_steps_writes_the_merge(world, tmp_path, iteris, monkeypatch):
+    """Whichever held-out rows prefer: with the steps so far or without."""
+    add, seen = RowGradients.add, []
+
+    def add_some(self, rows, *, first):
+        seen.extend([1] if first else [])  # no trial
+        if len(seen) == 3:
+            signal.raise_signal(signal.SIGINT)
+        add(self, rows, first=first)
+
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs of a shell ignore it
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(RowGradients, "add", add_some)
+            text = iteris(*merge(world, tmp_path / "out.safetensors", "--set", "steps=4"))
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert "steps: unet: stopped after 2 of 4" in text
+    assert "Ctrl-C again leaves them out" in iteris.err
+    assert "Wrote" in text
+    iteris(*merge(world, tmp_path / "plain.safetensors"))
+    without = same(tmp_path / "out.safetensors", tmp_path / "plain.safetensors")
+    assert without == ("so they are left out" in text)
 
 
 def test_pictures_reach_the_base(world, tmp_path, iteris, monkeypatch):

@@ -106,9 +106,11 @@ def test_calibration_is_set_in_the_same_way():
 
 
 def test_a_removed_setting_is_ignored_where_it_did_nothing():
-    assert IterisSettings.from_mapping({"polish_steps": 0, "ridge": 0.1}).ridge == 0.1
-    with pytest.raises(SettingsError, match="no setting 'polish_steps' any more; use block_steps"):
-        IterisSettings.from_mapping({"polish_steps": 5})
+    recorded = {"block_steps": 0, "block_rate": 0.05, "polish_steps": 0, "ridge": 0.1}
+    assert IterisSettings.from_mapping(recorded) == IterisSettings(ridge=0.1)
+    for name in ("block_steps", "polish_steps"):
+        with pytest.raises(SettingsError, match=f"no setting '{name}' any more; use steps"):
+            IterisSettings.from_mapping({name: 5})
 
 
 def test_every_setting_of_every_method_is_declared_and_its_default_is_allowed():

@@ -149,3 +149,22 @@ def kit(pack, tmp_path):
     from kit import Kit
 
     return Kit(pack, tmp_path)
+
+
+@pytest.fixture
+def desk(kit, caplog):
+    """Runs the merging node, and counts in its log."""
+    from kit import SETTINGS
+
+    caplog.set_level("INFO")
+
+    def merge(concepts=None, on=None, settings=None, **values):
+        given = {"clip": kit.clip, "samples": 9, **values}
+        given["settings"] = {**SETTINGS, **(settings or {})}
+        specs = tuple(concepts or kit.concepts())
+        run = kit.node("merge_nodes", "IterisMerge").execute
+        return run(on or kit.model, specs, **given).result
+
+    merge.merges = lambda: caplog.text.count("IterIS: merged with")
+    merge.latents = lambda: caplog.text.count("IterIS: making latents")
+    return merge

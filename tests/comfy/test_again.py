@@ -11,23 +11,6 @@ import torch
 from kit import SETTINGS, Kit, distance, part, write_loras
 
 
-@pytest.fixture
-def desk(kit, caplog):
-    """Runs the merging node, and counts in its log."""
-    caplog.set_level("INFO")
-
-    def merge(concepts=None, on=None, settings=None, **values):
-        given = {"clip": kit.clip, "samples": 9, **values}
-        given["settings"] = {**SETTINGS, **(settings or {})}
-        specs = tuple(concepts or kit.concepts())
-        run = kit.node("merge_nodes", "IterisMerge").execute
-        return run(on or kit.model, specs, **given).result
-
-    merge.merges = lambda: caplog.text.count("IterIS: merged with")
-    merge.latents = lambda: caplog.text.count("IterIS: making latents")
-    return merge
-
-
 def test_another_strength_does_not_merge_again(kit, desk):
     _, _, whole, _, words = desk()
     _, _, half, report, _ = desk(strength=0.5)
@@ -100,6 +83,35 @@ def test_a_run_after_one_that_was_cancelled_has_the_same_rows(kit, desk, monkeyp
     found = desk()[2]
     assert all(torch.equal(tensor, found[key]) for key, tensor in whole.items())
     assert desk.latents() == 4
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_an_interrupt_is_comfyui_s_own_and_the_merge_without_steps_is_kept(
+    kit, desk, monkeypatch, done
+):
+    import comfy.model_management as memory
+
+    before, plain = kit.outputs(), desk()[2]
+    kit.forget()
+    progress = part(kit.pack, "nodes.comfy_runtime").NodeProgress
+    told = progress.__call__
+
+    def stopping(self, now):
+        if now.what == "steps through the denoiser" and now.done == done:
+            memory.interrupt_current_processing()
+        told(self, now)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(progress, "__call__", stopping)
+        with pytest.raises(memory.InterruptProcessingException):
+            desk(settings={"steps": 3})
+    assert kit.unchanged(before)
+    assert not torch.is_inference_mode_enabled()
+    merges = desk.merges()
+    found, report = desk()[2:4]
+    assert desk.merges() == merges
+    assert f"stopped after {done} of 3" in report
+    assert all(torch.equal(tensor, found[key]) for key, tensor in plain.items())
 
 
 def test_what_has_no_hash_is_not_kept(kit):

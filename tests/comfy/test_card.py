@@ -61,7 +61,7 @@ def test_what_forwards_cannot_pause_with_is_off_during_a_merge(kit, monkeypatch,
 
 
 def test_fused_operations_run_unfused_and_with_gradients(pack):
-    """An INT8 layer that is read would not be seen; a polish goes back through a rotation."""
+    """An INT8 layer that is read would not be seen; gradients pass through a rotation."""
     import comfy.ops
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 

@@ -102,14 +102,11 @@ def test_a_merge_by_blocks(pack, tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", names(IN_PARTS))
-def test_a_polish_by_blocks(pack, tmp_path, name):
+def test_steps_through_the_denoiser(pack, tmp_path, name):
     """Blocks change arguments in place, and their weights were loaded in inference mode."""
     trial = Trial(pack, ARCHITECTURES[name], tmp_path)
     with torch.inference_mode():
-        plain, result = trial.merge(2), trial.merge(2, block_steps=15)
-    assert "cannot be differentiated" not in str(result.report.notes)
-    changes = result.lora.sites
-    assert all(bool(change.up.isfinite().all()) for change in changes.values())
-    if name in IN_PARTS:  # of others with random weights a few steps need not gain
-        assert furthest(result, plain) > 0
+        plain, result = trial.merge(2), trial.merge(2, steps=3)
+    assert all(bool(change.up.isfinite().all()) for change in result.lora.sites.values())
+    assert furthest(result, plain) > 0
     assert trial.unchanged()

@@ -175,9 +175,9 @@ def test_a_graph_of_an_earlier_version_opens(client, tmp_path):
             "widgets_values": values,
         }  # fmt: skip
 
-    names = ("density", "rank", "gone", "image_size", "repair")
+    names = ("density", "rank", "gone", "image_size", "repair", "block_steps")
     nodes = [
-        node(1, "IterisSettings", [0.2, 16, "x", 64, False, "a text on the node"], names),
+        node(1, "IterisSettings", [0.2, 16, "x", 64, False, 120, "a text"], names),
         node(2, "IterisMerge", ["iteris", 4, "default", 0, 1.0]),
         node(3, "IterisLoras", ["gone.safetensors", False], ("lora_1", "on_1")),
         node(4, "IterisCompareMerges", ["base, sum, ties", 3], ("methods", "samples")),
@@ -188,7 +188,7 @@ def test_a_graph_of_an_earlier_version_opens(client, tmp_path):
     seen = look(client, tmp_path / "old.json", tmp_path / "old.png")
     values = seen["values"]["IterisSettings"]
     assert (values["rank"], values["image_size"], values["repair"]) == (16, 64, False)
-    assert (values["denoising_steps"], values["kept"]) == (6, "use")
+    assert (values["denoising_steps"], values["steps"], values["kept"]) == (6, 0, "use")
     assert seen["values"]["IterisMerge"]["preset"] == "default"
     compared = seen["values"]["IterisCompareMerges"]
     rows = [compared[f"row_{number}"] for number in range(1, 7)]

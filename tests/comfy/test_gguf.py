@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from figures import Trial
+from gradient_check import check_gradients
+from kit import part
 from reduced_models import Reduced, flux
 from reduced_models.flux import config
 from safetensors.torch import load_file, save_file
@@ -97,3 +99,24 @@ def test_a_dora_is_of_the_weight_that_the_pack_makes_of_its_bytes(pack, loader, 
     moved = base + tensors[f"{SITE}.lora_B.weight"] @ tensors[f"{SITE}.lora_A.weight"]
     wanted = scale * moved / moved.norm(dim=1, keepdim=True) - base
     assert float((found.dense() - wanted).norm() / wanted.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "BF16"])
+def test_steps(pack, loader, tmp_path, monkeypatch, kind):
+    """On layers as the loading node gives them: in inference mode."""
+    with torch.inference_mode():
+        trial = Trial(pack, Reduced(lambda: gguf_flux(loader, tmp_path, kind)), tmp_path)
+    weight = trial.model.model.diffusion_model.double_blocks[0].img_mlp[0].weight
+    assert weight.is_inference()
+    gradients = part(pack, "iteris_core.methods.row_gradients").RowGradients
+    thresholds = part(pack, "iteris_core.solve.choose").THRESHOLDS
+
+    def merge(chosen):
+        monkeypatch.setitem(trial.merging.merge_on.__kwdefaults__, "thresholds", chosen)
+        return trial.merge(2, steps=1)
+
+    with torch.inference_mode():
+        result = check_gradients(monkeypatch, gradients, thresholds, merge)
+    assert "denoiser: 1 taken" in result.report.notes["steps"]
+    assert trial.model.model.diffusion_model.double_blocks[0].img_mlp[0].weight is weight
+    assert trial.unchanged()

@@ -119,7 +119,7 @@ def test_few_inputs_stand_out(pack):
 
     assert "method" not in plain("IterisMerge")
     assert plain("IterisMerge")[3] == "preset"
-    folded = {"contexts", "generic", "composites", "empty_share", "block_steps", "share_ranks"}
+    folded = {"contexts", "generic", "composites", "empty_share", "steps", "share_ranks"}
     assert not folded & set(plain("IterisSettings"))
     assert len(plain("IterisSettings")) <= 13
 

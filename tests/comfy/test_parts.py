@@ -54,7 +54,7 @@ def test_inputs_go_over_a_preset_where_they_are_changed(pack):
     shown = {i.id: i for i in inputs.IterisMergeSettings.define_schema().inputs}
     usual = {name: i.default for name, i in shown.items()}
     declared = set(core.settings.declared_settings(core.IterisSettings))
-    assert declared - set(shown) == {"micro_batch", "block_rate", "bound"}
+    assert declared - set(shown) == {"micro_batch", "bound"}
 
     def settings(method="iteris", preset="default", **values):
         config = inputs.Request(preset, values={**usual, **values}).config((), method)
@@ -74,8 +74,8 @@ def test_inputs_go_over_a_preset_where_they_are_changed(pack):
     paper = settings(preset="paper", ridge=1e-3)
     assert (paper["objective"], paper["schedule"]) == ("adapter", "jacobi")
     assert (paper["repair"], paper["saliency"], paper["ridge"]) == (False, 0.0, 1e-3)
-    assert settings(preset="best")["block_steps"] == 120
-    assert settings(preset="best", block_steps=30)["block_steps"] == 30
+    assert settings(preset="best")["steps"] == 200
+    assert settings(preset="best", steps=30)["steps"] == 30
     assert [samples("fast", n) for n in (0, 30, 50)] == [24, 30, 50]  # 0 is the preset's
 
 

@@ -40,7 +40,7 @@ def merged(net, loras, always_on=None, method="iteris", speed=None, **settings):
 @pytest.mark.parametrize(("method", "settings"), [
     ("iteris", {}),
     ("iteris", {"schedule": "jacobi", "iterations": 3, "objective": "adapter"}),
-    ("iteris", {"block_steps": 3}),
+    ("iteris", {"steps": 3}),
     ("regmean++", {}),
 ])  # fmt: skip
 def test_it_is_as_if_the_base_had_it(method, settings):

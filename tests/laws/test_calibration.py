@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from iteris_core import Calibration, Concept, IterisError, Lora
-from iteris_core.calibration_prompts import Wording, calling_words, concept_prompts, whole_words
+from iteris_core.calibration_prompts import (
+    Wording,
+    calling_words,
+    concept_prompts,
+    is_held_out,
+    whole_words,
+)
 from iteris_core.concepts import TEMPLATES, over, words_in
 from iteris_core.errors import ConceptError
 from iteris_core.hosts.rows import SamplePrompts, TextRows, added_concepts
@@ -115,7 +121,7 @@ def test_a_share_of_the_rows_carries_further_words():
     rows = said(texts([0] * 400, ["a sks dog"] * 400, 1, 0.2, generator, PAIR[:1], contexts=0.5))
     more = [text for text in rows if text not in ("", "a sks dog")]
     assert len(more) / sum(map(bool, rows)) == pytest.approx(0.5, abs=0.06)
-    assert len(set(more)) > 100
+    assert len(set(more)) > 70
     assert all("a sks dog" in text and text.count("sks") == 1 for text in more)
 
 
@@ -127,12 +133,12 @@ def test_many_loras_share_their_prompts():
         assert calibration.settled(loras, pictures=True) == calibration
         return calibration.samples
 
-    assert [shared(loras) for loras in (1, 4, 5, 8, 20)] == [50, 50, 40, 25, 12]
-    assert [shared(8, samples=9), shared(8, total_samples=None)] == [9, 50]
-    assert Calibration().settled(8, pictures=False).samples == 50
+    assert [shared(loras) for loras in (1, 4, 5, 8, 20)] == [80, 80, 80, 50, 20]
+    assert [shared(8, samples=9), shared(8, total_samples=None)] == [9, 80]
+    assert Calibration().settled(8, pictures=False).samples == 80
     assert settings_over("default", "iteris", None, {"samples": 60})[1].total_samples is None
     assert over({"samples": 25, "total_samples": 200}, {"samples": 60})["total_samples"] is None
-    assert settings_over("fast", "iteris", None, {"seed": 1})[1].total_samples == 96
+    assert settings_over("fast", "iteris", None, {"seed": 1})[1].total_samples == 128
 
 
 def test_rows_without_a_lora_have_latents_of_others():
@@ -153,9 +159,10 @@ def test_rows_without_a_lora_have_latents_of_others():
 def test_generic_prompts_name_no_concept():
     (concept,) = added_concepts(PAIR, Calibration(), [*WORDS, "garden"])
     assert concept is not None
-    assert (concept.lora, concept.weight, len(concept.prompts)) == (None, 0.2, 80)
+    assert (concept.lora, concept.weight, len(concept.prompts)) == (None, 0.2, 128)
     words = {word for prompt in concept.prompts for word in prompt.split()}
-    assert {"apple", "bridge", "cloud", "garden"} <= words
+    assert {"apple", "bridge", "garden"} <= words
+    assert not any(map(is_held_out, words))
     assert not words & {"sks", "zwx"}
     (again,) = added_concepts(PAIR, Calibration(), [*WORDS, "garden"])
     assert again.prompts == concept.prompts
@@ -210,3 +217,18 @@ def test_what_samples_are_worth():
 
     assert worth(50) == 4
     assert worth(3) == 3
+
+
+def test_held_out_rows_have_words_that_no_row_of_a_fit_has():
+    """A tenth of a vocabulary, and of it alone."""
+    vocabulary = [f"{a}{b}{c}" for a in "abcdefgh" for b in "aeiou" for c in "klmnprst"]
+    words = dict[bool, set[str]]()
+    for held_out in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        wording = Wording(vocabulary, PAIR, generator, held_out=held_out)
+        prompts = [wording.in_context("sks") for _ in range(3000)]
+        words[held_out] = {word for prompt in prompts for word in prompt.split()} - {"sks"}
+    assert words[False] & set(vocabulary) == {w for w in vocabulary if not is_held_out(w)}
+    assert words[True] == {word for word in vocabulary if is_held_out(word)}
+    assert not words[True] & words[False]
+    assert 0.05 < len(words[True]) / len(vocabulary) < 0.15

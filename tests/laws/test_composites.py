@@ -165,9 +165,9 @@ def test_rows_of_a_composite_have_latents_of_its_parts():
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("settings", [
     {},
-    pytest.param({"block_steps": 2}, marks=pytest.mark.slow),
+    pytest.param({"steps": 2}, marks=pytest.mark.slow),
     pytest.param({"schedule": "jacobi", "iterations": 2}, marks=pytest.mark.slow),
-], ids=["closed form", "block polish", "jacobi"])  # fmt: skip
+], ids=["closed form", "steps", "jacobi"])  # fmt: skip
 def test_a_pipeline_takes_them_in_every_way_of_merging(host, settings):
     """The file is as thick as without them, and another one."""
     concepts = [

@@ -20,9 +20,10 @@ from small_merge import EXACT
 
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
 from iteris_core.activations.site import PLAIN, Condition, site_of, under_conditions
+from iteris_core.architectures.sites import weight_norm
 from iteris_core.hosts.rows import drawn_uses
-from iteris_core.methods.fitting import sizes_of
 from iteris_core.passes.changes import changes_of
+from iteris_core.solve.choose import THRESHOLDS
 
 LORAS = [make_lora(1), make_lora(2, rank=3)]
 OUT, WIDTH = 6, 8
@@ -41,7 +42,7 @@ def flat_problem():
     return changes, inputs, targets
 
 
-def merged(loras, data, *, conditions=None, **settings) -> Lora:
+def merged(loras, data, *, conditions=None, thresholds=THRESHOLDS, **settings) -> Lora:
     class Host(ModuleHost):
         def stages(self, samples, sites):
             for stage in super().stages(samples, sites):
@@ -50,7 +51,8 @@ def merged(loras, data, *, conditions=None, **settings) -> Lora:
 
     concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
     settings = {**EXACT, "bound": 0.0, **settings}
-    return merge_loras(Host(Net(), data), concepts, settings=settings).lora
+    host = Host(Net(), data)
+    return merge_loras(host, concepts, settings=settings, thresholds=thresholds).lora
 
 
 @pytest.mark.parametrize("bound", [3.0, 10.0])
@@ -74,17 +76,75 @@ def test_the_ridge_is_raised_until_a_change_keeps_the_bound(bound, rank):
 
 @pytest.mark.parametrize("objective", ["adapter", "output"])
 @pytest.mark.parametrize("schedule", ["sweep", "jacobi"])
-def test_every_layer_of_a_merge_keeps_the_bound(objective, schedule):
-    concepts = [Concept(lora, prompts=["unused"]) for lora in LORAS]
-    settings = {"bound": 1.0, "objective": objective, "schedule": schedule, "iterations": 2}
-    sizes = sizes_of(changes_of(concepts))
-    found = {bound: merged(LORAS, make_data(), **{**settings, "bound": bound}) for bound in (0, 1)}
-    norms = {
-        bound: [c.squared_norm() ** 0.5 / sizes[s] for s, c in lora.sites.items()]
-        for bound, lora in found.items()
-    }
-    assert max(norms[1]) <= 1.0
-    assert max(norms[0]) > 1.0
+@pytest.mark.parametrize("bound", [0.01, 0.6])
+def test_a_change_is_at_most_so_many_times_the_layers_weight_or_as_the_loras(
+    objective, schedule, bound
+):
+    settings = {"objective": objective, "schedule": schedule, "iterations": 2}
+    changes, net = changes_of([Concept(lora, prompts=["unused"]) for lora in LORAS]), Net()
+    over = set()
+    for site, free in merged(LORAS, make_data(), **settings).sites.items():
+        weight = float(net.get_submodule(site).weight.norm())
+        own = sum(c.squared_norm() for c in changes[site].own.values()) ** 0.5
+        most = max(1.1 * bound * weight, own)  # norms of weights are within some percent
+        if free.squared_norm() ** 0.5 > most:
+            over.add(site)
+        kept = merged(LORAS, make_data(), **settings, bound=bound).sites[site]
+        assert kept.squared_norm() ** 0.5 <= most * (1 + 1e-9)
+    assert over, "nothing was to be bounded"
+
+
+@pytest.mark.parametrize("growth", [0.5, 1.2])
+def test_by_default_a_change_grows_to_so_many_times_what_the_loras_have(growth):
+    changes = changes_of([Concept(lora, prompts=["unused"]) for lora in LORAS])
+    limits = replace(THRESHOLDS, bound=1e6, growth=growth)
+    free = merged(LORAS, make_data()).sites
+    kept = merged(LORAS, make_data(), thresholds=limits, bound=None).sites
+    over = set()
+    for site, some in changes.items():
+        own = sum(change.squared_norm() for change in some.own.values()) ** 0.5
+        most = max(growth, 1.0) * own
+        if free[site].squared_norm() ** 0.5 > most:
+            over.add(site)
+        assert kept[site].squared_norm() ** 0.5 <= most * (1 + 1e-9)
+    assert over, "nothing was to be bounded"
+
+
+def test_where_no_ridge_keeps_the_bound_the_solution_is_scaled():
+    changes, inputs, targets = flat_problem()
+    size = 1e-3 * changes[0].squared_norm() ** 0.5
+    kept = solved(by_moments(changes, inputs, targets), [1.0, 1.0], ridge=0.9, bound=size)
+    assert kept.change.squared_norm() ** 0.5 == pytest.approx(size)
+
+
+class Quantised(torch.nn.Module):
+    """A layer whose weight cannot be read."""
+
+    def __init__(self, whole: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = whole.in_features, whole.out_features
+        self._run = whole.forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._run(x)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        torch.nn.Linear(40, 30),
+        Quantised(torch.nn.Linear(40, 30)),
+        torch.nn.Conv2d(12, 24, 3, padding=1),
+        torch.nn.Conv2d(12, 24, 3, padding=1, stride=2, groups=3),
+        torch.nn.Conv2d(12, 24, (1, 3), padding=(0, 1)),
+        torch.nn.Conv2d(12, 24, 1),
+    ],
+)
+def test_the_norm_of_a_weight_is_measured_by_what_the_layer_makes(module):
+    weight = module._run.__self__.weight if isinstance(module, Quantised) else module.weight
+    with torch.no_grad():
+        found = weight_norm(module, weight.new_empty(0))
+    assert found == pytest.approx(float(weight.norm()), rel=0.05)
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0, 1.3])

@@ -27,11 +27,12 @@ def test_a_lora_keeps_all_of_itself_and_the_base_nothing(host):
     itself = dict(concepts[0].lora.sites)
     before = [parameter.clone() for parameter in host.pipeline.unet.parameters()]
     for merged, shares in ((itself, (1.0,)), ({}, (0.0,))):
-        found = kept(job_of(host, concepts[:1]), merged)
+        (found,) = kept(job_of(host, concepts[:1]), merged)
         assert found.keys() == USES
         for use, of_use in found.items():
             assert of_use == pytest.approx(shares, abs=1e-4), use
-    both = kept(job_of(host, concepts), itself)
+    both, neither = kept(job_of(host, concepts), itself, {})
+    assert neither == {use: pytest.approx([0, 0], abs=1e-4) for use in USES}
     for first, second in both.values():
         assert first == pytest.approx(1.0, abs=1e-4)
         assert second < 0.9
@@ -99,7 +100,7 @@ def test_a_user_cancels_a_measurement_too(host, monkeypatch, stop):
 
 def test_a_concept_that_preserves_the_base_is_not_measured(host):
     concepts = [*two_of(host)[:1], Concept.preserve(["a cat"])]
-    assert {len(shares) for shares in kept(job_of(host, concepts), {}).values()} == {1}
+    assert {len(shares) for shares in kept(job_of(host, concepts), {})[0].values()} == {1}
 
 
 @pytest.mark.slow

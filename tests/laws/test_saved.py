@@ -29,7 +29,7 @@ def text_encoder(site: str) -> bool:
 
 
 PAIRS = [(up_blocks, up_blocks), (cross_attention, cross_attention), (text_encoder, up_blocks)]
-SETTINGS = [{"schedule": "jacobi"}, {"block_steps": 1}]
+SETTINGS = [{"schedule": "jacobi"}, {"steps": 1}]
 
 
 def merge(host, pair, settings):

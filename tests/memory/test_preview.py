@@ -64,15 +64,14 @@ def test_what_does_not_fit_is_refused_before_it_is_denoised():
     assert not any(progress.what == "denoising steps" for progress in told)
 
 
-def test_the_time_includes_samples_and_polish():
+def test_the_time_includes_samples_and_steps():
     host, some = of_texts_and_pictures()
-    steps = {"latents": "noise"}, {"denoising_steps": 400}, {}
-    polish = {}, {}, {"block_steps": 400}
-    least, denoised, polished = (
+    ways = ({}, {"latents": "noise"}), ({}, {"denoising_steps": 400}), ({"steps": 400}, {})
+    least, denoised, stepped = (
         preview_merge(host, some, settings=settings, calibration={**QUICK, **more}).seconds
-        for settings, more in zip(polish, steps, strict=True)
+        for settings, more in ways
     )
-    assert min(denoised, polished) > 3 * least, (least, denoised, polished)
+    assert min(denoised, stepped) > 3 * least, (least, denoised, stepped)
 
 
 def test_what_cannot_be_merged_is_refused_or_said():

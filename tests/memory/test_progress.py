@@ -12,6 +12,7 @@ from tiny import two_concepts
 
 from iteris_core import Calibration, Concept, Progress, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.methods.distillation import WHAT
 from iteris_core.progress import OUTLOOK, Forecast
 
 
@@ -101,6 +102,27 @@ def test_on_a_busy_machine_the_forecast_of_the_toybox_is_within_two():
     assert (end - ten.seconds) / 2 <= ten.left <= 2 * (end - ten.seconds)
 
 
+@pytest.mark.slow
+def test_while_steps_run_the_forecast_of_the_toybox_is_within_two():
+    """From the plan on: steps are most of the work, and none was timed yet."""
+    from toybox import TEMPLATES, concepts, load_pipeline
+
+    host, world, told = DiffusersHost(load_pipeline()), concepts(), list[Progress]()
+    merged = [
+        Concept(host.read_lora(world[t].lora), trigger=t, class_word=world[t].class_word)
+        for t in ("sks1", "sks4")
+    ]
+    calibration = Calibration(templates=TEMPLATES, samples=8)
+    how = {"settings": {"steps": 20}, "calibration": calibration, "on_progress": told.append}
+    merge_loras(host, merged, **how)
+    end = told[-1].seconds
+    steps = [progress for progress in told if progress.what == WHAT]
+    assert [progress.done for progress in steps] == list(range(21))
+    for progress in (p for p in told if p.what == OUTLOOK or p in steps):
+        left = end - progress.seconds
+        assert left / 2 <= progress.left <= 2 * left, str(progress)
+
+
 def test_every_step_of_a_merge_is_told(host):
     """The count of each thing goes up, the share never goes back, and the time left is there from
     the first steps of denoising on."""
@@ -134,7 +156,7 @@ def test_every_step_of_a_merge_is_told(host):
         ("regmean", {}),
         ("iteris", {"schedule": "jacobi", "iterations": 3}),
         ("iteris", {"rank": 2, "share_ranks": True}),
-        ("iteris", {"block_steps": 1}),
+        ("iteris", {"steps": 1}),
         ("ties", {}),
     ],
 )

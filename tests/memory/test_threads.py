@@ -26,7 +26,7 @@ CALIBRATION = Calibration(samples=2, timesteps=1, latents="noise")
 
 def merged(host) -> Lora:
     concepts = [Concept(random_lora(host, seed), prompts=["a dog", "a cat"]) for seed in (1, 2)]
-    settings = {"block_steps": 2}
+    settings = {"steps": 2}
     return merge_loras(host, concepts, settings=settings, calibration=CALIBRATION).lora
 
 

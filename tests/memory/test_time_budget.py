@@ -11,7 +11,7 @@ from iteris_core.preview import preview_merge
 
 def test_if_forwards_are_unknown_all_samples_stay():
     unknown = Job(None, [], {}, Calibration(minutes=0.01), None, lambda *_: None)
-    assert within_time(unknown, 1).calibration.samples == 50
+    assert within_time(unknown, 1).calibration.samples == 80
 
 
 def test_a_merge_in_no_time_has_twelve_samples_and_says_so():

@@ -75,7 +75,7 @@ def default_merge(folder: Path) -> dict[str, int]:
     return entered.counts()
 
 
-BOUNDS = {"modules": 57, "functions": 481, "classes": 61, "two-way pairs": 6}
+BOUNDS = {"modules": 57, "functions": 480, "classes": 60, "two-way pairs": 6}
 """No more than these; fewer is better. Three pairs are retries with less memory, by a call back."""
 
 

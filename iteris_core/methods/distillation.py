@@ -1,0 +1,283 @@
+"""Adam steps through the whole denoiser, from the closed form on.
+
+The closed form fits every layer by itself, and no layer sees how others combine its error. Here all
+merged factors of a denoiser are trained together on what it does to the merge's own rows
+(:mod:`.row_gradients`).
+
+Text encoders stay as the closed form left them: on the toybox five LoRAs keep .98 with the merged
+text encoder and their own denoiser, and .43 the other way round.
+
+What ends the steps early loses neither those taken by then nor the merge: memory that runs out, a
+model that cannot be differentiated, gradients that are not finite, or the user.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..activations.gradients import Network
+from ..activations.memory import halved, with_less
+from ..errors import SolveError, brief
+from ..hosts.protocol import Stage
+from ..linalg import truncate_factors
+from ..lora import LowRank
+from ..passes.batches import ExecutionConfig, chunks, micro_batches
+from ..passes.job import Run
+from ..passes.planner import allowed, left_by
+from .row_gradients import RowGradients, network_of
+
+WHAT = "steps through the denoiser"
+_WARM = 10
+"""Steps until the learning rate is full."""
+_WORK = 5.0
+"""A row's step in forwards: the LoRA's, the merge's, its blocks' again, and the gradients, which in
+attention take two."""
+_STATE = 16
+"""Bytes of a number of a factor, its gradient and Adam's two moments of it."""
+_ROOM = 8
+"""A forward's memory, this many times, is kept free for the first measurement."""
+_log = logging.getLogger(__name__)
+
+
+def _is_trained(stage: Stage) -> bool:
+    return stage.final is not None and bool(stage.sites) and not stage.feeds_next
+
+
+@dataclass(frozen=True)
+class StepsPlan:
+    """``at_once`` rows of a ``stage`` at a time out of the ``batch`` of a step, using ``bytes`` of
+    the ``budget`` beyond the model. With no row there are no steps, for a reason ``why``."""
+
+    stage: str
+    at_once: int
+    batch: int
+    bytes: int = 0
+    budget: int = 0
+    why: str = ""
+
+    def __str__(self) -> str:
+        size, budget = (f"{some / 2**30:.2f}" for some in (self.bytes, self.budget))
+        rows = f"{self.at_once} of {self.batch} rows at once, {size} of {budget} GiB"
+        return f"steps through the {self.stage}: {rows if self.at_once else self.why}"
+
+
+@dataclass
+class Distillation:
+    """The ``steps`` of every denoiser of a ``run``. ``taken`` counts those of all, and ``stopped``
+    is what the user stopped them by if the job rescues its merge then."""
+
+    run: Run
+    steps: int
+    taken: int = 0
+    stopped: BaseException | None = None
+    _plans: dict[str, StepsPlan] = field(default_factory=dict[str, StepsPlan])
+    _networks: dict[str, Network] = field(default_factory=dict[str, Network])
+
+    def __post_init__(self) -> None:
+        self._expect()
+
+    def _expect(self) -> None:
+        """Expect the work of all stages that are not left out."""
+        job = self.run.job
+        rows = self.steps * job.thresholds.batch
+        work = {s.stage.name: s.products * _WORK * rows for s in job.seen if _is_trained(s.stage)}
+        left_out = {name for name, plan in self._plans.items() if not plan.at_once}
+        job.eta.expect(WHAT, [of for name, of in work.items() if name not in left_out])
+
+    def plan(self, stage: Stage, before: Sequence[Stage]) -> str:
+        """Plan the steps of a ``stage``, after the stages ``before`` it, within the memory budget.
+        Returns the plan in words; empty without a budget."""
+        if self.run.job.memory_budget is None or not _is_trained(stage):
+            return ""
+        try:
+            plan, _ = with_less([(stage, before)], self._planned, _complaint)
+        except Exception as error:
+            if self._cancels(error):
+                raise
+            batch, why = self.run.job.thresholds.batch, f"left out: {brief(error)}"
+            plan = StepsPlan(stage.name, 0, batch, why=why)
+        if not plan.at_once:
+            _log.warning("%s", plan)
+        self._plans[stage.name] = plan
+        self._expect()
+        return str(plan)
+
+    def _planned(self, given: tuple[Stage, Sequence[Stage]]) -> StepsPlan:
+        """Of as many rows at once as fit, by the measured cost of one and of two."""
+        (stage, before), job, lockstep = given, self.run.job, self.run.lockstep
+        batch, ranks = job.thresholds.batch, self._ranks(stage)
+        fixed = sum(
+            _STATE * rank * sum(lockstep.changes[site].shape) for site, rank in ranks.items()
+        )
+        fixed += left_by(job, (*before, stage), 2)
+        forward = [of.forward for of in job.seen if of.stage.name == stage.name]
+        allowed(job, fixed + sum(_ROOM * (of.running + of.forward) for of in forward))
+        network = self._network(stage)
+        gradients = RowGradients(self.run, stage, network, self._largest(stage, network), copy=0)
+        with gradients.active():
+            one = gradients.peak(1)
+        fixed += lockstep.cast_bytes
+        budget, each = allowed(job, fixed + batch * one), one
+        if fixed + 2 * one <= budget:  # two show what does not grow with the number of rows
+            with gradients.active():
+                each = min(max(gradients.peak(2) - one, 0), one)
+        sizes = [fixed + one + more * each for more in range(batch)]
+        rows = sum(size <= budget for size in sizes)
+        size = sizes[max(rows, 1) - 1]
+        why = f"left out, one row needs {size / 2**30:.3g} of {budget / 2**30:.3g} GiB"
+        return StepsPlan(stage.name, rows, batch, size, budget, "" if rows else why)
+
+    def _network(self, stage: Stage) -> Network:
+        """The stage's, found once: blocks that would lose gradients do not run again."""
+        if stage.name not in self._networks:
+            network, losing = network_of(self.run, stage), set[nn.Module]()
+            leaves = self._largest(stage, network)
+            with RowGradients(self.run, stage, network, leaves, copy=0).active(losing):
+                self._networks[stage.name] = network.without(losing)
+        return self._networks[stage.name]
+
+    def _ranks(self, stage: Stage) -> dict[str, int]:
+        """Site → the largest rank that its merged change may have."""
+        changes, most = self.run.lockstep.changes, self.run.job.rank
+        own = {site: min(changes[site].rank, *changes[site].shape) for site in stage.sites}
+        return {s: min(rank, most if isinstance(most, int) else rank) for s, rank in own.items()}
+
+    def _largest(self, stage: Stage, network: Network) -> dict[str, LowRank]:
+        """Leaves like those of merged changes of these ranks."""
+        found = dict[str, LowRank]()
+        for site, rank in self._ranks(stage).items():
+            like = self.run.lockstep.changes[site]
+            up, down = (
+                torch.zeros(*shape, device=network.device, requires_grad=True)
+                for shape in ((like.shape[0], rank), (rank, like.shape[1]))
+            )
+            found[site] = LowRank(up, down, like.like.kernel)
+        return found
+
+    def trained(
+        self, merged: Mapping[str, LowRank], bounds: Mapping[str, float]
+    ) -> dict[str, LowRank]:
+        """The ``merged`` changes after the steps, with norms at most ``bounds``."""
+        job, lockstep, found = self.run.job, self.run.lockstep, dict(merged)
+        lockstep.merged = dict(merged)
+        notes = {name: str(plan) for name, plan in self._plans.items() if not plan.at_once}
+        known = [seen.stage.name for seen in job.seen if _is_trained(seen.stage)]
+        known, trained = [name for name in known if name not in notes], 0
+        self._expect()
+        try:
+            for stage in self.run.stages() if known or not notes else ():
+                if stage.feeds_next:
+                    rows = job.at_once(job.thresholds.batch, 2, stage=stage.name)
+                    for batch in micro_batches(stage, 2, None, ExecutionConfig(rows)):
+                        lockstep.run(batch)
+                elif _is_trained(stage) and stage.name not in notes:
+                    before, trained = trained, trained + 1
+                    counts = before * self.steps, max(len(known), trained) * self.steps
+                    changes, notes[stage.name] = self._of_stage(stage, *counts)
+                    lockstep.merged |= changes
+                    found |= changes
+                if self.stopped is not None:
+                    break
+        except BaseException as error:
+            notes[""] = self._ended(error, "before the next")
+        none = "none, because no part of this base gives an image"
+        job.notes.append(("steps", list(notes.values()) or [none]))
+        job.eta.expect(WHAT, [])
+        for site, change in merged.items():
+            if found[site] is not change:
+                over = max(1.0, found[site].squared_norm() ** 0.5 / max(bounds[site], 1e-30))
+                found[site] = found[site].scaled(1 / over).to(change.up.dtype, change.up.device)
+        return found
+
+    def _of_stage(self, stage: Stage, start: int, total: int) -> tuple[dict[str, LowRank], str]:
+        """The changes of a stage's sites after as many steps as can be taken, empty if there are
+        none, and a note on them. Steps count from ``start`` on, out of a ``total``."""
+        job, plan, done = self.run.job, self._plans.get(stage.name), 0
+        leaves, end = dict[str, LowRank](), f"{stage.name}: {self.steps} taken"
+        try:
+            if plan is not None:
+                job.host.free_memory(plan.bytes)
+            network = self._network(stage)
+            merged = self.run.lockstep.merged  # without repairs where nothing drifts
+            for site in (site for site in stage.sites if site in merged):
+                leaves[site] = _leaves(merged[site], network.device)
+            gradients = RowGradients(self.run, stage, network, leaves)
+            with gradients.active():
+                job.tick(WHAT, start, total)
+                for done in self._take(gradients, stage):
+                    job.tick(WHAT, start + done, total)
+        except BaseException as error:
+            end = f"{stage.name}: {self._ended(error, f'after {done} of {self.steps}')}"
+        self.taken += done
+        changes = {
+            s: LowRank(of.up.detach(), of.down.detach(), of.kernel) for s, of in leaves.items()
+        }
+        return changes if done else {}, end
+
+    def _ended(self, error: BaseException, when: str) -> str:
+        """What ended the steps, and when; raises what ends the merge."""
+        if self.run.job.rescues and self._cancels(error):
+            self.stopped = error.with_traceback(None)  # whose frames hold tensors
+            return f"stopped {when}"
+        if self._cancels(error) or not isinstance(error, Exception):
+            raise error
+        ended = f"ended {when}, {brief(error)}"
+        _log.warning("%s: %s", WHAT, ended)
+        return ended
+
+    def _cancels(self, error: BaseException) -> bool:
+        job = self.run.job
+        stops = isinstance(error, (KeyboardInterrupt, *job.host.interrupts))
+        return stops or job.eta.cancelled
+
+    def _take(self, gradients: RowGradients, stage: Stage) -> Iterator[int]:
+        """Take the steps; yields how many are taken."""
+        thresholds, seed = self.run.job.thresholds, self.run.job.calibration.seed
+        plan, batch = self._plans.get(stage.name), thresholds.batch
+        at_once = batch if plan is None else plan.at_once
+        gradients.weigh(torch.Generator().manual_seed(seed))
+        groups = [
+            {"params": [leaf], "lr": thresholds.rate * float(leaf.detach().square().mean().sqrt())}
+            for leaf in gradients.leaves
+        ]
+        adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        falling = torch.optim.lr_scheduler.LambdaLR(
+            adam, lambda step: min(1.0, (step + 1) / _WARM) * (1 - step / self.steps)
+        )
+        order, generator = list[int](), torch.Generator().manual_seed(seed)
+        for step in range(self.steps):
+            while len(order) < batch:
+                order += torch.randperm(len(stage.concept_ids), generator=generator).tolist()
+            rows, order = order[:batch], order[batch:]
+
+            def add(at_once: int, rows: Sequence[int] = rows, step: int = step) -> None:
+                gradients.clear()
+                for some in chunks(rows, stage.batch_keys, at_once):
+                    gradients.add(sorted(some), first=step < _WARM)
+
+            while True:
+                _, at_once = with_less(halved(at_once), add, _complaint)
+                if gradients.settled():
+                    break
+                if not gradients.lower():
+                    raise SolveError("since its gradients are not finite")
+            adam.step()
+            falling.step()
+            yield step + 1
+
+
+def _complaint(said: str, tried: object) -> str:
+    return f"out of memory for one row ({said})"
+
+
+def _leaves(change: LowRank, device: torch.device) -> LowRank:
+    """Its factors, of equal size in every component, as float32 leaves on a device."""
+    with torch.inference_mode(False):
+        even, _ = truncate_factors(change.to(torch.float32), change.rank)
+        up, down = even.up.to(device).requires_grad_(), even.down.to(device).requires_grad_()
+    return LowRank(up, down, change.kernel)

@@ -1,0 +1,216 @@
+"""The loss of a denoiser's rows, and its gradients with respect to merged factors.
+
+For rows r, their final outputs f and the outputs h_b of every block,
+
+    Σ_r w_r (‖f_merged(r) − f_LoRA(r)‖² + hints · mean_b ‖h_b,merged(r) − h_b,LoRA(r)‖² / s_b).
+
+f_LoRA is what row r's own LoRA does, under the row's condition of use; the base's for generic rows.
+w_r is the concept's weight over the mean ‖f_LoRA − f_base‖² of its rows, and s_b the block's error
+before. The blocks' outputs (hints: Romero et al. 2015) tell each layer more of a row than its end
+does: without them a merge fits its rows as closely, and keeps less on other words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..activations.barriers import alike
+from ..activations.gradients import Network, saved_tensors
+from ..activations.memory import MemoryMeter, tensors_in
+from ..activations.micro_batch import MicroBatch
+from ..errors import SiteError
+from ..hosts.protocol import Stage
+from ..lora import LowRank
+from ..passes.batches import chunks
+from ..passes.footprint import longest
+from ..passes.job import Run
+from ..passes.planner import find, replayable
+
+_AT_ONCE = 4
+"""Rows at once while effects are measured."""
+_AT_OUTPUT, _LOWER, _LOWERED = 2**-6, 2**-8, 2
+"""The size of the gradients at the final outputs, which in half precision neither vanish nor
+overflow on their way back; what lowers it, and how often."""
+
+
+def network_of(run: Run, stage: Stage) -> Network:
+    """The network of a ``stage``; a row or two run to find its blocks."""
+    trace, thresholds = find(stage, run.lockstep), run.job.thresholds
+    found = replayable(stage, run.lockstep, trace.barriers(thresholds.blocks[-1]), thresholds)
+    return Network.of(trace, {block: of.written for block, of in found.blocks.items()})
+
+
+class RowGradients:
+    """The gradients of a stage's rows with respect to ``factors``, the merged changes by site, as
+    leaves. Rows are merged rows with the texts of a ``copy`` of the rows. All within
+    :meth:`active`."""
+
+    def __init__(
+        self,
+        run: Run,
+        stage: Stage,
+        network: Network,
+        factors: Mapping[str, LowRank],
+        copy: int = 1,
+    ) -> None:
+        assert stage.final is not None
+        self._job, self._lockstep, self._stage, self._network = (
+            run.job,
+            run.lockstep,
+            stage,
+            network,
+        )
+        self._final, self._copy, self._factors = stage.final, copy, factors
+        self.leaves = [leaf for of in factors.values() for leaf in (of.up, of.down)]
+        self._weights = [1.0] * len(stage.concept_ids)
+        self._before = [0.0] * len(network.blocks)
+        """s_b"""
+        self._scale, self._lowered, self._mutable = 1.0, 0, False
+
+    @contextmanager
+    def active(self, losing: set[nn.Module] | None = None) -> Generator[None]:
+        """Context in which the factors are merged, and a row was tried: it raises if blocks that
+        run again give something else. ``losing`` gets the blocks that lose gradients."""
+        lockstep, merged, row = self._lockstep, self._lockstep.merged, longest(self._stage)
+        with self._network.differentiable(self._factors, self._stage.gradients, losing):
+            lockstep.merged = {**merged, **self._factors}
+            try:
+                plain = self._outputs([row], self._copy, merged=True)
+                again = self._outputs([row], self._copy, merged=True, then=lambda _: None)
+                if not alike([again], [plain], self._job.thresholds.replay_error):
+                    raise SiteError("the model gives something else when it can be differentiated")
+                try:
+                    self.add([row], first=False)
+                except RuntimeError as error:
+                    if "inplace" not in str(error):
+                        raise
+                    self._mutable = True
+                    self.clear()
+                    self.add([row], first=False)
+                self.clear()
+                yield
+            finally:
+                lockstep.merged = merged
+
+    def weigh(self, generator: torch.Generator) -> None:
+        """Find w_r, from a few rows of each concept."""
+        owners, concepts = self._stage.concept_ids, self._job.concepts
+        few: dict[int, list[int]] = {}
+        for row in torch.randperm(len(owners), generator=generator).tolist():
+            few.setdefault(owners[row], []).append(row)
+        effects, entries = dict[int, float](), 1
+        for owner, rows in few.items():
+            square, rows = 0.0, rows[: self._job.thresholds.batch]
+            for some in chunks(rows, self._stage.batch_keys, _AT_ONCE):
+                own, base = (self._outputs(some, 0, of_base=of_base) for of_base in (False, True))
+                square += float((own - base).float().square().sum())
+                entries = own[0].numel()
+            effects[owner] = square / len(rows)
+        known = [effect for effect in effects.values() if effect > 0]
+        if not known:
+            raise SiteError("no LoRA changes anything in its rows")
+        typical = sum(known) / len(known)
+        self._weights = [concepts[owner].weight / (effects[owner] or typical) for owner in owners]
+        # 2 w (f_merged − f_LoRA) is about twice the root of 1 / (effect · entries).
+        self._scale = 2.0 ** round(math.log2(_AT_OUTPUT * (typical * entries) ** 0.5 / 2))
+
+    def peak(self, rows: int) -> int:
+        """The memory that the gradients of so many rows take, all like the largest."""
+        stage, row = self._stage, longest(self._stage)
+        if stage.conditions:
+            conditions = [stage.costliest_condition] * len(stage.concept_ids)
+            self._stage = replace(stage, conditions=conditions)
+        self.add([row], first=False)  # some of its first run may stay
+        with MemoryMeter() as meter:
+            self.add([row] * rows, first=False)
+        self._stage = stage
+        self.clear()
+        return meter.peak
+
+    def clear(self) -> None:
+        for leaf in self.leaves:
+            leaf.grad = None
+
+    def settled(self) -> bool:
+        """Give the gradients their true size; False if one is not finite."""
+        grads = [leaf.grad for leaf in self.leaves if leaf.grad is not None]
+        for grad in grads:
+            grad /= self._scale
+        return bool(torch.stack([grad.isfinite().all() for grad in grads]).all())
+
+    def lower(self) -> bool:
+        """Make gradients smaller, which may have been too large for half precision; False if that
+        was done often enough."""
+        self._scale, self._lowered = self._scale * _LOWER, self._lowered + 1
+        return self._lowered <= _LOWERED
+
+    def add(self, rows: Sequence[int], *, first: bool) -> None:
+        """Add the gradients of these rows' loss. At ``first``, the largest error of a block is kept
+        as s_b."""
+        wanted = list[Tensor]()
+        wanted.append(self._outputs(rows, 0, hints=wanted))
+        weights = [self._weights[row] for row in rows]
+
+        def error(found: Tensor, target: Tensor) -> Tensor:
+            by_row = (found.float() - target.float()).square().reshape(len(rows), -1).sum(1)
+            return (by_row * by_row.new_tensor(weights)).sum()
+
+        found = list[Tensor]()
+
+        def loss(outputs: Tensor) -> None:
+            *errors, total = map(error, [*found, outputs], wanted)
+            for number, block in enumerate(errors):
+                if first:
+                    before = float(block.detach()) / len(rows)
+                    self._before[number] = max(self._before[number], before)
+                share = self._job.thresholds.hints / len(errors)
+                total = total + block * (share / max(self._before[number], 1e-30))
+            (total * self._scale).backward(inputs=self.leaves)
+
+        # Within the forward: the backward pass runs blocks, and their changes, again.
+        self._outputs(rows, self._copy, merged=True, hints=found, then=loss)
+
+    def _outputs(
+        self,
+        rows: Sequence[int],
+        copy: int,
+        *,
+        merged: bool = False,
+        of_base: bool = False,
+        hints: list[Tensor] | None = None,
+        then: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """The final outputs of ``rows`` with the texts of a ``copy``: of their own LoRAs, or if
+        ``merged`` or ``of_base`` of that. Those of the blocks go into ``hints``. ``then`` gets the
+        outputs with gradients."""
+        stage, lockstep, made = self._stage, self._lockstep, list[Tensor]()
+
+        def run() -> None:
+            made.append(self._final(rows, copy))
+            if then is not None:
+                then(made[0])
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            by_row = [leaf for leaf in tensors_in(output) if len(leaf) == len(rows)]
+            assert hints is not None
+            hints.append(torch.cat([leaf.flatten(1) for leaf in by_row], 1))
+
+        owners, conditions = [stage.concept_ids[row] for row in rows], stage.conditions_of(rows)
+        batch = MicroBatch(run, owners, 1, merged_only=merged or of_base, conditions=conditions)
+        with ExitStack() as stack:
+            for block in self._network.blocks if hints is not None else ():
+                stack.enter_context(block.register_forward_hook(keep))
+            if of_base:
+                stack.callback(setattr, lockstep, "merged", lockstep.merged)
+                lockstep.merged = {}
+            if then is not None:
+                stack.enter_context(saved_tensors(mutable=self._mutable))
+            lockstep.run(batch, grad=then is not None)
+        return made[0].detach()

@@ -1,0 +1,276 @@
+"""Steps through the whole denoiser: the gradient, what they lower, and what they leave alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from oracle import ModuleHost, changed, dense_changes
+from pipelines import PIPELINES, two_concepts
+from tiny import random_lora
+from torch import nn
+
+from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
+from iteris_core.activations.gradients import constant_weights
+from iteris_core.activations.site import PLAIN, Condition
+from iteris_core.methods import distillation
+from iteris_core.methods.row_gradients import RowGradients
+from iteris_core.solve.choose import THRESHOLDS
+
+WIDTH = 12
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, scale: float = 4.0) -> torch.Tensor:
+        attended = (self.q(x) @ self.k(x).mT / scale).softmax(-1) @ self.v(x)
+        return x + self.out(attended)
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Attention() for _ in range(3))
+        self.last = nn.Linear(WIDTH, WIDTH)
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, scale=0.3)  # a sharp attention, which no layer's own error tells of
+        return self.last(x)
+
+
+SITES = [f"blocks.{i}.{name}" for i in range(3) for name in ("q", "k", "v", "out")] + ["last"]
+
+
+class BlocksHost(ModuleHost):
+    condition = PLAIN
+
+    def sites(self):
+        return {name: self.model.get_submodule(name) for name in SITES}
+
+    def stages(self, samples, sites):
+        for stage in super().stages(samples, sites):
+            yield replace(stage, conditions=[self.condition] * len(stage.concept_ids))
+
+
+def loras_of(count: int = 3) -> list[Lora]:
+    found = []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        changes = {
+            site: LowRank(
+                torch.randn(WIDTH, 2, generator=generator, dtype=torch.float64),
+                torch.randn(2, WIDTH, generator=generator, dtype=torch.float64) * 0.03,
+            )
+            for site in SITES
+        }
+        found.append(Lora(changes, f"lora-{seed}"))
+    return found
+
+
+def data_of(count: int = 3) -> list[torch.Tensor]:
+    """24 rows of 12 tokens of each concept, around a mean of its own."""
+    found = []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(9 + seed)
+        rows = torch.randn(24, 12, WIDTH, generator=generator, dtype=torch.float64)
+        found.append(rows + 2 * torch.randn(WIDTH, generator=generator, dtype=torch.float64))
+    return found
+
+
+def merged(model, data, loras, *, condition=PLAIN, thresholds=THRESHOLDS, **settings):
+    host = BlocksHost(model, data)
+    host.condition = condition
+    concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
+    result = merge_loras(host, concepts, settings=settings, thresholds=thresholds)
+    if steps := settings.get("steps"):
+        assert result.report.notes["steps"] == [f"model: {steps} taken"]
+    return result.lora
+
+
+def errors(lora: Lora, loras, data, strength: float = 1.0) -> float:
+    """Σ over concepts of ‖merged(x) − own(x)‖² / ‖own(x) − base(x)‖², with weights changed."""
+    total = 0.0
+    with torch.no_grad():
+        for one, x in zip(loras, data, strict=True):
+            wanted, found = (
+                changed(Blocks(), {s: strength * c for s, c in dense_changes(of).items()})(x)
+                for of in (one, lora)
+            )
+            total += float((found - wanted).norm() ** 2 / (wanted - Blocks()(x)).norm() ** 2)
+    return total
+
+
+@pytest.mark.parametrize("condition", [PLAIN, Condition(0.7)])
+def test_steps_lower_the_error_and_leave_the_base_as_it_was(condition):
+    loras, data, model = loras_of(), data_of(), Blocks()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = merged(model, data, loras, condition=condition)
+    found = merged(model, data, loras, condition=condition, steps=100)
+    strength = condition.strength
+    assert errors(found, loras, data, strength) < 0.75 * errors(plain, loras, data, strength)
+    assert found.ranks == {6}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert all("forward" not in vars(module) for module in model.modules())
+    for site, change in found.sites.items():
+        assert not change.up.requires_grad
+        assert not change.down.requires_grad
+        assert change.up.dtype == plain.sites[site].up.dtype
+        weight = float(model.get_submodule(site).weight.detach().norm())
+        together = sum(one.sites[site].squared_norm() for one in loras) ** 0.5
+        most = THRESHOLDS.bound * len(loras) ** 0.5 * weight
+        assert change.squared_norm() ** 0.5 <= max(1.001 * most, together)
+
+
+@pytest.mark.parametrize("at_once", [16, 5])
+def test_the_first_gradient_is_that_of_the_whole_model(at_once, monkeypatch):
+    """By autograd through dense weights of a copy: of the final outputs, and of each block's."""
+    loras, data = loras_of(), data_of()
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def step(self, *_):
+        seen["factors"] = [group["params"][0] for group in self.param_groups]
+        seen["gradients"] = [factor.grad.clone() for factor in seen["factors"]]
+        raise KeyboardInterrupt
+
+    rows: list[int] = []
+    outputs = RowGradients.add
+
+    def add(self, some, *, first):
+        if first:  # no trial
+            rows.extend(some)
+        self._before = [1.0] * len(self._before)
+        outputs(self, some, first=False)
+
+    def weigh(self, generator):
+        self._weights, self._scale = [1.0, 2.0, 3.0] * 24, 2.0**-3
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(RowGradients, "add", add)
+    monkeypatch.setattr(RowGradients, "weigh", weigh)
+    monkeypatch.setattr(distillation, "halved", lambda _: [at_once])
+    thresholds = replace(THRESHOLDS, hints=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        merged(Blocks(), data, loras, thresholds=thresholds, steps=10)
+    assert len(rows) == thresholds.batch
+    every, weights = torch.cat(data), [1.0, 2.0, 3.0] * 24
+    factors = {}
+    for site, up, down in zip(SITES_IN_ORDER, *[iter(seen["factors"])] * 2, strict=False):
+        factors[site] = up, down
+    change = {
+        s: (u.double() @ d.double()).detach().requires_grad_() for s, (u, d) in factors.items()
+    }
+
+    def streams(changes, x):
+        for number in range(3):
+            weight = {
+                n: Blocks().blocks[number].get_submodule(n).weight
+                + changes.get(f"blocks.{number}.{n}", 0.0)
+                for n in ("q", "k", "v", "out")
+            }
+            layer = Blocks().blocks[number]
+            q, k, v = (x @ weight[n].mT + getattr(layer, n).bias for n in ("q", "k", "v"))
+            x = x + ((q @ k.mT / 0.3).softmax(-1) @ v) @ weight["out"].mT + layer.out.bias
+            yield x
+        last = Blocks().last
+        yield x @ (last.weight + changes.get("last", 0.0)).mT + last.bias
+
+    loss = 0.0
+    for row in rows:
+        own = dense_changes(loras[row // 24])
+        pairs = list(zip(streams(change, every[[row]]), streams(own, every[[row]]), strict=True))
+        for number, (found, wanted) in enumerate(pairs):
+            share = 1.0 if number == 3 else 0.5 / 3
+            loss = loss + share * weights[row] * (found - wanted.detach()).square().sum()
+    loss.backward()
+    gradients = iter(seen["gradients"])
+    for site, (up, down) in factors.items():
+        whole = change[site].grad
+        for own, wanted in ((next(gradients), whole @ down.double().mT),
+                            (next(gradients), up.double().mT @ whole)):  # fmt: skip
+            torch.testing.assert_close(own.double(), wanted, rtol=1e-3, atol=1e-4)
+
+
+SITES_IN_ORDER = sorted(SITES)
+"""As a stage lists them."""
+
+
+def test_steps_are_the_same_again_and_can_be_cancelled(host):
+    concepts = [Concept(random_lora(host, s), prompts=["a dog", "a cat"]) for s in (1, 2)]
+    how = {"settings": {"steps": 3}, "calibration": Calibration(samples=4, timesteps=2)}
+    seen: list[tuple[int, int]] = []
+
+    def on_progress(progress):
+        if progress.what == distillation.WHAT:
+            seen.append((progress.done, progress.total))
+
+    first, second = (
+        merge_loras(host, concepts, **how, on_progress=on_progress).lora for _ in range(2)
+    )
+    assert all(torch.equal(c.up, second.sites[s].up) for s, c in first.sites.items())
+    assert seen == [(done, 3) for done in range(4)] * 2
+    seen.clear()
+
+    def until_two(progress):
+        on_progress(progress)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_loras(host, concepts, **how, on_progress=until_two)
+    assert all(p.grad is None for p in host.pipeline.unet.parameters())
+    assert all(not m._forward_hooks for m in host.pipeline.unet.modules())
+    assert all("forward" not in vars(m) for m in host.pipeline.unet.modules())
+
+
+class Scarce(Attention):
+    """Has no memory for gradients of more than four rows."""
+
+    def forward(self, x: torch.Tensor, scale: float = 4.0) -> torch.Tensor:
+        if torch.is_grad_enabled() and len(x) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x, scale)
+
+
+def test_without_memory_fewer_rows_go_at_once():
+    loras, data, model = loras_of(), data_of(), Blocks()
+    whole = merged(model, data, loras, steps=5)
+    model.blocks = nn.ModuleList(Scarce() for _ in range(3)).double()
+    model.load_state_dict(Blocks().state_dict())
+    found = merged(model, data, loras, steps=5)
+    for site, change in whole.sites.items():
+        gap = float((found.sites[site].dense() - change.dense()).norm())
+        assert gap < 0.01 * change.squared_norm() ** 0.5, site
+
+
+def test_weights_of_inference_mode_are_replaced_and_put_back():
+    with torch.inference_mode():
+        model = Blocks()
+    before = dict(model.named_parameters())
+    with constant_weights(model):
+        assert not any(p.is_inference() for p in model.parameters())
+        x = torch.ones(1, 2, WIDTH, dtype=torch.float64, requires_grad=True)
+        model(x).sum().backward()
+        assert x.grad is not None
+    assert all(before[name] is p for name, p in model.named_parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("name", ["Z-Image", "Wan 2.2 with two experts"])
+def test_steps_of_other_architectures(name, tmp_path):
+    """Their blocks are found, and come closer."""
+    host, concepts = two_concepts(PIPELINES[name](), tmp_path)
+    calibration = Calibration(samples=4, timesteps=2, denoising_steps=2)
+    plain, found = (
+        merge_loras(host, concepts, settings={"steps": steps}, calibration=calibration).lora
+        for steps in (0, 10)
+    )
+    assert any(not torch.equal(c.up, found.sites[s].up) for s, c in plain.sites.items())
+    assert all(change.up.isfinite().all() for change in found.sites.values())
