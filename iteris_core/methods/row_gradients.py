@@ -156,16 +156,12 @@ class RowGradients:
         as s_b."""
         wanted = list[Tensor]()
         wanted.append(self._outputs(rows, 0, hints=wanted))
-        weights = [self._weights[row] for row in rows]
-
-        def error(found: Tensor, target: Tensor) -> Tensor:
-            by_row = (found.float() - target.float()).square().reshape(len(rows), -1).sum(1)
-            return (by_row * by_row.new_tensor(weights)).sum()
-
+        weights = wanted[0].new_tensor([self._weights[row] for row in rows], dtype=torch.float32)
         found = list[Tensor]()
 
         def loss(outputs: Tensor) -> None:
-            *errors, total = map(error, [*found, outputs], wanted)
+            pairs = zip([*found, outputs], wanted, strict=True)
+            *errors, total = (_Error.apply(*pair, weights) for pair in pairs)
             for number, block in enumerate(errors):
                 if first:
                     before = float(block.detach()) / len(rows)
@@ -200,7 +196,8 @@ class RowGradients:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             by_row = [leaf for leaf in tensors_in(output) if len(leaf) == len(rows)]
             assert hints is not None
-            hints.append(torch.cat([leaf.flatten(1) for leaf in by_row], 1))
+            parts = [leaf.flatten(1) for leaf in by_row]
+            hints.append(torch.cat(parts, 1) if len(parts) > 1 else parts[0])
 
         owners, conditions = [stage.concept_ids[row] for row in rows], stage.conditions_of(rows)
         batch = MicroBatch(run, owners, 1, merged_only=merged or of_base, conditions=conditions)
@@ -214,3 +211,20 @@ class RowGradients:
                 stack.enter_context(saved_tensors(mutable=self._mutable))
             lockstep.run(batch, grad=then is not None)
         return made[0].detach()
+
+
+class _Error(torch.autograd.Function):
+    """Σ_r w_r ‖found_r − target_r‖², in float32. What it takes in memory does not stay."""
+
+    @staticmethod
+    def forward(ctx: Any, found: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(found, target, weights)
+        by_row = (found.float() - target.float()).square().flatten(1).sum(1)
+        return (by_row * weights).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *wanted: Tensor) -> Any:
+        found, target, weights = ctx.saved_tensors
+        gap = found.float() - target.float()
+        gap *= (2 * wanted[0] * weights).reshape(-1, *[1] * (gap.ndim - 1))
+        return gap.to(found.dtype), None, None
