@@ -204,7 +204,7 @@ def merge_loras(
         why = "" if one.phrases else "no trigger word, so it acts on every prompt: "
         note = f"{why}on while the others were merged; {where[one.always_on]}"
         job.notes.append((one.name, [note]))
-    for name, more in (*job.notes, ("sites", log.notes), ("embeddings", joined.warnings)):
+    for name, more in (*job.notes, ("embeddings", joined.warnings)):
         if more:
             notes.setdefault(name, []).extend(more)
     report = MergeReport(

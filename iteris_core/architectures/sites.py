@@ -45,9 +45,10 @@ def weight_norm(module: Any, inputs: Tensor) -> float:
         size = (2, channels, *(8 + 4 * edge * stride for stride in module.stride))
     generator = torch.Generator().manual_seed(width)
     signs = torch.randint(2, size, generator=generator) * 2 - 1
+    signs = torch.cat([signs, torch.zeros_like(signs[:1])])  # the last gives the bias alone
     dtype = inputs.dtype if inputs.is_floating_point() else torch.float32
-    signs = signs.to(inputs.device, dtype)
-    made = module(signs).float() - module(torch.zeros_like(signs)).float()
+    made = module(signs.to(inputs.device, dtype)).float()
+    made = made[:-1] - made[-1:]
     if kernel:  # without the padding
         made = made[..., edge:-edge, edge:-edge].movedim(1, -1).flatten(0, -2)
     return float(made.square().sum() / len(made)) ** 0.5

@@ -84,7 +84,7 @@ AsJson = Annotated[bool, option("Print the report as JSON", "--json", panel=RESU
 Preset = Annotated[
     PresetName | None,
     option(
-        "fast: in a quarter of the time. best: keeps more; takes about 7 to 10 times as long. "
+        "fast: in a quarter of the time. best: keeps more; takes four to eight times as long. "
         "tidy: LoRAs act on triggers only. All: iteris methods"
     ),
 ]

@@ -29,6 +29,7 @@ from ..lora import LowRank
 from ..passes.batches import ExecutionConfig, chunks, micro_batches
 from ..passes.job import Run
 from ..passes.planner import allowed, left_by
+from .fitting import bounds_of
 from .row_gradients import RowGradients, network_of
 
 WHAT = "steps through the denoiser"
@@ -159,10 +160,8 @@ class Distillation:
             found[site] = LowRank(up, down, like.like.kernel)
         return found
 
-    def trained(
-        self, merged: Mapping[str, LowRank], bounds: Mapping[str, float]
-    ) -> dict[str, LowRank]:
-        """The ``merged`` changes after the steps, with norms at most ``bounds``."""
+    def trained(self, merged: Mapping[str, LowRank], bound: float | None) -> dict[str, LowRank]:
+        """The ``merged`` changes after the steps, within :func:`.fitting.bounds_of` a ``bound``."""
         job, lockstep, found = self.run.job, self.run.lockstep, dict(merged)
         lockstep.merged = dict(merged)
         notes = {name: str(plan) for name, plan in self._plans.items() if not plan.at_once}
@@ -179,8 +178,11 @@ class Distillation:
                     before, trained = trained, trained + 1
                     counts = before * self.steps, max(len(known), trained) * self.steps
                     changes, notes[stage.name] = self._of_stage(stage, *counts)
-                    lockstep.merged |= changes
-                    found |= changes
+                    limits = bounds_of(job, bound, stage)
+                    for site, change in changes.items():
+                        over = change.squared_norm() ** 0.5 / max(limits[site], 1e-30)
+                        found[site] = change.scaled(1 / max(over, 1.0))
+                    lockstep.merged = dict(found)
                 if self.stopped is not None:
                     break
         except BaseException as error:
@@ -190,8 +192,7 @@ class Distillation:
         job.eta.expect(WHAT, [])
         for site, change in merged.items():
             if found[site] is not change:
-                over = max(1.0, found[site].squared_norm() ** 0.5 / max(bounds[site], 1e-30))
-                found[site] = found[site].scaled(1 / over).to(change.up.dtype, change.up.device)
+                found[site] = found[site].to(change.up.dtype, change.up.device)
         return found
 
     def _of_stage(self, stage: Stage, start: int, total: int) -> tuple[dict[str, LowRank], str]:

@@ -100,20 +100,22 @@ def notes_on(streams: Mapping[str, Stream], changed: Iterable[str]) -> list[str]
     return notes
 
 
-def bounds_of(job: Job, bound: float | None, samples: int) -> dict[str, float]:
-    """The largest ‖ΔW‖_F of every site: ``bound`` times ‖W0‖_F, since a change as large as the
-    layer's own weight at most doubles what a shift of its inputs does (None: what
-    :class:`Thresholds` says for so many ``samples`` of each LoRA, and no more than ``growth`` times
+def bounds_of(job: Job, bound: float | None, stage: Stage) -> dict[str, float]:
+    """The largest ‖ΔW‖_F of each of the stage's sites: ``bound`` times ‖W0‖_F, since a change as
+    large as the layer's own weight at most doubles what a shift of its inputs does (None: what
+    :class:`Thresholds` says for its ``samples`` of each LoRA, and no more than ``growth`` times
     what the LoRAs have there together, (Σ ‖ΔW_i‖²)^½; 0: no bound). Never less than that, so that a
     single one stays itself."""
     growth = math.inf
     if bound is None:
-        chosen, rows = job.thresholds, samples * (job.calibration.rows_each / 4) ** 0.25
+        chosen, samples = job.thresholds, stage.samples or job.calibration.samples
+        rows = samples * (job.calibration.rows_each / 4) ** 0.25
         few = min(1.0, (rows / chosen.bound_samples) ** (1 / 3))  # free in more directions
         # What LoRAs have together grows alike with their number.
         bound, growth = few * chosen.bound * math.sqrt(max(job.loras, 1)), few * chosen.growth
     bounds: dict[str, float] = {}
-    for site, changes in job.changes.items():
+    for site in stage.sites:
+        changes = job.changes[site]
         together = math.sqrt(sum(change.squared_norm() for change in changes.own.values()))
         most = bound * job.norms[site]
         if together:  # not at a repair
@@ -157,7 +159,7 @@ def solver_of(
     )
     repairing = replace(fit, dtype=dtype, residuals=found is not None)  # many inputs wide
     inputs = {site: chosen for site, chosen in repairs.items() if chosen is not None}
-    bounds = bounds_of(job, settings.bound, samples)
+    bounds = bounds_of(job, settings.bound, stage)
 
     def fit_of(site: str) -> RegressionSpec:
         of = repairing if site in repairs else fit

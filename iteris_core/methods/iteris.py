@@ -27,7 +27,7 @@ from ..passes.sweep import solve_sites
 from ..settings import Settings, setting
 from ..solve.ranks import Components, share_numbers
 from .distillation import Distillation
-from .fitting import Repairs, bounds_of, solver_of, streams_of, with_repairs
+from .fitting import Repairs, solver_of, streams_of, with_repairs
 from .registry import Merged, micro_batch_setting, on_model, rank_setting
 
 
@@ -181,8 +181,7 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
         }
         changes = {site: solution.change for site, solution in solutions.items()}
         if distillation is not None:
-            bounds = bounds_of(job, settings.bound, job.calibration.samples)
-            after = distillation.trained(changes, bounds)
+            after = distillation.trained(changes, settings.bound)
             start, changes = changes if distillation.taken else {}, after
     sites = {s: replace(solution, change=changes[s]) for s, solution in solutions.items()}
     if distillation is None:

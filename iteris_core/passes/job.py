@@ -1,6 +1,6 @@
 """A method's arguments: the LoRAs' changes, the host, the run's limits and its expected work.
 
-Denoising, the sweep and the polish are forwards of so many rows, and a :class:`StageTiming` says
+Denoising, the sweep and the steps are forwards of so many rows, and a :class:`StageTiming` says
 what one takes, in multiply-adds. A site's moments and solve follow from its shape.
 :class:`..progress.Forecast` turns work into time.
 """
@@ -41,13 +41,12 @@ _FLOAT32 = 8.0  # cost of a product in float32 on a graphics card, relative to o
 class RunLog:
     """The log of a run: its number of ``rows``, each stage's memory plan (``short``: those with
     rows left out), the largest relative change of a site in each Jacobi iteration after the first,
-    ``notes``, and the ``outlook`` before anything was denoised (:func:`~.planner.outlook_of`)."""
+    and the ``outlook`` before anything was denoised (:func:`~.planner.outlook_of`)."""
 
     rows: int = 0
     plan: Sequence[str] = ()
     short: Sequence[str] = ()
     convergence: Sequence[float] = ()
-    notes: Sequence[str] = ()
     outlook: str = ""
 
 

@@ -142,8 +142,8 @@ def with_run(lora: Lora, base: str, unmergeable: str) -> Lora:
 
 
 def cut_lora(lora: Lora, rank: int, *, ordered: bool) -> Lora:
-    """``lora`` with every site cut to ``rank``, recorded in its recipe. ``ordered``: see
-    :func:`is_ordered`; then the first components are the best. Otherwise an SVD cuts a site."""
+    """``lora`` with every site cut to ``rank``, recorded in its recipe. With
+    ``ordered`` components the first ones are kept. Otherwise an SVD cuts a site."""
     sites = {
         site: LowRank(change.up[:, :rank], change.down[:rank], change.kernel)
         if ordered

@@ -99,14 +99,15 @@ class MomentReduction(Reduction):
                 break
             with full_precision(device):
                 change, lost = self._change(changes, factor, fit, rank)
-            if fit.ridge >= 1 or not change.squared_norm() > fit.bound**2:
+            over = change.squared_norm() ** 0.5 / fit.bound
+            if not over > 1:
+                break
+            if fit.ridge >= 1:
+                change = change.scaled(1 / over)
                 break
             fit = replace(fit, ridge=max(3 * fit.ridge, _LEAST_RIDGE))
             del factor, change  # before the next ones are made
             self.inputs.forget_factor()
-        over = change.squared_norm() ** 0.5 / fit.bound
-        if over > 1:
-            change = change.scaled(1 / over)
         if isinstance(fit.rank, float):
             change, more = truncate_factors(change, fit.rank, factor and factor.lower)
             lost = 1 - (1 - lost) * (1 - more)
