@@ -193,7 +193,7 @@ def planned(model: Model) -> dict[str, Any]:
 
     owners = [row // each for row in range(LORAS * each)]
     stage = Stage("denoiser", list(job.changes), owners, run, spatial=True, samples=each)
-    solver = solver_of(job, IterisSettings(), set(), repairs, stage)
+    solver = solver_of(job, set(), repairs, IterisSettings(), stage)
     batching = ExecutionConfig(AT_ONCE, "enough")
     with (
         job.run() as session,

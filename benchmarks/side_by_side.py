@@ -18,7 +18,8 @@ import os
 import resource
 import runpy
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -36,9 +37,9 @@ from iteris_core import Concept, merge_loras
 from iteris_core.lora import LowRank
 from iteris_core.methods import registry
 from iteris_core.methods.linear import LinearSettings
-from iteris_core.methods.registry import Merged, on_model
+from iteris_core.methods.registry import Fit, on_model
 from iteris_core.passes.batches import chunks
-from iteris_core.passes.job import Job
+from iteris_core.passes.job import Job, Merged
 from iteris_core.solve.problem import Solution
 
 LORAS = {"emoji": 5, "sd15": 2}
@@ -102,15 +103,16 @@ def measured(world: str, contender: str) -> dict[str, Any]:
     name, _, rung = contender.partition("@")
     method, spent = registry.find_method(name), dict[str, float]()
 
-    def timed(job: Job, settings: Any) -> Merged:
+    @contextmanager
+    def timed(job: Job, settings: Any) -> Generator[Fit]:
         began, pages = time.process_time(), int(Path("/proc/self/statm").read_text().split()[1])
-        with counted(host.pipeline) as rows:
-            found = method.merge(job, settings)
+        with counted(host.pipeline) as rows, method.prepare(job, settings) as fit:
+            merged = fit.merge()
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - pages * 4096
         spent.update(forwards=sum(rows), seconds=time.process_time() - began, peak=grown / 2**30)
-        return found
+        yield Fit(lambda: merged)
 
-    registry._METHODS[name] = replace(method, merge=timed)
+    registry._METHODS[name] = replace(method, prepare=timed)
     settings = RUNGS[rung].settings if name == "iteris" else None
     calibration = {"seed": 0, **calibration, **RUNGS[rung].calibration}
     result = merge_loras(host, concepts, name, settings=settings, calibration=calibration)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -24,17 +25,16 @@ from .hosts.learned import embedding_triggers
 from .hosts.protocol import Host
 from .hosts.rows import CLASSES
 from .hosts.sample_store import SampleStore, digest
-from .lora import Lora
+from .lora import Lora, SiteChanges
 from .lora_files import Layout
 from .lora_files.experts import write_by_expert, write_or_keep
 from .methods import Method, find_method
 from .methods.fitting import notes_on, streams_of
-from .methods.registry import Merged, settings_over
+from .methods.registry import Fit, settings_over
 from .passes import changes as of_loras
 from .passes import preflight
 from .passes.held_out import WHAT, expect_held_out, kept
-from .passes.job import Job, within_time
-from .passes.planner import Planned
+from .passes.job import Job, Merged, within_time
 from .progress import Forecast, OnProgress
 from .report.provenance import join_embeddings, lacks_of, merge_metadata, notes_of
 from .report.report import MergeReport, SiteReport
@@ -94,7 +94,6 @@ def merge_loras(
     memory_budget: Budget = "free",
     thresholds: Thresholds = THRESHOLDS,
     store: SampleStore | None = None,
-    only_plans: bool = False,
     rescue: Callable[[MergeResult], None] | None = None,
 ) -> MergeResult:
     """Merge the LoRAs of ``concepts`` into one.
@@ -122,8 +121,6 @@ def merge_loras(
     :param thresholds: the thresholds for choosing a way of solving; experiments set others.
     :param store: where denoised samples are kept for later merges, which then run the denoiser only
         for LoRAs that are new or changed. The result is the same.
-    :param only_plans: end with :class:`.passes.planner.Planned` before anything is solved, see
-        :func:`.preview.preview_merge`.
     :param rescue: called with what there is if the user cancels during the ``steps`` or while
         held-out rows are measured; the exception goes on afterwards. After Ctrl-C that is the merge
         with the steps taken so far, if held-out rows keep more with them. After any other
@@ -131,6 +128,131 @@ def merge_loras(
     :returns: the merged LoRA and a report on every site.
     :raises IterisError: for input that cannot be merged; :class:`SettingsError` for a setting out
         of range.
+    """
+    with prepare(
+        host,
+        concepts,
+        method,
+        preset=preset,
+        settings=settings,
+        calibration=calibration,
+        unmergeable=unmergeable,
+        on_progress=on_progress,
+        memory_budget=memory_budget,
+        thresholds=thresholds,
+        store=store,
+        rescues=rescue is not None,
+    ) as prepared:
+        result, stopped = prepared.run()
+    if stopped is not None:
+        if rescue is not None:
+            rescue(result)
+        raise stopped
+    return result
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A merge whose model was looked at, inside :func:`prepare`: its ``job``, ``fit`` (None: there
+    is nothing to merge) and the ``others`` of its sites, which get the mean of the LoRAs. Of its
+    concepts, ``merging`` are merged and ``always`` are on; ``wordless`` names those that are on
+    because they have no words. ``calibration`` is as requested, and ``started`` when."""
+
+    job: Job
+    fit: Fit | None
+    method: Method
+    settings: Settings
+    calibration: Calibration
+    merging: Sequence[Concept]
+    always: Sequence[Concept]
+    wordless: Sequence[str]
+    started: float
+    others: Mapping[str, SiteChanges] = field(default_factory=dict[str, SiteChanges])
+
+    def run(self) -> tuple[MergeResult, BaseException | None]:
+        """The merge, and what the user stopped it by if it is to be rescued."""
+        job, merged, fidelity = self.job, Merged({}), dict[str, list[float]]()
+        if self.fit is not None:
+            merged = self.fit.merge()
+            if self.method.needs_host:
+                merged, fidelity = _better(job, merged)
+        means = of_loras.means_of(job.concepts, self.others)
+        solved = {site: Solution(change) for site, change in means.items()}
+        merged = replace(merged, sites={**merged.sites, **solved})
+        seconds = time.perf_counter() - self.started
+        if merged.stopped is None:  # otherwise it may be cancelled again
+            job.eta.end()
+        active = [*self.merging, *self.always]
+        changes = {site: solution.change for site, solution in merged.sites.items()}
+        changes = of_loras.beside(changes, of_loras.changes_always(job.included))
+        embeddings, notes = join_embeddings(active), notes_of(active)
+        for name, more in (*job.notes, *self._always_notes(), ("embeddings", embeddings.warnings)):
+            if more:
+                notes.setdefault(name, []).extend(more)
+        # The time allowed may have left fewer samples.
+        calibration = replace(self.calibration, samples=job.calibration.samples, minutes=None)
+        report = MergeReport(
+            method=self.method.name,
+            concepts=[concept.name for concept in self.merging],
+            sites={
+                site: SiteReport.of(
+                    replace(merged.sites.get(site, Solution(change)), change=change),
+                    len(self.merging),
+                    repair=site in merged.repairs,
+                )
+                for site, change in changes.items()
+            },
+            seconds=seconds,
+            settings={**asdict(self.settings), **merged.ran},
+            calibration=asdict(calibration) if self.method.needs_host else {},
+            notes=notes,
+            rows=merged.rows,
+            plan=list(merged.plan),
+            outlook=merged.outlook,
+            short=list(merged.short),
+            convergence=list(merged.convergence),
+            preserved=[concept.name for concept in self.merging if concept.lora is None],
+            lacks=lacks_of(active),
+            kept=fidelity,
+            wordless=list(self.wordless),
+        )
+        bases = (concept.lora.base for concept in active if concept.lora is not None)
+        lora = Lora(
+            changes,
+            "merged",
+            merge_metadata(active, report, embeddings, [*map(embedding_triggers, active)]),
+            base=next((base for base in bases if base is not None), None),
+            embeddings=embeddings.embeddings,
+        )
+        return MergeResult(lora, report), merged.stopped
+
+    def _always_notes(self) -> Iterator[tuple[str, list[str]]]:
+        where = {"include": "part of the merged LoRA", "outside": "load it beside the merged LoRA"}
+        for concept in self.always if self.fit is not None else ():
+            why = "" if concept.phrases else "no trigger word, so it acts on every prompt: "
+            note = f"{why}on while the others were merged; {where[concept.always_on]}"
+            yield concept.name, [note]
+
+
+@contextmanager
+def prepare(
+    host: Any,
+    concepts: Sequence[Concept | str | Path],
+    method: str = "iteris",
+    *,
+    preset: PresetName = "default",
+    settings: Settings | Mapping[str, Any] | None = None,
+    calibration: Calibration | Mapping[str, Any] | None = None,
+    unmergeable: Unmergeable = "refuse",
+    on_progress: OnProgress | None = None,
+    memory_budget: Budget = "free",
+    thresholds: Thresholds = THRESHOLDS,
+    store: SampleStore | None = None,
+    rescues: bool = False,
+) -> Generator[Prepared]:
+    """Context in which a merge can be planned or run, with arguments as of :func:`merge_loras`:
+    reads what it is given, looks at the model with a few rows of noise, and finds the changes, the
+    concepts and the number of samples. The LoRAs that are always on act until it ends.
     """
     started = time.perf_counter()
     chosen = find_method(method)
@@ -146,9 +268,9 @@ def merge_loras(
     pictures = host is not None and host.pictures
     if chosen.needs_host and pictures:
         concepts = of_loras.with_wordless_on(given)
-    counting = [concept for concept in concepts if concept.counts]
-    wordless = [one.name for one in counting if not any(one is other for other in given)]
-    always, merging = of_loras.always_on(counting), of_loras.always_on(counting, "no")
+    active = [concept for concept in concepts if concept.counts]
+    wordless = [one.name for one in active if not any(one is other for other in given)]
+    always, merging = of_loras.always_on(active), of_loras.always_on(active, "no")
     loras = sum(concept.lora is not None for concept in merging)
     settled = calibration.settled(loras, pictures=pictures)
     eta = Forecast(on_progress)
@@ -162,25 +284,27 @@ def merge_loras(
         memory_budget=memory_budget,
         thresholds=thresholds,
         eta=eta,
-        only_plans=only_plans,
         store=store,
         rank=getattr(settings, "rank", None),
         included=of_loras.always_on(always, "include"),
-        rescues=rescue is not None,
+        rescues=rescues,
     )
     zero = "left out of the merge: its strength or weight is 0"
     job.notes.extend((concept.name, [zero]) for concept in concepts if not concept.counts)
-    shares: dict[str, list[float]] = {}
+    given = chosen, settings, calibration
     if always and not loras:  # as they are, side by side
-        merged = Merged({})
+        yield Prepared(job, None, *given, merging, always, wordless, started)
     elif host is None or not chosen.needs_host:  # weights make no use of prompts
         merging = [concept for concept in merging if concept.lora is not None]
         job = replace(job, concepts=merging, changes=of_loras.changes_of(merging))
-        merged = Merged({}) if only_plans else chosen.merge(job, settings)
+        with chosen.prepare(job, settings) as fit:
+            yield Prepared(job, fit, *given, merging, always, wordless, started)
     else:
         try:
             with of_loras.added(host, of_loras.changes_always(always)):
-                job, merged, shares = _by_features(job, always, chosen, settings, unmergeable)
+                job, others = _looked_at(job, always, chosen, settings, unmergeable)
+                with _with_embeddings(job), chosen.prepare(job, settings) as fit:
+                    yield Prepared(job, fit, *given, merging, always, wordless, started, others)
         except Exception as error:  # where nothing can be tried with less
             if isinstance(error, IterisError) or not is_out_of_memory(error):
                 raise
@@ -188,79 +312,21 @@ def merge_loras(
                 f"Out of memory at the step {eta.what!r} ({brief(error)}). Lower latent_size, or "
                 "free memory elsewhere. The model is unchanged."
             ) from error
-        samples = job.calibration.samples  # that the time allowed, for the recipe
-        calibration = replace(calibration, samples=samples, minutes=None)
-    if only_plans:
-        raise Planned((), job)
-    seconds = time.perf_counter() - started
-    if merged.stopped is None:  # otherwise it may be cancelled again
-        eta.end()
-    log, every = merged.log, [*merging, *always]
-    solutions = {site: solution.change for site, solution in merged.sites.items()}
-    sites = of_loras.beside(solutions, of_loras.changes_always(job.included))
-    joined, notes = join_embeddings(every), notes_of(every)
-    where = {"include": "part of the merged LoRA", "outside": "load it beside the merged LoRA"}
-    for one in always if loras else ():
-        why = "" if one.phrases else "no trigger word, so it acts on every prompt: "
-        note = f"{why}on while the others were merged; {where[one.always_on]}"
-        job.notes.append((one.name, [note]))
-    for name, more in (*job.notes, ("embeddings", joined.warnings)):
-        if more:
-            notes.setdefault(name, []).extend(more)
-    report = MergeReport(
-        method=chosen.name,
-        concepts=[concept.name for concept in merging],
-        sites={
-            site: SiteReport.of(
-                replace(merged.sites.get(site, Solution(change)), change=change),
-                len(merging),
-                repair=site in merged.repairs,
-            )
-            for site, change in sites.items()
-        },
-        seconds=seconds,
-        settings={**asdict(settings), **merged.ran},
-        calibration=asdict(calibration) if chosen.needs_host else {},
-        notes=notes,
-        rows=log.rows,
-        plan=list(log.plan),
-        outlook=log.outlook,
-        short=list(log.short),
-        convergence=list(log.convergence),
-        preserved=[concept.name for concept in merging if concept.lora is None],
-        lacks=lacks_of(every),
-        kept=shares,
-        wordless=wordless,
-    )
-    bases = (concept.lora.base for concept in every if concept.lora is not None)
-    lora = Lora(
-        sites,
-        "merged",
-        merge_metadata(every, report, joined, [*map(embedding_triggers, every)]),
-        base=next((base for base in bases if base is not None), None),
-        embeddings=joined.embeddings,
-    )
-    result = MergeResult(lora, report)
-    if merged.stopped is not None:
-        if rescue is not None:
-            rescue(result)
-        raise merged.stopped
-    return result
 
 
-def _by_features(
+def _looked_at(
     job: Job,
     always: Sequence[Concept],
     method: Method,
     settings: Settings,
     unmergeable: Unmergeable,
-) -> tuple[Job, Merged, dict[str, list[float]]]:
-    """The job as it ran, its merge, and what held-out rows keep; adds to the job's notes.
+) -> tuple[Job, Mapping[str, SiteChanges]]:
+    """The job as it is to run, and the changes of sites that get the mean; adds to its notes.
 
-    The job gets as many samples as its time allows, the concepts that its host adds and ``method``
-    supports, and the changes of the sites whose features can be collected. The concepts ``always``
-    are on already. Raises :class:`SiteError` if there are other sites and ``unmergeable`` is
-    ``"refuse"``, or if there are no others.
+    The job gets its model's trace, as many samples as its time allows, the concepts that its host
+    adds and ``method`` supports, and the changes of the sites whose features can be collected. The
+    concepts ``always`` are on already. Raises :class:`SiteError` if there are other sites and
+    ``unmergeable`` is ``"refuse"``, or if there are no others.
     """
     concepts, wanted = job.concepts, job.calibration.samples
 
@@ -275,60 +341,54 @@ def _by_features(
     job = with_added(job)
     of_loras.check_sites(job.host, job.changes)
     sweeps = method.sweeps(settings)
-    looked = preflight.unmergeable_sites(job, sweep=sweeps > 0)
+    trace = preflight.unmergeable_sites(job, sweep=sweeps > 0)
     conditions = job.calibration.conditions
     if not sweeps:  # a fit to reference rows alone learns nothing from them
         conditions = 0.0
     elif conditions is None:
         conditions = job.thresholds.conditions
-    job = replace(job, calibration=replace(job.calibration, conditions=conditions))
-    found = looked.refused
-    if (found and unmergeable == "refuse") or job.changes.keys() <= found.keys():
-        raise SiteError(preflight.complaint(found, concepts))
-    job = replace(
-        job,
-        joined=looked.joined,
-        found_streams=looked.streams,
-        norms=looked.norms,
-        seen=looked.stages,
-    )
-    for seen in looked.stages:
+    calibration, refused = replace(job.calibration, conditions=conditions), trace.refused
+    if (refused and unmergeable == "refuse") or job.changes.keys() <= refused.keys():
+        raise SiteError(preflight.complaint(refused, concepts))
+    job = replace(job, calibration=calibration, trace=trace)
+    for seen in trace.stages:
         job.eta.did(seen.products, seen.seconds)
     job = within_time(job, max(sweeps, 1))
     expect_held_out(job)
     few = job.calibration.samples
     if few < wanted:
         job = with_added(job)
-    for one in job.concepts[len(concepts) :]:
-        job.notes.append((one.name, [_added_note(one, concepts, always)]))
+    for concept in job.concepts[len(concepts) :]:
+        job.notes.append((concept.name, [_added_note(concept, concepts, always)]))
     if few < wanted:
         minutes = job.calibration.minutes
         note = f"{few} of {wanted} prompts per concept, for a merge of about {minutes:g} min"
         job.tick(f"plan: {note}", 0, 0, note)
         job.notes.append(("samples", [note]))
-    if found:
+    if refused:
         what = "get the mean of the LoRAs" if unmergeable == "mean" else "are LEFT OUT"
-        note = f"{preflight.complaint(found, concepts, refused=False)}; they {what}"
+        note = f"{preflight.complaint(refused, concepts, refused=False)}; they {what}"
         job.notes.append(("sites", [note]))
-    others = {site: job.changes[site] for site in found}
-    left = {site: some for site, some in job.changes.items() if site not in found}
-    job = replace(job, changes=left)
+    means = {site: job.changes[site] for site in refused if unmergeable == "mean"}
+    changes = {site: change for site, change in job.changes.items() if site not in refused}
+    job = replace(job, changes=changes)
     if job.host.pictures and len(job.concepts) > 1 and getattr(settings, "repair", False):
-        job.notes.append(("drift", notes_on(streams_of(job), left)))
+        job.notes.append(("drift", notes_on(streams_of(job), changes)))
+    return job, means
+
+
+@contextmanager
+def _with_embeddings(job: Job) -> Generator[None]:
+    """Context in which the embeddings of the concepts' triggers are active; notes which."""
     calls = [embedding_triggers(concept) for concept in job.concepts]
     with job.host.activate(calls) as in_force:
-        for concept, of_one, names in zip(job.concepts, calls, in_force, strict=True):
-            warnings = of_one.warnings(names)
+        for concept, triggers, names in zip(job.concepts, calls, in_force, strict=True):
+            warnings = triggers.warnings(names)
             active = [f"its embedding {name} is active" for name in sorted(names)]
             job.notes.append((concept.name, [*active, *warnings]))
             for warning in warnings:
                 _log.warning("%s: %s", concept.name, warning)
-        merged, shares = _better(job, method.merge(job, settings))
-    if unmergeable == "mean":
-        means = of_loras.means_of(job.concepts, others)
-        solved = {site: Solution(change) for site, change in means.items()}
-        merged = replace(merged, sites={**merged.sites, **solved})
-    return job, merged, shares
+        yield
 
 
 def _better(job: Job, merged: Merged) -> tuple[Merged, dict[str, list[float]]]:

@@ -9,8 +9,7 @@ from typing import Any
 
 from .concepts import Concept
 from .errors import UsageError
-from .merge import merge_loras
-from .passes.planner import Planned
+from .merge import prepare
 
 
 @dataclass(frozen=True)
@@ -44,20 +43,22 @@ def preview_merge(
     Arguments are those of :func:`.merge.merge_loras`. Nothing is denoised or solved; the text
     encoders and a few rows of noise run. Raises :class:`IterisError` if the merge would be refused.
     """
-    try:
-        merge_loras(host, concepts, method, **how, only_plans=True)
-    except Planned as planned:
-        job, limited = planned.job, [of for of in planned.plans if of.budget < math.inf]
-        if all(concept.lora is None for concept in job.concepts):
+    with prepare(host, concepts, method, **how) as prepared:
+        job, fit = prepared.job, prepared.fit
+        if fit is None or all(concept.lora is None for concept in job.concepts):
             why = "every LoRA is always on or has no trigger words, so they are only added up"
             return Preview([f"nothing is merged: {why}"])
-        if not planned.plans:
+        if not prepared.method.needs_host:
             return Preview([f"{method} looks at weights only: no rows"])
+        passes = fit.passes
+        if passes is None:
+            raise UsageError(f"{method} does not plan its memory.")
+        passes.plan()
+        limited = [plan for plan in passes.plans if plan.budget < math.inf]
         return Preview(
-            planned.lines,
+            passes.lines,
             job.denoised if any(plan.stage.spatial for plan in limited) else 0,
             job.eta.left(),
             [f"{name}: {note}" for name, notes in job.notes for note in notes],
-            planned.outlook,
+            passes.outlook,
         )
-    raise UsageError(f"{method} does not plan its memory.")

@@ -25,9 +25,9 @@ from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.linalg import truncate_matrix
 from iteris_core.lora import SiteChanges
 from iteris_core.methods.linear import LinearSettings, average
-from iteris_core.methods.registry import AtSite, Merged, micro_batch_setting, on_model
+from iteris_core.methods.registry import AtSite, micro_batch_setting, on_model
 from iteris_core.passes.batches import ExecutionConfig, micro_batches
-from iteris_core.passes.job import Job, RunLog
+from iteris_core.passes.job import Job, Merged
 from iteris_core.settings import Settings, setting
 from iteris_core.solve.problem import Solution
 
@@ -74,7 +74,7 @@ def custom_diffusion(job: Job, settings: CustomDiffusionSettings) -> Merged:
         rank = min(sum(len(tokens) for tokens in words[site]), *changes.shape)
         change, lost = truncate_matrix(dense, rank, like=changes.like)
         merged[site] = Solution(change, truncated=lost)
-    return Merged(merged, RunLog(max(rows, more_rows)))
+    return Merged(merged, max(rows, more_rows))
 
 
 def _token_counts(job: Job, prompts: Sequence[str]) -> list[int]:

@@ -23,9 +23,9 @@ from torch import Tensor
 from iteris_core.errors import SolveError
 from iteris_core.linalg import cut_to, solve_device
 from iteris_core.lora import LowRank
-from iteris_core.methods.registry import Merged, micro_batch_setting, on_model, rank_setting
+from iteris_core.methods.registry import micro_batch_setting, on_model, rank_setting
 from iteris_core.passes.batches import REFERENCE, ExecutionConfig
-from iteris_core.passes.job import Job
+from iteris_core.passes.job import Job, Merged
 from iteris_core.settings import Settings, setting
 from iteris_core.solve.inputs import NOT_FINITE
 from iteris_core.solve.moments import Gram

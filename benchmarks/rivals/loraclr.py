@@ -22,9 +22,9 @@ from iteris_core.activations.tokens import ConceptTokens
 from iteris_core.errors import SolveError
 from iteris_core.linalg import cut_dense, full_precision, solve_device
 from iteris_core.lora import SiteChanges
-from iteris_core.methods.registry import Merged, micro_batch_setting, on_model, rank_setting
+from iteris_core.methods.registry import micro_batch_setting, on_model, rank_setting
 from iteris_core.passes.batches import SWEEP, ExecutionConfig
-from iteris_core.passes.job import Job
+from iteris_core.passes.job import Job, Merged
 from iteris_core.settings import Settings, setting
 from iteris_core.solve.inputs import NOT_FINITE
 from iteris_core.solve.problem import (

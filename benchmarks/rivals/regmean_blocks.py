@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from iteris_core.activations.tokens import ConceptTokens
 from iteris_core.hosts.protocol import Stage
-from iteris_core.methods.registry import Merged, on_model
+from iteris_core.methods.registry import on_model
 from iteris_core.methods.regmean import RegMeanSettings, regmean
 from iteris_core.passes.batches import ExecutionConfig
-from iteris_core.passes.job import Job
-from iteris_core.passes.sweep import solve_sites
+from iteris_core.passes.job import Job, Merged
+from iteris_core.passes.sweep import Passes
 from iteris_core.solve.moments import Gram
 from iteris_core.solve.problem import StageSolver
 
@@ -41,4 +41,4 @@ def regmean_blocks(job: Job, settings: RegMeanSettings) -> Merged:
             blocks.entered(stage)
             return solver
 
-        return Merged(*solve_sites(run, solver_of, ExecutionConfig(settings.micro_batch)))
+        return Passes(run, solver_of, ExecutionConfig(settings.micro_batch)).solve()

@@ -11,11 +11,10 @@ from dataclasses import replace
 
 import torch
 
-from iteris_core.methods.registry import Merged
 from iteris_core.passes.batches import ExecutionConfig, Schedule
 from iteris_core.passes.changes import added
-from iteris_core.passes.job import Job, RunLog
-from iteris_core.passes.sweep import solve_sites
+from iteris_core.passes.job import Job, Merged
+from iteris_core.passes.sweep import Passes
 from iteris_core.solve.problem import Solution, StageSolver
 
 
@@ -29,7 +28,7 @@ def in_rounds(
 ) -> Merged:
     """Every site's solution by ``solver``; each round has the same random numbers."""
     solved: dict[str, Solution] = {}
-    log, state = RunLog(), job.generator.get_state()
+    merged, state = Merged({}), job.generator.get_state()
     for part in _rounds(job):
         generator = torch.Generator()
         generator.set_state(state)
@@ -40,9 +39,9 @@ def in_rounds(
         this = replace(job, changes=changes, generator=generator, calibration=calibration)
         before = {site: solution.change for site, solution in solved.items()}
         with added(job.host, before), this.run() as run:
-            found, log = solve_sites(run, lambda _: solver, batching, schedule)
-        solved |= found
-    return Merged({site: solved[site] for site in job.changes}, log)
+            merged = Passes(run, lambda _: solver, batching, schedule).solve()
+        solved |= merged.sites
+    return replace(merged, sites={site: solved[site] for site in job.changes})
 
 
 def _rounds(job: Job) -> Iterator[Set[str]]:

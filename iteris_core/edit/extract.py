@@ -84,7 +84,7 @@ def extract_lora(
             f"{len(looked.refused)} layers cannot be observed, such as {first}: it "
             f"{looked.refused[first]}."
         )
-    job = replace(job, joined=looked.joined)
+    job = replace(job, trace=looked)
     most = _MOST if target.rank is None else min(_MOST, max(_LEAST, 4 * target.rank))
 
     with job.run() as run:

@@ -21,7 +21,7 @@ from ..passes.batches import REFERENCE, ExecutionConfig
 from ..passes.changes import changes_of, check_sites
 from ..passes.job import Job, Run
 from ..passes.preflight import unmergeable_sites
-from ..passes.sweep import solve_sites
+from ..passes.sweep import Passes
 from ..progress import Forecast, OnProgress
 from ..settings import Budget, budget_of
 from ..solve.choose import THRESHOLDS
@@ -80,7 +80,7 @@ def resize_lora(
     check_sites(host, job.changes)
     looked = unmergeable_sites(job, sweep=True)
     seen_sites = {site: some for site, some in job.changes.items() if site not in looked.refused}
-    job = replace(job, changes=seen_sites, joined=looked.joined)
+    job = replace(job, changes=seen_sites, trace=looked)
 
     triggers = [embedding_triggers(job.concepts[0])]
     with host.activate(triggers), job.run() as run:
@@ -215,7 +215,7 @@ def look(run: Run, of: Callable[[str, Tensor | None, float], Components]) -> dic
 
     if run.lockstep.changes:
         solver = StageSolver(begin=_Moments, solve=solve, bytes=size)
-        solve_sites(run, lambda _: solver, ExecutionConfig(32), REFERENCE)
+        Passes(run, lambda _: solver, ExecutionConfig(32), REFERENCE).solve()
     return found
 
 
@@ -236,5 +236,5 @@ def fitted(job: Job, run: Run, ranks: Mapping[str, int]) -> dict[str, LowRank]:
         ),
     )
     batching = ExecutionConfig(32, "enough", job.calibration.seed)
-    solutions, _ = solve_sites(run, lambda _: solver, batching)
-    return {site: solutions[site].change for site in ranks}
+    merged = Passes(run, lambda _: solver, batching).solve()
+    return {site: merged.sites[site].change for site in ranks}

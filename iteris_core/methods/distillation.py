@@ -14,8 +14,8 @@ model that cannot be differentiated, gradients that are not finite, or the user.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from ..hosts.protocol import Stage
 from ..linalg import truncate_factors
 from ..lora import LowRank
 from ..passes.batches import ExecutionConfig, chunks, micro_batches
-from ..passes.job import Run
+from ..passes.job import Merged, Run
 from ..passes.planner import allowed, left_by
 from .fitting import bounds_of
 from .row_gradients import RowGradients, network_of
@@ -86,7 +86,11 @@ class Distillation:
         """Expect the work of all stages that are not left out."""
         job = self.run.job
         rows = self.steps * job.thresholds.batch
-        work = {s.stage.name: s.products * _WORK * rows for s in job.seen if _is_trained(s.stage)}
+        work = {
+            s.stage.name: s.products * _WORK * rows
+            for s in job.trace.stages
+            if _is_trained(s.stage)
+        }
         left_out = {name for name, plan in self._plans.items() if not plan.at_once}
         job.eta.expect(WHAT, [of for name, of in work.items() if name not in left_out])
 
@@ -116,7 +120,7 @@ class Distillation:
             _STATE * rank * sum(lockstep.changes[site].shape) for site, rank in ranks.items()
         )
         fixed += left_by(job, (*before, stage), 2)
-        forward = [of.forward for of in job.seen if of.stage.name == stage.name]
+        forward = [of.forward for of in job.trace.stages if of.stage.name == stage.name]
         allowed(job, fixed + sum(_ROOM * (of.running + of.forward) for of in forward))
         network = self._network(stage)
         gradients = RowGradients(self.run, stage, network, self._largest(stage, network), copy=0)
@@ -160,12 +164,13 @@ class Distillation:
             found[site] = LowRank(up, down, like.like.kernel)
         return found
 
-    def trained(self, merged: Mapping[str, LowRank], bound: float | None) -> dict[str, LowRank]:
-        """The ``merged`` changes after the steps, within :func:`.fitting.bounds_of` a ``bound``."""
-        job, lockstep, found = self.run.job, self.run.lockstep, dict(merged)
-        lockstep.merged = dict(merged)
+    def trained(self, merged: Merged, bound: float | None) -> Merged:
+        """``merged`` after the steps, within :func:`.fitting.bounds_of` a ``bound``."""
+        job, lockstep = self.run.job, self.run.lockstep
+        closed_form = {site: solution.change for site, solution in merged.sites.items()}
+        after = lockstep.merged = dict(closed_form)
         notes = {name: str(plan) for name, plan in self._plans.items() if not plan.at_once}
-        known = [seen.stage.name for seen in job.seen if _is_trained(seen.stage)]
+        known = [seen.stage.name for seen in job.trace.stages if _is_trained(seen.stage)]
         known, trained = [name for name in known if name not in notes], 0
         self._expect()
         try:
@@ -181,8 +186,7 @@ class Distillation:
                     limits = bounds_of(job, bound, stage)
                     for site, change in changes.items():
                         over = change.squared_norm() ** 0.5 / max(limits[site], 1e-30)
-                        found[site] = change.scaled(1 / max(over, 1.0))
-                    lockstep.merged = dict(found)
+                        after[site] = change.scaled(1 / max(over, 1.0))
                 if self.stopped is not None:
                     break
         except BaseException as error:
@@ -190,10 +194,12 @@ class Distillation:
         none = "none, because no part of this base gives an image"
         job.notes.append(("steps", list(notes.values()) or [none]))
         job.eta.expect(WHAT, [])
-        for site, change in merged.items():
-            if found[site] is not change:
-                found[site] = found[site].to(change.up.dtype, change.up.device)
-        return found
+        ran, sites = {} if self.taken else {"steps": 0}, dict(merged.sites)
+        for site, solution in merged.sites.items():
+            like = solution.change.up
+            sites[site] = replace(solution, change=after[site].to(like.dtype, like.device))
+        before = closed_form if self.taken else {}
+        return replace(merged, sites=sites, before=before, ran=ran, stopped=self.stopped)
 
     def _of_stage(self, stage: Stage, start: int, total: int) -> tuple[dict[str, LowRank], str]:
         """The changes of a stage's sites after as many steps as can be taken, empty if there are

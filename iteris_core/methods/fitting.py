@@ -84,7 +84,7 @@ def streams_of(job: Job) -> dict[str, Stream]:
     known = {site: Stream(Source(module)) for site, module in own.items()}
     components = {site.partition(".")[0] for site in known}
     return {
-        s: of for s, of in job.found_streams.items() if s.partition(".")[0] not in components
+        s: of for s, of in job.trace.streams.items() if s.partition(".")[0] not in components
     } | known
 
 
@@ -117,7 +117,7 @@ def bounds_of(job: Job, bound: float | None, stage: Stage) -> dict[str, float]:
     for site in stage.sites:
         changes = job.changes[site]
         together = math.sqrt(sum(change.squared_norm() for change in changes.own.values()))
-        most = bound * job.norms[site]
+        most = bound * job.trace.norms[site]
         if together:  # not at a repair
             most = min(most, growth * together)
         bounds[site] = max(most, together) if bound else math.inf
@@ -126,9 +126,9 @@ def bounds_of(job: Job, bound: float | None, stage: Stage) -> dict[str, float]:
 
 def solver_of(
     job: Job,
-    settings: IterisSettings,
     acting: Set[str],
     repairs: Repairs,
+    settings: IterisSettings,
     stage: Stage,
     *,
     ranks: Mapping[str, int] | None = None,

@@ -13,22 +13,21 @@ reduction of s². The first components of every layer therefore come before the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal, cast
 
 from ..errors import SettingsError
-from ..lora import LowRank
 from ..passes.batches import SWEEP, ExecutionConfig, Schedule
 from ..passes.held_out import expect_held_out
-from ..passes.job import Job
-from ..passes.sweep import solve_sites
+from ..passes.job import Job, Merged
+from ..passes.sweep import Passes
 from ..settings import Settings, setting
 from ..solve.ranks import Components, share_numbers
 from .distillation import Distillation
 from .fitting import Repairs, solver_of, streams_of, with_repairs
-from .registry import Merged, micro_batch_setting, on_model, rank_setting
+from .registry import Fit, micro_batch_setting, on_model, rank_setting
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ class IterisSettings(Settings):
     sweeps=lambda given: 0 if given.schedule == "jacobi" else 1 + given.share_ranks,
     sums=True,
 )
-def iteris(job: Job, settings: IterisSettings) -> Merged:
+def iteris(job: Job, settings: IterisSettings) -> Generator[Fit]:
     """Least squares on the inputs of the merged model (IterIS, CVPR 2025)."""
     repairs: Repairs = {}
     if settings.repair and settings.objective == "output":
@@ -156,35 +155,35 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
     tokens = None if settings.row_tokens == "all" else settings.row_tokens or "enough"
     seed, thresholds = job.calibration.seed, job.thresholds
     batching = ExecutionConfig(settings.micro_batch, tokens, seed, saliency, thresholds)
-    start: dict[str, LowRank] = {}
+    solver_for = partial(solver_of, job, acting, repairs)
+    solver = partial(solver_for, settings)
     with job.run() as run:
         distillation = Distillation(run, settings.steps) if settings.steps else None
-        also = None if distillation is None else distillation.plan
+        passes = Passes(run, solver, batching, schedule, 1 + settings.share_ranks)
         if distillation is not None:
+            passes.also = distillation.plan
             expect_held_out(job, versions=2)
-        solver = partial(solver_of, job, settings, acting, repairs)
-        if settings.share_ranks:
-            found: dict[str, Components] = {}
-            uncut = replace(settings, rank=None, share_ranks=False)
-            without_cut = partial(solver_of, job, uncut, acting, repairs, found=found)
-            solve_sites(run, without_cut, batching, sweeps=2)
-            rank = cast(int, settings.rank)
-            own = [job.changes[site] for site in changed]
-            numbers = sum(min(rank, changes.rank) * sum(changes.shape) for changes in own)
-            solver = partial(solver, ranks=share_numbers(found, numbers, changed))
-        solutions, log = solve_sites(run, solver, batching, schedule, also=also)
-        # Repairs of zero are those where nothing has drifted yet.
-        solutions = {
-            site: solution
-            for site, solution in solutions.items()
-            if site not in repairs or solution.change.squared_norm()
-        }
-        changes = {site: solution.change for site, solution in solutions.items()}
-        if distillation is not None:
-            after = distillation.trained(changes, settings.bound)
-            start, changes = changes if distillation.taken else {}, after
-    sites = {s: replace(solution, change=changes[s]) for s, solution in solutions.items()}
-    if distillation is None:
-        return Merged(sites, log, repairs.keys())
-    ran = {} if distillation.taken else {"steps": 0}
-    return Merged(sites, log, repairs.keys(), start, ran, distillation.stopped)
+
+        def merge() -> Merged:
+            if settings.share_ranks:
+                components: dict[str, Components] = {}
+                uncut = replace(settings, rank=None, share_ranks=False)
+                passes.solver_of = partial(solver_for, uncut, found=components)
+                passes.solve()
+                rank = cast(int, settings.rank)
+                own = [job.changes[site] for site in changed]
+                numbers = sum(min(rank, changes.rank) * sum(changes.shape) for changes in own)
+                passes.solver_of = partial(
+                    solver, ranks=share_numbers(components, numbers, changed)
+                )
+            merged = passes.solve()
+            # Repairs of zero are those where nothing has drifted yet.
+            sites = {
+                site: solution
+                for site, solution in merged.sites.items()
+                if site not in repairs or solution.change.squared_norm()
+            }
+            merged = replace(merged, sites=sites, repairs=repairs.keys())
+            return merged if distillation is None else distillation.trained(merged, settings.bound)
+
+        yield Fit(merge, passes)

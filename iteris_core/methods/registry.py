@@ -8,9 +8,11 @@ from the reduction, :func:`on_model` for everything else.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
+from inspect import isgeneratorfunction
 from typing import Any, TypeVar
 
 import torch
@@ -20,8 +22,8 @@ from ..concepts import Calibration, over
 from ..errors import SettingsError, did_you_mean
 from ..lora import LowRank, SiteChanges
 from ..passes.batches import REFERENCE, SWEEP, ExecutionConfig
-from ..passes.job import Job, RunLog
-from ..passes.sweep import solve_sites
+from ..passes.job import Job, Merged
+from ..passes.sweep import Passes
 from ..settings import PRESETS, PresetName, Settings, setting
 from ..solve.problem import RegressionSpec, Solution, StageSolver
 
@@ -41,23 +43,12 @@ def micro_batch_setting() -> int:
 
 
 @dataclass(frozen=True)
-class Merged:
-    """Every site's solution, the run's log, and which sites are repairs. ``before`` are the changes
-    before steps (empty: there were none): whichever keep more on held-out rows are the merge.
-    ``ran`` are settings that differ from those requested. The user ``stopped`` the merge, and is to
-    get what there is."""
+class Fit:
+    """What a method is about to do with a job, while the job's model is ready: ``merge`` does it,
+    and its ``passes`` can be planned alone (None: they cannot, or there are none)."""
 
-    sites: Mapping[str, Solution]
-    log: RunLog = field(default_factory=RunLog)
-    repairs: Set[str] = frozenset()
-    before: Mapping[str, LowRank] = field(default_factory=dict[str, LowRank])
-    ran: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    stopped: BaseException | None = None
-
-    @property
-    def without_steps(self) -> Merged:
-        sites = {s: replace(of, change=self.before[s]) for s, of in self.sites.items()}
-        return replace(self, sites=sites, before={}, ran={"steps": 0})
+    merge: Callable[[], Merged]
+    passes: Passes | None = None
 
 
 Sweeps = Callable[[Any], int]
@@ -65,13 +56,14 @@ Sweeps = Callable[[Any], int]
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method. ``merge(job, settings)`` runs the job's host only if ``needs_host``.
-    ``sweeps(settings)`` is the number of sweeps, in which forwards wait at every site until it is
-    solved; if it is not 0, every forward must reach all sites exactly once. ``sums`` says whether
-    rows may have the sum of several LoRAs as their target, as composites have."""
+    """A registered method. ``prepare(job, settings)`` is a context, which gives its :class:`Fit`;
+    it runs the job's host only if ``needs_host``. ``sweeps(settings)`` is the number of sweeps, in
+    which forwards wait at every site until it is solved; if it is not 0, every forward must reach
+    all sites exactly once. ``sums`` says whether rows may have the sum of several LoRAs as their
+    target, as composites have."""
 
     name: str
-    merge: Callable[[Any, Any], Merged]
+    prepare: Callable[[Any, Any], AbstractContextManager[Fit]]
     settings: type[Settings]
     needs_host: bool
     summary: str
@@ -166,7 +158,11 @@ def on_weights(
             job.tick("merging sites", len(merged), len(job.changes))
         return Merged(merged)
 
-    return _register(name, settings, merge, needs_host=False)
+    def register(function: Function) -> Function:
+        _add(name, function, settings, at_once(partial(merge, function)), needs_host=False)
+        return function
+
+    return register
 
 
 def on_activations(
@@ -182,7 +178,7 @@ def on_activations(
     through the sites solved before; otherwise on reference rows alone. ``settings`` must have a
     ``micro_batch``."""
 
-    def merge(function: Function, job: Job, given: Any) -> Merged:
+    def prepare(function: Function, job: Job, given: Any) -> Generator[Fit]:
         fit: RegressionSpec = function(job, given)
         solver = StageSolver(
             begin=reduction,
@@ -191,43 +187,50 @@ def on_activations(
         )
         how = ExecutionConfig(given.micro_batch), SWEEP if merged_inputs else REFERENCE
         with job.run() as run:
-            return Merged(*solve_sites(run, lambda _: solver, *how))
+            passes = Passes(run, lambda _: solver, *how)
+            yield Fit(passes.solve, passes)
 
-    return _register(name, settings, merge, sweeps=lambda _: merged_inputs, sums=sums)
+    def register(function: Function) -> Function:
+        context = contextmanager(partial(prepare, function))
+        _add(name, function, settings, context, sweeps=lambda _: merged_inputs, sums=sums)
+        return function
+
+    return register
 
 
 def on_model(
     name: str, settings: type[Settings], *, sweeps: Sweeps = lambda _: 0, sums: bool = False
 ) -> Callable[[Function], Function]:
-    """Register ``function(job, settings) -> Merged``. If it calls
-    :func:`..passes.sweep.solve_sites`, ``sweeps`` must declare how often it sweeps."""
+    """Register ``function(job, settings) -> Merged``, or a generator that gives one :class:`Fit`.
+    ``sweeps`` must declare how often its :class:`..passes.sweep.Passes` sweep."""
 
-    def merge(function: Function, job: Job, given: Any) -> Merged:
-        return function(job, given)
+    def register(function: Function) -> Function:
+        context = contextmanager(function) if isgeneratorfunction(function) else at_once(function)
+        _add(name, function, settings, context, sweeps=sweeps, sums=sums)
+        return function
 
-    return _register(name, settings, merge, sweeps=sweeps, sums=sums)
+    return register
 
 
-def _register(
+def at_once(function: Callable[..., Merged]) -> Callable[..., AbstractContextManager[Fit]]:
+    """A method's context if it only merges."""
+    return lambda *given: nullcontext(Fit(partial(function, *given)))
+
+
+def _add(
     name: str,
+    function: Callable[..., Any],
     settings: type[Settings],
-    merge: Callable[..., Merged],
+    context: Callable[..., AbstractContextManager[Fit]],
     *,
     needs_host: bool = True,
     sweeps: Sweeps = lambda _: 0,
     sums: bool = False,
-) -> Callable[[Function], Function]:
-    """Register ``merge(function, job, settings)`` of the decorated function."""
-
-    def register(function: Function) -> Function:
-        if name in _METHODS:
-            raise ValueError(f"A method {name!r} already exists.")
-        summary = (function.__doc__ or "").strip().splitlines()[0]
-        run = partial(merge, function)
-        _METHODS[name] = Method(name, run, settings, needs_host, summary, sweeps, sums)
-        return function
-
-    return register
+) -> None:
+    if name in _METHODS:
+        raise ValueError(f"A method {name!r} already exists.")
+    summary = (function.__doc__ or "").strip().splitlines()[0]
+    _METHODS[name] = Method(name, context, settings, needs_host, summary, sweeps, sums)
 
 
 def find_method(name: str) -> Method:

@@ -102,7 +102,7 @@ def expect_held_out(job: Job, versions: int = 1) -> None:
         denoised = job.loras * calibration.samples * calibration.denoising_steps
         each = (versions + 1) * rows
         forwards = [denoised + rows, *[each] * len(STRENGTHS), each + rows]
-        work = job.seen[-1].products if job.seen else 0.0
+        work = job.trace.stages[-1].products if job.trace.stages else 0.0
         job.eta.expect(WHAT, [work * some for some in forwards])
 
 

@@ -8,7 +8,7 @@ what one takes, in multiply-adds. A site's moments and solve follow from its sha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -24,10 +24,11 @@ from ..calibration_prompts import samples_of
 from ..concepts import LEAST_SAMPLES, Calibration, Concept
 from ..hosts.protocol import SAMPLES_AT_ONCE, Host, Stage
 from ..hosts.sample_store import SampleStore
-from ..lora import SiteChanges
+from ..lora import LowRank, SiteChanges
 from ..progress import Forecast
 from ..settings import Budget
 from ..solve.choose import THRESHOLDS, Thresholds
+from ..solve.problem import Solution
 from .batches import SWEEP, ExecutionConfig, Schedule, limit_of
 from .footprint import Step
 
@@ -35,19 +36,6 @@ SOLVING, ITERATIONS, FEATURES = "solving sites", "iterations", "features of the 
 _FACTORS = 4.0  # cost of factors and eigenvectors, relative to the same number of products
 _SOLVE = 0.3  # a solve's operations, relative to a forward's
 _FLOAT32 = 8.0  # cost of a product in float32 on a graphics card, relative to one in a forward
-
-
-@dataclass(frozen=True)
-class RunLog:
-    """The log of a run: its number of ``rows``, each stage's memory plan (``short``: those with
-    rows left out), the largest relative change of a site in each Jacobi iteration after the first,
-    and the ``outlook`` before anything was denoised (:func:`~.planner.outlook_of`)."""
-
-    rows: int = 0
-    plan: Sequence[str] = ()
-    short: Sequence[str] = ()
-    convergence: Sequence[float] = ()
-    outlook: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,17 +67,30 @@ class StageTiming:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """What a short pass shows of a model (:mod:`.preflight`). ``refused``: site of a job's changes
+    → why its features cannot be collected; empty if all can. ``stages``: observations of every
+    stage. ``joined``: sites whose inputs have the rows in another dimension than the first.
+    ``streams``: the residual streams that the denoisers' forwards show. ``norms``: ‖W0‖_F of every
+    layer that a forward reaches."""
+
+    refused: Mapping[str, str] = field(default_factory=dict[str, str])
+    stages: Sequence[StageTiming] = ()
+    joined: frozenset[str] = frozenset()
+    streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
+    norms: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True)
 class Job:
     """A merge of ``concepts`` on a ``host``, which a method on weights ignores. ``changes[site]``
     are the LoRAs' changes there, at their strength; ``streams`` are the residual streams to include
-    in targets, ``found_streams`` those that a forward showed. ``norms`` are ‖W0‖_F by layer.
+    in targets.
 
-    ``tick`` reports progress, and ``eta`` estimates the time left by the stages ``seen``.
-    ``joined``: see :class:`~.preflight.PreflightResult`. With ``only_plans``,
-    :func:`~.sweep.solve_sites` raises :class:`~.planner.Planned` once it has planned. Samples may
-    be kept in ``store``. ``rank`` is what the method's settings allow. ``included`` are the LoRAs
-    always on that become part of the merged one. With ``rescues`` a user who cancels once there is
-    a merge gets it.
+    ``tick`` reports progress, and ``eta`` estimates the time left by the ``trace``'s stages.
+    Samples may be kept in ``store``. ``rank`` is what the method's settings allow. ``included`` are
+    the LoRAs always on that become part of the merged one. With ``rescues`` a user who cancels once
+    there is a merge gets it.
     """
 
     host: Host
@@ -102,11 +103,7 @@ class Job:
     memory_budget: Budget = None
     thresholds: Thresholds = THRESHOLDS
     eta: Forecast = field(default_factory=Forecast)
-    seen: Sequence[StageTiming] = ()
-    joined: frozenset[str] = frozenset()
-    found_streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
-    norms: Mapping[str, float] = field(default_factory=dict[str, float])
-    only_plans: bool = False
+    trace: Trace = field(default_factory=Trace)
     store: SampleStore | None = None
     rank: int | float | None = None
     included: Sequence[Concept] = ()
@@ -135,14 +132,14 @@ class Job:
     @property
     def denoising_work(self) -> float:
         """The work of making the samples."""
-        each = [seen.products for seen in self.seen if seen.stage.spatial]
+        each = [seen.products for seen in self.trace.stages if seen.stage.spatial]
         return self.denoised * sum(each) / len(each) if each else 0.0
 
     def at_once(self, most: int, copies: int = 1, *, stage: str = "", factors: int = 0) -> int:
         """How many rows, each in so many ``copies``, a forward of the ``stage`` (empty: of all
         stages seen) may have within the memory budget, beside so many times the changes' float32
         ``factors``: one to ``most``."""
-        seen = [one.forward for one in self.seen if stage in ("", one.stage.name)]
+        seen = [one.forward for one in self.trace.stages if stage in ("", one.stage.name)]
         if self.memory_budget is None or not seen:
             return most
         beside = factors * sum(4 * sum(of.shape) * of.rank for of in self.changes.values())
@@ -167,8 +164,36 @@ class Job:
         """The model with the changes applied by hooks."""
         copies = 2 if self.calibration.guidance > 1 else 1
         rows = self.at_once(SAMPLES_AT_ONCE, copies, factors=1)
-        with Lockstep(self.host.sites(), self.changes, self.streams, self.joined) as lockstep:
+        with Lockstep(self.host.sites(), self.changes, self.streams, self.trace.joined) as lockstep:
             yield Run(self, lockstep, rows)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Every site's solution, and which ``sites`` are ``repairs``; the number of ``rows`` in the
+    largest stage, each stage's memory ``plan`` (``short``: those with rows left out), the largest
+    relative change of a site in each Jacobi iteration after the first, and the ``outlook`` before
+    anything was denoised (:func:`~.planner.outlook_of`).
+
+    ``before`` are the changes before steps (empty: there were none): whichever keep more on
+    held-out rows are the merge. ``ran`` are settings that differ from those requested. The user
+    ``stopped`` the merge, and is to get what there is."""
+
+    sites: Mapping[str, Solution]
+    rows: int = 0
+    plan: Sequence[str] = ()
+    short: Sequence[str] = ()
+    convergence: Sequence[float] = ()
+    outlook: str = ""
+    repairs: Set[str] = frozenset()
+    before: Mapping[str, LowRank] = field(default_factory=dict[str, LowRank])
+    ran: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    stopped: BaseException | None = None
+
+    @property
+    def without_steps(self) -> Merged:
+        sites = {s: replace(of, change=self.before[s]) for s, of in self.sites.items()}
+        return replace(self, sites=sites, before={}, ran={"steps": 0})
 
 
 @dataclass
@@ -220,12 +245,12 @@ def expect_sites(
     slower: Mapping[str, float],
     sweeps: int,
 ) -> None:
-    """Expect the passes over the stages that the job has seen: ``sweeps`` of them in all, in which
+    """Expect the passes over the stages of the job's trace: ``sweeps`` of them in all, in which
     the forwards of a stage take ``slower`` times as long."""
     eta = job.eta
     stages = {
         one.stage.name: sites_work(job, one, batching, schedule, slower.get(one.stage.name, 1.0))
-        for one in job.seen
+        for one in job.trace.stages
     }
     solves = [solve for sites in stages.values() for _, solve in sites]
     steps = [way + solve for sites in stages.values() for way, solve in sites] or [1.0]
@@ -289,7 +314,7 @@ def within_time(job: Job, sweeps: int) -> Job:
     def seconds(samples: int) -> float:
         of = replace(job, calibration=replace(calibration, samples=samples))
         batching = ExecutionConfig(1, "enough", thresholds=job.thresholds)
-        sites = (sum(pair) for seen in job.seen for pair in sites_work(of, seen, batching))
+        sites = (sum(pair) for seen in job.trace.stages for pair in sites_work(of, seen, batching))
         return rate * (of.denoising_work + sweeps * sum(sites))
 
     most, budget = calibration.samples, 60 * calibration.minutes

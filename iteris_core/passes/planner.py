@@ -120,17 +120,6 @@ class Plan:
         return replace(self, stage=stage)
 
 
-class Planned(Exception):
-    """Ends a preview: the ``plans`` of all stages of a ``job`` are made, also as ``lines``, and the
-    ``outlook`` is known."""
-
-    def __init__(
-        self, plans: Sequence[Plan], job: Job, outlook: str = "", lines: Sequence[str] = ()
-    ) -> None:
-        super().__init__("planned")
-        self.plans, self.job, self.outlook, self.lines = plans, job, outlook, lines
-
-
 def outlook_of(job: Job, plans: Sequence[Plan]) -> str:
     """What a merge takes and gives, in a line: the time left, rows that do not fit, and at most the
     rank and the size of the file."""
@@ -180,7 +169,7 @@ def planned(
 
 def left_by(job: Job, stages: Sequence[Stage], copies: int) -> int:
     """The bytes that all rows of ``stages``, in so many ``copies``, leave for later stages."""
-    each = {one.stage.name: copies * one.forward.waiting for one in job.seen}
+    each = {one.stage.name: copies * one.forward.waiting for one in job.trace.stages}
     return sum(each.get(stage.name, 0) * len(stage.concept_ids) for stage in stages)
 
 

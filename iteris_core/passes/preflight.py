@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from ..concepts import Concept
 from ..hosts.protocol import Stage
 from ..hosts.recorded import differ
 from .footprint import Step, forward_of
-from .job import Job, SiteCost, StageTiming
+from .job import Job, SiteCost, StageTiming, Trace
 
 UNREACHED = "is not used by this base"
 PARTLY = 'is used with some of the prompts only, which schedule="jacobi" of iteris takes'
@@ -40,21 +40,7 @@ _NUMBERS = 8  # numbers that represent a token
 _ROUNDING = 1e-3
 
 
-@dataclass(frozen=True)
-class PreflightResult:
-    """``refused``: site of a job's changes → why its features cannot be collected; empty if all
-    can. ``stages``: observations of every stage. ``joined``: sites whose inputs have the rows in
-    another dimension than the first. ``streams``: what the denoisers' forwards show of them.
-    ``norms``: ‖W0‖_F of every layer that a forward reaches."""
-
-    refused: Mapping[str, str] = field(default_factory=dict[str, str])
-    stages: Sequence[StageTiming] = ()
-    joined: frozenset[str] = frozenset()
-    streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
-    norms: Mapping[str, float] = field(default_factory=dict[str, float])
-
-
-def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
+def unmergeable_sites(job: Job, *, sweep: bool) -> Trace:
     """Why sites of the job's changes cannot be merged, by a ``sweep`` or otherwise. A separate
     generator keeps the merge's random draws independent of this pass. Text models are skipped:
     their rows may be available only once, and all their layers are reached."""
@@ -68,7 +54,7 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
                     continue
                 like = torch.empty(0, dtype=like.dtype)
             norms[site] = weight_norm(module, like)
-        return PreflightResult(norms=norms)
+        return Trace(norms=norms)
     short = replace(calibration, samples=1, timesteps=calibration.denoising_steps, latents="noise")
     generator = torch.Generator().manual_seed(calibration.seed)
     modules, seen = host.sites(), list[StageTiming]()
@@ -101,7 +87,7 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
             if sites <= found.keys() and MIXED not in found.values():
                 break
     why_not = {s: why for s in sites if (why := found.get(s, UNREACHED)) is not None}
-    return PreflightResult(why_not, seen, frozenset(joined - why_not.keys()), streams, norms)
+    return Trace(why_not, seen, frozenset(joined - why_not.keys()), streams, norms)
 
 
 def _look(
@@ -151,7 +137,7 @@ def _look(
                 timing = replace(timing, forward=forward_of(stage))
                 if is_apart(device):  # what a row leaves waits in host memory
                     timing.forward.waiting = 0
-                sizes[1] = max(2, replace(job, seen=[timing]).at_once(_TIMED))
+                sizes[1] = max(2, replace(job, trace=Trace(stages=[timing])).at_once(_TIMED))
             took: list[float] = []
             for ran in sizes:
                 calls.clear()

@@ -28,8 +28,8 @@ from ..lora import LowRank, concatenate
 from ..progress import OUTLOOK
 from ..solve.problem import Reduction, Solution, StageSolver
 from .batches import SWEEP, ExecutionConfig, Schedule, micro_batches, sampled_rows
-from .job import FEATURES, ITERATIONS, SOLVING, Run, RunLog, expect_sites
-from .planner import Plan, Planned, attempts, complaint, outlook_of, planned
+from .job import FEATURES, ITERATIONS, SOLVING, Merged, Run, expect_sites
+from .planner import Plan, attempts, complaint, outlook_of, planned
 
 Solutions = dict[str, Solution]
 SolverOf = Callable[[Stage], StageSolver]
@@ -38,129 +38,122 @@ PlanOf = Callable[[Stage, Sequence[Stage]], str]
 plan's line, empty if there is none."""
 
 
-def solve_sites(
-    run: Run,
-    solver_of: SolverOf,
-    batching: ExecutionConfig,
-    schedule: Schedule = SWEEP,
-    sweeps: int = 1,
-    also: PlanOf | None = None,
-) -> tuple[Solutions, RunLog]:
-    """Every site's solution, in execution order; the first of so many ``sweeps``. What comes after
-    them is planned by ``also``. A site that no forward reaches is an error."""
-    if schedule.sweep:
-        greenlets()  # before samples are made
-    run.lockstep.merged = {}
-    passes = _Passes(run, solver_of, batching, schedule, sweeps, also)
-    solutions: Solutions = {}
-    convergence: list[float] = []
-    for turn in range(schedule.passes):
-        latest = passes.solved(turn)
-        run.lockstep.merged = {site: s.change for site, s in latest.items()}
-        if turn:
-            convergence.append(_largest_change(solutions, latest))
-        solutions = latest
-    if schedule.passes > 1:
-        run.job.tick(ITERATIONS, schedule.passes, schedule.passes)
-    if missed := sorted(run.lockstep.changes.keys() - solutions.keys()):
-        raise SiteError(
-            f"{len(missed)} layers that the LoRAs change are not used by this base, such as "
-            f"{missed[0]}. Take them out of the LoRAs."
-        )
-    rows = max((plan.rows for plan in passes.made), default=0)
-    short = [str(plan) for plan in passes.made if plan.rows < plan.offered]
-    return solutions, RunLog(rows, passes.lines, short, convergence, outlook=passes.outlook)
-
-
 @dataclass
-class _Passes:
-    """``made`` are the plans of all stages, as before any out-of-memory retry, ``lines`` those in
-    words, with what ``also`` planned, and ``outlook`` what they mean for the whole merge."""
+class Passes:
+    """Passes of a ``run`` that solve all its sites, the first of so many ``sweeps``.
+
+    ``plans`` are those of all stages before anything was solved, ``lines`` the same in words, with
+    what ``also`` plans for after the passes, and ``outlook`` what they mean for the whole merge.
+    """
 
     run: Run
     solver_of: SolverOf
     batching: ExecutionConfig
-    schedule: Schedule
-    sweeps: int
+    schedule: Schedule = SWEEP
+    sweeps: int = 1
     also: PlanOf | None = None
-    made: list[Plan] = field(default_factory=list[Plan])
+    plans: list[Plan] = field(default_factory=list[Plan])
     lines: list[str] = field(default_factory=list[str])
     outlook: str = ""
-    _plans: dict[str, Plan] = field(default_factory=dict[str, Plan])
+    _latest: dict[str, Plan] = field(default_factory=dict[str, Plan])
+    """Of every stage, after retries."""
     _solutions: Solutions = field(default_factory=dict[str, Solution])
     _turn: int = 0
 
-    def solved(self, turn: int) -> Solutions:
-        """One pass, number ``turn``."""
-        job, schedule, self._turn, self._solutions = self.run.job, self.schedule, turn, {}
-        if not turn:
-            job.eta.expect(DENOISING, [job.denoising_work])
-            self._expect()
-            self._plan_ahead()
-            _ = self.run.samples
-            job.eta.expect(DENOISING, [])  # some may have been cached
+    def plan(self) -> None:
+        """Plan every stage, before anything is denoised, so that what does not fit fails now."""
+        job, lockstep = self.run.job, self.run.lockstep
+        if self.schedule.sweep:
+            greenlets()  # before samples are made
+        lockstep.merged = {}
+        job.eta.expect(DENOISING, [job.denoising_work])
+        self._expect()
+        for stage in self.run.ahead.stages():
+            # A measurement is to find all changes cast.
+            owners = stage.concept_ids
+            firsts = {owner: row for row, owner in reversed(list(enumerate(owners)))}
+            for owner, row in firsts.items():
+                lockstep.run(MicroBatch(partial(stage.run, [row], 1), [owner], 1))
+            plan = self._planned(stage)
+            batching = replace(self.batching, rows=plan.at_once)
+            for batch in micro_batches(stage, 1, None, batching) if stage.feeds_next else ():
+                lockstep.run(batch)
+        self.outlook = outlook_of(job, self.plans)
+        job.tick(OUTLOOK, 0, 0, self.outlook)
+
+    def solve(self) -> Merged:
+        """Every site's solution, in execution order. A site that no forward reaches is an error."""
+        if not self.plans:
+            self.plan()
+        run, convergence, before = self.run, list[float](), Solutions()
+        _ = run.samples
+        run.job.eta.expect(DENOISING, [])  # some may have been cached
+        run.lockstep.merged = {}
+        for turn in range(self.schedule.passes):
+            self._turn = turn
+            self._pass()
+            run.lockstep.merged = {site: s.change for site, s in self._solutions.items()}
+            if turn:
+                convergence.append(_largest_change(before, self._solutions))
+            before = self._solutions
+        if self.schedule.passes > 1:
+            run.job.tick(ITERATIONS, self.schedule.passes, self.schedule.passes)
+        if missed := sorted(run.lockstep.changes.keys() - self._solutions.keys()):
+            raise SiteError(
+                f"{len(missed)} layers that the LoRAs change are not used by this base, such as "
+                f"{missed[0]}. Take them out of the LoRAs."
+            )
+        return Merged(
+            self._solutions,
+            rows=max((plan.rows for plan in self.plans), default=0),
+            plan=self.lines,
+            short=[str(plan) for plan in self.plans if plan.rows < plan.offered],
+            convergence=convergence,
+            outlook=self.outlook,
+        )
+
+    def _pass(self) -> None:
+        job, schedule, self._solutions = self.run.job, self.schedule, {}
         if schedule.sweep:
             job.tick(SOLVING, 0, len(self.run.lockstep.changes))
         if schedule.passes > 1:
-            job.tick(ITERATIONS, turn, schedule.passes)
+            job.tick(ITERATIONS, self._turn, schedule.passes)
         for stage in self.run.stages():
-            made = self._plans.get(stage.name)
-            plan = self._planned(stage) if made is None else made.of(stage)
-            run = self._sweep if schedule.sweep else self._stream
-            attempt = partial(run, self.solver_of(plan.stage))
+            plan = self._latest[stage.name].of(stage)
+            attempt = partial(
+                self._sweep if schedule.sweep else self._collect_then_solve,
+                self.solver_of(plan.stage),
+            )
             tried = attempts(
                 plan, self.run.lockstep, self.batching.thresholds, sweep=schedule.sweep
             )
-            _, self._plans[stage.name] = with_less(tried, attempt, complaint)
-        return self._solutions
-
-    def _plan_ahead(self) -> None:
-        """Plan before anything is denoised, so that what does not fit fails now, and report the
-        outlook."""
-        ahead, job = self.run.ahead, self.run.job
-        if ahead is not self.run or job.only_plans:
-            for stage in ahead.stages():
-                # A measurement is to find all changes cast.
-                owners, lockstep = stage.concept_ids, self.run.lockstep
-                firsts = {owner: row for row, owner in reversed(list(enumerate(owners)))}
-                for owner, row in firsts.items():
-                    lockstep.run(MicroBatch(partial(stage.run, [row], 1), [owner], 1))
-                plan = self._planned(stage)
-                batching = replace(self.batching, rows=plan.at_once)
-                for batch in micro_batches(stage, 1, None, batching) if stage.feeds_next else ():
-                    lockstep.run(batch)
-                self._plans[stage.name] = self.made[-1]
-        if "samples" not in vars(self.run) or job.only_plans:
-            self.outlook = outlook_of(job, self.made)
-            job.tick(OUTLOOK, 0, 0, self.outlook)
-        if job.only_plans:
-            raise Planned(self.made, job, self.outlook, self.lines)
+            _, self._latest[stage.name] = with_less(tried, attempt, complaint)
 
     def _planned(self, stage: Stage) -> Plan:
-        solver = self.solver_of(stage)
-        given = self.run, stage, solver, self.batching
-        before = [plan.stage for plan in self.made]
+        solver, before = self.solver_of(stage), [plan.stage for plan in self.plans]
         # Before the stage's own plan, for whose memory the host keeps the last free.
         more = self.also(stage, before) if self.also is not None else ""
-        plan = planned(*given, schedule=self.schedule, before=before)
+        plan = planned(
+            self.run, stage, solver, self.batching, schedule=self.schedule, before=before
+        )
         if plan.budget < math.inf:
             self.lines.append(str(plan))
         if more:
             self.lines.append(more)
             self.run.job.tick(f"plan: {more}", 0, 0, more)
         # Without what its rows hold
-        self.made.append(
-            replace(plan, stage=replace(plan.stage, run=_released, final=None, mask=None))
-        )
+        rowless = replace(plan.stage, run=_released, final=None, mask=None)
+        self.plans.append(replace(plan, stage=rowless))
+        self._latest[stage.name] = self.plans[-1]
         self._expect()
         return plan
 
     def _expect(self) -> None:
         """Expect the passes over all stages, with the strategies planned so far."""
-        slower = {plan.stage.name: plan.strategy.slower for plan in self.made}
+        slower = {plan.stage.name: plan.strategy.slower for plan in self.plans}
         expect_sites(self.run.job, self.batching, self.schedule, slower, self.sweeps)
 
-    def _stream(self, solver: StageSolver, plan: Plan) -> None:
+    def _collect_then_solve(self, solver: StageSolver, plan: Plan) -> None:
         """Run all rows, then solve the sites. Before the first solve there is no merged model: X̃ =
         X (Algorithm 1, initial)."""
         job, turn, stage = self.run.job, self._turn, plan.stage

@@ -33,7 +33,7 @@ from iteris_core.errors import ConceptError, OutOfMemory
 from iteris_core.hosts import diffusers_arguments
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import BaseModel
-from iteris_core.passes.planner import Planned
+from iteris_core.merge import prepare
 from iteris_core.score import ClipScorer
 
 
@@ -196,10 +196,9 @@ def test_a_single_concept_is_not_a_list(given, message):
 def test_a_memory_budget_is_any_number_of_bytes(given, counts):
     """A float, or a number of NumPy, was taken for what is free."""
     lora = Lora({"unet.a": LowRank(torch.ones(2, 1), torch.ones(1, 2))})
-    with pytest.raises(Planned) as planned:
-        merge_loras(None, [Concept(lora)], "sum", memory_budget=given, only_plans=True)
-    assert planned.value.job.memory_budget == counts
-    assert type(planned.value.job.memory_budget) is type(counts)
+    with prepare(None, [Concept(lora)], "sum", memory_budget=given) as prepared:
+        assert prepared.job.memory_budget == counts
+        assert type(prepared.job.memory_budget) is type(counts)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_features_are_those_of_each_lora_generating(make, tmp_path):
     """Moments of a plain teacher-forced pass = moments of what peft's model sees as it generates"""
     from iteris_core.passes.batches import REFERENCE, ExecutionConfig
     from iteris_core.passes.job import Job
-    from iteris_core.passes.sweep import solve_sites
+    from iteris_core.passes.sweep import Passes
     from iteris_core.solve.choose import THRESHOLDS
     from iteris_core.solve.problem import MemoryEstimate, RegressionSpec, Solution, StageSolver
 
@@ -85,7 +85,7 @@ def test_features_are_those_of_each_lora_generating(make, tmp_path):
         bytes=lambda site, sweep: MemoryEstimate(0, 0),
     )
     with task.run() as run:
-        solve_sites(run, lambda stage: solver, ExecutionConfig(8), REFERENCE)
+        Passes(run, lambda stage: solver, ExecutionConfig(8), REFERENCE).solve()
     assert set(moments) == set(references)
     for index, folder in enumerate(folders):
         theirs = linear_inputs(

@@ -23,7 +23,7 @@ from iteris_core.passes.footprint import (
     Step,
     Strategy,
 )
-from iteris_core.passes.job import Job, StageTiming
+from iteris_core.passes.job import Job, StageTiming, Trace
 from iteris_core.passes.planner import IN_HOST, plan_stage
 from iteris_core.solve.moments import AdapterMoments, OutputMoments
 from iteris_core.solve.problem import MemoryEstimate, RegressionSpec
@@ -109,11 +109,20 @@ def test_as_many_rows_run_as_fit_beside_the_rest():
 
     seen = (timing(running=10, forward=5), timing(running=1, forward=70))
     factors = {"a": SiteChanges((LowRank(torch.zeros(3, 1), torch.zeros(1, 2)),))}  # 20 bytes
-    job = Job(None, [], factors, CALIBRATION, None, lambda *_: None, memory_budget=100, seen=seen)
+    job = Job(
+        None,
+        [],
+        factors,
+        CALIBRATION,
+        None,
+        lambda *_: None,
+        memory_budget=100,
+        trace=Trace(stages=seen),
+    )
     assert (job.at_once(16), job.at_once(4), job.at_once(16, 2)) == (9, 4, 4)
     assert (job.at_once(16, factors=1), job.at_once(16, factors=3)) == (7, 1)
     assert replace(job, memory_budget=None).at_once(16) == 16
-    assert replace(job, seen=()).at_once(16) == 16
+    assert replace(job, trace=Trace()).at_once(16) == 16
     roomy = Roomy(50)
     roomy.copies_seen.append(1)
     assert replace(job, memory_budget="free", host=roomy).at_once(16) == 1
