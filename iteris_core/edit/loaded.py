@@ -21,7 +21,7 @@ from ..hosts.diffusers_lora import COMPONENTS, base_of, peft_layers
 from ..hosts.protocol import Host
 from ..hosts.transformers import TransformersHost
 from ..lora import Lora, LowRank
-from ..lora_files.factors import Factors, lora_config
+from ..lora_files.factors import lora_config
 from ..lora_files.formulas import rebuild
 from ..merge import MergeResult, merge_loras
 from ..report.report import MergeReport
@@ -218,10 +218,8 @@ def change_of(layer: Any, place: str, name: str) -> LowRank | None:
 
     made = rebuild(parts, weight_shape(base), scale, place, weight)
     kernel = tuple(down.weight.shape[2:]) or None
-    if isinstance(made, Factors):
-        change = LowRank(made.up * made.scale, made.down, kernel)
-    else:
-        change = LowRank.whole(made, kernel)
+    change = LowRank.whole(made) if isinstance(made, Tensor) else made
+    change = replace(change, kernel=kernel)
     return change if bool(change.up.any()) and bool(change.down.any()) else None
 
 

@@ -104,7 +104,7 @@ def _reduced(lora: Lora, found: Mapping[str, Components], ranks: Mapping[str, in
     """``lora`` with the first components of every site, and metadata that are still true."""
     sites = {site: one.at(ranks[site]) for site, one in found.items() if ranks[site]}
     metadata = {key: value for key, value in lora.metadata.items() if key not in STALE}
-    made = replace(lora, sites=sites, metadata=metadata, scales={})
+    made = replace(lora, sites=sites, metadata=metadata)
     return Reduced(made, ranks, kept(found, ranks))
 
 

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 
 from ..architectures.record import text_component, whole
 from ..errors import ConceptError, LoraFileError
-from ..lora import Lora
+from ..lora import Lora, LowRank
 from .aliases import BaseModel
 
 
@@ -109,19 +109,17 @@ def filtered(lora: Lora, blocks: str = "", layers: str = "") -> Lora:
                 f"{lora.name}: no layer name matches {pattern!r}; one name is {min(lora.sites)}."
             )
         kept = kept | fitting if keep else kept - fitting
-    factors = {site: weights.get(site, 1.0) for site in lora.sites if site in kept}
-    factors = {site: factor for site, factor in factors.items() if factor}
-    if not factors:
+    sites: dict[str, LowRank] = {}
+    for site, change in lora.sites.items():
+        factor = weights.get(site, 1.0)
+        if site in kept and factor:
+            sites[site] = replace(change.scaled(factor), scale=change.scale * factor)
+    if not sites:
         raise LoraFileError(f"{lora.name}: its blocks and layers leave nothing of it.")
-    note = f"{len(factors)} of {len(lora.sites)} layers, by its blocks and layers"
-    given = {"blocks": blocks, "layers": layers}
-    return replace(
-        lora,
-        sites={site: lora.sites[site].scaled(factor) for site, factor in factors.items()},
-        scales={s: scale * factors[s] for s, scale in lora.scales.items() if s in factors},
-        notes=[*lora.notes, note],
-        reading={**lora.reading, **{name: text for name, text in given.items() if text}},
-    )
+    note = f"{len(sites)} of {len(lora.sites)} layers, by its blocks and layers"
+    texts = {name: text for name, text in (("blocks", blocks), ("layers", layers)) if text}
+    reading = {**lora.reading, **texts}
+    return replace(lora, sites=sites, notes=[*lora.notes, note], reading=reading)
 
 
 def check_layers(text: str) -> list[tuple[bool, str]]:

@@ -7,11 +7,9 @@ Both files contain the same names. In a merge the sites of the second denoiser h
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -42,7 +40,6 @@ def joined_experts(high: Lora, low: Lora, denoiser: str) -> Lora:
     return replace(
         high,
         sites={**high.sites, **second.sites},
-        scales={**high.scales, **second.scales},
         notes=[*high.notes, *low.notes],
         source=f"{high.source}+{low.source}",
         sha256=f"{high.sha256}+{low.sha256}",
@@ -54,11 +51,8 @@ def split_experts(lora: Lora, denoiser: str) -> tuple[Lora, Lora]:
     first, second = f"{denoiser}.", f"{second_of(denoiser)}."
     low = _renamed(lora, second, first)
     low = replace(low, metadata=without_embeddings(lora.metadata), embeddings={})
-    sites, scales = (
-        {site: value for site, value in values.items() if not site.startswith(second)}
-        for values in (lora.sites, lora.scales)
-    )
-    return replace(lora, sites=sites, scales=scales), low
+    sites = {site: change for site, change in lora.sites.items() if not site.startswith(second)}
+    return replace(lora, sites=sites), low
 
 
 def by_expert(lora: Lora) -> tuple[Lora, ...]:
@@ -122,8 +116,6 @@ def expert_files(path: Path) -> tuple[Path, Path]:
 
 def _renamed(lora: Lora, old: str, new: str) -> Lora:
     """The changes of sites that start with ``old``, with that prefix replaced by ``new``."""
-
-    def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {new + s.removeprefix(old): v for s, v in values.items() if s.startswith(old)}
-
-    return replace(lora, sites=renamed(lora.sites), scales=renamed(lora.scales))
+    changes = lora.sites.items()
+    sites = {new + site.removeprefix(old): c for site, c in changes if site.startswith(old)}
+    return replace(lora, sites=sites)

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ..errors import LoraFileError
 from ..lora import LowRank
-from .factors import Factors
 from .tensors import modules_of
 
 Parts = Mapping[str, Tensor]
 
-Rebuilt = Factors | Tensor
-"""ΔW as factors, or in full, (out, in·kh·kw), float32, if factors would save nothing."""
+Rebuilt = LowRank | Tensor
+"""ΔW as factors without a ``kernel``, or in full, (out, in·kh·kw), float32, if factors would save
+nothing."""
 
 
 class Misfit(Exception):
@@ -68,7 +68,7 @@ def _lora(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
     up, down = up.flatten(1), down.flatten(1)
     if mid is not None:
         down = torch.einsum("pqhw,qi->pihw", mid, down).flatten(1)
-    return Factors(up, down, scale(rank))
+    return LowRank.folded(up, down, scale(rank))
 
 
 def _loha(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
@@ -84,7 +84,7 @@ def _loha(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
         return (a1 @ b1) * (a2 @ b2) * scale(len(b1))
     up = (a1[:, :, None] * a2[:, None, :]).flatten(1)
     down = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
-    return Factors(up, down, scale(len(b1)))
+    return LowRank.folded(up, down, scale(len(b1)))
 
 
 def _lokr(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
@@ -107,7 +107,8 @@ def _lokr(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
             full = LowRank.whole(left[0])
             left = full.up, full.down
         if left[0].shape[1] * right[0].shape[1] < min(product):
-            return Factors(torch.kron(left[0], right[0]), torch.kron(left[1], right[1]), factor)
+            up, down = torch.kron(left[0], right[0]), torch.kron(left[1], right[1])
+            return LowRank.folded(up, down, factor)
     dense = [half[0] if len(half) == 1 else half[0] @ half[1] for half in (left, right)]
     return torch.kron(*dense) * factor
 

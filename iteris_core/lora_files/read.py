@@ -140,7 +140,7 @@ def lora_of(
         raise LoraFileError(f"{path} changes no weight; it is not a LoRA file.")
     counts: Counter[str] = Counter()
     taken: dict[str, list[tuple[int, int, str]]] = {}  # rows of a site, and who changes them
-    pieces: dict[str, list[tuple[LowRank, float]]] = {}
+    pieces: dict[str, list[LowRank]] = {}
     for alias, (name, parts) in modules.items():
         place = f"{path}: {name}"
         scale = None
@@ -154,7 +154,6 @@ def lora_of(
             parts = plain
         of_base = partial(_base_weight, alias, shape, weight, place)
         change = rebuild(parts, shape, scale, place, of_base)
-        scale = 1.0 if isinstance(change, Tensor) else change.scale
         for piece in alias:
             start, stop = piece.start, piece.start + piece.length
             others = taken.setdefault(piece.site, [])
@@ -169,7 +168,7 @@ def lora_of(
                 counts["zero"] += 1
                 continue
             counts["extracted"] += isinstance(change, Tensor)
-            pieces.setdefault(piece.site, []).append((part, scale))
+            pieces.setdefault(piece.site, []).append(part)
     texts = {
         "extracted": "were not low rank and were extracted at "
         f"{options.energy:.4%} of their energy",
@@ -182,17 +181,16 @@ def lora_of(
         for why, keys in left_out.items()
     ]
     notes += [f"{counts[kind]} sites {text}" for kind, text in texts.items() if counts[kind]]
+    sites: dict[str, LowRank] = {}
+    for site, parts in pieces.items():
+        scales = {part.scale for part in parts}
+        sites[site] = replace(concatenate(parts), scale=scales.pop() if len(scales) == 1 else 1.0)
     lora = Lora(
-        {site: concatenate([change for change, _ in parts]) for site, parts in pieces.items()},
+        sites,
         path.stem,
         source=path.name,
         sha256=file_digest(path),
         base=base,
-        scales={
-            site: parts[0][1]
-            for site, parts in pieces.items()
-            if len({scale for _, scale in parts}) == 1
-        },
         left_out=sum(map(len, left_out.values())),
         notes=notes,
         reading={"allow_partial": options.allow_partial, "energy": options.energy},
@@ -211,10 +209,10 @@ def _part_of(
         if not bool(dense.any()):
             return None
         _check_size(place, 1, dense)
-        low = extract(dense, energy, kernel)[0]
-        up, down = low.up, low.down
+        change = extract(dense, energy)[0]
+        up, down = change.up, change.down
     else:
-        up, down = piece.of_file(change.up) * change.scale, change.down
+        up, down = piece.of_file(change.up), change.down
         used = up.any(dim=0)  # some ranks of a fused module belong only to other pieces
         if not bool(used.all()):
             up, down = up[:, used], down[used]
@@ -222,7 +220,7 @@ def _part_of(
         return None
     _check_size(place, up.shape[1], up, down)
     around = (0, 0, piece.start, shape[0] - piece.start - piece.length)
-    return LowRank(torch.nn.functional.pad(up, around), down, kernel)
+    return LowRank(torch.nn.functional.pad(up, around), down, kernel, change.scale)
 
 
 def _check_size(place: str, rank: int, *factors: Tensor) -> None:

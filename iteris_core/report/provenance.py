@@ -21,7 +21,7 @@ from ..concepts import Concept, Phrased
 from ..config import ConceptConfig, MergeConfig
 from ..hosts.learned import EmbeddingTriggers
 from ..linalg import cut_to
-from ..lora import Lora, LowRank
+from ..lora import Lora
 from ..lora_files.metadata import (
     ALWAYS_ON,
     merge_tag_frequency,
@@ -145,7 +145,7 @@ def cut_lora(lora: Lora, rank: int, *, ordered: bool) -> Lora:
     """``lora`` with every site cut to ``rank``, recorded in its recipe. With
     ``ordered`` components the first ones are kept. Otherwise an SVD cuts a site."""
     sites = {
-        site: LowRank(change.up[:, :rank], change.down[:rank], change.kernel)
+        site: replace(change, up=change.up[:, :rank], down=change.down[:rank])
         if ordered
         else cut_to(change, rank)[0]
         for site, change in lora.sites.items()
@@ -157,7 +157,7 @@ def scaled_lora(lora: Lora, strength: float) -> Lora:
     """``lora`` with its changes multiplied by ``strength``, recorded in its recipe."""
     if strength == 1:
         return lora
-    sites = {site: change.scaled(strength) for site, change in lora.sites.items()}
+    sites = {site: replace(c, up=c.up * strength) for site, c in lora.sites.items()}
     metadata = dict(lora.metadata)
     if strength > 0 and "strength_min" in metadata:
         low, high = (float(metadata[name]) for name in ("strength_min", "strength_max"))
