@@ -23,8 +23,9 @@ from ..passes.held_out import FinalOutputs, error_of, held_out
 from ..passes.preflight import unmergeable_sites
 from ..progress import OnProgress
 from ..settings import Budget
-from ..solve.ranks import Components, Target, kept, share_out
+from ..solve.ranks import Components, kept
 from .resize import Reduced, calibration_of, fitted, job_of, look
+from .target import Target, share_out
 
 _LEAST, _MOST = 64, 256
 """The smallest and largest number of components of a change to consider."""

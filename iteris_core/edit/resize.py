@@ -34,7 +34,8 @@ from ..solve.problem import (
     Solution,
     StageSolver,
 )
-from ..solve.ranks import Components, Target, kept, share_out, span
+from ..solve.ranks import Components, kept
+from .target import Target, share_out
 
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """Metadata that describe the original file's tensors."""
@@ -130,9 +131,10 @@ class Reduced:
     error: float | None = None
 
     def summary(self) -> str:
-        used = [rank for rank in self.ranks.values() if rank]
+        used = sorted(rank for rank in self.ranks.values() if rank)
         gone = len(self.ranks) - len(used)
-        text = f"{self.lora.name}: {span(used)} in {len(used)} layers"
+        ranks = f"rank {used[0]}" if used[0] == used[-1] else f"ranks {used[0]} to {used[-1]}"
+        text = f"{self.lora.name}: {ranks} in {len(used)} layers"
         text += f", {gone} left out" if gone else ""
         text += f"; {self.kept:.1%} of its effect on their outputs kept"
         if self.by_weights:
