@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCardData
 from torch import Tensor
 
 from ..concepts import Concept, Phrased
@@ -41,6 +42,11 @@ from .report import MergeReport
 _MARKS = re.compile(r"([\\`*_\[\]<>|#!])")
 _TRIGGERS = "trigger words"
 """A folder in ``ss_tag_frequency``, of which managers of LoRAs show the most frequent tags."""
+_HUB_LICENCES = {
+    *("mit", "apache-2.0", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nd-4.0"),
+    *("cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "openrail", "openrail++", "creativeml-openrail-m"),
+}
+"""The Hub's names of licences; it refuses a card with another."""
 _PACKAGES = ("iteris-lora", "torch", "diffusers", "transformers", "peft", "safetensors")
 
 
@@ -298,7 +304,7 @@ def card_of(file: Path, metadata: Mapping[str, str], report: MergeReport | None 
     """The Markdown of a card."""
     recipe = parse_object(metadata.get("iteris"))
     parts = [
-        "---\ntags:\n- lora\n- iteris\n---",
+        f"---\n{hub_data(metadata).to_yaml()}\n---",
         f"# {_plain(file.stem)}",
         *[f"![{_plain(picture.stem)}](<{picture.name}>)" for picture in previews(file)],
         _plain(metadata.get("modelspec.description", "")),
@@ -331,6 +337,22 @@ def card_of(file: Path, metadata: Mapping[str, str], report: MergeReport | None 
         lines += ["", whole]
         parts += ["## Recipe", "\n".join(lines)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def hub_data(metadata: Mapping[str, str]) -> ModelCardData:
+    """What the Hub reads in a card: the base if it is there, the licence if all sources have the
+    same, and the trigger words."""
+    base = str(parse_object(metadata.get("iteris")).get("base") or "")
+    licences = [entry for entry in metadata.get("modelspec.license", "").split("; ") if entry]
+    names = {entry.rpartition(": ")[2].lower() for entry in licences}
+    agreed = len(names) == 1 and len(licences) >= len(merged_concepts(metadata))
+    return ModelCardData(
+        base_model=base if "/" in base else None,
+        library_name="diffusers" if "modelspec.architecture" in metadata else None,
+        license=names.pop() if agreed and names <= _HUB_LICENCES else None,
+        tags=["lora", "iteris"],
+        instance_prompt=", ".join(noted_phrases(metadata)) or None,
+    )
 
 
 def _plain(text: str) -> str:
