@@ -77,7 +77,7 @@ def pieces(matrix: Tensor) -> list[slice]:
 
 def frobenius(matrix: Tensor) -> float:
     """‖matrix‖_F, summed piecewise in float64 if the device supports it."""
-    dtype = torch.float32 if matrix.device.type == "mps" else torch.float64
+    dtype = energy_dtype(matrix.device)
     norms = [torch.linalg.vector_norm(matrix[rows], dtype=dtype) for rows in pieces(matrix)]
     return float(torch.linalg.vector_norm(torch.stack(norms)))
 

@@ -65,12 +65,6 @@ def fused(sites: Sequence[str], shapes: Shapes) -> Alias:
     return tuple(pieces)
 
 
-def swapped(site: str, shapes: Shapes) -> Alias:
-    """The alias for a module whose two halves of rows (shift and scale) are swapped."""
-    rows = shapes[site][0]
-    return (Piece(site, ((rows // 2, rows), (0, rows // 2))),)
-
-
 def permuted(site: str, order: Sequence[int], start: int = 0) -> Alias:
     """The alias for a module whose row ``order[i]`` is row ``start + i`` of ``site``."""
     runs: list[tuple[int, int]] = []

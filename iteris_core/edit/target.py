@@ -60,3 +60,10 @@ def share_out(sites: Mapping[str, Components], target: Target, itemsize: int = 2
             "larger size."
         )
     return ranks
+
+
+def worth_share(sites: Mapping[str, Components], ranks: Mapping[str, int]) -> float:
+    """The share of the total worth that remains at these ``ranks``."""
+    total = sum(components.total for components in sites.values())
+    remains = sum(float(of.worths[: ranks[site]].sum()) for site, of in sites.items())
+    return remains / total if total > 0 else 1.0

@@ -92,10 +92,3 @@ def by_worth(sites: Mapping[str, Components]) -> list[tuple[int, float, str]]:
 def _cost(change: LowRank) -> int:
     """Count of numbers in a component."""
     return sum(change.shape)
-
-
-def kept(sites: Mapping[str, Components], ranks: Mapping[str, int]) -> float:
-    """The share of the total worth that ``ranks`` keep."""
-    total = sum(one.total for one in sites.values())
-    some = sum(float(one.worths[: ranks[site]].sum()) for site, one in sites.items())
-    return some / total if total > 0 else 1.0
