@@ -250,5 +250,5 @@ def rank_for(squares: Tensor, rank: Rank) -> int:
     total = float(squares.sum())
     if total == 0:
         return 1
-    kept = squares.cumsum(0) / total
-    return min(int((kept < rank - 1e-12).sum()) + 1, squares.numel())
+    shares = squares.cumsum(0) / total
+    return min(int((shares < rank - 1e-12).sum()) + 1, squares.numel())

@@ -198,13 +198,14 @@ def merge_loras(
     log, every = merged.log, [*merging, *always]
     solutions = {site: solution.change for site, solution in merged.sites.items()}
     sites = of_loras.beside(solutions, of_loras.changes_always(job.included))
-    joined, notes = join_embeddings(every), notes_of(every)
+    embeddings, new_names, renamed = join_embeddings(every)
+    notes = notes_of(every)
     where = {"include": "part of the merged LoRA", "outside": "load it beside the merged LoRA"}
     for one in always if loras else ():
         why = "" if one.phrases else "no trigger word, so it acts on every prompt: "
         note = f"{why}on while the others were merged; {where[one.always_on]}"
         job.notes.append((one.name, [note]))
-    for name, more in (*job.notes, ("embeddings", joined.warnings)):
+    for name, more in (*job.notes, ("embeddings", renamed)):
         if more:
             notes.setdefault(name, []).extend(more)
     report = MergeReport(
@@ -236,9 +237,9 @@ def merge_loras(
     lora = Lora(
         sites,
         "merged",
-        merge_metadata(every, report, joined, [*map(embedding_triggers, every)]),
+        merge_metadata(every, report, embeddings, new_names),
         base=next((base for base in bases if base is not None), None),
-        embeddings=joined.embeddings,
+        embeddings=embeddings,
     )
     result = MergeResult(lora, report)
     if merged.stopped is not None:

@@ -69,10 +69,11 @@ def blocks_of(base: BaseModel) -> dict[str, str]:
     """Site → its block, for sites in one; empty for an architecture without such names."""
     # Without a table, as in ComfyUI, sites already have the original names.
     denoiser = [site for site in base.shapes if text_component(site) is None]
-    own = {site.partition(".")[2]: whole(site, base.shapes) for site in denoiser}
-    names = base.architecture.original_names(base.shapes) or own
+    names = base.architecture.original_names(base.shapes) or {
+        site.partition(".")[2]: whole(site, base.shapes) for site in denoiser
+    }
     unet = any(name.startswith("middle_block.") for name in names)
-    found: dict[str, str] = {}
+    blocks: dict[str, str] = {}
     for name, alias in names.items():
         if numbered := _BLOCK.match(name):
             number = 0 if numbered[1] == "middle" else int(numbered[2])
@@ -81,14 +82,14 @@ def blocks_of(base: BaseModel) -> dict[str, str]:
             block = "OUT" if name.startswith("final_layer.") else "IN"
         else:
             continue
-        found |= {piece.site: block for piece in alias}
-    if not {"M00", "S00"} & set(found.values()):
+        blocks |= {piece.site: block for piece in alias}
+    if not {"M00", "S00"} & set(blocks.values()):
         return {}
     for site in base.shapes:
         encoder = text_component(site)
         if encoder is not None:
-            found[site] = "BASE" if unet else ("CLIP", "T5")[min(encoder, 1)]
-    return found
+            blocks[site] = "BASE" if unet else ("CLIP", "T5")[min(encoder, 1)]
+    return blocks
 
 
 def filtered(lora: Lora, blocks: str = "", layers: str = "") -> Lora:
@@ -101,18 +102,18 @@ def filtered(lora: Lora, blocks: str = "", layers: str = "") -> Lora:
         return lora
     weights = _weights(lora, blocks) if blocks else {}
     patterns = check_layers(layers) if layers else []
-    kept = {site for site in lora.sites if not any(keep for keep, _ in patterns)}
+    selected = {site for site in lora.sites if not any(keep for keep, _ in patterns)}
     for keep, pattern in sorted(patterns, reverse=True):
-        fitting = {site for site in lora.sites if fnmatchcase(site, pattern)}
-        if not fitting:
+        matching = {site for site in lora.sites if fnmatchcase(site, pattern)}
+        if not matching:
             raise LoraFileError(
                 f"{lora.name}: no layer name matches {pattern!r}; one name is {min(lora.sites)}."
             )
-        kept = kept | fitting if keep else kept - fitting
+        selected = selected | matching if keep else selected - matching
     sites: dict[str, LowRank] = {}
     for site, change in lora.sites.items():
         factor = weights.get(site, 1.0)
-        if site in kept and factor:
+        if site in selected and factor:
             sites[site] = replace(change.scaled(factor), scale=change.scale * factor)
     if not sites:
         raise LoraFileError(f"{lora.name}: its blocks and layers leave nothing of it.")

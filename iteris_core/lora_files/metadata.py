@@ -73,10 +73,10 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
         if number.isdigit() and not is_common(name):
             words.append(name.strip())
     for tags in tag_frequency(metadata).values():
-        own = {tag: count for tag, count in tags.items() if not is_common(tag)}
-        common = Counter(own).most_common(2)
-        if common and (len(common) == 1 or common[0][1] > common[1][1]):
-            words.append(common[0][0].strip())
+        telling = {tag: count for tag, count in tags.items() if not is_common(tag)}
+        first = Counter(telling).most_common(2)
+        if first and (len(first) == 1 or first[0][1] > first[1][1]):
+            words.append(first[0][0].strip())
     return list(dict.fromkeys(word for word in words if word))
 
 
@@ -228,7 +228,7 @@ def find_phrases(file: Path, metadata: Mapping[str, str]) -> FoundPhrases:
         content = _content(path)
         tables = [content, content.get("civitai")]
         lists = [table.get(name) for table in tables if isinstance(table, dict) for name in _NAMES]
-        words = [word for some in lists if isinstance(some, list) for word in some]
+        words = [word for listed in lists if isinstance(listed, list) for word in listed]
         words.append(content.get("activation text"))  # Automatic1111's, the words as one text
         texts = [word.get("word") if isinstance(word, dict) else word for word in words]
         phrases = [cleaned(text) for text in texts if isinstance(text, str)]
@@ -244,7 +244,7 @@ def noted_tags(file: Path) -> set[str]:
     contents = [_content(path) for path in sidecars(file)]
     tables = [*contents, *(content.get("model") for content in contents)]
     lists = [table.get("tags") for table in tables if isinstance(table, dict)]
-    return {str(tag).lower() for some in lists if isinstance(some, list) for tag in some}
+    return {str(tag).lower() for tags in lists if isinstance(tags, list) for tag in tags}
 
 
 def sidecars(file: Path) -> list[Path]:

@@ -47,8 +47,8 @@ def _base_of(path: Path, shapes_in_file: Shapes) -> BaseModel:
     for name, parts in modules.items():
         component = _COMPONENTS.get("_".join(name.split("_")[:2]), "unet")
         sites[name] = f"{component}.{name}" if kohya else name
-        own = {part: shapes_in_file[key] for part, key in parts.items()}
-        shapes[sites[name]] = _shape(path, name, own)
+        part_shapes = {part: shapes_in_file[key] for part, key in parts.items()}
+        shapes[sites[name]] = _shape(path, name, part_shapes)
     names = {name: whole(site, shapes) for name, site in sites.items()}
     return BaseModel(_RECORD, shapes, names, names if kohya else {})
 

@@ -261,8 +261,7 @@ def _complaint(
     left_out: Mapping[str, list[str]], tensors: Mapping[str, Tensor], *, whole: bool
 ) -> str:
     """What is left out, and what to do; ``whole``: that is all of the file."""
-    keys = [key for some in left_out.values() for key in some]
-    named = [f"{k} {tuple(tensors[k].shape)} {why}" for why, some in left_out.items() for k in some]
+    reasons = [(key, why) for why, keys in left_out.items() for key in keys]
     rest = "To merge the rest, use option allow_partial."
     if whole and _NO_MODULE not in left_out and left_out.keys() - {_UNKNOWN}:
         advice = "Nothing in it is a low-rank change of a layer, so there is nothing to merge."
@@ -270,13 +269,13 @@ def _complaint(
         advice = "This LoRA was made for another base model, or it is not a LoRA."
     elif set(left_out) == {_NO_MODULE}:
         return (
-            f"{len(keys)} of {len(tensors)} tensors have no layer in this base, such as {keys[0]}. "
-            f"Was the LoRA made for another base? {rest}"
+            f"{len(reasons)} of {len(tensors)} tensors have no layer in this base, such as "
+            f"{reasons[0][0]}. Was the LoRA made for another base? {rest}"
         )
     else:
         advice = rest
-    first = "; ".join(named[:3])
-    return f"{len(keys)} of {len(tensors)} tensors cannot be read: {first}. {advice}"
+    first = "; ".join(f"{key} {tuple(tensors[key].shape)} {why}" for key, why in reasons[:3])
+    return f"{len(reasons)} of {len(tensors)} tensors cannot be read: {first}. {advice}"
 
 
 def _base_weight(alias: Alias, shape: tuple[int, ...], weight: Weight | None, place: str) -> Tensor:

@@ -145,9 +145,9 @@ def _as_wide_as_projections(sites: Mapping[str, LowRank]) -> dict[str, LowRank]:
     them: diffusers loads a projection at the rank of the other layers."""
     padded = dict(sites)
     for encoder in [s.partition(".")[0] for s in sites if s.endswith(".text_projection")]:
-        own = {s: change for s, change in sites.items() if s.partition(".")[0] == encoder}
-        widest = max(change.rank for change in own.values())
-        padded |= {site: change.padded(widest) for site, change in own.items()}
+        changes = {s: change for s, change in sites.items() if s.partition(".")[0] == encoder}
+        widest = max(change.rank for change in changes.values())
+        padded |= {site: change.padded(widest) for site, change in changes.items()}
     return padded
 
 

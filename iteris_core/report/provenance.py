@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..concepts import Concept, Phrased
 from ..config import ConceptConfig, MergeConfig
-from ..hosts.learned import EmbeddingTriggers
+from ..hosts.learned import embedding_triggers
 from ..linalg import cut_to
 from ..lora import Lora
 from ..lora_files.metadata import (
@@ -53,29 +53,24 @@ _PACKAGES = ("iteris-lora", "torch", "diffusers", "transformers", "peft", "safet
 def merge_metadata(
     concepts: Sequence[Concept],
     report: MergeReport,
-    joined: Joined,
-    calls: Sequence[EmbeddingTriggers],
+    embeddings: Collection[str],
+    new_names: Sequence[Mapping[str, str]],
 ) -> dict[str, str]:
     """``iteris`` (JSON: versions, method, settings, calibration, concepts with input hashes, names
-    of embeddings), ``modelspec.*`` including the inputs' licences, and the merged ``ss_*`` of the
-    inputs, with the base's name if they agree on it. Phrases use the embeddings' names in the
-    merged LoRA."""
-    loras = [one.lora for one in concepts if one.lora is not None and one.always_on != "outside"]
+    of ``embeddings``), ``modelspec.*`` including the inputs' licences, and the merged ``ss_*`` of
+    the inputs, with the base's name if they agree on it. Phrases use the embeddings' ``new_names``,
+    those in the merged LoRA."""
+    loras = [c.lora for c in concepts if c.lora is not None and c.always_on != "outside"]
     names = [lora.name for lora in loras]
-    called = [
-        [of_one.renamed(phrase, names_of) for phrase in concept.phrases]
-        for concept, of_one, names_of in zip(concepts, calls, joined.names, strict=True)
-    ]
-    phrases = [
-        phrase
-        for concept, phrases_of in zip(concepts, called, strict=True)
-        if concept.lora and concept.always_on == "no" and (concept.trigger or concept.subjects)
-        for phrase in phrases_of
-    ]
+    called: list[list[str]] = []
+    phrases: list[str] = []
+    for concept, renamed in zip(concepts, new_names, strict=True):
+        triggers = embedding_triggers(concept)
+        called.append([triggers.renamed(phrase, renamed) for phrase in concept.phrases])
+        if concept.lora and concept.always_on == "no" and (concept.trigger or concept.subjects):
+            phrases += called[-1]
     metadata = {
-        "iteris": json.dumps(
-            {**recipe(concepts, report, called), "embeddings": list(joined.embeddings)}
-        ),
+        "iteris": json.dumps({**recipe(concepts, report, called), "embeddings": [*embeddings]}),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": " + ".join(names),
         "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -131,7 +126,7 @@ def recipe(
 def without_files(recipe: Mapping[str, Any]) -> list[str]:
     """The LoRAs of a recipe that were in no file."""
     entries = merged_concepts({"iteris": json.dumps(recipe)})
-    return [str(one["lora"]) for one in entries if not one.get("file")]
+    return [str(entry["lora"]) for entry in entries if not entry.get("file")]
 
 
 def with_recipe(lora: Lora, **more: Any) -> Lora:
@@ -182,9 +177,9 @@ def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:
     that it shares."""
     notes: dict[str, list[str]] = {}
     for concept, shared in zip(concepts, shared_triggers(concepts), strict=True):
-        own = concept.lora.notes if concept.lora is not None else ()
-        if found := [*own, *_on_its_purpose(concept), *shared]:
-            notes.setdefault(concept.name, []).extend(found)
+        of_file = concept.lora.notes if concept.lora is not None else ()
+        if notes_on := [*of_file, *_on_its_purpose(concept), *shared]:
+            notes.setdefault(concept.name, []).extend(notes_on)
     return notes
 
 
@@ -210,13 +205,14 @@ def shared_triggers(concepts: Sequence[Phrased]) -> list[list[str]]:
     ]
 
 
-def _clash(one: Phrased, two: Phrased) -> str:
-    if one.preserves or two.preserves:
+def _clash(first: Phrased, second: Phrased) -> str:
+    if first.preserves or second.preserves:
         return ""
-    for concept, other in ((one, two), (two, one)):
-        own = [concept.trigger] if concept.trigger else concept.subjects
+    for concept, other in ((first, second), (second, first)):
+        triggering = [concept.trigger] if concept.trigger else concept.subjects
         texts, phrases = (
-            [" ".join(text.lower().split()) for text in some] for some in (own, other.phrases)
+            [" ".join(text.lower().split()) for text in words]
+            for words in (triggering, other.phrases)
         )
         # Whole, and by the word that is not common: "sks dog" and "sks cat" share it.
         triggers = {word for text in texts for word in (text, parted(text)[1])} - {""}
@@ -251,40 +247,33 @@ def _on_its_purpose(concept: Concept) -> list[str]:
     return [f"{seen}; prompts for kind={purpose}"] if concept.kind == purpose else []
 
 
-@dataclass(frozen=True)
-class Joined:
-    """A merged LoRA's embeddings; ``names``: by concept, their old names → those there."""
-
-    embeddings: Mapping[str, Mapping[str, Tensor]]
-    names: Sequence[Mapping[str, str]]
-    warnings: Sequence[str]
-
-
-def join_embeddings(concepts: Sequence[Concept]) -> Joined:
-    """Every concept's embeddings combined; a duplicate name is prefixed with the LoRA's name."""
-    joined: dict[str, Mapping[str, Tensor]] = {}
-    names: list[dict[str, str]] = []
+def join_embeddings(
+    concepts: Sequence[Concept],
+) -> tuple[dict[str, Mapping[str, Tensor]], list[dict[str, str]], list[str]]:
+    """Every concept's embeddings combined; for each concept, their old names → those there; and
+    warnings. A duplicate name is prefixed with the LoRA's name."""
+    embeddings: dict[str, Mapping[str, Tensor]] = {}
+    new_names: list[dict[str, str]] = []
     warnings: list[str] = []
     for index, concept in enumerate(concepts):
-        lora, own_names = concept.lora or Lora({}), dict[str, str]()
+        lora = concept.lora or Lora({})
+        new_names.append({})
         for name, parts in lora.embeddings.items():
-            joined_name = name
-            there = joined.get(name)
-            if there is not None and not (
-                there.keys() == parts.keys()
-                and all(torch.equal(there[part], parts[part]) for part in parts)
+            new_name, known = name, embeddings.get(name)
+            if known is not None and not (
+                known.keys() == parts.keys()
+                and all(torch.equal(known[part], parts[part]) for part in parts)
             ):
-                joined_name = f"{lora.name or index + 1}-{name}"
-                while joined_name in joined:
-                    joined_name += "-2"
+                new_name = f"{lora.name or index + 1}-{name}"
+                while new_name in embeddings:
+                    new_name += "-2"
                 warnings.append(
                     f"two LoRAs have an embedding {name!r}; the one from {lora.name} is saved as "
-                    f"{joined_name!r}"
+                    f"{new_name!r}"
                 )
-            joined[joined_name] = parts
-            own_names[name] = joined_name
-        names.append(own_names)
-    return Joined(joined, names, warnings)
+            embeddings[new_name] = parts
+            new_names[-1][name] = new_name
+    return embeddings, new_names, warnings
 
 
 def write_card(file: Path, report: MergeReport | None = None) -> Path:
@@ -313,10 +302,10 @@ def card_of(file: Path, metadata: Mapping[str, str], report: MergeReport | None 
         parts += ["## Trigger words", "\n".join(f"- {_code(phrase)}" for phrase in phrases)]
     if concepts := merged_concepts(metadata):
         rows = ["| LoRA | SHA-256 | strength | weight |", "|---|---|--:|--:|"]
-        for one in concepts:
-            digest = str(one.get("sha256") or "")[:12]
-            numbers = [str(one.get(name, 1.0)) for name in ("strength", "weight")]
-            rows.append(f"| {' | '.join([_plain(str(one['lora'])), digest, *numbers])} |")
+        for concept in concepts:
+            digest = str(concept.get("sha256") or "")[:12]
+            numbers = [str(concept.get(name, 1.0)) for name in ("strength", "weight")]
+            rows.append(f"| {' | '.join([_plain(str(concept['lora'])), digest, *numbers])} |")
         parts += ["## Merged from", "\n".join(rows)]
     if licences := metadata.get("modelspec.license", ""):
         parts += ["Licences of the sources: " + _plain(licences)]
@@ -324,11 +313,11 @@ def card_of(file: Path, metadata: Mapping[str, str], report: MergeReport | None 
         parts += ["## Result", _plain(report.verdict())]
     lines: list[str] = []
     for name in ("method", "base", "preset", "settings", "calibration", "versions"):
-        given = recipe.get(name)
-        if isinstance(given, Mapping):
-            given = ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
-        if given:
-            lines.append(f"- {name}: {_code(str(given))}")
+        value = recipe.get(name)
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key}={of}" for key, of in value.items() if of is not None)
+        if value:
+            lines.append(f"- {name}: {_code(str(value))}")
     if recipe:
         again = f"`iteris merge --from {file.name} -o again.safetensors`"
         whole = f"The file contains the full recipe: {again}."
