@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from .errors import MismatchError
 
 if TYPE_CHECKING:
-    from .lora_files.aliases import BaseModel
+    from .architectures.record import BaseModel
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ class LowRank:
     @property
     def rank(self) -> int:
         return self.up.shape[1]
+
+    @property
+    def alpha(self) -> float:
+        """As in its file."""
+        return self.scale * self.rank
 
     @property
     def shape(self) -> tuple[int, int]:

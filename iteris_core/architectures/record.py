@@ -122,6 +122,18 @@ class Architecture:
         return not is_t5(site) and (layout != "kohya" or self.reads_kohya(site))
 
 
+@dataclass(frozen=True)
+class BaseModel:
+    """Everything needed to read and write a LoRA file. ``shapes`` maps every site to its weight's
+    shape. ``aliases`` maps every name that a file may use for a module, with prefix and without
+    leaf, to its alias. ``written`` are the names to write, each for whole sites."""
+
+    architecture: Architecture
+    shapes: Shapes
+    aliases: Mapping[str, Alias]
+    written: Mapping[str, Alias]
+
+
 TEXT_WIRINGS = (
     # T5: each sublayer normalises what it reads.
     Wiring({"SelfAttention.o": "layer_norm"}),

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from ..architectures.record import text_component, whole
+from ..architectures.record import BaseModel, text_component, whole
 from ..errors import ConceptError, LoraFileError
 from ..lora import Lora, LowRank
-from .aliases import BaseModel
 
 
 def _range(prefix: str, start: int, stop: int) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ def store_all(
             stored |= {s: _rounded(s, c, dtype, alpha / c.rank) for s, c in sites.items()}
             continue
         module = {site: exact[site] or _rounded(site, c, dtype) for site, c in sites.items()}
-        if evened and not all(math.isclose(c.scale * c.rank, alpha) for c in module.values()):
+        if evened and not all(math.isclose(c.alpha, alpha) for c in module.values()):
             # The same changes with one alpha: scaled by a power of two, or padded with zeros.
             module = {
                 site: exactly(c, c.scale * alpha / c.rank, dtype) or c.padded(alpha)

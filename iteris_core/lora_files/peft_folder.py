@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from ..architectures import Architecture
-from ..architectures.record import Shapes, whole
+from ..architectures.record import BaseModel, Shapes, whole
 from ..errors import LoraFileError, OutputError
 from ..lora import Lora
 from ..saving import atomically, check_place
-from .aliases import BaseModel
 from .factors import lora_config, stored_factors
 from .metadata import public_name
 from .read import ReadOptions, lora_of

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..architectures import architecture_of_file
-from ..architectures.record import Alias, Piece, file_rows
+from ..architectures.record import Alias, BaseModel, Piece, file_rows
 from ..errors import LoraFileError, SettingsError
 from ..linalg import extract
 from ..lora import Lora, LowRank, concatenate
-from .aliases import BaseModel, released_base
+from .aliases import released_base
 from .blocks import check_layers, filtered, weights_by_block
 from .embeddings import split_embeddings
 from .factors import adapter_configs, scale_of

@@ -26,12 +26,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..architectures.record import Alias, file_rows
+from ..architectures.record import Alias, BaseModel, file_rows
 from ..architectures.unet import SD1
 from ..errors import OutputError
 from ..lora import Lora, LowRank
 from ..saving import check_new, together
-from .aliases import BaseModel, base_model
+from .aliases import base_model
 from .embeddings import embedding_files, to_file
 from .factors import lora_config, store_all, stored_factors
 from .tensors import content_hash, save_tensors
@@ -98,7 +98,7 @@ def to_tensors(
     """
     if not lora.sites:
         raise OutputError("The merged LoRA changes no site; there is nothing to write.")
-    layout, base = layout or _own_layout(lora), lora.base
+    layout, base, dtype = layout or _own_layout(lora), lora.base, DTYPES[name_of(dtype)]
     if base is None:  # names as in SD 1.x
         shapes: dict[str, tuple[int, ...]] = {}
         for site, change in lora.sites.items():
@@ -107,17 +107,16 @@ def to_tensors(
         base = base_model(SD1, shapes)
     one_alpha = base.architecture.one_alpha
     lora = replace(lora, sites=_as_wide_as_projections(lora.sites))
-    stored = store_all(lora, DTYPES[name_of(dtype)], one_alpha, even=layout == "kohya")
+    stored = store_all(lora, dtype, one_alpha, even=layout == "kohya")
     metadata = {key: str(value) for key, value in lora.metadata.items()}
     metadata.pop("lora_adapter_metadata", None)
     tensors: dict[str, Tensor] = {}
     if layout == "kohya":
         modules = _kohya(base, stored)
         for name, module in modules.items():
-            up, down = stored_factors(module, DTYPES[name_of(dtype)])
-            alpha = torch.tensor(module.scale * module.rank, dtype=torch.float32)
+            up, down = stored_factors(module, dtype)
             tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-            tensors[f"{name}.alpha"] = alpha
+            tensors[f"{name}.alpha"] = torch.tensor(module.alpha, dtype=torch.float32)
         # What sd-scripts and A1111 show: the most common rank and alpha.
         ranks = [module.rank for module in modules.values()]
         dim = max(set(ranks), key=ranks.count)
@@ -131,7 +130,7 @@ def to_tensors(
     else:
         stored |= _recognisable(stored, {site: site for site in stored}, "peft")
         for site, module in stored.items():
-            up, down = stored_factors(module, DTYPES[name_of(dtype)])
+            up, down = stored_factors(module, dtype)
             # Sites may share a down matrix in memory; safetensors refuses that.
             tensors |= {f"{site}.lora_A.weight": down.clone(), f"{site}.lora_B.weight": up}
         metadata["lora_adapter_metadata"] = json.dumps(_peft_metadata(stored))
@@ -254,11 +253,8 @@ def _peft_metadata(stored: Mapping[str, LowRank]) -> dict[str, object]:
     for component in sorted({site.partition(".")[0] for site in stored}):
         # transformers 5 dropped ``text_model.`` from the module names that peft compares with.
         modules = {
-            site.removeprefix(f"{component}.").removeprefix("text_model."): (
-                module.rank,
-                module.scale * module.rank,
-            )
-            for site, module in stored.items()
+            site.removeprefix(f"{component}.").removeprefix("text_model."): (c.rank, c.alpha)
+            for site, c in stored.items()
             if site.startswith(f"{component}.")
         }
         # Patterns match name ends: without a mark, FLUX's ``proj_out`` would match every block's.

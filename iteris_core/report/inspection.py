@@ -99,7 +99,7 @@ def block_of(site: str) -> str:
 def describe(lora: Lora, tensors: Mapping[str, Tensor] | None = None) -> LoraFacts:
     """Facts about a LoRA, and about its file's ``tensors``."""
     tensors = tensors or {}
-    alphas = Counter(f"{change.scale * change.rank:g}" for change in lora.sites.values())
+    alphas = Counter(f"{change.alpha:g}" for change in lora.sites.values())
     changed = Counter(site.partition(".")[0] for site in lora.sites)
     shapes = lora.base.shapes if lora.base is not None else {}
     total = Counter(site.partition(".")[0] for site in shapes)
