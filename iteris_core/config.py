@@ -79,7 +79,7 @@ class ConceptConfig(Phrased, Config):
     ``low`` is the file for the second of two experts. ``blocks`` and ``layers`` select the part
     that counts, as in :func:`.lora_files.blocks.filtered`. A recipe records ``sha256`` (of
     ``file``, or of both joined by a plus) and ``reading``. ``source`` says where the words come
-    from, as in :class:`.lora_files.metadata.FoundPhrases`. ``changed`` is a time stamp of the
+    from, as in :func:`.lora_files.metadata.find_phrases`. ``changed`` is a time stamp of the
     files, so that a cache treats a rewritten file as another concept. The other fields are those of
     :class:`.concepts.Concept`.
     """

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import dropwhile
 from pathlib import Path, PureWindowsPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 Purpose = Literal["speed", "edit", "slider", "detailer", "style", "tags"]
 """What a LoRA is for, other than a subject: it makes a base draw in few steps without guidance, or
@@ -212,18 +212,12 @@ _ENDINGS = (".metadata.json", ".civitai.info", ".rgthree-info.json", ".json")
 _NAMES = ("trainedWords", "trigger_words")
 
 
-class FoundPhrases(NamedTuple):
-    """A LoRA's trigger phrases, and their source: ``"file"``, a sidecar's extension, ``"captions"``
-    for a guess from the trainer's notes, or empty."""
-
-    phrases: tuple[str, ...] = ()
-    source: str = ""
-
-
-def find_phrases(file: Path, metadata: Mapping[str, str]) -> FoundPhrases:
-    """A LoRA's phrases: those in ``metadata``, else beside the file, else guessed from captions."""
+def find_phrases(file: Path, metadata: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
+    """A LoRA's trigger phrases and their source: those in ``metadata`` (``"file"``), else beside
+    the file (a sidecar's extension), else a guess from the trainer's notes (``"captions"``), else
+    none and an empty text."""
     if noted := noted_phrases(metadata):
-        return FoundPhrases(tuple(noted), "file")
+        return tuple(noted), "file"
     for path in sidecars(file):
         content = _content(path)
         tables = [content, content.get("civitai")]
@@ -234,9 +228,9 @@ def find_phrases(file: Path, metadata: Mapping[str, str]) -> FoundPhrases:
         phrases = [cleaned(text) for text in texts if isinstance(text, str)]
         if any(phrases):
             ending = next(end for end in _ENDINGS if path.name.endswith(end))
-            return FoundPhrases(tuple(dict.fromkeys(filter(None, phrases))), ending)
+            return tuple(dict.fromkeys(filter(None, phrases))), ending
     guessed = trigger_words(metadata)[:1]
-    return FoundPhrases(tuple(guessed), "captions" if guessed else "")
+    return tuple(guessed), "captions" if guessed else ""
 
 
 def noted_tags(file: Path) -> set[str]:
