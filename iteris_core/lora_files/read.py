@@ -93,21 +93,18 @@ def read_lora_file(
     return replace(lora, metadata=metadata, embeddings=embeddings, notes=notes)
 
 
-class ReleasedBases:
-    """Reads every file for the released model for which it was made, where no base is loaded."""
-
-    @staticmethod
-    def read_lora(path: str | Path, options: ReadOptions | None = None) -> Lora:
-        """As :func:`read_lora_file`; needs diffusers and transformers."""
-        path = Path(path)
-        known = released_base(architecture_of_file(*read_header(path)).name)
-        try:
-            return read_lora_file(path, known, options=options)
-        except LoraFileError as error:
-            raise LoraFileError(
-                f"{error} If it is a DoRA, or its base differs in shape from the released models, "
-                "name its base: BASE for merge, option base BASE for others, a host in Python."
-            ) from error
+def read_for_released(path: str | Path, options: ReadOptions | None = None) -> Lora:
+    """As :func:`read_lora_file`, for the released model for which the file was made, where no base
+    is loaded; needs diffusers and transformers."""
+    path = Path(path)
+    base = released_base(architecture_of_file(*read_header(path)).name)
+    try:
+        return read_lora_file(path, base, options=options)
+    except LoraFileError as error:
+        raise LoraFileError(
+            f"{error} If it is a DoRA, or its base differs in shape from the released models, "
+            "name its base: BASE for merge, option base BASE for others, a host in Python."
+        ) from error
 
 
 def _other_base(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], base: BaseModel) -> str:
