@@ -139,7 +139,8 @@ class Lora:
 
 
 def concatenate(changes: Sequence[LowRank]) -> LowRank:
-    """The exact sum of ``changes``, of rank Σ r_i: factors side by side. One change is itself."""
+    """The exact sum of ``changes``, of rank Σ r_i: factors side by side, with the scale that all of
+    them have, if any. One change is itself."""
     if not changes:
         raise MismatchError("Nothing to add up: pass at least one change.")
     first = changes[0]
@@ -150,7 +151,8 @@ def concatenate(changes: Sequence[LowRank]) -> LowRank:
         raise MismatchError(f"Changes of one site differ in shape: {shapes}. Same base model?")
     up = torch.cat([change.up for change in changes], dim=1)
     down = torch.cat([change.down for change in changes], dim=0)
-    return LowRank(up, down, first.kernel)
+    scale = first.scale if len({change.scale for change in changes}) == 1 else 1.0
+    return LowRank(up, down, first.kernel, scale)
 
 
 @dataclass(frozen=True)

@@ -137,8 +137,8 @@ def rebuild(
 
     ``scale`` comes from an adapter's configuration, if there is one; an ``alpha`` among the parts
     overrides it. ``weight`` returns the base's weight, (out, in·kh·kw), and is called only for a
-    DoRA. Raises :class:`LoraFileError`, starting with ``place``, if parts are
-    missing or do not fit.
+    DoRA. Raises :class:`LoraFileError`, starting with ``place``, if parts are missing or do not
+    fit.
     """
     _check_parts(parts, place)
     floats: Parts = {}
@@ -157,15 +157,8 @@ def rebuild(
             sizes = tuple(parts["alpha"].shape)
             raise LoraFileError(f"{place}: alpha has shape {sizes}, not one value.")
         alpha = float(parts["alpha"])
-        if not math.isfinite(alpha):
-            raise LoraFileError(f"{place}: alpha is {alpha}; the file is broken.")
-
-    def scale_of(rank: int) -> float:
-        if alpha is not None:
-            return alpha / rank
-        return 1.0 if scale is None else scale
-
-    change = FORMULAS[frozenset(floats)](floats, shape, scale_of)
+    default, formula = 1.0 if scale is None else scale, FORMULAS[frozenset(floats)]
+    change = formula(floats, shape, lambda rank: default if alpha is None else alpha / rank)
     if change is None:
         sizes = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in floats.items())
         raise LoraFileError(

@@ -178,12 +178,8 @@ def lora_of(
         for why, keys in left_out.items()
     ]
     notes += [f"{counts[kind]} sites {text}" for kind, text in texts.items() if counts[kind]]
-    sites: dict[str, LowRank] = {}
-    for site, parts in pieces.items():
-        scales = {part.scale for part in parts}
-        sites[site] = replace(concatenate(parts), scale=scales.pop() if len(scales) == 1 else 1.0)
     lora = Lora(
-        sites,
+        {site: concatenate(parts) for site, parts in pieces.items()},
         path.stem,
         source=path.name,
         sha256=file_digest(path),
