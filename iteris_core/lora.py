@@ -226,11 +226,11 @@ class SiteChanges:
 
     def at(self, inputs: Tensor) -> SiteChanges:
         """The changes restricted to the chosen ``inputs`` (indices)."""
-        chosen = (
+        restricted = (
             c and LowRank(c.up, c.down[:, inputs.to(c.down.device)], c.kernel)
             for c in self.by_concept
         )
-        return replace(self, by_concept=tuple(chosen))
+        return replace(self, by_concept=tuple(restricted))
 
     def weighted(self, weights: Sequence[float]) -> list[LowRank]:
         """w_i ΔW_i for concepts that have a change."""

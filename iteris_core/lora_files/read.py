@@ -202,7 +202,7 @@ def _part_of(
         if not bool(dense.any()):
             return None
         _check_size(place, 1, dense)
-        change = extract(dense, energy)[0]
+        change = extract(dense, energy)
         up, down = change.up, change.down
     else:
         up, down = piece.of_file(change.up), change.down

@@ -200,7 +200,7 @@ def lacks_of(concepts: Sequence[Concept]) -> list[str]:
 def shared_triggers(concepts: Sequence[Phrased]) -> list[list[str]]:
     """For each concept, a sentence about each earlier one that prompts for either invoke too."""
     return [
-        [told for other in concepts[:at] if (told := _clash(other, concept))]
+        [sentence for other in concepts[:at] if (sentence := _clash(other, concept))]
         for at, concept in enumerate(concepts)
     ]
 
