@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast, get_args
@@ -26,7 +25,7 @@ from .hosts.rows import CLASSES
 from .hosts.sample_store import SampleStore, digest
 from .lora import Lora
 from .lora_files import Layout
-from .lora_files.experts import write_by_expert, write_or_keep
+from .lora_files.experts import rescued, write_or_keep
 from .methods import Method, find_method
 from .methods.fitting import notes_on, streams_of
 from .methods.registry import Merged, settings_over
@@ -38,7 +37,6 @@ from .passes.planner import Planned
 from .progress import Forecast, OnProgress
 from .report.provenance import join_embeddings, lacks_of, merge_metadata, notes_of
 from .report.report import MergeReport, SiteReport
-from .saving import rescued
 from .settings import Budget, PresetName, Settings, budget_of
 from .solve.choose import THRESHOLDS, Thresholds
 from .solve.problem import Solution
@@ -77,8 +75,7 @@ class MergeResult:
         try:
             load_adapter(pipeline, self.lora, adapter_name)
         except IterisError as error:
-            write = partial(write_by_expert, self.lora, dtype="float32")
-            raise rescued(write, "merged.safetensors", error) from error
+            raise rescued(self.lora, "merged.safetensors", error) from error
 
 
 def merge_loras(
