@@ -85,7 +85,9 @@ def resize_lora(
 
     triggers = [embedding_triggers(job.concepts[0])]
     with host.activate(triggers), job.run() as run:
-        components = look(run, lambda site, *moments: Components.of(lora.sites[site], *moments))
+        components = look(
+            run, lambda site, root, output: Components.of(lora.sites[site], root, output)
+        )
         # Sites without observed inputs have the mean worth of the others.
         totals = [of.total for of in components.values()]
         mean = sum(totals) / len(totals) if totals else 1.0
