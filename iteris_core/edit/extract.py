@@ -16,15 +16,16 @@ from ..architectures.sites import weight_shape
 from ..calibration_prompts import CAPTIONS
 from ..concepts import Calibration, Concept
 from ..errors import MismatchError, SolveError
-from ..hosts.protocol import Host, Tick
+from ..hosts.protocol import Host
 from ..lora import Lora, LowRank, SiteChanges
 from ..lora_files import BaseModel
 from ..passes.held_out import FinalOutputs, error_of, held_out
+from ..passes.job import Job
 from ..passes.preflight import unmergeable_sites
 from ..progress import OnProgress
 from ..settings import Budget
 from ..solve.ranks import Components
-from .resize import Reduced, calibration_of, fitted, job_of, look
+from .resize import Reduced, fitted, job_of, look
 from .target import Target, share_out, worth_share
 
 _LEAST, _MOST = 64, 256
@@ -75,7 +76,6 @@ def extract_lora(
     sites = {name: site_of(name, tuned_sites[name]) for name in dense}
     zeros = {name: site.zero(1) for name, site in sites.items()}
     concept = Concept(Lora(zeros, _NAME), prompts=prompts or CAPTIONS, trigger=_NAME)
-    calibration = calibration_of(calibration)
     unchanged = {name: SiteChanges((change,)) for name, change in zeros.items()}
     job = job_of(tuned, concept, unchanged, calibration, on_progress, memory_budget)
     observed = unmergeable_sites(job, sweep=True)
@@ -99,11 +99,11 @@ def extract_lora(
         for name, change in dense.items()
     }
     job = replace(job, host=base, changes=whole)
-    job.generator.manual_seed(calibration.seed)
+    job.generator.manual_seed(job.calibration.seed)
     with job.run() as run:
         changes = fitted(job, run, {name: rank for name, rank in ranks.items() if rank})
     lora = Lora(changes, _NAME, base=kind)
-    error = output_error(base, tuned, concept, lora, calibration, job.tick)
+    error = output_error(job, tuned, lora)
     if not error < 1:
         raise SolveError(
             f"The LoRA is no nearer to the fine-tune than the base is (error {error:.2f}); use a "
@@ -112,18 +112,17 @@ def extract_lora(
     return Reduced(lora, ranks, worth_share(components, ranks), error=error)
 
 
-def output_error(
-    base: Host, tuned: Host, concept: Concept, lora: Lora, calibration: Calibration, tick: Tick
-) -> float:
-    """‖f_LoRA − f_tuned‖ / ‖f_base − f_tuned‖ of final outputs: 0 is perfect, 1 like the base."""
-    separate = held_out(calibration, _SAMPLES, _TIMESTEPS)
+def output_error(job: Job, tuned: Host, lora: Lora) -> float:
+    """‖f_LoRA − f_tuned‖ / ‖f_base − f_tuned‖ of final outputs: 0 is perfect, 1 like the base, the
+    host of the ``job``."""
+    separate = held_out(job.calibration, _SAMPLES, _TIMESTEPS)
     generator = torch.Generator().manual_seed(separate.seed)
     sites = set(lora.sites)
     with torch.no_grad(), Lockstep({}, {}) as lockstep:
-        samples = tuned.samples([concept], sites, separate, lockstep, generator, tick)
+        samples = tuned.samples(job.concepts, sites, separate, lockstep, generator, job.tick)
         final = FinalOutputs.of(tuned, samples)
         outputs_tuned = final.under({})
-        final = replace(final, host=base)
+        final = replace(final, host=job.host)
         outputs_base = final.under({})
         outputs_lora = final.under(lora.sites)
     return math.sqrt(error_of(outputs_lora, outputs_base, outputs_tuned))

@@ -74,9 +74,6 @@ def resize_lora(
     if not concept.phrases and concept.prompts is None and concept.inputs is None:
         concept = replace(concept, prompts=CAPTIONS)
     concept = replace(concept, strength=1.0, text_strength=None, weight=1.0)
-    calibration = calibration_of(calibration)
-    if len(concept.phrases) > 1:
-        calibration = replace(calibration, samples=2 * calibration.samples)
     job = job_of(host, concept, changes_of([concept]), calibration, on_progress, memory_budget)
     check_sites(host, job.changes)
     observed = unmergeable_sites(job, sweep=True)
@@ -153,23 +150,22 @@ class Reduced:
         return report if self.error is None else {**report, "error": self.error}
 
 
-def calibration_of(calibration: Calibration | Mapping[str, Any] | None) -> Calibration:
-    """The calibration for one LoRA at its strength: a whole one, or the defaults with these values
-    by name."""
-    if not isinstance(calibration, Calibration):
-        calibration = Calibration.from_mapping(calibration or {})
-    return replace(calibration, conditions=0.0).settled(1, pictures=True)
-
-
 def job_of(
     host: Host,
     concept: Concept,
     changes: Mapping[str, SiteChanges],
-    calibration: Calibration,
+    calibration: Calibration | Mapping[str, Any] | None,
     on_progress: OnProgress | None,
     memory_budget: Budget,
 ) -> Job:
-    """A job that runs the rows of one ``concept`` on a ``host`` with its ``changes``."""
+    """A job that runs the rows of one ``concept`` at its strength on a ``host`` with its
+    ``changes``, twice as many if it has several phrases. ``calibration`` is a whole one, or values
+    over the defaults by name."""
+    if not isinstance(calibration, Calibration):
+        calibration = Calibration.from_mapping(calibration or {})
+    calibration = replace(calibration, conditions=0.0).settled(1, pictures=True)
+    if len(concept.phrases) > 1:
+        calibration = replace(calibration, samples=2 * calibration.samples)
     eta, generator = Forecast(on_progress), torch.Generator().manual_seed(calibration.seed)
     budget = budget_of(memory_budget)
     return Job(
