@@ -123,10 +123,9 @@ def recipe(
     return {"versions": versions, **recorded, "concepts": entries, "notes": report.notes}
 
 
-def without_files(recipe: Mapping[str, Any]) -> list[str]:
-    """The LoRAs of a recipe that were in no file."""
-    entries = merged_concepts({"iteris": json.dumps(recipe)})
-    return [str(entry["lora"]) for entry in entries if not entry.get("file")]
+def without_files(metadata: Mapping[str, str]) -> list[str]:
+    """The LoRAs of a merged file that were in no file."""
+    return [str(c["lora"]) for c in merged_concepts(metadata) if not c.get("file")]
 
 
 def with_recipe(lora: Lora, **more: Any) -> Lora:
@@ -321,7 +320,7 @@ def card_of(file: Path, metadata: Mapping[str, str], report: MergeReport | None 
     if recipe:
         again = f"`iteris merge --from {file.name} -o again.safetensors`"
         whole = f"The file contains the full recipe: {again}."
-        if loose := without_files(recipe):
+        if loose := without_files(metadata):
             whole = f"It cannot be merged again: {_plain(loose[0])} was made in Python."
         lines += ["", whole]
         parts += ["## Recipe", "\n".join(lines)]
