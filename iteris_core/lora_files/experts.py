@@ -11,13 +11,14 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..errors import IterisError, LoraFileError, SaveError
-from ..lora import Lora
+from ..lora import Lora, LowRank
 from .embeddings import without_embeddings
 from .write import Layout, name_of, write_loras
 
@@ -37,13 +38,13 @@ def joined_experts(high: Lora, low: Lora, denoiser: str) -> Lora:
 
     Raises :class:`IterisError` if a file has nothing for its denoiser.
     """
-    second = _renamed(low, f"{denoiser}.", f"{second_of(denoiser)}.")
-    for lora, sites in ((high, high.sites), (low, second.sites)):
+    second = _renamed(low.sites, f"{denoiser}.", f"{second_of(denoiser)}.")
+    for lora, sites in ((high, high.sites), (low, second)):
         if not sites:
             raise LoraFileError(f"{lora.source or lora.name} changes nothing in the {denoiser}.")
     return replace(
         high,
-        sites={**high.sites, **second.sites},
+        sites={**high.sites, **second},
         notes=[*high.notes, *low.notes],
         source=f"{high.source}+{low.source}",
         sha256=f"{high.sha256}+{low.sha256}",
@@ -53,8 +54,8 @@ def joined_experts(high: Lora, low: Lora, denoiser: str) -> Lora:
 def split_experts(lora: Lora, denoiser: str) -> tuple[Lora, Lora]:
     """The first denoiser and text encoders; and the second, under the first one's names."""
     first, second = f"{denoiser}.", f"{second_of(denoiser)}."
-    low = _renamed(lora, second, first)
-    low = replace(low, metadata=without_embeddings(lora.metadata), embeddings={})
+    low_sites, metadata = _renamed(lora.sites, second, first), without_embeddings(lora.metadata)
+    low = replace(lora, sites=low_sites, metadata=metadata, embeddings={})
     sites = {site: change for site, change in lora.sites.items() if not site.startswith(second)}
     return replace(lora, sites=sites), low
 
@@ -124,8 +125,6 @@ def expert_files(path: Path) -> tuple[Path, Path]:
     return high, low
 
 
-def _renamed(lora: Lora, old: str, new: str) -> Lora:
+def _renamed(sites: Mapping[str, LowRank], old: str, new: str) -> dict[str, LowRank]:
     """The changes of sites that start with ``old``, with that prefix replaced by ``new``."""
-    changes = lora.sites.items()
-    sites = {new + site.removeprefix(old): c for site, c in changes if site.startswith(old)}
-    return replace(lora, sites=sites)
+    return {new + site.removeprefix(old): c for site, c in sites.items() if site.startswith(old)}
