@@ -21,8 +21,8 @@ from protocol.toybox import ToyboxWorld
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.edit.resize import resize_lora
+from iteris_core.edit.target import Target
 from iteris_core.linalg import truncate_factors
-from iteris_core.solve.ranks import Target
 from toybox import TEMPLATES
 
 FILE = result_file("resize.json")

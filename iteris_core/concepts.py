@@ -298,19 +298,19 @@ def recognised(
     file: Path, metadata: Mapping[str, str], given: Collection[str]
 ) -> tuple[dict[str, Any], str]:
     """Fields of the concept in ``file`` but for those ``given``, from its name, its metadata and a
-    download helper's notes beside it, and the source of the words as in :class:`FoundPhrases`: the
+    download helper's notes beside it, and the source of the words as in :func:`.find_phrases`: the
     trigger words; a style or booru tags as the kind; a speed LoRA, slider or detailer for which no
     words are given is always on, and part of the merged LoRA. See :func:`.purpose_of`."""
     worded = bool({"trigger", "class_word", "subjects", "prompts"} & set(given))
-    found = find_phrases(file, metadata)
+    phrases, source = find_phrases(file, metadata)
     purpose = None
     # A merged LoRA has the names of all that it was made of.
     if not {"kind", "always_on"} & set(given) and "iteris" not in metadata:
-        purpose = purpose_of(file.name, metadata, noted_tags(file), found.phrases)
+        purpose = purpose_of(file.name, metadata, noted_tags(file), phrases)
     if purpose in ALWAYS_ON and not worded:
         return {"always_on": "include"}, ""
     kind = {"kind": purpose} if purpose in get_args(PromptKind) else {}
-    return (kind, "") if worded else ({**kind, **words_in(found.phrases)}, found.source)
+    return (kind, "") if worded else ({**kind, **words_in(phrases)}, source)
 
 
 def lines_of(text: str) -> list[str]:

@@ -18,7 +18,7 @@ from .concepts import PRESERVE_WEIGHT, AlwaysOn, Concept, Phrased, PromptKind, r
 from .errors import ConceptError, IterisError, MergeFileError, SettingsError, did_you_mean
 from .hosts.protocol import Host
 from .lora import Lora
-from .lora_files import ReadOptions, ReleasedBases
+from .lora_files import ReadOptions, read_for_released
 from .lora_files.experts import joined_experts
 from .settings import PresetName
 
@@ -79,7 +79,7 @@ class ConceptConfig(Phrased, Config):
     ``low`` is the file for the second of two experts. ``blocks`` and ``layers`` select the part
     that counts, as in :func:`.lora_files.blocks.filtered`. A recipe records ``sha256`` (of
     ``file``, or of both joined by a plus) and ``reading``. ``source`` says where the words come
-    from, as in :class:`.lora_files.metadata.FoundPhrases`. ``changed`` is a time stamp of the
+    from, as in :func:`.lora_files.metadata.find_phrases`. ``changed`` is a time stamp of the
     files, so that a cache treats a rewritten file as another concept. The other fields are those of
     :class:`.concepts.Concept`.
     """
@@ -271,7 +271,7 @@ def read_concepts(host: Host | None, concepts: Any) -> list[Concept]:
         if isinstance(one, str | Path):
             one = ConceptConfig(file=Path(one))
         if isinstance(one, ConceptConfig):
-            one = read_concept(one, host or ReleasedBases())
+            one = read_concept(one, host)
         if not isinstance(one, Concept):
             raise SettingsError(
                 f"concepts must be a list of Concept, not of {type(one).__name__}; pass "
@@ -302,23 +302,24 @@ def check_merging(concepts: Sequence[Concept | ConceptConfig]) -> None:
 
 
 def read_concept(
-    config: ConceptConfig, host: Host | ReleasedBases, options: ReadOptions | None = None
+    config: ConceptConfig, host: Host | None, options: ReadOptions | None = None
 ) -> Concept:
     """The concept with its LoRA, or with those of two experts as one.
 
     ``options`` apply unless a recipe recorded others. Raises :class:`IterisError` for a file that
-    does not fit ``host``.
+    does not fit ``host``, or without one the released model for which it was made.
     """
     if config.file is None:
         return config.concept()
     options = config.options(options)
-    lora = host.read_lora(config.file, options)
+    read_lora = host.read_lora if host is not None else read_for_released
+    lora = read_lora(config.file, options)
     if config.low is not None:
         experts = getattr(host, "experts", None)
         if not experts:
             raise ConceptError(
                 f"{config.low}: the base has one denoiser; give one file per concept."
             )
-        read_low = getattr(host, "read_low", host.read_lora)
+        read_low = getattr(host, "read_low", read_lora)
         lora = joined_experts(lora, read_low(config.low, options), experts)
     return config.with_found_words(lora.metadata).concept(lora)

@@ -77,7 +77,7 @@ def pieces(matrix: Tensor) -> list[slice]:
 
 def frobenius(matrix: Tensor) -> float:
     """‖matrix‖_F, summed piecewise in float64 if the device supports it."""
-    dtype = torch.float32 if matrix.device.type == "mps" else torch.float64
+    dtype = energy_dtype(matrix.device)
     norms = [torch.linalg.vector_norm(matrix[rows], dtype=dtype) for rows in pieces(matrix)]
     return float(torch.linalg.vector_norm(torch.stack(norms)))
 
@@ -135,15 +135,13 @@ def cut_dense(changes: SiteChanges, dense: Tensor, rank: Rank | None) -> tuple[L
     return change, lost
 
 
-def extract(
-    dense: Tensor, energy: float, kernel: tuple[int, int] | None = None
-) -> tuple[LowRank, float]:
-    """Float32 factors of ``dense``, (out, in), that keep the share ``energy`` of ‖ΔW‖²_F, and the
-    share lost. An ``energy`` of 1 drops only singular values below 1e-12 of the largest."""
+def extract(dense: Tensor, energy: float) -> LowRank:
+    """Float32 factors of ``dense``, (out, in), that keep the share ``energy`` of ‖ΔW‖²_F. An
+    ``energy`` of 1 drops only singular values below 1e-12 of the largest."""
     u, s, vt = _gram_svd(dense.double())
     keep = rank_for(s**2, energy) if energy < 1 else int((s > s[0] * 1e-12).sum())
-    cut = _change(u, s, vt, keep, None, kernel).to(torch.float32)
-    return LowRank(cut.up.contiguous(), cut.down.contiguous(), kernel), _lost(s**2, keep)
+    cut = _change(u, s, vt, keep, None, None).to(torch.float32)
+    return LowRank(cut.up.contiguous(), cut.down.contiguous())
 
 
 def truncate_matrix(

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .errors import MismatchError
 
 if TYPE_CHECKING:
-    from .lora_files.aliases import BaseModel
+    from .architectures.record import BaseModel
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,15 @@ class LowRank:
     """One change of one site: ``ΔW = up @ down``, with any scale folded in.
 
     ``up`` is (out, rank). ``down`` is (rank, in); for a Conv2d it is (rank, in·kh·kw) in the order
-    of ``weight.flatten(1)``, and ``kernel`` holds (kh, kw).
+    of ``weight.flatten(1)``, and ``kernel`` holds (kh, kw). ``scale`` is the factor in ``up`` that
+    its file stores apart (alpha / rank), by which the file can be written again bit for bit; a
+    computed change has 1.
     """
 
     up: Tensor
     down: Tensor
     kernel: tuple[int, int] | None = None
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.up.ndim != 2 or self.down.ndim != 2 or self.up.shape[1] != self.down.shape[0]:
@@ -48,9 +52,21 @@ class LowRank:
             return cls(dense, torch.eye(width, dtype=dense.dtype, device=dense.device), kernel)
         return cls(torch.eye(out, dtype=dense.dtype, device=dense.device), dense, kernel)
 
+    @classmethod
+    def folded(
+        cls, up: Tensor, down: Tensor, scale: float, kernel: tuple[int, int] | None = None
+    ) -> LowRank:
+        """ΔW = ``scale`` · ``up @ down``, as in files."""
+        return cls(up * scale, down, kernel, scale)
+
     @property
     def rank(self) -> int:
         return self.up.shape[1]
+
+    @property
+    def alpha(self) -> float:
+        """As in its file."""
+        return self.scale * self.rank
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,6 +76,12 @@ class LowRank:
     def dense(self) -> Tensor:
         """ΔW, (out, in), in the factors' dtype."""
         return self.up @ self.down
+
+    def padded(self, rank: int) -> LowRank:
+        """The same change at a larger ``rank``, filled up with zeros."""
+        missing = rank - self.rank
+        up, down = pad(self.up, (0, missing)), pad(self.down, (0, 0, 0, missing))
+        return replace(self, up=up, down=down)
 
     def scaled(self, factor: float) -> LowRank:
         return LowRank(self.up * factor, self.down, self.kernel)
@@ -85,10 +107,8 @@ class Lora:
     ``text_encoder.text_model.encoder.layers.0.self_attn.q_proj``; ``name`` is for messages.
 
     ``source`` is the file's name without folders, because merged files record it; ``sha256`` is of
-    its content. ``base`` is the architecture for which it was read, if known. ``scales`` are the
-    factors that the reader folded into ``up`` (missing: 1), so that the file can be written again
-    bit for bit. ``notes`` list whatever the reader changed or left out, ``left_out`` counts the
-    tensors. ``embeddings`` are
+    its content. ``base`` is the architecture for which it was read, if known. ``notes`` list
+    whatever the reader changed or left out, ``left_out`` counts the tensors. ``embeddings`` are
     (vectors, width) by name and text encoder (``clip_l``, ``clip_g``, …). ``reading`` records the
     options with which the file was read.
     """
@@ -99,7 +119,6 @@ class Lora:
     source: str = ""
     sha256: str = ""
     base: BaseModel | None = None
-    scales: Mapping[str, float] = field(default_factory=dict[str, float])
     notes: Sequence[str] = ()
     left_out: int = 0
     embeddings: Mapping[str, Mapping[str, Tensor]] = field(
@@ -108,8 +127,9 @@ class Lora:
     reading: Mapping[str, object] = field(default_factory=dict[str, object])
 
     def __repr__(self) -> str:
-        kept = sorted(self.ranks)
-        rank = "" if not kept else f", rank {kept[0]}" + (f" to {kept[-1]}" if kept[1:] else "")
+        ranks = sorted(self.ranks)
+        rank = f", rank {ranks[0]}" if ranks else ""
+        rank += f" to {ranks[-1]}" if ranks[1:] else ""
         more = f", embeddings {', '.join(self.embeddings)}" if self.embeddings else ""
         return f"<Lora {self.name!r}: {len(self.sites)} sites{rank}{more}>"
 
@@ -119,7 +139,8 @@ class Lora:
 
 
 def concatenate(changes: Sequence[LowRank]) -> LowRank:
-    """The exact sum of ``changes``, of rank Σ r_i: factors side by side. One change is itself."""
+    """The exact sum of ``changes``, of rank Σ r_i: factors side by side, with the scale that all of
+    them have, if any. One change is itself."""
     if not changes:
         raise MismatchError("Nothing to add up: pass at least one change.")
     first = changes[0]
@@ -130,7 +151,8 @@ def concatenate(changes: Sequence[LowRank]) -> LowRank:
         raise MismatchError(f"Changes of one site differ in shape: {shapes}. Same base model?")
     up = torch.cat([change.up for change in changes], dim=1)
     down = torch.cat([change.down for change in changes], dim=0)
-    return LowRank(up, down, first.kernel)
+    scale = first.scale if len({change.scale for change in changes}) == 1 else 1.0
+    return LowRank(up, down, first.kernel, scale)
 
 
 @dataclass(frozen=True)
@@ -204,11 +226,11 @@ class SiteChanges:
 
     def at(self, inputs: Tensor) -> SiteChanges:
         """The changes restricted to the chosen ``inputs`` (indices)."""
-        chosen = (
+        restricted = (
             c and LowRank(c.up, c.down[:, inputs.to(c.down.device)], c.kernel)
             for c in self.by_concept
         )
-        return replace(self, by_concept=tuple(chosen))
+        return replace(self, by_concept=tuple(restricted))
 
     def weighted(self, weights: Sequence[float]) -> list[LowRank]:
         """w_i ΔW_i for concepts that have a change."""
@@ -235,5 +257,5 @@ def rank_for(squares: Tensor, rank: Rank) -> int:
     total = float(squares.sum())
     if total == 0:
         return 1
-    kept = squares.cumsum(0) / total
-    return min(int((kept < rank - 1e-12).sum()) + 1, squares.numel())
+    shares = squares.cumsum(0) / total
+    return min(int((shares < rank - 1e-12).sum()) + 1, squares.numel())

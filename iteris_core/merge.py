@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast, get_args
@@ -27,7 +26,7 @@ from .hosts.rows import CLASSES
 from .hosts.sample_store import SampleStore, digest
 from .lora import Lora, SiteChanges
 from .lora_files import Layout
-from .lora_files.experts import write_by_expert, write_or_keep
+from .lora_files.experts import rescued, write_or_keep
 from .methods import Method, find_method
 from .methods.fitting import notes_on, streams_of
 from .methods.registry import Fit, settings_over
@@ -38,7 +37,6 @@ from .passes.job import Job, Merged, within_time
 from .progress import Forecast, OnProgress
 from .report.provenance import join_embeddings, lacks_of, merge_metadata, notes_of
 from .report.report import MergeReport, SiteReport
-from .saving import rescued
 from .settings import Budget, PresetName, Settings, budget_of
 from .solve.choose import THRESHOLDS, Thresholds
 from .solve.problem import Solution
@@ -77,8 +75,7 @@ class MergeResult:
         try:
             load_adapter(pipeline, self.lora, adapter_name)
         except IterisError as error:
-            write = partial(write_by_expert, self.lora, dtype="float32")
-            raise rescued(write, "merged.safetensors", error) from error
+            raise rescued(self.lora, "merged.safetensors", error) from error
 
 
 def merge_loras(
@@ -185,12 +182,14 @@ class Prepared:
         active = [*self.merging, *self.always]
         changes = {site: solution.change for site, solution in merged.sites.items()}
         changes = of_loras.beside(changes, of_loras.changes_always(job.included))
-        embeddings, notes = join_embeddings(active), notes_of(active)
-        for name, more in (*job.notes, *self._always_notes(), ("embeddings", embeddings.warnings)):
+        embeddings, new_names, renamed = join_embeddings(active)
+        notes = notes_of(active)
+        for name, more in (*job.notes, *self._always_notes(), ("embeddings", renamed)):
             if more:
                 notes.setdefault(name, []).extend(more)
-        # The time allowed may have left fewer samples.
-        calibration = replace(self.calibration, samples=job.calibration.samples, minutes=None)
+        calibration = self.calibration
+        if self.fit is not None:  # the time allowed may have left fewer samples
+            calibration = replace(calibration, samples=job.calibration.samples, minutes=None)
         report = MergeReport(
             method=self.method.name,
             concepts=[concept.name for concept in self.merging],
@@ -220,9 +219,9 @@ class Prepared:
         lora = Lora(
             changes,
             "merged",
-            merge_metadata(active, report, embeddings, [*map(embedding_triggers, active)]),
+            merge_metadata(active, report, embeddings, new_names),
             base=next((base for base in bases if base is not None), None),
-            embeddings=embeddings.embeddings,
+            embeddings=embeddings,
         )
         return MergeResult(lora, report), merged.stopped
 

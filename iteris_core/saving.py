@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -16,8 +15,6 @@ from .errors import IterisError, OutputError, SaveError, brief
 
 _FULL = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-_LONG = 200
-"""Bytes of a file name to which a longer ending may still be added; most systems allow 255."""
 
 
 @contextmanager
@@ -78,19 +75,6 @@ def atomically(path: Path) -> Generator[Path]:
     """Yield a path at which to write the file or folder ``path``, as :func:`together` does."""
     with together() as beside:
         yield beside(path)
-
-
-def rescued(write: Callable[[Path], Sequence[Path]], name: str, error: IterisError) -> IterisError:
-    """``error``, with the file below the system's temporary folder that ``write`` wrote, if any."""
-    folder = Path(tempfile.gettempdir(), f"iteris-{secrets.token_hex(4)}")
-    try:
-        folder.mkdir()
-        files = write(folder / (name if len(os.fsencode(name)) < _LONG else "merged.safetensors"))
-    except (IterisError, OSError):
-        shutil.rmtree(folder, ignore_errors=True)
-        return error
-    names = " and ".join(map(str, files))
-    return type(error)(f"{error} The merge is not lost: it is in {names}.")
 
 
 def check_new(path: Path, *, overwrite: bool) -> None:

@@ -15,12 +15,12 @@ from ..iteris_core.concepts import Calibration, lines_of
 from ..iteris_core.config import read_concept
 from ..iteris_core.edit.extract import extract_lora
 from ..iteris_core.edit.resize import resize_lora
+from ..iteris_core.edit.target import Target
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.preview import preview_merge
 from ..iteris_core.report.inspection import LoraFacts, describe, interference
-from ..iteris_core.solve.ranks import Target
 from .comfy_host import ComfyHost
 from .comfy_lora import apply_lora
 from .comfy_runtime import NodeProgress, show_text, ui_text

@@ -20,7 +20,7 @@ from ..iteris_core.errors import IterisError, LoraFileError, OutputError
 from ..iteris_core.hosts.sample_store import SampleStore, digest
 from ..iteris_core.lora import Lora, LowRank
 from ..iteris_core.lora_files.embeddings import bundled, sidecar_files, unbundled
-from ..iteris_core.lora_files.factors import store_all
+from ..iteris_core.lora_files.factors import exactly, store_all, stored_factors
 from ..iteris_core.lora_files.metadata import parse_object
 from ..iteris_core.lora_files.tensors import file_digest
 from ..iteris_core.merge import MergeResult
@@ -153,11 +153,7 @@ def in_half(lora: Lora) -> Lora:
         )
     except OutputError:
         return lora
-    sites = {
-        site: LowRank(module.up.float() * module.scale, module.down.float(), module.kernel)
-        for site, module in stored.items()
-    }
-    return replace(lora, sites=sites, scales={site: m.scale for site, m in stored.items()})
+    return replace(lora, sites=stored)
 
 
 def keep(merge: Merge, place: Place) -> None:
@@ -168,13 +164,11 @@ def keep(merge: Merge, place: Place) -> None:
     lora = merge.lora
     tensors, scales = dict(bundled(lora.embeddings)), dict[str, float]()
     for site, change in lora.sites.items():
-        scale = lora.scales.get(site, 1.0)
-        half = LowRank((change.up / scale).half(), change.down.half())
-        exact = torch.equal(half.up.float() * scale, change.up)
-        if not exact or not torch.equal(half.down.float(), change.down):
-            half, scale = change, 1.0
-        tensors |= {f"{site} up": half.up, f"{site} down": half.down}
-        scales[site] = scale
+        half = exactly(change, change.scale, torch.float16)
+        stored, dtype = half or replace(change, scale=1.0), torch.float16 if half else torch.float32
+        up, down = stored_factors(stored, dtype)
+        tensors |= {f"{site} up": up, f"{site} down": down}
+        scales[site] = stored.scale
     about = {
         "name": lora.name,
         "metadata": dict(lora.metadata),
@@ -202,9 +196,10 @@ def kept(place: Place, model: Any, clip: Any, concepts: Sequence[ConceptConfig])
         embeddings, parts = unbundled(Path("merged"), found)
         scales: dict[str, float] = about["scales"]
         sites = {
-            site: LowRank(
-                parts[f"{site} up"].float() * scales[site],
-                parts[f"{site} down"].float(),
+            site: LowRank.folded(
+                parts[f"{site} up"].float().flatten(1),
+                parts[f"{site} down"].float().flatten(1),
+                scales[site],
                 kernel and tuple(kernel),
             )
             for site, kernel in about["kernels"].items()
@@ -214,7 +209,6 @@ def kept(place: Place, model: Any, clip: Any, concepts: Sequence[ConceptConfig])
             about["name"],
             _renamed(about["metadata"], concepts),
             base=ComfySites(model, clip).base,
-            scales=scales,
             embeddings=embeddings,
         )
         told = (about[name] for name in ("report", "ordered", "short", "again"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from .record import T5_XXL, Alias, Architecture, Shapes, clip, fused, swapped, text_component
+from .record import T5_XXL, Alias, Architecture, Shapes, clip, fused, permuted, text_component
 from .sites import Component
 
 _PREFIX = "transformer."
@@ -49,10 +49,10 @@ def _aliases(
 
 
 def _alias(sites: list[str], shapes: Shapes) -> Alias:
-    """Norms of shift and scale are swapped: the output's, and SD 3's last block's for text."""
+    """Shift and scale of norms are swapped: the output's, and SD 3's last block's for text."""
     rows, width = shapes[sites[0]][:2]
     if sites[0].endswith((".norm_out.linear", ".norm1_context.linear")) and rows == 2 * width:
-        return swapped(sites[0], shapes)
+        return permuted(sites[0], [*range(width, rows), *range(width)])
     return fused(sites, shapes)
 
 

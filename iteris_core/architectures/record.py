@@ -65,12 +65,6 @@ def fused(sites: Sequence[str], shapes: Shapes) -> Alias:
     return tuple(pieces)
 
 
-def swapped(site: str, shapes: Shapes) -> Alias:
-    """The alias for a module whose two halves of rows (shift and scale) are swapped."""
-    rows = shapes[site][0]
-    return (Piece(site, ((rows // 2, rows), (0, rows // 2))),)
-
-
 def permuted(site: str, order: Sequence[int], start: int = 0) -> Alias:
     """The alias for a module whose row ``order[i]`` is row ``start + i`` of ``site``."""
     runs: list[tuple[int, int]] = []
@@ -126,6 +120,18 @@ class Architecture:
     def diffusers_reads(self, site: str, layout: str) -> bool:
         """True if diffusers (0.42) reads a site's change in a written file. It never reads T5's."""
         return not is_t5(site) and (layout != "kohya" or self.reads_kohya(site))
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Everything needed to read and write a LoRA file. ``shapes`` maps every site to its weight's
+    shape. ``aliases`` maps every name that a file may use for a module, with prefix and without
+    leaf, to its alias. ``written`` are the names to write, each for whole sites."""
+
+    architecture: Architecture
+    shapes: Shapes
+    aliases: Mapping[str, Alias]
+    written: Mapping[str, Alias]
 
 
 TEXT_WIRINGS = (

@@ -47,11 +47,11 @@ def weight_norm(module: Any, inputs: Tensor) -> float:
     signs = torch.randint(2, size, generator=generator) * 2 - 1
     signs = torch.cat([signs, torch.zeros_like(signs[:1])])  # the last gives the bias alone
     dtype = inputs.dtype if inputs.is_floating_point() else torch.float32
-    made = module(signs.to(inputs.device, dtype)).float()
-    made = made[:-1] - made[-1:]
+    outputs = module(signs.to(inputs.device, dtype)).float()
+    outputs = outputs[:-1] - outputs[-1:]
     if kernel:  # without the padding
-        made = made[..., edge:-edge, edge:-edge].movedim(1, -1).flatten(0, -2)
-    return float(made.square().sum() / len(made)) ** 0.5
+        outputs = outputs[..., edge:-edge, edge:-edge].movedim(1, -1).flatten(0, -2)
+    return float(outputs.square().sum() / len(outputs)) ** 0.5
 
 
 def plain_weight(site: str, module: Any, reader: str = "This") -> Tensor:

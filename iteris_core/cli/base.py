@@ -14,7 +14,7 @@ import torch
 from ..activations.memory import is_out_of_memory
 from ..errors import BaseError, DeviceError, IterisError, OutOfMemory, brief
 from ..lora import Lora
-from ..lora_files import ReadOptions, ReleasedBases, is_lora, read_header
+from ..lora_files import ReadOptions, is_lora, read_for_released, read_header
 
 _INDEXES = ("model_index.json", "modular_model_index.json")
 """A diffusers pipeline folder has one of these files; a modular pipeline has the second."""
@@ -168,7 +168,7 @@ def lora_reader(base: str | None) -> Callable[[Path, ReadOptions], Lora]:
 
     def read(path: Path, options: ReadOptions) -> Lora:
         named = base or read_header(path)[1].get("ss_sd_model_name", "")
-        known = host_for(named) if base or named in BUNDLED else ReleasedBases
-        return known.read_lora(path, options)
+        read_lora = host_for(named).read_lora if base or named in BUNDLED else read_for_released
+        return read_lora(path, options)
 
     return read

@@ -136,9 +136,9 @@ def convert(
     check_concepts([config])
     check_apart([output], file, base)
     lora = lora_reader(base)(file, ReadOptions(allow_partial, energy))
-    found = find_phrases(file, lora.metadata)
-    if found.source not in ("", "file"):  # from notes beside the file
-        words = {"modelspec.trigger_phrase": ", ".join(found.phrases)}
+    phrases, source = find_phrases(file, lora.metadata)
+    if source not in ("", "file"):  # from notes beside the file
+        words = {"modelspec.trigger_phrase": ", ".join(phrases)}
         lora = replace(lora, metadata={**lora.metadata, **words})
     own = next(iter(dtypes_of(read_tensors(file)[0])), "float16")  # the most common one
     written = dtype or (own if own in DTYPES else "float16")

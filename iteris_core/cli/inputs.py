@@ -119,7 +119,7 @@ def check_embeddings(
     their files."""
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     beside = expert_files(output)[0] if any(len(by_expert(lora)) > 1 for lora in loras) else output
-    files = list(embedding_files(beside, list(join_embeddings(concepts).embeddings)).values())
+    files = list(embedding_files(beside, list(join_embeddings(concepts)[0])).values())
     for file in files:
         check_new(file, overwrite=overwrite)
     for base in (lora.base for lora in loras):

@@ -11,7 +11,7 @@ import typer
 from ..config import MergeConfig, check_merging, read_concept
 from ..errors import UsageError
 from ..lora import Lora
-from ..lora_files import ReadOptions, ReleasedBases, check_target
+from ..lora_files import ReadOptions, check_target
 from ..lora_files.embeddings import embedding_files, sidecar_files
 from ..lora_files.experts import expert_files, write_or_keep
 from ..lora_files.metadata import noted_phrases, trigger_words
@@ -63,7 +63,7 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
 
             pipeline = load_base(config.base, device, options.base_dtype, options.offload)
             host = DiffusersHost(pipeline, **call)
-        concepts = [read_concept(one, host or ReleasedBases(), reading) for one in config.concepts]
+        concepts = [read_concept(one, host, reading) for one in config.concepts]
         check_embeddings(concepts, options.output, options.layout, overwrite=options.overwrite)
         on_progress(Progress("loading the base", 1, 1))
         how: dict[str, Any] = {**config.choices, "on_progress": on_progress}

@@ -158,14 +158,15 @@ def requested(
 
 def read_recipe(path: Path) -> MergeConfig:
     """The recipe in a merged file. Raises :class:`IterisError` if there is none or it is broken."""
-    recorded = parse_object(read_tensors(path)[1].get("iteris"))
+    metadata = read_tensors(path)[1]
+    recorded = parse_object(metadata.get("iteris"))
     known = ConceptConfig.key_names()
     try:
         if missing := [name for name in _WHOLE if recorded.get(name) is None]:
             raise MergeFileError(f"it has no {missing[0]}")
         data = {name: recorded[name] for name in (*_WHOLE, *_OF_RUN) if name in recorded}
         if isinstance(data["concepts"], list):  # without what it only tells of a concept
-            if loose := without_files(recorded):
+            if loose := without_files(metadata):
                 raise RecipeError(
                     f"{path} cannot be merged again: its LoRA {loose[0]!r} was made in Python and "
                     "is in no file."

@@ -15,11 +15,11 @@ from ..concepts import Calibration
 from ..config import ConceptConfig, read_concept
 from ..edit.extract import extract_lora
 from ..edit.resize import Reduced, resize_lora
+from ..edit.target import Target
 from ..errors import InputFileError, UsageError
 from ..lora_files import DTYPES, Layout, ReadOptions, check_target
 from ..lora_files.experts import write_or_keep
 from ..lora_files.own_names import read_by_own_names
-from ..solve.ranks import Target
 from . import options as shared
 from .base import check_base, device_of, load_base
 from .common import progress_bars

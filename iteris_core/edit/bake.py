@@ -36,12 +36,12 @@ Places = Mapping[str, Alias]
 
 def places_in(source: Path, base: BaseModel) -> Places:
     """The weights of ``base`` in a checkpoint."""
-    shapes, found = read_header(source)[0], dict[str, Alias]()
+    shapes, places = read_header(source)[0], dict[str, Alias]()
 
     def add(prefixes: Sequence[str], name: str, alias: Alias) -> None:
         keys = (f"{prefix}{name}" for prefix in prefixes)
         if key := next((key for key in keys if key in shapes), None):
-            found[key] = (*found.get(key, ()), *alias)
+            places[key] = (*places.get(key, ()), *alias)
 
     for name, alias in base.architecture.original_names(base.shapes).items():
         add(_DENOISER, f"{name}.weight", alias)
@@ -61,7 +61,7 @@ def places_in(source: Path, base: BaseModel) -> Places:
                 start = "qkv".index(leaf[0]) * piece.length
                 moved = replace(piece, rows=((start, start + piece.length),))
                 add(open_clip, "attn.in_proj_weight", (moved,))
-    return found
+    return places
 
 
 def weight_in(source: Path, places: Places) -> Callable[[str], Tensor]:
@@ -108,20 +108,20 @@ def bake(
             )
         for done, key in enumerate(keys, 1):
             tensor = file.get_tensor(key)
-            own = tensor.dtype
+            stored = tensor.dtype
             for piece in places.get(key, ()):
                 if piece.site in changes:
-                    if not own.is_floating_point:
+                    if not stored.is_floating_point:
                         raise BaseError(
-                            f"{source}: {key} has dtype {own}, to which nothing can be added."
+                            f"{source}: {key} has dtype {stored}, to which nothing can be added."
                         )
                     delta = tensor.new_zeros(tensor.flatten(1).shape, dtype=torch.float32)
                     piece.place(changes[piece.site].dense().float(), delta)
                     tensor = tensor.float() + delta.reshape(tensor.shape)
-            wanted = dtype or own
-            if tensor.is_floating_point() and tensor.dtype != wanted:
-                largest = torch.finfo(wanted).max
-                tensor = tensor.float().clamp(-largest, largest).to(wanted)
+            target_dtype = dtype or stored
+            if tensor.is_floating_point() and tensor.dtype != target_dtype:
+                largest = torch.finfo(target_dtype).max
+                tensor = tensor.float().clamp(-largest, largest).to(target_dtype)
             tensors[key] = tensor
             tick(done, len(keys))
     save_atomically(tensors, target, metadata)

@@ -16,15 +16,17 @@ from ..architectures.sites import weight_shape
 from ..calibration_prompts import CAPTIONS
 from ..concepts import Calibration, Concept
 from ..errors import MismatchError, SolveError
-from ..hosts.protocol import Host, Tick
+from ..hosts.protocol import Host
 from ..lora import Lora, LowRank, SiteChanges
 from ..lora_files import BaseModel
 from ..passes.held_out import FinalOutputs, error_of, held_out
+from ..passes.job import Job
 from ..passes.preflight import unmergeable_sites
 from ..progress import OnProgress
 from ..settings import Budget
-from ..solve.ranks import Components, Target, kept, share_out
-from .resize import Reduced, calibration_of, fitted, job_of, look
+from ..solve.ranks import Components
+from .resize import Reduced, fitted, job_of, look
+from .target import Target, share_out, worth_share
 
 _LEAST, _MOST = 64, 256
 """The smallest and largest number of components of a change to consider."""
@@ -57,14 +59,14 @@ def extract_lora(
     """
     base_sites, tuned_sites = base.sites(), tuned.sites()
     for name in sorted(base_sites.keys() | tuned_sites.keys()):
-        one, two = (
-            weight_shape(of[name]) if name in of else None for of in (base_sites, tuned_sites)
+        ours, theirs = (
+            weight_shape(sites[name]) if name in sites else "nothing"
+            for sites in (base_sites, tuned_sites)
         )
-        if one != two:
-            shapes = f"{one or 'nothing'} in the base and {two or 'nothing'} in the fine-tune"
+        if ours != theirs:
             raise MismatchError(
-                f"The two models have different architectures: {name} is {shapes}. Give the base "
-                "from which the fine-tune was made."
+                f"The two models have different architectures: {name} is {ours} in the base and "
+                f"{theirs} in the fine-tune. Give the base from which the fine-tune was made."
             )
     dense = differences(base, tuned)
     if not dense:
@@ -72,69 +74,61 @@ def extract_lora(
             "The two models have the same layer weights; there is nothing to extract."
         )
     sites = {name: site_of(name, tuned_sites[name]) for name in dense}
-    nothing = {name: site.zero(1) for name, site in sites.items()}
-    concept = Concept(Lora(nothing, _NAME), prompts=prompts or CAPTIONS, trigger=_NAME)
-    chosen = calibration_of(calibration)
-    unchanged = {name: SiteChanges((change,)) for name, change in nothing.items()}
-    job = job_of(tuned, concept, unchanged, chosen, on_progress, memory_budget)
-    looked = unmergeable_sites(job, sweep=True)
-    if looked.refused:
-        first = min(looked.refused)
+    zeros = {name: site.zero(1) for name, site in sites.items()}
+    concept = Concept(Lora(zeros, _NAME), prompts=prompts or CAPTIONS, trigger=_NAME)
+    unchanged = {name: SiteChanges((change,)) for name, change in zeros.items()}
+    job = job_of(tuned, concept, unchanged, calibration, on_progress, memory_budget)
+    observed = unmergeable_sites(job, sweep=True)
+    if observed.refused:
+        first = min(observed.refused)
         raise MismatchError(
-            f"{len(looked.refused)} layers cannot be observed, such as {first}: it "
-            f"{looked.refused[first]}."
+            f"{len(observed.refused)} layers cannot be observed, such as {first}: it "
+            f"{observed.refused[first]}."
         )
-    job = replace(job, trace=looked)
+    job = replace(job, trace=observed)
     most = _MOST if target.rank is None else min(_MOST, max(_LEAST, 4 * target.rank))
 
+    def components_of(name: str, root: Tensor | None, output: float) -> Components:
+        return Components.of_dense(dense[name], root, output, most, sites[name].kernel)
+
     with job.run() as run:
-        found = look(
-            run,
-            lambda name, root, output: Components.of_dense(
-                dense[name], root, output, most, sites[name].kernel
-            ),
-        )
-    ranks = share_out(found, target, itemsize)
+        components = look(run, components_of)
+    ranks = share_out(components, target, itemsize)
     whole = {
         name: SiteChanges((LowRank.whole(change, sites[name].kernel),))
         for name, change in dense.items()
     }
     job = replace(job, host=base, changes=whole)
-    job.generator.manual_seed(chosen.seed)
+    job.generator.manual_seed(job.calibration.seed)
     with job.run() as run:
-        cut = fitted(job, run, {name: rank for name, rank in ranks.items() if rank})
-    made = Lora(cut, _NAME, base=kind)
-    error = output_error(base, tuned, concept, made, chosen, job.tick)
+        changes = fitted(job, run, {name: rank for name, rank in ranks.items() if rank})
+    lora = Lora(changes, _NAME, base=kind)
+    error = output_error(job, tuned, lora)
     if not error < 1:
         raise SolveError(
             f"The LoRA is no nearer to the fine-tune than the base is (error {error:.2f}); use a "
             "larger rank, or prompts that show what it was tuned for."
         )
-    return Reduced(made, ranks, kept(found, ranks), error=error)
+    return Reduced(lora, ranks, worth_share(components, ranks), error=error)
 
 
-def output_error(
-    base: Host, tuned: Host, concept: Concept, lora: Lora, calibration: Calibration, tick: Tick
-) -> float:
-    """‖f_LoRA − f_tuned‖ / ‖f_base − f_tuned‖ of final outputs: 0 is perfect, 1 like the base."""
-    separate = held_out(calibration, _SAMPLES, _TIMESTEPS)
+def output_error(job: Job, tuned: Host, lora: Lora) -> float:
+    """‖f_LoRA − f_tuned‖ / ‖f_base − f_tuned‖ of final outputs: 0 is perfect, 1 like the base, the
+    host of the ``job``."""
+    separate = held_out(job.calibration, _SAMPLES, _TIMESTEPS)
     generator = torch.Generator().manual_seed(separate.seed)
     sites = set(lora.sites)
     with torch.no_grad(), Lockstep({}, {}) as lockstep:
-        samples = tuned.samples([concept], sites, separate, lockstep, generator, tick)
+        samples = tuned.samples(job.concepts, sites, separate, lockstep, generator, job.tick)
         final = FinalOutputs.of(tuned, samples)
-        wanted = final.under({})
-        final = replace(final, host=base)
-        before = final.under({})
-        after = final.under(lora.sites)
-    return math.sqrt(error_of(after, before, wanted))
+        outputs_tuned = final.under({})
+        final = replace(final, host=job.host)
+        outputs_base = final.under({})
+        outputs_lora = final.under(lora.sites)
+    return math.sqrt(error_of(outputs_lora, outputs_base, outputs_tuned))
 
 
 def differences(base: Host, tuned: Host) -> dict[str, Tensor]:
     """Site → W_tuned − W_base, (out, in·kh·kw), float32, on the CPU, where it is not zero."""
-    found: dict[str, Tensor] = {}
-    for name in base.sites():
-        change = tuned.weight(name) - base.weight(name)
-        if bool(change.any()):
-            found[name] = change.flatten(1)
-    return found
+    changes = ((name, tuned.weight(name) - base.weight(name)) for name in base.sites())
+    return {name: change.flatten(1) for name, change in changes if bool(change.any())}

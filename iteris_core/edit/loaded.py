@@ -17,11 +17,11 @@ from ..architectures.sites import plain_weight, weight_shape
 from ..concepts import Concept, words_in
 from ..errors import ConceptError, LoraFileError, SettingsError
 from ..hosts.diffusers import DiffusersHost
-from ..hosts.diffusers_lora import COMPONENTS, base_of, peft_layers
+from ..hosts.diffusers_lora import base_of, components_of, peft_layers
 from ..hosts.protocol import Host
 from ..hosts.transformers import TransformersHost
 from ..lora import Lora, LowRank
-from ..lora_files.factors import Factors, lora_config
+from ..lora_files.factors import lora_config
 from ..lora_files.formulas import rebuild
 from ..merge import MergeResult, merge_loras
 from ..report.report import MergeReport
@@ -99,22 +99,21 @@ def merge_loaded(
     if adapter_name in words:
         raise SettingsError(f"{adapter_name!r} is an adapter to merge; choose another name.")
     names: list[str] = list(pipeline.get_active_adapters())
-    every = pipeline.get_list_adapters().values()
     if names == [adapter_name]:  # merged before
-        names = [name for name in words if any(name in some for some in every)]
+        by_component = pipeline.get_list_adapters().values()
+        names = [name for name in words if any(name in listed for listed in by_component)]
     _check_names(list(words), names, what="active adapter")
     _check_names(names, names, words)
     fields: dict[str, Mapping[str, Any]] = {}
     for name in names:
-        given = words[name]
-        if isinstance(given, Mapping):
-            fields[name] = {"trigger": name, **given}
-        elif isinstance(given, str):
-            fields[name] = words_in([given])
+        of_adapter = words[name]
+        if isinstance(of_adapter, Mapping):
+            fields[name] = {"trigger": name, **of_adapter}
+        elif isinstance(of_adapter, str):
+            fields[name] = words_in([of_adapter])
         else:
-            fields[name] = {"trigger": name, "prompts": list(given)}
-    found = [getattr(pipeline, name, None) for name in COMPONENTS]
-    with without_adapters([part for part in found if isinstance(part, nn.Module)]) as of_base:
+            fields[name] = {"trigger": name, "prompts": list(of_adapter)}
+    with without_adapters([*components_of(pipeline).values()]) as of_base:
         host = DiffusersHost(pipeline, **(call or {}))
         loras, base = _loaded(host, of_base, names), base_of(pipeline, host.sites())
         concepts = [Concept(replace(loras[name], base=base), **fields[name]) for name in names]
@@ -126,23 +125,23 @@ def merge_loaded(
 def _check_names(
     names: Iterable[str],
     known: Collection[str],
-    given: Collection[str] | None = None,
+    inputs: Collection[str] | None = None,
     what: str = "adapter",
 ) -> None:
-    """Raise :class:`IterisError` for a name that is not ``known``, or not in ``given``."""
+    """Raise :class:`IterisError` for a name that is not ``known``, or not in ``inputs``."""
     names = list(names)
     if not names or len(set(names)) < len(names):
         raise SettingsError(f"Name each {what} to merge once; they are {', '.join(known)}.")
     for name in names:
         if name not in known:
             raise SettingsError(f"There is no {what} {name!r}; known are {', '.join(known)}.")
-        if given is not None and name not in given:
+        if inputs is not None and name not in inputs:
             raise ConceptError(f"Adapter {name!r}: give its words or inputs, {name!r}: ….")
 
 
 def _loaded(host: Host, of_base: Mapping[nn.Module, Any], names: Sequence[str]) -> dict[str, Lora]:
     """The adapters as LoRAs for ``host``; raises :class:`LoraFileError` if one changes nothing."""
-    every: dict[str, dict[str, LowRank]] = {name: {} for name in names}
+    changes: dict[str, dict[str, LowRank]] = {name: {} for name in names}
     places = {module: site for site, module in host.sites().items()}
     for module, layer in of_base.items():
         if not hasattr(layer, "get_delta_weight") and not hasattr(layer, "lora_A"):
@@ -150,11 +149,11 @@ def _loaded(host: Host, of_base: Mapping[nn.Module, Any], names: Sequence[str]) 
         for name in names:
             change = change_of(layer, places.get(module, type(layer).__name__), name)
             if change is not None:
-                every[name][places[module]] = change
-    for name, sites in every.items():
+                changes[name][places[module]] = change
+    for name, sites in changes.items():
         if not sites:
             raise LoraFileError(f"Adapter {name!r} changes no layer; there is nothing to merge.")
-    return {name: Lora(sites, name, source=name) for name, sites in every.items()}
+    return {name: Lora(sites, name, source=name) for name, sites in changes.items()}
 
 
 @contextmanager
@@ -216,12 +215,9 @@ def change_of(layer: Any, place: str, name: str) -> LowRank | None:
     def weight() -> Tensor:
         return plain_weight(place, base, "A DoRA").flatten(1)
 
-    made = rebuild(parts, weight_shape(base), scale, place, weight)
-    kernel = tuple(down.weight.shape[2:]) or None
-    if isinstance(made, Factors):
-        change = LowRank(made.up * made.scale, made.down, kernel)
-    else:
-        change = LowRank.whole(made, kernel)
+    change = rebuild(parts, weight_shape(base), scale, place, weight)
+    change = LowRank.whole(change) if isinstance(change, Tensor) else change
+    change = replace(change, kernel=tuple(down.weight.shape[2:]) or None)
     return change if bool(change.up.any()) and bool(change.down.any()) else None
 
 
@@ -232,10 +228,10 @@ def _add(model: Any, name: str, changes: Mapping[str, LowRank], heads: str | Non
     base: nn.Module = model.base_model.model
     before = peft_layers(base)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    kept = model.peft_config[heads].modules_to_save if heads is not None else None
+    modules = model.peft_config[heads].modules_to_save if heads is not None else None
     config = LoraConfig(
         **lora_config({n: (c.rank, c.rank) for n, c in changes.items()}, "^"),
-        modules_to_save=None if kept is None else list(kept),
+        modules_to_save=None if modules is None else list(modules),
     )
     try:
         model.add_adapter(name, config)

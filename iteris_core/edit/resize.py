@@ -34,7 +34,8 @@ from ..solve.problem import (
     Solution,
     StageSolver,
 )
-from ..solve.ranks import Components, Target, kept, share_out, span
+from ..solve.ranks import Components
+from .target import Target, share_out, worth_share
 
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """Metadata that describe the original file's tensors."""
@@ -68,44 +69,45 @@ def resize_lora(
     if lora is None:
         raise MismatchError("There is no LoRA to resize: the concept has none.")
     if host is None:
-        found = {site: Components.of(change) for site, change in lora.sites.items()}
-        return _reduced(lora, found, share_out(found, target, itemsize))
+        components = {site: Components.of(change) for site, change in lora.sites.items()}
+        return _reduced(lora, components, share_out(components, target, itemsize))
     if not concept.phrases and concept.prompts is None and concept.inputs is None:
         concept = replace(concept, prompts=CAPTIONS)
     concept = replace(concept, strength=1.0, text_strength=None, weight=1.0)
-    chosen = calibration_of(calibration)
-    if len(concept.phrases) > 1:
-        chosen = replace(chosen, samples=2 * chosen.samples)
-    job = job_of(host, concept, changes_of([concept]), chosen, on_progress, memory_budget)
+    job = job_of(host, concept, changes_of([concept]), calibration, on_progress, memory_budget)
     check_sites(host, job.changes)
-    looked = unmergeable_sites(job, sweep=True)
-    seen_sites = {site: some for site, some in job.changes.items() if site not in looked.refused}
-    job = replace(job, changes=seen_sites, trace=looked)
+    observed = unmergeable_sites(job, sweep=True)
+    changes = {site: of for site, of in job.changes.items() if site not in observed.refused}
+    job = replace(job, changes=changes, trace=observed)
 
     triggers = [embedding_triggers(job.concepts[0])]
     with host.activate(triggers), job.run() as run:
-        found = look(run, lambda site, root, output: Components.of(lora.sites[site], root, output))
+        components = look(
+            run, lambda site, root, output: Components.of(lora.sites[site], root, output)
+        )
         # Sites without observed inputs have the mean worth of the others.
-        mean = sum(one.total for one in found.values()) / len(found) if found else 1.0
-        unseen = {s: Components.of(lora.sites[s]) for s in lora.sites if s not in found}
-        for site, one in unseen.items():
-            worths = one.worths * (mean / max(one.total, 1e-30))
-            found[site] = replace(one, worths=worths, total=mean)
-        ranks = share_out(found, target, itemsize)
-        made = _reduced(lora, found, ranks)
-        at = {site: rank for site, rank in ranks.items() if rank and site not in unseen}
-        if at and any(rank < lora.sites[site].rank for site, rank in ranks.items()):
-            sites = {**made.lora.sites, **fitted(job, run, at)}
-            made = replace(made, lora=replace(made.lora, sites=sites))
-    return replace(made, by_weights=tuple(unseen))
+        totals = [of.total for of in components.values()]
+        mean = sum(totals) / len(totals) if totals else 1.0
+        unseen = [site for site in lora.sites if site not in components]
+        for site in unseen:
+            of = Components.of(lora.sites[site])
+            worths = of.worths * (mean / max(of.total, 1e-30))
+            components[site] = replace(of, worths=worths, total=mean)
+        ranks = share_out(components, target, itemsize)
+        reduced = _reduced(lora, components, ranks)
+        to_fit = {site: rank for site, rank in ranks.items() if rank and site not in unseen}
+        if to_fit and any(rank < lora.sites[site].rank for site, rank in ranks.items()):
+            sites = {**reduced.lora.sites, **fitted(job, run, to_fit)}
+            reduced = replace(reduced, lora=replace(reduced.lora, sites=sites))
+    return replace(reduced, by_weights=tuple(unseen))
 
 
-def _reduced(lora: Lora, found: Mapping[str, Components], ranks: Mapping[str, int]) -> Reduced:
+def _reduced(lora: Lora, components: Mapping[str, Components], ranks: Mapping[str, int]) -> Reduced:
     """``lora`` with the first components of every site, and metadata that are still true."""
-    sites = {site: one.at(ranks[site]) for site, one in found.items() if ranks[site]}
+    sites = {site: of.at(ranks[site]) for site, of in components.items() if ranks[site]}
     metadata = {key: value for key, value in lora.metadata.items() if key not in STALE}
-    made = replace(lora, sites=sites, metadata=metadata, scales={})
-    return Reduced(made, ranks, kept(found, ranks))
+    lora = replace(lora, sites=sites, metadata=metadata)
+    return Reduced(lora, ranks, worth_share(components, ranks))
 
 
 _SPREAD = 0.1
@@ -130,10 +132,11 @@ class Reduced:
     error: float | None = None
 
     def summary(self) -> str:
-        used = [rank for rank in self.ranks.values() if rank]
-        gone = len(self.ranks) - len(used)
-        text = f"{self.lora.name}: {span(used)} in {len(used)} layers"
-        text += f", {gone} left out" if gone else ""
+        used = sorted(rank for rank in self.ranks.values() if rank)
+        left_out = len(self.ranks) - len(used)
+        ranks = f"rank {used[0]}" if used[0] == used[-1] else f"ranks {used[0]} to {used[-1]}"
+        text = f"{self.lora.name}: {ranks} in {len(used)} layers"
+        text += f", {left_out} left out" if left_out else ""
         text += f"; {self.kept:.1%} of its effect on their outputs kept"
         if self.by_weights:
             text += f" ({len(self.by_weights)} layers by weights alone)"
@@ -147,25 +150,27 @@ class Reduced:
         return report if self.error is None else {**report, "error": self.error}
 
 
-def calibration_of(given: Calibration | Mapping[str, Any] | None) -> Calibration:
-    """The calibration for one LoRA at its strength: a whole one, or the defaults with the ``given``
-    values by name."""
-    whole = given if isinstance(given, Calibration) else Calibration.from_mapping(given or {})
-    return replace(whole, conditions=0.0).settled(1, pictures=True)
-
-
 def job_of(
     host: Host,
     concept: Concept,
     changes: Mapping[str, SiteChanges],
-    calibration: Calibration,
+    calibration: Calibration | Mapping[str, Any] | None,
     on_progress: OnProgress | None,
     memory_budget: Budget,
 ) -> Job:
-    """A job that runs the rows of one ``concept`` on a ``host`` with its ``changes``."""
+    """A job that runs the rows of one ``concept`` at its strength on a ``host`` with its
+    ``changes``, twice as many if it has several phrases. ``calibration`` is a whole one, or values
+    over the defaults by name."""
+    if not isinstance(calibration, Calibration):
+        calibration = Calibration.from_mapping(calibration or {})
+    calibration = replace(calibration, conditions=0.0).settled(1, pictures=True)
+    if len(concept.phrases) > 1:
+        calibration = replace(calibration, samples=2 * calibration.samples)
     eta, generator = Forecast(on_progress), torch.Generator().manual_seed(calibration.seed)
-    given = host, [concept], changes, calibration, generator, eta.tick
-    return Job(*given, memory_budget=budget_of(memory_budget), eta=eta)
+    budget = budget_of(memory_budget)
+    return Job(
+        host, [concept], changes, calibration, generator, eta.tick, memory_budget=budget, eta=eta
+    )
 
 
 class _Moments(Reduction):
@@ -202,11 +207,11 @@ def look(run: Run, of: Callable[[str, Tensor | None, float], Components]) -> dic
     """Run the rows of one concept under its LoRA; returns what ``of(site, L, E‖y‖²)`` makes of
     every site of its changes. L, (in, in), float64, is lower triangular with L Lᵀ = E[x xᵀ] +
     0.1 E‖x‖²/in I for the site's tokens x, None if all are zero; y are its whole outputs."""
-    found: dict[str, Components] = {}
+    components: dict[str, Components] = {}
 
     def solve(site: str, reduction: Reduction) -> Solution:
         assert isinstance(reduction, _Moments)
-        found[site] = of(site, *reduction.seen())
+        components[site] = of(site, *reduction.seen())
         return Solution(reduction.changes.like)
 
     def size(site: str, sweep: bool) -> MemoryEstimate:
@@ -216,7 +221,7 @@ def look(run: Run, of: Callable[[str, Tensor | None, float], Components]) -> dic
     if run.lockstep.changes:
         solver = StageSolver(begin=_Moments, solve=solve, bytes=size)
         Passes(run, lambda _: solver, ExecutionConfig(32), REFERENCE).solve()
-    return found
+    return components
 
 
 def fitted(job: Job, run: Run, ranks: Mapping[str, int]) -> dict[str, LowRank]:

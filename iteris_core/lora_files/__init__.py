@@ -5,8 +5,9 @@ one architecture uses them. To add a parametrisation, add its leaves to :mod:`.t
 formula to :mod:`.formulas`.
 """
 
-from .aliases import BaseModel, base_model, released_base
-from .read import ReadOptions, ReleasedBases, read_lora_file
+from ..architectures.record import BaseModel
+from .aliases import base_model, released_base
+from .read import ReadOptions, read_for_released, read_lora_file
 from .tensors import is_lora, read_header, read_tensors
 from .write import DTYPES, Layout, check_target, to_tensors, write_lora, write_loras
 
@@ -15,10 +16,10 @@ __all__ = [
     "BaseModel",
     "Layout",
     "ReadOptions",
-    "ReleasedBases",
     "base_model",
     "check_target",
     "is_lora",
+    "read_for_released",
     "read_header",
     "read_lora_file",
     "read_tensors",

@@ -10,8 +10,7 @@ OneTrainer (``lora_transformer_…``), LyCORIS and SimpleTuner (``lycoris_…``)
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 
@@ -19,6 +18,7 @@ from ..architectures import ARCHITECTURES, Architecture
 from ..architectures.record import (
     CONNECTORS,
     Alias,
+    BaseModel,
     Shapes,
     is_t5,
     text_component,
@@ -27,18 +27,6 @@ from ..architectures.record import (
 from ..architectures.sites import named_sites, weight_shape
 
 _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """Everything needed to read and write a LoRA file. ``shapes`` maps every site to its weight's
-    shape. ``aliases`` maps every name that a file may use for a module, with prefix and without
-    leaf, to its alias. ``written`` are the names to write, each for whole sites."""
-
-    architecture: Architecture
-    shapes: Shapes
-    aliases: Mapping[str, Alias]
-    written: Mapping[str, Alias]
 
 
 def base_model(kind: Architecture, shapes: Shapes) -> BaseModel:

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from ..architectures.record import text_component, whole
+from ..architectures.record import BaseModel, text_component, whole
 from ..errors import ConceptError, LoraFileError
-from ..lora import Lora
-from .aliases import BaseModel
+from ..lora import Lora, LowRank
 
 
 def _range(prefix: str, start: int, stop: int) -> tuple[str, ...]:
@@ -69,10 +68,11 @@ def blocks_of(base: BaseModel) -> dict[str, str]:
     """Site → its block, for sites in one; empty for an architecture without such names."""
     # Without a table, as in ComfyUI, sites already have the original names.
     denoiser = [site for site in base.shapes if text_component(site) is None]
-    own = {site.partition(".")[2]: whole(site, base.shapes) for site in denoiser}
-    names = base.architecture.original_names(base.shapes) or own
+    names = base.architecture.original_names(base.shapes) or {
+        site.partition(".")[2]: whole(site, base.shapes) for site in denoiser
+    }
     unet = any(name.startswith("middle_block.") for name in names)
-    found: dict[str, str] = {}
+    blocks: dict[str, str] = {}
     for name, alias in names.items():
         if numbered := _BLOCK.match(name):
             number = 0 if numbered[1] == "middle" else int(numbered[2])
@@ -81,14 +81,14 @@ def blocks_of(base: BaseModel) -> dict[str, str]:
             block = "OUT" if name.startswith("final_layer.") else "IN"
         else:
             continue
-        found |= {piece.site: block for piece in alias}
-    if not {"M00", "S00"} & set(found.values()):
+        blocks |= {piece.site: block for piece in alias}
+    if not {"M00", "S00"} & set(blocks.values()):
         return {}
     for site in base.shapes:
         encoder = text_component(site)
         if encoder is not None:
-            found[site] = "BASE" if unet else ("CLIP", "T5")[min(encoder, 1)]
-    return found
+            blocks[site] = "BASE" if unet else ("CLIP", "T5")[min(encoder, 1)]
+    return blocks
 
 
 def filtered(lora: Lora, blocks: str = "", layers: str = "") -> Lora:
@@ -101,27 +101,25 @@ def filtered(lora: Lora, blocks: str = "", layers: str = "") -> Lora:
         return lora
     weights = _weights(lora, blocks) if blocks else {}
     patterns = check_layers(layers) if layers else []
-    kept = {site for site in lora.sites if not any(keep for keep, _ in patterns)}
+    selected = {site for site in lora.sites if not any(keep for keep, _ in patterns)}
     for keep, pattern in sorted(patterns, reverse=True):
-        fitting = {site for site in lora.sites if fnmatchcase(site, pattern)}
-        if not fitting:
+        matching = {site for site in lora.sites if fnmatchcase(site, pattern)}
+        if not matching:
             raise LoraFileError(
                 f"{lora.name}: no layer name matches {pattern!r}; one name is {min(lora.sites)}."
             )
-        kept = kept | fitting if keep else kept - fitting
-    factors = {site: weights.get(site, 1.0) for site in lora.sites if site in kept}
-    factors = {site: factor for site, factor in factors.items() if factor}
-    if not factors:
+        selected = selected | matching if keep else selected - matching
+    sites: dict[str, LowRank] = {}
+    for site, change in lora.sites.items():
+        factor = weights.get(site, 1.0)
+        if site in selected and factor:
+            sites[site] = replace(change.scaled(factor), scale=change.scale * factor)
+    if not sites:
         raise LoraFileError(f"{lora.name}: its blocks and layers leave nothing of it.")
-    note = f"{len(factors)} of {len(lora.sites)} layers, by its blocks and layers"
-    given = {"blocks": blocks, "layers": layers}
-    return replace(
-        lora,
-        sites={site: lora.sites[site].scaled(factor) for site, factor in factors.items()},
-        scales={s: scale * factors[s] for s, scale in lora.scales.items() if s in factors},
-        notes=[*lora.notes, note],
-        reading={**lora.reading, **{name: text for name, text in given.items() if text}},
-    )
+    note = f"{len(sites)} of {len(lora.sites)} layers, by its blocks and layers"
+    texts = {name: text for name, text in (("blocks", blocks), ("layers", layers)) if text}
+    reading = {**lora.reading, **texts}
+    return replace(lora, sites=sites, notes=[*lora.notes, note], reading=reading)
 
 
 def check_layers(text: str) -> list[tuple[bool, str]]:

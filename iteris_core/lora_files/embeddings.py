@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 
 from torch import Tensor
@@ -48,10 +49,10 @@ def split_embeddings(
         ]
         return {name: embeddings[name] for name in files if name in embeddings}, rest, missing
     for file in sidecar_files(path):
-        found = _embeddings_of(file, path.stem)
-        if both := found.keys() & embeddings.keys():
+        beside = _embeddings_of(file, path.stem)
+        if both := beside.keys() & embeddings.keys():
             raise LoraFileError(f"{path} and {file} both contain an embedding {min(both)!r}.")
-        embeddings |= found
+        embeddings |= beside
     return embeddings, rest, []
 
 
@@ -103,8 +104,8 @@ def to_file(name: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def embedding_files(path: Path, names: Sequence[str]) -> dict[str, Path]:
     """Files for embeddings beside a LoRA; bundled, diffusers could not load it."""
     return {
-        name: path.with_name(f"{path.stem}{f'_{own}' * (len(names) > 1)}_emb.safetensors")
-        for name, own in file_names(names).items()
+        name: path.with_name(f"{path.stem}{f'_{stem}' * (len(names) > 1)}_emb.safetensors")
+        for name, stem in file_names(names).items()
     }
 
 
@@ -112,12 +113,9 @@ def file_names(names: Iterable[str]) -> dict[str, str]:
     """A distinct file name for each embedding; "<cat>" and "cat" would collide."""
     files: dict[str, str] = {}
     for name in names:
-        first = own = re.sub(r"[^\w.-]+", "_", name)[:80].strip("._") or "embedding"
-        count = 1
-        while own in files.values():
-            count += 1
-            own = f"{first}-{count}"
-        files[name] = own
+        stem = re.sub(r"[^\w.-]+", "_", name)[:80].strip("._") or "embedding"
+        numbered = (f"{stem}-{number}" for number in count(2))
+        files[name] = next(of for of in chain([stem], numbered) if of not in files.values())
     return files
 
 

@@ -7,22 +7,25 @@ Both files contain the same names. In a merge the sites of the second denoiser h
 from __future__ import annotations
 
 import logging
+import os
+import secrets
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..errors import IterisError, LoraFileError, SaveError
-from ..lora import Lora
-from ..saving import rescued
+from ..lora import Lora, LowRank
 from .embeddings import without_embeddings
 from .write import Layout, name_of, write_loras
 
 _log = logging.getLogger(__name__)
 HIGH, LOW = "high_noise", "low_noise"
+_LONG = 200
+"""Bytes of a file name to which a longer ending may still be added; most systems allow 255."""
 
 
 def second_of(denoiser: str) -> str:
@@ -35,14 +38,13 @@ def joined_experts(high: Lora, low: Lora, denoiser: str) -> Lora:
 
     Raises :class:`IterisError` if a file has nothing for its denoiser.
     """
-    second = _renamed(low, f"{denoiser}.", f"{second_of(denoiser)}.")
-    for lora, sites in ((high, high.sites), (low, second.sites)):
+    second = _renamed(low.sites, f"{denoiser}.", f"{second_of(denoiser)}.")
+    for lora, sites in ((high, high.sites), (low, second)):
         if not sites:
             raise LoraFileError(f"{lora.source or lora.name} changes nothing in the {denoiser}.")
     return replace(
         high,
-        sites={**high.sites, **second.sites},
-        scales={**high.scales, **second.scales},
+        sites={**high.sites, **second},
         notes=[*high.notes, *low.notes],
         source=f"{high.source}+{low.source}",
         sha256=f"{high.sha256}+{low.sha256}",
@@ -52,13 +54,10 @@ def joined_experts(high: Lora, low: Lora, denoiser: str) -> Lora:
 def split_experts(lora: Lora, denoiser: str) -> tuple[Lora, Lora]:
     """The first denoiser and text encoders; and the second, under the first one's names."""
     first, second = f"{denoiser}.", f"{second_of(denoiser)}."
-    low = _renamed(lora, second, first)
-    low = replace(low, metadata=without_embeddings(lora.metadata), embeddings={})
-    sites, scales = (
-        {site: value for site, value in values.items() if not site.startswith(second)}
-        for values in (lora.sites, lora.scales)
-    )
-    return replace(lora, sites=sites, scales=scales), low
+    low_sites, metadata = _renamed(lora.sites, second, first), without_embeddings(lora.metadata)
+    low = replace(lora, sites=low_sites, metadata=metadata, embeddings={})
+    sites = {site: change for site, change in lora.sites.items() if not site.startswith(second)}
+    return replace(lora, sites=sites), low
 
 
 def by_expert(lora: Lora) -> tuple[Lora, ...]:
@@ -69,19 +68,10 @@ def by_expert(lora: Lora) -> tuple[Lora, ...]:
     return (lora,)
 
 
-def write_by_expert(
-    lora: Lora,
-    path: Path,
-    *,
-    layout: Layout | None = None,
-    dtype: str | torch.dtype = "float16",
-    overwrite: bool = False,
-) -> list[Path]:
-    """Like :func:`.write_lora`; a LoRA for two experts becomes two files. Returns the paths."""
+def by_file(lora: Lora, path: Path) -> dict[Path, Lora]:
+    """What to write for ``lora``: the file ``path``, or one for each of two experts."""
     parts = by_expert(lora)
-    files = [path] if len(parts) == 1 else expert_files(path)
-    loras = dict(zip(files, parts, strict=True))
-    return write_loras(loras, layout=layout, dtype=dtype, overwrite=overwrite)
+    return dict(zip([path] if len(parts) == 1 else expert_files(path), parts, strict=True))
 
 
 def write_or_keep(
@@ -92,26 +82,41 @@ def write_or_keep(
     dtype: str | torch.dtype = "float16",
     overwrite: bool = False,
 ) -> list[Path]:
-    """Like :func:`write_by_expert`, so that hours of merging are not lost.
+    """Like :func:`.write_lora`, so that hours of merging are not lost. A LoRA for two experts
+    becomes two files. Returns the paths.
 
     Values that do not fit in ``dtype`` are written as float32, with a warning. If ``path`` or
     ``layout`` cannot be written at all, the LoRA goes into the system's folder for temporary files,
     in the base's own layout as float32, and the error says where it is.
     """
-    dtype = name_of(dtype)
+    dtype, loras = name_of(dtype), by_file(lora, path)
     try:
-        return write_by_expert(lora, path, layout=layout, dtype=dtype, overwrite=overwrite)
+        return write_loras(loras, layout=layout, dtype=dtype, overwrite=overwrite)
     except IterisError as error:
         failed = error
     if dtype != "float32" and not isinstance(failed, SaveError):
         try:
-            paths = write_by_expert(lora, path, layout=layout, dtype="float32", overwrite=overwrite)
+            paths = write_loras(loras, layout=layout, dtype="float32", overwrite=overwrite)
         except IterisError as error:
             failed = error
         else:
             _log.warning("Written as float32, not %s: %s", dtype, failed)
             return paths
-    raise rescued(partial(write_by_expert, lora, dtype="float32"), path.name, failed) from failed
+    raise rescued(lora, path.name, failed) from failed
+
+
+def rescued(lora: Lora, name: str, error: IterisError) -> IterisError:
+    """``error``, with the file below the system's temporary folder in which ``lora`` is, if any."""
+    folder = Path(tempfile.gettempdir(), f"iteris-{secrets.token_hex(4)}")
+    file = folder / (name if len(os.fsencode(name)) < _LONG else "merged.safetensors")
+    try:
+        folder.mkdir()
+        files = write_loras(by_file(lora, file), dtype="float32")
+    except (IterisError, OSError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return error
+    names = " and ".join(map(str, files))
+    return type(error)(f"{error} The merge is not lost: it is in {names}.")
 
 
 def expert_files(path: Path) -> tuple[Path, Path]:
@@ -120,10 +125,6 @@ def expert_files(path: Path) -> tuple[Path, Path]:
     return high, low
 
 
-def _renamed(lora: Lora, old: str, new: str) -> Lora:
+def _renamed(sites: Mapping[str, LowRank], old: str, new: str) -> dict[str, LowRank]:
     """The changes of sites that start with ``old``, with that prefix replaced by ``new``."""
-
-    def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {new + s.removeprefix(old): v for s, v in values.items() if s.startswith(old)}
-
-    return replace(lora, sites=renamed(lora.sites), scales=renamed(lora.scales))
+    return {new + site.removeprefix(old): c for site, c in sites.items() if site.startswith(old)}

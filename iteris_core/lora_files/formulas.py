@@ -21,26 +21,17 @@ from torch import Tensor
 
 from ..errors import LoraFileError
 from ..lora import LowRank
-from .factors import Factors
 from .tensors import modules_of
 
 Parts = Mapping[str, Tensor]
 
-Rebuilt = Factors | Tensor
-"""ΔW as factors, or in full, (out, in·kh·kw), float32, if factors would save nothing."""
-
-
-class Misfit(Exception):
-    """Parts do not match each other or the weight."""
+Rebuilt = LowRank | Tensor
+"""ΔW as factors without a ``kernel``, or in full, (out, in·kh·kw), float32, if factors would save
+nothing."""
 
 
 Scale = Callable[[int], float]
 """The factor of a change from its rank: alpha / rank, or that of an adapter's configuration."""
-
-
-def _require(fits: bool) -> None:
-    if not fits:
-        raise Misfit
 
 
 def _squeezed(shape: tuple[int, ...]) -> list[int]:
@@ -49,46 +40,46 @@ def _squeezed(shape: tuple[int, ...]) -> list[int]:
     return [*shape[:2], *kernel]
 
 
-def _difference(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
+def _difference(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt | None:
     change = parts["diff"]
-    _require(_squeezed(change.shape) == _squeezed(shape))
-    return change.reshape(shape).flatten(1)
+    fits = _squeezed(change.shape) == _squeezed(shape)
+    return change.reshape(shape).flatten(1) if fits else None
 
 
-def _lora(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
+def _lora(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt | None:
     up, down, mid = parts["up"], parts["down"], parts.get("mid")
-    _require(up.ndim >= 2 and down.ndim >= 2)
+    if min(up.ndim, down.ndim) < 2:
+        return None
     rank, inner = down.shape[0], up.shape[1]
     kernel = _squeezed(shape)[2:] if mid is None else []
-    _require(
+    if not (
         _squeezed(up.shape) == [shape[0], inner]
         and _squeezed(down.shape) == [rank, shape[1], *kernel]
         and (inner == rank if mid is None else mid.shape == (inner, rank, *shape[2:]))
-    )
+    ):
+        return None
     up, down = up.flatten(1), down.flatten(1)
     if mid is not None:
         down = torch.einsum("pqhw,qi->pihw", mid, down).flatten(1)
-    return Factors(up, down, scale(rank))
+    return LowRank.folded(up, down, scale(rank))
 
 
-def _loha(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
+def _loha(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt | None:
     a1, b1, a2, b2 = (parts[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
-    _require(all(factor.ndim == 2 for factor in (a1, b1, a2, b2)))
-    ranks, width = (len(b1), len(b2)), math.prod(shape[1:])
-    _require(
-        {len(a1), len(a2)} == {shape[0]}
-        and {b1.shape[1], b2.shape[1]} == {width}
-        and (a1.shape[1], a2.shape[1]) == ranks
-    )
-    if math.prod(ranks) >= min(shape[0], width):
+    width = math.prod(shape[1:])
+    for a, b in ((a1, b1), (a2, b2)):
+        if a.ndim != 2 or b.shape != (a.shape[1], width) or len(a) != shape[0]:
+            return None
+    if len(b1) * len(b2) >= min(shape[0], width):
         return (a1 @ b1) * (a2 @ b2) * scale(len(b1))
     up = (a1[:, :, None] * a2[:, None, :]).flatten(1)
     down = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
-    return Factors(up, down, scale(len(b1)))
+    return LowRank.folded(up, down, scale(len(b1)))
 
 
-def _lokr(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
-    _require(all(t.ndim == 2 or (t.ndim == 4 and "w1" not in n) for n, t in parts.items()))
+def _lokr(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt | None:
+    if not all(t.ndim == 2 or (t.ndim == 4 and "w1" not in n) for n, t in parts.items()):
+        return None
     rank = next((len(parts[n]) for n in ("lokr_w2_b", "lokr_w1_b") if n in parts), 0)
     factor = scale(rank) if rank else 1.0
     halves: list[tuple[Tensor, ...]] = []  # in full, or a product
@@ -97,17 +88,20 @@ def _lokr(parts: Parts, shape: tuple[int, ...], scale: Scale) -> Rebuilt:
             halves.append((parts[name].flatten(1),))
             continue
         a, b = parts[f"{name}_a"], parts[f"{name}_b"]
-        _require(a.ndim == 2 and a.shape[1] == len(b))
+        if a.ndim != 2 or a.shape[1] != len(b):
+            return None
         halves.append((a, b.flatten(1)))
     left, right = halves
     product = len(left[0]) * len(right[0]), left[-1].shape[1] * right[-1].shape[1]
-    _require(product == (shape[0], math.prod(shape[1:])))
+    if product != (shape[0], math.prod(shape[1:])):
+        return None
     if len(right) == 2:
         if len(left) == 1:
             full = LowRank.whole(left[0])
             left = full.up, full.down
         if left[0].shape[1] * right[0].shape[1] < min(product):
-            return Factors(torch.kron(left[0], right[0]), torch.kron(left[1], right[1]), factor)
+            up, down = torch.kron(left[0], right[0]), torch.kron(left[1], right[1])
+            return LowRank.folded(up, down, factor)
     dense = [half[0] if len(half) == 1 else half[0] @ half[1] for half in (left, right)]
     return torch.kron(*dense) * factor
 
@@ -122,10 +116,11 @@ _OF_PARTS = (
         for right in ("lokr_w2", "lokr_w2_a lokr_w2_b")
     )),
 )  # fmt: skip
-FORMULAS: Mapping[frozenset[str], Callable[[Parts, tuple[int, ...], Scale], Rebuilt]] = {
+FORMULAS: Mapping[frozenset[str], Callable[[Parts, tuple[int, ...], Scale], Rebuilt | None]] = {
     frozenset(parts.split()): formula for formula, choices in _OF_PARTS for parts in choices
 }
-"""Exactly these parts → the formula for them, which raises :class:`Misfit`."""
+"""Exactly these parts → the formula for them, None if they do not match each other or the
+weight."""
 
 _BESIDE = {"alpha", "magnitude", "output_magnitude"}
 """Parts beside those that form the change: its scale and magnitudes."""
@@ -142,8 +137,8 @@ def rebuild(
 
     ``scale`` comes from an adapter's configuration, if there is one; an ``alpha`` among the parts
     overrides it. ``weight`` returns the base's weight, (out, in·kh·kw), and is called only for a
-    DoRA. Raises :class:`LoraFileError`, starting with ``place``, if parts are
-    missing or do not fit.
+    DoRA. Raises :class:`LoraFileError`, starting with ``place``, if parts are missing or do not
+    fit.
     """
     _check_parts(parts, place)
     floats: Parts = {}
@@ -162,22 +157,14 @@ def rebuild(
             sizes = tuple(parts["alpha"].shape)
             raise LoraFileError(f"{place}: alpha has shape {sizes}, not one value.")
         alpha = float(parts["alpha"])
-        if not math.isfinite(alpha):
-            raise LoraFileError(f"{place}: alpha is {alpha}; the file is broken.")
-
-    def scale_of(rank: int) -> float:
-        if alpha is not None:
-            return alpha / rank
-        return 1.0 if scale is None else scale
-
-    try:
-        change = FORMULAS[frozenset(floats)](floats, shape, scale_of)
-    except Misfit:
+    default, formula = 1.0 if scale is None else scale, FORMULAS[frozenset(floats)]
+    change = formula(floats, shape, lambda rank: default if alpha is None else alpha / rank)
+    if change is None:
         sizes = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in floats.items())
         raise LoraFileError(
             f"{place} was made for another base: it has {sizes}, and this base's layer takes "
             f"{math.prod(shape[1:])} inputs and gives {shape[0]} outputs."
-        ) from None
+        )
     if parts.keys() <= floats.keys() | {"alpha"}:
         return change
     dense = change if isinstance(change, Tensor) else change.dense()

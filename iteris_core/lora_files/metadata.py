@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import dropwhile
 from pathlib import Path, PureWindowsPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 Purpose = Literal["speed", "edit", "slider", "detailer", "style", "tags"]
 """What a LoRA is for, other than a subject: it makes a base draw in few steps without guidance, or
@@ -73,10 +73,10 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
         if number.isdigit() and not is_common(name):
             words.append(name.strip())
     for tags in tag_frequency(metadata).values():
-        own = {tag: count for tag, count in tags.items() if not is_common(tag)}
-        common = Counter(own).most_common(2)
-        if common and (len(common) == 1 or common[0][1] > common[1][1]):
-            words.append(common[0][0].strip())
+        telling = {tag: count for tag, count in tags.items() if not is_common(tag)}
+        first = Counter(telling).most_common(2)
+        if first and (len(first) == 1 or first[0][1] > first[1][1]):
+            words.append(first[0][0].strip())
     return list(dict.fromkeys(word for word in words if word))
 
 
@@ -212,31 +212,25 @@ _ENDINGS = (".metadata.json", ".civitai.info", ".rgthree-info.json", ".json")
 _NAMES = ("trainedWords", "trigger_words")
 
 
-class FoundPhrases(NamedTuple):
-    """A LoRA's trigger phrases, and their source: ``"file"``, a sidecar's extension, ``"captions"``
-    for a guess from the trainer's notes, or empty."""
-
-    phrases: tuple[str, ...] = ()
-    source: str = ""
-
-
-def find_phrases(file: Path, metadata: Mapping[str, str]) -> FoundPhrases:
-    """A LoRA's phrases: those in ``metadata``, else beside the file, else guessed from captions."""
+def find_phrases(file: Path, metadata: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
+    """A LoRA's trigger phrases and their source: those in ``metadata`` (``"file"``), else beside
+    the file (a sidecar's extension), else a guess from the trainer's notes (``"captions"``), else
+    none and an empty text."""
     if noted := noted_phrases(metadata):
-        return FoundPhrases(tuple(noted), "file")
+        return tuple(noted), "file"
     for path in sidecars(file):
         content = _content(path)
         tables = [content, content.get("civitai")]
         lists = [table.get(name) for table in tables if isinstance(table, dict) for name in _NAMES]
-        words = [word for some in lists if isinstance(some, list) for word in some]
+        words = [word for listed in lists if isinstance(listed, list) for word in listed]
         words.append(content.get("activation text"))  # Automatic1111's, the words as one text
         texts = [word.get("word") if isinstance(word, dict) else word for word in words]
         phrases = [cleaned(text) for text in texts if isinstance(text, str)]
         if any(phrases):
             ending = next(end for end in _ENDINGS if path.name.endswith(end))
-            return FoundPhrases(tuple(dict.fromkeys(filter(None, phrases))), ending)
+            return tuple(dict.fromkeys(filter(None, phrases))), ending
     guessed = trigger_words(metadata)[:1]
-    return FoundPhrases(tuple(guessed), "captions" if guessed else "")
+    return tuple(guessed), "captions" if guessed else ""
 
 
 def noted_tags(file: Path) -> set[str]:
@@ -244,7 +238,7 @@ def noted_tags(file: Path) -> set[str]:
     contents = [_content(path) for path in sidecars(file)]
     tables = [*contents, *(content.get("model") for content in contents)]
     lists = [table.get("tags") for table in tables if isinstance(table, dict)]
-    return {str(tag).lower() for some in lists if isinstance(some, list) for tag in some}
+    return {str(tag).lower() for tags in lists if isinstance(tags, list) for tag in tags}
 
 
 def sidecars(file: Path) -> list[Path]:

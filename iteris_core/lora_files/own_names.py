@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from ..architectures import Architecture
-from ..architectures.record import Shapes, whole
+from ..architectures.record import BaseModel, Shapes, whole
 from ..errors import LoraFileError
 from ..lora import Lora
-from .aliases import BaseModel
 from .embeddings import split_embeddings
 from .read import ReadOptions, read_lora_file
 from .tensors import modules_of, read_tensors
@@ -32,14 +31,8 @@ def read_by_own_names(
     """
     tensors, metadata = read_tensors(path)
     _, tensors, _ = split_embeddings(path, tensors, metadata)
-    base = _base_of(path, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
-    return read_lora_file(path, base, options=options), "kohya" if base.written else "peft"
-
-
-def _base_of(path: Path, shapes_in_file: Shapes) -> BaseModel:
-    """A base made from the file's modules, with names to write if they are kohya's."""
-    kohya = any(key.endswith(".lora_down.weight") for key in shapes_in_file)
-    modules = modules_of(shapes_in_file)
+    kohya = any(key.endswith(".lora_down.weight") for key in tensors)
+    modules = modules_of(tensors)
     if not modules:
         raise LoraFileError(f"{path} changes no weight; it is not a LoRA file.")
     shapes: dict[str, tuple[int, ...]] = {}
@@ -47,10 +40,11 @@ def _base_of(path: Path, shapes_in_file: Shapes) -> BaseModel:
     for name, parts in modules.items():
         component = _COMPONENTS.get("_".join(name.split("_")[:2]), "unet")
         sites[name] = f"{component}.{name}" if kohya else name
-        own = {part: shapes_in_file[key] for part, key in parts.items()}
-        shapes[sites[name]] = _shape(path, name, own)
+        part_shapes = {part: tuple(tensors[key].shape) for part, key in parts.items()}
+        shapes[sites[name]] = _shape(path, name, part_shapes)
     names = {name: whole(site, shapes) for name, site in sites.items()}
-    return BaseModel(_RECORD, shapes, names, names if kohya else {})
+    base = BaseModel(_RECORD, shapes, names, names if kohya else {})  # of the file's own modules
+    return read_lora_file(path, base, options=options), "kohya" if kohya else "peft"
 
 
 def _shape(path: Path, name: str, parts: Shapes) -> tuple[int, ...]:

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from ..architectures import Architecture
-from ..architectures.record import Shapes, whole
+from ..architectures.record import BaseModel, Shapes, whole
 from ..errors import LoraFileError, OutputError
 from ..lora import Lora
 from ..saving import atomically, check_place
-from .aliases import BaseModel
-from .factors import Factors, lora_config
+from .factors import lora_config, stored_factors
 from .metadata import public_name
 from .read import ReadOptions, lora_of
 from .tensors import read_tensors, save_tensors
@@ -135,9 +134,8 @@ def write_adapter(
     tensors = {_PREFIX + name: tensor.contiguous() for name, tensor in (heads or {}).items()}
     for site, change in lora.sites.items():
         name = _PREFIX + site.removeprefix("model.")
-        up, down = Factors(change.up, change.down, 1.0, change.kernel).tensors()
-        tensors[f"{name}.lora_A.weight"] = down.to("cpu", dtype)
-        tensors[f"{name}.lora_B.weight"] = up.to("cpu", dtype)
+        up, down = stored_factors(replace(change, scale=1.0), dtype)
+        tensors |= {f"{name}.lora_A.weight": down.cpu(), f"{name}.lora_B.weight": up.cpu()}
     with atomically(folder) as unfinished:
         unfinished.mkdir()
         save_tensors(tensors, unfinished / _WEIGHTS, {"format": "pt"})

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..architectures import architecture_of_file
-from ..architectures.record import Alias, Piece, file_rows
+from ..architectures.record import Alias, BaseModel, Piece, file_rows
 from ..errors import LoraFileError, SettingsError
 from ..linalg import extract
 from ..lora import Lora, LowRank, concatenate
-from .aliases import BaseModel, released_base
+from .aliases import released_base
 from .blocks import check_layers, filtered, weights_by_block
 from .embeddings import split_embeddings
 from .factors import adapter_configs, scale_of
@@ -93,21 +93,18 @@ def read_lora_file(
     return replace(lora, metadata=metadata, embeddings=embeddings, notes=notes)
 
 
-class ReleasedBases:
-    """Reads every file for the released model for which it was made, where no base is loaded."""
-
-    @staticmethod
-    def read_lora(path: str | Path, options: ReadOptions | None = None) -> Lora:
-        """As :func:`read_lora_file`; needs diffusers and transformers."""
-        path = Path(path)
-        known = released_base(architecture_of_file(*read_header(path)).name)
-        try:
-            return read_lora_file(path, known, options=options)
-        except LoraFileError as error:
-            raise LoraFileError(
-                f"{error} If it is a DoRA, or its base differs in shape from the released models, "
-                "name its base: BASE for merge, option base BASE for others, a host in Python."
-            ) from error
+def read_for_released(path: str | Path, options: ReadOptions | None = None) -> Lora:
+    """As :func:`read_lora_file`, for the released model for which the file was made, where no base
+    is loaded; needs diffusers and transformers."""
+    path = Path(path)
+    base = released_base(architecture_of_file(*read_header(path)).name)
+    try:
+        return read_lora_file(path, base, options=options)
+    except LoraFileError as error:
+        raise LoraFileError(
+            f"{error} If it is a DoRA, or its base differs in shape from the released models, "
+            "name its base: BASE for merge, option base BASE for others, a host in Python."
+        ) from error
 
 
 def _other_base(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], base: BaseModel) -> str:
@@ -140,7 +137,7 @@ def lora_of(
         raise LoraFileError(f"{path} changes no weight; it is not a LoRA file.")
     counts: Counter[str] = Counter()
     taken: dict[str, list[tuple[int, int, str]]] = {}  # rows of a site, and who changes them
-    pieces: dict[str, list[tuple[LowRank, float]]] = {}
+    pieces: dict[str, list[LowRank]] = {}
     for alias, (name, parts) in modules.items():
         place = f"{path}: {name}"
         scale = None
@@ -154,7 +151,6 @@ def lora_of(
             parts = plain
         of_base = partial(_base_weight, alias, shape, weight, place)
         change = rebuild(parts, shape, scale, place, of_base)
-        scale = 1.0 if isinstance(change, Tensor) else change.scale
         for piece in alias:
             start, stop = piece.start, piece.start + piece.length
             others = taken.setdefault(piece.site, [])
@@ -169,7 +165,7 @@ def lora_of(
                 counts["zero"] += 1
                 continue
             counts["extracted"] += isinstance(change, Tensor)
-            pieces.setdefault(piece.site, []).append((part, scale))
+            pieces.setdefault(piece.site, []).append(part)
     texts = {
         "extracted": "were not low rank and were extracted at "
         f"{options.energy:.4%} of their energy",
@@ -183,16 +179,11 @@ def lora_of(
     ]
     notes += [f"{counts[kind]} sites {text}" for kind, text in texts.items() if counts[kind]]
     lora = Lora(
-        {site: concatenate([change for change, _ in parts]) for site, parts in pieces.items()},
+        {site: concatenate(parts) for site, parts in pieces.items()},
         path.stem,
         source=path.name,
         sha256=file_digest(path),
         base=base,
-        scales={
-            site: parts[0][1]
-            for site, parts in pieces.items()
-            if len({scale for _, scale in parts}) == 1
-        },
         left_out=sum(map(len, left_out.values())),
         notes=notes,
         reading={"allow_partial": options.allow_partial, "energy": options.energy},
@@ -211,10 +202,10 @@ def _part_of(
         if not bool(dense.any()):
             return None
         _check_size(place, 1, dense)
-        low = extract(dense, energy, kernel)[0]
-        up, down = low.up, low.down
+        change = extract(dense, energy)
+        up, down = change.up, change.down
     else:
-        up, down = piece.of_file(change.up) * change.scale, change.down
+        up, down = piece.of_file(change.up), change.down
         used = up.any(dim=0)  # some ranks of a fused module belong only to other pieces
         if not bool(used.all()):
             up, down = up[:, used], down[used]
@@ -222,7 +213,7 @@ def _part_of(
         return None
     _check_size(place, up.shape[1], up, down)
     around = (0, 0, piece.start, shape[0] - piece.start - piece.length)
-    return LowRank(torch.nn.functional.pad(up, around), down, kernel)
+    return LowRank(torch.nn.functional.pad(up, around), down, kernel, change.scale)
 
 
 def _check_size(place: str, rank: int, *factors: Tensor) -> None:
@@ -263,8 +254,7 @@ def _complaint(
     left_out: Mapping[str, list[str]], tensors: Mapping[str, Tensor], *, whole: bool
 ) -> str:
     """What is left out, and what to do; ``whole``: that is all of the file."""
-    keys = [key for some in left_out.values() for key in some]
-    named = [f"{k} {tuple(tensors[k].shape)} {why}" for why, some in left_out.items() for k in some]
+    reasons = [(key, why) for why, keys in left_out.items() for key in keys]
     rest = "To merge the rest, use option allow_partial."
     if whole and _NO_MODULE not in left_out and left_out.keys() - {_UNKNOWN}:
         advice = "Nothing in it is a low-rank change of a layer, so there is nothing to merge."
@@ -272,13 +262,13 @@ def _complaint(
         advice = "This LoRA was made for another base model, or it is not a LoRA."
     elif set(left_out) == {_NO_MODULE}:
         return (
-            f"{len(keys)} of {len(tensors)} tensors have no layer in this base, such as {keys[0]}. "
-            f"Was the LoRA made for another base? {rest}"
+            f"{len(reasons)} of {len(tensors)} tensors have no layer in this base, such as "
+            f"{reasons[0][0]}. Was the LoRA made for another base? {rest}"
         )
     else:
         advice = rest
-    first = "; ".join(named[:3])
-    return f"{len(keys)} of {len(tensors)} tensors cannot be read: {first}. {advice}"
+    first = "; ".join(f"{key} {tuple(tensors[key].shape)} {why}" for key, why in reasons[:3])
+    return f"{len(reasons)} of {len(tensors)} tensors cannot be read: {first}. {advice}"
 
 
 def _base_weight(alias: Alias, shape: tuple[int, ...], weight: Weight | None, place: str) -> Tensor:

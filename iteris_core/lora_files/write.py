@@ -25,16 +25,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from ..architectures.record import Alias, file_rows
+from ..architectures.record import Alias, BaseModel, file_rows
 from ..architectures.unet import SD1
 from ..errors import OutputError
 from ..lora import Lora, LowRank
 from ..saving import check_new, together
-from .aliases import BaseModel, base_model
+from .aliases import base_model
 from .embeddings import embedding_files, to_file
-from .factors import Factors, lora_config, store_all
+from .factors import lora_config, store_all, stored_factors
 from .tensors import content_hash, save_tensors
 
 Layout = Literal["kohya", "peft"]
@@ -99,7 +98,7 @@ def to_tensors(
     """
     if not lora.sites:
         raise OutputError("The merged LoRA changes no site; there is nothing to write.")
-    layout, base = layout or _own_layout(lora), lora.base
+    layout, base, dtype = layout or _own_layout(lora), lora.base, DTYPES[name_of(dtype)]
     if base is None:  # names as in SD 1.x
         shapes: dict[str, tuple[int, ...]] = {}
         for site, change in lora.sites.items():
@@ -108,17 +107,16 @@ def to_tensors(
         base = base_model(SD1, shapes)
     one_alpha = base.architecture.one_alpha
     lora = replace(lora, sites=_as_wide_as_projections(lora.sites))
-    stored = store_all(lora, DTYPES[name_of(dtype)], one_alpha, even=layout == "kohya")
+    stored = store_all(lora, dtype, one_alpha, even=layout == "kohya")
     metadata = {key: str(value) for key, value in lora.metadata.items()}
     metadata.pop("lora_adapter_metadata", None)
     tensors: dict[str, Tensor] = {}
     if layout == "kohya":
         modules = _kohya(base, stored)
         for name, module in modules.items():
-            up, down = module.tensors()
-            alpha = torch.tensor(module.scale * module.rank, dtype=torch.float32)
+            up, down = stored_factors(module, dtype)
             tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-            tensors[f"{name}.alpha"] = alpha
+            tensors[f"{name}.alpha"] = torch.tensor(module.alpha, dtype=torch.float32)
         # What sd-scripts and A1111 show: the most common rank and alpha.
         ranks = [module.rank for module in modules.values()]
         dim = max(set(ranks), key=ranks.count)
@@ -132,7 +130,7 @@ def to_tensors(
     else:
         stored |= _recognisable(stored, {site: site for site in stored}, "peft")
         for site, module in stored.items():
-            up, down = module.tensors()
+            up, down = stored_factors(module, dtype)
             # Sites may share a down matrix in memory; safetensors refuses that.
             tensors |= {f"{site}.lora_A.weight": down.clone(), f"{site}.lora_B.weight": up}
         metadata["lora_adapter_metadata"] = json.dumps(_peft_metadata(stored))
@@ -146,12 +144,9 @@ def _as_wide_as_projections(sites: Mapping[str, LowRank]) -> dict[str, LowRank]:
     them: diffusers loads a projection at the rank of the other layers."""
     padded = dict(sites)
     for encoder in [s.partition(".")[0] for s in sites if s.endswith(".text_projection")]:
-        own = {s: change for s, change in sites.items() if s.partition(".")[0] == encoder}
-        widest = max(change.rank for change in own.values())
-        for site, change in own.items():
-            missing = widest - change.rank
-            up, down = pad(change.up, (0, missing)), pad(change.down, (0, 0, 0, missing))
-            padded[site] = LowRank(up, down, change.kernel) if missing else change
+        changes = {s: change for s, change in sites.items() if s.partition(".")[0] == encoder}
+        widest = max(change.rank for change in changes.values())
+        padded |= {site: change.padded(widest) for site, change in changes.items()}
     return padded
 
 
@@ -190,7 +185,7 @@ def check_target(path: Path, layout: str | None, dtype: str | torch.dtype, overw
     check_new(path, overwrite=overwrite)
 
 
-def _kohya(base: BaseModel, stored: Mapping[str, Factors]) -> dict[str, Factors]:
+def _kohya(base: BaseModel, stored: Mapping[str, LowRank]) -> dict[str, LowRank]:
     """Modules by the names to write, fused where the names are."""
     names = {n: a for n, a in base.written.items() if any(piece.site in stored for piece in a)}
     missing = stored.keys() - {piece.site for alias in names.values() for piece in alias}
@@ -200,14 +195,14 @@ def _kohya(base: BaseModel, stored: Mapping[str, Factors]) -> dict[str, Factors]
             f'{base.architecture.title}; write layout="peft", or read the LoRAs through a host, '
             "which says what base it has."
         )
-    modules: dict[str, Factors] = {}
+    modules: dict[str, LowRank] = {}
     for name, alias in names.items():
         whole = len(alias) == 1 and len(alias[0].rows) == 1
         modules[name] = stored[alias[0].site] if whole else _fuse(name, alias, stored)
     return modules | _recognisable(modules, {n: names[n][0].site for n in modules}, "kohya")
 
 
-def _fuse(name: str, alias: Alias, stored: Mapping[str, Factors]) -> Factors:
+def _fuse(name: str, alias: Alias, stored: Mapping[str, LowRank]) -> LowRank:
     """One module from its pieces: side by side, or with a single ``down`` if they share it."""
     present = [piece for piece in alias if piece.site in stored]
     parts = [stored[piece.site] for piece in present]
@@ -225,18 +220,18 @@ def _fuse(name: str, alias: Alias, stored: Mapping[str, Factors]) -> Factors:
         piece.place(part.up, up[:, column : column + part.rank])
         column += 0 if shared else part.rank
     # Side by side, scale = alpha / rank holds for the whole, regardless of the parts' ranks.
-    return Factors(up, down, first.scale, first.kernel)
+    return LowRank(up, down, first.kernel, first.scale)
 
 
 def _recognisable(
-    modules: Mapping[str, Factors], sites: Mapping[str, str], layout: Layout
-) -> dict[str, Factors]:
+    modules: Mapping[str, LowRank], sites: Mapping[str, str], layout: Layout
+) -> dict[str, LowRank]:
     """Zero factors for an ``out_proj`` of each CLIP encoder that diffusers would not recognise: in
     kohya layout by that module, in peft layout by its attention. ``sites`` are by module."""
     kohya = layout == "kohya"
     mark, dot = (".self_attn.out_proj", "_") if kohya else (".self_attn.", ".")
     known = {site.partition(".")[0] for site in sites.values() if mark in site}
-    added: dict[str, Factors] = {}
+    added: dict[str, LowRank] = {}
     for name, like in modules.items():
         encoder, _, layer = sites[name].partition(".")
         stem, attention, _ = layer.rpartition(".self_attn.")
@@ -248,21 +243,18 @@ def _recognisable(
         path = f".{stem if attention else 'text_model.encoder.layers.0'}.self_attn.out_proj"
         width = like.up.shape[0] if layer.endswith(".fc2") else like.down.shape[1]
         up, down = like.up.new_zeros(width, like.rank), like.up.new_zeros(like.rank, width)
-        added[name.removesuffix(end) + path.replace(".", dot)] = Factors(up, down, like.scale)
+        added[name.removesuffix(end) + path.replace(".", dot)] = LowRank(up, down, scale=like.scale)
     return added
 
 
-def _peft_metadata(stored: Mapping[str, Factors]) -> dict[str, object]:
+def _peft_metadata(stored: Mapping[str, LowRank]) -> dict[str, object]:
     """``lora_adapter_metadata`` as diffusers writes it: a LoraConfig for each component."""
     config: dict[str, object] = {}
     for component in sorted({site.partition(".")[0] for site in stored}):
         # transformers 5 dropped ``text_model.`` from the module names that peft compares with.
         modules = {
-            site.removeprefix(f"{component}.").removeprefix("text_model."): (
-                module.rank,
-                module.scale * module.rank,
-            )
-            for site, module in stored.items()
+            site.removeprefix(f"{component}.").removeprefix("text_model."): (c.rank, c.alpha)
+            for site, c in stored.items()
             if site.startswith(f"{component}.")
         }
         # Patterns match name ends: without a mark, FLUX's ``proj_out`` would match every block's.

@@ -99,7 +99,7 @@ def block_of(site: str) -> str:
 def describe(lora: Lora, tensors: Mapping[str, Tensor] | None = None) -> LoraFacts:
     """Facts about a LoRA, and about its file's ``tensors``."""
     tensors = tensors or {}
-    scales = {s: lora.scales.get(s, 1.0) * change.rank for s, change in lora.sites.items()}
+    alphas = Counter(f"{change.alpha:g}" for change in lora.sites.values())
     changed = Counter(site.partition(".")[0] for site in lora.sites)
     shapes = lora.base.shapes if lora.base is not None else {}
     total = Counter(site.partition(".")[0] for site in shapes)
@@ -107,7 +107,7 @@ def describe(lora: Lora, tensors: Mapping[str, Tensor] | None = None) -> LoraFac
         name=lora.name,
         base=lora.base.architecture.title if lora.base is not None else "unknown",
         ranks=dict(sorted(Counter(change.rank for change in lora.sites.values()).items())),
-        alphas=dict(sorted(Counter(f"{alpha:g}" for alpha in scales.values()).items())),
+        alphas=dict(sorted(alphas.items())),
         sites=len(lora.sites),
         coverage={component: (count, total[component]) for component, count in changed.items()},
         triggers=trigger_words(lora.metadata),

@@ -6,22 +6,23 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCardData
 from torch import Tensor
 
 from ..concepts import Concept, Phrased
 from ..config import ConceptConfig, MergeConfig
-from ..hosts.learned import EmbeddingTriggers
+from ..hosts.learned import embedding_triggers
 from ..linalg import cut_to
-from ..lora import Lora, LowRank
+from ..lora import Lora
 from ..lora_files.metadata import (
     ALWAYS_ON,
     merge_tag_frequency,
@@ -41,35 +42,35 @@ from .report import MergeReport
 _MARKS = re.compile(r"([\\`*_\[\]<>|#!])")
 _TRIGGERS = "trigger words"
 """A folder in ``ss_tag_frequency``, of which managers of LoRAs show the most frequent tags."""
+_HUB_LICENCES = {
+    *("mit", "apache-2.0", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nd-4.0"),
+    *("cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "openrail", "openrail++", "creativeml-openrail-m"),
+}
+"""The Hub's names of licences; it refuses a card with another."""
 _PACKAGES = ("iteris-lora", "torch", "diffusers", "transformers", "peft", "safetensors")
 
 
 def merge_metadata(
     concepts: Sequence[Concept],
     report: MergeReport,
-    joined: Joined,
-    calls: Sequence[EmbeddingTriggers],
+    embeddings: Collection[str],
+    new_names: Sequence[Mapping[str, str]],
 ) -> dict[str, str]:
     """``iteris`` (JSON: versions, method, settings, calibration, concepts with input hashes, names
-    of embeddings), ``modelspec.*`` including the inputs' licences, and the merged ``ss_*`` of the
-    inputs, with the base's name if they agree on it. Phrases use the embeddings' names in the
-    merged LoRA."""
-    loras = [one.lora for one in concepts if one.lora is not None and one.always_on != "outside"]
+    of ``embeddings``), ``modelspec.*`` including the inputs' licences, and the merged ``ss_*`` of
+    the inputs, with the base's name if they agree on it. Phrases use the embeddings' ``new_names``,
+    those in the merged LoRA."""
+    loras = [c.lora for c in concepts if c.lora is not None and c.always_on != "outside"]
     names = [lora.name for lora in loras]
-    called = [
-        [of_one.renamed(phrase, names_of) for phrase in concept.phrases]
-        for concept, of_one, names_of in zip(concepts, calls, joined.names, strict=True)
-    ]
-    phrases = [
-        phrase
-        for concept, phrases_of in zip(concepts, called, strict=True)
-        if concept.lora and concept.always_on == "no" and (concept.trigger or concept.subjects)
-        for phrase in phrases_of
-    ]
+    called: list[list[str]] = []
+    phrases: list[str] = []
+    for concept, renamed in zip(concepts, new_names, strict=True):
+        triggers = embedding_triggers(concept)
+        called.append([triggers.renamed(phrase, renamed) for phrase in concept.phrases])
+        if concept.lora and concept.always_on == "no" and (concept.trigger or concept.subjects):
+            phrases += called[-1]
     metadata = {
-        "iteris": json.dumps(
-            {**recipe(concepts, report, called), "embeddings": list(joined.embeddings)}
-        ),
+        "iteris": json.dumps({**recipe(concepts, report, called), "embeddings": [*embeddings]}),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": " + ".join(names),
         "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -122,10 +123,9 @@ def recipe(
     return {"versions": versions, **recorded, "concepts": entries, "notes": report.notes}
 
 
-def without_files(recipe: Mapping[str, Any]) -> list[str]:
-    """The LoRAs of a recipe that were in no file."""
-    entries = merged_concepts({"iteris": json.dumps(recipe)})
-    return [str(one["lora"]) for one in entries if not one.get("file")]
+def without_files(metadata: Mapping[str, str]) -> list[str]:
+    """The LoRAs of a merged file that were in no file."""
+    return [str(c["lora"]) for c in merged_concepts(metadata) if not c.get("file")]
 
 
 def with_recipe(lora: Lora, **more: Any) -> Lora:
@@ -145,7 +145,7 @@ def cut_lora(lora: Lora, rank: int, *, ordered: bool) -> Lora:
     """``lora`` with every site cut to ``rank``, recorded in its recipe. With
     ``ordered`` components the first ones are kept. Otherwise an SVD cuts a site."""
     sites = {
-        site: LowRank(change.up[:, :rank], change.down[:rank], change.kernel)
+        site: replace(change, up=change.up[:, :rank], down=change.down[:rank])
         if ordered
         else cut_to(change, rank)[0]
         for site, change in lora.sites.items()
@@ -157,7 +157,7 @@ def scaled_lora(lora: Lora, strength: float) -> Lora:
     """``lora`` with its changes multiplied by ``strength``, recorded in its recipe."""
     if strength == 1:
         return lora
-    sites = {site: change.scaled(strength) for site, change in lora.sites.items()}
+    sites = {site: replace(c, up=c.up * strength) for site, c in lora.sites.items()}
     metadata = dict(lora.metadata)
     if strength > 0 and "strength_min" in metadata:
         low, high = (float(metadata[name]) for name in ("strength_min", "strength_max"))
@@ -176,9 +176,9 @@ def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:
     that it shares."""
     notes: dict[str, list[str]] = {}
     for concept, shared in zip(concepts, shared_triggers(concepts), strict=True):
-        own = concept.lora.notes if concept.lora is not None else ()
-        if found := [*own, *_on_its_purpose(concept), *shared]:
-            notes.setdefault(concept.name, []).extend(found)
+        of_file = concept.lora.notes if concept.lora is not None else ()
+        if notes_on := [*of_file, *_on_its_purpose(concept), *shared]:
+            notes.setdefault(concept.name, []).extend(notes_on)
     return notes
 
 
@@ -199,18 +199,19 @@ def lacks_of(concepts: Sequence[Concept]) -> list[str]:
 def shared_triggers(concepts: Sequence[Phrased]) -> list[list[str]]:
     """For each concept, a sentence about each earlier one that prompts for either invoke too."""
     return [
-        [told for other in concepts[:at] if (told := _clash(other, concept))]
+        [sentence for other in concepts[:at] if (sentence := _clash(other, concept))]
         for at, concept in enumerate(concepts)
     ]
 
 
-def _clash(one: Phrased, two: Phrased) -> str:
-    if one.preserves or two.preserves:
+def _clash(first: Phrased, second: Phrased) -> str:
+    if first.preserves or second.preserves:
         return ""
-    for concept, other in ((one, two), (two, one)):
-        own = [concept.trigger] if concept.trigger else concept.subjects
+    for concept, other in ((first, second), (second, first)):
+        triggering = [concept.trigger] if concept.trigger else concept.subjects
         texts, phrases = (
-            [" ".join(text.lower().split()) for text in some] for some in (own, other.phrases)
+            [" ".join(text.lower().split()) for text in words]
+            for words in (triggering, other.phrases)
         )
         # Whole, and by the word that is not common: "sks dog" and "sks cat" share it.
         triggers = {word for text in texts for word in (text, parted(text)[1])} - {""}
@@ -245,40 +246,33 @@ def _on_its_purpose(concept: Concept) -> list[str]:
     return [f"{seen}; prompts for kind={purpose}"] if concept.kind == purpose else []
 
 
-@dataclass(frozen=True)
-class Joined:
-    """A merged LoRA's embeddings; ``names``: by concept, their old names → those there."""
-
-    embeddings: Mapping[str, Mapping[str, Tensor]]
-    names: Sequence[Mapping[str, str]]
-    warnings: Sequence[str]
-
-
-def join_embeddings(concepts: Sequence[Concept]) -> Joined:
-    """Every concept's embeddings combined; a duplicate name is prefixed with the LoRA's name."""
-    joined: dict[str, Mapping[str, Tensor]] = {}
-    names: list[dict[str, str]] = []
+def join_embeddings(
+    concepts: Sequence[Concept],
+) -> tuple[dict[str, Mapping[str, Tensor]], list[dict[str, str]], list[str]]:
+    """Every concept's embeddings combined; for each concept, their old names → those there; and
+    warnings. A duplicate name is prefixed with the LoRA's name."""
+    embeddings: dict[str, Mapping[str, Tensor]] = {}
+    new_names: list[dict[str, str]] = []
     warnings: list[str] = []
     for index, concept in enumerate(concepts):
-        lora, own_names = concept.lora or Lora({}), dict[str, str]()
+        lora = concept.lora or Lora({})
+        new_names.append({})
         for name, parts in lora.embeddings.items():
-            joined_name = name
-            there = joined.get(name)
-            if there is not None and not (
-                there.keys() == parts.keys()
-                and all(torch.equal(there[part], parts[part]) for part in parts)
+            new_name, known = name, embeddings.get(name)
+            if known is not None and not (
+                known.keys() == parts.keys()
+                and all(torch.equal(known[part], parts[part]) for part in parts)
             ):
-                joined_name = f"{lora.name or index + 1}-{name}"
-                while joined_name in joined:
-                    joined_name += "-2"
+                new_name = f"{lora.name or index + 1}-{name}"
+                while new_name in embeddings:
+                    new_name += "-2"
                 warnings.append(
                     f"two LoRAs have an embedding {name!r}; the one from {lora.name} is saved as "
-                    f"{joined_name!r}"
+                    f"{new_name!r}"
                 )
-            joined[joined_name] = parts
-            own_names[name] = joined_name
-        names.append(own_names)
-    return Joined(joined, names, warnings)
+            embeddings[new_name] = parts
+            new_names[-1][name] = new_name
+    return embeddings, new_names, warnings
 
 
 def write_card(file: Path, report: MergeReport | None = None) -> Path:
@@ -298,7 +292,7 @@ def card_of(file: Path, metadata: Mapping[str, str], report: MergeReport | None 
     """The Markdown of a card."""
     recipe = parse_object(metadata.get("iteris"))
     parts = [
-        "---\ntags:\n- lora\n- iteris\n---",
+        f"---\n{hub_data(metadata).to_yaml()}\n---",
         f"# {_plain(file.stem)}",
         *[f"![{_plain(picture.stem)}](<{picture.name}>)" for picture in previews(file)],
         _plain(metadata.get("modelspec.description", "")),
@@ -307,10 +301,10 @@ def card_of(file: Path, metadata: Mapping[str, str], report: MergeReport | None 
         parts += ["## Trigger words", "\n".join(f"- {_code(phrase)}" for phrase in phrases)]
     if concepts := merged_concepts(metadata):
         rows = ["| LoRA | SHA-256 | strength | weight |", "|---|---|--:|--:|"]
-        for one in concepts:
-            digest = str(one.get("sha256") or "")[:12]
-            numbers = [str(one.get(name, 1.0)) for name in ("strength", "weight")]
-            rows.append(f"| {' | '.join([_plain(str(one['lora'])), digest, *numbers])} |")
+        for concept in concepts:
+            digest = str(concept.get("sha256") or "")[:12]
+            numbers = [str(concept.get(name, 1.0)) for name in ("strength", "weight")]
+            rows.append(f"| {' | '.join([_plain(str(concept['lora'])), digest, *numbers])} |")
         parts += ["## Merged from", "\n".join(rows)]
     if licences := metadata.get("modelspec.license", ""):
         parts += ["Licences of the sources: " + _plain(licences)]
@@ -318,19 +312,35 @@ def card_of(file: Path, metadata: Mapping[str, str], report: MergeReport | None 
         parts += ["## Result", _plain(report.verdict())]
     lines: list[str] = []
     for name in ("method", "base", "preset", "settings", "calibration", "versions"):
-        given = recipe.get(name)
-        if isinstance(given, Mapping):
-            given = ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
-        if given:
-            lines.append(f"- {name}: {_code(str(given))}")
+        value = recipe.get(name)
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key}={of}" for key, of in value.items() if of is not None)
+        if value:
+            lines.append(f"- {name}: {_code(str(value))}")
     if recipe:
         again = f"`iteris merge --from {file.name} -o again.safetensors`"
         whole = f"The file contains the full recipe: {again}."
-        if loose := without_files(recipe):
+        if loose := without_files(metadata):
             whole = f"It cannot be merged again: {_plain(loose[0])} was made in Python."
         lines += ["", whole]
         parts += ["## Recipe", "\n".join(lines)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def hub_data(metadata: Mapping[str, str]) -> ModelCardData:
+    """What the Hub reads in a card: the base if it is there, the licence if all sources have the
+    same, and the trigger words."""
+    base = str(parse_object(metadata.get("iteris")).get("base") or "")
+    licences = [entry for entry in metadata.get("modelspec.license", "").split("; ") if entry]
+    names = {entry.rpartition(": ")[2].lower() for entry in licences}
+    agreed = len(names) == 1 and len(licences) >= len(merged_concepts(metadata))
+    return ModelCardData(
+        base_model=base if "/" in base else None,
+        library_name="diffusers" if "modelspec.architecture" in metadata else None,
+        license=names.pop() if agreed and names <= _HUB_LICENCES else None,
+        tags=["lora", "iteris"],
+        instance_prompt=", ".join(noted_phrases(metadata)) or None,
+    )
 
 
 def _plain(text: str) -> str:

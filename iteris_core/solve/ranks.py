@@ -8,42 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import SettingsError
 from ..linalg import truncate_factors, truncate_matrix
 from ..lora import LowRank
-
-_HEADER = 400
-"""Most bytes that a file's header needs per module."""
-
-
-def span(ranks: Collection[int]) -> str:
-    """ "rank 8" or "ranks 4 to 8"."""
-    low, high = min(ranks), max(ranks)
-    return f"rank {low}" if low == high else f"ranks {low} to {high}"
-
-
-@dataclass(frozen=True)
-class Target:
-    """One of three: ``rank``, for a file as large as with that rank in every layer; ``megabytes``
-    of the file; or ``energy``, the share to keep of what the LoRA adds to the outputs of all
-    layers. Raises :class:`SettingsError` for a number out of range."""
-
-    rank: int | None = None
-    megabytes: float | None = None
-    energy: float | None = None
-
-    def __post_init__(self) -> None:
-        given = [value for value in (self.rank, self.megabytes, self.energy) if value is not None]
-        if len(given) != 1:
-            raise SettingsError(
-                "Give exactly one of rank, size and energy, such as rank 8, size 20 or energy 0.95."
-            )
-        if self.rank is not None and self.rank < 1:
-            raise SettingsError(f"rank must be at least 1, not {self.rank}.")
-        if self.megabytes is not None and not self.megabytes > 0:
-            raise SettingsError(f"size must be above 0 MB, not {self.megabytes}.")
-        if self.energy is not None and not 0 < self.energy < 1:
-            raise SettingsError(f"energy must be between 0 and 1, not {self.energy}.")
 
 
 @dataclass(frozen=True)
@@ -94,41 +60,13 @@ class Components:
         return LowRank(change.up[:, :rank], change.down[:rank], change.kernel)
 
 
-def share_out(sites: Mapping[str, Components], target: Target, itemsize: int = 2) -> dict[str, int]:
-    """Site → its rank, 0 if left out. Components with the most worth per stored number are taken
-    first, until ``target`` is reached. ``itemsize`` is bytes per number in the file. Raises
-    :class:`SettingsError` if no component fits the size."""
-    if target.energy is not None:
-        missing = target.energy * sum(one.total for one in sites.values())
-        ranks = dict.fromkeys(sites, 0)
-        for _, worth, site in _by_worth(sites):
-            if missing <= 0:
-                break
-            ranks[site] += 1
-            missing -= worth
-        return ranks
-    if target.rank is not None:
-        numbers = sum(
-            min(target.rank, one.change.rank) * _cost(one.change) for one in sites.values()
-        )
-    else:
-        numbers = int((target.megabytes or 0) * 1e6 - _HEADER * len(sites)) // itemsize
-    ranks = share_numbers(sites, numbers)
-    if not any(ranks.values()):
-        raise SettingsError(
-            f"{target.megabytes:g} MB is too small for a single component of these layers; use a "
-            "larger size."
-        )
-    return ranks
-
-
 def share_numbers(
     sites: Mapping[str, Components], numbers: int, first: Collection[str] | None = None
 ) -> dict[str, int]:
     """Site → its rank in a file with that many ``numbers``. If sites come ``first``, these and then
     all others start at rank 1, as long as there are numbers left."""
     ranks, left, closed = dict.fromkeys(sites, 0), numbers, set[str]()
-    every = _by_worth(sites)
+    every = by_worth(sites)
     if first is not None:  # sorting keeps the order by worth
         every.sort(key=lambda one: (one[0] > 0, one[0] == 0 and one[2] not in first))
     for _, _, site in every:
@@ -140,7 +78,7 @@ def share_numbers(
     return ranks
 
 
-def _by_worth(sites: Mapping[str, Components]) -> list[tuple[int, float, str]]:
+def by_worth(sites: Mapping[str, Components]) -> list[tuple[int, float, str]]:
     """(index within its site, worth, site) of every component, those with the most worth per number
     first."""
     every = [
@@ -154,10 +92,3 @@ def _by_worth(sites: Mapping[str, Components]) -> list[tuple[int, float, str]]:
 def _cost(change: LowRank) -> int:
     """Count of numbers in a component."""
     return sum(change.shape)
-
-
-def kept(sites: Mapping[str, Components], ranks: Mapping[str, int]) -> float:
-    """The share of the total worth that ``ranks`` keep."""
-    total = sum(one.total for one in sites.values())
-    some = sum(float(one.worths[: ranks[site]].sum()) for site, one in sites.items())
-    return some / total if total > 0 else 1.0

@@ -10,9 +10,9 @@ from tiny import make_pipeline, random_lora
 
 from iteris_core import Calibration, IterisError
 from iteris_core.edit.extract import differences, extract_lora
+from iteris_core.edit.target import Target
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.diffusers_lora import base_of
-from iteris_core.solve.ranks import Target
 
 SHORT = Calibration(samples=3, timesteps=1, latents="noise", latent_size=4)
 

@@ -11,9 +11,9 @@ from tiny import random_lora
 
 from iteris_core import Calibration, Concept, IterisError, Lora, write_lora
 from iteris_core.edit.resize import resize_lora
+from iteris_core.edit.target import Target
 from iteris_core.lora_files.own_names import read_by_own_names
 from iteris_core.passes.changes import changes_of
-from iteris_core.solve.ranks import Target
 
 SHORT = Calibration(samples=3, timesteps=1, latents="noise", latent_size=4)
 

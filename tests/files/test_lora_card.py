@@ -1,13 +1,18 @@
 """The card of a merged file."""
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
+from huggingface_hub import ModelCard
 from oracle import make_lora
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import random_lora
 
 from iteris_core import Concept, Lora, merge_loras
-from iteris_core.report.provenance import write_card
+from iteris_core.report.provenance import card_of, write_card
 
 
 def merged(folder):
@@ -45,6 +50,33 @@ def test_a_card_says_what_the_file_says(tmp_path):
     assert "density=0.5" in text
     assert "iteris merge --from my_merge.safetensors" in text
     assert str(tmp_path) not in text
+
+
+def test_the_hub_reads_the_base_the_licence_and_the_words(tmp_path):
+    recipe = {"base": "someone/a-base", "concepts": [{"lora": "cat", "trigger": "a: `sks`"}]}
+    metadata = {
+        "iteris": json.dumps(recipe),
+        "modelspec.license": "cat: CC-BY-4.0",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+    }
+    file = tmp_path / "merged.safetensors"
+    save_file({"x": torch.zeros(1)}, file, metadata)
+    write_card(file)
+    data = ModelCard.load(file.with_suffix(".md")).data
+    assert data.base_model == "someone/a-base"
+    assert data.license == "cc-by-4.0"
+    assert data.library_name == "diffusers"
+    assert data.tags == ["lora", "iteris"]
+    assert data.to_dict()["instance_prompt"] == "a: `sks`"
+
+
+@pytest.mark.parametrize("licence", ["cat: CC-BY-4.0", "cat: CC-BY-4.0; dog: MIT", "my own terms"])
+def test_the_hub_is_told_no_folder_and_no_licence_that_not_all_have(licence):
+    recipe = {"base": "my_base", "concepts": [{"lora": "cat"}, {"lora": "dog"}]}
+    text = card_of(
+        Path("m.safetensors"), {"iteris": json.dumps(recipe), "modelspec.license": licence}
+    )
+    assert text.startswith("---\ntags:\n- lora\n- iteris\n---\n")
 
 
 def test_the_verdict_comes_from_the_report(tmp_path):

@@ -52,7 +52,6 @@ def test_joined_and_split_are_inverse(world):
     assert set(both.sites) <= set(host.sites())
     for part, whole in zip(split_experts(both, host.experts), (high, low), strict=True):
         assert part.sites == whole.sites
-        assert part.scales == whole.scales
 
 
 def test_high_and_low_in_and_two_files_out(world, tmp_path, monkeypatch, capsys):
