@@ -166,12 +166,12 @@ class _Rerun(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: Any, returned: list[Filled], how: Any, count: int, *given: Tensor
+        ctx: Any, run: Any, returned: list[Filled], how: Any, count: int, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.run, ctx.how, ctx.leaves = run, how, given[count:]
-        ctx.save_for_backward(*given[:count])
+        ctx.run, ctx.how, ctx.leaves = run, how, inputs[count:]
+        ctx.save_for_backward(*inputs[:count])
         ctx.set_materialize_grads(False)
-        outputs, filled = run(given[:count])
+        outputs, filled = run(inputs[:count])
         returned.append(filled)
         return tuple(outputs)
 

@@ -145,15 +145,15 @@ def pack(values: Tensor, bits: int) -> Tensor:
     codes, scales = _parts(packed, bits)
     largest, most, step = torch.finfo(values.dtype).max, (1 << (bits - 1)) - 1, _AT_ONCE // _GROUP
     for start in range(0, groups, step):
-        some = values[start * _GROUP : (start + step) * _GROUP].float().clamp_(-largest, largest)
-        some = torch.nn.functional.pad(some, (0, -len(some) % _GROUP)).view(-1, _GROUP)
-        scale = (some.abs().amax(1) / most).bfloat16()
-        scales[start : start + len(some)] = scale
-        some /= scale.float().clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-        code = some.round_().clamp_(-most, most).to(torch.int8)
+        part = values[start * _GROUP : (start + step) * _GROUP].float().clamp_(-largest, largest)
+        part = torch.nn.functional.pad(part, (0, -len(part) % _GROUP)).view(-1, _GROUP)
+        scale = (part.abs().amax(1) / most).bfloat16()
+        scales[start : start + len(part)] = scale
+        part /= scale.float().clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        code = part.round_().clamp_(-most, most).to(torch.int8)
         if bits == 4:
             code = (code[:, ::2] & 15) | (code[:, 1::2] << 4)
-        codes[start : start + len(some)] = code
+        codes[start : start + len(part)] = code
     return packed
 
 
@@ -165,9 +165,9 @@ def unpack(packed: Tensor, into: Tensor, bits: int) -> None:
         code = codes[start : start + step]
         if bits == 4:  # the sign of a half comes back with the shift to the right
             code = torch.stack([code << 4, code], dim=-1).flatten(1) >> 4
-        some = code * scales[start : start + step, None].float()
+        values = code * scales[start : start + step, None].float()
         target = into[start * _GROUP : (start + step) * _GROUP]
-        target.copy_(some.view(-1)[: len(target)].clamp_(-largest, largest))
+        target.copy_(values.view(-1)[: len(target)].clamp_(-largest, largest))
 
 
 def _packed_group(bits: int) -> int:
@@ -184,9 +184,8 @@ def _parts(packed: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def empty_host_cache() -> None:
     """Return torch's unused cached pinned memory to the system."""
-    accelerator: Any = getattr(torch, "accelerator", None)
-    empty = getattr(accelerator, "empty_host_cache", None)
-    empty = empty or getattr(torch._C, "_host_emptyCache", None)  # older versions
+    old = getattr(torch._C, "_host_emptyCache", None)  # of older versions
+    empty: Any = getattr(torch.accelerator, "empty_host_cache", old)
     if empty is not None:
         empty()
 

@@ -222,13 +222,13 @@ def tensors(tree: Any) -> dict[str, Tensor]:
     return {_pytree.keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
 
 
-def alike(some: Sequence[Any], others: Sequence[Any], most: float) -> bool:
-    """True if ``some`` tensors equal the ``others``, each within ``most`` of its norm, because
-    kernels may round differently when run again. Only tensors are compared."""
-    return len(some) == len(others) and all(
+def alike(values: Sequence[Any], others: Sequence[Any], most: float) -> bool:
+    """True if tensors equal the ``others``, each within ``most`` of its norm, because kernels may
+    round differently when run again. Only tensors are compared."""
+    return len(values) == len(others) and all(
         a.shape == b.shape
         and float((a.float() - b.to(a.device).float()).norm()) <= most * float(b.float().norm())
-        for a, b in zip(some, others, strict=True)
+        for a, b in zip(values, others, strict=True)
         if isinstance(a, Tensor) and isinstance(b, Tensor)
     )
 

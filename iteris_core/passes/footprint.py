@@ -170,14 +170,14 @@ def forward_of(stage: Stage) -> Step:
     """A plain forward as one step of its longest row; what the row leaves for later stages is
     ``waiting``. The first run may leave something behind that belongs to no row."""
     row = longest(stage)
-    found: list[tuple[int, int]] = []
+    measured: list[tuple[int, int]] = []
     for rows in ([row], [row], [row, row]):
         with MemoryMeter() as meter:
             stage.run(rows, 1)
-        found.append((meter.peak, meter.live))
-    _, (one, left), (two, _) = found
-    each = max(two - one, 0)
-    return Step("", left if stage.feeds_next else 0, each, forward=max(one - each, 0))
+        measured.append((meter.peak, meter.live))
+    _, (peak, left), (peak_of_two, _) = measured
+    each = max(peak_of_two - peak, 0)
+    return Step("", left if stage.feeds_next else 0, each, forward=max(peak - each, 0))
 
 
 def longest(stage: Stage) -> int:
@@ -223,10 +223,10 @@ class Footprint:
         there = self.strategy.offloads is None  # where rows wait
         for steps in self._levels():
             step, others = steps[-1], rows - at_once
-            sites = [(some, self.sites[some.site]) for some in steps if some.site in self.sites]
-            kept = sum(site.kept - site.shared * some.shares for some, site in sites)
+            sites = [(at, self.sites[at.site]) for at in steps if at.site in self.sites]
+            kept = sum(site.kept - site.shared * at.shares for at, site in sites)
             # Sampled rows run first; the last one's copies count towards its running memory.
-            ahead = max(step.waiting - before, 0) + sum(some.shown for some in steps)
+            ahead = max(step.waiting - before, 0) + sum(at.shown for at in steps)
             first = others * before + min(self.sampled, others) * ahead
             waiting = max(others * max(before, step.waiting), first) if there else 0
             peaks.append(waiting + at_once * step.running + step.forward + left + kept)
@@ -248,9 +248,9 @@ class Footprint:
 
     def _levels(self) -> list[list[Step]]:
         """The steps by level; those after the last barrier form their own."""
-        barriers, found = self.strategy.barriers, list[list[Step]]([[]])
+        barriers, levels = self.strategy.barriers, list[list[Step]]([[]])
         for step in self.steps:
-            found[-1].append(step)
+            levels[-1].append(step)
             if barriers is None or barriers.ends_at(step.site):
-                found.append([])
-        return [level for level in found if level]
+                levels.append([])
+        return [level for level in levels if level]

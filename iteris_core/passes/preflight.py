@@ -191,8 +191,8 @@ def joined_rows(stage: Stage, modules: Mapping[str, nn.Module]) -> set[str]:
     """The ``modules``, sites of ``stage``, whose inputs are the rows' tokens one row after another:
     two rows of one kind, run together, give the first row's tokens followed by the second's."""
 
-    def same(one: Tensor, other: Tensor) -> bool:
-        return not differ(one, other, _ROUNDING)
+    def same(first: Tensor, second: Tensor) -> bool:
+        return not differ(first, second, _ROUNDING)
 
     of_kinds: dict[Hashable, list[int]] = {}
     for row, kind in enumerate(stage.batch_keys or [None] * len(stage.concept_ids)):
@@ -244,12 +244,12 @@ def _halves(
 
 
 def complaint(
-    found: Mapping[str, str], concepts: Sequence[Concept], *, refused: bool = True
+    refusals: Mapping[str, str], concepts: Sequence[Concept], *, refused: bool = True
 ) -> str:
     """The message about sites that cannot be merged: where, from which file, and what to do."""
     parts: list[str] = []
-    for why, count in Counter(found.values()).items():
-        site = min(name for name, reason in found.items() if reason == why)
+    for why, count in Counter(refusals.values()).items():
+        site = min(name for name, reason in refusals.items() if reason == why)
         files = [
             concept.lora.source or concept.lora.name
             for concept in concepts
@@ -260,7 +260,7 @@ def complaint(
     if not refused:
         return text
     return (
-        f"{len(found)} of the LoRAs' layers cannot be merged by their features: {text}. Give the "
-        "model the input that these layers need (an image, a first frame, a control), or use "
+        f"{len(refusals)} of the LoRAs' layers cannot be merged by their features: {text}. Give "
+        "the model the input that these layers need (an image, a first frame, a control), or use "
         "option unmergeable: skip leaves them out, mean gives them the mean of the LoRAs' changes."
     )
