@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -104,21 +104,17 @@ class MicroBatch:
             mask = None
         group = self._group_of(received)
         alive = {(self.stage, number) for tensor, _, number in self._seen if tensor() is not None}
+        show = partial(
+            Observation, name, site, changes, group=group, alive=alive, call=call, normed=normed
+        )
         copies = {key: tensor.unflatten(0, (self.copies, -1)) for key, tensor in tensors.items()}
         for span, sampling, saliency in zip(self.spans, *self._of_spans, strict=True):
             concept, start, stop = span
-            observation = Observation(
-                name,
-                site,
-                changes,
+            observation = show(
                 concept,
                 sampling=sampling,
-                group=group,
-                alive=alive,
-                call=call,
-                mask=None if mask is None else mask[start:stop],
-                normed=normed,
                 saliency=saliency,
+                mask=None if mask is None else mask[start:stop],
                 **{key: tensor[:, start:stop] for key, tensor in copies.items()},
             )
             self.observer(observation)

@@ -184,14 +184,15 @@ def longest(stage: Stage) -> int:
     """The row that takes the most memory."""
     if stage.lengths is not None:
         return max(range(len(stage.lengths)), key=stage.lengths.__getitem__)
-    if stage.mask is None:
+    if (mask_of := stage.mask) is None:
         return 0
-    lengths = [0] * len(stage.concept_ids)
-    for site in (stage.sites[0], stage.sites[-1]):  # an encoder's and a decoder's
-        for row in range(len(lengths)):
-            mask = stage.mask(site, [row])
-            lengths[row] += 0 if mask is None else int(mask.sum())
-    return lengths.index(max(lengths))
+
+    def tokens(row: int) -> int:
+        ends = stage.sites[0], stage.sites[-1]  # an encoder's and a decoder's
+        masks = [mask_of(site, [row]) for site in ends]
+        return sum(int(mask.sum()) for mask in masks if mask is not None)
+
+    return max(range(len(stage.concept_ids)), key=tokens)
 
 
 @dataclass(frozen=True)
