@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from iteris_core import Calibration, Concept, Lora, LowRank
-from iteris_core.activations.host_pool import HostPool, Slot
+from iteris_core.activations.host_pool import HostPool, Pieces
 from iteris_core.architectures import unet
 from iteris_core.architectures.sites import residual_streams
 from iteris_core.hosts.protocol import Stage
@@ -159,13 +159,13 @@ class MetaHost:
 class Nowhere(HostPool):
     """A place for storages without bytes."""
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device, 0)
+    def __init__(self, device: torch.device, bits: int | None = None) -> None:
+        super().__init__(device, 0, bits)
 
     def _piece(self, size: int) -> tuple[Tensor, int, int]:
         return torch.empty(size, dtype=torch.uint8, device="meta"), 0, size
 
-    def free(self, slot: Slot) -> None: ...
+    def free(self, pieces: Pieces) -> None: ...
 
 
 def fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -199,7 +199,7 @@ def planned(model: Model) -> dict[str, Any]:
         job.run() as session,
         patch("torch.nn.functional.scaled_dot_product_attention", fused),
         patch("torch.is_autocast_enabled", lambda *_: False),  # it knows no meta device
-        patch("iteris_core.activations.barriers.alike", lambda *_: True),  # nothing to compare
+        patch("iteris_core.activations.trace.alike", lambda *_: True),  # nothing to compare
         patch("iteris_core.passes.planner.is_apart", lambda *_: True),
         patch("iteris_core.passes.planner.HostPool", Nowhere),
     ):

@@ -46,8 +46,8 @@ def recorded_pools(monkeypatch: Any) -> list[RecordedPool]:
     """The host memories of all later sweeps."""
     made: list[RecordedPool] = []
 
-    def make(*args: Any) -> RecordedPool:
-        made.append(RecordedPool(*args))
+    def make(*args: Any, **more: Any) -> RecordedPool:
+        made.append(RecordedPool(*args, **more))
         return made[-1]
 
     monkeypatch.setattr(sweep, "HostPool", make)

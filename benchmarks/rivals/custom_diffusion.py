@@ -108,25 +108,18 @@ def _constrained(
     return torch.cat(values).mT @ torch.linalg.solve(inner, direction)
 
 
-class _Texts:
-    """An observer that keeps what reaches the sites: text tokens, the same for all of them."""
-
-    def __init__(self) -> None:
-        self.prompts: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
-
-    def observe(self, shown: Observation) -> None:
-        for concept, start, stop in shown.spans:
-            self.prompts[shown.name, concept].extend(shown.inputs[start:stop].float())
-
-
 def _texts(
     job: Job, concepts: Sequence[Concept], sites: Sequence[str], size: int
 ) -> tuple[dict[str, list[list[Tensor]]], int]:
     """The inputs of ``sites`` on the concepts' prompts: (tokens, in) of each prompt, by concept;
     and how many rows ran."""
-    texts, rows = _Texts(), 0
+    texts, rows = defaultdict[tuple[str, int], list[Tensor]](list), 0
     reached = set(sites) | {site for site in job.changes if site.startswith("text_encoder")}
     calibration = replace(job.calibration, empty_share=0.0, contexts=0.0)
+
+    def keep(shown: Observation) -> None:
+        texts[shown.name, shown.concept].extend(shown.inputs[0].float())
+
     with job.run() as run:
         lockstep = run.lockstep
         samples = job.host.samples(
@@ -134,8 +127,8 @@ def _texts(
         )
         for stage in job.host.stages(samples, reached):
             rows = max(rows, len(stage.concept_ids))
-            for batch in micro_batches(stage, 1, texts, ExecutionConfig(size)):
+            for batch in micro_batches(stage, 1, keep, ExecutionConfig(size)):
                 lockstep.run(batch)
     each = range(len(job.concepts))
-    found = {site: [texts.prompts[site, concept] for concept in each] for site in sites}
+    found = {site: [texts[site, concept] for concept in each] for site in sites}
     return found, rows

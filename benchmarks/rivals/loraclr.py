@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iteris_core.activations.tokens import ConceptTokens
+from iteris_core.activations.tokens import Observation
 from iteris_core.errors import SolveError
 from iteris_core.linalg import cut_dense, full_precision, solve_device
 from iteris_core.lora import SiteChanges
@@ -94,7 +94,7 @@ class _Pairs(Reduction):
         self._count = torch.zeros((), dtype=torch.float64)
         self._waiting: list[list[Tensor]] = [[] for _ in range(2 * concepts)]
 
-    def add(self, tokens: ConceptTokens) -> None:
+    def add(self, tokens: Observation) -> None:
         self._waiting[2 * tokens.concept].append(tokens.reference.float())
         self._waiting[2 * tokens.concept + 1].append(tokens.output.float())
         if all(self._waiting):

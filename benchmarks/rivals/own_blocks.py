@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from iteris_core.activations.barriers import ExecutionTrace, tensors
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.micro_batch import MicroBatch
+from iteris_core.activations.trace import ExecutionTrace, tensors
 from iteris_core.hosts.protocol import Stage
 from iteris_core.passes.job import Run
 from iteris_core.passes.planner import find

@@ -6,7 +6,7 @@ before it give (:mod:`.own_blocks`). The code divides G_i by its tokens: ``weigh
 
 from __future__ import annotations
 
-from iteris_core.activations.tokens import ConceptTokens
+from iteris_core.activations.tokens import Observation
 from iteris_core.hosts.protocol import Stage
 from iteris_core.methods.registry import on_model
 from iteris_core.methods.regmean import RegMeanSettings, regmean
@@ -22,7 +22,7 @@ from .own_blocks import OwnBlocks
 class _OwnGram(Gram):
     """X_iᵀX_i of the reference rows of a sweep."""
 
-    def _add_inputs(self, tokens: ConceptTokens) -> None:
+    def _add_inputs(self, tokens: Observation) -> None:
         self.inputs.add(tokens.concept, tokens.reference)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from iteris_core.activations.tokens import ConceptTokens
+from iteris_core.activations.tokens import Observation
 from iteris_core.errors import SettingsError
 from iteris_core.linalg import full_precision
 from iteris_core.lora import SiteChanges
@@ -49,7 +49,7 @@ class Router(Reduction):
         self._count = torch.zeros((), dtype=torch.float64)
         self._rows = rows_of(self.changes)
 
-    def add(self, tokens: ConceptTokens) -> None:
+    def add(self, tokens: Observation) -> None:
         rows = self._rows.get(tokens.concept)
         if rows is None or len(self._rows) < 2:
             return

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from iteris_core.activations.tokens import ConceptTokens
+from iteris_core.activations.tokens import Observation
 from iteris_core.linalg import full_precision
 from iteris_core.lora import LowRank, SiteChanges
 from iteris_core.solve.problem import (
@@ -42,11 +42,11 @@ class Subspace(Reduction):
         }
         self._counts = torch.zeros(len(changes), dtype=torch.float64)
 
-    def add(self, tokens: ConceptTokens) -> None:
+    def add(self, tokens: Observation) -> None:
         with full_precision(self._down.device):
             self._add(tokens)
 
-    def _add(self, tokens: ConceptTokens) -> None:
+    def _add(self, tokens: Observation) -> None:
         merged = tokens.merged.float() @ self._down.mT
         self._own[tokens.concept].addmm_(merged.mT, merged)
         self._counts[tokens.concept] += len(merged)

@@ -74,8 +74,8 @@ def compare(rounds: int, rows: int) -> dict[str, Any]:
     calibration = Calibration(samples=50, timesteps=2, latents="noise", templates=TEMPLATES)
     places: list[HostPool] = []
 
-    def place(*args: Any) -> HostPool:
-        places.append(HostPool(*args))
+    def place(*args: Any, **more: Any) -> HostPool:
+        places.append(HostPool(*args, **more))
         return places[-1]
 
     def merge(way: str) -> Any:

@@ -12,7 +12,7 @@ table) is put back for good.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Sequence, Set
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .host_pool import HostPool, Slot
+from .host_pool import HostPool, Pieces
 from .memory import resize, storage_of
 
 IDLE_PAUSES = 3
@@ -32,28 +32,26 @@ when they run after v, or through a view."""
 
 @dataclass(eq=False)
 class _Held:
-    """A storage of ``dtype`` made by forward ``owner``, last used before its pause number
-    ``touched``. While ``away``, its bytes are in ``slot``; a slot for a storage that is present is
-    a copy that is still valid."""
+    """A storage of ``size`` bytes and ``dtype`` made by forward ``owner``, last used before its
+    pause number ``touched``. While ``away``, its bytes are in ``pieces``; those of a storage that
+    is present are a copy that is still valid."""
 
     storage: weakref.ref[torch.UntypedStorage]
     dtype: torch.dtype
     owner: int
     touched: int
-    slot: Slot | None = None
+    size: int = 0
+    pieces: Pieces | None = None
     away: bool = False
 
 
 class ActivationOffload(TorchDispatchMode):
-    """Active during a sweep, which announces whose turn it is. Forwards wait in ``place``,
-    half-precision data at ``bits`` bits (None: as they are). The weights of ``modules`` never
-    move."""
+    """Active during a sweep, which announces whose turn it is. Forwards wait in ``place``. The
+    weights of ``modules`` never move."""
 
-    def __init__(
-        self, place: HostPool, bits: int | None = None, modules: Sequence[nn.Module] = ()
-    ) -> None:
+    def __init__(self, place: HostPool, modules: Sequence[nn.Module] = ()) -> None:
         super().__init__()
-        self.place, self._bits, self._modules = place, bits, modules
+        self.place, self._modules = place, modules
         self._held: dict[int, _Held] = {}
         self._forwards: dict[int, dict[int, _Held]] = {}
         self._pauses: dict[int, int] = {}
@@ -63,7 +61,8 @@ class ActivationOffload(TorchDispatchMode):
     @property
     def away(self) -> int:
         """Bytes currently waiting off the device."""
-        return sum(h.slot.nbytes for h in self._held.values() if h.away and h.slot is not None)
+        waiting = (held.pieces or () for held in self._held.values() if held.away)
+        return sum(size for pieces in waiting for _, _, size in pieces)
 
     def turn(self, forward: int) -> None:
         """``forward`` continues: storages that it used last are put back."""
@@ -122,7 +121,7 @@ class ActivationOffload(TorchDispatchMode):
         if kwargs:
             _storages(kwargs.values(), used)
         known = self._held
-        asked = [known[key] for key in used if key in known]
+        asked = {key: known[key] for key in used if key in known}
         if asked:
             self._touch(asked)
         result = func(*args, **kwargs) if kwargs else func(*args)
@@ -132,11 +131,11 @@ class ActivationOffload(TorchDispatchMode):
                     self._note(tensor, used)
         return result
 
-    def _touch(self, asked: Sequence[_Held]) -> None:
+    def _touch(self, asked: Mapping[int, _Held]) -> None:
         """``asked`` are the arguments of one operation."""
-        if self._now is None and any(held.away for held in asked):
-            self._leave({held.owner for held in asked})
-        for held in asked:
+        if self._now is None and any(held.away for held in asked.values()):
+            self._leave({held.owner for held in asked.values()})
+        for key, held in asked.items():
             held.touched = self._pauses[held.owner]
             if held.away:
                 with _disable_current_modes():
@@ -146,7 +145,7 @@ class ActivationOffload(TorchDispatchMode):
             elif self._now == held.owner:
                 self._drop(held)
             else:
-                self._forget(held)
+                self._remove(key)
 
     def _note(self, tensor: Tensor, used: Sequence[int]) -> None:
         """Record a result of an operation that ``used`` these storages."""
@@ -176,17 +175,17 @@ class ActivationOffload(TorchDispatchMode):
         if storage is None or held.away or not storage.nbytes():
             return
         if not _resizable(storage):  # NumPy or another process shares it by now
-            self._forget(held)
+            self._remove(storage._cdata)
             return
-        if held.slot is None:
-            held.slot = self.place.put(storage, held.dtype, self._bits)
+        if held.pieces is None:
+            held.size, held.pieces = storage.nbytes(), self.place.put(storage, held.dtype)
         resize(storage, 0)
         held.away = True
 
     def _put_back(self, held: _Held) -> None:
         storage = held.storage()
-        if storage is not None and held.slot is not None:
-            self.place.fill(storage, held.slot)
+        if storage is not None and held.pieces is not None:
+            self.place.fill(storage, held.size, held.dtype, held.pieces)
         held.away = False
 
     def _leave(self, owners: Set[int] = frozenset()) -> None:
@@ -194,18 +193,13 @@ class ActivationOffload(TorchDispatchMode):
         with _disable_current_modes():
             for held in [held for held in self._visiting if held.owner not in owners]:
                 del self._visiting[held]
-                if held.slot is not None:
+                if held.pieces is not None:
                     self._take_off(held)
 
     def _drop(self, held: _Held) -> None:
-        if held.slot is not None:
-            self.place.free(held.slot)
-            held.slot = None
-
-    def _forget(self, held: _Held) -> None:
-        storage = held.storage()
-        if storage is not None:
-            self._remove(storage._cdata)
+        if held.pieces is not None:
+            self.place.free(held.pieces)
+            held.pieces = None
 
 
 def _resizable(storage: torch.UntypedStorage) -> bool:

@@ -7,7 +7,7 @@ sample a site's targets.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,33 +17,30 @@ import torch
 from torch import Tensor
 
 from ..errors import SiteError
-from ..lora import SiteChanges
 from ..solve.inputs import InputMoments
 from ..solve.problem import Reduction, SiteContext, StageSolver
 from .micro_batch import plain_modes
-from .tokens import ConceptTokens, Group, Observation
+from .tokens import Group, Observation
 
 
 class Collector:
     """Holds the sites' reductions until :meth:`take`, and adds tokens to them as they arrive. Sites
     that receive the same tensor in the same geometry share their input moments.
 
-    In a sweep, targets are sampled from the rows ``sampled``: a site's observed tensors are kept
-    until all of these rows have been observed, and reduced then; later tensors are reduced
-    immediately, both within the context ``aside()``. ``narrow`` keeps copies of the tokens that
-    count instead of the model's own tensors."""
+    In a sweep, targets are sampled from the rows ``sampled``, which run before all others: a site's
+    observed tensors are kept until all of these rows have been observed, and reduced then; later
+    tensors are reduced immediately, both within the context ``aside()``. ``narrow`` keeps copies of
+    the tokens that count instead of the model's own tensors."""
 
     def __init__(
         self,
-        changes: Mapping[str, SiteChanges],
         solver: StageSolver,
         sampled: Set[int] = frozenset(),
         *,
         narrow: bool = False,
         aside: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._changes, self._solver = changes, solver
-        self._inputs = solver.inputs or {}
+        self._solver, self._inputs = solver, solver.inputs or {}
         self._sampled, self._narrow, self._aside = sampled, narrow, aside
         self._shared: dict[Any, InputMoments] = {}
         self._order: dict[tuple[str, int], Group] = {}
@@ -57,38 +54,33 @@ class Collector:
 
     @plain_modes()
     def observe(self, shown: Observation) -> None:
-        group = self._order.setdefault((shown.name, shown.call), shown.group)
+        site = shown.name
+        group = self._order.setdefault((site, shown.call), shown.group)
         if group != shown.group:
             raise SiteError(
-                f"The base runs differently from prompt to prompt at {shown.name}, perhaps through "
+                f"The base runs differently from prompt to prompt at {site}, perhaps through "
                 "a node or hook on it. Merge on the base from before that, or use micro_batch=1."
             )
         if shown.saliency is not None:
-            changes = self._changes[shown.name]
-            for concept, start, stop in shown.spans if shown.name in self._solver.acting else ():
-                change = changes[concept]
-                if change is not None:
-                    shown.saliency.add(shown.effect(change, start, stop), shown.rows, start)
-            length = shown.site.length(shown.outputs)
-            weights = shown.saliency.weights(shown.group, shown.alive, length)
+            change = shown.changes[shown.concept] if site in self._solver.acting else None
+            if change is not None:
+                shown.saliency.add(shown.effect(change))
+            weights = shown.saliency.weights(shown.group, shown.alive, shown.length)
             shown = replace(shown, weights=weights)
-        site, sweep = shown.name, bool(self._sampled)
-        if sweep and shown.call:
+        if self._sampled and shown.call:
             raise SiteError(
                 f"Site {site} is called more than once in one forward, and a sweep solves it "
                 'at its first call; merge with schedule="jacobi", which counts all of them.'
             )
-        if not sweep or site in self._reductions:
+        if not self._sampled or site in self._reductions:
             with self._aside():
                 self._reduce([shown])
             return
         waiting = self._waiting.setdefault(site, [])
         waiting.append(shown.gathered() if self._narrow else shown)
-        if sum(row in self._sampled for of in waiting for row in of.choice.rows) == len(
-            self._sampled
-        ):
+        if sum(len(of.sampling.rows) for of in waiting) == len(self._sampled):
             with self._aside():
-                self._reduce(waiting, partial(self._sample, site, waiting))
+                self._reduce(waiting, partial(self._sample, waiting))
             del self._waiting[site]
 
     def take(self, site: str) -> Reduction:
@@ -105,46 +97,34 @@ class Collector:
         self._waiting.clear()
 
     def _reduce(
-        self, some: Sequence[Observation], sample: Callable[[int], list[Tensor]] | None = None
+        self, shown: Sequence[Observation], sample: Callable[[int], list[Tensor]] | None = None
     ) -> None:
         """Add the tokens of one site; its targets can be sampled if all its tensors are there."""
-        shown = some[0]
-        changes, inputs = self._changes[shown.name], self._inputs.get(shown.name)
-        reduction = self._reductions.get(shown.name)
+        first, dtype = shown[0], self._solver.dtype
+        changes, columns = first.changes, self._inputs.get(first.name)
+        reduction = self._reductions.get(first.name)
         if reduction is None:
             # Only tensors still alive can be shared; the rest is freed.
-            for key in [key for key in self._shared if key[0] not in shown.alive]:
+            for key in [key for key in self._shared if key[0] not in first.alive]:
                 del self._shared[key]
-            own, device, key = changes, shown.inputs.device, (shown.group, shown.site.geometry)
-            if inputs is not None:
-                own, key = changes.at(inputs), None
-            context = SiteContext(own, device, self._solver.dtype, self._shared, key, sample)
-            reduction = self._reductions[shown.name] = self._solver.begin(context)
-        for shown in some:
-            for span in shown.spans:
-                tokens = ConceptTokens(shown, changes, *span, self._solver.dtype, inputs)
-                reduction.add(tokens)
+            device, key = first.inputs.device, (first.group, first.site.geometry)
+            if columns is not None:
+                changes, key = changes.at(columns), None
+            context = SiteContext(changes, device, dtype, self._shared, key, sample)
+            reduction = self._reductions[first.name] = self._solver.begin(context)
+        for of_concept in shown:
+            reduction.add(replace(of_concept, dtype=dtype, columns=columns))
 
-    def _sample(self, site: str, waiting: Sequence[Observation], tokens: int) -> list[Tensor]:
-        """About that many of all targets, by concept: equally many tokens from every sampled
-        row."""
-        of_rows = [
-            (shown, row)
-            for shown in waiting
-            for row, number in enumerate(shown.choice.rows)
-            if number in self._sampled
-        ]
+    def _sample(self, waiting: Sequence[Observation], tokens: int) -> list[Tensor]:
+        """About that many of all targets, by concept: equally many tokens from every row."""
+        dtype, changes, rows = self._solver.dtype, waiting[0].changes, len(self._sampled)
         # Some of a row's selectable tokens are masked.
-        offered = sum(replace(shown, mask=None).count(row, row + 1) for shown, row in of_rows)
-        counted = sum(shown.count(row, row + 1) for shown, row in of_rows)
-        few = math.ceil(tokens / max(len(of_rows), 1) * offered / max(counted, 1))
-        changes, dtype = self._changes[site], self._solver.dtype
+        offered = sum(replace(shown, mask=None).count for shown in waiting)
+        counted = sum(shown.count for shown in waiting)
+        few = math.ceil(tokens / rows * offered / max(counted, 1))
         none = waiting[0].outputs.new_zeros(0, changes.shape[0], dtype=dtype)
         sample = [[none] for _ in range(len(changes))]
         for shown in waiting:
-            part = replace(shown, choice=shown.choice.at_most(few))
-            for row in [row for of, row in of_rows if of is shown]:
-                concept = next(c for c, start, stop in shown.spans if start <= row < stop)
-                tokens_of = ConceptTokens(part, changes, concept, row, row + 1, dtype)
-                sample[concept].append(tokens_of.target)
+            part = replace(shown, sampling=shown.sampling.at_most(few), dtype=dtype)
+            sample[shown.concept].append(part.target)
         return [torch.cat(parts) for parts in sample]

@@ -23,10 +23,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from ..lora import LowRank
-from .barriers import ExecutionTrace, unwritten
 from .memory import tensors_in
+from .trace import ExecutionTrace, hooked, unwritten
 
 Context = Callable[[], AbstractContextManager[None]]
+Filled = Callable[[Iterator[Tensor]], Any]
+"""What returns containers with these tensors in them."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,12 @@ class Network:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(gradients())
             stack.enter_context(constant_weights(self.module))
-            entering = self.module.register_forward_pre_hook(_ordinary, with_kwargs=True)
-            stack.enter_context(entering)
+            stack.enter_context(hooked([self.module], before=_ordinary))
             for block, (written, sites) in self.blocks.items():
-                own = [factors[site] for site in sites if site in factors]
-                leaves = [leaf for change in own for leaf in (change.up, change.down)]
+                changes = [factors[site] for site in sites if site in factors]
+                leaves = [leaf for change in changes for leaf in (change.up, change.down)]
                 loses = None if losing is None else partial(losing.add, block)
-                again = _Block(block.forward, written, leaves, gradients, loses)
+                again = _run_again(block.forward, written, leaves, gradients, loses)
                 stack.enter_context(patch.object(block, "forward", again))
             yield
 
@@ -100,87 +101,79 @@ def saved_tensors(*, mutable: bool) -> Generator[None]:
         yield
 
 
-class _Block:
+def _run_again(
+    forward: Callable[..., Any],
+    written: Set[str],
+    leaves: Sequence[Tensor],
+    gradients: Context,
+    loses: Callable[[], None] | None,
+) -> Callable[..., Any]:
     """A block's ``forward``, which runs again for the gradients of its arguments and of the
     ``leaves``, its factors. It calls ``loses`` if it loses others."""
 
-    def __init__(
-        self,
-        forward: Callable[..., Any],
-        written: Set[str],
-        leaves: Sequence[Tensor],
-        gradients: Context,
-        loses: Callable[[], None] | None,
-    ) -> None:
-        self._forward, self._written, self._leaves = forward, written, leaves
-        self._how = gradients, loses
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def again(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return self._forward(*args, **kwargs)
-        given = _Tree((args, kwargs))
-        tensors = given.taken()
+            return forward(*args, **kwargs)
+        tensors, filled = _taken((args, kwargs))
 
-        def run(some: Sequence[Tensor]) -> _Tree:
-            args, kwargs = unwritten(self._written, *given.filled(iter(some)))
-            return _Tree(self._forward(*args, **kwargs))
+        def run(arguments: Sequence[Tensor]) -> tuple[list[Tensor], Filled]:
+            args, kwargs = unwritten(written, *filled(iter(arguments)))
+            return _taken(forward(*args, **kwargs))
 
-        made: list[_Tree] = []
+        returned: list[Filled] = []
         apply: Any = _Rerun.apply
-        outputs = apply(run, made, self._how, len(tensors), *tensors, *self._leaves)
-        return made[0].filled(iter(outputs))
+        how = gradients, loses
+        outputs = apply(run, returned, how, len(tensors), *tensors, *leaves)
+        return returned[0](iter(outputs))
+
+    return again
 
 
-class _Tree:
-    """Containers of tensors and other things, also within dataclasses; :meth:`taken` takes the
-    tensors out, and :meth:`filled` puts others in."""
+def _taken(tree: Any) -> tuple[list[Tensor], Filled]:
+    """The tensors in containers, also within dataclasses, and a function that returns the
+    containers with others."""
+    leaves, spec = _pytree.tree_flatten(tree)
+    tensors: list[Tensor] = []
+    inner: dict[int, Filled] = {}
+    for at, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+            leaves[at], inner[at] = None, next
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            of_fields = {field.name: getattr(leaf, field.name) for field in fields(leaf)}
+            of_leaf, fill = _taken(of_fields)
+            tensors += of_leaf
+            inner[at] = partial(_with_fields, leaf, fill)
 
-    def __init__(self, tree: Any) -> None:
-        self._leaves, self._spec = _pytree.tree_flatten(tree)
-        self._inner = {
-            at: {field.name: _Tree(getattr(leaf, field.name)) for field in fields(leaf)}
-            for at, leaf in enumerate(self._leaves)
-            if is_dataclass(leaf) and not isinstance(leaf, type)
-        }
+    def filled(others: Iterator[Tensor]) -> Any:
+        parts = [inner[at](others) if at in inner else leaf for at, leaf in enumerate(leaves)]
+        return _pytree.tree_unflatten(parts, spec)
 
-    def taken(self) -> list[Tensor]:
-        found: list[Tensor] = []
-        for at, leaf in enumerate(self._leaves):
-            if isinstance(leaf, Tensor):
-                found.append(leaf)
-                self._leaves[at] = _TENSOR
-            for inner in self._inner.get(at, {}).values():
-                found += inner.taken()
-        return found
-
-    def filled(self, tensors: Iterator[Tensor]) -> Any:
-        leaves = list(self._leaves)
-        for at, leaf in enumerate(leaves):
-            if leaf is _TENSOR:
-                leaves[at] = next(tensors)
-            elif at in self._inner:
-                leaves[at] = copy.copy(leaf)
-                for name, inner in self._inner[at].items():
-                    object.__setattr__(leaves[at], name, inner.filled(tensors))
-        return _pytree.tree_unflatten(leaves, self._spec)
+    return tensors, filled
 
 
-_TENSOR = object()
+def _with_fields(value: Any, fill: Filled, tensors: Iterator[Tensor]) -> Any:
+    """A copy of a dataclass, with what ``fill`` makes of ``tensors`` as its fields."""
+    again = copy.copy(value)
+    for name, field in fill(tensors).items():
+        object.__setattr__(again, name, field)
+    return again
 
 
 class _Rerun(torch.autograd.Function):
-    """The tensors of the tree that ``run`` makes of others, without gradients; then once more for
-    them. The tree without them goes into ``made``."""
+    """The tensors that ``run`` makes of others, without gradients; then once more for them. What
+    fills its containers goes into ``returned``."""
 
     @staticmethod
     def forward(
-        ctx: Any, run: Any, made: list[_Tree], how: Any, count: int, *given: Tensor
+        ctx: Any, run: Any, returned: list[Filled], how: Any, count: int, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.run, ctx.how, ctx.leaves = run, how, given[count:]
-        ctx.save_for_backward(*given[:count])
+        ctx.run, ctx.how, ctx.leaves = run, how, inputs[count:]
+        ctx.save_for_backward(*inputs[:count])
         ctx.set_materialize_grads(False)
-        made.append(run(given[:count]))
-        return tuple(made[0].taken())
+        outputs, filled = run(inputs[:count])
+        returned.append(filled)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *wanted: Tensor | None) -> Any:
@@ -188,39 +181,40 @@ class _Rerun(torch.autograd.Function):
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(gradients())
-            tensors = [
+            arguments = [
                 tensor.detach().requires_grad_(needs)
                 for tensor, needs in zip(ctx.saved_tensors, needed, strict=False)
             ]
-            every = [*tensors, *ctx.leaves]
+            inputs = [*arguments, *ctx.leaves]
             if loses is not None:
-                stack.enter_context(_Captured(every, loses))
+                stack.enter_context(_Captured(inputs, loses))
+            outputs, _ = ctx.run(arguments)
             pairs = [
                 (output, grad)
-                for output, grad in zip(ctx.run(tensors).taken(), wanted, strict=True)
+                for output, grad in zip(outputs, wanted, strict=True)
                 if output.requires_grad and grad is not None
             ]
-            sources = [one for one, needs in zip(every, needed, strict=True) if needs]
             outputs, grads = [output for output, _ in pairs], [grad for _, grad in pairs]
+            sources = [tensor for tensor, needs in zip(inputs, needed, strict=True) if needs]
             found = iter(torch.autograd.grad(outputs, sources, grads, allow_unused=True))
         return None, None, None, None, *(next(found) if needs else None for needs in needed)
 
 
 class _Captured(TorchFunctionMode):
-    """Calls ``found()`` for a tensor with gradients that is neither ``given`` nor made here."""
+    """Calls ``found()`` for a tensor with gradients that is none of ``known`` nor made here."""
 
-    def __init__(self, given: Sequence[Tensor], found: Callable[[], None]) -> None:
+    def __init__(self, known: Sequence[Tensor], found: Callable[[], None]) -> None:
         super().__init__()
-        self._known, self._found = {id(tensor): tensor for tensor in given}, found
+        self._known, self._found = {id(tensor): tensor for tensor in known}, found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for tensor in tensors_in((args, kwargs)):
             if tensor.requires_grad and id(tensor) not in self._known:
                 self._found()
-        made = func(*args, **kwargs)
-        self._known |= {id(tensor): tensor for tensor in tensors_in(made)}
-        return made
+        result = func(*args, **kwargs)
+        self._known |= {id(tensor): tensor for tensor in tensors_in(result)}
+        return result
 
 
 @contextmanager
@@ -252,11 +246,10 @@ def constant_weights(root: nn.Module) -> Generator[None]:
 
 def _ordinary(module: nn.Module, args: Any, kwargs: Any) -> Any:
     """A pre-hook: arguments that were made in inference mode, as others of the same storage."""
-    tree = _Tree((args, kwargs))
-    tensors = tree.taken()
+    tensors, filled = _taken((args, kwargs))
     if not any(tensor.is_inference() for tensor in tensors):
         return None
-    return tree.filled(_same_storage(of) if of.is_inference() else of for of in tensors)
+    return filled(_same_storage(of) if of.is_inference() else of for of in tensors)
 
 
 def _same_storage(value: Tensor) -> Tensor:
@@ -274,6 +267,6 @@ def _same_storage(value: Tensor) -> Tensor:
         return nn.Parameter(same, requires_grad=False)
     if type(value) is not Tensor:
         same = same.as_subclass(type(value))
-        for name, one in vars(value).items():
-            setattr(same, name, one)
+        for name, attribute in vars(value).items():
+            setattr(same, name, attribute)
     return same

@@ -8,7 +8,6 @@ is 127 or 7. Infinities become the largest numbers of their dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,17 +27,8 @@ _GROUP = 32
 _AT_ONCE = 1 << 22  # values that are packed at once; 16 MiB in single precision
 
 
-@dataclass(eq=False)
-class Slot:
-    """The location of one waiting storage: ``pieces`` as (allocation, start, bytes); if ``packed``,
-    also its original dtype, its size in bytes and the bits per value."""
-
-    pieces: Sequence[tuple[Tensor, int, int]]
-    packed: tuple[torch.dtype, int, int] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(size for _, _, size in self.pieces)
+Pieces = Sequence[tuple[Tensor, int, int]]
+"""Where a storage waits: (allocation, start, bytes) of every piece."""
 
 
 def free_host() -> int:
@@ -47,12 +37,16 @@ def free_host() -> int:
 
 
 class HostPool:
-    """At most ``limit`` bytes (None: what is free), allocated on demand. For a CUDA ``device`` they
-    are pinned if possible; the rest is pageable, which is only slower. All copies use the model's
-    stream, so nothing has to wait for them. :meth:`close` returns everything to the system."""
+    """At most ``limit`` bytes (None: what is free), allocated on demand, in which half-precision
+    data have ``bits`` bits (None: all is as it was). For a CUDA ``device`` they are pinned if
+    possible; the rest is pageable, which is only slower. All copies use the model's stream, so
+    nothing has to wait for them. :meth:`close` returns everything to the system."""
 
-    def __init__(self, device: torch.device, limit: int | None = None) -> None:
-        self.device, self.limit = device, free_host() if limit is None else limit
+    def __init__(
+        self, device: torch.device, limit: int | None = None, bits: int | None = None
+    ) -> None:
+        self.device, self.bits = device, bits
+        self.limit = free_host() if limit is None else limit
         self.taken = self.moved = self.pinned = 0
         self._pinnable = round(_PINNED * total_memory()) if device.type == "cuda" else 0
         self._gaps: list[tuple[Tensor, int, int]] = []  # free parts: (allocation, start, stop)
@@ -65,36 +59,30 @@ class HostPool:
             wait_for(self.device)
             empty_host_cache()
 
-    def put(
-        self, storage: torch.UntypedStorage, dtype: torch.dtype, bits: int | None = None
-    ) -> Slot:
-        """Copy the bytes of ``storage``; half-precision data at that many ``bits`` (None: as they
-        are)."""
-        size, packed = storage.nbytes(), None
-        half = dtype in (torch.float16, torch.bfloat16) and not size % dtype.itemsize
-        if bits and half and size >= _LEAST_PACKED:
-            packed = dtype, size, bits
+    def put(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> Pieces:
+        """Copy the bytes of ``storage``, values of ``dtype``."""
+        if bits := self._packs(storage.nbytes(), dtype):
             storage = pack(_values(storage, dtype), bits).untyped_storage()
-            size = storage.nbytes()
+        size = storage.nbytes()
         pieces = [self._piece(min(_SLAB, size - start)) for start in range(0, size, _SLAB)]
-        slot = Slot(pieces, packed)
-        self._copy(slot, storage, back=False)
-        return slot
+        self._copy(pieces, storage, back=False)
+        return pieces
 
-    def fill(self, storage: torch.UntypedStorage, slot: Slot) -> None:
-        """Restore the size and bytes of ``storage``; they stay in ``slot`` as well."""
-        if slot.packed is None:
-            resize(storage, slot.nbytes)
-            self._copy(slot, storage, back=True)
-            return
-        dtype, size, bits = slot.packed
-        packed = torch.empty(slot.nbytes, dtype=torch.uint8, device=storage.device)
-        self._copy(slot, packed.untyped_storage(), back=True)
+    def fill(
+        self, storage: torch.UntypedStorage, size: int, dtype: torch.dtype, pieces: Pieces
+    ) -> None:
+        """Restore the ``size`` and bytes of ``storage``; they stay in ``pieces`` as well."""
         resize(storage, size)
-        unpack(packed, _values(storage, dtype), bits)
+        if bits := self._packs(size, dtype):
+            count = sum(size for _, _, size in pieces)
+            packed = torch.empty(count, dtype=torch.uint8, device=storage.device)
+            self._copy(pieces, packed.untyped_storage(), back=True)
+            unpack(packed, _values(storage, dtype), bits)
+        else:
+            self._copy(pieces, storage, back=True)
 
-    def free(self, slot: Slot) -> None:
-        for slab, start, size in slot.pieces:
+    def free(self, pieces: Pieces) -> None:
+        for slab, start, size in pieces:
             stop = start + _grains(size)
             for index in reversed(range(len(self._gaps))):  # join it with its neighbours
                 other, begin, end = self._gaps[index]
@@ -104,14 +92,19 @@ class HostPool:
             self._gaps.append((slab, start, stop))
         self._gaps.sort(key=lambda gap: (id(gap[0]), gap[1]))
 
-    def _copy(self, slot: Slot, storage: torch.UntypedStorage, *, back: bool) -> None:
+    def _packs(self, size: int, dtype: torch.dtype) -> int | None:
+        """The bits to which a storage of so many bytes is packed (None: it is not)."""
+        half = dtype in (torch.float16, torch.bfloat16) and not size % dtype.itemsize
+        return self.bits if half and size >= _LEAST_PACKED else None
+
+    def _copy(self, pieces: Pieces, storage: torch.UntypedStorage, *, back: bool) -> None:
         whole = _values(storage, torch.uint8)
         self.moved += len(whole)
-        parts = whole.split([size for _, _, size in slot.pieces])
-        for (slab, start, size), part in zip(slot.pieces, parts, strict=True):
+        parts = whole.split([size for _, _, size in pieces])
+        for (slab, start, size), part in zip(pieces, parts, strict=True):
             piece = slab.narrow(0, start, size)
-            target, given = (part, piece) if back else (piece, part)
-            target.copy_(given, non_blocking=True)
+            target, source = (part, piece) if back else (piece, part)
+            target.copy_(source, non_blocking=True)
 
     def _piece(self, size: int) -> tuple[Tensor, int, int]:
         """A free piece of ``size`` bytes, of a new allocation if none is large enough."""
@@ -152,15 +145,15 @@ def pack(values: Tensor, bits: int) -> Tensor:
     codes, scales = _parts(packed, bits)
     largest, most, step = torch.finfo(values.dtype).max, (1 << (bits - 1)) - 1, _AT_ONCE // _GROUP
     for start in range(0, groups, step):
-        some = values[start * _GROUP : (start + step) * _GROUP].float().clamp_(-largest, largest)
-        some = torch.nn.functional.pad(some, (0, -len(some) % _GROUP)).view(-1, _GROUP)
-        scale = (some.abs().amax(1) / most).bfloat16()
-        scales[start : start + len(some)] = scale
-        some /= scale.float().clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-        code = some.round_().clamp_(-most, most).to(torch.int8)
+        part = values[start * _GROUP : (start + step) * _GROUP].float().clamp_(-largest, largest)
+        part = torch.nn.functional.pad(part, (0, -len(part) % _GROUP)).view(-1, _GROUP)
+        scale = (part.abs().amax(1) / most).bfloat16()
+        scales[start : start + len(part)] = scale
+        part /= scale.float().clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        code = part.round_().clamp_(-most, most).to(torch.int8)
         if bits == 4:
             code = (code[:, ::2] & 15) | (code[:, 1::2] << 4)
-        codes[start : start + len(some)] = code
+        codes[start : start + len(part)] = code
     return packed
 
 
@@ -172,9 +165,9 @@ def unpack(packed: Tensor, into: Tensor, bits: int) -> None:
         code = codes[start : start + step]
         if bits == 4:  # the sign of a half comes back with the shift to the right
             code = torch.stack([code << 4, code], dim=-1).flatten(1) >> 4
-        some = code * scales[start : start + step, None].float()
+        values = code * scales[start : start + step, None].float()
         target = into[start * _GROUP : (start + step) * _GROUP]
-        target.copy_(some.view(-1)[: len(target)].clamp_(-largest, largest))
+        target.copy_(values.view(-1)[: len(target)].clamp_(-largest, largest))
 
 
 def _packed_group(bits: int) -> int:
@@ -191,9 +184,8 @@ def _parts(packed: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def empty_host_cache() -> None:
     """Return torch's unused cached pinned memory to the system."""
-    accelerator: Any = getattr(torch, "accelerator", None)
-    empty = getattr(accelerator, "empty_host_cache", None)
-    empty = empty or getattr(torch._C, "_host_emptyCache", None)  # older versions
+    old = getattr(torch._C, "_host_emptyCache", None)  # of older versions
+    empty: Any = getattr(torch.accelerator, "empty_host_cache", old)
     if empty is not None:
         empty()
 

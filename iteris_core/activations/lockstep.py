@@ -23,11 +23,15 @@ from torch import Tensor, nn
 from ..errors import SiteError
 from ..lora import LowRank, SiteChanges, concatenate
 from .activation_offload import ActivationOffload
-from .barriers import Barriers, ReplayDone, replay_hook
 from .memory import tensors_in
 from .micro_batch import MicroBatch, Modes, greenlets, pausing
 from .site import Site, by_row, site_of, under_conditions
 from .streams import Source, Stream
+from .trace import Barriers, hooked, unwritten
+
+
+class _ReplayDone(BaseException):
+    """Raised to leave a replay once the level has been observed."""
 
 
 class Lockstep:
@@ -55,38 +59,31 @@ class Lockstep:
         self._barriers = Barriers()
 
     def __enter__(self) -> Lockstep:
-        try:
+        with ExitStack() as stack:
             for name in self.changes:
                 module = self._modules[name]
                 hook = self._hook(name, site_of(name, module))
-                self._hooks.enter_context(module.register_forward_hook(hook))
+                stack.enter_context(hooked([module], after=hook))
             streams = [of for name, of in self._streams.items() if name in self.changes]
-            for source in dict.fromkeys(source for of in streams for source in of.sources):
-                keep, module = partial(self._keep, source), source.module
-                if source.returned:
-                    self._hooks.enter_context(module.register_forward_hook(keep))
-                else:
-                    entering = module.register_forward_pre_hook(
-                        keep, prepend=True, with_kwargs=True
-                    )
-                    self._hooks.enter_context(entering)
-        except BaseException:
-            self.close()
-            raise
+            for source in dict.fromkeys(of for s in streams for of in (s.source, s.gate) if of):
+                keep = partial(self._keep, source)
+                before, after = (None, keep) if source.returned else (keep, None)
+                stack.enter_context(hooked([source.module], before, after))
+            self._hooks = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    @property
-    def cast_bytes(self) -> int:
-        """Bytes of changes that were cast to the model's dtype or moved to its device."""
-        return sum(f.nbytes for _, cast in self._cast.values() for f in (cast.up, cast.down))
-
     def close(self) -> None:
         self._hooks.close()
         self._cast.clear()
         self._active = None
+
+    @property
+    def cast_bytes(self) -> int:
+        """Bytes of changes that were cast to the model's dtype or moved to its device."""
+        return sum(f.nbytes for _, cast in self._cast.values() for f in (cast.up, cast.down))
 
     def run(self, batch: MicroBatch, *, grad: bool = False) -> None:
         """One complete forward; with ``grad`` it can be differentiated with respect to merged
@@ -107,14 +104,12 @@ class Lockstep:
     def in_barriers(self, barriers: Barriers) -> Generator[None]:
         """Context in which pausing forwards pause at the end of each of ``barriers``, and replay
         their blocks."""
-        hook = replay_hook(barriers, lambda: self._active)
-        with ExitStack() as stack:
-            for block in barriers.blocks:
-                own = block.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-                stack.enter_context(own)
-            self._barriers = barriers
-            stack.callback(setattr, self, "_barriers", Barriers())
-            yield
+        self._barriers = barriers
+        try:
+            with hooked(barriers.blocks, before=self._replay):
+                yield
+        finally:
+            self._barriers = Barriers()
 
     def sweep(
         self, batches: Sequence[MicroBatch], offload: ActivationOffload | None = None
@@ -162,20 +157,43 @@ class Lockstep:
             for batch in batches:
                 batch.pending.clear()
 
-    def _keep(self, source: Source, module: nn.Module, args: Any, more: Any) -> None:
-        """``more`` are the keyword arguments, or the output."""
-        if self._active is not None and self._active.observer is not None:
-            given = tensors_in(more if source.returned else (args, more))
-            self._active.kept[source] = given[source.number]
+    def _replay(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before a block's run, the active forward waits until its sites are solved, level by
+        level."""
+        batch = self._active
+        if batch is None or batch.pause is None or batch.until is not None:
+            return
+        written = self._barriers.written.get(module, frozenset())
+        for last in self._barriers.blocks[module]:
+            if last in batch.passed:
+                continue
+            copies, kept = unwritten(written, args, kwargs), dict(batch.kept)
+            batch.until = last
+            try:
+                module(*copies[0], **copies[1])
+                batch.reached.append(f"no {last}")  # waiting for it then raises the error
+            except _ReplayDone:
+                pass
+            finally:
+                batch.until, batch.kept = None, kept
+            del copies
+            batch.wait(self._barriers.level(last))
 
-    def _stream_of(
-        self, name: str, batch: MicroBatch, outputs: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The stream to which a site's output will be added, and the gate, (rows, channels)."""
+    def _keep(
+        self, source: Source, module: nn.Module, args: Any, kwargs: Any, output: Any = None
+    ) -> None:
+        """Keep the tensor at ``source`` for the sites that follow."""
+        if self._active is not None and self._active.observer is not None:
+            tensors = tensors_in(output if source.returned else (args, kwargs))
+            self._active.kept[source] = tensors[source.number]
+
+    def _stream_of(self, name: str, batch: MicroBatch, outputs: Tensor) -> dict[str, Tensor]:
+        """The ``stream`` to which a site's output will be added, and the ``gate``, (rows,
+        channels); empty if unknown."""
         of = self._streams.get(name)
         stream = batch.kept.pop(of.source, None) if of is not None else None
         if of is None or stream is None:
-            return None, None
+            return {}
         if stream.numel() == outputs.numel() and stream.shape[0] == outputs.shape[0]:
             stream = stream.reshape(outputs.shape)
         if stream.shape != outputs.shape:
@@ -183,26 +201,26 @@ class Lockstep:
                 f"Site {name} outputs {tuple(outputs.shape)}, which cannot be added to its "
                 f"residual stream {tuple(stream.shape)}; merge with repair=false."
             )
-        source = of.gate.source if of.gate is not None else None
-        values = None if source is None else batch.kept.get(source)
-        if values is None and source is not None:
-            return None, None
-        return stream, of.gates(values, len(outputs))
+        values = None if of.gate is None else batch.kept.get(of.gate)
+        if values is None and of.gate is not None:
+            return {}
+        gate = of.gates(values, len(outputs))
+        return {"stream": stream} if gate is None else {"stream": stream, "gate": gate}
 
     def _hook(self, name: str, site: Site) -> Callable[..., Tensor | None]:
         """Called with the site's output. In this order: reference rows get their own LoRA's change,
         the observer sees both, the forward waits for the solve, and merged rows get the merged
         change."""
+        joined, every = name in self._joined, self.changes[name]
         # A zero change, as at repair sites, adds nothing.
-        given = self.changes[name]
-        some = (c if c is None or bool(c.up.any()) else None for c in given.by_concept)
-        changes, joined = SiteChanges(tuple(some), given.sums), name in self._joined
+        nonzero = (c if c is None or bool(c.up.any()) else None for c in every.by_concept)
+        changes = SiteChanges(tuple(nonzero), every.sums)
 
         def change_of(concept: int, inputs: Tensor) -> LowRank | None:
             parts = [self._ready(name, id(p), p, inputs) for p in changes.parts(concept)]
             return concatenate(parts) if parts else None
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
             batch = self._active
             if batch is None:
                 return None
@@ -237,27 +255,21 @@ class Lockstep:
             for concept, start, stop in batch.spans:
                 change = change_of(concept, inputs)
                 if change is not None:
-                    own = None if strengths is None else strengths[start:stop]
-                    site.add(change, inputs[start:stop], output[start:stop], own)
-            stream, gate = (None, None) if joined else self._stream_of(name, batch, output)
-            solved = batch.observe(
-                name,
-                site,
-                args[0],
-                inputs,
-                output,
-                stream=stream,
-                strengths=strengths,
-                gate=gate,
-                normed=gate is not None and self._streams[name].norm is not None,
-            )
+                    of_rows = None if strengths is None else strengths[start:stop]
+                    site.add(change, inputs[start:stop], output[start:stop], of_rows)
+            tensors = {} if joined else self._stream_of(name, batch, output)
+            if strengths is not None:
+                tensors["strengths"] = strengths
+            normed = "gate" in tensors and self._streams[name].norm is not None
+            tensors |= {"inputs": inputs, "outputs": output}
+            solved = batch.observe(name, site, every, args[0], normed=normed, **tensors)
 
             def add_merged() -> None:
                 merged = self.merged.get(name)
                 if merged is not None and batch.copies == 2:
                     merged = self._ready(name, None, merged, inputs)
-                    own = None if strengths is None else strengths[rows:]
-                    site.add(merged, inputs[rows:], output[rows:], own)
+                    of_rows = None if strengths is None else strengths[rows:]
+                    site.add(merged, inputs[rows:], output[rows:], of_rows)
 
             if batch.pause is None or solved:
                 add_merged()
@@ -268,7 +280,7 @@ class Lockstep:
                 batch.pending.append(add_merged)
             if self._barriers.ends_at(name):
                 if batch.until == name:
-                    raise ReplayDone
+                    raise _ReplayDone
                 batch.wait(self._barriers.level(name))
                 while batch.pending:
                     batch.pending.pop()()

@@ -9,27 +9,22 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, Protocol
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import SiteError, UsageError
+from ..lora import SiteChanges
 from .site import Condition, Site
 from .streams import Source
 from .tokens import Group, Observation, Saliency, TokenSampling
+from .trace import version_of
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
-
-class Observer(Protocol):
-    def observe(self, shown: Observation) -> None: ...
-
-
-def version_of(tensor: Tensor) -> int | None:
-    """The number of in-place changes; inference tensors do not count them."""
-    return None if tensor.is_inference() else tensor._version
+Observer = Callable[[Observation], None]
 
 
 @dataclass
@@ -37,11 +32,12 @@ class MicroBatch:
     """``run`` does one forward of ``copies`` times the rows that ``owners`` (concepts) lists. With
     ``merged_only`` all rows get the merged changes, and none its LoRA's. ``of_one``: all rows
     belong to the first owner, however many rows the model makes of them. ``mask_of(site)`` says
-    which tokens of the site's inputs count, (rows, tokens); ``choice`` selects some of them, and
-    ``saliency`` weights them. ``conditions`` are the rows' (empty: all plain). With ``pause`` the
-    forward stops at the end of every level, until its sites are solved. ``passed`` are the solved
-    sites, ``reached`` those of the current level; ``pending`` add their merged changes once known.
-    ``until`` is where a replay ends. ``kept`` are the tensors of residual streams and gates."""
+    which tokens of the site's inputs count, (rows, tokens); ``sampling`` selects some of them, and
+    ``saliency`` is the share in :class:`.tokens.Saliency`, which weights them. ``conditions`` are
+    the rows' (empty: all plain). With ``pause`` the forward stops at the end of every level, until
+    its sites are solved. ``passed`` are the solved sites, ``reached`` those of the current level;
+    ``pending`` add their merged changes once known. ``until`` is where a replay ends. ``kept`` are
+    the tensors of residual streams and gates."""
 
     run: Callable[[], None]
     owners: Sequence[int]
@@ -52,8 +48,8 @@ class MicroBatch:
     of_one: bool = False
     mask_of: Callable[[str], Tensor | None] | None = None
     stage: str = ""
-    choice: TokenSampling = field(default_factory=lambda: TokenSampling((), None, 0))
-    saliency: Saliency | None = None
+    sampling: TokenSampling = field(default_factory=TokenSampling)
+    saliency: float = 0.0
     conditions: Sequence[Condition] = ()
     kept: dict[Source, Tensor] = field(default_factory=dict[Source, Tensor])
     passed: set[str] = field(default_factory=set[str])
@@ -75,39 +71,53 @@ class MicroBatch:
                 spans.append((owner, row, row + 1))
         return spans
 
+    @cached_property
+    def _of_spans(self) -> tuple[list[TokenSampling], list[Saliency | None]]:
+        """Each span's."""
+        samplings = [self.sampling.part(start, stop) for _, start, stop in self.spans]
+        return samplings, [Saliency(self.saliency) if self.saliency else None for _ in samplings]
+
     def observe(
-        self, name: str, site: Site, received: Tensor, inputs: Tensor, outputs: Tensor, **more: Any
+        self,
+        name: str,
+        site: Site,
+        changes: SiteChanges,
+        received: Tensor,
+        *,
+        normed: bool,
+        **tensors: Tensor,
     ) -> bool:
-        """Show a site's ``inputs``, as it ``received`` them, and ``outputs`` to the observer, with
-        ``more`` of :class:`.tokens.Observation`, unless it is solved; returns whether it is."""
+        """Show a site, which ``received`` a tensor, to the observer, concept by concept, unless it
+        is solved; returns whether it is. ``tensors`` are those of :class:`.tokens.Observation`, but
+        with all rows, reference rows before merged rows."""
         call = self._calls[name]
         if self.until is None:  # not a replay
             self._calls[name] += 1
         else:
             call = 0
         solved = name in self.passed and not call
-        if self.observer is not None and not solved:
-            mask = self.mask_of(name) if self.mask_of is not None else None
-            # Pooled inputs have no tokens.
-            if mask is not None and (inputs.ndim != 3 or inputs.shape[1] != mask.shape[1]):
-                mask = None
-            shown = Observation(
-                name,
-                site,
-                inputs,
-                outputs,
-                len(self.owners),
-                self.copies,
-                self.spans,
-                self._group_of(received),
-                {(self.stage, number) for tensor, _, number in self._seen if tensor() is not None},
-                call,
-                self.choice,
-                mask,
-                saliency=self.saliency,
-                **more,
+        if self.observer is None or solved:
+            return solved
+        mask, inputs = self.mask_of(name) if self.mask_of is not None else None, tensors["inputs"]
+        # Pooled inputs have no tokens.
+        if mask is not None and (inputs.ndim != 3 or inputs.shape[1] != mask.shape[1]):
+            mask = None
+        group = self._group_of(received)
+        alive = {(self.stage, number) for tensor, _, number in self._seen if tensor() is not None}
+        show = partial(
+            Observation, name, site, changes, group=group, alive=alive, call=call, normed=normed
+        )
+        copies = {key: tensor.unflatten(0, (self.copies, -1)) for key, tensor in tensors.items()}
+        for span, sampling, saliency in zip(self.spans, *self._of_spans, strict=True):
+            concept, start, stop = span
+            observation = show(
+                concept,
+                sampling=sampling,
+                saliency=saliency,
+                mask=None if mask is None else mask[start:stop],
+                **{key: tensor[:, start:stop] for key, tensor in copies.items()},
             )
-            self.observer.observe(shown)
+            self.observer(observation)
         return solved
 
     def _group_of(self, tensor: Tensor) -> Group:

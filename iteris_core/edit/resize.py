@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations.tokens import ConceptTokens
+from ..activations.tokens import Observation
 from ..calibration_prompts import CAPTIONS
 from ..concepts import Calibration, Concept
 from ..errors import MismatchError
@@ -182,7 +182,7 @@ class _Moments(Reduction):
         self.inputs: InputMoments = inputs
         self._output = torch.zeros(2, dtype=torch.float64)
 
-    def add(self, tokens: ConceptTokens) -> None:
+    def add(self, tokens: Observation) -> None:
         if self._adds:
             self.inputs.add(0, tokens.merged)
         output = tokens.output

@@ -93,7 +93,7 @@ def notes_on(streams: Mapping[str, Stream], changed: Iterable[str]) -> list[str]
     notes: list[str] = []
     for component in sorted({site.partition(".")[0] for site in changed}):
         own = [stream for site, stream in streams.items() if site.startswith(f"{component}.")]
-        gated = sum(stream.gate is not None for stream in own)
+        gated = sum(stream.constant is not None for stream in own)
         where = f"at {len(own)} layers" + (f", {gated} of them behind gates" if gated else "")
         none = "nowhere, since no layer was recognised as adding to a residual stream"
         notes.append(f"{component}: repaired {where if own else none}")

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations.barriers import alike
 from ..activations.gradients import Network, saved_tensors
 from ..activations.memory import MemoryMeter, tensors_in
 from ..activations.micro_batch import MicroBatch
+from ..activations.trace import alike
 from ..errors import SiteError
 from ..hosts.protocol import Stage
 from ..lora import LowRank
@@ -44,7 +44,7 @@ def network_of(run: Run, stage: Stage) -> Network:
     """The network of a ``stage``; a row or two run to find its blocks."""
     trace, thresholds = find(stage, run.lockstep), run.job.thresholds
     found = replayable(stage, run.lockstep, trace.barriers(thresholds.blocks[-1]), thresholds)
-    return Network.of(trace, {block: of.written for block, of in found.blocks.items()})
+    return Network.of(trace, found.written)
 
 
 class RowGradients:

@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..activations.micro_batch import MicroBatch, Observer
-from ..activations.tokens import Saliency, TokenSampling
+from ..activations.tokens import TokenSampling
 from ..hosts.protocol import Stage
 from ..solve.choose import THRESHOLDS, Thresholds
 
@@ -59,7 +59,7 @@ def micro_batches(
     Rows in ``first`` come before all others."""
     every, limit = range(len(stage.concept_ids)), limit_of(stage, batching)
     parts = [row for row in every if row in first], [row for row in every if row not in first]
-    weighs, mask = stage.spatial and batching.saliency, stage.mask
+    mask = stage.mask
     for rows in (rows for part in parts for rows in chunks(part, stage.batch_keys, batching.rows)):
         yield MicroBatch(
             partial(stage.run, rows, copies),
@@ -68,8 +68,8 @@ def micro_batches(
             observer if stage.sites else None,
             mask_of=None if mask is None else lambda site, rows=rows: mask(site, rows),
             stage=stage.name,
-            choice=TokenSampling(rows, limit, batching.seed),
-            saliency=Saliency(batching.saliency) if weighs else None,
+            sampling=TokenSampling(rows, limit, batching.seed),
+            saliency=batching.saliency if stage.spatial else 0.0,
             conditions=stage.conditions_of(rows),
         )
 

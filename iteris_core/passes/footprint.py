@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from ..activations.activation_offload import ActivationOffload
-from ..activations.barriers import Barriers
 from ..activations.host_pool import HostPool
 from ..activations.lockstep import Lockstep
 from ..activations.memory import MemoryMeter
 from ..activations.micro_batch import MicroBatch
 from ..activations.tokens import Group, Observation, TokenSampling
+from ..activations.trace import Barriers
 from ..hosts.protocol import Stage
 from ..solve.problem import MemoryEstimate
 
@@ -76,124 +77,122 @@ class Measure:
         whole model. Both stay on the device and belong to no row, so a run that leaves something
         behind does not count."""
         row = longest(self.stage)
-        one = _MeasuredForward(self, strategy, place, [row])
-        if one.meter.live:
-            one = _MeasuredForward(self, strategy, place, [row])
-        two = _MeasuredForward(self, strategy, place, [row, row])
-        for step, both in zip(one.steps, two.steps, strict=True):
-            step.forward = max(2 * step.running - both.running, 0)
-            step.waiting = self.copies * max(both.waiting - step.waiting, 0)
-            step.running = self.copies * max(both.running - step.running, 0)
-            step.shown = self.copies * max(both.shown - step.shown, 0)
-        return one.steps
+        steps, meter = self._forward(strategy, place, [row])
+        if meter.live:
+            steps, _ = self._forward(strategy, place, [row])
+        of_two, _ = self._forward(strategy, place, [row, row])
+        for step, two in zip(steps, of_two, strict=True):
+            step.forward = max(2 * step.running - two.running, 0)
+            step.waiting = self.copies * max(two.waiting - step.waiting, 0)
+            step.running = self.copies * max(two.running - step.running, 0)
+            step.shown = self.copies * max(two.shown - step.shown, 0)
+        return steps
 
+    def _forward(
+        self, strategy: Strategy, place: HostPool | None, rows: Sequence[int]
+    ) -> tuple[list[Step], MemoryMeter]:
+        """The steps of one forward of the same row, repeated, and the meter that records what is
+        alive at every pause."""
+        stage, meter, steps = self.stage, MemoryMeter(), list[Step]()
+        groups: dict[Group, str] = {}
+        level: list[Observation] = []
+        offload = None if place is None else ActivationOffload(place)
+        solved = 0
 
-class _MeasuredForward:
-    """One forward of the same row, repeated, under a meter that records what is alive at every
-    pause."""
+        def observe(shown: Observation) -> None:
+            """Reduce what a site sees, or keep copies of it, as in a sweep."""
+            before, held = (meter.live, meter.peak), 0
+            if strategy.barriers is not None:
+                shown = shown.gathered()
+                tensors = [shown.outputs] if shown.stream is None else [shown.outputs, shown.stream]
+                if not any(_same_memory(other.inputs, shown.inputs) for other in level):
+                    tensors.append(shown.inputs)
+                held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+                level.append(shown)
+            others = shown.alive - {shown.group}
+            beside = [site for group, site in groups.items() if group in others]
+            shares = shown.group in groups
+            steps.append(Step(shown.name, shown=held, beside=beside, shares=shares))
+            groups[shown.group] = shown.name
+            reduced = len(rows) * self._reduced(shown) // self.copies
+            meter.peak = max(before[1], before[0] + reduced)
 
-    def __init__(
-        self, measure: Measure, strategy: Strategy, place: HostPool | None, rows: Sequence[int]
-    ) -> None:
-        self.steps: list[Step] = []
-        self.meter = MemoryMeter()
-        self._measure = measure
-        self._narrow = strategy.barriers is not None
-        self._groups: dict[Group, str] = {}
-        self._level: list[Observation] = []
-        self._solved = 0
-        self._offload = None if place is None else ActivationOffload(place, strategy.bits)
-        stage, lockstep = measure.stage, measure.lockstep
+        def pause(_: str) -> None:
+            nonlocal solved
+            level.clear()
+            running, waiting = meter.peak, meter.live
+            if offload is not None:
+                offload.rest()
+                waiting = meter.live + offload.away
+            for step in steps[solved:]:
+                step.waiting, step.running = waiting, running
+            solved = len(steps)
+            if offload is not None:
+                offload.turn(0)
+            meter.peak = meter.live
+
         batch = MicroBatch(
             partial(stage.run, rows, 1),
             [stage.concept_ids[row] for row in rows],
             1,
-            self,
-            pause=self._pause,
-            choice=TokenSampling(rows, measure.limit, 0),
+            observe,
+            pause,
+            sampling=TokenSampling(rows, self.limit, 0),
             conditions=[stage.costliest_condition] * len(rows) if stage.conditions else (),
         )
         with ExitStack() as stack:
-            stack.enter_context(lockstep.in_barriers(strategy.barriers or Barriers()))
-            stack.enter_context(self.meter)
-            if self._offload is not None:
-                stack.enter_context(self._offload)
-                self._offload.turn(0)
-            lockstep.run(batch)
-            self.steps.append(Step("", running=self.meter.peak))
-        self._level.clear()
-
-    def observe(self, shown: Observation) -> None:
-        """Reduce what a site sees, or keep copies of it, as in a sweep."""
-        meter, held = self.meter, 0
-        before = meter.live, meter.peak
-        if self._narrow:
-            shown = shown.gathered()
-            tensors = (shown.inputs, shown.outputs, shown.stream)
-            held = sum(t.numel() * t.element_size() for t in tensors if t is not None)
-            if any(other.inputs is shown.inputs for other in self._level):
-                held -= shown.inputs.numel() * shown.inputs.element_size()
-            self._level.append(shown)
-        others = shown.alive - {shown.group}
-        beside = [site for group, site in self._groups.items() if group in others]
-        shares = shown.group in self._groups
-        self.steps.append(Step(shown.name, shown=held, beside=tuple(beside), shares=shares))
-        self._groups[shown.group] = shown.name
-        reduced = shown.rows * self._reduced(shown) // self._measure.copies
-        meter.peak = max(before[1], before[0] + reduced)
-
-    def _pause(self, _: str) -> None:
-        meter, offload = self.meter, self._offload
-        self._level.clear()
-        running, waiting = meter.peak, meter.live
-        if offload is not None:
-            offload.rest()
-            waiting = meter.live + offload.away
-        for step in self.steps[self._solved :]:
-            step.waiting, step.running = waiting, running
-        self._solved = len(self.steps)
-        if offload is not None:
-            offload.turn(0)
-        meter.peak = meter.live
+            stack.enter_context(self.lockstep.in_barriers(strategy.barriers or Barriers()))
+            stack.enter_context(meter)
+            if offload is not None:
+                stack.enter_context(offload)
+                offload.turn(0)
+            self.lockstep.run(batch)
+            steps.append(Step("", running=meter.peak))
+        level.clear()
+        return steps, meter
 
     def _reduced(self, shown: Observation) -> int:
         """Tokens of a row in the moments' precision, plus the conversion from the model's; for a
         convolution, patches of all its tokens are made first."""
-        (out, width), size = shown.site.shape, shown.inputs.element_size()
-        limit, itemsize = self._measure.limit, self._measure.itemsize
-        length = shown.site.length(shown.outputs)
-        tokens = length if limit is None else min(length, limit(width))
+        (out, width), size, length = shown.site.shape, shown.inputs.element_size(), shown.length
+        tokens = length if self.limit is None else min(length, self.limit(width))
         patches = length * width * size if shown.inputs.numel() < length * width else 0
-        made = width * (size + itemsize) + out * (2 * size + 3 * itemsize)
+        made = width * (size + self.itemsize) + out * (2 * size + 3 * self.itemsize)
         return patches + tokens * made
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    same_storage = one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return same_storage and one.storage_offset() == other.storage_offset()
 
 
 def forward_of(stage: Stage) -> Step:
     """A plain forward as one step of its longest row; what the row leaves for later stages is
     ``waiting``. The first run may leave something behind that belongs to no row."""
     row = longest(stage)
-    found: list[tuple[int, int]] = []
+    measured: list[tuple[int, int]] = []
     for rows in ([row], [row], [row, row]):
         with MemoryMeter() as meter:
             stage.run(rows, 1)
-        found.append((meter.peak, meter.live))
-    _, (one, left), (two, _) = found
-    each = max(two - one, 0)
-    return Step("", left if stage.feeds_next else 0, each, forward=max(one - each, 0))
+        measured.append((meter.peak, meter.live))
+    _, (peak, left), (peak_of_two, _) = measured
+    each = max(peak_of_two - peak, 0)
+    return Step("", left if stage.feeds_next else 0, each, forward=max(peak - each, 0))
 
 
 def longest(stage: Stage) -> int:
     """The row that takes the most memory."""
     if stage.lengths is not None:
         return max(range(len(stage.lengths)), key=stage.lengths.__getitem__)
-    if stage.mask is None:
+    if (mask_of := stage.mask) is None:
         return 0
-    lengths = [0] * len(stage.concept_ids)
-    for site in (stage.sites[0], stage.sites[-1]):  # an encoder's and a decoder's
-        for row in range(len(lengths)):
-            mask = stage.mask(site, [row])
-            lengths[row] += 0 if mask is None else int(mask.sum())
-    return lengths.index(max(lengths))
+
+    def tokens(row: int) -> int:
+        ends = stage.sites[0], stage.sites[-1]  # an encoder's and a decoder's
+        masks = [mask_of(site, [row]) for site in ends]
+        return sum(int(mask.sum()) for mask in masks if mask is not None)
+
+    return max(range(len(stage.concept_ids)), key=tokens)
 
 
 @dataclass(frozen=True)
@@ -225,10 +224,10 @@ class Footprint:
         there = self.strategy.offloads is None  # where rows wait
         for steps in self._levels():
             step, others = steps[-1], rows - at_once
-            sites = [(some, self.sites[some.site]) for some in steps if some.site in self.sites]
-            kept = sum(site.kept - site.shared * some.shares for some, site in sites)
+            sites = [(at, self.sites[at.site]) for at in steps if at.site in self.sites]
+            kept = sum(site.kept - site.shared * at.shares for at, site in sites)
             # Sampled rows run first; the last one's copies count towards its running memory.
-            ahead = max(step.waiting - before, 0) + sum(some.shown for some in steps)
+            ahead = max(step.waiting - before, 0) + sum(at.shown for at in steps)
             first = others * before + min(self.sampled, others) * ahead
             waiting = max(others * max(before, step.waiting), first) if there else 0
             peaks.append(waiting + at_once * step.running + step.forward + left + kept)
@@ -250,9 +249,9 @@ class Footprint:
 
     def _levels(self) -> list[list[Step]]:
         """The steps by level; those after the last barrier form their own."""
-        barriers, found = self.strategy.barriers, list[list[Step]]([[]])
+        barriers, levels = self.strategy.barriers, list[list[Step]]([[]])
         for step in self.steps:
-            found[-1].append(step)
+            levels[-1].append(step)
             if barriers is None or barriers.ends_at(step.site):
-                found.append([])
-        return [level for level in found if level]
+                levels.append([])
+        return [level for level in levels if level]

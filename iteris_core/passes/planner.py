@@ -20,11 +20,11 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ..activations.barriers import Barriers, ExecutionTrace, watched, with_replayable
 from ..activations.host_pool import HostPool, free_host
 from ..activations.lockstep import Lockstep
 from ..activations.memory import halved, is_apart, is_out_of_memory
 from ..activations.micro_batch import MicroBatch
+from ..activations.trace import Barriers, ExecutionTrace, with_replayable
 from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
 from ..progress import duration
@@ -70,7 +70,11 @@ def ladder(stage: Stage, lockstep: Lockstep, thresholds: Thresholds) -> Iterator
 
 def find(stage: Stage, lockstep: Lockstep) -> ExecutionTrace:
     """The barriers of a stage, found with its first row."""
-    return watched(lockstep.run, MicroBatch(partial(stage.run, [0], 1), [stage.concept_ids[0]], 1))
+    trace = ExecutionTrace()
+    run, owners = partial(stage.run, [0], 1), [stage.concept_ids[0]]
+    with trace:
+        lockstep.run(MicroBatch(run, owners, 1, trace.observe))
+    return trace
 
 
 def replayable(
@@ -78,7 +82,7 @@ def replayable(
 ) -> Barriers:
     """``barriers`` with the blocks that can be replayed."""
     batch = MicroBatch(partial(stage.run, [0], 1), [stage.concept_ids[0]], 1)
-    return with_replayable(barriers, lockstep.run, batch, thresholds.replay_error)
+    return with_replayable(barriers, partial(lockstep.run, batch), thresholds.replay_error)
 
 
 @dataclass(frozen=True)
@@ -224,7 +228,7 @@ def others(footprint: Footprint, measure: Measure, thresholds: Thresholds) -> It
         if strategy.offloads is None:
             steps = measure.row(strategy)
         else:
-            with closing(HostPool(strategy.offloads)) as place:
+            with closing(HostPool(strategy.offloads, bits=strategy.bits)) as place:
                 steps = measure.row(strategy, place)
         yield replace(footprint, strategy=strategy, steps=steps)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..activations.lockstep import Lockstep
 from ..activations.memory import is_apart, wait_for
 from ..activations.streams import Stream, find_streams
+from ..activations.trace import hooked
 from ..architectures.sites import weight_norm, weight_shape
 from ..concepts import Concept
 from ..hosts.protocol import Stage
@@ -45,9 +47,9 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Trace:
     generator keeps the merge's random draws independent of this pass. Text models are skipped:
     their rows may be available only once, and all their layers are reached."""
     host, calibration, sites = job.host, job.calibration, job.changes.keys()
-    norms = dict[str, float]()
+    modules, norms = host.sites(), dict[str, float]()
     if not host.pictures:
-        for site, module in host.sites().items():
+        for site, module in modules.items():
             like = next(module.parameters())
             if like.is_meta:  # accelerate's hooks bring weights in; others run in no forward
                 if not hasattr(module, "_hf_hook"):
@@ -56,41 +58,45 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Trace:
             norms[site] = weight_norm(module, like)
         return Trace(norms=norms)
     short = replace(calibration, samples=1, timesteps=calibration.denoising_steps, latents="noise")
-    generator = torch.Generator().manual_seed(calibration.seed)
-    modules, seen = host.sites(), list[StageTiming]()
-    tick = partial(job.bare, "checking the sites")
-    found: dict[str, str | None] = {}
-    joined: set[str] = set()
-    streams: dict[str, Stream] = {}
     # Some layers need words that one prompt may lack, such as text in quotes.
     every_prompt = replace(short, samples=calibration.samples, timesteps=1)
+    generator = torch.Generator().manual_seed(calibration.seed)
+    tick = partial(job.bare, "checking the sites")
+    timings: list[StageTiming] = []
+    reasons: dict[str, str | None] = {}
+    joined: set[str] = set()
+    streams: dict[str, Stream] = {}
     with Lockstep({}, {}) as lockstep, torch.no_grad():
-        for some in (short, every_prompt):
-            samples = host.samples(job.concepts, sites, some, lockstep, generator, tick)
+        for every_kind, rows_of in ((False, short), (True, every_prompt)):
+            samples = host.samples(job.concepts, sites, rows_of, lockstep, generator, tick)
             for stage in host.stages(samples, sites):
-                every_kind = some is every_prompt
-                own = replace(job, calibration=some)
-                why, mixed, timing = _look(
-                    own, stage, modules, norms, every_kind=every_kind, sweep=sweep
+                why, mixed, timing, root = _probe(
+                    replace(job, calibration=rows_of),
+                    stage,
+                    modules,
+                    norms,
+                    every_kind=every_kind,
+                    sweep=sweep,
                 )
                 if mixed - joined:
                     joined |= joined_rows(stage, {site: modules[site] for site in mixed - joined})
-                found |= why | dict.fromkeys(mixed - joined, MIXED)
-                if not every_kind:
-                    seen.append(timing)
-                    if stage.spatial and stage.concept_ids:
-                        # Two rows of one kind that are far apart in time
-                        kinds = stage.batch_keys or [None] * len(stage.concept_ids)
-                        rows = [row for row, kind in enumerate(kinds) if kind == kinds[0]]
-                        run = partial(stage.run, [rows[0], rows[-1]], 1)
-                        streams |= find_streams(run, 2, modules)
-            if sites <= found.keys() and MIXED not in found.values():
+                reasons |= why | dict.fromkeys(mixed - joined, MIXED)
+                if every_kind:
+                    continue
+                timings.append(timing)
+                if stage.spatial and stage.concept_ids and root is not None:
+                    # Two rows of one kind that are far apart in time
+                    kinds = stage.batch_keys or [None] * len(stage.concept_ids)
+                    rows = [row for row, kind in enumerate(kinds) if kind == kinds[0]]
+                    run = partial(stage.run, [rows[0], rows[-1]], 1)
+                    streams |= find_streams(run, 2, modules, root)
+            if sites <= reasons.keys() and MIXED not in reasons.values():
                 break
-    why_not = {s: why for s in sites if (why := found.get(s, UNREACHED)) is not None}
-    return Trace(why_not, seen, frozenset(joined - why_not.keys()), streams, norms)
+    refused = {s: why for s in sites if (why := reasons.get(s, UNREACHED)) is not None}
+    return Trace(refused, timings, frozenset(joined - refused.keys()), streams, norms)
 
 
-def _look(
+def _probe(
     job: Job,
     stage: Stage,
     modules: Mapping[str, nn.Module],
@@ -98,14 +104,16 @@ def _look(
     *,
     every_kind: bool,
     sweep: bool,
-) -> tuple[dict[str, str | None], set[str], StageTiming]:
+) -> tuple[dict[str, str | None], set[str], StageTiming, nn.Module | None]:
     """Why sites that ``stage`` reaches with its first row, or with the first row of every kind,
-    cannot be merged (None: they can); those that get a different number of rows; and the timing, of
-    several rows at once: with few, most of a forward's time does not depend on their number.
-    ``norms`` gets those of the layers that it lacks."""
+    cannot be merged (None: they can); those that get a different number of rows; the timing, of
+    several rows at once: with few, most of a forward's time does not depend on their number; and
+    the first module called that contains a site. ``norms`` gets those of the layers that it
+    lacks."""
     kinds = stage.batch_keys if stage.batch_keys and every_kind else [None] * len(stage.concept_ids)
     firsts = {kind: row for row, kind in reversed(list(enumerate(kinds)))}.values()
-    wanted, device, ran = set(stage.sites), torch.device("cpu"), 1
+    wanted, layers, device, ran = set(stage.sites), set(modules.values()), torch.device("cpu"), 1
+    root: nn.Module | None = None
     calls: dict[str, list[int]] = {}
     reached: dict[str, SiteCost] = {}
     count: Counter[str] = Counter()
@@ -113,24 +121,28 @@ def _look(
     repeated: set[str] = set()
     timing = StageTiming(stage, job.calibration, reached, 0.0, device, Step(""))
 
-    def note(site: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            nonlocal device
-            if norms.get(site, 0.0) < 0:  # called to measure it
-                return
-            device, (out, *rest) = output.device, weight_shape(module)
-            if site in wanted:
-                calls.setdefault(site, []).append(len(args[0]))
-            reached[site] = SiteCost((out, math.prod(rest)), output.numel() // max(out * ran, 1))
-            if site not in norms:
-                norms[site] = -1.0
-                norms[site] = weight_norm(module, args[0])
+    def enter(module: nn.Module, _: Any) -> None:
+        nonlocal root
+        if root is None and not layers.isdisjoint(module.modules()):
+            root = module
+            entering.remove()
 
-        return hook
+    def note(site: str, module: nn.Module, args: Any, _: Any, output: Tensor) -> None:
+        nonlocal device
+        if norms.get(site, 0.0) < 0:  # called to measure it
+            return
+        device, (out, *rest) = output.device, weight_shape(module)
+        if site in wanted:
+            calls.setdefault(site, []).append(len(args[0]))
+        reached[site] = SiteCost((out, math.prod(rest)), output.numel() // max(out * ran, 1))
+        if site not in norms:
+            norms[site] = -1.0
+            norms[site] = weight_norm(module, args[0])
 
     with ExitStack() as stack:
+        entering = stack.enter_context(register_module_forward_pre_hook(enter))
         for site, module in modules.items():
-            stack.enter_context(module.register_forward_hook(note(site)))
+            stack.enter_context(hooked([module], after=partial(note, site)))
         for row in firsts:
             sizes = [2] if every_kind else [2, 2]  # the first one may load weights to the device
             if not every_kind and job.memory_budget is not None:
@@ -158,22 +170,23 @@ def _look(
     if sweep:
         why |= {site: PARTLY for site, times in count.items() if times < len(firsts)}
         why |= dict.fromkeys(repeated, REPEATED)
-    return why, mixed, timing
+    return why, mixed, timing, root
 
 
 def joined_rows(stage: Stage, modules: Mapping[str, nn.Module]) -> set[str]:
     """The ``modules``, sites of ``stage``, whose inputs are the rows' tokens one row after another:
     two rows of one kind, run together, give the first row's tokens followed by the second's."""
 
-    def same(one: Tensor, other: Tensor) -> bool:
-        return not differ(one, other, _ROUNDING)
+    def same(first: Tensor, second: Tensor) -> bool:
+        return not differ(first, second, _ROUNDING)
 
     of_kinds: dict[Hashable, list[int]] = {}
     for row, kind in enumerate(stage.batch_keys or [None] * len(stage.concept_ids)):
         of_kinds.setdefault(kind, []).append(row)
-    every = of_kinds.values()
     # Pairs of rows as far apart as possible.
-    pairs = sorted((at, some[at], some[-1 - at]) for some in every for at in range(len(some) // 2))
+    pairs = sorted(
+        (at, rows[at], rows[-1 - at]) for rows in of_kinds.values() for at in range(len(rows) // 2)
+    )
     undecided = {s: m for s, m in modules.items() if not isinstance(m, nn.Conv2d)}
     joined: set[str] = set()
     for _, one, other in pairs[:_PAIRS]:
@@ -197,35 +210,32 @@ def _halves(
     """The tokens that each of two rows gives the ``modules``, (tokens, :data:`_NUMBERS`) each, for
     modules with equally many from both. A random projection represents a token, because a large
     model's inputs would not fit in memory at once."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    halves: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def keep(site: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs: Tensor = args[0]
-            width = inputs.shape[-1]
-            if inputs.ndim > 1 and inputs.numel() // width % 2 == 0:
-                generator = torch.Generator().manual_seed(width)
-                factors = torch.randn(width, _NUMBERS, generator=generator)
-                tokens = inputs.detach().float() @ factors.to(inputs.device)
-                first, second = tokens.cpu().reshape(2, -1, _NUMBERS)
-                found[site] = first, second
-
-        return hook
+    def keep(site: str, module: nn.Module, args: tuple[Any, ...], _: Any) -> None:
+        inputs: Tensor = args[0]
+        width = inputs.shape[-1]
+        if inputs.ndim > 1 and inputs.numel() // width % 2 == 0:
+            generator = torch.Generator().manual_seed(width)
+            factors = torch.randn(width, _NUMBERS, generator=generator)
+            tokens = inputs.detach().float() @ factors.to(inputs.device)
+            first, second = tokens.cpu().reshape(2, -1, _NUMBERS)
+            halves[site] = first, second
 
     with ExitStack() as stack:
         for site, module in modules.items():
-            stack.enter_context(module.register_forward_pre_hook(keep(site)))
+            stack.enter_context(hooked([module], before=partial(keep, site)))
         stage.run(rows, 1)
-    return found
+    return halves
 
 
 def complaint(
-    found: Mapping[str, str], concepts: Sequence[Concept], *, refused: bool = True
+    refusals: Mapping[str, str], concepts: Sequence[Concept], *, refused: bool = True
 ) -> str:
     """The message about sites that cannot be merged: where, from which file, and what to do."""
     parts: list[str] = []
-    for why, count in Counter(found.values()).items():
-        site = min(name for name, reason in found.items() if reason == why)
+    for why, count in Counter(refusals.values()).items():
+        site = min(name for name, reason in refusals.items() if reason == why)
         files = [
             concept.lora.source or concept.lora.name
             for concept in concepts
@@ -236,7 +246,7 @@ def complaint(
     if not refused:
         return text
     return (
-        f"{len(found)} of the LoRAs' layers cannot be merged by their features: {text}. Give the "
-        "model the input that these layers need (an image, a first frame, a control), or use "
+        f"{len(refusals)} of the LoRAs' layers cannot be merged by their features: {text}. Give "
+        "the model the input that these layers need (an image, a first frame, a control), or use "
         "option unmergeable: skip leaves them out, mean gives them the mean of the LoRAs' changes."
     )

@@ -17,11 +17,11 @@ from functools import partial
 import torch
 
 from ..activations.activation_offload import ActivationOffload
-from ..activations.barriers import Barriers
 from ..activations.collect import Collector
 from ..activations.host_pool import HostPool
 from ..activations.memory import with_less
 from ..activations.micro_batch import MicroBatch, greenlets
+from ..activations.trace import Barriers
 from ..errors import SiteError, SolveError
 from ..hosts.protocol import DENOISING, Stage
 from ..lora import LowRank, concatenate
@@ -159,8 +159,8 @@ class Passes:
         job, turn, stage = self.run.job, self._turn, plan.stage
         batching = replace(self.batching, rows=plan.at_once)
         several = self.schedule.passes > 1
-        collector = Collector(self.run.lockstep.changes, solver)
-        batches = list(micro_batches(stage, 2 if turn else 1, collector, batching))
+        collector = Collector(solver)
+        batches = list(micro_batches(stage, 2 if turn else 1, collector.observe, batching))
         for done, batch in enumerate(batches, 1):
             self.run.lockstep.run(batch)
             if several:
@@ -181,17 +181,16 @@ class Passes:
         offload = None
         if strategy.offloads is not None:
             modules = list(job.host.sites().values())
-            offload = ActivationOffload(HostPool(strategy.offloads), strategy.bits, modules)
+            offload = ActivationOffload(HostPool(strategy.offloads, bits=strategy.bits), modules)
         sampled = sampled_rows(stage, batching.thresholds)
         collector = Collector(
-            lockstep.changes,
             solver,
             sampled,
             narrow=strategy.barriers is not None,
             aside=nullcontext if offload is None else offload.aside,
         )
         # With every strategy, so that all give the same result.
-        batches = list(micro_batches(stage, 2, collector, batching, sampled))
+        batches = list(micro_batches(stage, 2, collector.observe, batching, sampled))
         last = set[str]() if stage.feeds_next else set(stage.sites)
         with ExitStack() as stack:
             stack.enter_context(lockstep.in_barriers(strategy.barriers or Barriers()))

@@ -54,7 +54,7 @@ from .problem import (
 )
 
 if TYPE_CHECKING:
-    from ..activations.tokens import ConceptTokens
+    from ..activations.tokens import Observation
 
 _PIECE = 1 << 21  # bytes of a moment during conversion to float64, see linalg.pieces
 _LEAST_RIDGE = 1e-9  # above none at all, where a bound is to be kept
@@ -73,7 +73,7 @@ class MomentReduction(Reduction):
         self.inputs, self._adds = context.share(inputs)
         self.weigher = Weigher(weightings, context)
 
-    def add(self, tokens: ConceptTokens) -> None:
+    def add(self, tokens: Observation) -> None:
         with full_precision(self.inputs.own[0].device):
             if self._adds:
                 self._add_inputs(tokens)
@@ -150,10 +150,10 @@ class MomentReduction(Reduction):
                 errors.append(math.sqrt(left / scale) if scale > 0 else 0.0)
         return tuple(before), tuple(after)
 
-    def _add_inputs(self, tokens: ConceptTokens) -> None:
+    def _add_inputs(self, tokens: Observation) -> None:
         self.inputs.add(tokens.concept, tokens.merged)
 
-    def _add_targets(self, tokens: ConceptTokens) -> None:
+    def _add_targets(self, tokens: Observation) -> None:
         """Add what the targets need beyond the inputs and the weigher's sums."""
 
     @abstractmethod
@@ -229,7 +229,7 @@ class OutputMoments(MomentReduction):
         self.energies = torch.zeros(count, dtype=energy_dtype(device), device=device)
         """‖T_i‖²_F of the whole T_i"""
 
-    def _add_targets(self, tokens: ConceptTokens) -> None:
+    def _add_targets(self, tokens: Observation) -> None:
         target = tokens.target
         self.energies[tokens.concept] += energy(target)
         if self._directions is not None:
@@ -314,7 +314,7 @@ class AdapterMoments(MomentReduction):
     def __init__(self, context: SiteContext, weighting: Weighting = "none") -> None:
         super().__init__(context, self.kind, {weighting, "adapter"})
 
-    def _add_inputs(self, tokens: ConceptTokens) -> None:
+    def _add_inputs(self, tokens: Observation) -> None:
         super()._add_inputs(tokens)
         if isinstance(self.inputs, CrossMoments):
             self.inputs.add_cross(tokens.concept, tokens.reference, tokens.merged)

@@ -27,7 +27,7 @@ from ..lora import LowRank, Rank, SiteChanges
 from .inputs import InputMoments, output_energy
 
 if TYPE_CHECKING:
-    from ..activations.tokens import ConceptTokens
+    from ..activations.tokens import Observation
 
 Objective = Literal["adapter", "output"]
 Weighting = Literal["adapter", "tokens", "full", "none"]
@@ -147,7 +147,7 @@ class Reduction(ABC):
         self.changes = changes
 
     @abstractmethod
-    def add(self, tokens: ConceptTokens) -> None:
+    def add(self, tokens: Observation) -> None:
         """Add tokens of one concept's rows, in any number of pieces."""
 
     @abstractmethod
@@ -192,7 +192,7 @@ class Weigher:
             if "adapter" in weightings
         }
 
-    def add(self, tokens: ConceptTokens) -> None:
+    def add(self, tokens: Observation) -> None:
         """Add the tokens of one concept's rows."""
         if "full" in self.weightings:
             self.outputs[tokens.concept] += energy(tokens.output)

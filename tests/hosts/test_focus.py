@@ -29,16 +29,12 @@ class Recorder:
         self.references, self.inner = references, inner
         self.seen = []
 
-    def observe(self, visit):
-        self.inner.observe(visit)
-        tokens = visit.site.tokens(visit.inputs[: visit.rows]).double()
-        effect = torch.zeros(len(tokens), dtype=torch.float64)
-        length = len(tokens) // visit.rows
-        for concept, start, stop in visit.spans:
-            change = self.references[visit.name][concept].dense().double()
-            part = slice(start * length, stop * length)
-            effect[part] = (tokens[part] @ change.mT).square().sum(1)
-        self.seen.append((visit.name, visit.spans, tokens, effect.reshape(visit.rows, -1)))
+    def observe(self, shown):
+        self.inner.observe(shown)
+        tokens = shown.site.tokens(shown.inputs[0]).double()
+        change = self.references[shown.name][shown.concept].dense().double()
+        effect = (tokens @ change.mT).square().sum(1).reshape(shown.inputs.shape[1], -1)
+        self.seen.append((shown.name, shown.concept, tokens, effect))
 
 
 def test_moments_are_weighted_by_the_effects_so_far(host64):
@@ -56,7 +52,6 @@ def test_moments_are_weighted_by_the_effects_so_far(host64):
     fit = RegressionSpec([1.0] * 3, 1e-6)
     with task.run() as run:
         collector = Collector(
-            run.lockstep.changes,
             solver_of(
                 lambda opening: THRESHOLDS.choose(opening, fit, "output"),
                 dtype=torch.float64,
@@ -67,22 +62,25 @@ def test_moments_are_weighted_by_the_effects_so_far(host64):
         for stage in run.stages():
             assert stage.spatial == (stage.name == "unet")
             recorder.seen.clear()
-            for batch in micro_batches(stage, 1, recorder, ExecutionConfig(100, saliency=FOCUS)):
+            for batch in micro_batches(
+                stage, 1, recorder.observe, ExecutionConfig(100, saliency=FOCUS)
+            ):
                 run.lockstep.run(batch)
     effects = defaultdict(list)
-    unequal = 0
-    for site, spans, tokens, effect in recorder.seen:
+    unequal, wanted = 0, defaultdict(dict)
+    for site, concept, tokens, effect in recorder.seen:
         rows, length = effect.shape
         if site in acting:
-            effects[length].append(effect / effect.mean(1, keepdim=True))
+            effects[concept, length].append(effect / effect.mean(1, keepdim=True))
         weights = torch.ones(rows, length, dtype=torch.float64)
-        if effects[length]:
-            unequal += 1
-            weights = 1 - FOCUS + FOCUS * torch.stack(effects[length]).mean(0)
+        if effects[concept, length]:
+            unequal += concept == 0
+            weights = 1 - FOCUS + FOCUS * torch.stack(effects[concept, length]).mean(0)
+        wanted[site][concept] = tokens.mT @ (tokens * weights.reshape(-1, 1))
+    for site, of_concepts in wanted.items():
         inputs = collector.take(site).inputs
         inputs.complete()
-        for concept, start, stop in spans:
-            part = slice(start * length, stop * length)
-            weighted = tokens[part] * weights[start:stop].reshape(-1, 1)
-            torch.testing.assert_close(inputs.own[concept], tokens[part].mT @ weighted)
+        assert len(of_concepts) == 3
+        for concept, moment in of_concepts.items():
+            torch.testing.assert_close(inputs.own[concept], moment)
     assert unequal > len(acting)

@@ -5,9 +5,9 @@ import torch
 from oracle import hooks_on
 from torch import nn
 
-from iteris_core.activations.barriers import Barriers, watched, with_replayable
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.micro_batch import MicroBatch
+from iteris_core.activations.trace import Barriers, ExecutionTrace, with_replayable
 from iteris_core.errors import IterisError
 from iteris_core.lora import LowRank, SiteChanges
 from iteris_core.solve.choose import THRESHOLDS
@@ -73,11 +73,14 @@ def batch_of(model, x, observer=None, copies=1) -> MicroBatch:
 
 
 def levels_of(model, lockstep, most) -> Barriers:
-    x = torch.randn(1, 3, 8).double()
+    x, trace = torch.randn(1, 3, 8).double(), ExecutionTrace()
+    with trace:
+        lockstep.run(batch_of(model, x.clone(), trace.observe))
 
-    found = watched(lockstep.run, batch_of(model, x.clone()))
-    error = THRESHOLDS.replay_error
-    return with_replayable(found.barriers(most), lockstep.run, batch_of(model, x.clone()), error)
+    def run():
+        lockstep.run(batch_of(model, x.clone()))
+
+    return with_replayable(trace.barriers(most), run, THRESHOLDS.replay_error)
 
 
 def names(barriers, model) -> list[str]:
@@ -98,7 +101,7 @@ def test_a_block_that_writes_to_its_arguments_gets_copies_and_one_with_a_memory_
     with lockstep:
         barriers = levels_of(model, lockstep, 4)
     assert names(barriers, model) == ["blocks.0"]
-    assert [block.written for block in barriers.blocks.values()] == [{"[0][0]"}]
+    assert list(barriers.written.values()) == [{"[0][0]"}]
 
 
 def swept(lockstep, batches) -> list[str]:

@@ -88,7 +88,7 @@ class ByToken(Gated):
 
 def found_in(model, data):
     with torch.no_grad():
-        return find_streams(lambda: model(data[:2]), 2, Host(model, [data]).sites())
+        return find_streams(lambda: model(data[:2]), 2, Host(model, [data]).sites(), model)
 
 
 def test_gates_are_found_and_nothing_stays():
@@ -101,7 +101,7 @@ def test_gates_are_found_and_nothing_stays():
         assert stream.source.module in (block, block.norm1, block.norm2)
         made = block.m(data[:, 0])
         wanted = block.gates(made)[site.endswith("f")]
-        gate = stream.gate.of(made, len(data))
+        gate = stream.gates(made, len(data))
         torch.testing.assert_close(gate.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
