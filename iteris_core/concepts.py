@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from .errors import ConceptError, SettingsError
 from .lora import Lora
 from .lora_files.metadata import ALWAYS_ON, bare, find_phrases, noted_tags, parted, purpose_of
 from .settings import Settings, setting
-
-if TYPE_CHECKING:
-    from .hosts.protocol import Host
 
 PromptKind = Literal["subject", "style", "tags", "video"]
 AlwaysOn = Literal["no", "include", "outside"]
@@ -38,41 +34,8 @@ PRESERVE_WEIGHT = 0.2
 """Weight of prompts on which the base model should not change; a large one weakens the concepts."""
 
 
-class Phrased(ABC):
-    """The words and the weight of a concept, whether its LoRA is read or still in a file."""
-
-    if TYPE_CHECKING:  # each declares its own
-        trigger: Any
-        class_word: Any
-        subjects: Any
-        strength: Any
-        text_strength: Any
-        weight: Any
-
-    @property
-    def phrases(self) -> Sequence[str]:
-        """The concept's trigger words with its class word; usually one phrase."""
-        one = f"{self.trigger} {self.class_word}".strip()
-        return self.subjects or ([one] if one else [])
-
-    @property
-    def subject(self) -> str:
-        """All phrases of the concept in one prompt."""
-        return " and ".join(self.phrases)
-
-    @property
-    def counts(self) -> bool:
-        """False for weight 0, or strength 0 everywhere: the concept is left out of the merge."""
-        return self.weight > 0 and (self.preserves or any((self.strength, self.text_strength)))
-
-    @property
-    @abstractmethod
-    def preserves(self) -> bool:
-        """True if there is no LoRA, only prompts on which the base should not change."""
-
-
 @dataclass(frozen=True)
-class Concept(Phrased, Settings):
+class Concept(Settings):
     """One LoRA, its trigger words and its weight.
 
     ``prompts`` are used as they are; on others the merge keeps only a part of the LoRA. Without
@@ -111,13 +74,13 @@ class Concept(Phrased, Settings):
                 f"host.read_lora({str(self.lora)!r}), which reads it for the base model."
             )
         for name in ("prompts", "subjects"):
-            given = getattr(self, name)
-            if isinstance(given, Iterable) and not isinstance(given, Sequence):
-                object.__setattr__(self, name, list(given))  # which may be iterated only once
-            if isinstance(given, str):
+            texts = getattr(self, name)
+            if isinstance(texts, Iterable) and not isinstance(texts, Sequence):
+                object.__setattr__(self, name, list(texts))  # which may be iterated only once
+            if isinstance(texts, str):
                 raise ConceptError(
                     f"{self.name}: {name} must be a list of strings, not one string; pass "
-                    f"{name}=[{given!r}]."
+                    f"{name}=[{texts!r}]."
                 )
         try:
             super().__post_init__()
@@ -125,7 +88,7 @@ class Concept(Phrased, Settings):
             raise ConceptError(f"{self.name}: {error}") from None
 
     @classmethod
-    def from_file(cls, host: Host, path: str | Path, **values: Any) -> Concept:
+    def from_file(cls, host: Any, path: str | Path, **values: Any) -> Concept:
         """The LoRA in a file, read for the base model of ``host``.
 
         ``values`` are the other fields, such as ``strength=0.8``; :func:`recognised` adds to them.
@@ -137,8 +100,8 @@ class Concept(Phrased, Settings):
                 "as DiffusersHost(pipeline)."
             )
         lora = host.read_lora(path)
-        found, _ = recognised(Path(path), lora.metadata, values.keys())
-        return cls(lora, **{**found, **values})
+        fields, _ = recognised(Path(path), lora.metadata, values.keys())
+        return cls(lora, **{**fields, **values})
 
     @classmethod
     def preserve(cls, prompts: Sequence[str], weight: float = PRESERVE_WEIGHT) -> Concept:
@@ -150,8 +113,25 @@ class Concept(Phrased, Settings):
         return self.trigger or (self.lora.name if self.lora is not None else "") or "base"
 
     @property
+    def phrases(self) -> Sequence[str]:
+        """The trigger words with the class word; usually one phrase."""
+        phrase = f"{self.trigger} {self.class_word}".strip()
+        return self.subjects or ([phrase] if phrase else [])
+
+    @property
+    def subject(self) -> str:
+        """All phrases of the concept in one prompt."""
+        return " and ".join(self.phrases)
+
+    @property
     def preserves(self) -> bool:
+        """True if there is no LoRA, only prompts on which the base should not change."""
         return self.lora is None
+
+    @property
+    def is_active(self) -> bool:
+        """False for weight 0, or strength 0 everywhere: the concept is left out of the merge."""
+        return self.weight > 0 and (self.preserves or any((self.strength, self.text_strength)))
 
 
 _STEPS = 4
@@ -288,29 +268,29 @@ class Calibration(Settings):
             raise SettingsError('templates must hold "{}" where the concept goes, once.')
 
 
-def over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a calibration, ``given`` over ``values``. A number of samples that is given without
-    a total counts for each LoRA."""
-    return {**values, **({"total_samples": None} if "samples" in given else {}), **given}
+def over(values: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a calibration, ``upper`` over ``values``. A number of samples without a total is
+    for each LoRA."""
+    return {**values, **({"total_samples": None} if "samples" in upper else {}), **upper}
 
 
 def recognised(
-    file: Path, metadata: Mapping[str, str], given: Collection[str]
+    file: Path, metadata: Mapping[str, str], known: Collection[str]
 ) -> tuple[dict[str, Any], str]:
-    """Fields of the concept in ``file`` but for those ``given``, from its name, its metadata and a
+    """Fields of the concept in ``file`` but for those ``known``, from its name, its metadata and a
     download helper's notes beside it, and the source of the words as in :class:`FoundPhrases`: the
     trigger words; a style or booru tags as the kind; a speed LoRA, slider or detailer for which no
     words are given is always on, and part of the merged LoRA. See :func:`.purpose_of`."""
-    worded = bool({"trigger", "class_word", "subjects", "prompts"} & set(given))
-    found = find_phrases(file, metadata)
+    worded = bool({"trigger", "class_word", "subjects", "prompts"} & set(known))
+    phrases, source = find_phrases(file, metadata)
     purpose = None
     # A merged LoRA has the names of all that it was made of.
-    if not {"kind", "always_on"} & set(given) and "iteris" not in metadata:
-        purpose = purpose_of(file.name, metadata, noted_tags(file), found.phrases)
+    if not {"kind", "always_on"} & set(known) and "iteris" not in metadata:
+        purpose = purpose_of(file.name, metadata, noted_tags(file), phrases)
     if purpose in ALWAYS_ON and not worded:
         return {"always_on": "include"}, ""
     kind = {"kind": purpose} if purpose in get_args(PromptKind) else {}
-    return (kind, "") if worded else ({**kind, **words_in(found.phrases)}, found.source)
+    return (kind, "") if worded else ({**kind, **words_in(phrases)}, source)
 
 
 def lines_of(text: str) -> list[str]:

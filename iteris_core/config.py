@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from .concepts import PRESERVE_WEIGHT, AlwaysOn, Concept, Phrased, PromptKind, recognised, words_in
+from .concepts import PRESERVE_WEIGHT, AlwaysOn, Concept, PromptKind, recognised, words_in
 from .errors import ConceptError, IterisError, MergeFileError, SettingsError, did_you_mean
 from .hosts.protocol import Host
 from .lora import Lora
@@ -39,19 +39,18 @@ class Config(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             mistake: Any = error.errors()[0]
-            key, known = mistake["loc"][0], self.key_names()
+            key, keys = mistake["loc"][0], self.key_names()
+            what = f"{key}: {mistake['msg']}, not {mistake['input']!r}."
             if mistake["type"] == "extra_forbidden":
-                guess = did_you_mean(key, known)
-                what = f"there is no key {key!r}{guess} The keys are {', '.join(known)}."
-            else:
-                what = f"{key}: {mistake['msg']}, not {mistake['input']!r}."
+                guess = did_you_mean(key, keys)
+                what = f"there is no key {key!r}{guess} The keys are {', '.join(keys)}."
             raise self.failure(what) from None
 
     @classmethod
     def key_names(cls) -> tuple[str, ...]:
         """The keys of :meth:`to_dict`."""
-        known = cls.model_fields.items()
-        return tuple(one.serialization_alias or name for name, one in known if not one.exclude)
+        fields = cls.model_fields.items()
+        return tuple(of.serialization_alias or name for name, of in fields if not of.exclude)
 
     @classmethod
     def of_mapping(cls: type[_Kind], values: Mapping[Any, Any], where: str) -> _Kind:
@@ -65,15 +64,7 @@ class Config(BaseModel):
 _NUMBERS = ("strength", "text_strength", "weight")
 
 
-def _part(value: Any) -> Any:
-    """A string, or a list of its parts."""
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
-
-
-_Part = Annotated[str, BeforeValidator(_part)]
-
-
-class ConceptConfig(Phrased, Config):
+class ConceptConfig(Config):
     """A concept whose LoRA is still in a file. Without ``file`` the base should not change.
 
     ``low`` is the file for the second of two experts. ``blocks`` and ``layers`` select the part
@@ -95,8 +86,8 @@ class ConceptConfig(Phrased, Config):
     strength: float = 1.0
     text_strength: float | None = None
     weight: float = Field(default=1.0, ge=0)
-    blocks: _Part = ""
-    layers: _Part = ""
+    blocks: str = ""
+    layers: str = ""
     prompts: tuple[str, ...] | None = None
     subjects: tuple[str, ...] = ()
     sha256: str = ""
@@ -111,6 +102,12 @@ class ConceptConfig(Phrased, Config):
         if isinstance(value, bool):  # which pydantic takes for 0 or 1
             raise ValueError("must be a number")
         return value
+
+    @field_validator("blocks", "layers", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        """Of a list, whose items are the parts of the text."""
+        return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
 
     @field_validator("always_on", mode="before")
     @classmethod
@@ -146,12 +143,12 @@ class ConceptConfig(Phrased, Config):
         """
         if not isinstance(values, Mapping):
             raise ConceptError(f"{where} must be a mapping, not {values!r}.")
-        given = {key: v for key, v in values.items() if v != "" or key in _NUMBERS}
-        if isinstance(given.get("file"), str):
-            given["file"], given["low"] = split_files(given["file"])
-        elif given.get("prompts") is not None:
-            given = {"weight": PRESERVE_WEIGHT, "trigger": "preserve", **given}
-        config = cls.of_mapping(given, where)
+        values = {key: v for key, v in values.items() if v != "" or key in _NUMBERS}
+        if isinstance(values.get("file"), str):
+            values["file"], values["low"] = split_files(values["file"])
+        elif values.get("prompts") is not None:
+            values = {"weight": PRESERVE_WEIGHT, "trigger": "preserve", **values}
+        config = cls.of_mapping(values, where)
         if config.file is None and config.prompts is None:
             raise ConceptError(f"{where} has neither a file nor prompts that preserve the base.")
         try:
@@ -175,19 +172,30 @@ class ConceptConfig(Phrased, Config):
 
     @property
     def preserves(self) -> bool:
+        """True if there is no LoRA, only prompts on which the base should not change."""
         return self.file is None
+
+    @property
+    def phrases(self) -> Sequence[str]:
+        """As :attr:`.Concept.phrases`."""
+        return self.concept().phrases
+
+    @property
+    def is_active(self) -> bool:
+        """As :attr:`.Concept.is_active`."""
+        return self.concept(None if self.preserves else Lora({})).is_active
 
     def concept(self, lora: Lora | None = None) -> Concept:
         return Concept(lora, **{name: getattr(self, name) for name in _SHARED})
 
-    def options(self, given: ReadOptions | None = None) -> ReadOptions:
-        """How its LoRA is read; ``given`` applies unless a recipe recorded something else."""
-        given, recorded = given or ReadOptions(), self.reading
+    def options(self, default: ReadOptions | None = None) -> ReadOptions:
+        """How its LoRA is read; by ``default`` unless a recipe recorded something else."""
+        default, recorded = default or ReadOptions(), self.reading
         text = self.strength if self.text_strength is None else self.text_strength
         return replace(
-            given,
-            allow_partial=bool(recorded.get("allow_partial")) or given.allow_partial,
-            energy=recorded.get("energy", given.energy),
+            default,
+            allow_partial=bool(recorded.get("allow_partial")) or default.allow_partial,
+            energy=recorded.get("energy", default.energy),
             text=text != 0,  # at strength 0 its text encoders may be another base's, or missing
             blocks=self.blocks or recorded.get("blocks", ""),
             layers=self.layers or recorded.get("layers", ""),
@@ -202,10 +210,10 @@ class ConceptConfig(Phrased, Config):
         if self.file is None or self.always_on != "no":
             return self
         words = {name for name in ("trigger", "class_word", "subjects") if getattr(self, name)}
-        given = self.model_fields_set & {"kind", "always_on"}
-        given |= words if self.prompts is None else {"prompts"}
-        found, source = recognised(self.file, metadata, given)
-        return self.model_copy(update={**found, **({"source": source} if not words else {})})
+        set_fields = self.model_fields_set & {"kind", "always_on"}
+        set_fields |= words if self.prompts is None else {"prompts"}
+        fields, source = recognised(self.file, metadata, set_fields)
+        return self.model_copy(update={**fields, **({} if words else {"source": source})})
 
 
 _SHARED = [name for name in ConceptConfig.model_fields if name in Concept.__dataclass_fields__]
@@ -240,13 +248,13 @@ class MergeConfig(Config):
         Raises :class:`MergeFileError` for an unknown key or a value of the wrong type, and
         :class:`ConceptError` for a concept.
         """
-        given = dict(data)
-        if isinstance(given.get("concepts"), list):
-            given["concepts"] = [
+        data = dict(data)
+        if isinstance(data.get("concepts"), list):
+            data["concepts"] = [
                 ConceptConfig.from_dict(entry, f"{where}: concept {number}")
-                for number, entry in enumerate(given["concepts"], 1)
+                for number, entry in enumerate(data["concepts"], 1)
             ]
-        return cls.of_mapping(given, where)
+        return cls.of_mapping(data, where)
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -267,36 +275,37 @@ def read_concepts(host: Host | None, concepts: Any) -> list[Concept]:
         what = "a single Concept" if isinstance(concepts, Concept) else repr(str(concepts))
         raise SettingsError(f"concepts must be a list, not {what}; put it in brackets: [...].")
     read: list[Concept] = []
-    for one in concepts:
-        if isinstance(one, str | Path):
-            one = ConceptConfig(file=Path(one))
-        if isinstance(one, ConceptConfig):
-            one = read_concept(one, host or ReleasedBases())
-        if not isinstance(one, Concept):
+    for concept in concepts:
+        if isinstance(concept, str | Path):
+            concept = ConceptConfig(file=Path(concept))
+        if isinstance(concept, ConceptConfig):
+            concept = read_concept(concept, host or ReleasedBases())
+        if not isinstance(concept, Concept):
             raise SettingsError(
-                f"concepts must be a list of Concept, not of {type(one).__name__}; pass "
+                f"concepts must be a list of Concept, not of {type(concept).__name__}; pass "
                 "[Concept(host.read_lora(file), trigger=…), …]."
             )
-        if one.lora is None and one.always_on != "no":
-            raise SettingsError(f"{one.name}: only a concept with a LoRA can be always on.")
+        lora = concept.lora
+        if lora is None and concept.always_on != "no":
+            raise SettingsError(f"{concept.name}: only a concept with a LoRA can be always on.")
         half = {  # of Lora(…) in Python; files are read in float32
             site: change.to(torch.float32)
-            for site, change in (one.lora.sites.items() if one.lora else ())
+            for site, change in (lora.sites.items() if lora else ())
             if min(change.up.element_size(), change.down.element_size()) < 4
         }
-        if one.lora and half:
-            one = replace(one, lora=replace(one.lora, sites={**one.lora.sites, **half}))
-        read.append(one)
+        if lora and half:
+            concept = replace(concept, lora=replace(lora, sites={**lora.sites, **half}))
+        read.append(concept)
     check_merging(read)
     return read
 
 
 def check_merging(concepts: Sequence[Concept | ConceptConfig]) -> None:
     """Raise :class:`ConceptError` if every LoRA stays outside the merged one."""
-    loras = [one for one in concepts if one.counts and not one.preserves]
-    if loras and all(one.always_on == "outside" for one in loras):
+    loras = [concept for concept in concepts if concept.is_active and not concept.preserves]
+    if loras and all(lora.always_on == "outside" for lora in loras):
         raise ConceptError(
-            f"There is nothing to merge: {', '.join(one.name for one in loras)} is only loaded "
+            f"There is nothing to merge: {', '.join(lora.name for lora in loras)} is only loaded "
             "beside the merged LoRA (always_on=outside). Add a LoRA, or give always_on=include."
         )
 

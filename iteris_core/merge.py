@@ -146,7 +146,7 @@ def merge_loras(
     pictures = host is not None and host.pictures
     if chosen.needs_host and pictures:
         concepts = of_loras.with_wordless_on(given)
-    counting = [concept for concept in concepts if concept.counts]
+    counting = [concept for concept in concepts if concept.is_active]
     wordless = [one.name for one in counting if not any(one is other for other in given)]
     always, merging = of_loras.always_on(counting), of_loras.always_on(counting, "no")
     loras = sum(concept.lora is not None for concept in merging)
@@ -169,7 +169,7 @@ def merge_loras(
         rescues=rescue is not None,
     )
     zero = "left out of the merge: its strength or weight is 0"
-    job.notes.extend((concept.name, [zero]) for concept in concepts if not concept.counts)
+    job.notes.extend((concept.name, [zero]) for concept in concepts if not concept.is_active)
     shares: dict[str, list[float]] = {}
     if always and not loras:  # as they are, side by side
         merged = Merged({})

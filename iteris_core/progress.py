@@ -72,10 +72,11 @@ class _Phase:
 
     def left(self, rate: float) -> float:
         """Seconds, at this phase's own rate as far as that is known."""
-        total, done = sum(self.steps), self.done
+        total = sum(self.steps)
         before = _FIRST * total
-        own = (self.took + rate * before) / (self.timed + before) if total else 0.0
-        return (total - done) * own
+        if not total:
+            return 0.0
+        return (total - self.done) * (self.took + rate * before) / (self.timed + before)
 
 
 class Forecast:

@@ -173,11 +173,12 @@ def _rows(
 
     def stacked(some: Sequence[ConceptConfig]) -> MergeConfig:
         """As Load LoRA adds them up: no weight and no rank counts."""
-        whole = [spec.model_copy(update={"weight": 1.0}) for spec in some if spec.counts]
+        whole = [spec.model_copy(update={"weight": 1.0}) for spec in some if spec.is_active]
         return request.config(whole, _SUM).model_copy(update={"settings": {}})
 
     always = [spec for spec in specs if spec.always_on != "no"]
-    own = [spec for spec in specs if spec.file is not None and spec.counts and spec not in always]
+    active = [spec for spec in specs if spec.file is not None and spec.is_active]
+    own = [spec for spec in active if spec not in always]
     rows: list[tuple[str, MergeConfig | None]] = []
     for number in range(1, len(_FIRST) + 1):
         name: str = values.get(f"row_{number}", _NONE)

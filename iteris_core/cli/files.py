@@ -63,8 +63,8 @@ def inspect(
     tensors = [read_tensors(path)[0] for path in files]
     loras = [read(path, options) for path in files]
     facts = [describe(*pair) for pair in zip(loras, tensors, strict=True)]
-    both = list(combinations(zip(loras, facts, strict=True), 2))
-    pairs = [interference(a, b) for (a, of_a), (b, of_b) in both if of_a.base == of_b.base]
+    described = list(combinations(zip(loras, facts, strict=True), 2))
+    pairs = [interference(a, b) for (a, of_a), (b, of_b) in described if of_a.base == of_b.base]
     if as_json:
         data = {"files": [asdict(f) for f in facts], "interference": [asdict(p) for p in pairs]}
         typer.echo(json.dumps(data))
@@ -78,11 +78,11 @@ def inspect(
     if pairs:
         headings = ("pair", "row spaces", "column spaces", "conflict")
         print_table(headings, map(_figures, pairs), "Interference", _COLUMNS)
-    for (_, one), (_, two) in both:
-        if one.base != two.base:
+    for (_, first), (_, second) in described:
+        if first.base != second.base:
             typer.echo(
-                f"{one.name} is a LoRA for {one.base}, {two.name} for {two.base}: they have no "
-                "layer in common and cannot be merged."
+                f"{first.name} is a LoRA for {first.base}, {second.name} for {second.base}: they "
+                "have no layer in common and cannot be merged."
             )
 
 
@@ -136,16 +136,16 @@ def convert(
     check_concepts([config])
     check_apart([output], file, base)
     lora = lora_reader(base)(file, ReadOptions(allow_partial, energy))
-    found = find_phrases(file, lora.metadata)
-    if found.source not in ("", "file"):  # from notes beside the file
-        words = {"modelspec.trigger_phrase": ", ".join(found.phrases)}
+    phrases, source = find_phrases(file, lora.metadata)
+    if source not in ("", "file"):  # from notes beside the file
+        words = {"modelspec.trigger_phrase": ", ".join(phrases)}
         lora = replace(lora, metadata={**lora.metadata, **words})
-    own = next(iter(dtypes_of(read_tensors(file)[0])), "float16")  # the most common one
-    written = dtype or (own if own in DTYPES else "float16")
+    stored = next(iter(dtypes_of(read_tensors(file)[0])), "float16")  # the most common dtype
+    written = dtype or (stored if stored in DTYPES else "float16")
     path = write_lora(lora, output, layout=layout, dtype=written, overwrite=overwrite)
     notes = list(lora.notes)
-    if own.startswith("float8"):
-        notes.append(f"{own} becomes {written}: few tools load a LoRA in float8")
+    if stored.startswith("float8"):
+        notes.append(f"{stored} becomes {written}: few tools load a LoRA in float8")
     if as_json:
         report = {"path": str(path), "dtype": written, "notes": notes}
         typer.echo(json.dumps(report))
@@ -188,8 +188,8 @@ def bake(
     check_apart([output], base, *files)
     model = released_base(architecture_of_file(*read_header(files[0])).name)
     places, options = places_in(base, model), ReadOptions(allow_partial, energy)
-    read = [read_lora_file(file, model, weight_in(base, places), options) for file in files]
-    concepts = [config.concept(one) for config, one in zip(configs, read, strict=True)]
+    loras = [read_lora_file(file, model, weight_in(base, places), options) for file in files]
+    concepts = [config.concept(lora) for config, lora in zip(configs, loras, strict=True)]
     changes = changes_always(concepts)
     with progress_bars(visible=not quiet) as on_progress:
 
@@ -198,7 +198,7 @@ def bake(
 
         bake_model(base, output, changes, places, DTYPES[dtype] if dtype else None, tick)
     if not quiet:
-        for one in read:
-            for note in one.notes:
-                typer.echo(f"{one.name}: {note}")
+        for read in loras:
+            for note in read.notes:
+                typer.echo(f"{read.name}: {note}")
         typer.echo(f"Wrote {output}: {len(changes)} layers changed.")

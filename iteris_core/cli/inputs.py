@@ -71,7 +71,7 @@ def check_concepts(concepts: Sequence[ConceptConfig]) -> list[Concept]:
     Returns the concepts that have a file, with what needs no base of their LoRAs: metadata and
     embeddings.
     """
-    if concepts and not any(concept.counts for concept in concepts):
+    if concepts and not any(concept.is_active for concept in concepts):
         raise ConceptError("There is nothing to merge: every concept has strength or weight 0.")
     read: list[Concept] = []
     for concept in concepts:
@@ -104,7 +104,7 @@ def check_concepts(concepts: Sequence[ConceptConfig]) -> list[Concept]:
 
 def check_apart(outputs: Iterable[Path], *inputs: str | Path | None) -> None:
     """Raise :class:`IterisError` if a result would overwrite what it is made of."""
-    files = [Path(one) for one in inputs if one and Path(one).exists()]
+    files = [Path(path) for path in inputs if path and Path(path).exists()]
     for output in filter(Path.exists, outputs):
         if any(output.samefile(file) for file in files):
             raise OutputError(
@@ -133,7 +133,7 @@ def check_embeddings(
 
 def warnings_of(concepts: Sequence[ConceptConfig]) -> Iterator[str]:
     """A sentence for each concept that is probably a mistake."""
-    counting = [concept for concept in concepts if concept.counts]
+    counting = [concept for concept in concepts if concept.is_active]
     for concept, shared in zip(counting, shared_triggers(counting), strict=True):
         yield from (f"{concept.name}: {note}." for note in shared)
         trigger = " ".join(concept.trigger.lower().split())

@@ -8,7 +8,6 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any, cast
@@ -52,11 +51,11 @@ def parse_concept(text: str, find: Find = Path, option: str = "--concept") -> Co
                 "file."
             )
     split = [pair.partition("=") for pair in pairs]
-    given = [*(_short(head, bool(pairs), where) if head else ()), *((k, v) for k, _, v in split)]
-    keys = [key for key, _ in given]
+    values = [*(_short(head, bool(pairs), where) if head else ()), *((k, v) for k, _, v in split)]
+    keys = [key for key, _ in values]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
         raise ConceptError(f"{where} gives {', '.join(twice)} twice; leave one out.")
-    return concept_of(dict(given), where, find)
+    return concept_of(dict(values), where, find)
 
 
 def _short(text: str, alone: bool, where: str) -> list[tuple[str, str]]:
@@ -128,37 +127,27 @@ def beside(file: Path, name: str) -> Path:
     return there if there.exists() else path
 
 
-def base_in(file: Path, base: str) -> str:
-    """The path of the base in a merge ``file``; a hub name or a bundled base's stays as it is."""
-    path = beside(file, base)
-    return base if base in BUNDLED or not path.exists() else str(path)
-
-
-@dataclass(frozen=True)
-class MergeFile:
-    """The concepts and settings of a merge file; its options become defaults."""
-
-    path: Path
-    config: MergeConfig
-
-
 def use_merge_file(context: typer.Context, base: str | None) -> str | None:
-    """The base, given as BASE or in a merge file, whose other keys become defaults."""
+    """The base, given as BASE or in a merge file. The file's options become defaults; its path and
+    the merge that its other keys request go into ``context.obj``."""
     if base is None or context.resilient_parsing or Path(base).suffix not in (".yaml", ".yml"):
         return base
     path = Path(base)
     data = read_mapping(path)
-    own = {key: data.pop(key) for key in KEYS if key in data}
-    name, entries = own.pop("base", None), own.pop("concepts", None) or []
+    request = {key: data.pop(key) for key in KEYS if key in data}
+    name, entries = request.pop("base", None), request.pop("concepts", None) or []
     if not isinstance(entries, list):
         raise MergeFileError(f"{path}: concepts must be a list, not {entries!r}.")
-    own["concepts"] = tuple(
+    request["concepts"] = tuple(
         concept_of(entry, f"{path}: concept {number}", partial(beside, path))
         for number, entry in enumerate(cast("list[Any]", entries), 1)
     )
-    context.obj = MergeFile(path, MergeConfig.of_mapping(own, str(path)))
+    context.obj = path, MergeConfig.of_mapping(request, str(path))
     context.default_map = _defaults(context, path, data)
-    return None if name is None else base_in(path, str(name))
+    if name is None or str(name) in BUNDLED:
+        return name
+    local = beside(path, str(name))
+    return str(local if local.exists() else name)  # or a hub name
 
 
 class _Loader(yaml.SafeLoader):
@@ -167,7 +156,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
-            if next(one for one in keys if one.value == key.value) is not key:
+            if next(first for first in keys if first.value == key.value) is not key:
                 what = f"the key {key.value!r} occurs twice"
                 raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
         return super().construct_mapping(node, deep=deep)
@@ -203,10 +192,10 @@ def _defaults(context: typer.Context, file: Path, values: Mapping[Any, Any]) -> 
             )
         if value is None:
             continue
-        # As on the command line, where flags are flags too.
-        text = [str(one) for one in value] if isinstance(value, list) else str(value)
+        if not isinstance(value, bool):  # as on the command line, where flags are flags too
+            value = [*map(str, value)] if isinstance(value, list) else str(value)
         try:
-            converted = parameter.process_value(context, value if isinstance(value, bool) else text)
+            converted = parameter.process_value(context, value)
         except typer.BadParameter as error:
             raise MergeFileError(f"{file}: {key}: {error.message}") from error
         if isinstance(converted, Path):

@@ -56,15 +56,15 @@ class Sizing:
             "memory_budget": bytes_of(self.memory),
         }
 
-    def save(self, made: Reduced, layout: Layout | None, source: Path) -> None:
-        """Write the LoRA that was made of ``source``, or keep it elsewhere if that fails."""
+    def save(self, reduced: Reduced, layout: Layout | None, source: Path) -> None:
+        """Write the LoRA that was reduced from ``source``, or keep it elsewhere if that fails."""
         how: dict[str, Any] = {"layout": layout, "dtype": self.dtype, "overwrite": self.overwrite}
-        path = write_or_keep(made.lora, self.output, **how)[0]
+        path = write_or_keep(reduced.lora, self.output, **how)[0]
         sizes = [file.stat().st_size / 1e6 for file in (source, path) if file.is_file()]
         if self.as_json:
-            typer.echo(json.dumps({"path": str(path), "megabytes": sizes, **made.to_dict()}))
+            typer.echo(json.dumps({"path": str(path), "megabytes": sizes, **reduced.to_dict()}))
         elif not self.quiet:
-            typer.echo(escape(made.summary()))
+            typer.echo(escape(reduced.summary()))
             typer.echo(f"Wrote {path} ({' → '.join(f'{size:.3g}' for size in sizes)} MB).")
 
 
@@ -111,8 +111,8 @@ def resize(context: typer.Context, options: ResizeOptions, calibration: dict[str
         host, own_layout = DiffusersHost(load_base(options.base, *how_loaded)), None
         concept = read_concept(config, host, reading)
     with progress_bars(visible=not options.quiet) as on_progress:
-        found = resize_lora(concept, host=host, on_progress=on_progress, **how)
-    options.save(found, options.layout or own_layout, file)
+        reduced = resize_lora(concept, host=host, on_progress=on_progress, **how)
+    options.save(reduced, options.layout or own_layout, file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,5 +150,5 @@ def extract(context: typer.Context, options: ExtractOptions, calibration: dict[s
     of_base, of_tuned = map(DiffusersHost, pipelines)
     with progress_bars(visible=not options.quiet) as on_progress:
         kind = base_of(pipelines[0], of_base.sites())
-        found = extract_lora(of_base, of_tuned, kind=kind, on_progress=on_progress, **how)
-    options.save(found, options.layout, Path(options.tuned))
+        extracted = extract_lora(of_base, of_tuned, kind=kind, on_progress=on_progress, **how)
+    options.save(extracted, options.layout, Path(options.tuned))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..concepts import Concept, Phrased
+from ..concepts import Concept
 from ..config import ConceptConfig, MergeConfig
 from ..hosts.learned import EmbeddingTriggers
 from ..linalg import cut_to
@@ -196,7 +196,7 @@ def lacks_of(concepts: Sequence[Concept]) -> list[str]:
     return lacks
 
 
-def shared_triggers(concepts: Sequence[Phrased]) -> list[list[str]]:
+def shared_triggers(concepts: Sequence[Concept | ConceptConfig]) -> list[list[str]]:
     """For each concept, a sentence about each earlier one that prompts for either invoke too."""
     return [
         [told for other in concepts[:at] if (told := _clash(other, concept))]
@@ -204,7 +204,7 @@ def shared_triggers(concepts: Sequence[Phrased]) -> list[list[str]]:
     ]
 
 
-def _clash(one: Phrased, two: Phrased) -> str:
+def _clash(one: Concept | ConceptConfig, two: Concept | ConceptConfig) -> str:
     if one.preserves or two.preserves:
         return ""
     for concept, other in ((one, two), (two, one)):
