@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from .errors import ConceptError, SettingsError
+from pydantic import (
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs, core_schema
+
+from .errors import ConceptError, SettingsError, first_mistake, unknown_key
 from .lora import Lora
+from .lora_files import ReadOptions
 from .lora_files.metadata import ALWAYS_ON, bare, find_phrases, noted_tags, parted, purpose_of
 from .settings import Settings, setting
 
@@ -34,58 +48,127 @@ PRESERVE_WEIGHT = 0.2
 """Weight of prompts on which the base model should not change; a large one weakens the concepts."""
 
 
-@dataclass(frozen=True)
-class Concept(Settings):
+CONCEPT_KEYS = (
+    "file", "trigger", "class", "kind", "always_on", "strength", "text_strength", "weight",
+    "blocks", "layers", "prompts", "subjects", "sha256", "reading",
+)  # fmt: skip
+"""Keys of :meth:`Concept.to_dict`; people write all but the last three."""
+_NUMBERS = ("strength", "text_strength", "weight")
+_AsItIs = GetPydanticSchema(lambda *_: core_schema.any_schema())
+
+
+@dataclass(
+    frozen=True,
+    config=ConfigDict(
+        extra="forbid", populate_by_name=True, allow_inf_nan=False, coerce_numbers_to_str=True
+    ),
+)
+class Concept:
     """One LoRA, its trigger words and its weight.
 
     ``prompts`` are used as they are; on others the merge keeps only a part of the LoRA. Without
     them, the templates of ``kind`` make prompts from ``trigger`` and ``class_word``, or from each
-    of several ``subjects`` in turn (for a LoRA that is itself a merge). ``inputs``, or what calling
-    it returns, are batches of keyword arguments for hosts that do not work from prompts.
-    ``lora=None`` keeps the base model as it is, see :meth:`preserve`.
+    of several ``subjects`` in turn (for a LoRA that is itself a merge). ``strength`` is that at
+    which the LoRA would be loaded, ``text_strength`` that in the text encoders (None: the same);
+    ``weight`` is how much the concept counts in the merge. ``inputs``, or what calling it returns,
+    are batches of keyword arguments for hosts that do not work from prompts. Without ``lora`` and
+    ``file`` the base model should not change, see :meth:`preserve`.
 
     ``always_on`` is for a LoRA that acts on every prompt: a speed LoRA (turbo, lightning), or a
     style, slider or detailer without a trigger. It is on while the others are merged. With
     ``include`` its change becomes part of the merged LoRA; with ``outside`` it is loaded beside it.
     Such a LoRA needs no words and no prompts.
+
+    A LoRA that is still to be read is in ``file``; ``low`` is the file for the second of two
+    experts. ``blocks`` and ``layers`` select the part that counts, as in
+    :func:`.lora_files.blocks.filtered`. A recipe records ``sha256`` (of ``file``, or of both joined
+    by a plus) and ``reading``. ``source`` says where the words come from, as in
+    :class:`.lora_files.metadata.FoundPhrases`. ``changed`` is a time stamp of the files, so that a
+    cache treats a rewritten file as another concept. ``stated`` are the fields that were passed.
+
+    Raises :class:`ConceptError` for a field of the wrong type or out of range.
     """
 
-    lora: Lora | None
+    lora: Annotated[Lora | None, _AsItIs] = None
     prompts: Sequence[str] | None = None
     trigger: str = ""
-    class_word: str = ""
-    strength: float = setting(1.0, "The strength at which the LoRA would be loaded.")
-    weight: float = setting(1.0, "How much the concept counts in the merge.", low=0)
-    inputs: Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]] | None = None
-    text_strength: float | None = setting(
-        None, "The strength of the LoRA in the text encoders.", none="as strength"
-    )
+    class_word: Annotated[str, Field(validation_alias="class", serialization_alias="class")] = ""
+    strength: float = 1.0
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    inputs: Annotated[
+        Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]] | None, _AsItIs
+    ] = None
+    text_strength: float | None = None
     subjects: Sequence[str] = ()
-    kind: PromptKind = setting(  # noqa: RUF009
-        "subject", "The kind of concept for which its prompts are made."
-    )
-    always_on: AlwaysOn = setting("no", "Whether the LoRA is always on.")  # noqa: RUF009
+    kind: PromptKind = "subject"
+    always_on: AlwaysOn = "no"
+    file: Path | None = None
+    low: Path | None = None
+    blocks: str = ""
+    layers: str = ""
+    sha256: str = ""
+    reading: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    source: str = ""
+    changed: int = 0
+    stated: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        """Raise :class:`ConceptError` for a field of the wrong type or out of range."""
-        if isinstance(self.lora, str | Path):
-            raise ConceptError(
-                f"Concept({str(self.lora)!r}): a concept needs a LoRA, not a file name; pass "
-                f"host.read_lora({str(self.lora)!r}), which reads it for the base model."
-            )
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, values: Any, validate: Callable[[Any], Any]) -> Any:
+        """Turn pydantic's errors into :class:`ConceptError`, and any iterables into tuples."""
+        where = ""
+        if isinstance(values, ArgsKwargs):
+            names = (of.name for of in fields(cls))
+            values = dict(zip(names, values.args, strict=False)) | (values.kwargs or {})
+            lora = values.get("lora")
+            if isinstance(lora, str | Path):
+                raise ConceptError(
+                    f"Concept({str(lora)!r}): a concept needs a LoRA, not a file name; pass "
+                    f"host.read_lora({str(lora)!r}), which reads it for the base model."
+                )
+            where = f"{values.get('trigger') or getattr(lora, 'name', '') or 'base'}: "
+        if not isinstance(values, dict):  # it is a concept already
+            return validate(values)
+        values = {"stated": frozenset(values), **values}
         for name in ("prompts", "subjects"):
-            texts = getattr(self, name)
-            if isinstance(texts, Iterable) and not isinstance(texts, Sequence):
-                object.__setattr__(self, name, list(texts))  # which may be iterated only once
+            texts = values.get(name)
             if isinstance(texts, str):
                 raise ConceptError(
-                    f"{self.name}: {name} must be a list of strings, not one string; pass "
+                    f"{where}{name} must be a list of strings, not one string; pass "
                     f"{name}=[{texts!r}]."
                 )
+            if isinstance(texts, Iterable):  # maybe only once
+                values[name] = tuple(texts)
         try:
-            super().__post_init__()
-        except SettingsError as error:
-            raise ConceptError(f"{self.name}: {error}") from None
+            return validate(values)
+        except ValidationError as error:
+            raise ConceptError(f"{where}{first_mistake(error)}") from None
+
+    @field_validator(*_NUMBERS, mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # which pydantic takes for 0 or 1
+            raise ValueError("must be a number")
+        return value
+
+    @field_validator("blocks", "layers", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        """Of a list, whose items are the parts of the text."""
+        return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+    @field_validator("always_on", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return {"False": "no", "True": "yes"}.get(str(value), value)  # what YAML makes of them
+
+    @field_validator("reading")
+    @classmethod
+    def _reading(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
+        for name, kind in (("energy", int | float), ("blocks", str), ("layers", str)):
+            if name in value and not isinstance(value[name], kind):
+                raise ValueError(f"{name} is {value[name]!r}")
+        return value
 
     @classmethod
     def from_file(cls, host: Any, path: str | Path, **values: Any) -> Concept:
@@ -100,16 +183,60 @@ class Concept(Settings):
                 "as DiffusersHost(pipeline)."
             )
         lora = host.read_lora(path)
-        fields, _ = recognised(Path(path), lora.metadata, values.keys())
-        return cls(lora, **{**fields, **values})
+        known, _ = recognised(Path(path), lora.metadata, values.keys())
+        return cls(lora, **{**known, **values})
 
     @classmethod
     def preserve(cls, prompts: Sequence[str], weight: float = PRESERVE_WEIGHT) -> Concept:
         """Prompts on which the base model should not change."""
         return cls(None, prompts, trigger="preserve", weight=weight)
 
+    @classmethod
+    def from_dict(cls, values: Any, where: str) -> Concept:
+        """The inverse of :meth:`to_dict`. Error messages use ``where`` to name ``values``.
+
+        Raises :class:`ConceptError` for an unknown key or a value of the wrong type.
+        """
+        if not isinstance(values, Mapping):
+            raise ConceptError(f"{where} must be a mapping, not {values!r}.")
+        values = {k: v for k, v in values.items() if v is not None and (v != "" or k in _NUMBERS)}
+        for key in values:
+            if key not in CONCEPT_KEYS:
+                raise ConceptError(f"{where}: {unknown_key(key, CONCEPT_KEYS)}")
+        if isinstance(values.get("file"), str):
+            values["file"], values["low"] = split_files(values["file"])
+        elif values.get("prompts") is not None:
+            values = {"weight": PRESERVE_WEIGHT, "trigger": "preserve", **values}
+        if not {"file", "prompts"} & values.keys():
+            raise ConceptError(f"{where} has neither a file nor prompts that preserve the base.")
+        try:
+            concept = _CONCEPTS.validate_python(values)
+            concept.options()
+        except (ConceptError, SettingsError) as error:
+            raise ConceptError(f"{where}: {error}") from None
+        return concept
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of :data:`CONCEPT_KEYS`, in built-in types only."""
+        data = _CONCEPTS.dump_python(self, mode="json", by_alias=True, exclude={"lora", "inputs"})
+        data |= {"file": "+".join(map(str, self.files)) or None}
+        return {key: data[key] for key in CONCEPT_KEYS}
+
+    def recorded(self) -> Concept:
+        """A copy with the recorded name, hash and reading of its LoRA's file in place of it."""
+        lora = self.lora or Lora({})
+        file, low = split_files(lora.source) if lora.source else (None, None)
+        of_file = {"file": file, "low": low, "sha256": lora.sha256, "reading": lora.reading}
+        return replace(self, lora=None, blocks="", layers="", **of_file)
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for file in (self.file, self.low) if file is not None]
+
     @property
     def name(self) -> str:
+        if self.lora is None and self.file is not None:
+            return str(self.file)
         return self.trigger or (self.lora.name if self.lora is not None else "") or "base"
 
     @property
@@ -126,12 +253,48 @@ class Concept(Settings):
     @property
     def preserves(self) -> bool:
         """True if there is no LoRA, only prompts on which the base should not change."""
-        return self.lora is None
+        return self.lora is None and self.file is None
 
     @property
     def is_active(self) -> bool:
         """False for weight 0, or strength 0 everywhere: the concept is left out of the merge."""
         return self.weight > 0 and (self.preserves or any((self.strength, self.text_strength)))
+
+    def options(self, default: ReadOptions | None = None) -> ReadOptions:
+        """How its LoRA is read; by ``default`` unless a recipe recorded something else."""
+        default, recorded = default or ReadOptions(), self.reading
+        text = self.strength if self.text_strength is None else self.text_strength
+        return replace(
+            default,
+            allow_partial=bool(recorded.get("allow_partial")) or default.allow_partial,
+            energy=recorded.get("energy", default.energy),
+            text=text != 0,  # at strength 0 its text encoders may be another base's, or missing
+            blocks=self.blocks or recorded.get("blocks", ""),
+            layers=self.layers or recorded.get("layers", ""),
+        )
+
+    def called(self, phrases: Sequence[str], source: str = "") -> Concept:
+        """A copy with ``phrases`` as trigger words."""
+        return replace(self, **words_in(phrases), source=source)
+
+    def with_found_words(self, metadata: Mapping[str, str]) -> Concept:
+        """A copy with what the file says of itself, see :func:`recognised`."""
+        if self.file is None or self.always_on != "no":
+            return self
+        words = {name for name in ("trigger", "class_word", "subjects") if getattr(self, name)}
+        known = words if self.prompts is None else {"prompts"}
+        known |= self.stated & {"kind", "always_on"}
+        found, source = recognised(self.file, metadata, known)
+        return replace(self, **found, source=self.source if words else source)
+
+
+_CONCEPTS = TypeAdapter(Concept)
+
+
+def split_files(text: str) -> tuple[Path, Path | None]:
+    """FILE, or HIGH+LOW for a model with two experts."""
+    high, plus, low = text.partition(".safetensors+")
+    return (Path(f"{high}.safetensors"), Path(low)) if plus else (Path(text), None)
 
 
 _STEPS = 4
@@ -139,7 +302,7 @@ LEAST_SAMPLES = 12
 """Per concept; with fewer, a merge keeps too little."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Calibration(Settings):
     """Settings for the samples on which features are collected."""
 

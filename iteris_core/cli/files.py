@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from ..architectures import architecture_of_file
-from ..config import ConceptConfig
+from ..concepts import Concept
 from ..edit.bake import bake as bake_model
 from ..edit.bake import places_in, weight_in
 from ..errors import BaseError, UsageError
@@ -132,8 +132,7 @@ def convert(
     iteris convert cat.safetensors --layout peft -o cat-peft.safetensors
     """
     check_target(output, None, "float16", overwrite)
-    config = ConceptConfig(file=file)
-    check_concepts([config])
+    check_concepts([Concept(file=file)])
     check_apart([output], file, base)
     lora = lora_reader(base)(file, ReadOptions(allow_partial, energy))
     phrases, source = find_phrases(file, lora.metadata)
@@ -173,24 +172,24 @@ def bake(
     \b
     iteris bake model.safetensors --lora cat.safetensors:0.8 -o baked.safetensors
     """
-    configs = [parse_concept(text, option="--lora") for text in lora]
+    concepts = [parse_concept(text, option="--lora") for text in lora]
     if not base.is_file():
         raise BaseError(
             f"The base {base} is not a file; give a .safetensors checkpoint. For a diffusers "
             "folder use diffusers: load_lora_weights, fuse_lora and save_pretrained."
         )
-    if not all(config.files for config in configs):
+    if not all(concept.files for concept in concepts):
         raise UsageError("--lora must name a LoRA file.")
     check_base(str(base))
-    check_concepts(configs)
-    files = [config.files[0] for config in configs]
+    check_concepts(concepts)
+    files = [concept.files[0] for concept in concepts]
     check_target(output, None, "float16", overwrite)
     check_apart([output], base, *files)
     model = released_base(architecture_of_file(*read_header(files[0])).name)
     places, options = places_in(base, model), ReadOptions(allow_partial, energy)
     loras = [read_lora_file(file, model, weight_in(base, places), options) for file in files]
-    concepts = [config.concept(lora) for config, lora in zip(configs, loras, strict=True)]
-    changes = changes_always(concepts)
+    read = [replace(concept, lora=lora) for concept, lora in zip(concepts, loras, strict=True)]
+    changes = changes_always(read)
     with progress_bars(visible=not quiet) as on_progress:
 
         def tick(done: int, total: int) -> None:
@@ -198,7 +197,7 @@ def bake(
 
         bake_model(base, output, changes, places, DTYPES[dtype] if dtype else None, tick)
     if not quiet:
-        for read in loras:
-            for note in read.notes:
-                typer.echo(f"{read.name}: {note}")
+        for lora_read in loras:
+            for note in lora_read.notes:
+                typer.echo(f"{lora_read.name}: {note}")
         typer.echo(f"Wrote {output}: {len(changes)} layers changed.")

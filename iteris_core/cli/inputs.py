@@ -4,11 +4,11 @@ in LoRA files, trigger words and output paths."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..concepts import Concept, lines_of
-from ..config import ConceptConfig
 from ..errors import ConceptError, InputFileError, LoraFileError, OutputError, brief
 from ..lora import Lora
 from ..lora_files import Layout, is_lora, read_header, read_tensors
@@ -64,7 +64,7 @@ def open_images(*paths: Path) -> tuple[list[Path], list[Any]]:
     return listed, [open_picture(file) for file in listed]
 
 
-def check_concepts(concepts: Sequence[ConceptConfig]) -> list[Concept]:
+def check_concepts(concepts: Sequence[Concept]) -> list[Concept]:
     """Raise :class:`IterisError` for a missing file, one that is not a LoRA or a broken one, with
     NaN or missing parts.
 
@@ -91,7 +91,7 @@ def check_concepts(concepts: Sequence[ConceptConfig]) -> list[Concept]:
             embeddings, tensors, _ = split_embeddings(file, tensors, metadata)
             check_whole(file, tensors)
             loras.append(Lora({}, file.stem, metadata, embeddings=embeddings))
-        read += [concept.concept(lora) for lora in loras[:1]]
+        read += [replace(concept, lora=lora) for lora in loras[:1]]
         if concept.blocks and not any(weights_by_block(concept.blocks).values()):
             raise ConceptError(
                 f"{concept.name}: blocks={concept.blocks!r} leaves nothing of it; leave it out, or "
@@ -131,7 +131,7 @@ def check_embeddings(
     return files
 
 
-def warnings_of(concepts: Sequence[ConceptConfig]) -> Iterator[str]:
+def warnings_of(concepts: Sequence[Concept]) -> Iterator[str]:
     """A sentence for each concept that is probably a mistake."""
     counting = [concept for concept in concepts if concept.is_active]
     for concept, shared in zip(counting, shared_triggers(counting), strict=True):

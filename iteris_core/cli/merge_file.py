@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any, cast
@@ -15,15 +16,16 @@ from typing import Any, cast
 import typer
 import yaml
 
-from ..config import ConceptConfig, MergeConfig
-from ..errors import ConceptError, LoraFileError, MergeFileError, RecipeError, brief, did_you_mean
+from ..concepts import CONCEPT_KEYS, Concept
+from ..config import MergeConfig
+from ..errors import ConceptError, LoraFileError, MergeFileError, RecipeError, brief, unknown_key
 from ..lora_files.tensors import file_digest
 from .base import BUNDLED
 from .inputs import read_lines
 
 KEYS = ("base", "concepts", "settings", "calibration")
 """Keys that are not options of ``iteris merge``."""
-_CONCEPT = ConceptConfig.key_names()[:-3]
+_CONCEPT = CONCEPT_KEYS[:-3]
 """Keys of a concept; only recipes contain the last three."""
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 # A path may contain colons, as in C:\loras\cat.safetensors:sks:cat.
@@ -37,7 +39,7 @@ Find = Callable[[str], Path]
 """File name → path."""
 
 
-def parse_concept(text: str, find: Find = Path, option: str = "--concept") -> ConceptConfig:
+def parse_concept(text: str, find: Find = Path, option: str = "--concept") -> Concept:
     """Parse FILE[:TRIGGER:CLASS][:STRENGTH[/TEXT]][,KEY=VALUE]…, where FILE may be HIGH+LOW. Error
     messages name the ``option``."""
     where = f"{option} {text!r}"
@@ -46,9 +48,8 @@ def parse_concept(text: str, find: Find = Path, option: str = "--concept") -> Co
     for part in (head, *pairs):
         if unknown := _UNKNOWN_KEY.search(part):  # otherwise it would become part of the words
             raise ConceptError(
-                f"{where}: there is no key {unknown[1]!r}{did_you_mean(unknown[1], _CONCEPT)} The "
-                f"keys are {', '.join(_CONCEPT)}. Words with a comma and an = must go into a merge "
-                "file."
+                f"{where}: {unknown_key(unknown[1], _CONCEPT)} Words with a comma and an = must go "
+                "into a merge file."
             )
     split = [pair.partition("=") for pair in pairs]
     values = [*(_short(head, bool(pairs), where) if head else ()), *((k, v) for k, _, v in split)]
@@ -83,7 +84,7 @@ def _short(text: str, alone: bool, where: str) -> list[tuple[str, str]]:
     return [(key, value) for key, value in zip(keys, parts.groups(), strict=True) if value]
 
 
-def concept_of(entry: Any, where: str, find: Find = Path) -> ConceptConfig:
+def concept_of(entry: Any, where: str, find: Find = Path) -> Concept:
     """The concept of a merge file's ``entry``, text or mapping; ``find`` locates prompts."""
     if isinstance(entry, str):
         return parse_concept(entry, find)
@@ -92,15 +93,15 @@ def concept_of(entry: Any, where: str, find: Find = Path) -> ConceptConfig:
     values = dict(cast(Mapping[str, Any], entry))
     if isinstance(prompts := values.get("prompts"), str):
         values["prompts"] = read_lines(find(prompts))
-    return ConceptConfig.from_dict(values, where)
+    return Concept.from_dict(values, where)
 
 
-def found_in(folders: Sequence[Path], concept: ConceptConfig) -> ConceptConfig:
+def found_in(folders: Sequence[Path], concept: Concept) -> Concept:
     """``concept``, with its files looked up in ``folders``."""
     digests = concept.sha256.split("+")
     pairs = itertools.zip_longest(concept.files, digests, fillvalue="")
     files = [find_file(folders, str(name), digest) for name, digest in pairs if name]
-    return concept.model_copy(update=dict(zip(("file", "low"), files, strict=False)))
+    return replace(concept, **dict(zip(("file", "low"), files, strict=False)))
 
 
 def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
@@ -142,7 +143,7 @@ def use_merge_file(context: typer.Context, base: str | None) -> str | None:
         concept_of(entry, f"{path}: concept {number}", partial(beside, path))
         for number, entry in enumerate(cast("list[Any]", entries), 1)
     )
-    context.obj = path, MergeConfig.of_mapping(request, str(path))
+    context.obj = path, MergeConfig.from_dict(request, str(path))
     context.default_map = _defaults(context, path, data)
     if name is None or str(name) in BUNDLED:
         return name
@@ -185,11 +186,7 @@ def _defaults(context: typer.Context, file: Path, values: Mapping[Any, Any]) -> 
     for key, value in values.items():
         parameter = parameters.get(str(key))
         if parameter is None:
-            known = [*KEYS, *parameters]
-            raise MergeFileError(
-                f"{file}: there is no key {key!r}{did_you_mean(str(key), known)} The keys are "
-                f"{', '.join(known)}."
-            )
+            raise MergeFileError(f"{file}: {unknown_key(key, [*KEYS, *parameters])}")
         if value is None:
             continue
         if not isinstance(value, bool):  # as on the command line, where flags are flags too

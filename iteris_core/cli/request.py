@@ -4,12 +4,12 @@ merge file, or the recipe in a merged file."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from ..concepts import Calibration, over
-from ..config import ConceptConfig, MergeConfig, Unmergeable
+from ..concepts import CONCEPT_KEYS, Calibration, Concept, over
+from ..config import MergeConfig, Unmergeable
 from ..errors import ConceptError, MergeFileError, RecipeError, SettingsError, UsageError
 from ..lora_files import Layout, read_tensors
 from ..lora_files.metadata import parse_object
@@ -159,7 +159,6 @@ def requested(
 def read_recipe(path: Path) -> MergeConfig:
     """The recipe in a merged file. Raises :class:`IterisError` if there is none or it is broken."""
     recorded = parse_object(read_tensors(path)[1].get("iteris"))
-    known = ConceptConfig.key_names()
     try:
         if missing := [name for name in _WHOLE if recorded.get(name) is None]:
             raise MergeFileError(f"it has no {missing[0]}")
@@ -171,7 +170,7 @@ def read_recipe(path: Path) -> MergeConfig:
                     "is in no file."
                 )
             data["concepts"] = [
-                {key: value for key, value in entry.items() if key in known}
+                {key: value for key, value in entry.items() if key in CONCEPT_KEYS}
                 if isinstance(entry, dict)
                 else entry
                 for entry in data["concepts"]
@@ -194,7 +193,7 @@ def read_recipe(path: Path) -> MergeConfig:
         raise RecipeError(f"The recipe is not of this version: {error}") from error
 
 
-def _by_name(path: Path, concept: ConceptConfig) -> ConceptConfig:
+def _by_name(path: Path, concept: Concept) -> Concept:
     """``concept`` of the recipe in ``path``, with its files by their names alone: a recipe is
     untrusted, and a folder in it may be anybody's."""
     names = [Path(PureWindowsPath(file).name) for file in concept.files]
@@ -203,7 +202,7 @@ def _by_name(path: Path, concept: ConceptConfig) -> ConceptConfig:
             f"{path} has no SHA-256 of {names[0]} in its recipe, so no file can be known to be the "
             "one that was merged; give the LoRAs with --concept."
         )
-    return concept.model_copy(update=dict(zip(("file", "low"), names, strict=False)))
+    return replace(concept, **dict(zip(("file", "low"), names, strict=False)))
 
 
 def _checked(config: MergeConfig, method: str, where: str) -> MergeConfig:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.markup import escape
 
-from ..concepts import Calibration
-from ..config import ConceptConfig, read_concept
+from ..concepts import Calibration, Concept
+from ..config import read_concept
 from ..edit.extract import extract_lora
 from ..edit.resize import Reduced, resize_lora
 from ..errors import InputFileError, UsageError
@@ -93,23 +93,23 @@ def resize(context: typer.Context, options: ResizeOptions, calibration: dict[str
     how, output = options.run(calibration), options.output
     reading = ReadOptions(options.allow_partial)
     text = options.file
-    config = parse_concept(text) if ":" in Path(text).name else ConceptConfig(file=Path(text))
-    file = config.files[0]
+    concept = parse_concept(text) if ":" in Path(text).name else Concept(file=Path(text))
+    file = concept.files[0]
     check_target(output, options.layout, options.dtype, options.overwrite)
-    check_concepts([config])
+    check_concepts([concept])
     check_apart([output], file, options.base)
     if options.base is None:
         if calibration:
             name = next(iter(calibration)).replace("_", "-")
             raise UsageError(f"--{name} needs a base to run: pass --base.")
         lora, own_layout = read_by_own_names(file, reading)
-        concept, host = config.concept(lora), None
+        concept, host = replace(concept, lora=lora), None
     else:
         from ..hosts.diffusers import DiffusersHost
 
         how_loaded = options.device, options.base_dtype, options.offload
         host, own_layout = DiffusersHost(load_base(options.base, *how_loaded)), None
-        concept = read_concept(config, host, reading)
+        concept = read_concept(concept, host, reading)
     with progress_bars(visible=not options.quiet) as on_progress:
         reduced = resize_lora(concept, host=host, on_progress=on_progress, **how)
     options.save(reduced, options.layout or own_layout, file)

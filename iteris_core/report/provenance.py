@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..concepts import Concept
-from ..config import ConceptConfig, MergeConfig
+from ..config import MergeConfig
 from ..hosts.learned import EmbeddingTriggers
 from ..linalg import cut_to
 from ..lora import Lora, LowRank
@@ -105,7 +105,7 @@ def recipe(
 ) -> dict[str, object]:
     """What ``iteris merge --from`` needs, and each concept's phrases in the result (``called``)."""
     config = MergeConfig(
-        concepts=tuple(ConceptConfig.of(concept) for concept in concepts),
+        concepts=tuple(concept.recorded() for concept in concepts),
         method=report.method,
         settings=report.settings,
         calibration=report.calibration,
@@ -196,7 +196,7 @@ def lacks_of(concepts: Sequence[Concept]) -> list[str]:
     return lacks
 
 
-def shared_triggers(concepts: Sequence[Concept | ConceptConfig]) -> list[list[str]]:
+def shared_triggers(concepts: Sequence[Concept]) -> list[list[str]]:
     """For each concept, a sentence about each earlier one that prompts for either invoke too."""
     return [
         [told for other in concepts[:at] if (told := _clash(other, concept))]
@@ -204,7 +204,7 @@ def shared_triggers(concepts: Sequence[Concept | ConceptConfig]) -> list[list[st
     ]
 
 
-def _clash(one: Concept | ConceptConfig, two: Concept | ConceptConfig) -> str:
+def _clash(one: Concept, two: Concept) -> str:
     if one.preserves or two.preserves:
         return ""
     for concept, other in ((one, two), (two, one)):
