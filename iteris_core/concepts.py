@@ -431,6 +431,10 @@ class Calibration(Settings):
             raise SettingsError('templates must hold "{}" where the concept goes, once.')
 
 
+class HeldOut(Calibration):
+    """A calibration for rows that measure a merge, with words that no row of a fit has."""
+
+
 def over(values: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a calibration, ``upper`` over ``values``. A number of samples without a total is
     for each LoRA."""
@@ -475,7 +479,3 @@ def words_in(phrases: Sequence[str]) -> dict[str, Any]:
         "class_word": "" if before else after,
         "subjects": (phrase,) if before and trigger else (),
     }
-
-
-class HeldOut(Calibration):
-    """A calibration for rows that measure a merge, with words that no row of a fit has."""

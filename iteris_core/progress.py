@@ -72,11 +72,10 @@ class _Phase:
 
     def left(self, rate: float) -> float:
         """Seconds, at this phase's own rate as far as that is known."""
-        total = sum(self.steps)
+        total, done = sum(self.steps), self.done
         before = _FIRST * total
-        if not total:
-            return 0.0
-        return (total - self.done) * (self.took + rate * before) / (self.timed + before)
+        pace = (self.took + rate * before) / (self.timed + before) if total else 0.0
+        return (total - done) * pace
 
 
 class Forecast:

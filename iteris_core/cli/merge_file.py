@@ -29,9 +29,9 @@ _CONCEPT = CONCEPT_KEYS[:-3]
 """Keys of a concept; only recipes contain the last three."""
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 # A path may contain colons, as in C:\loras\cat.safetensors:sks:cat.
-_STRENGTHS = f"({_NUMBER})(?:/({_NUMBER}))?"
-_SHORT = re.compile(f"(.+?):([^:]*):([^:]*)(?::{_STRENGTHS})?")
-_WORDLESS = re.compile(rf"(.+\.safetensors)(?::{_STRENGTHS})?")
+_STRENGTHS = f"(?P<strength>{_NUMBER})(?:/(?P<text_strength>{_NUMBER}))?"
+_SHORT = re.compile(f"(?P<file>.+?):(?P<trigger>[^:]*):(?P<class>[^:]*)(?::{_STRENGTHS})?")
+_WORDLESS = re.compile(rf"(?P<file>.+\.safetensors)(?::{_STRENGTHS})?")
 _KEY = re.compile(rf",\s*(?=(?:{'|'.join(_CONCEPT)})=)")
 _UNKNOWN_KEY = re.compile(r",\s*([A-Za-z_]\w*)=")
 
@@ -51,17 +51,16 @@ def parse_concept(text: str, find: Find = Path, option: str = "--concept") -> Co
                 f"{where}: {unknown_key(unknown[1], _CONCEPT)} Words with a comma and an = must go "
                 "into a merge file."
             )
-    split = [pair.partition("=") for pair in pairs]
-    values = [*(_short(head, bool(pairs), where) if head else ()), *((k, v) for k, _, v in split)]
-    keys = [key for key, _ in values]
-    if twice := sorted({key for key in keys if keys.count(key) > 1}):
-        raise ConceptError(f"{where} gives {', '.join(twice)} twice; leave one out.")
-    return concept_of(dict(values), where, find)
+    values = _short(head, bool(pairs), where) if head else {}
+    for key, _, value in (pair.partition("=") for pair in pairs):
+        if key in values:
+            raise ConceptError(f"{where} gives {key} twice; leave one out.")
+        values[key] = value
+    return concept_of(values, where, find)
 
 
-def _short(text: str, alone: bool, where: str) -> list[tuple[str, str]]:
+def _short(text: str, alone: bool, where: str) -> dict[str, str]:
     """Keys and values in a concept's text before any KEY=VALUE."""
-    keys = ("file", "strength", "text_strength")
     parts = _WORDLESS.fullmatch(text)
     if parts is None:
         _, named, words = text.rpartition(".safetensors:")
@@ -71,9 +70,9 @@ def _short(text: str, alone: bool, where: str) -> list[tuple[str, str]]:
                 f"{where}: the strength must be a number such as 0.8, or two such as 0.8/0.5 "
                 f"(model and text encoders), not {strength!r}."
             )
-        keys, parts = ("file", "trigger", "class", *keys[1:]), _SHORT.fullmatch(text)
+        parts = _SHORT.fullmatch(text)
         if parts is None and alone and not named:
-            return [("file", text)]
+            return {"file": text}
     if parts is None:
         raise ConceptError(
             f"{where} is not FILE:TRIGGER:CLASS or FILE, if its metadata contain a trigger, with a "
@@ -81,7 +80,7 @@ def _short(text: str, alone: bool, where: str) -> list[tuple[str, str]]:
             "cat.safetensors:sks:cat:0.8/0.5, optionally followed by ,weight=2 or "
             ",prompts=cat.txt; or FILE,trigger=sks without a class."
         )
-    return [(key, value) for key, value in zip(keys, parts.groups(), strict=True) if value]
+    return {key: value for key, value in parts.groupdict().items() if value}
 
 
 def concept_of(entry: Any, where: str, find: Find = Path) -> Concept:
