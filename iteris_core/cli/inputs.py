@@ -75,7 +75,6 @@ def check_concepts(concepts: Sequence[Concept]) -> list[Concept]:
         raise ConceptError("There is nothing to merge: every concept has strength or weight 0.")
     read: list[Concept] = []
     for concept in concepts:
-        loras: list[Lora] = []
         for file in concept.files:
             shapes, _ = read_header(file)
             if not shapes:
@@ -90,8 +89,9 @@ def check_concepts(concepts: Sequence[Concept]) -> list[Concept]:
             tensors, metadata = read_tensors(file)
             embeddings, tensors, _ = split_embeddings(file, tensors, metadata)
             check_whole(file, tensors)
-            loras.append(Lora({}, file.stem, metadata, embeddings=embeddings))
-        read += [replace(concept, lora=lora) for lora in loras[:1]]
+            if file == concept.file:  # of two experts, the first has the words
+                lora = Lora({}, file.stem, metadata, embeddings=embeddings)
+                read.append(replace(concept, lora=lora))
         if concept.blocks and not any(weights_by_block(concept.blocks).values()):
             raise ConceptError(
                 f"{concept.name}: blocks={concept.blocks!r} leaves nothing of it; leave it out, or "

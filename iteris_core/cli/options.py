@@ -177,19 +177,16 @@ def parse_settings(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split ``NAME=VALUE`` pairs into settings of a method, of that ``kind``, and of the
     calibration."""
-    values: dict[str, Any] = {}
-    calibration: dict[str, Any] = {}
+    parsed: dict[type[Settings], dict[str, Any]] = {kind: {}, Calibration: {}}
     for pair in pairs:
         where, (name, equals, text) = f"--set {pair!r}", pair.partition("=")
         if not equals:
             raise SettingsError(f"{where}: write NAME=VALUE, such as rank=16.")
-        if name in declared_settings(kind):
-            values |= check_settings(kind, {name: text}, where)
-        elif name in declared_settings(Calibration):
-            calibration |= check_settings(Calibration, {name: text}, where)
-        else:
-            raise _unknown(where, name, kind, Calibration)
-    return values, calibration
+        owner = next((owner for owner in parsed if name in declared_settings(owner)), None)
+        if owner is None:
+            raise _unknown(where, name, *parsed)
+        parsed[owner] |= check_settings(owner, {name: text}, where)
+    return parsed[kind], parsed[Calibration]
 
 
 def check_settings(kind: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
