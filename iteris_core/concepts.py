@@ -54,7 +54,7 @@ CONCEPT_KEYS = (
 )  # fmt: skip
 """Keys of :meth:`Concept.to_dict`; people write all but the last three."""
 _NUMBERS = ("strength", "text_strength", "weight")
-_AsItIs = GetPydanticSchema(lambda *_: core_schema.any_schema())
+_AsItIs = GetPydanticSchema(lambda source, handler: core_schema.any_schema())
 
 
 @dataclass(
