@@ -115,34 +115,37 @@ class Concept:
     @model_validator(mode="wrap")
     @classmethod
     def _explain(cls, values: Any, validate: Callable[[Any], Any]) -> Any:
-        """Turn pydantic's errors into :class:`ConceptError`, and any iterables into tuples."""
+        """Note which fields were passed, and turn pydantic's errors into :class:`ConceptError`."""
         where = ""
         if isinstance(values, ArgsKwargs):
             names = (of.name for of in fields(cls))
             values = dict(zip(names, values.args, strict=False)) | (values.kwargs or {})
-            lora = values.get("lora")
-            if isinstance(lora, str | Path):
-                raise ConceptError(
-                    f"Concept({str(lora)!r}): a concept needs a LoRA, not a file name; pass "
-                    f"host.read_lora({str(lora)!r}), which reads it for the base model."
-                )
-            where = f"{values.get('trigger') or getattr(lora, 'name', '') or 'base'}: "
-        if not isinstance(values, dict):  # it is a concept already
-            return validate(values)
-        values = {"stated": frozenset(values), **values}
-        for name in ("prompts", "subjects"):
-            texts = values.get(name)
-            if isinstance(texts, str):
-                raise ConceptError(
-                    f"{where}{name} must be a list of strings, not one string; pass "
-                    f"{name}=[{texts!r}]."
-                )
-            if isinstance(texts, Iterable):  # maybe only once
-                values[name] = tuple(texts)
+            name = values.get("trigger") or getattr(values.get("lora"), "name", "")
+            where = f"{name or 'base'}: "
+        if isinstance(values, dict):  # otherwise it is a concept already
+            values = {"stated": frozenset(values), **values}
         try:
             return validate(values)
         except ValidationError as error:
             raise ConceptError(f"{where}{first_mistake(error)}") from None
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _lora(cls, value: Any) -> Any:
+        if isinstance(value, str | Path):
+            raise ConceptError(
+                f"Concept({str(value)!r}): a concept needs a LoRA, not a file name; pass "
+                f"host.read_lora({str(value)!r}), which reads it for the base model."
+            )
+        return value
+
+    @field_validator("prompts", "subjects", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"must be a list of strings, such as [{value!r}]")
+        iterates = isinstance(value, Iterable) and not isinstance(value, Mapping)
+        return tuple(value) if iterates else value
 
     @field_validator(*_NUMBERS, mode="before")
     @classmethod
