@@ -12,13 +12,14 @@ from pydantic import (
     ConfigDict,
     Field,
     GetPydanticSchema,
+    StrictFloat,
     TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
-from pydantic_core import ArgsKwargs, core_schema
+from pydantic_core import ArgsKwargs, PydanticCustomError, core_schema
 
 from .errors import ConceptError, SettingsError, first_mistake, unknown_key
 from .lora import Lora
@@ -93,12 +94,12 @@ class Concept:
     prompts: Sequence[str] | None = None
     trigger: str = ""
     class_word: Annotated[str, Field(validation_alias="class", serialization_alias="class")] = ""
-    strength: float = 1.0
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    strength: StrictFloat = 1.0
+    weight: Annotated[StrictFloat, Field(ge=0)] = 1.0
     inputs: Annotated[
         Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]] | None, _AsItIs
     ] = None
-    text_strength: float | None = None
+    text_strength: StrictFloat | None = None
     subjects: Sequence[str] = ()
     kind: PromptKind = "subject"
     always_on: AlwaysOn = "no"
@@ -118,7 +119,7 @@ class Concept:
         """Note which fields were passed, and turn pydantic's errors into :class:`ConceptError`."""
         where = ""
         if isinstance(values, ArgsKwargs):
-            names = (of.name for of in fields(cls))
+            names = (named.name for named in fields(cls))
             values = dict(zip(names, values.args, strict=False)) | (values.kwargs or {})
             name = values.get("trigger") or getattr(values.get("lora"), "name", "")
             where = f"{name or 'base'}: "
@@ -143,9 +144,10 @@ class Concept:
     @classmethod
     def _texts(cls, value: Any) -> Any:
         if isinstance(value, str):
-            raise ValueError(f"must be a list of strings, such as [{value!r}]")
-        iterates = isinstance(value, Iterable) and not isinstance(value, Mapping)
-        return tuple(value) if iterates else value
+            expected = f"Input should be a list of strings, such as [{value!r}]"
+            raise PydanticCustomError("list_type", "{expected}", {"expected": expected})
+        once = isinstance(value, Iterable) and not isinstance(value, Sequence | Mapping)
+        return list(value) if once else value
 
     @field_validator(*_NUMBERS, mode="before")
     @classmethod
@@ -203,7 +205,9 @@ class Concept:
         if not isinstance(values, Mapping):
             raise ConceptError(f"{where} must be a mapping, not {values!r}.")
         values = {k: v for k, v in values.items() if v is not None and (v != "" or k in _NUMBERS)}
-        for key in values:
+        for key, value in values.items():
+            if key in ("prompts", "subjects") and isinstance(value, list):
+                values[key] = tuple(value)
             if key not in CONCEPT_KEYS:
                 raise ConceptError(f"{where}: {unknown_key(key, CONCEPT_KEYS)}")
         if isinstance(values.get("file"), str):
@@ -213,7 +217,7 @@ class Concept:
         if not {"file", "prompts"} & values.keys():
             raise ConceptError(f"{where} has neither a file nor prompts that preserve the base.")
         try:
-            concept = _CONCEPTS.validate_python(values)
+            concept = _CONCEPTS.validate_python(values, strict=False)  # numbers may be text
             concept.options()
         except (ConceptError, SettingsError) as error:
             raise ConceptError(f"{where}: {error}") from None

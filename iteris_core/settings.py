@@ -210,7 +210,7 @@ def declared_settings(owner: type) -> Mapping[str, Setting]:
 def _parts(hint: Any) -> list[Any]:
     """The types of a union and the values of a Literal."""
     inner = get_args(hint)
-    return [part for of in inner for part in _parts(of)] if inner else [hint]
+    return [part for kind in inner for part in _parts(kind)] if inner else [hint]
 
 
 PresetName = Literal["default", "fast", "best", "tidy", "paper"]

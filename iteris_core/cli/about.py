@@ -43,8 +43,8 @@ def methods(
 def setting_rows(owner: type[Settings]) -> list[tuple[str, ...]]:
     """A row below :data:`HEADINGS` for each setting."""
     return [
-        (name, of.shown(of.default), of.allowed(), of.explained())
-        for name, of in declared_settings(owner).items()
+        (name, setting.shown(setting.default), setting.allowed(), setting.explained())
+        for name, setting in declared_settings(owner).items()
     ]
 
 

@@ -61,7 +61,8 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
 
             pipeline = load_base(config.base, device, options.base_dtype, options.offload)
             host = DiffusersHost(pipeline, **call)
-        concepts = [read_concept(of, host or ReleasedBases(), reading) for of in config.concepts]
+        reader = host or ReleasedBases()
+        concepts = [read_concept(concept, reader, reading) for concept in config.concepts]
         check_embeddings(concepts, options.output, options.layout, overwrite=options.overwrite)
         on_progress(Progress("loading the base", 1, 1))
         how: dict[str, Any] = {**config.choices, "on_progress": on_progress}
@@ -89,7 +90,7 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
 def _check(config: MergeConfig, options: MergeOptions) -> None:
     """Raise :class:`IterisError` if the merge could not run or its result not be written."""
     output, overwrite = options.output, options.overwrite
-    paths = expert_files(output) if any(of.low for of in config.concepts) else (output,)
+    paths = expert_files(output) if any(concept.low for concept in config.concepts) else (output,)
     for path in paths:
         check_target(path, options.layout, options.dtype, overwrite)
         if options.card:

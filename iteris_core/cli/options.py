@@ -129,7 +129,7 @@ def setting_names(incomplete: str) -> list[tuple[str, str]]:
     """Shell completions for ``NAME=``: the settings of iteris and the calibration."""
     owners = (find_method("iteris").settings, Calibration)
     declared = [pair for owner in owners for pair in declared_settings(owner).items()]
-    return [(f"{name}=", of.help) for name, of in declared if name.startswith(incomplete)]
+    return [(f"{name}=", setting.help) for name, setting in declared if name.startswith(incomplete)]
 
 
 def is_setting(name: str) -> bool:
@@ -143,8 +143,9 @@ def command(options: type[_O]) -> Callable[[_Run[_O]], Callable[..., None]]:
     The function receives the settings that were passed, by name."""
     hints, declared = get_type_hints(options, include_extras=True), declared_settings(Calibration)
     hinted: dict[str, tuple[Any, Any]] = {"context": (typer.Context, Parameter.empty)}
-    for of in fields(cast(Any, options)):
-        hinted[of.name] = hints[of.name], of.metadata.get(_TYPER, of.default)
+    for option_field in fields(cast(Any, options)):
+        name, default = option_field.name, option_field.default
+        hinted[name] = hints[name], option_field.metadata.get(_TYPER, default)
     for name, setting in declared.items():
         help = f"{setting.explained()} Default: {setting.shown(setting.default)}."
         form = f"<{'|'.join(setting.choices) or setting.kind.__name__}>"

@@ -161,7 +161,7 @@ def test_a_sum_is_never_silent(host):
 
 def test_what_makes_no_sense_is_refused():
     allowed = "always_on: Input should be 'no', 'include' or 'outside'"
-    with pytest.raises(ConceptError, match=f"base: {allowed}"):
+    with pytest.raises(ConceptError, match=f"lora-1: {allowed}"):
         Concept(make_lora(1), always_on="yes")  # pyright: ignore
     with pytest.raises(SettingsError, match="only a concept with a LoRA can be always on"):
         merge_loras(None, [Concept(None, ["a"], always_on="include")], "average")
