@@ -224,17 +224,14 @@ class Concept:
         return concept
 
     def to_dict(self) -> dict[str, Any]:
-        """All of :data:`CONCEPT_KEYS`, in built-in types only."""
+        """All of :data:`CONCEPT_KEYS`, in built-in types only, with what a LoRA that is read
+        records of its file."""
         data = _CONCEPTS.dump_python(self, mode="json", by_alias=True, exclude={"lora", "inputs"})
-        data |= {"file": "+".join(map(str, self.files)) or None}
+        data["file"] = "+".join(map(str, self.files)) or None
+        if self.lora is not None:
+            recorded = {"sha256": self.lora.sha256, "reading": dict(self.lora.reading)}
+            data |= {"file": self.lora.source or None, "blocks": "", "layers": "", **recorded}
         return {key: data[key] for key in CONCEPT_KEYS}
-
-    def recorded(self) -> Concept:
-        """A copy with the recorded name, hash and reading of its LoRA's file in place of it."""
-        lora = self.lora or Lora({})
-        file, low = split_files(lora.source) if lora.source else (None, None)
-        of_file = {"file": file, "low": low, "sha256": lora.sha256, "reading": lora.reading}
-        return replace(self, lora=None, blocks="", layers="", **of_file)
 
     @property
     def files(self) -> list[Path]:

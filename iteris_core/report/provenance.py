@@ -105,7 +105,7 @@ def recipe(
 ) -> dict[str, object]:
     """What ``iteris merge --from`` needs, and each concept's phrases in the result (``called``)."""
     config = MergeConfig(
-        concepts=tuple(concept.recorded() for concept in concepts),
+        concepts=tuple(concepts),
         method=report.method,
         settings=report.settings,
         calibration=report.calibration,
