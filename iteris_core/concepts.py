@@ -226,7 +226,8 @@ class Concept:
     def to_dict(self) -> dict[str, Any]:
         """All of :data:`CONCEPT_KEYS`, in built-in types only, with what a LoRA that is read
         records of its file."""
-        data = _CONCEPTS.dump_python(self, mode="json", by_alias=True, exclude={"lora", "inputs"})
+        how: Any = {"mode": "json", "by_alias": True, "warnings": False}
+        data = _CONCEPTS.dump_python(self, exclude={"lora", "inputs"}, **how)
         data["file"] = "+".join(map(str, self.files)) or None
         if self.lora is not None:
             recorded = {"sha256": self.lora.sha256, "reading": dict(self.lora.reading)}
