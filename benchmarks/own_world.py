@@ -25,7 +25,7 @@ from iteris_core.cli.base import check_base, device_of, load_base
 from iteris_core.cli.inputs import check_concepts, open_images
 from iteris_core.cli.merge_file import base_in, beside, concept_of, read_mapping
 from iteris_core.cli.options import check_settings
-from iteris_core.config import ConceptConfig, read_concept
+from iteris_core.config import read_concept
 from iteris_core.errors import ConceptError, MergeFileError, ScoreError, brief, did_you_mean
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.diffusers_loop import is_modular
@@ -48,7 +48,7 @@ SPREAD = 4
 class Subject:
     """A concept: its LoRA files, one of each training, and the pictures that show it."""
 
-    trainings: Sequence[ConceptConfig]
+    trainings: Sequence[Concept]
     references: Sequence[Image.Image]
 
 
@@ -183,7 +183,7 @@ class OwnWorld:
             for number, config in enumerate(of.trainings)
         }
 
-    def _read(self, config: ConceptConfig) -> Concept:
+    def _read(self, config: Concept) -> Concept:
         """The concept with its strength in the LoRA."""
         concept = read_concept(config, self.host)
         lora = concept.lora

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from .errors import ConceptError, SettingsError
+from pydantic import (
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    StrictFloat,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs, PydanticCustomError, core_schema
+
+from .errors import ConceptError, SettingsError, first_mistake, unknown_key
 from .lora import Lora
+from .lora_files import ReadOptions
 from .lora_files.metadata import ALWAYS_ON, bare, find_phrases, noted_tags, parted, purpose_of
 from .settings import Settings, setting
-
-if TYPE_CHECKING:
-    from .hosts.protocol import Host
 
 PromptKind = Literal["subject", "style", "tags", "video"]
 AlwaysOn = Literal["no", "include", "outside"]
@@ -38,94 +49,134 @@ PRESERVE_WEIGHT = 0.2
 """Weight of prompts on which the base model should not change; a large one weakens the concepts."""
 
 
-class Phrased(ABC):
-    """The words and the weight of a concept, whether its LoRA is read or still in a file."""
-
-    if TYPE_CHECKING:  # each declares its own
-        trigger: Any
-        class_word: Any
-        subjects: Any
-        strength: Any
-        text_strength: Any
-        weight: Any
-
-    @property
-    def phrases(self) -> Sequence[str]:
-        """The concept's trigger words with its class word; usually one phrase."""
-        one = f"{self.trigger} {self.class_word}".strip()
-        return self.subjects or ([one] if one else [])
-
-    @property
-    def subject(self) -> str:
-        """All phrases of the concept in one prompt."""
-        return " and ".join(self.phrases)
-
-    @property
-    def counts(self) -> bool:
-        """False for weight 0, or strength 0 everywhere: the concept is left out of the merge."""
-        return self.weight > 0 and (self.preserves or any((self.strength, self.text_strength)))
-
-    @property
-    @abstractmethod
-    def preserves(self) -> bool:
-        """True if there is no LoRA, only prompts on which the base should not change."""
+CONCEPT_KEYS = (
+    "file", "trigger", "class", "kind", "always_on", "strength", "text_strength", "weight",
+    "blocks", "layers", "prompts", "subjects", "sha256", "reading",
+)  # fmt: skip
+"""Keys of :meth:`Concept.to_dict`; people write all but the last three."""
+_NUMBERS = ("strength", "text_strength", "weight")
+_AsItIs = GetPydanticSchema(lambda source, handler: core_schema.any_schema())
 
 
-@dataclass(frozen=True)
-class Concept(Phrased, Settings):
+@dataclass(
+    frozen=True,
+    config=ConfigDict(
+        extra="forbid", populate_by_name=True, allow_inf_nan=False, coerce_numbers_to_str=True
+    ),
+)
+class Concept:
     """One LoRA, its trigger words and its weight.
 
     ``prompts`` are used as they are; on others the merge keeps only a part of the LoRA. Without
     them, the templates of ``kind`` make prompts from ``trigger`` and ``class_word``, or from each
-    of several ``subjects`` in turn (for a LoRA that is itself a merge). ``inputs``, or what calling
-    it returns, are batches of keyword arguments for hosts that do not work from prompts.
-    ``lora=None`` keeps the base model as it is, see :meth:`preserve`.
+    of several ``subjects`` in turn (for a LoRA that is itself a merge). ``strength`` is that at
+    which the LoRA would be loaded, ``text_strength`` that in the text encoders (None: the same);
+    ``weight`` is how much the concept counts in the merge. ``inputs``, or what calling it returns,
+    are batches of keyword arguments for hosts that do not work from prompts. Without ``lora`` and
+    ``file`` the base model should not change, see :meth:`preserve`.
 
     ``always_on`` is for a LoRA that acts on every prompt: a speed LoRA (turbo, lightning), or a
     style, slider or detailer without a trigger. It is on while the others are merged. With
     ``include`` its change becomes part of the merged LoRA; with ``outside`` it is loaded beside it.
     Such a LoRA needs no words and no prompts.
+
+    A LoRA that is still to be read is in ``file``; ``low`` is the file for the second of two
+    experts. ``blocks`` and ``layers`` select the part that counts, as in
+    :func:`.lora_files.blocks.filtered`. A recipe records ``sha256`` (of ``file``, or of both joined
+    by a plus) and ``reading``. ``source`` says where the words come from, as in
+    :func:`.lora_files.metadata.find_phrases`. ``changed`` is a time stamp of the files, so that a
+    cache treats a rewritten file as another concept. ``stated`` are the fields that were passed.
+
+    Raises :class:`ConceptError` for a field of the wrong type or out of range.
     """
 
-    lora: Lora | None
+    lora: Annotated[Lora | None, _AsItIs] = None
     prompts: Sequence[str] | None = None
     trigger: str = ""
-    class_word: str = ""
-    strength: float = setting(1.0, "The strength at which the LoRA would be loaded.")
-    weight: float = setting(1.0, "How much the concept counts in the merge.", low=0)
-    inputs: Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]] | None = None
-    text_strength: float | None = setting(
-        None, "The strength of the LoRA in the text encoders.", none="as strength"
-    )
+    class_word: Annotated[str, Field(validation_alias="class", serialization_alias="class")] = ""
+    strength: StrictFloat = 1.0
+    weight: Annotated[StrictFloat, Field(ge=0)] = 1.0
+    inputs: Annotated[
+        Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]] | None, _AsItIs
+    ] = None
+    text_strength: StrictFloat | None = None
     subjects: Sequence[str] = ()
-    kind: PromptKind = setting(  # noqa: RUF009
-        "subject", "The kind of concept for which its prompts are made."
-    )
-    always_on: AlwaysOn = setting("no", "Whether the LoRA is always on.")  # noqa: RUF009
+    kind: PromptKind = "subject"
+    always_on: AlwaysOn = "no"
+    file: Path | None = None
+    low: Path | None = None
+    blocks: str = ""
+    layers: str = ""
+    sha256: str = ""
+    reading: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    source: str = ""
+    changed: int = 0
+    stated: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        """Raise :class:`ConceptError` for a field of the wrong type or out of range."""
-        if isinstance(self.lora, str | Path):
-            raise ConceptError(
-                f"Concept({str(self.lora)!r}): a concept needs a LoRA, not a file name; pass "
-                f"host.read_lora({str(self.lora)!r}), which reads it for the base model."
-            )
-        for name in ("prompts", "subjects"):
-            given = getattr(self, name)
-            if isinstance(given, Iterable) and not isinstance(given, Sequence):
-                object.__setattr__(self, name, list(given))  # which may be iterated only once
-            if isinstance(given, str):
-                raise ConceptError(
-                    f"{self.name}: {name} must be a list of strings, not one string; pass "
-                    f"{name}=[{given!r}]."
-                )
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, values: Any, validate: Callable[[Any], Any]) -> Any:
+        """Note which fields were passed, and turn pydantic's errors into :class:`ConceptError`."""
+        where = ""
+        if isinstance(values, ArgsKwargs):
+            names = (named.name for named in fields(cls))
+            values = dict(zip(names, values.args, strict=False)) | (values.kwargs or {})
+            name = values.get("trigger") or getattr(values.get("lora"), "name", "")
+            where = f"{name or 'base'}: "
+        if isinstance(values, dict):  # otherwise it is a concept already
+            values = {"stated": frozenset(values), **values}
         try:
-            super().__post_init__()
-        except SettingsError as error:
-            raise ConceptError(f"{self.name}: {error}") from None
+            return validate(values)
+        except ValidationError as error:
+            raise ConceptError(f"{where}{first_mistake(error)}") from None
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _lora(cls, value: Any) -> Any:
+        if isinstance(value, str | Path):
+            raise ConceptError(
+                f"Concept({str(value)!r}): a concept needs a LoRA, not a file name; pass "
+                f"host.read_lora({str(value)!r}), which reads it for the base model."
+            )
+        return value
+
+    @field_validator("prompts", "subjects", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            expected = f"Input should be a list of strings, such as [{value!r}]"
+            raise PydanticCustomError("list_type", "{expected}", {"expected": expected})
+        once = isinstance(value, Iterable) and not isinstance(value, Sequence | Mapping)
+        return list(value) if once else value
+
+    @field_validator(*_NUMBERS, mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # which pydantic takes for 0 or 1
+            raise ValueError("must be a number")
+        return value
+
+    @field_validator("blocks", "layers", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        """Of a list, whose items are the parts of the text."""
+        return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+    @field_validator("always_on", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return {"False": "no", "True": "yes"}.get(str(value), value)  # what YAML makes of them
+
+    @field_validator("reading")
+    @classmethod
+    def _reading(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
+        for name, kind in (("energy", int | float), ("blocks", str), ("layers", str)):
+            if name in value and not isinstance(value[name], kind):
+                raise ValueError(f"{name} is {value[name]!r}")
+        return value
 
     @classmethod
-    def from_file(cls, host: Host, path: str | Path, **values: Any) -> Concept:
+    def from_file(cls, host: Any, path: str | Path, **values: Any) -> Concept:
         """The LoRA in a file, read for the base model of ``host``.
 
         ``values`` are the other fields, such as ``strength=0.8``; :func:`recognised` adds to them.
@@ -137,21 +188,118 @@ class Concept(Phrased, Settings):
                 "as DiffusersHost(pipeline)."
             )
         lora = host.read_lora(path)
-        found, _ = recognised(Path(path), lora.metadata, values.keys())
-        return cls(lora, **{**found, **values})
+        known, _ = recognised(Path(path), lora.metadata, values.keys())
+        return cls(lora, **{**known, **values})
 
     @classmethod
     def preserve(cls, prompts: Sequence[str], weight: float = PRESERVE_WEIGHT) -> Concept:
         """Prompts on which the base model should not change."""
         return cls(None, prompts, trigger="preserve", weight=weight)
 
+    @classmethod
+    def from_dict(cls, values: Any, where: str) -> Concept:
+        """The inverse of :meth:`to_dict`. Error messages use ``where`` to name ``values``.
+
+        Raises :class:`ConceptError` for an unknown key or a value of the wrong type.
+        """
+        if not isinstance(values, Mapping):
+            raise ConceptError(f"{where} must be a mapping, not {values!r}.")
+        values = {k: v for k, v in values.items() if v is not None and (v != "" or k in _NUMBERS)}
+        for key, value in values.items():
+            if key in ("prompts", "subjects") and isinstance(value, list):
+                values[key] = tuple(value)
+            if key not in CONCEPT_KEYS:
+                raise ConceptError(f"{where}: {unknown_key(key, CONCEPT_KEYS)}")
+        if isinstance(values.get("file"), str):
+            values["file"], values["low"] = split_files(values["file"])
+        elif values.get("prompts") is not None:
+            values = {"weight": PRESERVE_WEIGHT, "trigger": "preserve", **values}
+        if not {"file", "prompts"} & values.keys():
+            raise ConceptError(f"{where} has neither a file nor prompts that preserve the base.")
+        try:
+            concept = _CONCEPTS.validate_python(values, strict=False)  # numbers may be text
+            concept.options()
+        except (ConceptError, SettingsError) as error:
+            raise ConceptError(f"{where}: {error}") from None
+        return concept
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of :data:`CONCEPT_KEYS`, in built-in types only, with what a LoRA that is read
+        records of its file."""
+        how: Any = {"mode": "json", "by_alias": True, "warnings": False}
+        data = _CONCEPTS.dump_python(self, exclude={"lora", "inputs"}, **how)
+        data["file"] = "+".join(map(str, self.files)) or None
+        if self.lora is not None:
+            recorded = {"sha256": self.lora.sha256, "reading": dict(self.lora.reading)}
+            data |= {"file": self.lora.source or None, "blocks": "", "layers": "", **recorded}
+        return {key: data[key] for key in CONCEPT_KEYS}
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for file in (self.file, self.low) if file is not None]
+
     @property
     def name(self) -> str:
+        if self.lora is None and self.file is not None:
+            return str(self.file)
         return self.trigger or (self.lora.name if self.lora is not None else "") or "base"
 
     @property
+    def phrases(self) -> Sequence[str]:
+        """The trigger words with the class word; usually one phrase."""
+        phrase = f"{self.trigger} {self.class_word}".strip()
+        return self.subjects or ([phrase] if phrase else [])
+
+    @property
+    def subject(self) -> str:
+        """All phrases of the concept in one prompt."""
+        return " and ".join(self.phrases)
+
+    @property
     def preserves(self) -> bool:
-        return self.lora is None
+        """True if there is no LoRA, only prompts on which the base should not change."""
+        return self.lora is None and self.file is None
+
+    @property
+    def is_active(self) -> bool:
+        """False for weight 0, or strength 0 everywhere: the concept is left out of the merge."""
+        return self.weight > 0 and (self.preserves or any((self.strength, self.text_strength)))
+
+    def options(self, default: ReadOptions | None = None) -> ReadOptions:
+        """How its LoRA is read; by ``default`` unless a recipe recorded something else."""
+        default, recorded = default or ReadOptions(), self.reading
+        text = self.strength if self.text_strength is None else self.text_strength
+        return replace(
+            default,
+            allow_partial=bool(recorded.get("allow_partial")) or default.allow_partial,
+            energy=recorded.get("energy", default.energy),
+            text=text != 0,  # at strength 0 its text encoders may be another base's, or missing
+            blocks=self.blocks or recorded.get("blocks", ""),
+            layers=self.layers or recorded.get("layers", ""),
+        )
+
+    def called(self, phrases: Sequence[str], source: str = "") -> Concept:
+        """A copy with ``phrases`` as trigger words."""
+        return replace(self, **words_in(phrases), source=source)
+
+    def with_found_words(self, metadata: Mapping[str, str]) -> Concept:
+        """A copy with what the file says of itself, see :func:`recognised`."""
+        if self.file is None or self.always_on != "no":
+            return self
+        words = {name for name in ("trigger", "class_word", "subjects") if getattr(self, name)}
+        known = words if self.prompts is None else {"prompts"}
+        known |= self.stated & {"kind", "always_on"}
+        found, source = recognised(self.file, metadata, known)
+        return replace(self, **found, source=self.source if words else source)
+
+
+_CONCEPTS = TypeAdapter(Concept)
+
+
+def split_files(text: str) -> tuple[Path, Path | None]:
+    """FILE, or HIGH+LOW for a model with two experts."""
+    high, plus, low = text.partition(".safetensors+")
+    return (Path(f"{high}.safetensors"), Path(low)) if plus else (Path(text), None)
 
 
 _STEPS = 4
@@ -159,7 +307,7 @@ LEAST_SAMPLES = 12
 """Per concept; with fewer, a merge keeps too little."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Calibration(Settings):
     """Settings for the samples on which features are collected."""
 
@@ -288,24 +436,28 @@ class Calibration(Settings):
             raise SettingsError('templates must hold "{}" where the concept goes, once.')
 
 
-def over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a calibration, ``given`` over ``values``. A number of samples that is given without
-    a total counts for each LoRA."""
-    return {**values, **({"total_samples": None} if "samples" in given else {}), **given}
+class HeldOut(Calibration):
+    """A calibration for rows that measure a merge, with words that no row of a fit has."""
+
+
+def over(values: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a calibration, ``upper`` over ``values``. A number of samples without a total is
+    for each LoRA."""
+    return {**values, **({"total_samples": None} if "samples" in upper else {}), **upper}
 
 
 def recognised(
-    file: Path, metadata: Mapping[str, str], given: Collection[str]
+    file: Path, metadata: Mapping[str, str], known: Collection[str]
 ) -> tuple[dict[str, Any], str]:
-    """Fields of the concept in ``file`` but for those ``given``, from its name, its metadata and a
+    """Fields of the concept in ``file`` but for those ``known``, from its name, its metadata and a
     download helper's notes beside it, and the source of the words as in :func:`.find_phrases`: the
     trigger words; a style or booru tags as the kind; a speed LoRA, slider or detailer for which no
     words are given is always on, and part of the merged LoRA. See :func:`.purpose_of`."""
-    worded = bool({"trigger", "class_word", "subjects", "prompts"} & set(given))
+    worded = bool({"trigger", "class_word", "subjects", "prompts"} & set(known))
     phrases, source = find_phrases(file, metadata)
     purpose = None
     # A merged LoRA has the names of all that it was made of.
-    if not {"kind", "always_on"} & set(given) and "iteris" not in metadata:
+    if not {"kind", "always_on"} & set(known) and "iteris" not in metadata:
         purpose = purpose_of(file.name, metadata, noted_tags(file), phrases)
     if purpose in ALWAYS_ON and not worded:
         return {"always_on": "include"}, ""
@@ -332,7 +484,3 @@ def words_in(phrases: Sequence[str]) -> dict[str, Any]:
         "class_word": "" if before else after,
         "subjects": (phrase,) if before and trigger else (),
     }
-
-
-class HeldOut(Calibration):
-    """A calibration for rows that measure a merge, with words that no row of a fit has."""

@@ -6,10 +6,12 @@ and ``docs/errors/index.md`` are generated from it. A ``code`` never changes its
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from textwrap import shorten
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from pydantic import ValidationError
 
 
 class IterisError(Exception):
@@ -178,6 +180,18 @@ def remedy_of(kind: type[IterisError]) -> str:
 def brief(error: BaseException) -> str:
     """A library's message on one line, at most 300 characters; its class name if empty."""
     return shorten(str(error), 300, placeholder=" …") or type(error).__name__
+
+
+def first_mistake(error: ValidationError) -> str:
+    """The first error of pydantic: what is wrong with which key."""
+    mistake = error.errors()[0]
+    return f"{mistake['loc'][0]}: {mistake['msg']}, not {mistake['input']!r}."
+
+
+def unknown_key(key: Any, known: Collection[str]) -> str:
+    """The nearest and all ``known`` keys for one that is unknown."""
+    guess = did_you_mean(str(key), known)
+    return f"there is no key {key!r}{guess} The keys are {', '.join(known)}."
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -267,7 +267,7 @@ def prepare(
     pictures = host is not None and host.pictures
     if chosen.needs_host and pictures:
         concepts = of_loras.with_wordless_on(given)
-    active = [concept for concept in concepts if concept.counts]
+    active = [concept for concept in concepts if concept.is_active]
     wordless = [one.name for one in active if not any(one is other for other in given)]
     always, merging = of_loras.always_on(active), of_loras.always_on(active, "no")
     loras = sum(concept.lora is not None for concept in merging)
@@ -289,7 +289,7 @@ def prepare(
         rescues=rescues,
     )
     zero = "left out of the merge: its strength or weight is 0"
-    job.notes.extend((concept.name, [zero]) for concept in concepts if not concept.counts)
+    job.notes.extend((concept.name, [zero]) for concept in concepts if not concept.is_active)
     given = chosen, settings, calibration
     if always and not loras:  # as they are, side by side
         yield Prepared(job, None, *given, merging, always, wordless, started)

@@ -74,8 +74,8 @@ class _Phase:
         """Seconds, at this phase's own rate as far as that is known."""
         total, done = sum(self.steps), self.done
         before = _FIRST * total
-        own = (self.took + rate * before) / (self.timed + before) if total else 0.0
-        return (total - done) * own
+        pace = (self.took + rate * before) / (self.timed + before) if total else 0.0
+        return (total - done) * pace
 
 
 class Forecast:

@@ -10,13 +10,12 @@ Presets are tables of settings by name; single settings override them (``docs/ch
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from numbers import Real
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 from .errors import SettingsError, did_you_mean
 
@@ -109,7 +108,8 @@ class Setting:
         """The allowed values, in a few words."""
         return ", or ".join([self._type(), *self._alternatives()])
 
-    def shown(self, value: Any) -> str:
+    @staticmethod
+    def shown(value: Any) -> str:
         """A value as written after ``NAME=``."""
         if value is None or isinstance(value, bool):
             return str(value).lower()
@@ -167,15 +167,14 @@ class Settings:
         """Build from names and values; raises :class:`SettingsError` for an unknown name or a value
         out of range."""
         known = [f.name for f in fields(cls)]
-        for name, instead in cls.removed.items():
-            if values.get(name) and instead:
+        for name, value in values.items():
+            instead = cls.removed.get(name)
+            if instead and value:
                 raise SettingsError(f"There is no setting {name!r} any more; use {instead}.")
-        values = {name: value for name, value in values.items() if name not in cls.removed}
-        for name in values:
-            if name not in known:
+            if instead is None and name not in known:
                 guess, names = did_you_mean(name, known), ", ".join(known)
                 raise SettingsError(f"There is no setting {name!r}{guess} The names are: {names}.")
-        return cls(**values)
+        return cls(**{name: value for name, value in values.items() if name in known})
 
 
 def budget_of(memory: Any) -> Budget:
@@ -210,9 +209,8 @@ def declared_settings(owner: type) -> Mapping[str, Setting]:
 
 def _parts(hint: Any) -> list[Any]:
     """The types of a union and the values of a Literal."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return [part for inner in get_args(hint) for part in _parts(inner)]
-    return list(get_args(hint)) if get_origin(hint) is Literal else [hint]
+    inner = get_args(hint)
+    return [part for kind in inner for part in _parts(kind)] if inner else [hint]
 
 
 PresetName = Literal["default", "fast", "best", "tidy", "paper"]

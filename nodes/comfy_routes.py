@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from ..iteris_core.architectures import architecture_of_file
-from ..iteris_core.config import ConceptConfig
+from ..iteris_core.concepts import Concept
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files import read_header
 from ..iteris_core.lora_files.blocks import LISTS, PRESETS
@@ -17,7 +17,7 @@ def words_of_lora(name: str) -> dict[str, str]:
     """``words`` in the nodes' format, and their ``source``; both empty for other files."""
     try:
         file = lora_path(name)
-        found = ConceptConfig(file=file).with_found_words(read_header(file)[1])
+        found = Concept(file=file).with_found_words(read_header(file)[1])
     except IterisError:
         return {"words": "", "source": ""}
     return {"words": "; ".join(found.phrases), "source": found.source}

@@ -9,8 +9,7 @@ from typing import Any, get_args
 import folder_paths
 from comfy_api.latest import io
 
-from ..iteris_core.concepts import PRESERVE_WEIGHT, PromptKind, lines_of
-from ..iteris_core.config import ConceptConfig
+from ..iteris_core.concepts import PRESERVE_WEIGHT, Concept, PromptKind, lines_of
 from ..iteris_core.errors import IterisError
 from .comfy_runtime import show_text
 from .concept_specs import (
@@ -134,7 +133,7 @@ class PreservePrompts(io.ComfyNode):
         lines = lines_of(prompts)
         if not lines:
             raise IterisError("Preserve Prompts is empty; write one prompt per line.")
-        spec = ConceptConfig.preserve(lines, weight)
+        spec = Concept.preserve(lines, weight)
         return io.NodeOutput((*specs_of(concepts), spec))
 
 
@@ -195,7 +194,7 @@ class IterisLoras(io.ComfyNode):
         return True
 
 
-def _spec(number: int, lines: str, rows: dict[str, Any]) -> ConceptConfig | None:
+def _spec(number: int, lines: str, rows: dict[str, Any]) -> Concept | None:
     def value(name: str, default: Any) -> Any:
         return rows.get(f"{name}_{number}", default)
 
@@ -219,7 +218,7 @@ def _spec(number: int, lines: str, rows: dict[str, Any]) -> ConceptConfig | None
     )
 
 
-def _line(spec: ConceptConfig) -> str:
+def _line(spec: Concept) -> str:
     """The line for a concept on the node."""
     if spec.file is None:
         return "base: unchanged"

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import folder_paths
 
-from ..iteris_core.concepts import PromptKind, lines_of
-from ..iteris_core.config import ConceptConfig
+from ..iteris_core.concepts import Concept, PromptKind, lines_of
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files import read_header
 from ..iteris_core.lora_files.embeddings import sidecar_files
@@ -39,8 +39,8 @@ def make_spec(
     phrases: Sequence[str] = (),
     embedding: str = "",
     **fields: Any,
-) -> ConceptConfig:
-    """``fields`` are :class:`ConceptConfig`'s. What is not given comes from the file or the notes
+) -> Concept:
+    """``fields`` are :class:`Concept`'s. What is not given comes from the file or the notes
     beside it, see :func:`.concepts.recognised`. An embedding stands for the trigger, or for all
     phrases of a file with several. A LoRA that is :data:`ALWAYS` on becomes part of the merged
     LoRA."""
@@ -52,15 +52,15 @@ def make_spec(
     elif kind != AUTO or lines:
         fields["kind"] = kind if kind in get_args(PromptKind) else "subject"
     files = [one for one in (file, fields.get("low")) if one is not None]
-    spec = ConceptConfig(file=file, source="you", changed=max(map(changed, files)), **fields)
+    spec = Concept(file=file, source="you", changed=max(map(changed, files)), **fields)
     if phrases:
         spec = spec.called(phrases, "you")
     spec = spec.with_found_words(read_header(file)[1])
     if spec.always_on != "no":
         return spec
     if embedding:
-        spec = spec.model_copy(update={"trigger": f"embedding:{embedding}", "subjects": ()})
-    return spec.model_copy(update={"prompts": filled(lines, spec.phrases, file) or None})
+        spec = replace(spec, trigger=f"embedding:{embedding}", subjects=())
+    return replace(spec, prompts=filled(lines, spec.phrases, file) or None)
 
 
 def filled(lines: Sequence[str], phrases: Sequence[str], file: Path) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ def changed(file: Path) -> int:
 
 def fingerprint(name: str | None) -> Any:
     """What changes whenever the LoRA ``name`` is to be read again, with the notes beside it. Their
-    words are in its :class:`ConceptConfig`, so other notes do not merge it again."""
+    words are in its :class:`Concept`, so other notes do not merge it again."""
     if name in (None, NONE):
         return None
     try:
@@ -124,14 +124,14 @@ def lora_path(name: str) -> Path:
     raise IterisError(f"There is no LoRA {name} in models/loras; has it been moved or renamed?")
 
 
-def specs_of(value: Any) -> tuple[ConceptConfig, ...]:
+def specs_of(value: Any) -> tuple[Concept, ...]:
     """Concepts unchanged, and every LoRA of a LORA_STACK with its known trigger words."""
     given = [one for one in value or () if one is not None]  # core's rows may have gaps
-    made = (one if isinstance(one, ConceptConfig) else _spec(one) for one in given)
+    made = (one if isinstance(one, Concept) else _spec(one) for one in given)
     return tuple(spec for spec in made if spec is not None)
 
 
-def _spec(entry: Any) -> ConceptConfig | None:
+def _spec(entry: Any) -> Concept | None:
     """A stack's (name, strength[, clip strength]) or dictionary; None if off or nameless."""
     values: Mapping[str, Any] = {}
     if isinstance(entry, Mapping):

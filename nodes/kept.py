@@ -15,7 +15,8 @@ from typing import Any
 import folder_paths
 import torch
 
-from ..iteris_core.config import ConceptConfig, MergeConfig
+from ..iteris_core.concepts import Concept
+from ..iteris_core.config import MergeConfig
 from ..iteris_core.errors import IterisError, LoraFileError, OutputError
 from ..iteris_core.hosts.sample_store import SampleStore, digest
 from ..iteris_core.lora import Lora, LowRank
@@ -123,9 +124,9 @@ def key_on_disk(
     return digest([base, recipe, _PACK])
 
 
-def _by_content(concept: ConceptConfig) -> ConceptConfig:
+def _by_content(concept: Concept) -> Concept:
     hashes = [_hash(one) for file in concept.files for one in (file, *sidecar_files(file))]
-    return concept.model_copy(update={"sha256": "+".join(hashes), "file": None, "low": None})
+    return replace(concept, sha256="+".join(hashes), file=None, low=None)
 
 
 def _hash(file: Path) -> str:
@@ -184,7 +185,7 @@ def keep(merge: Merge, place: Place) -> None:
         merges.put({**tensors, _ABOUT: text}, place)
 
 
-def kept(place: Place, model: Any, clip: Any, concepts: Sequence[ConceptConfig]) -> Merge | None:
+def kept(place: Place, model: Any, clip: Any, concepts: Sequence[Concept]) -> Merge | None:
     """The merge in a place, if it is there and whole, with the names that its files have now."""
     if not isinstance(place, str):
         return next((merge for where, merge in _last if where == place), None)
@@ -217,7 +218,7 @@ def kept(place: Place, model: Any, clip: Any, concepts: Sequence[ConceptConfig])
         return None
 
 
-def _renamed(metadata: Mapping[str, str], concepts: Sequence[ConceptConfig]) -> Mapping[str, str]:
+def _renamed(metadata: Mapping[str, str], concepts: Sequence[Concept]) -> Mapping[str, str]:
     """A merged LoRA's metadata with the names that the files of its ``concepts`` have now."""
     files = {"+".join(map(_hash, one.files)): one.files for one in concepts if one.files}
     recipe = parse_object(metadata.get("iteris"))

@@ -8,7 +8,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..iteris_core.config import ConceptConfig, MergeConfig
+from ..iteris_core.concepts import Concept
+from ..iteris_core.config import MergeConfig
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files.embeddings import bundled
 from ..iteris_core.report.provenance import scaled_lora
@@ -167,17 +168,18 @@ def _row(number: int, first: str) -> Any:
 
 
 def _rows(
-    values: Mapping[str, Any], specs: Sequence[ConceptConfig], request: Request
+    values: Mapping[str, Any], specs: Sequence[Concept], request: Request
 ) -> list[tuple[str, MergeConfig | None]]:
     """Label and merge of every row; None for the base."""
 
-    def stacked(some: Sequence[ConceptConfig]) -> MergeConfig:
+    def stacked(some: Sequence[Concept]) -> MergeConfig:
         """As Load LoRA adds them up: no weight and no rank counts."""
-        whole = [spec.model_copy(update={"weight": 1.0}) for spec in some if spec.counts]
+        whole = [replace(spec, weight=1.0) for spec in some if spec.is_active]
         return request.config(whole, _SUM).model_copy(update={"settings": {}})
 
     always = [spec for spec in specs if spec.always_on != "no"]
-    own = [spec for spec in specs if spec.file is not None and spec.counts and spec not in always]
+    active = [spec for spec in specs if spec.file is not None and spec.is_active]
+    own = [spec for spec in active if spec not in always]
     rows: list[tuple[str, MergeConfig | None]] = []
     for number in range(1, len(_FIRST) + 1):
         name: str = values.get(f"row_{number}", _NONE)

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 from comfy_api.latest import io
 
-from ..iteris_core.concepts import Calibration
-from ..iteris_core.config import ConceptConfig, MergeConfig, Unmergeable
+from ..iteris_core.concepts import Calibration, Concept
+from ..iteris_core.config import MergeConfig, Unmergeable
 from ..iteris_core.methods import find_method
 from ..iteris_core.methods.iteris import IterisSettings
 from ..iteris_core.settings import PresetName, Settings, declared_settings
@@ -54,7 +54,7 @@ class Request:
         given = values.get("settings") or {}
         return cls(**direct, values=given, references=references, pixels=scale(model))
 
-    def config(self, concepts: Sequence[ConceptConfig], method: str) -> MergeConfig:
+    def config(self, concepts: Sequence[Concept], method: str) -> MergeConfig:
         """The inputs over the preset."""
         values = {name: self.values[name] for name in CALIBRATION if name in self.values}
         calibration = changed(Calibration, {"seed": self.seed, "minutes": self.minutes, **values})

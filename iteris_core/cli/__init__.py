@@ -83,7 +83,7 @@ def main() -> None:
         message = error.format_message()
         name = getattr(error, "option_name", "").removeprefix("--").replace("-", "_")
         options = [] if error.ctx is None else error.ctx.command.params
-        if is_setting(name) and any("--set" in one.opts for one in options):
+        if is_setting(name) and any("--set" in option.opts for option in options):
             message = f"{name} is a setting of the method: --set {name}=VALUE"
         end = "" if message.endswith((".", "?")) else "."
         _stop(f"{message}{end} All options: {where} -h", UsageError.code)

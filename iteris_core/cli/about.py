@@ -37,20 +37,20 @@ def methods(
     ]
     print_table(("method", "what it does", "settings", "runs the base"), rows)
     print_table(HEADINGS, setting_rows(Calibration), "calibration, of all that run the base")
-    print_table(("preset", "what it is"), [(name, one.help) for name, one in PRESETS.items()])
+    print_table(("preset", "what it is"), [(name, preset.help) for name, preset in PRESETS.items()])
 
 
 def setting_rows(owner: type[Settings]) -> list[tuple[str, ...]]:
     """A row below :data:`HEADINGS` for each setting."""
     return [
-        (one.name, one.shown(one.default), one.allowed(), one.explained())
-        for one in declared_settings(owner).values()
+        (name, setting.shown(setting.default), setting.allowed(), setting.explained())
+        for name, setting in declared_settings(owner).items()
     ]
 
 
 def written(values: Mapping[str, Any]) -> str:
     """Settings as on the command line."""
-    return ", ".join(f"{name}={Setting('').shown(value)}" for name, value in values.items())
+    return ", ".join(f"{name}={Setting.shown(value)}" for name, value in values.items())
 
 
 def explain(

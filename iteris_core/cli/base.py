@@ -25,8 +25,8 @@ a name always means the bundled base."""
 
 def located(base: str) -> str:
     """``base``, or the folder of the bundled base of that name."""
-    found = importlib.util.find_spec(base) if base in BUNDLED else None
-    folders = found.submodule_search_locations if found is not None else None
+    package = importlib.util.find_spec(base) if base in BUNDLED else None
+    folders = package.submodule_search_locations if package is not None else None
     return str(Path(folders[0], BUNDLED[base])) if folders else base
 
 

@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from ..architectures import architecture_of_file
-from ..config import ConceptConfig
+from ..concepts import Concept
 from ..edit.bake import bake as bake_model
 from ..edit.bake import places_in, weight_in
 from ..errors import BaseError, UsageError
@@ -63,8 +63,8 @@ def inspect(
     tensors = [read_tensors(path)[0] for path in files]
     loras = [read(path, options) for path in files]
     facts = [describe(*pair) for pair in zip(loras, tensors, strict=True)]
-    both = list(combinations(zip(loras, facts, strict=True), 2))
-    pairs = [interference(a, b) for (a, of_a), (b, of_b) in both if of_a.base == of_b.base]
+    described = list(combinations(zip(loras, facts, strict=True), 2))
+    pairs = [interference(a, b) for (a, of_a), (b, of_b) in described if of_a.base == of_b.base]
     if as_json:
         data = {"files": [asdict(f) for f in facts], "interference": [asdict(p) for p in pairs]}
         typer.echo(json.dumps(data))
@@ -78,11 +78,11 @@ def inspect(
     if pairs:
         headings = ("pair", "row spaces", "column spaces", "conflict")
         print_table(headings, map(_figures, pairs), "Interference", _COLUMNS)
-    for (_, one), (_, two) in both:
-        if one.base != two.base:
+    for (_, first), (_, second) in described:
+        if first.base != second.base:
             typer.echo(
-                f"{one.name} is a LoRA for {one.base}, {two.name} for {two.base}: they have no "
-                "layer in common and cannot be merged."
+                f"{first.name} is a LoRA for {first.base}, {second.name} for {second.base}: they "
+                "have no layer in common and cannot be merged."
             )
 
 
@@ -132,20 +132,19 @@ def convert(
     iteris convert cat.safetensors --layout peft -o cat-peft.safetensors
     """
     check_target(output, None, "float16", overwrite)
-    config = ConceptConfig(file=file)
-    check_concepts([config])
+    check_concepts([Concept(file=file)])
     check_apart([output], file, base)
     lora = lora_reader(base)(file, ReadOptions(allow_partial, energy))
     phrases, source = find_phrases(file, lora.metadata)
     if source not in ("", "file"):  # from notes beside the file
         words = {"modelspec.trigger_phrase": ", ".join(phrases)}
         lora = replace(lora, metadata={**lora.metadata, **words})
-    own = next(iter(dtypes_of(read_tensors(file)[0])), "float16")  # the most common one
-    written = dtype or (own if own in DTYPES else "float16")
+    stored = next(iter(dtypes_of(read_tensors(file)[0])), "float16")  # the most common dtype
+    written = dtype or (stored if stored in DTYPES else "float16")
     path = write_lora(lora, output, layout=layout, dtype=written, overwrite=overwrite)
     notes = list(lora.notes)
-    if own.startswith("float8"):
-        notes.append(f"{own} becomes {written}: few tools load a LoRA in float8")
+    if stored.startswith("float8"):
+        notes.append(f"{stored} becomes {written}: few tools load a LoRA in float8")
     if as_json:
         report = {"path": str(path), "dtype": written, "notes": notes}
         typer.echo(json.dumps(report))
@@ -173,24 +172,24 @@ def bake(
     \b
     iteris bake model.safetensors --lora cat.safetensors:0.8 -o baked.safetensors
     """
-    configs = [parse_concept(text, option="--lora") for text in lora]
+    concepts = [parse_concept(text, option="--lora") for text in lora]
     if not base.is_file():
         raise BaseError(
             f"The base {base} is not a file; give a .safetensors checkpoint. For a diffusers "
             "folder use diffusers: load_lora_weights, fuse_lora and save_pretrained."
         )
-    if not all(config.files for config in configs):
+    if not all(concept.files for concept in concepts):
         raise UsageError("--lora must name a LoRA file.")
     check_base(str(base))
-    check_concepts(configs)
-    files = [config.files[0] for config in configs]
+    check_concepts(concepts)
+    files = [concept.files[0] for concept in concepts]
     check_target(output, None, "float16", overwrite)
     check_apart([output], base, *files)
     model = released_base(architecture_of_file(*read_header(files[0])).name)
     places, options = places_in(base, model), ReadOptions(allow_partial, energy)
-    read = [read_lora_file(file, model, weight_in(base, places), options) for file in files]
-    concepts = [config.concept(one) for config, one in zip(configs, read, strict=True)]
-    changes = changes_always(concepts)
+    loras = [read_lora_file(file, model, weight_in(base, places), options) for file in files]
+    read = [replace(concept, lora=lora) for concept, lora in zip(concepts, loras, strict=True)]
+    changes = changes_always(read)
     with progress_bars(visible=not quiet) as on_progress:
 
         def tick(done: int, total: int) -> None:
@@ -198,7 +197,7 @@ def bake(
 
         bake_model(base, output, changes, places, DTYPES[dtype] if dtype else None, tick)
     if not quiet:
-        for one in read:
-            for note in one.notes:
-                typer.echo(f"{one.name}: {note}")
+        for lora_read in loras:
+            for note in lora_read.notes:
+                typer.echo(f"{lora_read.name}: {note}")
         typer.echo(f"Wrote {output}: {len(changes)} layers changed.")

@@ -4,11 +4,11 @@ in LoRA files, trigger words and output paths."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..concepts import Concept, lines_of
-from ..config import ConceptConfig
 from ..errors import ConceptError, InputFileError, LoraFileError, OutputError, brief
 from ..lora import Lora
 from ..lora_files import Layout, is_lora, read_header, read_tensors
@@ -64,18 +64,17 @@ def open_images(*paths: Path) -> tuple[list[Path], list[Any]]:
     return listed, [open_picture(file) for file in listed]
 
 
-def check_concepts(concepts: Sequence[ConceptConfig]) -> list[Concept]:
+def check_concepts(concepts: Sequence[Concept]) -> list[Concept]:
     """Raise :class:`IterisError` for a missing file, one that is not a LoRA or a broken one, with
     NaN or missing parts.
 
     Returns the concepts that have a file, with what needs no base of their LoRAs: metadata and
     embeddings.
     """
-    if concepts and not any(concept.counts for concept in concepts):
+    if concepts and not any(concept.is_active for concept in concepts):
         raise ConceptError("There is nothing to merge: every concept has strength or weight 0.")
     read: list[Concept] = []
     for concept in concepts:
-        loras: list[Lora] = []
         for file in concept.files:
             shapes, _ = read_header(file)
             if not shapes:
@@ -90,8 +89,9 @@ def check_concepts(concepts: Sequence[ConceptConfig]) -> list[Concept]:
             tensors, metadata = read_tensors(file)
             embeddings, tensors, _ = split_embeddings(file, tensors, metadata)
             check_whole(file, tensors)
-            loras.append(Lora({}, file.stem, metadata, embeddings=embeddings))
-        read += [concept.concept(lora) for lora in loras[:1]]
+            if file == concept.file:  # of two experts, the first has the words
+                lora = Lora({}, file.stem, metadata, embeddings=embeddings)
+                read.append(replace(concept, lora=lora))
         if concept.blocks and not any(weights_by_block(concept.blocks).values()):
             raise ConceptError(
                 f"{concept.name}: blocks={concept.blocks!r} leaves nothing of it; leave it out, or "
@@ -104,7 +104,7 @@ def check_concepts(concepts: Sequence[ConceptConfig]) -> list[Concept]:
 
 def check_apart(outputs: Iterable[Path], *inputs: str | Path | None) -> None:
     """Raise :class:`IterisError` if a result would overwrite what it is made of."""
-    files = [Path(one) for one in inputs if one and Path(one).exists()]
+    files = [Path(path) for path in inputs if path and Path(path).exists()]
     for output in filter(Path.exists, outputs):
         if any(output.samefile(file) for file in files):
             raise OutputError(
@@ -131,9 +131,9 @@ def check_embeddings(
     return files
 
 
-def warnings_of(concepts: Sequence[ConceptConfig]) -> Iterator[str]:
+def warnings_of(concepts: Sequence[Concept]) -> Iterator[str]:
     """A sentence for each concept that is probably a mistake."""
-    counting = [concept for concept in concepts if concept.counts]
+    counting = [concept for concept in concepts if concept.is_active]
     for concept, shared in zip(counting, shared_triggers(counting), strict=True):
         yield from (f"{concept.name}: {note}." for note in shared)
         trigger = " ".join(concept.trigger.lower().split())

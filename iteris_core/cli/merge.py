@@ -25,8 +25,7 @@ from ..saving import check_new
 from .base import check_base, device_of, load_base
 from .common import console, progress_bars, spelled, warn
 from .inputs import check_apart, check_concepts, check_embeddings, open_picture, warnings_of
-from .merge_file import MergeFile
-from .options import bytes_of, command, given, store_of
+from .options import bytes_of, command, passed, store_of
 from .request import MergeOptions, requested
 
 
@@ -40,12 +39,11 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
     iteris merge merge.yaml --preset best -o both.safetensors
     """
     console.quiet = options.quiet
-    file = context.obj if isinstance(context.obj, MergeFile) else None
-    config = requested(file, options, calibration)
+    config = requested(context.obj, options, calibration)
     _check(config, options)
     store = store_of(options.store) if config.base else None
     reading = ReadOptions(options.allow_partial, options.energy)
-    pictures = given(image=options.image, mask_image=options.mask_image)
+    pictures = passed(image=options.image, mask_image=options.mask_image)
     call = {name: open_picture(path) for name, path in pictures.items()}
     device = device_of(options.device)
     for line in warnings_of(config.concepts):
@@ -63,7 +61,7 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
 
             pipeline = load_base(config.base, device, options.base_dtype, options.offload)
             host = DiffusersHost(pipeline, **call)
-        concepts = [read_concept(one, host, reading) for one in config.concepts]
+        concepts = [read_concept(concept, host, reading) for concept in config.concepts]
         check_embeddings(concepts, options.output, options.layout, overwrite=options.overwrite)
         on_progress(Progress("loading the base", 1, 1))
         how: dict[str, Any] = {**config.choices, "on_progress": on_progress}
@@ -83,15 +81,15 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
     elif options.as_json:
         typer.echo(json.dumps(asdict(done)))
     elif not options.quiet:
-        loras = [one for one in concepts if one.lora is not None]
-        words = [f"{one.name}: {'; '.join(one.phrases) or 'every prompt'}" for one in loras]
+        loras = [concept for concept in concepts if concept.lora is not None]
+        words = [f"{lora.name}: {'; '.join(lora.phrases) or 'every prompt'}" for lora in loras]
         typer.echo("\n".join([*words, *done.lines(), "Nothing was merged or written."]))
 
 
 def _check(config: MergeConfig, options: MergeOptions) -> None:
     """Raise :class:`IterisError` if the merge could not run or its result not be written."""
     output, overwrite = options.output, options.overwrite
-    paths = expert_files(output) if any(one.low for one in config.concepts) else (output,)
+    paths = expert_files(output) if any(concept.low for concept in config.concepts) else (output,)
     for path in paths:
         check_target(path, options.layout, options.dtype, overwrite)
         if options.card:
@@ -107,7 +105,7 @@ def _check(config: MergeConfig, options: MergeOptions) -> None:
     read = check_concepts(config.concepts)
     check_merging(config.concepts)
     embeddings = check_embeddings(read, paths[0], options.layout, overwrite=overwrite)
-    files = [file for one in config.concepts for file in one.files]
+    files = [file for concept in config.concepts for file in concept.files]
     beside = [embedding for file in files for embedding in sidecar_files(file)]
     check_apart([*paths, *embeddings], config.base, *files, *beside)
     settings_over(config.preset, config.method, config.settings, config.calibration)
@@ -119,10 +117,10 @@ def _write(lora: Lora, report: MergeReport, options: MergeOptions) -> None:
     lines = [spelled(report.summary())]
     lines += [f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB)." for path in paths]
     if lora.embeddings:
-        found = embedding_files(paths[0], list(lora.embeddings))
+        files = embedding_files(paths[0], list(lora.embeddings))
         phrases = noted_phrases(lora.metadata) or trigger_words(lora.metadata)[:1]
         lines += [
-            *(f"Its embedding {n} is in {f}: load it beside the LoRA." for n, f in found.items()),
+            *(f"Its embedding {n} is in {f}: load it beside the LoRA." for n, f in files.items()),
             f"In prompts write {', '.join(map(repr, phrases))}; in ComfyUI put the files into "
             "models/embeddings and write embedding:FILE in place of a name.",
         ]

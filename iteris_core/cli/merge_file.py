@@ -8,7 +8,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any, cast
@@ -16,21 +16,22 @@ from typing import Any, cast
 import typer
 import yaml
 
-from ..config import ConceptConfig, MergeConfig
-from ..errors import ConceptError, LoraFileError, MergeFileError, RecipeError, brief, did_you_mean
+from ..concepts import CONCEPT_KEYS, Concept
+from ..config import MergeConfig
+from ..errors import ConceptError, LoraFileError, MergeFileError, RecipeError, brief, unknown_key
 from ..lora_files.tensors import file_digest
 from .base import BUNDLED
 from .inputs import read_lines
 
 KEYS = ("base", "concepts", "settings", "calibration")
 """Keys that are not options of ``iteris merge``."""
-_CONCEPT = ConceptConfig.key_names()[:-3]
+_CONCEPT = CONCEPT_KEYS[:-3]
 """Keys of a concept; only recipes contain the last three."""
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 # A path may contain colons, as in C:\loras\cat.safetensors:sks:cat.
-_STRENGTHS = f"({_NUMBER})(?:/({_NUMBER}))?"
-_SHORT = re.compile(f"(.+?):([^:]*):([^:]*)(?::{_STRENGTHS})?")
-_WORDLESS = re.compile(rf"(.+\.safetensors)(?::{_STRENGTHS})?")
+_STRENGTHS = f"(?P<strength>{_NUMBER})(?:/(?P<text_strength>{_NUMBER}))?"
+_SHORT = re.compile(f"(?P<file>.+?):(?P<trigger>[^:]*):(?P<class>[^:]*)(?::{_STRENGTHS})?")
+_WORDLESS = re.compile(rf"(?P<file>.+\.safetensors)(?::{_STRENGTHS})?")
 _KEY = re.compile(rf",\s*(?=(?:{'|'.join(_CONCEPT)})=)")
 _UNKNOWN_KEY = re.compile(r",\s*([A-Za-z_]\w*)=")
 
@@ -38,7 +39,7 @@ Find = Callable[[str], Path]
 """File name → path."""
 
 
-def parse_concept(text: str, find: Find = Path, option: str = "--concept") -> ConceptConfig:
+def parse_concept(text: str, find: Find = Path, option: str = "--concept") -> Concept:
     """Parse FILE[:TRIGGER:CLASS][:STRENGTH[/TEXT]][,KEY=VALUE]…, where FILE may be HIGH+LOW. Error
     messages name the ``option``."""
     where = f"{option} {text!r}"
@@ -47,21 +48,19 @@ def parse_concept(text: str, find: Find = Path, option: str = "--concept") -> Co
     for part in (head, *pairs):
         if unknown := _UNKNOWN_KEY.search(part):  # otherwise it would become part of the words
             raise ConceptError(
-                f"{where}: there is no key {unknown[1]!r}{did_you_mean(unknown[1], _CONCEPT)} The "
-                f"keys are {', '.join(_CONCEPT)}. Words with a comma and an = must go into a merge "
-                "file."
+                f"{where}: {unknown_key(unknown[1], _CONCEPT)} Words with a comma and an = must go "
+                "into a merge file."
             )
-    split = [pair.partition("=") for pair in pairs]
-    given = [*(_short(head, bool(pairs), where) if head else ()), *((k, v) for k, _, v in split)]
-    keys = [key for key, _ in given]
-    if twice := sorted({key for key in keys if keys.count(key) > 1}):
-        raise ConceptError(f"{where} gives {', '.join(twice)} twice; leave one out.")
-    return concept_of(dict(given), where, find)
+    values = _short(head, bool(pairs), where) if head else {}
+    for key, _, value in (pair.partition("=") for pair in pairs):
+        if key in values:
+            raise ConceptError(f"{where} gives {key} twice; leave one out.")
+        values[key] = value
+    return concept_of(values, where, find)
 
 
-def _short(text: str, alone: bool, where: str) -> list[tuple[str, str]]:
+def _short(text: str, alone: bool, where: str) -> dict[str, str]:
     """Keys and values in a concept's text before any KEY=VALUE."""
-    keys = ("file", "strength", "text_strength")
     parts = _WORDLESS.fullmatch(text)
     if parts is None:
         _, named, words = text.rpartition(".safetensors:")
@@ -71,9 +70,9 @@ def _short(text: str, alone: bool, where: str) -> list[tuple[str, str]]:
                 f"{where}: the strength must be a number such as 0.8, or two such as 0.8/0.5 "
                 f"(model and text encoders), not {strength!r}."
             )
-        keys, parts = ("file", "trigger", "class", *keys[1:]), _SHORT.fullmatch(text)
+        parts = _SHORT.fullmatch(text)
         if parts is None and alone and not named:
-            return [("file", text)]
+            return {"file": text}
     if parts is None:
         raise ConceptError(
             f"{where} is not FILE:TRIGGER:CLASS or FILE, if its metadata contain a trigger, with a "
@@ -81,10 +80,10 @@ def _short(text: str, alone: bool, where: str) -> list[tuple[str, str]]:
             "cat.safetensors:sks:cat:0.8/0.5, optionally followed by ,weight=2 or "
             ",prompts=cat.txt; or FILE,trigger=sks without a class."
         )
-    return [(key, value) for key, value in zip(keys, parts.groups(), strict=True) if value]
+    return {key: value for key, value in parts.groupdict().items() if value}
 
 
-def concept_of(entry: Any, where: str, find: Find = Path) -> ConceptConfig:
+def concept_of(entry: Any, where: str, find: Find = Path) -> Concept:
     """The concept of a merge file's ``entry``, text or mapping; ``find`` locates prompts."""
     if isinstance(entry, str):
         return parse_concept(entry, find)
@@ -93,15 +92,15 @@ def concept_of(entry: Any, where: str, find: Find = Path) -> ConceptConfig:
     values = dict(cast(Mapping[str, Any], entry))
     if isinstance(prompts := values.get("prompts"), str):
         values["prompts"] = read_lines(find(prompts))
-    return ConceptConfig.from_dict(values, where)
+    return Concept.from_dict(values, where)
 
 
-def found_in(folders: Sequence[Path], concept: ConceptConfig) -> ConceptConfig:
+def found_in(folders: Sequence[Path], concept: Concept) -> Concept:
     """``concept``, with its files looked up in ``folders``."""
     digests = concept.sha256.split("+")
     pairs = itertools.zip_longest(concept.files, digests, fillvalue="")
     files = [find_file(folders, str(name), digest) for name, digest in pairs if name]
-    return concept.model_copy(update=dict(zip(("file", "low"), files, strict=False)))
+    return replace(concept, **dict(zip(("file", "low"), files, strict=False)))
 
 
 def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
@@ -128,37 +127,27 @@ def beside(file: Path, name: str) -> Path:
     return there if there.exists() else path
 
 
-def base_in(file: Path, base: str) -> str:
-    """The path of the base in a merge ``file``; a hub name or a bundled base's stays as it is."""
-    path = beside(file, base)
-    return base if base in BUNDLED or not path.exists() else str(path)
-
-
-@dataclass(frozen=True)
-class MergeFile:
-    """The concepts and settings of a merge file; its options become defaults."""
-
-    path: Path
-    config: MergeConfig
-
-
 def use_merge_file(context: typer.Context, base: str | None) -> str | None:
-    """The base, given as BASE or in a merge file, whose other keys become defaults."""
+    """The base, given as BASE or in a merge file. The file's options become defaults; its path and
+    the merge that its other keys request go into ``context.obj``."""
     if base is None or context.resilient_parsing or Path(base).suffix not in (".yaml", ".yml"):
         return base
     path = Path(base)
     data = read_mapping(path)
-    own = {key: data.pop(key) for key in KEYS if key in data}
-    name, entries = own.pop("base", None), own.pop("concepts", None) or []
+    request = {key: data.pop(key) for key in KEYS if key in data}
+    name, entries = request.pop("base", None), request.pop("concepts", None) or []
     if not isinstance(entries, list):
         raise MergeFileError(f"{path}: concepts must be a list, not {entries!r}.")
-    own["concepts"] = tuple(
+    request["concepts"] = tuple(
         concept_of(entry, f"{path}: concept {number}", partial(beside, path))
         for number, entry in enumerate(cast("list[Any]", entries), 1)
     )
-    context.obj = MergeFile(path, MergeConfig.of_mapping(own, str(path)))
+    context.obj = path, MergeConfig.from_dict(request, str(path))
     context.default_map = _defaults(context, path, data)
-    return None if name is None else base_in(path, str(name))
+    if name is None or str(name) in BUNDLED:
+        return name
+    local = beside(path, str(name))
+    return str(local if local.exists() else name)  # or a hub name
 
 
 class _Loader(yaml.SafeLoader):
@@ -167,7 +156,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
-            if next(one for one in keys if one.value == key.value) is not key:
+            if next(first for first in keys if first.value == key.value) is not key:
                 what = f"the key {key.value!r} occurs twice"
                 raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
         return super().construct_mapping(node, deep=deep)
@@ -196,17 +185,13 @@ def _defaults(context: typer.Context, file: Path, values: Mapping[Any, Any]) -> 
     for key, value in values.items():
         parameter = parameters.get(str(key))
         if parameter is None:
-            known = [*KEYS, *parameters]
-            raise MergeFileError(
-                f"{file}: there is no key {key!r}{did_you_mean(str(key), known)} The keys are "
-                f"{', '.join(known)}."
-            )
+            raise MergeFileError(f"{file}: {unknown_key(key, [*KEYS, *parameters])}")
         if value is None:
             continue
-        # As on the command line, where flags are flags too.
-        text = [str(one) for one in value] if isinstance(value, list) else str(value)
+        if not isinstance(value, bool):  # as on the command line, where flags are flags too
+            value = [*map(str, value)] if isinstance(value, list) else str(value)
         try:
-            converted = parameter.process_value(context, value if isinstance(value, bool) else text)
+            converted = parameter.process_value(context, value)
         except typer.BadParameter as error:
             raise MergeFileError(f"{file}: {key}: {error.message}") from error
         if isinstance(converted, Path):

@@ -128,8 +128,8 @@ def method_names(incomplete: str) -> list[tuple[str, str]]:
 def setting_names(incomplete: str) -> list[tuple[str, str]]:
     """Shell completions for ``NAME=``: the settings of iteris and the calibration."""
     owners = (find_method("iteris").settings, Calibration)
-    declared = {name: one for owner in owners for name, one in declared_settings(owner).items()}
-    return [(f"{n}=", one.help) for n, one in declared.items() if n.startswith(incomplete)]
+    declared = [pair for owner in owners for pair in declared_settings(owner).items()]
+    return [(f"{name}=", setting.help) for name, setting in declared if name.startswith(incomplete)]
 
 
 def is_setting(name: str) -> bool:
@@ -140,19 +140,20 @@ def is_setting(name: str) -> bool:
 def command(options: type[_O]) -> Callable[[_Run[_O]], Callable[..., None]]:
     """Decorator: make a function of ``(context, options, calibration)`` a typer command, with an
     option for each field of the dataclass ``options``, and one for each setting of the calibration.
-    The function receives the settings that were given, by name."""
+    The function receives the settings that were passed, by name."""
     hints, declared = get_type_hints(options, include_extras=True), declared_settings(Calibration)
     hinted: dict[str, tuple[Any, Any]] = {"context": (typer.Context, Parameter.empty)}
-    for one in fields(cast(Any, options)):
-        hinted[one.name] = hints[one.name], one.metadata.get(_TYPER, one.default)
-    for name, one in declared.items():
-        help = f"{one.explained()} Default: {one.shown(one.default)}."
-        form = f"<{'|'.join(one.choices) or one.kind.__name__}>"
+    for option_field in fields(cast(Any, options)):
+        name, default = option_field.name, option_field.default
+        hinted[name] = hints[name], option_field.metadata.get(_TYPER, default)
+    for name, setting in declared.items():
+        help = f"{setting.explained()} Default: {setting.shown(setting.default)}."
+        form = f"<{'|'.join(setting.choices) or setting.kind.__name__}>"
         hinted[name] = Annotated[str | None, option(help, panel=CALIBRATION, metavar=form)], None
 
-    def made(run: _Run[_O]) -> Callable[..., None]:
+    def decorated(run: _Run[_O]) -> Callable[..., None]:
         def called(context: typer.Context, **values: Any) -> None:
-            texts = given(**{name: values.pop(name) for name in declared})
+            texts = passed(**{name: values.pop(name) for name in declared})
             parsed = {name: declared[name].parse(text) for name, text in texts.items()}
             run(context, options(**values), parsed)
 
@@ -164,11 +165,11 @@ def command(options: type[_O]) -> Callable[[_Run[_O]], Callable[..., None]]:
         ])  # fmt: skip
         return called
 
-    return made
+    return decorated
 
 
-def given(**values: Any) -> dict[str, Any]:
-    """The options that were given."""
+def passed(**values: Any) -> dict[str, Any]:
+    """The options that were passed."""
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -177,19 +178,16 @@ def parse_settings(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split ``NAME=VALUE`` pairs into settings of a method, of that ``kind``, and of the
     calibration."""
-    values: dict[str, Any] = {}
-    calibration: dict[str, Any] = {}
+    parsed: dict[type[Settings], dict[str, Any]] = {kind: {}, Calibration: {}}
     for pair in pairs:
         where, (name, equals, text) = f"--set {pair!r}", pair.partition("=")
         if not equals:
             raise SettingsError(f"{where}: write NAME=VALUE, such as rank=16.")
-        if name in declared_settings(kind):
-            values |= check_settings(kind, {name: text}, where)
-        elif name in declared_settings(Calibration):
-            calibration |= check_settings(Calibration, {name: text}, where)
-        else:
-            raise _unknown(where, name, kind, Calibration)
-    return values, calibration
+        owner = next((owner for owner in parsed if name in declared_settings(owner)), None)
+        if owner is None:
+            raise _unknown(where, name, *parsed)
+        parsed[owner] |= check_settings(owner, {name: text}, where)
+    return parsed[kind], parsed[Calibration]
 
 
 def check_settings(kind: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -206,7 +204,7 @@ def check_settings(kind: type[Settings], values: Mapping[str, Any], where: str) 
         elif name not in kind.__dataclass_fields__:
             raise _unknown(where, name, kind)
         elif isinstance(value, list):  # templates
-            checked[name] = [str(one) for one in cast("list[Any]", value)]
+            checked[name] = [*map(str, cast("list[Any]", value))]
         else:
             raise SettingsError(f"{where}: {name} must be a list of strings, not {value!r}.")
     return checked
@@ -217,7 +215,7 @@ def _unknown(where: str, name: str, *kinds: type[Settings]) -> SettingsError:
         if name in kind.removed:
             use = f"; use {kind.removed[name]}" if kind.removed[name] else ""
             return SettingsError(f"{where}: there is no setting {name!r} any more{use}.")
-    known = [one for kind in kinds for one in declared_settings(kind)]
+    known = [setting for kind in kinds for setting in declared_settings(kind)]
     return SettingsError(
         f"{where}: there is no setting {name!r}{did_you_mean(str(name), known)} iteris methods "
         "METHOD lists a method's settings."

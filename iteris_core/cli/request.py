@@ -4,12 +4,12 @@ merge file, or the recipe in a merged file."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from ..concepts import Calibration, over
-from ..config import ConceptConfig, MergeConfig, Unmergeable
+from ..concepts import CONCEPT_KEYS, Calibration, Concept, over
+from ..config import MergeConfig, Unmergeable
 from ..errors import ConceptError, MergeFileError, RecipeError, SettingsError, UsageError
 from ..lora_files import Layout, read_tensors
 from ..lora_files.metadata import parse_object
@@ -19,8 +19,8 @@ from . import options as shared
 from .base import BUNDLED
 from .common import warn
 from .inputs import read_lines
-from .merge_file import MergeFile, found_in, parse_concept, use_merge_file
-from .options import BASE, RESULT, argument, check_settings, given, offered, parse_settings
+from .merge_file import found_in, parse_concept, use_merge_file
+from .options import BASE, RESULT, argument, check_settings, offered, parse_settings, passed
 
 _WHOLE = ("method", "settings", "calibration", "concepts")
 """Keys of every recipe."""
@@ -101,22 +101,22 @@ class MergeOptions:
 
 
 def requested(
-    file: MergeFile | None, options: MergeOptions, calibration: Mapping[str, Any]
+    file: tuple[Path, MergeConfig] | None, options: MergeOptions, calibration: Mapping[str, Any]
 ) -> MergeConfig:
     """The merge: the command line over a merge ``file`` over a recipe. Raises :class:`IterisError`
     for anything missing, unknown or broken. A recipe is untrusted: only its LoRAs are read, and no
     base is downloaded."""
-    path, own = (Path(), MergeConfig()) if file is None else (file.path, file.config)
+    path, of_file = file or (Path(), MergeConfig())
     if options.from_file is not None:
-        if options.concept or own.concepts:
+        if options.concept or of_file.concepts:
             raise UsageError("Give the LoRAs with --concept, or a merged file with --from.")
-        for name in given(preset=options.preset, method=options.method):
+        for name in passed(preset=options.preset, method=options.method):
             raise UsageError(
                 f"--{name} does not work with --from, which already has all settings; change "
                 "single ones with --set."
             )
         path, config = options.from_file, read_recipe(options.from_file)
-    elif not options.concept and not own.concepts:
+    elif not options.concept and not of_file.concepts:
         raise UsageError(
             "Give the LoRAs with --concept, or a merged file with --from."
             if file is None
@@ -125,7 +125,7 @@ def requested(
     elif file is None and options.loras is not None:
         raise UsageError("--loras is for --from; --concept already names the LoRA files.")
     else:
-        config = MergeConfig(concepts=own.concepts, method=options.method or "iteris")
+        config = MergeConfig(concepts=of_file.concepts, method=options.method or "iteris")
     method = find_method(config.method)
     folders = [path.parent, Path()]
     if options.loras is not None:
@@ -142,16 +142,16 @@ def requested(
         else tuple(found_in(folders, concept) for concept in config.concepts)
     )
     if file is not None:
-        own = _checked(own, config.method, str(file.path))
+        of_file = _checked(of_file, config.method, str(file[0]))
     settings, of_pairs = parse_settings(method.settings, options.setting or [])
     lines = read_lines(options.templates) if options.templates else None
-    of_line = {**of_pairs, **calibration, **given(templates=lines)}
+    of_line = {**of_pairs, **calibration, **passed(templates=lines)}
     changes: dict[str, Any] = {
         "base": base,
         "concepts": concepts,
-        "settings": {**config.settings, **own.settings, **settings},
-        "calibration": over(over(config.calibration, own.calibration), of_line),
-        **given(unmergeable=options.unmergeable, preset=options.preset),
+        "settings": {**config.settings, **of_file.settings, **settings},
+        "calibration": over(over(config.calibration, of_file.calibration), of_line),
+        **passed(unmergeable=options.unmergeable, preset=options.preset),
     }
     return config.model_copy(update=changes)
 
@@ -160,7 +160,6 @@ def read_recipe(path: Path) -> MergeConfig:
     """The recipe in a merged file. Raises :class:`IterisError` if there is none or it is broken."""
     metadata = read_tensors(path)[1]
     recorded = parse_object(metadata.get("iteris"))
-    known = ConceptConfig.key_names()
     try:
         if missing := [name for name in _WHOLE if recorded.get(name) is None]:
             raise MergeFileError(f"it has no {missing[0]}")
@@ -172,7 +171,7 @@ def read_recipe(path: Path) -> MergeConfig:
                     "is in no file."
                 )
             data["concepts"] = [
-                {key: value for key, value in entry.items() if key in known}
+                {key: value for key, value in entry.items() if key in CONCEPT_KEYS}
                 if isinstance(entry, dict)
                 else entry
                 for entry in data["concepts"]
@@ -184,7 +183,7 @@ def read_recipe(path: Path) -> MergeConfig:
             "by iteris merge, or another tool saved it without its metadata."
         ) from error
     config = config.model_copy(
-        update={"concepts": tuple(_by_name(path, one) for one in config.concepts)}
+        update={"concepts": tuple(_by_name(path, concept) for concept in config.concepts)}
     )
     later = {name: recorded[name] for name in ("cut", "strength") if recorded.get(name)}
     if later:
@@ -195,7 +194,7 @@ def read_recipe(path: Path) -> MergeConfig:
         raise RecipeError(f"The recipe is not of this version: {error}") from error
 
 
-def _by_name(path: Path, concept: ConceptConfig) -> ConceptConfig:
+def _by_name(path: Path, concept: Concept) -> Concept:
     """``concept`` of the recipe in ``path``, with its files by their names alone: a recipe is
     untrusted, and a folder in it may be anybody's."""
     names = [Path(PureWindowsPath(file).name) for file in concept.files]
@@ -204,7 +203,7 @@ def _by_name(path: Path, concept: ConceptConfig) -> ConceptConfig:
             f"{path} has no SHA-256 of {names[0]} in its recipe, so no file can be known to be the "
             "one that was merged; give the LoRAs with --concept."
         )
-    return concept.model_copy(update=dict(zip(("file", "low"), names, strict=False)))
+    return replace(concept, **dict(zip(("file", "low"), names, strict=False)))
 
 
 def _checked(config: MergeConfig, method: str, where: str) -> MergeConfig:

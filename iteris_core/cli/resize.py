@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.markup import escape
 
-from ..concepts import Calibration
-from ..config import ConceptConfig, read_concept
+from ..concepts import Calibration, Concept
+from ..config import read_concept
 from ..edit.extract import extract_lora
 from ..edit.resize import Reduced, resize_lora
 from ..edit.target import Target
@@ -56,15 +56,15 @@ class Sizing:
             "memory_budget": bytes_of(self.memory),
         }
 
-    def save(self, made: Reduced, layout: Layout | None, source: Path) -> None:
-        """Write the LoRA that was made of ``source``, or keep it elsewhere if that fails."""
+    def save(self, reduced: Reduced, layout: Layout | None, source: Path) -> None:
+        """Write the LoRA that was reduced from ``source``, or keep it elsewhere if that fails."""
         how: dict[str, Any] = {"layout": layout, "dtype": self.dtype, "overwrite": self.overwrite}
-        path = write_or_keep(made.lora, self.output, **how)[0]
+        path = write_or_keep(reduced.lora, self.output, **how)[0]
         sizes = [file.stat().st_size / 1e6 for file in (source, path) if file.is_file()]
         if self.as_json:
-            typer.echo(json.dumps({"path": str(path), "megabytes": sizes, **made.to_dict()}))
+            typer.echo(json.dumps({"path": str(path), "megabytes": sizes, **reduced.to_dict()}))
         elif not self.quiet:
-            typer.echo(escape(made.summary()))
+            typer.echo(escape(reduced.summary()))
             typer.echo(f"Wrote {path} ({' → '.join(f'{size:.3g}' for size in sizes)} MB).")
 
 
@@ -93,26 +93,26 @@ def resize(context: typer.Context, options: ResizeOptions, calibration: dict[str
     how, output = options.run(calibration), options.output
     reading = ReadOptions(options.allow_partial)
     text = options.file
-    config = parse_concept(text) if ":" in Path(text).name else ConceptConfig(file=Path(text))
-    file = config.files[0]
+    concept = parse_concept(text) if ":" in Path(text).name else Concept(file=Path(text))
+    file = concept.files[0]
     check_target(output, options.layout, options.dtype, options.overwrite)
-    check_concepts([config])
+    check_concepts([concept])
     check_apart([output], file, options.base)
     if options.base is None:
         if calibration:
             name = next(iter(calibration)).replace("_", "-")
             raise UsageError(f"--{name} needs a base to run: pass --base.")
         lora, own_layout = read_by_own_names(file, reading)
-        concept, host = config.concept(lora), None
+        concept, host = replace(concept, lora=lora), None
     else:
         from ..hosts.diffusers import DiffusersHost
 
         how_loaded = options.device, options.base_dtype, options.offload
         host, own_layout = DiffusersHost(load_base(options.base, *how_loaded)), None
-        concept = read_concept(config, host, reading)
+        concept = read_concept(concept, host, reading)
     with progress_bars(visible=not options.quiet) as on_progress:
-        found = resize_lora(concept, host=host, on_progress=on_progress, **how)
-    options.save(found, options.layout or own_layout, file)
+        reduced = resize_lora(concept, host=host, on_progress=on_progress, **how)
+    options.save(reduced, options.layout or own_layout, file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,5 +150,5 @@ def extract(context: typer.Context, options: ExtractOptions, calibration: dict[s
     of_base, of_tuned = map(DiffusersHost, pipelines)
     with progress_bars(visible=not options.quiet) as on_progress:
         kind = base_of(pipelines[0], of_base.sites())
-        found = extract_lora(of_base, of_tuned, kind=kind, on_progress=on_progress, **how)
-    options.save(found, options.layout, Path(options.tuned))
+        extracted = extract_lora(of_base, of_tuned, kind=kind, on_progress=on_progress, **how)
+    options.save(extracted, options.layout, Path(options.tuned))

@@ -113,23 +113,23 @@ def least_kept(
     magnitudes: the first pass counts them by their upper half, the second those that share the
     answer's upper half by the lower one, as ``torch.kthvalue`` of all entries at once would."""
     places: dict[int, int] = {}
-    found: dict[int, int] = defaultdict(int)
+    prefixes: dict[int, int] = defaultdict(int)
     for shift in (16, 0) if density < 1 else ():
         counts: dict[int, Tensor] = defaultdict(lambda: torch.zeros(1 << 16, dtype=torch.int64))
         for site in sites():
             for concept, entries in site.items():
                 bits = entries.abs().float().flatten().view(torch.int32)
                 if not shift:
-                    bits = bits[bits >> 16 == found[concept]]
+                    bits = bits[bits >> 16 == prefixes[concept]]
                 counts[concept] += torch.bincount(bits >> shift & 0xFFFF, minlength=1 << 16).cpu()
         for concept, count in counts.items():
             place = places.setdefault(concept, max(1, int(density * int(count.sum()))))
             above = count.flip(0).cumsum(0)
             larger = int((above < place).sum())
-            found[concept] = (found[concept] << 16) + len(count) - 1 - larger
+            prefixes[concept] = (prefixes[concept] << 16) + len(count) - 1 - larger
             places[concept] = place - (int(above[larger - 1]) if larger else 0)
-    bits = torch.tensor(list(found.values()), dtype=torch.int32).view(torch.float32)
-    return dict(zip(found, bits.tolist(), strict=True))
+    bits = torch.tensor(list(prefixes.values()), dtype=torch.int32).view(torch.float32)
+    return dict(zip(prefixes, bits.tolist(), strict=True))
 
 
 def on_weights(
@@ -140,20 +140,20 @@ def on_weights(
     the entries of each concept that changes the site. Of these, the settings' ``density`` share is
     kept over all sites together; ``at.trimmed`` applies it."""
 
-    def merge(function: Function, job: Job, given: Any) -> Merged:
+    def merge(function: Function, job: Job, values: Any) -> Merged:
         merged: dict[str, Solution] = {}
 
         def entries() -> Iterator[dict[int, Tensor]]:
             """A pass over all sites: their entries by concept."""
             job.eta.expect("merging sites", [1.0])
             for done, changes in enumerate(job.changes.values(), 1):
-                some = trims(AtSite(changes, job.weights, job.generator)) if trims else ()
-                yield dict(zip(changes.present, some, strict=True))
+                parts = trims(AtSite(changes, job.weights, job.generator)) if trims else ()
+                yield dict(zip(changes.present, parts, strict=True))
                 job.tick("trimming sites", done, len(job.changes))
 
-        least = {} if trims is None else least_kept(entries, given.density)
+        least = {} if trims is None else least_kept(entries, values.density)
         for site, changes in job.changes.items():
-            change, lost = function(AtSite(changes, job.weights, job.generator, least), given)
+            change, lost = function(AtSite(changes, job.weights, job.generator, least), values)
             merged[site] = Solution(change, truncated=lost)
             job.tick("merging sites", len(merged), len(job.changes))
         return Merged(merged)
@@ -178,14 +178,14 @@ def on_activations(
     through the sites solved before; otherwise on reference rows alone. ``settings`` must have a
     ``micro_batch``."""
 
-    def prepare(function: Function, job: Job, given: Any) -> Generator[Fit]:
-        fit: RegressionSpec = function(job, given)
+    def prepare(function: Function, job: Job, values: Any) -> Generator[Fit]:
+        fit: RegressionSpec = function(job, values)
         solver = StageSolver(
             begin=reduction,
             solve=lambda _, reduced: reduced.solve(fit),
             bytes=lambda site, _: reduction.bytes(job.changes[site]),
         )
-        how = ExecutionConfig(given.micro_batch), SWEEP if merged_inputs else REFERENCE
+        how = ExecutionConfig(values.micro_batch), SWEEP if merged_inputs else REFERENCE
         with job.run() as run:
             passes = Passes(run, lambda _: solver, *how)
             yield Fit(passes.solve, passes)
@@ -234,11 +234,10 @@ def _add(
 
 
 def find_method(name: str) -> Method:
-    method = _METHODS.get(name)
-    if method is None:
+    if name not in _METHODS:
         guess = did_you_mean(name, _METHODS)
         raise SettingsError(f"There is no method {name!r}{guess} Methods: {', '.join(_METHODS)}.")
-    return method
+    return _METHODS[name]
 
 
 def all_methods() -> list[Method]:
@@ -264,9 +263,9 @@ def settings_over(
     )
 
 
-def _over(preset: Mapping[str, Any], given: _S | Mapping[str, Any] | None, kind: type[_S]) -> _S:
-    if isinstance(given, kind):
-        return given
-    if given is None or isinstance(given, Mapping):
-        return kind.from_mapping({**preset, **(given or {})})
-    raise SettingsError(f"Give a mapping or {kind.__name__}, not {type(given).__name__}.")
+def _over(preset: Mapping[str, Any], values: _S | Mapping[str, Any] | None, kind: type[_S]) -> _S:
+    if isinstance(values, kind):
+        return values
+    if values is None or isinstance(values, Mapping):
+        return kind.from_mapping({**preset, **(values or {})})
+    raise SettingsError(f"Give a mapping or {kind.__name__}, not {type(values).__name__}.")

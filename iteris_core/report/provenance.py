@@ -18,8 +18,8 @@ import torch
 from huggingface_hub import ModelCardData
 from torch import Tensor
 
-from ..concepts import Concept, Phrased
-from ..config import ConceptConfig, MergeConfig
+from ..concepts import Concept
+from ..config import MergeConfig
 from ..hosts.learned import embedding_triggers
 from ..linalg import cut_to
 from ..lora import Lora
@@ -106,7 +106,7 @@ def recipe(
 ) -> dict[str, object]:
     """What ``iteris merge --from`` needs, and each concept's phrases in the result (``called``)."""
     config = MergeConfig(
-        concepts=tuple(ConceptConfig.of(concept) for concept in concepts),
+        concepts=tuple(concepts),
         method=report.method,
         settings=report.settings,
         calibration=report.calibration,
@@ -196,7 +196,7 @@ def lacks_of(concepts: Sequence[Concept]) -> list[str]:
     return lacks
 
 
-def shared_triggers(concepts: Sequence[Phrased]) -> list[list[str]]:
+def shared_triggers(concepts: Sequence[Concept]) -> list[list[str]]:
     """For each concept, a sentence about each earlier one that prompts for either invoke too."""
     return [
         [sentence for other in concepts[:at] if (sentence := _clash(other, concept))]
@@ -204,7 +204,7 @@ def shared_triggers(concepts: Sequence[Phrased]) -> list[list[str]]:
     ]
 
 
-def _clash(first: Phrased, second: Phrased) -> str:
+def _clash(first: Concept, second: Concept) -> str:
     if first.preserves or second.preserves:
         return ""
     for concept, other in ((first, second), (second, first)):

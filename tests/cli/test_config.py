@@ -10,19 +10,19 @@ from tiny import random_lora
 
 from iteris_core import Calibration, Concept, IterisError, cli, merge_loras
 from iteris_core.cli.request import read_recipe
-from iteris_core.config import ConceptConfig, MergeConfig
+from iteris_core.config import MergeConfig
 from iteris_core.methods.registry import settings_over
 from iteris_core.settings import declared_settings
 
 CONFIG = MergeConfig(
     concepts=(
-        ConceptConfig(
+        Concept(
             file=Path("high.safetensors"), prompts=("a sks cat",), trigger="sks", class_word="cat",
             kind="style", strength=0.8, text_strength=0.0, weight=2.0, sha256="1+2",
             low=Path("low.safetensors"), reading={"energy": 0.5},
         ),
-        ConceptConfig(file=Path("joy.safetensors"), subjects=("one", "two")),
-        ConceptConfig.preserve(("a street",)),
+        Concept(file=Path("joy.safetensors"), subjects=("one", "two")),
+        Concept.preserve(("a street",)),
     ),
     method="ties", preset="fast", settings={"rank": 3, "density": 0.3}, unmergeable="skip",
     calibration={"samples": 4, "templates": ["a {}"]}, base="base",
@@ -50,7 +50,7 @@ def test_what_is_wrong_is_said_with_its_place(data, message):
 @pytest.mark.parametrize("key", ["strength", "text_strength", "weight"])
 def test_a_strength_is_no_truth_value(key):
     with pytest.raises(IterisError, match=f"it: {key}: .*must be a number, not True"):
-        ConceptConfig.from_dict({"file": "a.safetensors", key: True}, "it")
+        Concept.from_dict({"file": "a.safetensors", key: True}, "it")
 
 
 def test_the_recipe_of_a_merge_from_python_is_its_config(host, tmp_path):

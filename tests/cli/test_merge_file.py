@@ -121,7 +121,7 @@ def test_a_recipe_reads_no_file_that_it_names_and_fetches_no_base(place, iteris)
     concept = {"file": "lora1.safetensors", "prompts": str(secret)}
     recipe = {"method": "iteris", "settings": {}, "calibration": {}, "base": "somebody/model"}
     for changes, message in (
-        ({"concepts": [concept], "base": "base"}, "prompts: Input should be a valid tuple"),
+        ({"concepts": [concept], "base": "base"}, "prompts: Input should be a list of strings"),
         ({"concepts": []}, "merged on somebody/model, which was not found; give BASE"),
         ({"concepts": [], "base": ""}, "The file names none; give BASE"),
         ({"concepts": [], "base": 3}, "no complete merge recipe"),

@@ -1,13 +1,13 @@
 """LoRAs that are no subject, by their names: what is found, and what only sounds like one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from iteris_core import Concept
-from iteris_core.config import ConceptConfig
 from iteris_core.lora import Lora, LowRank
 from iteris_core.lora_files.metadata import purpose_of
 from iteris_core.report.provenance import notes_of
@@ -71,11 +71,11 @@ def test_a_name_with_a_word_for_speed_and_a_phrase_of_its_own_is_no_speed_lora(
 ):
     """Wherever the phrase is: in the file, in a note beside it, or given."""
     file, phrase = tmp_path / f"{name}.safetensors", "lightning farron"
-    of_file = ConceptConfig(file=file).with_found_words({"modelspec.trigger_phrase": phrase})
+    of_file = Concept(file=file).with_found_words({"modelspec.trigger_phrase": phrase})
     lora = Lora({}, source=file.name)
-    given = ConceptConfig(file=file, trigger=phrase).with_found_words({}).concept(lora)
+    given = replace(Concept(file=file, trigger=phrase).with_found_words({}), lora=lora)
     (tmp_path / f"{name}.civitai.info").write_text(json.dumps({"trainedWords": [phrase]}))
-    of_note = ConceptConfig(file=file).with_found_words({})
+    of_note = Concept(file=file).with_found_words({})
     always_on = "include" if purpose == "speed" else "no"
     assert [of_file.always_on, of_note.always_on] == [always_on] * 2
     said = [] if purpose == "speed" else [phrase]
@@ -118,7 +118,7 @@ def test_what_is_not_set_comes_from_the_file(name, given, seen):
         def read_lora(self, path):
             return Lora({}, source=str(path), metadata=metadata)
 
-    config = ConceptConfig(file=Path(f"{name}.safetensors"), **given).with_found_words(metadata)
+    config = Concept(file=Path(f"{name}.safetensors"), **given).with_found_words(metadata)
     for concept in config, Concept.from_file(Reader(), f"{name}.safetensors", **given):
         assert {key: getattr(concept, key) for key in seen} == seen
 
@@ -126,16 +126,16 @@ def test_what_is_not_set_comes_from_the_file(name, given, seen):
 def test_a_merged_lora_is_not_what_one_of_its_loras_was():
     recipe = {"concepts": [{"lora": "cat", "trigger": "sks", "class": "cat"}]}
     metadata = {"modelspec.title": "cat + lightning_4step", "iteris": json.dumps(recipe)}
-    config = ConceptConfig(file=Path("cat_style.safetensors")).with_found_words(metadata)
+    config = Concept(file=Path("cat_style.safetensors")).with_found_words(metadata)
     assert (config.kind, config.always_on, config.phrases) == ("subject", "no", ["sks cat"])
 
 
 def test_notes_beside_a_file_tell_its_kind(tmp_path):
     (tmp_path / "x.metadata.json").write_text('{"tags": ["Style", "ink"]}')
-    config = ConceptConfig(file=tmp_path / "x.safetensors")
+    config = Concept(file=tmp_path / "x.safetensors")
     found = config.with_found_words({})
     assert found.kind == "style"
-    (note,) = notes_of([found.concept(Lora({}, source=str(found.file)))]).values()
+    (note,) = notes_of([replace(found, lora=Lora({}, source=str(found.file)))]).values()
     assert "the kind of this LoRA is style" in note[0]
     (tmp_path / "x.metadata.json").write_text('{"tags": 3, "model": {"tags": [{}, null]}}')
     assert config.with_found_words({}).kind == "subject"

@@ -295,8 +295,8 @@ def test_strength_0_leaves_a_component_out(world):
     assert {site.partition(".")[0] for site in sites} == {"unet"}
     sites = merge_loras(None, [Concept(lora, strength=0, text_strength=1.0)], "sum").lora.sites
     assert {site.partition(".")[0] for site in sites} == {"text_encoder"}
-    assert not Concept(lora, strength=0.0, text_strength=0.0).counts
-    assert not Concept(lora, strength=0.0).counts
+    assert not Concept(lora, strength=0.0, text_strength=0.0).is_active
+    assert not Concept(lora, strength=0.0).is_active
     with pytest.raises(IterisError, match="There is no LoRA to merge"):
         merge_loras(None, [Concept(lora, strength=0.0, text_strength=0.0)], "sum")
 

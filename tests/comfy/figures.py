@@ -1,5 +1,7 @@
 """Measurements on every architecture: a merge of one LoRA, of two, and its file."""
 
+from dataclasses import replace
+
 import torch
 from architecture_results import drift_in
 from kit import merge_on, part
@@ -61,7 +63,7 @@ class Trial:
             for files in self.paths[:count]
             for low in (files[1:] or [None])
         ]
-        return [spec.model_copy(update={"prompts": PROMPTS}) for spec in specs]
+        return [replace(spec, prompts=PROMPTS) for spec in specs]
 
     def alone(self):
         """How far a merge of one LoRA is from that LoRA, as a share of what it does."""

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_another_strength_does_not_merge_again(kit, desk):
     assert "strength" not in json.loads(whole.metadata["iteris"])
     # Another weight merges again, on the samples that are there.
     specs = kit.concepts()
-    desk((specs[0].model_copy(update={"weight": 3.0}), specs[1]))
+    desk((replace(specs[0], weight=3.0), specs[1]))
     desk(settings={"rank": 2})
     assert (desk.merges(), desk.latents()) == (3, 2)  # of the fit, and held out
     desk()
@@ -147,7 +148,7 @@ def test_an_embedding_by_name_is_not_kept(kit):
     request = part(kit.pack, "nodes.merge_settings").Request()
 
     def key(**fields):
-        specs = [kit.concepts()[0].model_copy(update=fields)]
+        specs = [replace(kit.concepts()[0], **fields)]
         return key_of([kit.model], kit.clip, request.config(specs, "iteris"), request, None)
 
     assert key()
@@ -180,7 +181,7 @@ def test_after_a_restart_only_a_new_lora_is_denoised(kit, desk, monkeypatch):
     assert not made
     assert all(torch.equal(tensor, found[key]) for key, tensor in whole.items())
     restart()
-    desk((specs[0], specs[1].model_copy(update={"strength": 0.5})))
+    desk((specs[0], replace(specs[1], strength=0.5)))
     assert {*made} == {1}
     restart()
     other = kit.model.clone()
@@ -197,7 +198,7 @@ def test_compare_shows_each_lora_alone_and_all_stacked(kit):
     node = kit.node("merge_nodes", "CompareMerges")
     rows = {"row_1": "base", "row_2": "each alone", "row_3": "stacked", "row_5": "average"}
     given = {"settings": {**SETTINGS, "rank": 2}, "minutes": 5.0, **rows}
-    concepts = [kit.concepts()[0].model_copy(update={"weight": 0.5}), kit.concepts()[1]]
+    concepts = [replace(kit.concepts()[0], weight=0.5), kit.concepts()[1]]
     models, clips, labels, report = node.execute(
         kit.model, [*concepts, speed], kit.clip, **given
     ).result

@@ -17,11 +17,10 @@ class Pair(Trial):
     def merged(self, *concepts, **options):
         """Of concepts with a file for high and one for low noise, or none."""
         specs = [
-            self.concepts(1)[0].model_copy(
-                update={
-                    "file": self.folder / f"{high}.safetensors",
-                    "low": self.folder / f"{low}.safetensors" if low else None,
-                }
+            dataclasses.replace(
+                self.concepts(1)[0],
+                file=self.folder / f"{high}.safetensors",
+                low=self.folder / f"{low}.safetensors" if low else None,
             )
             for high, low in concepts
         ]

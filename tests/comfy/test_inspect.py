@@ -1,6 +1,7 @@
 """Inspect shows what fits, what is alike and a merge's plan, and merges nothing."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_a_plot_is_there_when_it_is_connected_later(kit):
 
 
 def test_what_would_stop_a_merge(kit, inspect):
-    mute = kit.concepts()[0].model_copy(update={"trigger": "", "class_word": ""})
+    mute = replace(kit.concepts()[0], trigger="", class_word="")
     assert "no trigger words and no prompts" in inspect(mute)
     table = inspect(kit.concepts()[0], settings={**SETTINGS, "memory": 1e-6})
     assert "A merge would fail: " in table

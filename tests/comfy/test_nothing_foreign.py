@@ -61,7 +61,7 @@ def test_every_node_that_writes(kit, folders):
     compare = kit.node("merge_nodes", "CompareMerges").execute
     compare(kit.model, specs, row_1="iteris", row_2="average", **given)
     experts = kit.node("merge_nodes", "IterisMergeExperts").execute
-    pairs = [one.model_copy(update={"low": specs[1].file}) for one in specs]
+    pairs = [dataclasses.replace(one, low=specs[1].file) for one in specs]
     experts(kit.model, other, pairs, 0.875, method="average", **given)
     how = {"rank": 2, "megabytes": 0.0, "energy": 0.0, "samples": 4, "seed": 0}
     resize = kit.node("edit_nodes", "ResizeLora").execute

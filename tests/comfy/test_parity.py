@@ -59,7 +59,10 @@ class Sides:
         host = self.host(pipeline, **call)
         merged = self.core.merge_loras(
             host,
-            [spec.concept(host.read_lora(spec.file)) for spec in self.concepts(files)],
+            [
+                dataclasses.replace(spec, lora=host.read_lora(spec.file))
+                for spec in self.concepts(files)
+            ],
             settings=self.settings,
             calibration=self.calibration,
             thresholds=self.thresholds,

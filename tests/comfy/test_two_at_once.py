@@ -3,6 +3,7 @@
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_they_give_what_one_after_another_gives(kit, count):
         values = {**SETTINGS, "timesteps": 1, "latents": "noise", "rank": 2 + number % 3}
         given = {"clip": kit.clip, "samples": 2, "seed": number, "settings": values}
         method = "average" if number % 4 else "iteris"
-        first = specs[0].model_copy(update={"weight": 1.0 + number})
+        first = replace(specs[0], weight=1.0 + number)
         return run(kit.model, (first, specs[1]), method=method, **given).result[2]
 
     before, drawn = state(), kit.outputs()

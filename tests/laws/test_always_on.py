@@ -10,7 +10,7 @@ from oracle import SITES, ModuleHost, Net, difference, make_data, make_lora
 from tiny import random_lora
 
 from iteris_core import Concept, SettingsError, merge_loras
-from iteris_core.config import ConceptConfig
+from iteris_core.concepts import CONCEPT_KEYS
 from iteris_core.errors import ConceptError, MismatchError
 from iteris_core.lora import Lora
 from iteris_core.preview import preview_merge
@@ -104,8 +104,8 @@ def test_the_report_and_the_recipe_say_so():
         assert note in result.report.notes["fast"][-1]
         recipe = json.loads(result.lora.metadata["iteris"])
         assert [c.get("always_on", "no") for c in recipe["concepts"]] == ["no", "no", on]
-        entry = {key: recipe["concepts"][-1][key] for key in ConceptConfig.key_names()}
-        assert ConceptConfig.from_dict(entry, "x").always_on == on
+        entry = {key: recipe["concepts"][-1][key] for key in CONCEPT_KEYS}
+        assert Concept.from_dict(entry, "x").always_on == on
         assert ("fast" in result.lora.metadata["modelspec.merged_from"]) == (on == "include")
         assert "fast" not in result.lora.metadata.get("modelspec.trigger_phrase", "")
 
@@ -160,20 +160,19 @@ def test_a_sum_is_never_silent(host):
 
 
 def test_what_makes_no_sense_is_refused():
-    with pytest.raises(ConceptError, match="always_on must be one of no, include, outside"):
+    allowed = "always_on: Input should be 'no', 'include' or 'outside'"
+    with pytest.raises(ConceptError, match=f"lora-1: {allowed}"):
         Concept(make_lora(1), always_on="yes")  # pyright: ignore
     with pytest.raises(SettingsError, match="only a concept with a LoRA can be always on"):
         merge_loras(None, [Concept(None, ["a"], always_on="include")], "average")
-    with pytest.raises(
-        ConceptError, match="x: always_on: Input should be 'no', 'include' or 'outside'"
-    ):
-        ConceptConfig.from_dict({"file": "a.safetensors", "always_on": "yes"}, "x")
+    with pytest.raises(ConceptError, match=f"x: {allowed}"):
+        Concept.from_dict({"file": "a.safetensors", "always_on": "yes"}, "x")
     other = Lora({"elsewhere": make_lora(1).sites["q"]})
     with pytest.raises(MismatchError, match="sites are not in the base"):
         merged(Net(), [make_lora(1)], "include", speed=other)
 
 
 def test_words_are_not_searched_for():
-    config = ConceptConfig(file=Path("fast.safetensors"), always_on="include")
+    config = Concept(file=Path("fast.safetensors"), always_on="include")
     assert config.with_found_words({"modelspec.trigger_phrase": "sks dog"}).phrases == []
-    assert ConceptConfig.from_dict(config.to_dict(), "x") == config
+    assert Concept.from_dict(config.to_dict(), "x") == config

@@ -78,12 +78,13 @@ def test_no_prompts_are_errors():
 @pytest.mark.parametrize("name", ["strength", "text_strength"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_strength_that_is_not_finite_is_an_error(name, value):
-    with pytest.raises(ConceptError, match=f"sks: {name} must be a number, not {value}"):
+    said = f"sks: {name}: Input should be a finite number, not {value}"
+    with pytest.raises(ConceptError, match=said):
         Concept(None, trigger="sks", **{name: value})
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ConceptError, match="kind must be one of subject, style"):
+    with pytest.raises(ConceptError, match="sks: kind: Input should be 'subject', 'style', 'tags'"):
         Concept(None, trigger="sks", kind="photo")
 
 
