@@ -332,7 +332,3 @@ def words_in(phrases: Sequence[str]) -> dict[str, Any]:
         "class_word": "" if before else after,
         "subjects": (phrase,) if before and trigger else (),
     }
-
-
-class HeldOut(Calibration):
-    """A calibration for rows that measure a merge, with words that no row of a fit has."""

@@ -25,9 +25,8 @@ from ..iteris_core.calibration_prompts import whole_words
 from ..iteris_core.concepts import Calibration, Concept
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.learned import EmbeddingTriggers
-from ..iteris_core.hosts.protocol import DENOISING, SAMPLES_AT_ONCE, Stage, Tick
+from ..iteris_core.hosts.protocol import DENOISING, SAMPLES_AT_ONCE, SampleRequest, Stage
 from ..iteris_core.hosts.rows import SamplePrompts, TextRows, added_concepts
-from ..iteris_core.hosts.sample_store import SampleStore
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.lora_files.experts import second_of
@@ -140,25 +139,15 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
     ) -> AbstractContextManager[Sequence[Set[str]]]:
         return self._texts.activate(triggers)
 
-    def samples(
-        self,
-        concepts: Sequence[Concept],
-        sites: Set[str],
-        calibration: Calibration,
-        lockstep: Lockstep,
-        generator: torch.Generator,
-        tick: Tick,
-        store: SampleStore | None = None,
-        at_once: int = SAMPLES_AT_ONCE,
-    ) -> ComfySamples:
-        before = generator.get_state()
-        share = 0.0 if self.distilled else calibration.empty_share
+    def samples(self, request: SampleRequest) -> ComfySamples:
+        before = request.generator.get_state()
+        share = 0.0 if self.distilled else request.calibration.empty_share
 
         def make(rows: int) -> ComfySamples:
-            self._batch, self._lockstep = rows, lockstep
-            generator.set_state(before)
-            drawn = SamplePrompts.drawn(concepts, calibration, self._vocabulary, generator, share)
-            kept = self._latents(drawn, sites, lockstep, rows, tick, store)
+            self._batch, self._lockstep = rows, request.lockstep
+            request.generator.set_state(before)
+            drawn = SamplePrompts.drawn(request, self._vocabulary, share)
+            kept = self._latents(drawn, request, rows)
             return comfy_samples(kept, drawn, self._texts.tokenize)
 
         def complaint(said: str, tried: Sequence[int]) -> str:
@@ -169,21 +158,14 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
                 "are unchanged."
             )
 
-        release, sizes = memory.soft_empty_cache, halved(min(self._batch, at_once))
+        release, sizes = memory.soft_empty_cache, halved(min(self._batch, request.at_once))
         return with_less(sizes, make, complaint, release=release, ran_out=ran_out)[0]
 
-    def _latents(
-        self,
-        drawn: SamplePrompts,
-        sites: Set[str],
-        lockstep: Lockstep,
-        rows: int,
-        tick: Tick,
-        store: SampleStore | None,
-    ) -> list[Kept]:
-        """The latents of every denoiser, one concept's after another's. What ``store`` has is not
-        made again."""
-        owners, prompts, calibration = drawn.owners, drawn.prompts, drawn.calibration
+    def _latents(self, drawn: SamplePrompts, request: SampleRequest, rows: int) -> list[Kept]:
+        """The latents of every denoiser, one concept's after another's. What the request's store
+        has is not made again."""
+        owners, prompts, calibration = drawn.owners, drawn.prompts, request.calibration
+        store, lockstep = request.store, request.lockstep
         noise = calibration.latents == "noise"
         guidance = 1.0 if self.distilled else max(calibration.guidance, 1.0)
         by_name = any("embedding:" in prompt for prompt in prompts)  # of a file that may change
@@ -197,14 +179,14 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         if missing and not noise:
             _log.info("IterIS: making latents of %d samples", len(missing))
             given = [owners[row] for row in missing], [prompts[row] for row in missing]
-            texts = dict(zip(missing, self._texts_alone(*given, sites, tick), strict=True))
+            texts = dict(zip(missing, self._encode_under_own_lora(*given, request), strict=True))
             self._card.be(self.model.load_device)
         for one, own in samples.items():
             if not parts.get(one):
                 before = own[0]
 
                 def steps_done(done: int, steps: int, before: int = before) -> None:
-                    tick(DENOISING, before * steps + done, len(owners) * steps)
+                    request.tick(DENOISING, before * steps + done, len(owners) * steps)
 
                 parts[one] = make_latents(
                     self._denoisers,
@@ -365,17 +347,18 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         """The ``sites`` of one denoiser."""
         return [site for site in sites if not _of_text(site) and site.startswith(LOW) == number]
 
-    def _texts_alone(
-        self, owners: Sequence[int], prompts: Sequence[str], sites: Set[str], tick: Tick
+    def _encode_under_own_lora(
+        self, owners: Sequence[int], prompts: Sequence[str], request: SampleRequest
     ) -> list[tuple[Conditioning, Conditioning]]:
         """For each sample, its text and the empty text, both with its own LoRA active."""
         concepts = sorted(set(owners))
         rows = TextRows.of([*owners, *concepts], [*prompts, *[""] * len(concepts)])
         tokens = self._texts.tokenize(rows.text_owners, rows.texts)
+        sites = request.lockstep.changes.keys()
         batches = self._texts.batches(rows.loaded, tokens, self._found.names, sites)
         self._load_texts()
         for batch in batches.values():
-            batch.run_all(self._batch, self._lockstep, tick)
+            batch.run_all(self._batch, self._lockstep, request.tick)
         pairs = self._texts.assemble(rows.loaded, tokens, batches, 0, self._lockstep)
         of_rows = [pairs[row] for row in rows.text_rows]
         empty = dict(zip(concepts, of_rows[len(owners) :], strict=True))

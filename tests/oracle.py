@@ -56,7 +56,7 @@ class ModuleHost(Host):
     def read_lora(self, path):
         raise AssertionError("not used")
 
-    def samples(self, concepts, sites, calibration, lockstep, generator, tick):
+    def samples(self, request):
         return self.data
 
     def forward(self, samples, rows):

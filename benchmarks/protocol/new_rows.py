@@ -12,6 +12,7 @@ from torch import Tensor
 from iteris_core import Calibration, Concept, LowRank
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.hosts.protocol import SampleRequest
 from iteris_core.hosts.rows import TextRows
 from iteris_core.passes.changes import added, changes_of
 
@@ -30,9 +31,8 @@ class NewRows:
         changes, generator = changes_of(concepts), torch.Generator().manual_seed(seed)
         self._host = host
         with torch.no_grad(), Lockstep(host.sites(), changes) as lockstep:
-            self._samples: Any = host.samples(
-                concepts, set(changes), fields, lockstep, generator, lambda *_: None
-            )
+            request = SampleRequest(concepts, fields, lockstep, generator, lambda *_: None)
+            self._samples: Any = host.samples(request)
         self._owners = self._samples.text.owners
         self.of = [
             [row for row, owner in enumerate(self._owners) if owner == number]

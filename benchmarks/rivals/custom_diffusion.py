@@ -129,9 +129,8 @@ def _texts(
     calibration = replace(job.calibration, empty_share=0.0, contexts=0.0)
     with job.run() as run:
         lockstep = run.lockstep
-        samples = job.host.samples(
-            concepts, reached, calibration, lockstep, job.generator, job.tick
-        )
+        request = replace(run.request, concepts=concepts, calibration=calibration)
+        samples = job.host.samples(request)
         for stage in job.host.stages(samples, reached):
             rows = max(rows, len(stage.concept_ids))
             for batch in micro_batches(stage, 1, texts, ExecutionConfig(size)):

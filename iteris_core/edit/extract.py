@@ -16,7 +16,7 @@ from ..architectures.sites import weight_shape
 from ..calibration_prompts import CAPTIONS
 from ..concepts import Calibration, Concept
 from ..errors import MismatchError, SolveError
-from ..hosts.protocol import Host, Tick
+from ..hosts.protocol import Host, SampleRequest, Tick
 from ..lora import Lora, LowRank, SiteChanges
 from ..lora_files import BaseModel
 from ..passes.held_out import FinalOutputs, error_of, held_out
@@ -119,10 +119,9 @@ def output_error(
     """‖f_LoRA − f_tuned‖ / ‖f_base − f_tuned‖ of final outputs: 0 is perfect, 1 like the base."""
     separate = held_out(calibration, _SAMPLES, _TIMESTEPS)
     generator = torch.Generator().manual_seed(separate.seed)
-    sites = set(lora.sites)
     with torch.no_grad(), Lockstep({}, {}) as lockstep:
-        samples = tuned.samples([concept], sites, separate, lockstep, generator, tick)
-        final = FinalOutputs.of(tuned, samples)
+        request = SampleRequest([concept], separate, lockstep, generator, tick, held_out=True)
+        final = FinalOutputs.of(tuned, tuned.samples(request))
         wanted = final.under({})
         final = replace(final, host=base)
         before = final.under({})

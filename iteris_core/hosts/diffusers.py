@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..activations.lockstep import Lockstep
 from ..activations.memory import free_memory, usable
 from ..activations.site import PLAIN, Condition
 from ..architectures.record import TEXT_WIRINGS
@@ -33,10 +32,10 @@ from .diffusers_loop import PipelineLoop
 from .diffusers_lora import OF_TEXT, base_of, pipeline_sites, read_lora
 from .diffusers_rows import DiffusionSamples, record_rows
 from .learned import EmbeddingTriggers, Placeholders, in_force
-from .protocol import SAMPLES_AT_ONCE, Host, Stage, Tick, check_ready
+from .protocol import Host, SampleRequest, Stage, check_ready
 from .recorded import Call, entries, joined, kind, size
 from .rows import SamplePrompts, added_concepts
-from .sample_store import SampleStore, behaviour, digest, digest_of_weights
+from .sample_store import behaviour, digest, digest_of_weights
 from .transformers import TransformersHost
 
 Words = list[list[Call]]
@@ -114,17 +113,8 @@ class DiffusersHost(Host):
             return list(prompts)
         return [self._placeholders(o, prompt) for o, prompt in zip(owners, prompts, strict=True)]
 
-    def samples(
-        self,
-        concepts: Sequence[Concept],
-        sites: Set[str],
-        calibration: Calibration,
-        lockstep: Lockstep,
-        generator: torch.Generator,
-        tick: Tick,
-        store: SampleStore | None = None,
-        at_once: int = SAMPLES_AT_ONCE,
-    ) -> DiffusionSamples:
+    def samples(self, request: SampleRequest) -> DiffusionSamples:
+        calibration, store = request.calibration, request.store
         for model in self._models:
             check_ready(model)
         read = calibration.denoising_steps, calibration.latent_size, calibration.frames
@@ -133,12 +123,12 @@ class DiffusersHost(Host):
             self._studied[key] = study(self._loop, calibration)
         arguments = self._studied[key]
         share = calibration.empty_share if self._loop.empty_prompts else 0.0
-        drawn = SamplePrompts.drawn(concepts, calibration, self._vocabulary, generator, share)
+        drawn = SamplePrompts.drawn(request, self._vocabulary, share)
         texts = self._said(drawn.owners, drawn.prompts)
         if store is not None:
             base = None if calibration.latents == "noise" else self._base_digest(arguments)
-            store = store.within(base) if base else None
-        return record_rows(self._loop, arguments, drawn, texts, lockstep, tick, store, at_once)
+            request = replace(request, store=store.within(base) if base else None)
+        return record_rows(self._loop, arguments, drawn, texts, request)
 
     def _base_digest(self, arguments: Arguments) -> str | None:
         """A hash of all that samples depend on beside prompts and LoRAs; None if there is none: for
@@ -225,7 +215,7 @@ class DiffusersHost(Host):
             run,
             conditions=[condition for *_, condition in where],
             feeds_next=feeds,
-            batch_keys=None if arguments.alike else self._lengths(prompts),
+            batch_keys=None if arguments.fixed_shapes else self._lengths(prompts),
             samples=samples.worth,
         )
 
@@ -251,7 +241,7 @@ class DiffusersHost(Host):
 
         firsts = [call_of(row, 0) for row in rows]
         kinds = None
-        if not arguments.alike or arguments.masked:
+        if not arguments.fixed_shapes or arguments.has_masks:
             # A preview only inspects the stages; the words are not encoded yet.
             lengths = self._lengths(text.texts)
             kinds = [
@@ -265,7 +255,7 @@ class DiffusersHost(Host):
             run,
             spatial=True,
             batch_keys=kinds,
-            lengths=None if arguments.alike else [size(call) for call in firsts],
+            lengths=None if arguments.fixed_shapes else [size(call) for call in firsts],
             samples=samples.worth,
             rows=rows,
             conditions=[text.conditions[row] for row in rows],
@@ -287,14 +277,14 @@ class DiffusersHost(Host):
     def _first(self, arguments: Arguments, prompts: Sequence[str]) -> list[Call]:
         """For each prompt, the denoiser's arguments that stay the same in all steps."""
         rows: list[Call] = []
-        for some in [prompts] if arguments.together else [[prompt] for prompt in prompts]:
+        for some in [prompts] if arguments.accepts_batch else [[prompt] for prompt in prompts]:
             call = self._loop.first_call(some, arguments.size)
-            moving = arguments.drawn | arguments.timed
+            moving = arguments.noise_args | arguments.step_args
             still = {path: value for path, value in call.items() if path not in moving}
             rows += [entries(still, arguments.batched, row) for row in range(len(some))]
         if self.pipeline.config.get("force_zeros_for_empty_prompt"):  # so does its guidance
             for prompt, row in zip(prompts, rows, strict=True):
-                row |= {p: torch.zeros_like(row[p]) for p in arguments.worded if not prompt}
+                row |= {p: torch.zeros_like(row[p]) for p in arguments.prompt_args if not prompt}
         return rows
 
 

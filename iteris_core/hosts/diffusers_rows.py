@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations.lockstep import Lockstep
 from ..activations.memory import halved, with_less
 from ..activations.micro_batch import MicroBatch
 from .diffusers_arguments import Arguments, ones_like
-from .diffusers_loop import Enough, PipelineLoop
-from .protocol import DENOISING, Tick
+from .diffusers_loop import PipelineLoop, StopPipeline
+from .protocol import DENOISING, SampleRequest
 from .recorded import Call, differ, entries
 from .rows import SamplePrompts, TextRows, drawn_steps
-from .sample_store import SampleStore
 
 _RAN = "denoiser of a row"  # among the arguments kept, none of which has such a name
 
@@ -44,17 +42,15 @@ def record_rows(
     arguments: Arguments,
     drawn: SamplePrompts,
     prompts: Sequence[str],
-    lockstep: Lockstep,
-    tick: Tick,
-    store: SampleStore | None,
-    at_once: int,
+    request: SampleRequest,
 ) -> DiffusionSamples:
     """Run the pipeline on every prompt under its concept's LoRA, and record its denoiser's
     arguments at some of the steps. With ``latents="noise"`` the denoiser does not run, and every
-    step gets the first step's noise. What ``store`` has is not run again. A run has ``at_once``
-    prompts, and half as many whenever memory runs out."""
-    calibration, names = drawn.calibration, list(loop.denoisers)
-    noise, most = calibration.latents == "noise", at_once if arguments.alike else 1
+    step gets the first step's noise. What the request's store has is not run again. A run has its
+    ``at_once`` prompts, and half as many whenever memory runs out."""
+    calibration, lockstep, store = request.calibration, request.lockstep, request.store
+    names = list(loop.denoisers)
+    noise, most = calibration.latents == "noise", request.at_once if arguments.fixed_shapes else 1
     samples: dict[int, list[int]] = {}
     states: list[Tensor] = []
     steps: list[Tensor] = []
@@ -64,7 +60,7 @@ def record_rows(
         generator = drawn.generators[owner]
         for _ in own:  # as if a single draw had made all noise
             states.append(generator.get_state())
-            torch.randn(arguments.numbers, generator=generator)
+            torch.randn(arguments.noise_size, generator=generator)
         steps.append(drawn_steps(len(own), calibration, arguments.steps, generator))
     picks = torch.cat(steps)
     keys = {owner: drawn.key(owner, prompts, lockstep) for owner in samples} if store else {}
@@ -78,23 +74,23 @@ def record_rows(
     def report(done: int) -> None:
         nonlocal reported
         reported = max(reported, done)  # less in a run that is tried again
-        tick("drawing noise" if noise else DENOISING, reported, total)
+        request.tick("drawing noise" if noise else DENOISING, reported, total)
 
     def denoise(rows: list[int], kept: dict[str, Tensor], first_row: int, before: int) -> None:
         """Run the samples ``rows`` of one concept, whose samples begin at ``first_row``; ``kept``
         gets arguments, (samples, T, …). ``before`` steps are done."""
         step, time, first = -1, Call(), Call()
 
-        def see(name: str, call: Call, run: Callable[[], Any]) -> Any:
+        def on_call(name: str, call: Call, run: Callable[[], Any]) -> Any:
             nonlocal step, time, first
             report(before + len(rows) * (step + 1))
-            now = {path: call[path] for path in arguments.timed}
+            now = {path: call[path] for path in arguments.step_args}
             # Several calls of one step: with guidance, of which the first entries are as good as
             # all.
             if step < 0 or any(differ(now[path], time.get(path)) for path in now):
                 step, time, first = step + 1, now, first or call
-                moving = {path: call[path] for path in arguments.drawn | arguments.timed}
-                moving |= {path: first[path] for path in arguments.drawn if noise}
+                moving = {path: call[path] for path in arguments.noise_args | arguments.step_args}
+                moving |= {path: first[path] for path in arguments.noise_args if noise}
                 for index, slot in (picks[rows] == step).nonzero().tolist():
                     at = rows[index] - first_row, slot
                     kept[_RAN][at] = names.index(name)
@@ -105,15 +101,15 @@ def record_rows(
                             kept[path] = torch.zeros(shape, dtype=value.dtype)
                         kept[path][at] = value
             if step >= int(picks[rows].max()):
-                raise Enough
-            return ones_like(arguments.given, len(rows)) if noise else run()
+                raise StopPipeline
+            return ones_like(arguments.output_example, len(rows)) if noise else run()
 
         generators = [torch.Generator() for _ in rows]
         for generator, row in zip(generators, rows, strict=True):
             generator.set_state(states[row])
         loop.run(
             [prompts[row] for row in rows],
-            see,
+            on_call,
             steps=calibration.denoising_steps,
             size=arguments.size,
             generators=generators,

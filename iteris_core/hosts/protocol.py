@@ -43,6 +43,30 @@ SAMPLES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
+class SampleRequest:
+    """What rows are made of.
+
+    - ``concepts``: those whose features are wanted.
+    - ``calibration``: how many rows, of which prompts, denoised how.
+    - ``lockstep``: runs a forward with each row's own LoRA active.
+    - ``generator``: for random draws that depend on all concepts.
+    - ``tick``: reports progress.
+    - ``store``: keeps what is slow to make (None: nothing is kept).
+    - ``at_once``: the most samples that are denoised in a forward, with guidance two rows each.
+    - ``held_out``: the rows measure a merge, and have words that no row of a fit has.
+    """
+
+    concepts: Sequence[Concept]
+    calibration: Calibration
+    lockstep: Lockstep
+    generator: torch.Generator
+    tick: Tick
+    store: SampleStore | None = None
+    at_once: int = SAMPLES_AT_ONCE
+    held_out: bool = False
+
+
+@dataclass(frozen=True)
 class Stage:
     """A part of the model that runs on its own, in execution order: an encoder, the denoiser.
 
@@ -113,20 +137,8 @@ class Host(Protocol):
         """Read a LoRA file in any layout that the host's ecosystem knows."""
         ...
 
-    def samples(
-        self,
-        concepts: Sequence[Concept],
-        sites: Set[str],
-        calibration: Calibration,
-        lockstep: Lockstep,
-        generator: torch.Generator,
-        tick: Tick,
-        store: SampleStore | None = None,
-        at_once: int = SAMPLES_AT_ONCE,
-    ) -> Any:
-        """Make the rows on which features are collected; opaque outside the host. What is slow to
-        make may be kept in ``store``. At most ``at_once`` samples are denoised in a forward, with
-        guidance two rows each."""
+    def samples(self, request: SampleRequest) -> Any:
+        """Make the rows on which features are collected; opaque outside the host."""
         ...
 
     def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:

@@ -1,5 +1,4 @@
-"""The rows of a host that works from prompts: their texts, latents, how the LoRAs are loaded, and
-the size of their images.
+"""The rows of a host that works from prompts: their texts, latents and how the LoRAs are loaded.
 
 The diffusers and ComfyUI hosts make the same rows from the same seed. A merge is fitted to what its
 rows show. With all of them at strength 1 and nothing beside, five LoRAs break at strength 1.2 or
@@ -9,15 +8,14 @@ of the rows is at other strengths, or beside another LoRA.
 
 from __future__ import annotations
 
-import math
 import random
 import zlib
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..activations.lockstep import Lockstep
 from ..activations.site import PLAIN, Condition
@@ -33,7 +31,8 @@ from ..calibration_prompts import (
     templates_of,
     turns_of,
 )
-from ..concepts import Calibration, Concept, HeldOut
+from ..concepts import Calibration, Concept
+from .protocol import SampleRequest
 from .sample_store import digest
 
 GENERIC, CLASSES = "generic", "class words"
@@ -151,16 +150,12 @@ class SamplePrompts:
 
     @staticmethod
     def drawn(
-        concepts: Sequence[Concept],
-        calibration: Calibration,
-        vocabulary: Sequence[str],
-        generator: torch.Generator,
-        empty_share: float,
+        request: SampleRequest, vocabulary: Sequence[str], empty_share: float
     ) -> SamplePrompts:
         """Draw random prompts. If a concept has very few, a prompt gets extra words after its 16th
         use. Concepts without a LoRA have no samples: their rows use the latents of others."""
-        measures = isinstance(calibration, HeldOut)
-        wording = Wording(vocabulary, concepts, generator, held_out=measures)
+        concepts, calibration = request.concepts, request.calibration
+        wording = Wording(vocabulary, concepts, request.generator, held_out=request.held_out)
         own: list[torch.Generator] = []
         prompts: list[list[str]] = []
         for concept in concepts:
@@ -294,50 +289,3 @@ def drawn_uses(
                 known[sample] = Use(Condition(text, *phantom), Condition(denoiser, *phantom))
         uses[row] = known[sample]
     return uses
-
-
-PICTURE_TOKENS = 1024
-"""The tokens of 512 pixels on SD 1.5 and FLUX.1, and of 1024 on SDXL. With the default number of
-rows this gives at least a hundred tokens per input of the widest site."""
-
-MOST_PIXELS = 1024
-"""The longest side, for models with such high compression that an image has fewer tokens."""
-
-FRAMES = 9
-"""Default frames of a video: two or three latent frames."""
-
-
-def default_size(
-    scale: int, patch: int, own: tuple[int, int] | None = None, multiple: int = 1
-) -> tuple[int, int]:
-    """(height, width) in latents, at the ratio of the model's ``own`` size (None: a square).
-
-    ``scale`` is pixels per latent side; ``patch`` is latents per token side at the middle block.
-    Sides are multiples of ``multiple`` and ``patch``.
-    """
-    height, width = own or (MOST_PIXELS // scale,) * 2
-    shrink = math.sqrt(PICTURE_TOKENS * patch**2 / (height * width))
-    shrink = min(shrink, MOST_PIXELS / (scale * max(height, width)), 1.0)
-    step = math.lcm(patch, multiple)
-    sides = (max(step, int(side * shrink / step + 1e-6) * step) for side in (height, width))
-    return next(sides), next(sides)
-
-
-def unet_levels(blocks: Iterable[nn.Module | None]) -> list[int]:
-    """Latents per token side in each transformer block of a UNet's ``blocks``, in their order."""
-    levels: list[int] = []
-    level = 1
-    for module in (module for block in blocks if block is not None for module in block.modules()):
-        kind = type(module).__name__
-        if kind == "BasicTransformerBlock":
-            levels.append(level)
-        elif kind.startswith("Downsample"):
-            level *= 2
-        elif kind.startswith("Upsample"):
-            level //= 2
-    return levels
-
-
-def middle_patch(sides: Sequence[int]) -> int:
-    """The ``patch`` of :func:`default_size`, from the sides of tokens in every block, or in all."""
-    return sorted(sides)[len(sides) // 2]

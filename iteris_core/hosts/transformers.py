@@ -18,13 +18,12 @@ from ..activations.memory import free_memory, usable
 from ..activations.micro_batch import MicroBatch
 from ..architectures.record import TEXT_WIRINGS
 from ..architectures.sites import residual_streams, weight_shape
-from ..concepts import Calibration, Concept
+from ..concepts import Concept
 from ..errors import BaseError, ConceptError, SettingsError
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from ..lora_files.peft_folder import read_adapter
-from .protocol import SAMPLES_AT_ONCE, Host, Stage, Tick, check_model, check_ready
-from .sample_store import SampleStore
+from .protocol import Host, SampleRequest, Stage, check_model, check_ready
 
 Row = Mapping[str, Tensor]
 """Keyword arguments of the model's forward, with a batch dimension of 1"""
@@ -86,25 +85,16 @@ class TransformersHost(Host):
         shapes = {site: weight_shape(module) for site, module in self._sites.items()}
         return read_adapter(Path(path), shapes, options.layers if options is not None else "")
 
-    def samples(
-        self,
-        concepts: Sequence[Concept],
-        sites: Set[str],
-        calibration: Calibration,
-        lockstep: Lockstep,
-        generator: torch.Generator,
-        tick: Tick,
-        store: SampleStore | None = None,
-        at_once: int = SAMPLES_AT_ONCE,
-    ) -> ModelSamples:
-        own = [rows_of(concept, calibration.samples, decodes=self._decodes) for concept in concepts]
+    def samples(self, request: SampleRequest) -> ModelSamples:
+        limit, decodes = request.calibration.samples, self._decodes
+        own = [rows_of(concept, limit, decodes=decodes) for concept in request.concepts]
         owners = [index for index, mine in enumerate(own) for _ in mine]
         rows = [row for mine in own for row in mine]
         check_ready(self.model)
         if self._generate is not None:
             for at, (row, owner) in enumerate(zip(list(rows), owners, strict=True)):
-                rows[at] = self._continued(row, owner, lockstep)
-                tick("generating", at + 1, len(rows))
+                rows[at] = self._continued(row, owner, request.lockstep)
+                request.tick("generating", at + 1, len(rows))
         return ModelSamples(owners, rows)
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:

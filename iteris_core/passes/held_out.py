@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..activations.memory import halved, with_less
 from ..activations.site import phantom_of
-from ..concepts import Calibration, HeldOut
+from ..concepts import Calibration
 from ..errors import SiteError
 from ..hosts.protocol import Host
 from ..lora import LowRank
@@ -32,14 +32,14 @@ _BESIDE = 0.6
 
 def held_out(calibration: Calibration, samples: int, timesteps: int) -> Calibration:
     """A calibration for a few rows of other prompts and noise than those of a fit."""
-    few: dict[str, Any] = {
-        "samples": min(samples, calibration.samples),
-        "timesteps": min(timesteps, calibration.rows_each),
-        "seed": calibration.seed ^ _SEED,
-        "conditions": 0.0,
-        "contexts": 0.0 if calibration.contexts == 0 else 1.0,
-    }
-    return HeldOut(**{**asdict(calibration), **few})
+    return replace(
+        calibration,
+        samples=min(samples, calibration.samples),
+        timesteps=min(timesteps, calibration.rows_each),
+        seed=calibration.seed ^ _SEED,
+        conditions=0.0,
+        contexts=0.0 if calibration.contexts == 0 else 1.0,
+    )
 
 
 @dataclass
@@ -127,7 +127,9 @@ def kept(job: Job, *versions: Mapping[str, LowRank]) -> list[dict[str, list[floa
     other_rows = replace(job, calibration=calibration, generator=generator, tick=tick)
     with torch.no_grad(), other_rows.run() as run:
         rows = job.at_once(_BATCH, factors=4)
-        final = FinalOutputs.of(job.host, run.samples, rows)
+        final = FinalOutputs.of(
+            job.host, job.host.samples(replace(run.request, held_out=True)), rows
+        )
     job.tick(WHAT, 0, total)
     base = final.under({}, own)
     found: list[dict[str, list[float]]] = [{} for _ in versions]

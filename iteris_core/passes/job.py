@@ -22,7 +22,7 @@ from ..activations.memory import is_apart
 from ..activations.streams import Stream
 from ..calibration_prompts import samples_of
 from ..concepts import LEAST_SAMPLES, Calibration, Concept
-from ..hosts.protocol import SAMPLES_AT_ONCE, Host, Stage
+from ..hosts.protocol import SAMPLES_AT_ONCE, Host, SampleRequest, Stage
 from ..hosts.sample_store import SampleStore
 from ..lora import SiteChanges
 from ..progress import Forecast
@@ -183,14 +183,14 @@ class Run:
     @cached_property
     def samples(self) -> Any:
         """The rows on which features are collected, made once, with each LoRA active."""
-        job, sites = self.job, self.lockstep.changes.keys()
-        given = job.concepts, sites, job.calibration, self.lockstep, job.generator, job.tick
-        more: dict[str, Any] = {}  # a host may lack these arguments
-        if job.store is not None:
-            more["store"] = job.store
-        if self.at_once < SAMPLES_AT_ONCE:
-            more["at_once"] = self.at_once
-        return job.host.samples(*given, **more)
+        return self.job.host.samples(self.request)
+
+    @property
+    def request(self) -> SampleRequest:
+        """What the rows are made of."""
+        job = self.job
+        fields = job.concepts, job.calibration, self.lockstep, job.generator, job.tick, job.store
+        return SampleRequest(*fields, at_once=self.at_once)
 
     @property
     def ahead(self) -> Run:

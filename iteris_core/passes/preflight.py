@@ -25,7 +25,7 @@ from ..activations.memory import is_apart, wait_for
 from ..activations.streams import Stream, find_streams
 from ..architectures.sites import weight_norm, weight_shape
 from ..concepts import Concept
-from ..hosts.protocol import Stage
+from ..hosts.protocol import SampleRequest, Stage
 from ..hosts.recorded import differ
 from .footprint import Step, forward_of
 from .job import Job, SiteCost, StageTiming
@@ -80,7 +80,8 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
     every_prompt = replace(short, samples=calibration.samples, timesteps=1)
     with Lockstep({}, {}) as lockstep, torch.no_grad():
         for some in (short, every_prompt):
-            samples = host.samples(job.concepts, sites, some, lockstep, generator, tick)
+            request = SampleRequest(job.concepts, some, lockstep, generator, tick)
+            samples = host.samples(request)
             for stage in host.stages(samples, sites):
                 every_kind = some is every_prompt
                 own = replace(job, calibration=some)

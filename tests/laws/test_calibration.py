@@ -13,6 +13,7 @@ from iteris_core.calibration_prompts import (
 )
 from iteris_core.concepts import TEMPLATES, over, words_in
 from iteris_core.errors import ConceptError
+from iteris_core.hosts.protocol import SampleRequest
 from iteris_core.hosts.rows import SamplePrompts, TextRows, added_concepts
 from iteris_core.methods.registry import settings_over
 
@@ -37,7 +38,8 @@ def test_every_phrase_has_rows_of_its_own():
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         calibration = Calibration(samples=12)
-        drawn = SamplePrompts.drawn(concepts, calibration, WORDS, generator, 0.5)
+        request = SampleRequest(concepts, calibration, None, generator, None)
+        drawn = SamplePrompts.drawn(request, WORDS, 0.5)
         assert [drawn.owners.count(owner) for owner in range(2)] == [20, 12]
         texts = said(drawn.texts(2))
         assert all(any(phrase in text for text in texts) for phrase in many.phrases)
