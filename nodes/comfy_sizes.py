@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..iteris_core.concepts import Calibration
-from ..iteris_core.hosts.rows import FRAMES, default_size, middle_patch, unet_levels
+from ..iteris_core.hosts.sizes import FRAMES, default_size, middle_patch, unet_levels
 from .comfy_internals import comfy
 
 _SCALES = {

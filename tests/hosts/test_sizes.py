@@ -2,7 +2,7 @@
 
 import pytest
 
-from iteris_core.hosts.rows import default_size, middle_patch
+from iteris_core.hosts.sizes import default_size, middle_patch
 
 UNET_LEVELS = {"sd1": [1] * 5 + [2] * 5 + [4] * 5 + [8], "sdxl": [2] * 10 + [4] * 60}
 
