@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from statistics import median_high
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..activations.memory import is_out_of_memory
+from ..architectures.sites import unet_levels
 from ..concepts import Calibration
 from ..errors import BaseError, IterisError, OutOfMemory, SettingsError, brief
 from .diffusers_loop import SEVERAL, PipelineLoop
 from .recorded import Axes, Call, batched_in, differ, entries, kind, passed
-from .sizes import FRAMES, MOST_PIXELS, PICTURE_TOKENS, default_size, middle_patch, unet_levels
+from .sizes import FRAMES, MOST_PIXELS, PICTURE_TOKENS, default_size
 
 _SHORT, _LONG = "a cat", "two cats" + " and a dog" * 16
 """Prompts whose lengths differ in every tokenizer, even with padding to a multiple of 16 or 32
@@ -234,7 +236,7 @@ def pipeline_size(loop: PipelineLoop, calibration: Calibration) -> tuple[dict[st
             if "block_out_channels" in denoiser.config:  # a UNet: latents per token side by block
                 middle = getattr(denoiser, "mid_block", None)
                 levels = unet_levels((*denoiser.down_blocks, middle, *denoiser.up_blocks))
-                side = middle_patch(levels) if levels else side
+                side = median_high(levels) if levels else side
             side = int(side[-1] if isinstance(side, (list, tuple)) else side)
             tokens = latents.shape[-2] * latents.shape[-1] / side**2
         # The rule, with pixels in place of latents.

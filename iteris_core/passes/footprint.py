@@ -105,13 +105,13 @@ class _MeasuredForward:
         self._offload = None if place is None else ActivationOffload(place, strategy.bits)
         stage, lockstep = measure.stage, measure.lockstep
         batch = MicroBatch(
-            partial(stage.run, rows, 1),
-            [stage.concept_ids[row] for row in rows],
+            partial(stage.forward, stage.at(rows), 1),
+            [stage.rows[row].concept for row in rows],
             1,
             self,
             pause=self._pause,
             choice=TokenSampling(rows, measure.limit, 0),
-            conditions=[stage.costliest_condition] * len(rows) if stage.conditions else (),
+            conditions=[stage.costliest_condition] * len(rows),
         )
         with ExitStack() as stack:
             stack.enter_context(lockstep.in_barriers(strategy.barriers or Barriers()))
@@ -175,7 +175,7 @@ def forward_of(stage: Stage) -> Step:
     found: list[tuple[int, int]] = []
     for rows in ([row], [row], [row, row]):
         with MemoryMeter() as meter:
-            stage.run(rows, 1)
+            stage.forward(stage.at(rows), 1)
         found.append((meter.peak, meter.live))
     _, (one, left), (two, _) = found
     each = max(two - one, 0)
@@ -184,14 +184,12 @@ def forward_of(stage: Stage) -> Step:
 
 def longest(stage: Stage) -> int:
     """The row that takes the most memory."""
-    if stage.lengths is not None:
-        return max(range(len(stage.lengths)), key=stage.lengths.__getitem__)
     if stage.mask is None:
-        return 0
-    lengths = [0] * len(stage.concept_ids)
+        return max(range(len(stage.rows)), key=lambda row: stage.rows[row].length)
+    lengths = [0] * len(stage.rows)
     for site in (stage.sites[0], stage.sites[-1]):  # an encoder's and a decoder's
         for row in range(len(lengths)):
-            mask = stage.mask(site, [row])
+            mask = stage.mask(site, stage.at([row]))
             lengths[row] += 0 if mask is None else int(mask.sum())
     return lengths.index(max(lengths))
 

@@ -183,14 +183,9 @@ class Run:
     @cached_property
     def samples(self) -> Any:
         """The rows on which features are collected, made once, with each LoRA active."""
-        return self.job.host.samples(self.request)
-
-    @property
-    def request(self) -> SampleRequest:
-        """What the rows are made of."""
         job = self.job
         fields = job.concepts, job.calibration, self.lockstep, job.generator, job.tick, job.store
-        return SampleRequest(*fields, at_once=self.at_once)
+        return job.host.samples(SampleRequest(*fields, at_once=self.at_once))
 
     @property
     def ahead(self) -> Run:
@@ -254,9 +249,9 @@ def sites_work(
         return job.samples_of(calibration) * (calibration.rows_each if seen.stage.spatial else 1)
 
     # Roughly the rows seen, as often as there are more samples.
-    owners = seen.stage.concept_ids
-    rows = round(len(owners) * count(job.calibration) / count(seen.calibration))
-    stage = replace(seen.stage, concept_ids=list(islice(cycle(owners), rows)), samples=None)
+    shown = seen.stage.rows
+    rows = round(len(shown) * count(job.calibration) / count(seen.calibration))
+    stage = replace(seen.stage, rows=list(islice(cycle(shown), rows)), samples=None)
     limit, slow = limit_of(stage, batching), _FLOAT32 if is_apart(seen.device) else 1.0
     work: list[tuple[float, float]] = []
     way = operations = 0.0

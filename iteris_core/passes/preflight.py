@@ -93,11 +93,10 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> PreflightResult:
                 found |= why | dict.fromkeys(mixed - joined, MIXED)
                 if not every_kind:
                     seen.append(timing)
-                    if stage.spatial and stage.concept_ids:
+                    if stage.spatial and stage.rows:
                         # Two rows of one kind that are far apart in time
-                        kinds = stage.batch_keys or [None] * len(stage.concept_ids)
-                        rows = [row for row, kind in enumerate(kinds) if kind == kinds[0]]
-                        run = partial(stage.run, [rows[0], rows[-1]], 1)
+                        rows = [row for row in stage.rows if row.key == stage.rows[0].key]
+                        run = partial(stage.forward, [rows[0], rows[-1]], 1)
                         streams |= find_streams(run, 2, modules)
             if sites <= found.keys() and MIXED not in found.values():
                 break
@@ -118,8 +117,7 @@ def _look(
     cannot be merged (None: they can); those that get a different number of rows; and the timing, of
     several rows at once: with few, most of a forward's time does not depend on their number.
     ``norms`` gets those of the layers that it lacks."""
-    kinds = stage.batch_keys if stage.batch_keys and every_kind else [None] * len(stage.concept_ids)
-    firsts = {kind: row for row, kind in reversed(list(enumerate(kinds)))}.values()
+    firsts = {row.key if every_kind else None: row for row in reversed(stage.rows)}.values()
     wanted, device, ran = set(stage.sites), torch.device("cpu"), 1
     calls: dict[str, list[int]] = {}
     reached: dict[str, SiteCost] = {}
@@ -157,7 +155,7 @@ def _look(
             for ran in sizes:
                 calls.clear()
                 started = time.perf_counter()
-                stage.run([row] * ran, 1)
+                stage.forward([row] * ran, 1)
                 wait_for(device)
                 took.append(time.perf_counter() - started)
             timing = replace(timing, seconds=took[-1] / ran, device=device)
@@ -167,8 +165,8 @@ def _look(
             count.update(calls.keys())
             mixed |= {site for site, rows in calls.items() if set(rows) != {ran}}
             repeated |= {site for site, rows in calls.items() if len(rows) > 1}
-    for row in set(range(len(stage.concept_ids))) - set(firsts) if stage.feeds_next else ():
-        stage.run([row], 1)
+    for row in [row for row in stage.rows if row not in firsts] if stage.feeds_next else ():
+        stage.forward([row], 1)
     why: dict[str, str | None] = dict.fromkeys(count)
     if sweep:
         why |= {site: PARTLY for site, times in count.items() if times < len(firsts)}
@@ -184,8 +182,8 @@ def joined_rows(stage: Stage, modules: Mapping[str, nn.Module]) -> set[str]:
         return not differ(one, other, _ROUNDING)
 
     of_kinds: dict[Hashable, list[int]] = {}
-    for row, kind in enumerate(stage.batch_keys or [None] * len(stage.concept_ids)):
-        of_kinds.setdefault(kind, []).append(row)
+    for place, row in enumerate(stage.rows):
+        of_kinds.setdefault(row.key, []).append(place)
     every = of_kinds.values()
     # Pairs of rows as far apart as possible.
     pairs = sorted((at, some[at], some[-1 - at]) for some in every for at in range(len(some) // 2))
@@ -230,7 +228,7 @@ def _halves(
     with ExitStack() as stack:
         for site, module in modules.items():
             stack.enter_context(module.register_forward_pre_hook(keep(site)))
-        stage.run(rows, 1)
+        stage.forward(stage.at(rows), 1)
     return found
 
 

@@ -23,7 +23,7 @@ from ..activations.host_pool import HostPool
 from ..activations.memory import with_less
 from ..activations.micro_batch import MicroBatch, greenlets
 from ..errors import SiteError, SolveError
-from ..hosts.protocol import DENOISING, Stage
+from ..hosts.protocol import DENOISING, Row, Stage
 from ..lora import LowRank, concatenate
 from ..progress import OUTLOOK
 from ..solve.problem import Reduction, Solution, StageSolver
@@ -121,10 +121,10 @@ class _Passes:
         if ahead is not self.run or job.only_plans:
             for stage in ahead.stages():
                 # A measurement is to find all changes cast.
-                owners, lockstep = stage.concept_ids, self.run.lockstep
-                firsts = {owner: row for row, owner in reversed(list(enumerate(owners)))}
+                lockstep = self.run.lockstep
+                firsts = {row.concept: row for row in reversed(stage.rows)}
                 for owner, row in firsts.items():
-                    lockstep.run(MicroBatch(partial(stage.run, [row], 1), [owner], 1))
+                    lockstep.run(MicroBatch(partial(stage.forward, [row], 1), [owner], 1))
                 plan = self._planned(stage)
                 batching = replace(self.batching, rows=plan.at_once)
                 for batch in micro_batches(stage, 1, None, batching) if stage.feeds_next else ():
@@ -150,7 +150,7 @@ class _Passes:
             self.run.job.tick(f"plan: {more}", 0, 0, more)
         # Without what its rows hold
         self.made.append(
-            replace(plan, stage=replace(plan.stage, run=_released, final=None, mask=None))
+            replace(plan, stage=replace(plan.stage, forward=_released, final=None, mask=None))
         )
         self._expect()
         return plan
@@ -221,7 +221,7 @@ class _Passes:
         return self._solutions[site].change
 
 
-def _released(rows: Sequence[int], copies: int) -> None:
+def _released(rows: Sequence[Row], copies: int) -> None:
     raise AssertionError("the stage was made for its plan alone")
 
 

@@ -34,7 +34,7 @@ def test_empty_prompts(kit):
         protocol = part(kit.pack, "iteris_core.hosts.protocol")
         request = protocol.SampleRequest([concept], calibration, None, generator, lambda *_: None)
         found = host.samples(request)
-        return sum(found.text.texts[row] == "" for row in found.text.text_rows)
+        return sum(row.prompt == "" for row in found.rows)
 
     assert empties(kit.model, None) > 5
     assert empties(kit.model, True) == empties(speedy, None) == 0
