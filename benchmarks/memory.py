@@ -28,7 +28,7 @@ from iteris_core import Calibration, Concept, Lora, LowRank
 from iteris_core.activations.host_pool import HostPool, Pieces
 from iteris_core.architectures import unet
 from iteris_core.architectures.sites import residual_streams
-from iteris_core.hosts.protocol import Stage
+from iteris_core.hosts.protocol import Row, Stage
 from iteris_core.lora import SiteChanges
 from iteris_core.methods.fitting import solver_of, with_repairs
 from iteris_core.methods.iteris import IterisSettings
@@ -191,8 +191,8 @@ def planned(model: Model) -> dict[str, Any]:
     def run(rows: Any, copies: int) -> None:
         network(**model.call(len(rows) * copies), return_dict=False)
 
-    owners = [row // each for row in range(LORAS * each)]
-    stage = Stage("denoiser", list(job.changes), owners, run, spatial=True, samples=each)
+    rows = [Row(number // each, number) for number in range(LORAS * each)]
+    stage = Stage("denoiser", list(job.changes), rows, run, spatial=True, samples=each)
     solver = solver_of(job, set(), repairs, IterisSettings(), stage)
     batching = ExecutionConfig(AT_ONCE, "enough")
     with (
@@ -208,7 +208,7 @@ def planned(model: Model) -> dict[str, Any]:
         sites = {site: solver.bytes(site, True) for site in stage.sites}
         steps, fixed = measure.row(), lockstep.cast_bytes
         with FlopCounterMode(display=False) as counter:
-            run([0], 1)
+            run(rows[:1], 1)
         sampled = len(sampled_rows(stage, batching.thresholds))
         first = Footprint(stage, ON_DEVICE, steps, sites, fixed, sampled)
         footprints = [first, *others(first, measure, batching.thresholds)]

@@ -68,17 +68,16 @@ def ssr_merge(job: Job, settings: LinearSettings) -> Merged:
         run.lockstep.close()
         *before, denoiser = job.host.stages(samples, job.changes.keys())
         for stage in before:
-            stage.run(range(len(stage.concept_ids)), 1)
+            stage.forward(stage.rows, 1)
         for index, changes in enumerate(own):
             merger.attach({site: modules[site] for site in changes})
             merger.set_active_task(index)
             kept = {site: modules[site].weight.clone() for site in changes}
             for site, change in changes.items():
                 modules[site].weight.addmm_(change.up, change.down)
-            rows = [row for row, of in enumerate(denoiser.concept_ids) if of == index]
-            keys = denoiser.batch_keys or [None] * len(denoiser.concept_ids)
-            for some in chunks(range(len(rows)), [keys[row] for row in rows], AT_ONCE):
-                denoiser.run([rows[at] for at in some], 1)
+            rows = [row for row in denoiser.rows if row.concept == index]
+            for some in chunks(range(len(rows)), [row.key for row in rows], AT_ONCE):
+                denoiser.forward([rows[at] for at in some], 1)
             for site, weight in kept.items():
                 modules[site].weight.copy_(weight)
             merger.detach()

@@ -175,11 +175,6 @@ class Wording:
         behind = f" {self._some(5 if place < 2 else 3)}" if place != 2 else ""
         return f"{before}{prompt}{behind}"
 
-    def chosen(self, chances: Sequence[float]) -> list[bool]:
-        """Choose items at random, each with its own probability."""
-        drawn = torch.rand(len(chances), generator=self.generator)
-        return (drawn < torch.tensor(chances)).tolist()
-
     def _some(self, most: int) -> str:
         """A caption, or, three times out of four, up to that many random words."""
         if not self._words or (self._captions and not self._number(4)):

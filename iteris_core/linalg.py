@@ -1,4 +1,5 @@
-"""Dense linear algebra that knows nothing of sites: precision of products, and low-rank cuts.
+"""Dense linear algebra that knows nothing of sites: precision of products, low-rank cuts, and the
+smallest magnitude that is kept of all entries.
 
 Matrices are finite. Cuts are float64, except that :func:`truncate_matrix` searches for the leading
 directions in the input's precision, because their errors enter the kept energy only squared, and
@@ -10,7 +11,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Generator
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -252,3 +254,30 @@ def _change(
     if not math.isfinite(balance) or balance == 0.0:
         balance = 1.0
     return LowRank(up * balance, down / balance, kernel)
+
+
+def least_kept(
+    sites: Callable[[], Iterable[Mapping[int, Tensor]]], density: float
+) -> dict[int, float]:
+    """concept → the magnitude that the ``density`` share of its entries reaches; none at 1.
+    ``sites()`` gives every site's entries of each concept, twice. Float32 bits are in the order of
+    magnitudes: the first pass counts them by their upper half, the second those that share the
+    answer's upper half by the lower one, as ``torch.kthvalue`` of all entries at once would."""
+    places: dict[int, int] = {}
+    found: dict[int, int] = defaultdict(int)
+    for shift in (16, 0) if density < 1 else ():
+        counts: dict[int, Tensor] = defaultdict(lambda: torch.zeros(1 << 16, dtype=torch.int64))
+        for site in sites():
+            for concept, entries in site.items():
+                bits = entries.abs().float().flatten().view(torch.int32)
+                if not shift:
+                    bits = bits[bits >> 16 == found[concept]]
+                counts[concept] += torch.bincount(bits >> shift & 0xFFFF, minlength=1 << 16).cpu()
+        for concept, count in counts.items():
+            place = places.setdefault(concept, max(1, int(density * int(count.sum()))))
+            above = count.flip(0).cumsum(0)
+            larger = int((above < place).sum())
+            found[concept] = (found[concept] << 16) + len(count) - 1 - larger
+            places[concept] = place - (int(above[larger - 1]) if larger else 0)
+    bits = torch.tensor(list(found.values()), dtype=torch.int32).view(torch.float32)
+    return dict(zip(found, bits.tolist(), strict=True))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..iteris_core.activations.lockstep import Lockstep
 from ..iteris_core.activations.memory import halved, usable, with_less, with_spare
+from ..iteris_core.activations.site import PLAIN
 from ..iteris_core.architectures import unet
 from ..iteris_core.architectures.record import TEXT_WIRINGS
 from ..iteris_core.architectures.sites import residual_streams
@@ -25,9 +26,8 @@ from ..iteris_core.calibration_prompts import whole_words
 from ..iteris_core.concepts import Calibration, Concept
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.learned import EmbeddingTriggers
-from ..iteris_core.hosts.protocol import DENOISING, SAMPLES_AT_ONCE, Stage, Tick
-from ..iteris_core.hosts.rows import SamplePrompts, TextRows, added_concepts
-from ..iteris_core.hosts.sample_store import SampleStore
+from ..iteris_core.hosts.protocol import DENOISING, SAMPLES_AT_ONCE, Row, SampleRequest, Stage, Text
+from ..iteris_core.hosts.rows import SamplePrompts, added_concepts
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.lora_files.experts import second_of
@@ -140,25 +140,15 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
     ) -> AbstractContextManager[Sequence[Set[str]]]:
         return self._texts.activate(triggers)
 
-    def samples(
-        self,
-        concepts: Sequence[Concept],
-        sites: Set[str],
-        calibration: Calibration,
-        lockstep: Lockstep,
-        generator: torch.Generator,
-        tick: Tick,
-        store: SampleStore | None = None,
-        at_once: int = SAMPLES_AT_ONCE,
-    ) -> ComfySamples:
-        before = generator.get_state()
-        share = 0.0 if self.distilled else calibration.empty_share
+    def samples(self, request: SampleRequest) -> ComfySamples:
+        before = request.generator.get_state()
+        share = 0.0 if self.distilled else request.calibration.empty_share
 
         def make(rows: int) -> ComfySamples:
-            self._batch, self._lockstep = rows, lockstep
-            generator.set_state(before)
-            drawn = SamplePrompts.drawn(concepts, calibration, self._vocabulary, generator, share)
-            kept = self._latents(drawn, sites, lockstep, rows, tick, store)
+            self._batch, self._lockstep = rows, request.lockstep
+            request.generator.set_state(before)
+            drawn = SamplePrompts.drawn(request, self._vocabulary, share)
+            kept = self._latents(drawn, rows)
             return comfy_samples(kept, drawn, self._texts.tokenize)
 
         def complaint(said: str, tried: Sequence[int]) -> str:
@@ -169,67 +159,53 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
                 "are unchanged."
             )
 
-        release, sizes = memory.soft_empty_cache, halved(min(self._batch, at_once))
+        release, sizes = memory.soft_empty_cache, halved(min(self._batch, request.at_once))
         return with_less(sizes, make, complaint, release=release, ran_out=ran_out)[0]
 
-    def _latents(
-        self,
-        drawn: SamplePrompts,
-        sites: Set[str],
-        lockstep: Lockstep,
-        rows: int,
-        tick: Tick,
-        store: SampleStore | None,
-    ) -> list[Kept]:
-        """The latents of every denoiser, one concept's after another's. What ``store`` has is not
-        made again."""
-        owners, prompts, calibration = drawn.owners, drawn.prompts, drawn.calibration
-        noise = calibration.latents == "noise"
-        guidance = 1.0 if self.distilled else max(calibration.guidance, 1.0)
-        by_name = any("embedding:" in prompt for prompt in prompts)  # of a file that may change
-        base = None if store is None or noise or by_name else self._digest()
-        store = store.within(base, str(guidance)) if store is not None and base else None
-        samples = {one: [i for i, of in enumerate(owners) if of == one] for one in owners}
-        keys = {one: drawn.key(one, prompts, lockstep) for one in samples} if store else {}
-        parts = {one: _kept(store.get(key)) for one, key in keys.items()} if store else {}
-        missing = [row for one, own in samples.items() if not parts.get(one) for row in own]
+    def _latents(self, drawn: SamplePrompts, rows: int) -> list[Kept]:
+        """The latents of every denoiser, one concept's after another's."""
+        request, owners, prompts = drawn.request, drawn.owners, drawn.prompts
+        noise = request.calibration.latents == "noise"
+        guidance = 1.0 if self.distilled else max(request.calibration.guidance, 1.0)
+
+        def digest() -> str | None:
+            """A hash of what samples depend on besides prompts and LoRAs; None if there is none."""
+            if any("embedding:" in prompt for prompt in prompts):  # of a file that may change
+                return None
+            models = [one.model for one in self._denoisers]
+            return digest_of_base(models, self.clip, self.references, self.boundary, self.distilled)
+
+        tensors, keep = drawn.kept(prompts, digest)
+        missing = [row for row, owner in enumerate(owners) if owner not in tensors]
         texts: dict[int, tuple[Conditioning, Conditioning]] = {}
         if missing and not noise:
             _log.info("IterIS: making latents of %d samples", len(missing))
-            given = [owners[row] for row in missing], [prompts[row] for row in missing]
-            texts = dict(zip(missing, self._texts_alone(*given, sites, tick), strict=True))
+            encoded = self._encode_under_own_lora(drawn, missing)
+            texts = dict(zip(missing, encoded, strict=True))
             self._card.be(self.model.load_device)
-        for one, own in samples.items():
-            if not parts.get(one):
-                before = own[0]
+        for concept in dict.fromkeys(owners[row] for row in missing):
+            own = [row for row in missing if owners[row] == concept]
 
-                def steps_done(done: int, steps: int, before: int = before) -> None:
-                    tick(DENOISING, before * steps + done, len(owners) * steps)
+            def steps_done(done: int, steps: int, before: int = own[0]) -> None:
+                request.tick(DENOISING, before * steps + done, len(owners) * steps)
 
-                parts[one] = make_latents(
-                    self._denoisers,
-                    self.boundary,
-                    calibration,
-                    owner=one,
-                    count=len(own),
-                    texts=[texts[row] for row in own] if texts else [],
-                    guidance=guidance,
-                    lockstep=lockstep,
-                    rows=rows,
-                    generator=drawn.generators[one],
-                    steps_done=steps_done,
-                )
-                if store is not None:
-                    named = {
-                        f"{i} {n}": t for i, k in enumerate(parts[one]) for n, t in vars(k).items()
-                    }
-                    store.put(named, keys[one])
-        return [Kept.joined(of) for of in zip(*(parts[one] for one in samples), strict=True)]
-
-    def _digest(self) -> str | None:
-        """A hash of what samples depend on besides prompts and LoRAs; None if there is none."""
-        models = [one.model for one in self._denoisers]
-        return digest_of_base(models, self.clip, self.references, self.boundary, self.distilled)
+            latents = make_latents(
+                self._denoisers,
+                self.boundary,
+                request.calibration,
+                owner=concept,
+                count=len(own),
+                texts=[texts[row] for row in own] if texts else [],
+                guidance=guidance,
+                lockstep=request.lockstep,
+                rows=rows,
+                generator=drawn.generators[concept],
+                steps_done=steps_done,
+            )
+            named = {number: vars(kept) for number, kept in enumerate(latents)}
+            keep(concept, {f"{i} {name}": t for i, of in named.items() for name, t in of.items()})
+        parts = (_kept(tensors[concept]) for concept in dict.fromkeys(owners))
+        return [Kept.joined(of) for of in zip(*parts, strict=True)]
 
     @property
     def _vocabulary(self) -> list[str]:
@@ -239,16 +215,16 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         return added_concepts(concepts, calibration, self._vocabulary)
 
     def forward(self, samples: ComfySamples, rows: Sequence[int]) -> Tensor:
-        loaded, tokens = samples.text.loaded, samples.tokens
-        batches = self._texts.batches(loaded, tokens, self._found.names, frozenset())
+        tokens = samples.tokens
+        batches = self._texts.batches(tokens, self._found.names, frozenset())
         self._load_texts()
         for batch in batches.values():
             batch.run_all(min(self._batch, len(rows)), self._lockstep)
-        texts = self._texts.assemble(loaded, tokens, batches, 0, self._lockstep)
+        texts = self._texts.assemble(tokens, batches, 0, self._lockstep)
         found: list[Tensor] = []
         for number, noisy in enumerate(samples.noisy):
-            mine = samples.rows_of(number)
-            if own := [row - mine.start for row in rows if row in mine]:
+            mine = {row.number: row for row in noisy.rows}
+            if own := [mine[row] for row in rows if row in mine]:
                 predict, _ = self._loaded(number, noisy, [texts])
                 found.append(predict(own, [0]))
         return torch.cat(found)
@@ -264,36 +240,25 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         return streams
 
     def stages(self, samples: ComfySamples, sites: Set[str]) -> Iterator[Stage]:
-        text, tokens = samples.text, samples.tokens
-        loaded = text.loaded
-        batches = self._texts.batches(loaded, tokens, self._found.names, sites)
+        tokens, each = samples.tokens, samples.effective_samples
+        batches = self._texts.batches(tokens, self._found.names, sites)
         self._running = self._texts
         self._load_texts(self._wanted.get(self._texts, 0))
         for batch in batches.values():
             if batch.sites:
                 name = f"text encoder {batch.name}"
-                yield Stage(
-                    name,
-                    batch.sites,
-                    batch.owners,
-                    batch.run,
-                    feeds_next=True,
-                    batch_keys=batch.lengths,
-                    lengths=batch.lengths,
-                    samples=samples.worth,
-                    conditions=batch.conditions,
-                )
+                of_batch = batch.sites, batch.rows, batch.forward
+                yield Stage(name, *of_batch, feeds_next=True, samples=each)
             else:
                 batch.run_all(self._batch, self._lockstep)
         conditionings = [
-            self._texts.assemble(loaded, tokens, batches, copy, self._lockstep)
+            self._texts.assemble(tokens, batches, copy, self._lockstep)
             for copy in range(2)
             if all(batch.has(copy) for batch in batches.values())
         ]
         for number, noisy in enumerate(samples.noisy):
             if names := self._sites_of(number, sites):
-                stage = self._stage(number, names, noisy, conditionings)
-                yield replace(stage, samples=samples.worth, rows=samples.rows_of(number))
+                yield self._stage(number, names, noisy, conditionings, each)
 
     def _load_texts(self, wanted: int = 0) -> None:
         self._card.be(self.clip.patcher.load_device)
@@ -304,53 +269,57 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         number: int,
         names: Sequence[str],
         noisy: DenoiserRows,
-        conditionings: Sequence[Sequence[Conditioning]],
+        conditionings: Sequence[Mapping[Text, Conditioning]],
+        samples: int,
     ) -> Stage:
         """The stage of a denoiser; loads the denoiser."""
         predict, inputs = self._loaded(number, noisy, conditionings)
-        texts = noisy.text_rows
 
-        def run(rows: Sequence[int], copies: int) -> None:
+        def forward(rows: Sequence[Row], copies: int) -> None:
             predict(rows, range(copies))
 
-        def final(rows: Sequence[int], copy: int) -> Tensor:
+        def final(rows: Sequence[Row], copy: int) -> Tensor:
             return predict(rows, [copy])
 
-        kinds = {row: tuple(kind(copy[row]) for copy in inputs) for row in inputs[0]}
-        steps = noisy.times.tolist() if self.references.by_step else [None] * len(texts)
+        kinds = {text: tuple(kind(copy[text]) for copy in inputs) for text in inputs[0]}
+        steps = noisy.times.tolist() if self.references.by_step else [None] * len(noisy.times)
+        rows = [
+            replace(row, key=(kinds[row.text], steps[row.latent]), length=size(inputs[0][row.text]))
+            for row in noisy.rows
+        ]
         return Stage(
             "denoiser" if self.low is None else f"denoiser for {('high', 'low')[number]} noise",
             names,
-            noisy.owners,
-            run,
+            rows,
+            forward,
             spatial=True,
-            batch_keys=[(kinds[row], step) for row, step in zip(texts, steps, strict=True)],
-            lengths=[size(inputs[0][row]) for row in texts],
-            conditions=noisy.conditions,
+            samples=samples,
             final=final,
             gradients=self._denoisers[number].gradients,
         )
 
     def _loaded(
-        self, number: int, noisy: DenoiserRows, conditionings: Sequence[Sequence[Conditioning]]
-    ) -> tuple[Callable[[Sequence[int], Sequence[int]], Tensor], Sequence[Mapping[int, Inputs]]]:
+        self,
+        number: int,
+        noisy: DenoiserRows,
+        conditionings: Sequence[Mapping[Text, Conditioning]],
+    ) -> tuple[Callable[[Sequence[Row], Sequence[int]], Tensor], Sequence[Mapping[Text, Inputs]]]:
         """A forward of a denoiser, after loading it, of rows with the texts of each of some copies;
         and, for each copy of the conditionings, the inputs of every text in use."""
         denoiser = self._running = self._denoisers[number]
-        latents, texts = noisy.latents, noisy.text_rows
-        wanted = self._wanted.get(denoiser, 0)
-        first = conditionings[0][texts[0]]
+        latents, wanted = noisy.latents, self._wanted.get(denoiser, 0)
+        first = conditionings[0][noisy.rows[0].text]
         self._card.be(denoiser.model.load_device)
         denoiser.load(latents.shape, noisy.schedule, first, _MEASURED_ROWS, wanted)
-        used = sorted(set(texts))
+        used = dict.fromkeys(row.text for row in noisy.rows)
         inputs = [
-            {row: denoiser.inputs(copy[row], latents.shape) for row in used}
+            {text: denoiser.inputs(copy[text], latents.shape) for text in used}
             for copy in conditionings
         ]
 
-        def predict(rows: Sequence[int], copies: Sequence[int]) -> Tensor:
-            index = torch.as_tensor(list(rows) * len(copies))
-            of_rows = [inputs[copy][texts[row]] for copy in copies for row in rows]
+        def predict(rows: Sequence[Row], copies: Sequence[int]) -> Tensor:
+            index = torch.as_tensor([row.latent for row in rows] * len(copies))
+            of_rows = [inputs[copy][row.text] for copy in copies for row in rows]
             return denoiser.predict(latents[index], noisy.times[index], of_rows)
 
         return predict, inputs
@@ -365,27 +334,26 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         """The ``sites`` of one denoiser."""
         return [site for site in sites if not _of_text(site) and site.startswith(LOW) == number]
 
-    def _texts_alone(
-        self, owners: Sequence[int], prompts: Sequence[str], sites: Set[str], tick: Tick
+    def _encode_under_own_lora(
+        self, drawn: SamplePrompts, samples: Sequence[int]
     ) -> list[tuple[Conditioning, Conditioning]]:
-        """For each sample, its text and the empty text, both with its own LoRA active."""
-        concepts = sorted(set(owners))
-        rows = TextRows.of([*owners, *concepts], [*prompts, *[""] * len(concepts)])
-        tokens = self._texts.tokenize(rows.text_owners, rows.texts)
-        batches = self._texts.batches(rows.loaded, tokens, self._found.names, sites)
+        """For each of these samples, its text and the empty text, both with its own LoRA active."""
+        request = drawn.request
+        texts = [(drawn.owners[sample], drawn.prompts[sample], PLAIN) for sample in samples]
+        empty = [(owner, "", PLAIN) for owner, *_ in texts]
+        distinct = dict.fromkeys((*texts, *sorted(set(empty), key=lambda text: text[0])))
+        tokens = {text: self._texts.tokenize(*text[:2]) for text in distinct}
+        sites = request.lockstep.changes.keys()
+        batches = self._texts.batches(tokens, self._found.names, sites)
         self._load_texts()
         for batch in batches.values():
-            batch.run_all(self._batch, self._lockstep, tick)
-        pairs = self._texts.assemble(rows.loaded, tokens, batches, 0, self._lockstep)
-        of_rows = [pairs[row] for row in rows.text_rows]
-        empty = dict(zip(concepts, of_rows[len(owners) :], strict=True))
-        return [(text, empty[owner]) for text, owner in zip(of_rows, owners, strict=False)]
+            batch.run_all(self._batch, self._lockstep, request.tick)
+        encoded = self._texts.assemble(tokens, batches, 0, self._lockstep)
+        return [(encoded[text], encoded[none]) for text, none in zip(texts, empty, strict=True)]
 
 
-def _kept(tensors: Mapping[str, Tensor] | None) -> list[Kept] | None:
-    """The latents of every denoiser as they were put into a store."""
-    if tensors is None:
-        return None
+def _kept(tensors: Mapping[str, Tensor]) -> list[Kept]:
+    """The latents of every denoiser, from their names in a store."""
     return [
         Kept(*(tensors[f"{number} {name}"] for name in ("latents", "picks", "schedule")))
         for number in range(len(tensors) // 3)

@@ -3,9 +3,8 @@ LoRA. The denoiser's inputs at the selected steps are recorded; they are the row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,10 +12,10 @@ from torch import Tensor
 
 from ..iteris_core.activations.lockstep import Lockstep
 from ..iteris_core.activations.micro_batch import MicroBatch
-from ..iteris_core.activations.site import Condition
 from ..iteris_core.concepts import Calibration
 from ..iteris_core.errors import IterisError
-from ..iteris_core.hosts.rows import SamplePrompts, TextRows, drawn_steps
+from ..iteris_core.hosts.protocol import Row, Text
+from ..iteris_core.hosts.rows import SamplePrompts, drawn_steps
 from ..iteris_core.passes.batches import chunks
 from .comfy_conds import Inputs, joined, kind
 from .comfy_denoiser import SEED, Denoiser
@@ -223,57 +222,37 @@ def _parts(first: Denoiser, schedule: Tensor, boundary: float, count: int) -> li
 
 @dataclass(frozen=True)
 class DenoiserRows:
-    """A denoiser's inputs: latents on ComfyUI's scale, (rows, …), and their sigmas from the
-    ``schedule``; ``text_rows`` gives each row's text."""
+    """A denoiser's ``rows``, the latents that they name, (latents, …), on ComfyUI's scale, and
+    their sigmas from the ``schedule``."""
 
-    owners: Sequence[int]
-    text_rows: Sequence[int]
+    rows: Sequence[Row]
     latents: Tensor
     times: Tensor
     schedule: Tensor
-    conditions: Sequence[Condition]
 
 
 @dataclass(frozen=True)
 class ComfySamples:
-    """``tokens`` are those of every text, ``worth`` is the effective number of samples per concept;
-    ``noisy`` has one entry per denoiser."""
+    """``tokens`` are those of every text; ``noisy`` has one entry per denoiser, whose rows follow
+    one another in ``rows``. ``effective_samples``: of a concept."""
 
-    text: TextRows
-    tokens: Sequence[Any]
-    worth: int
+    rows: Sequence[Row]
+    tokens: Mapping[Text, Any]
+    effective_samples: int
     noisy: Sequence[DenoiserRows]
-
-    def rows_of(self, denoiser: int) -> range:
-        """The indices of a denoiser's rows among those of all."""
-        start = sum(len(noisy.owners) for noisy in self.noisy[:denoiser])
-        return range(start, start + len(self.noisy[denoiser].owners))
 
 
 def comfy_samples(
-    kept_by: Sequence[Kept],
-    drawn: SamplePrompts,
-    tokenize: Callable[[Sequence[int], Sequence[str]], Sequence[Any]],
+    kept_by: Sequence[Kept], drawn: SamplePrompts, tokenize: Callable[[int, str], Any]
 ) -> ComfySamples:
     """One row per recorded latent of a denoiser, and those that ``drawn`` adds on them."""
-    parts = [drawn.texts(kept.picks.shape[1]) for kept in kept_by]
-    text = TextRows.of(
-        [owner for part in parts for owner in part.owners],
-        [part.texts[row] for part in parts for row in part.text_rows],
-        uses=[use for part in parts for use in part.uses],
-    )
-    which = iter(text.text_rows)
-    noisy = [
-        DenoiserRows(
-            part.owners,
-            list(islice(which, len(part.owners))),
-            kept.latents.flatten(0, 1)[list(part.latent_rows)],
-            kept.sigmas.flatten()[list(part.latent_rows)],
-            kept.schedule,
-            part.conditions,
-        )
-        for part, kept in zip(parts, kept_by, strict=True)
-    ]
-    return ComfySamples(
-        text, tokenize(text.text_owners, text.texts), drawn.effective_samples(text), noisy
-    )
+    rows: list[Row] = []
+    noisy: list[DenoiserRows] = []
+    for kept in kept_by:
+        drawn_rows = drawn.rows(kept.picks.shape[1])
+        own = [replace(row, number=number) for number, row in enumerate(drawn_rows, len(rows))]
+        latents, times = kept.latents.flatten(0, 1), kept.sigmas.flatten()
+        noisy.append(DenoiserRows(own, latents, times, kept.schedule))
+        rows += own
+    tokens = {text: tokenize(*text[:2]) for text in dict.fromkeys(row.text for row in rows)}
+    return ComfySamples(rows, tokens, drawn.effective_samples(rows), noisy)

@@ -4,12 +4,14 @@ ComfyUI's values for the model's patches, levels and compression."""
 from __future__ import annotations
 
 import re
+from statistics import median_high
 from typing import Any
 
 import torch
 
+from ..iteris_core.architectures.sites import unet_levels
 from ..iteris_core.concepts import Calibration
-from ..iteris_core.hosts.rows import FRAMES, default_size, middle_patch, unet_levels
+from ..iteris_core.hosts.sizes import FRAMES, default_size
 from .comfy_internals import comfy
 
 _SCALES = {
@@ -39,7 +41,7 @@ def latent_shape(model: Any, calibration: Calibration) -> tuple[int, ...]:
         sides = token_sides(model)
         # A UNet halves the sides at every level; they must stay integers.
         own = getattr(model.model.model_config, "latent_size", None)
-        height, width = default_size(scale(model), middle_patch(sides), own, max(sides))
+        height, width = default_size(scale(model), median_high(sides), own, max(sides))
     else:
         height = width = side
     empty = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, height, width))

@@ -21,7 +21,7 @@ from ..iteris_core.activations.micro_batch import MicroBatch
 from ..iteris_core.activations.site import PLAIN, Condition
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.learned import EmbeddingTriggers, Placeholders
-from ..iteris_core.hosts.protocol import Tick
+from ..iteris_core.hosts.protocol import Row, Text, Tick
 from ..iteris_core.passes.batches import chunks
 from .comfy_internals import comfy, memory
 from .comfy_learned import encoders_of, knowing, tokenizers
@@ -75,15 +75,12 @@ class TextEncoders:
         finally:
             self._reader, self._placeholders = self._clip, Placeholders((), ())
 
-    def tokenize(self, owners: Sequence[int], prompts: Sequence[str]) -> list[Any]:
-        """Tokens of every prompt of a concept, as ComfyUI makes them for drawing; lengths differ if
-        a tokenizer does not pad."""
-        tokens: list[Any] = []
-        for owner, prompt in zip(owners, prompts, strict=True):
-            said = self._placeholders(owner, prompt, lambda mark: f" embedding:{mark} ")
-            said = prompt if said == prompt else said.replace("  embedding:", " embedding:")
-            tokens.append(self._reader.tokenize(said))
-        return tokens
+    def tokenize(self, concept: int, prompt: str) -> Any:
+        """Tokens of a concept's prompt, as ComfyUI makes them for drawing; lengths differ if a
+        tokenizer does not pad."""
+        said = self._placeholders(concept, prompt, lambda mark: f" embedding:{mark} ")
+        said = prompt if said == prompt else said.replace("  embedding:", " embedding:")
+        return self._reader.tokenize(said)
 
     def vocabulary(self) -> Sequence[str]:
         """The pieces of the first tokenizer's vocabulary; empty if it does not expose them."""
@@ -92,23 +89,20 @@ class TextEncoders:
         return [piece for piece in known.values() if isinstance(piece, str)]
 
     def batches(
-        self,
-        loaded: Sequence[Loaded],
-        tokens: Sequence[Any],
-        names: Mapping[str, str],
-        sites: Set[str],
+        self, tokens: Mapping[Text, Any], names: Mapping[str, str], sites: Set[str]
     ) -> dict[str, TextBatch]:
-        """Encoder → its distinct token lists, separated by what is ``loaded`` if it contains one of
+        """Encoder → its distinct token lists, separated by what is loaded if it contains one of
         ``sites``; ``names`` maps weight keys to sites."""
         batches: dict[str, TextBatch] = {}
         for name, encoder in self._encoders.items():
             prefix = f"{name}."
             own = [s for key, s in names.items() if s in sites and key.startswith(prefix)]
             rows: dict[tuple[Loaded, tuple[int, ...]], list[Any]] = {}
-            for of_text, some in zip(loaded, tokens, strict=True):
+            for (concept, _, condition), some in tokens.items():
+                loaded = (concept, condition) if own else _NOTHING
                 for key in some:
                     for section in _sections(encoder, some[key]) if _is_of(key, name) else ():
-                        rows.setdefault((of_text if own else _NOTHING, _key(section)), section)
+                        rows.setdefault((loaded, _key(section)), section)
             ordered = dict(sorted(rows.items(), key=lambda item: item[0][0][0]))
             batches[name] = TextBatch(name, encoder, own, ordered)
         return batches
@@ -133,28 +127,29 @@ class TextEncoders:
 
     def assemble(
         self,
-        loaded: Sequence[Loaded],
-        tokens: Sequence[Any],
+        tokens: Mapping[Text, Any],
         batches: Mapping[str, TextBatch],
         copy: int,
         lockstep: Lockstep,
-    ) -> list[Conditioning]:
-        """The conditioning of every prompt, from the stored outputs of the text encoders."""
-        conditionings: list[Conditioning] = []
+    ) -> dict[Text, Conditioning]:
+        """The conditioning of every text, from the stored outputs of the text encoders."""
+        conditionings: dict[Text, Conditioning] = {}
         try:
-            for of_text, some in zip(loaded, tokens, strict=True):
+            for text, some in tokens.items():
+                concept, _, condition = text
                 for batch in batches.values():  # encoders return their stored outputs
-                    batch.encoder.encode = partial(batch.answer, copy, of_text, lockstep)
+                    answer = partial(batch.answer, copy, (concept, condition), lockstep)
+                    batch.encoder.encode = answer
                 cond, extra = self._clip.encode_from_tokens_scheduled(some, show_pbar=False)[0]
-                conditionings.append((cond, extra))
+                conditionings[text] = cond, extra
         finally:
             self.close()
         return conditionings
 
 
 class TextBatch:
-    """The distinct token lists of one text encoder, and its outputs for them. ``lengths`` is each
-    row's number of tokens; only rows of equal length may run together."""
+    """The distinct token lists of one text encoder, and its outputs for them; only ``rows`` of
+    equal length may run together."""
 
     def __init__(
         self,
@@ -165,36 +160,37 @@ class TextBatch:
     ) -> None:
         self.name, self.encoder, self.sites = name, encoder, sites
         self._keys, self._tokens = list(rows), list(rows.values())
-        self.owners = [owner for (owner, _), _ in rows]
-        self.conditions = [condition for (_, condition), _ in rows]
-        self.lengths = [len(section) for section in self._tokens]
+        self.rows = [
+            Row(concept, number, condition=condition, key=len(section), length=len(section))
+            for number, (((concept, condition), _), section) in enumerate(rows.items())
+        ]
         self._found: list[dict[Any, Any]] = [{}, {}]
 
-    def run(self, rows: Sequence[int], copies: int) -> None:
-        outputs = type(self.encoder).encode(
-            self.encoder, [self._tokens[row] for row in rows] * copies
-        )
+    def forward(self, rows: Sequence[Row], copies: int) -> None:
+        sections = [self._tokens[row.number] for row in rows] * copies
+        outputs = type(self.encoder).encode(self.encoder, sections)
         for copy in range(copies):
             for index, row in enumerate(rows):
                 at = copy * len(rows) + index
-                self._found[copy][self._keys[row]] = _slice(outputs, at)
+                self._found[copy][self._keys[row.number]] = _slice(outputs, at)
 
     def run_all(self, size: int, lockstep: Lockstep, tick: Tick | None = None) -> None:
         """Run all rows with their own LoRAs, at most ``size`` at a time and of equal length. An
         encoder that no LoRA changes gives every concept the same output."""
         done = 0
         with torch.no_grad():
-            for rows in chunks(range(len(self.owners)), self.lengths, size):
+            for part in chunks(range(len(self.rows)), [row.key for row in self.rows], size):
+                rows = [self.rows[row] for row in part]
                 done += len(rows)
                 if tick is not None:
-                    tick("encoding prompts", done, len(self.owners))
+                    tick("encoding prompts", done, len(self.rows))
                 if self.sites:
-                    own = [self.owners[row] for row in rows]
-                    conditions = [self.conditions[row] for row in rows]
-                    run = partial(self.run, rows, 1)
+                    own = [row.concept for row in rows]
+                    conditions = [row.condition for row in rows]
+                    run = partial(self.forward, rows, 1)
                     lockstep.run(MicroBatch(run, own, 1, conditions=conditions))
                 else:
-                    self.run(rows, 1)
+                    self.forward(rows, 1)
         if not self.sites:
             self._found[1] = self._found[0]
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from iteris_core import Lora, LowRank
 from iteris_core.activations.memory import free_memory, usable
-from iteris_core.hosts.protocol import Host, Stage
+from iteris_core.hosts.protocol import Host, Row, Stage
 
 
 class Net(nn.Module):
@@ -40,6 +40,10 @@ class Net(nn.Module):
 SITES = ("q", "k", "v", "out", "up", "down", "conv")
 
 
+def rows_of(owners) -> list[Row]:
+    return [Row(owner, number) for number, owner in enumerate(owners)]
+
+
 class ModuleHost(Host):
     """Host for a module that takes one tensor; ``data[i]`` is concept i's (rows, …)."""
 
@@ -56,7 +60,7 @@ class ModuleHost(Host):
     def read_lora(self, path):
         raise AssertionError("not used")
 
-    def samples(self, concepts, sites, calibration, lockstep, generator, tick):
+    def samples(self, request):
         return self.data
 
     def forward(self, samples, rows):
@@ -69,17 +73,17 @@ class ModuleHost(Host):
         return usable(free_memory(torch.device("cpu")))
 
     def stages(self, samples, sites):
+        inputs = torch.cat(list(samples))
         owners = [i for i, rows in enumerate(samples) for _ in range(len(rows))]
-        rows_of = torch.cat(list(samples))
 
-        def run(rows, copies):
+        def forward(rows, copies):
             self.copies_seen.append(copies)
-            self.model(torch.cat([rows_of[list(rows)]] * copies))
+            self.model(torch.cat([inputs[[row.number for row in rows]]] * copies))
 
         def final(rows, copy):
-            return self.model(rows_of[list(rows)])
+            return self.model(inputs[[row.number for row in rows]])
 
-        yield Stage("model", sorted(sites), owners, run, final=final)
+        yield Stage("model", sorted(sites), rows_of(owners), forward, final=final)
 
 
 def make_lora(seed: int, rank: int = 2, sites=SITES, width: int = 12, size: float = 1.0) -> Lora:

@@ -12,7 +12,7 @@ from torch import Tensor
 from iteris_core import Calibration, Concept, LowRank
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.hosts.rows import TextRows
+from iteris_core.hosts.protocol import Row, SampleRequest
 from iteris_core.passes.changes import added, changes_of
 
 _BATCH = 16
@@ -30,13 +30,12 @@ class NewRows:
         changes, generator = changes_of(concepts), torch.Generator().manual_seed(seed)
         self._host = host
         with torch.no_grad(), Lockstep(host.sites(), changes) as lockstep:
-            self._samples: Any = host.samples(
-                concepts, set(changes), fields, lockstep, generator, lambda *_: None
-            )
-        self._owners = self._samples.text.owners
+            request = SampleRequest(concepts, fields, lockstep, generator, lambda *_: None)
+            self._samples: Any = host.samples(request)
+        rows: Sequence[Row] = self._samples.rows
         self.of = [
-            [row for row, owner in enumerate(self._owners) if owner == number]
-            for number in range(len(concepts))
+            [row.number for row in rows if row.concept == concept]
+            for concept in range(len(concepts))
         ]
 
     def outputs(
@@ -46,8 +45,8 @@ class NewRows:
         named = self._outputs(self._samples, changes, rows)
         if guidance is None:
             return named
-        empty = TextRows.of(self._owners, [""] * len(self._owners))
-        plain = self._outputs(replace(self._samples, text=empty), changes, rows)
+        empty = [replace(row, prompt="") for row in self._samples.rows]
+        plain = self._outputs(replace(self._samples, rows=empty), changes, rows)
         return plain + guidance * (named - plain)
 
     def _outputs(self, samples: Any, changes: Mapping[str, LowRank], rows: Sequence[int]) -> Tensor:

@@ -22,6 +22,7 @@ from iteris_core.activations.tokens import Observation
 from iteris_core.concepts import Concept
 from iteris_core.errors import BaseError, MismatchError
 from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.hosts.protocol import SampleRequest
 from iteris_core.linalg import truncate_matrix
 from iteris_core.lora import SiteChanges
 from iteris_core.methods.linear import LinearSettings, average
@@ -82,7 +83,7 @@ def _token_counts(job: Job, prompts: Sequence[str]) -> list[int]:
     if not isinstance(job.host, DiffusersHost):
         raise BaseError(f"Custom Diffusion needs prompts; {type(job.host).__name__} has none.")
     tokenizer = job.host.pipeline.tokenizer
-    texts = job.host._said(range(len(prompts)), prompts)
+    texts = list(map(job.host._said, range(len(prompts)), prompts))
     encoded = tokenizer(texts, truncation=True, max_length=tokenizer.model_max_length)
     return [len(ids) for ids in encoded.input_ids]
 
@@ -122,11 +123,10 @@ def _texts(
 
     with job.run() as run:
         lockstep = run.lockstep
-        samples = job.host.samples(
-            concepts, reached, calibration, lockstep, job.generator, job.tick
-        )
+        fields = concepts, calibration, lockstep, job.generator, job.tick
+        samples = job.host.samples(SampleRequest(*fields))
         for stage in job.host.stages(samples, reached):
-            rows = max(rows, len(stage.concept_ids))
+            rows = max(rows, len(stage.rows))
             for batch in micro_batches(stage, 1, keep, ExecutionConfig(size)):
                 lockstep.run(batch)
     each = range(len(job.concepts))

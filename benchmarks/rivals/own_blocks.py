@@ -101,7 +101,8 @@ def _by_row(blocks: Sequence[nn.Module], stage: Stage, lockstep: Lockstep) -> _R
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
-        lockstep.run(MicroBatch(lambda: stage.run([0], 2), [stage.concept_ids[0]], 2))
+        first = stage.rows[:1]
+        lockstep.run(MicroBatch(lambda: stage.forward(first, 2), [first[0].concept], 2))
     return rows
 
 

@@ -162,3 +162,18 @@ def residual_streams(
         return streams
     parts = {tuple(site.split(".")[:2]) for site in changed}
     return {site: stream for site, stream in streams.items() if (*site.split("."),)[:2] in parts}
+
+
+def unet_levels(blocks: Iterable[nn.Module | None]) -> list[int]:
+    """Latents per token side in each transformer block of a UNet's ``blocks``, in their order."""
+    levels: list[int] = []
+    level = 1
+    for module in (module for block in blocks if block is not None for module in block.modules()):
+        kind = type(module).__name__
+        if kind == "BasicTransformerBlock":
+            levels.append(level)
+        elif kind.startswith("Downsample"):
+            level *= 2
+        elif kind.startswith("Upsample"):
+            level //= 2
+    return levels

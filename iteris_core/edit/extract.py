@@ -16,7 +16,7 @@ from ..architectures.sites import weight_shape
 from ..calibration_prompts import CAPTIONS
 from ..concepts import Calibration, Concept
 from ..errors import MismatchError, SolveError
-from ..hosts.protocol import Host
+from ..hosts.protocol import Host, SampleRequest
 from ..lora import Lora, LowRank, SiteChanges
 from ..lora_files import BaseModel
 from ..passes.held_out import FinalOutputs, error_of, held_out
@@ -117,10 +117,11 @@ def output_error(job: Job, tuned: Host, lora: Lora) -> float:
     host of the ``job``."""
     separate = held_out(job.calibration, _SAMPLES, _TIMESTEPS)
     generator = torch.Generator().manual_seed(separate.seed)
-    sites = set(lora.sites)
     with torch.no_grad(), Lockstep({}, {}) as lockstep:
-        samples = tuned.samples(job.concepts, sites, separate, lockstep, generator, job.tick)
-        final = FinalOutputs.of(tuned, samples)
+        request = SampleRequest(
+            job.concepts, separate, lockstep, generator, job.tick, held_out=True
+        )
+        final = FinalOutputs.of(tuned, tuned.samples(request))
         outputs_tuned = final.under({})
         final = replace(final, host=job.host)
         outputs_base = final.under({})

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..activations.lockstep import Lockstep
 from ..activations.memory import free_memory, usable
-from ..activations.site import PLAIN, Condition
+from ..activations.site import PLAIN
 from ..architectures.record import TEXT_WIRINGS
 from ..architectures.sites import residual_streams
 from ..calibration_prompts import whole_words
@@ -33,14 +33,14 @@ from .diffusers_loop import PipelineLoop
 from .diffusers_lora import OF_TEXT, base_of, pipeline_sites, read_lora
 from .diffusers_rows import DiffusionSamples, record_rows
 from .learned import EmbeddingTriggers, Placeholders, in_force
-from .protocol import SAMPLES_AT_ONCE, Host, Stage, Tick, check_ready
+from .protocol import Host, Row, SampleRequest, Stage, Text, check_ready
 from .recorded import Call, entries, joined, kind, size
 from .rows import SamplePrompts, added_concepts
-from .sample_store import SampleStore, behaviour, digest, digest_of_weights
+from .sample_store import behaviour, digest, digest_of_weights
 from .transformers import TransformersHost
 
-Words = list[list[Call]]
-"""For each of two copies, and each text: the denoiser's arguments that depend on the text."""
+Words = tuple[dict[Text, Call], dict[Text, Call]]
+"""For each of two copies: text → the denoiser's arguments that depend on it."""
 
 
 class DiffusersHost(Host):
@@ -108,23 +108,12 @@ class DiffusersHost(Host):
             self._studied.clear()  # the pipeline may change after a merge
             self._loop.free()
 
-    def _said(self, owners: Sequence[int], prompts: Sequence[str]) -> list[str]:
-        """The concepts' prompts as passed to the pipeline."""
-        if self._placeholders is None:
-            return list(prompts)
-        return [self._placeholders(o, prompt) for o, prompt in zip(owners, prompts, strict=True)]
+    def _said(self, concept: int, prompt: str) -> str:
+        """A concept's prompt as passed to the pipeline."""
+        return prompt if self._placeholders is None else self._placeholders(concept, prompt)
 
-    def samples(
-        self,
-        concepts: Sequence[Concept],
-        sites: Set[str],
-        calibration: Calibration,
-        lockstep: Lockstep,
-        generator: torch.Generator,
-        tick: Tick,
-        store: SampleStore | None = None,
-        at_once: int = SAMPLES_AT_ONCE,
-    ) -> DiffusionSamples:
+    def samples(self, request: SampleRequest) -> DiffusionSamples:
+        calibration = request.calibration
         for model in self._models:
             check_ready(model)
         read = calibration.denoising_steps, calibration.latent_size, calibration.frames
@@ -133,12 +122,12 @@ class DiffusersHost(Host):
             self._studied[key] = study(self._loop, calibration)
         arguments = self._studied[key]
         share = calibration.empty_share if self._loop.empty_prompts else 0.0
-        drawn = SamplePrompts.drawn(concepts, calibration, self._vocabulary, generator, share)
-        texts = self._said(drawn.owners, drawn.prompts)
-        if store is not None:
-            base = None if calibration.latents == "noise" else self._base_digest(arguments)
-            store = store.within(base) if base else None
-        return record_rows(self._loop, arguments, drawn, texts, lockstep, tick, store, at_once)
+        drawn = SamplePrompts.drawn(request, self._vocabulary, share)
+        prompts = list(map(self._said, drawn.owners, drawn.prompts))
+        base = partial(self._base_digest, arguments)
+        samples = record_rows(self._loop, arguments, drawn, prompts, base)
+        rows = [replace(row, prompt=self._said(row.concept, row.prompt)) for row in samples.rows]
+        return replace(samples, rows=rows)
 
     def _base_digest(self, arguments: Arguments) -> str | None:
         """A hash of all that samples depend on beside prompts and LoRAs; None if there is none: for
@@ -160,12 +149,10 @@ class DiffusersHost(Host):
         return None
 
     def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
-        text = samples.text
-        texts = self._said(text.text_owners, text.texts)
-        words = self._first(samples.arguments, [texts[text.text_rows[row]] for row in rows])
-        latents = [text.latent_rows[row] for row in rows]
-        calls = [{**some, **samples.row(row)} for some, row in zip(words, latents, strict=True)]
-        name = list(self._loop.denoisers)[int(samples.ran[latents[0]])]
+        of_rows = [samples.rows[row] for row in rows]
+        words = self._first(samples.arguments, [row.prompt for row in of_rows])
+        calls = [{**some, **samples.call(row)} for some, row in zip(words, of_rows, strict=True)]
+        name = list(self._loop.denoisers)[int(samples.ran[of_rows[0].latent])]
         return self._denoise(name, samples.arguments, calls)
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
@@ -184,15 +171,12 @@ class DiffusersHost(Host):
         others = [site for site in sites if not site.startswith(OF_TEXT)]
         if not sites:
             return
-        text = samples.text
-        text = replace(text, texts=self._said(text.text_owners, text.texts))
-        samples = replace(samples, text=text)
-        words: Words = [[{}] * len(text.texts) for _ in range(2)]
+        words: Words = {}, {}
         yield self._text_stage(text_sites, samples, words, feeds=bool(others))
         for number, name in enumerate(self._loop.denoisers):
             own = [site for site in others if site.startswith(f"{name}.")]
             ran = (samples.ran == number).tolist()
-            rows = [row for row, latent in enumerate(text.latent_rows) if ran[latent]]
+            rows = [row for row in samples.rows if ran[row.latent]]
             if own and rows:
                 yield self._denoiser_stage(name, own, samples, rows, words)
 
@@ -200,77 +184,64 @@ class DiffusersHost(Host):
         self, sites: Sequence[str], samples: DiffusionSamples, words: Words, *, feeds: bool
     ) -> Stage:
         """Without ``sites``, encoders give the same output for all concepts and the merge."""
-        text, arguments = samples.text, samples.arguments
-        where: dict[tuple[int, str, Condition], list[int]] = {}
-        known = zip(text.text_owners, text.texts, text.text_conditions, strict=True)
-        for number, (owner, prompt, condition) in enumerate(known):
-            key = (owner, prompt, condition) if sites else (0, prompt, PLAIN)
-            where.setdefault(key, []).append(number)
-        prompts, numbers = [prompt for _, prompt, _ in where], list(where.values())
+        arguments = samples.arguments
+        alike: dict[Text, list[Text]] = {}
+        for text in dict.fromkeys(row.text for row in samples.rows):
+            alike.setdefault(text if sites else (0, text[1], PLAIN), []).append(text)
+        rows = [
+            Row(concept, number, prompt, condition=condition, text_condition=condition)
+            for number, (concept, prompt, condition) in enumerate(alike)
+        ]
+        if not arguments.fixed_shapes:
+            lengths = self._lengths([row.prompt for row in rows])
+            rows = [replace(row, key=key) for row, key in zip(rows, lengths, strict=True)]
 
-        def run(rows: Sequence[int], copies: int) -> None:
-            texts = [prompts[row] for row in rows]
-            calls = self._first(arguments, texts * (copies if sites else 1))
-            for index, call in enumerate(calls):
+        def forward(rows: Sequence[Row], copies: int) -> None:
+            prompts = [row.prompt for row in rows] * (copies if sites else 1)
+            for index, call in enumerate(self._first(arguments, prompts)):
                 copy, at = divmod(index, len(rows))
                 call = tree_map_only(Tensor, Tensor.cpu, call)
-                for of_copy in words[copy : copy + 1] if sites else words:
-                    for number in numbers[rows[at]]:
-                        of_copy[number] = call
+                for text in alike[rows[at].text]:
+                    for of_copy in words[copy : copy + 1] if sites else words:
+                        of_copy[text] = call
 
-        return Stage(
-            "text encoder",
-            sites,
-            [owner for owner, _, _ in where],
-            run,
-            conditions=[condition for *_, condition in where],
-            feeds_next=feeds,
-            batch_keys=None if arguments.alike else self._lengths(prompts),
-            samples=samples.worth,
-        )
+        each = samples.effective_samples
+        return Stage("text encoder", sites, rows, forward, feeds_next=feeds, samples=each)
 
     def _denoiser_stage(
         self,
         name: str,
         sites: Sequence[str],
         samples: DiffusionSamples,
-        rows: Sequence[int],
+        rows: Sequence[Row],
         words: Words,
     ) -> Stage:
-        text, arguments = samples.text, samples.arguments
+        arguments = samples.arguments
 
-        def call_of(row: int, copy: int) -> Call:
-            return {**words[copy][text.text_rows[row]], **samples.row(text.latent_rows[row])}
+        def call_of(row: Row, copy: int) -> Call:
+            return {**words[copy].get(row.text, {}), **samples.call(row)}
 
-        def run(some: Sequence[int], copies: int) -> None:
-            calls = [call_of(rows[row], copy) for copy in range(copies) for row in some]
+        def forward(rows: Sequence[Row], copies: int) -> None:
+            calls = [call_of(row, copy) for copy in range(copies) for row in rows]
             self._denoise(name, arguments, calls)
 
-        def final(some: Sequence[int], copy: int) -> Tensor:
-            return self._denoise(name, arguments, [call_of(rows[row], copy) for row in some])
+        def final(rows: Sequence[Row], copy: int) -> Tensor:
+            return self._denoise(name, arguments, [call_of(row, copy) for row in rows])
 
-        firsts = [call_of(row, 0) for row in rows]
-        kinds = None
-        if not arguments.alike or arguments.masked:
+        if not arguments.fixed_shapes or arguments.has_masks:
             # A preview only inspects the stages; the words are not encoded yet.
-            lengths = self._lengths(text.texts)
-            kinds = [
-                (lengths[text.text_rows[row]], kind(first, arguments.batched))
-                for row, first in zip(rows, firsts, strict=True)
+            lengths = self._lengths([row.prompt for row in rows])
+            calls = [call_of(row, 0) for row in rows]
+            rows = [
+                replace(
+                    row,
+                    key=(length, kind(call, arguments.batched)),
+                    length=0 if arguments.fixed_shapes else size(call),
+                )
+                for row, length, call in zip(rows, lengths, calls, strict=True)
             ]
-        return Stage(
-            name,
-            sites,
-            [text.owners[row] for row in rows],
-            run,
-            spatial=True,
-            batch_keys=kinds,
-            lengths=None if arguments.alike else [size(call) for call in firsts],
-            samples=samples.worth,
-            rows=rows,
-            conditions=[text.conditions[row] for row in rows],
-            final=final,
-        )
+        each = samples.effective_samples
+        return Stage(name, sites, rows, forward, spatial=True, samples=each, final=final)
 
     def _lengths(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
         """The number of tokens of each prompt, for every tokenizer."""
@@ -287,14 +258,14 @@ class DiffusersHost(Host):
     def _first(self, arguments: Arguments, prompts: Sequence[str]) -> list[Call]:
         """For each prompt, the denoiser's arguments that stay the same in all steps."""
         rows: list[Call] = []
-        for some in [prompts] if arguments.together else [[prompt] for prompt in prompts]:
+        for some in [prompts] if arguments.accepts_batch else [[prompt] for prompt in prompts]:
             call = self._loop.first_call(some, arguments.size)
-            moving = arguments.drawn | arguments.timed
+            moving = arguments.noise_args | arguments.step_args
             still = {path: value for path, value in call.items() if path not in moving}
             rows += [entries(still, arguments.batched, row) for row in range(len(some))]
         if self.pipeline.config.get("force_zeros_for_empty_prompt"):  # so does its guidance
             for prompt, row in zip(prompts, rows, strict=True):
-                row |= {p: torch.zeros_like(row[p]) for p in arguments.worded if not prompt}
+                row |= {p: torch.zeros_like(row[p]) for p in arguments.prompt_args if not prompt}
         return rows
 
 

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from statistics import median_high
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..activations.memory import is_out_of_memory
+from ..architectures.sites import unet_levels
 from ..concepts import Calibration
 from ..errors import BaseError, IterisError, OutOfMemory, SettingsError, brief
 from .diffusers_loop import SEVERAL, PipelineLoop
 from .recorded import Axes, Call, batched_in, differ, entries, kind, passed
-from .rows import FRAMES, MOST_PIXELS, PICTURE_TOKENS, default_size, middle_patch, unet_levels
+from .sizes import FRAMES, MOST_PIXELS, PICTURE_TOKENS, default_size
 
 _SHORT, _LONG = "a cat", "two cats" + " and a dog" * 16
 """Prompts whose lengths differ in every tokenizer, even with padding to a multiple of 16 or 32
@@ -37,28 +39,20 @@ _SAME = 1e-2
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of a denoiser, by what they depend on.
+    """The arguments of a denoiser, by what they depend on."""
 
-    ``batched`` have an entry per row; those in ``lists`` are not tensors. ``drawn`` depend on the
-    noise, ``timed`` on the step, and ``worded`` among the others on the prompt. ``together``: the
-    pipeline takes several prompts. ``alike``: prompts of any length give equal shapes, so they may
-    share a run. ``masked``: masks distinguish them, so their rows may not share a forward.
-    ``steps`` is the number of steps in a denoising, ``size`` the requested size, ``numbers`` the
-    count of numbers in a row's noise, ``given`` the denoiser's output, for its shape.
-    """
-
-    batched: Axes
-    lists: frozenset[str]
-    drawn: frozenset[str]
-    timed: frozenset[str]
-    worded: frozenset[str]
-    together: bool
-    alike: bool
-    masked: bool
-    steps: int
-    size: Mapping[str, int]
-    numbers: int
-    given: Any
+    batched: Axes  # those with an entry per row
+    lists: frozenset[str]  # of these, those that are not tensors
+    noise_args: frozenset[str]
+    step_args: frozenset[str]
+    prompt_args: frozenset[str]  # none of which is among those of noise or steps
+    accepts_batch: bool  # the pipeline takes several prompts
+    fixed_shapes: bool  # prompts of any length give equal shapes, so they may share a run
+    has_masks: bool  # masks distinguish them, so their rows may not share a forward
+    steps: int  # of a denoising
+    size: Mapping[str, int]  # that is requested
+    noise_size: int  # numbers in a row's noise
+    output_example: Any  # the denoiser's output, for its shape
 
 
 def study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
@@ -97,8 +91,8 @@ def study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
 
 
 def _study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
-    size, numbers = pipeline_size(loop, calibration)
-    one, two, together = _one_and_two(loop, size)
+    size, noise_size = pipeline_size(loop, calibration)
+    one, two, accepts_batch = _one_and_two(loop, size)
     batched = batched_in(one, two)
     guided = any(
         (one[path].shape[axis] if isinstance(one[path], Tensor) else len(one[path])) == 2
@@ -109,31 +103,31 @@ def _study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
         return _study(loop, calibration)
     long = loop.first_call([_LONG], size)
     first, other = entries(one, batched, 0), entries(two, batched, 0)
-    drawn = frozenset(path for path in batched if differ(first[path], other[path], _SAME))
-    moving, steps, given = _steps(loop, calibration, size)
-    timed = frozenset(moving - drawn)
-    if not (drawn and timed):
+    noise_args = frozenset(path for path in batched if differ(first[path], other[path], _SAME))
+    moving, steps, output = _steps(loop, calibration, size)
+    step_args = frozenset(moving - noise_args)
+    if not (noise_args and step_args):
         raise BaseError(
             f"{type(loop.pipeline).__name__} has a denoiser whose noise or timestep cannot be "
             "identified among its arguments; merging on it is not supported."
         )
-    still = one.keys() - drawn - timed
+    still = one.keys() - noise_args - step_args
     calls = [{path: call.get(path) for path in still} for call in (one, long)]
     kinds = [kind(call, batched, masks=False) for call in calls]
     return Arguments(
         # A timestep may be a single number for all rows.
-        batched=batched | {path: 0 for path in timed if getattr(one[path], "ndim", None) == 0},
+        batched=batched | {path: 0 for path in step_args if getattr(one[path], "ndim", None) == 0},
         lists=frozenset(path for path in batched if not isinstance(one[path], Tensor)),
-        drawn=drawn,
-        timed=timed,
-        worded=frozenset(path for path in still if differ(one[path], long.get(path))),
-        together=together,
-        alike=together and kinds[0] == kinds[1],
-        masked=any(passed(first[path]) is not None for path in batched),
+        noise_args=noise_args,
+        step_args=step_args,
+        prompt_args=frozenset(path for path in still if differ(one[path], long.get(path))),
+        accepts_batch=accepts_batch,
+        fixed_shapes=accepts_batch and kinds[0] == kinds[1],
+        has_masks=any(passed(first[path]) is not None for path in batched),
         steps=steps,
         size=size,
-        numbers=numbers,
-        given=given,
+        noise_size=noise_size,
+        output_example=output,
     )
 
 
@@ -172,7 +166,7 @@ def _steps(
     given: list[Any] = []
     calls: list[tuple[str, Call]] = []
 
-    def see(name: str, call: Call, run: Callable[[], Any]) -> Any:
+    def on_call(name: str, call: Call, run: Callable[[], Any]) -> Any:
         calls.append((name, call))
         if not given:
             given.append(run())
@@ -180,7 +174,7 @@ def _steps(
 
     def denoise(steps: int) -> None:
         start = [torch.Generator().manual_seed(0)]
-        loop.run([_SHORT], see, steps=steps, size=size, generators=start)
+        loop.run([_SHORT], on_call, steps=steps, size=size, generators=start)
 
     denoise(calibration.denoising_steps)
     own = list(calls)
@@ -242,7 +236,7 @@ def pipeline_size(loop: PipelineLoop, calibration: Calibration) -> tuple[dict[st
             if "block_out_channels" in denoiser.config:  # a UNet: latents per token side by block
                 middle = getattr(denoiser, "mid_block", None)
                 levels = unet_levels((*denoiser.down_blocks, middle, *denoiser.up_blocks))
-                side = middle_patch(levels) if levels else side
+                side = median_high(levels) if levels else side
             side = int(side[-1] if isinstance(side, (list, tuple)) else side)
             tokens = latents.shape[-2] * latents.shape[-1] / side**2
         # The rule, with pixels in place of latents.

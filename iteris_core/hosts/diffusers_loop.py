@@ -30,14 +30,14 @@ _PLAIN = {
 """Arguments that make every pipeline call its denoiser once per step, on all tokens."""
 
 
-See = Callable[[str, Call, Callable[[], Any]], Any]
-"""``see(denoiser, call, run)`` returns the denoiser's output; ``run()`` runs the denoiser."""
+OnDenoiserCall = Callable[[str, Call, Callable[[], Any]], Any]
+"""``on_call(denoiser, call, run)`` returns the denoiser's output; ``run()`` runs the denoiser."""
 
-_see: ContextVar[See | None] = ContextVar("see", default=None)
+_on_call: ContextVar[OnDenoiserCall | None] = ContextVar("on_call", default=None)
 # Every greenlet has its own context, so interleaved forwards do not mix.
 
 
-class Enough(BaseException):
+class StopPipeline(BaseException):
     """Ends a pipeline's loop. Not an Exception, because modular pipelines log those."""
 
 
@@ -82,7 +82,7 @@ class PipelineLoop:
     def run(
         self,
         prompts: Sequence[str],
-        see: See,
+        on_call: OnDenoiserCall,
         *,
         steps: int,
         size: Mapping[str, int],
@@ -90,7 +90,8 @@ class PipelineLoop:
         guidance: float = 1.0,
         pictures: int = 1,
     ) -> None:
-        """Run the loop on ``prompts`` until ``see`` raises :class:`Enough`, or to its end."""
+        """Run the loop on ``prompts`` to its end, or until ``on_call`` raises
+        :class:`StopPipeline`."""
         arguments: dict[str, Any] = {
             "prompt": list(prompts),
             "num_inference_steps": steps,
@@ -113,12 +114,12 @@ class PipelineLoop:
             if name == "true_cfg_scale" and guidance > 1:  # no effect without a negative prompt
                 arguments["negative_prompt"] = [""] * len(prompts)
         known = {name: value for name, value in arguments.items() if name in self.names}
-        token = _see.set(see)
+        token = _on_call.set(on_call)
         try:
-            with self._ready(), suppress(Enough):
+            with self._ready(), suppress(StopPipeline):
                 self._function(self.pipeline, **known)
         finally:
-            _see.reset(token)
+            _on_call.reset(token)
 
     @contextmanager
     def _ready(self) -> Generator[None]:
@@ -172,12 +173,12 @@ class PipelineLoop:
         """The arguments of the denoiser's first call; the call itself does not run."""
         calls: list[Call] = []
 
-        def see(name: str, call: Call, run: Callable[[], Any]) -> Any:
+        def on_call(name: str, call: Call, run: Callable[[], Any]) -> Any:
             calls.append(call)
-            raise Enough
+            raise StopPipeline
 
         generators = [torch.Generator().manual_seed(seed) for _ in range(pictures * len(prompts))]
-        self.run(prompts, see, steps=2, size=size, generators=generators, pictures=pictures)
+        self.run(prompts, on_call, steps=2, size=size, generators=generators, pictures=pictures)
         return calls[0]
 
     def prepared(self, size: Mapping[str, int]) -> tuple[dict[str, int], Tensor]:
@@ -211,14 +212,14 @@ class PipelineLoop:
 
 
 def _recorded(name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``forward`` of ``module`` that goes through the ``see`` of the run that calls it. Its call
-    has no ``self``; what is in ``**kwargs`` is listed like the other arguments."""
+    """A ``forward`` of ``module`` that goes through the ``on_call`` of the run that calls it. Its
+    call has no ``self``; what is in ``**kwargs`` is listed like the other arguments."""
     signature = inspect.signature(type(module).forward)
 
     @wraps(forward)  # pipelines inspect its signature
     def through(*args: Any, **kwargs: Any) -> Any:
-        see = _see.get()
-        if see is None:
+        on_call = _on_call.get()
+        if on_call is None:
             return forward(*args, **kwargs)
         call: Call = {}
         for argument, value in list(signature.bind(module, *args, **kwargs).arguments.items())[1:]:
@@ -228,7 +229,7 @@ def _recorded(name: str, module: nn.Module, forward: Callable[..., Any]) -> Call
                 call |= {f"{argument}.{key}": some for key, some in value.items()}  # pyright: ignore
             else:
                 call[argument] = value
-        return see(name, call, lambda: forward(*args, **kwargs))
+        return on_call(name, call, lambda: forward(*args, **kwargs))
 
     return through
 

@@ -10,33 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations.lockstep import Lockstep
 from ..activations.memory import halved, with_less
 from ..activations.micro_batch import MicroBatch
 from .diffusers_arguments import Arguments, ones_like
-from .diffusers_loop import Enough, PipelineLoop
-from .protocol import DENOISING, Tick
+from .diffusers_loop import PipelineLoop, StopPipeline
+from .protocol import DENOISING, Row
 from .recorded import Call, differ, entries
-from .rows import SamplePrompts, TextRows, drawn_steps
-from .sample_store import SampleStore
+from .rows import SamplePrompts, drawn_steps
 
 _RAN = "denoiser of a row"  # among the arguments kept, none of which has such a name
 
 
 @dataclass(frozen=True)
 class DiffusionSamples:
-    """``moving`` holds the arguments that change with the step, (rows, …), in the samples' order;
-    ``ran`` is each row's denoiser, as an index among the pipeline's. ``worth``: effective samples
-    of a concept."""
+    """``moving`` holds the arguments that change with the step, (latents, …); ``ran`` is each
+    latent's denoiser, as an index among the pipeline's. ``effective_samples``: of a concept."""
 
-    text: TextRows
+    rows: Sequence[Row]
     arguments: Arguments
-    worth: int
+    effective_samples: int
     moving: dict[str, Tensor]
     ran: Tensor
 
-    def row(self, row: int) -> Call:
-        return {path: value[row] for path, value in self.moving.items()}
+    def call(self, row: Row) -> Call:
+        """The row's arguments that change with the step."""
+        return {path: value[row.latent] for path, value in self.moving.items()}
 
 
 def record_rows(
@@ -44,76 +42,73 @@ def record_rows(
     arguments: Arguments,
     drawn: SamplePrompts,
     prompts: Sequence[str],
-    lockstep: Lockstep,
-    tick: Tick,
-    store: SampleStore | None,
-    at_once: int,
+    digest_of_base: Callable[[], str | None],
 ) -> DiffusionSamples:
     """Run the pipeline on every prompt under its concept's LoRA, and record its denoiser's
     arguments at some of the steps. With ``latents="noise"`` the denoiser does not run, and every
-    step gets the first step's noise. What ``store`` has is not run again. A run has ``at_once``
-    prompts, and half as many whenever memory runs out."""
-    calibration, names = drawn.calibration, list(loop.denoisers)
-    noise, most = calibration.latents == "noise", at_once if arguments.alike else 1
+    step gets the first step's noise. What the request's store has is not run again. A run has the
+    request's ``at_once`` prompts, and half as many whenever memory runs out."""
+    request, calibration, names = drawn.request, drawn.request.calibration, list(loop.denoisers)
+    noise = calibration.latents == "noise"
+    most = request.at_once if arguments.fixed_shapes else 1
     samples: dict[int, list[int]] = {}
     states: list[Tensor] = []
     steps: list[Tensor] = []
     for sample, owner in enumerate(drawn.owners):
         samples.setdefault(owner, []).append(sample)
-    for owner, own in samples.items():
+    for owner, of_concept in samples.items():
         generator = drawn.generators[owner]
-        for _ in own:  # as if a single draw had made all noise
+        for _ in of_concept:  # as if a single draw had made all noise
             states.append(generator.get_state())
-            torch.randn(arguments.numbers, generator=generator)
-        steps.append(drawn_steps(len(own), calibration, arguments.steps, generator))
+            torch.randn(arguments.noise_size, generator=generator)
+        steps.append(drawn_steps(len(of_concept), calibration, arguments.steps, generator))
     picks = torch.cat(steps)
-    keys = {owner: drawn.key(owner, prompts, lockstep) for owner in samples} if store else {}
     runs = {
-        o: [own[at : at + most] for at in range(0, len(own), most)] for o, own in samples.items()
+        owner: [of_concept[at : at + most] for at in range(0, len(of_concept), most)]
+        for owner, of_concept in samples.items()
     }
     # the last step does not run
-    total = sum(len(rows) * int(picks[rows].max()) for own in runs.values() for rows in own)
-    before = reported = 0
+    work = {o: sum(len(r) * int(picks[r].max()) for r in of) for o, of in runs.items()}
+    total, before, reported = sum(work.values()), 0, 0
 
     def report(done: int) -> None:
         nonlocal reported
         reported = max(reported, done)  # less in a run that is tried again
-        tick("drawing noise" if noise else DENOISING, reported, total)
+        request.tick("drawing noise" if noise else DENOISING, reported, total)
 
     def denoise(rows: list[int], kept: dict[str, Tensor], first_row: int, before: int) -> None:
         """Run the samples ``rows`` of one concept, whose samples begin at ``first_row``; ``kept``
         gets arguments, (samples, T, …). ``before`` steps are done."""
-        step, time, first = -1, Call(), Call()
+        step, time, first, last = -1, Call(), Call(), int(picks[rows].max())
 
-        def see(name: str, call: Call, run: Callable[[], Any]) -> Any:
+        def on_call(name: str, call: Call, run: Callable[[], Any]) -> Any:
             nonlocal step, time, first
             report(before + len(rows) * (step + 1))
-            now = {path: call[path] for path in arguments.timed}
+            now = {path: call[path] for path in arguments.step_args}
             # Several calls of one step: with guidance, of which the first entries are as good as
             # all.
             if step < 0 or any(differ(now[path], time.get(path)) for path in now):
                 step, time, first = step + 1, now, first or call
-                moving = {path: call[path] for path in arguments.drawn | arguments.timed}
-                moving |= {path: first[path] for path in arguments.drawn if noise}
+                moving = {path: (first if noise else call)[path] for path in arguments.noise_args}
                 for index, slot in (picks[rows] == step).nonzero().tolist():
                     at = rows[index] - first_row, slot
                     kept[_RAN][at] = names.index(name)
-                    for path, value in entries(moving, arguments.batched, index).items():
+                    for path, value in entries(moving | now, arguments.batched, index).items():
                         value = torch.as_tensor(value).detach().cpu()
                         if path not in kept:
                             shape = (*kept[_RAN].shape, *value.shape)
                             kept[path] = torch.zeros(shape, dtype=value.dtype)
                         kept[path][at] = value
-            if step >= int(picks[rows].max()):
-                raise Enough
-            return ones_like(arguments.given, len(rows)) if noise else run()
+            if step >= last:
+                raise StopPipeline
+            return ones_like(arguments.output_example, len(rows)) if noise else run()
 
         generators = [torch.Generator() for _ in rows]
         for generator, row in zip(generators, rows, strict=True):
             generator.set_state(states[row])
         loop.run(
             [prompts[row] for row in rows],
-            see,
+            on_call,
             steps=calibration.denoising_steps,
             size=arguments.size,
             generators=generators,
@@ -123,9 +118,9 @@ def record_rows(
     def denoise_all(rows: list[int], kept: dict[str, Tensor], size: int) -> None:
         owner, steps = drawn.owners[rows[0]], int(picks[rows].max())
         for at in range(0, len(rows), size):
-            some, done = rows[at : at + size], before + at * steps
-            run = partial(denoise, some, kept, samples[owner][0], done)
-            lockstep.run(MicroBatch(run, [owner], 1, of_one=True))
+            done = before + at * steps
+            run = partial(denoise, rows[at : at + size], kept, samples[owner][0], done)
+            request.lockstep.run(MicroBatch(run, [owner], 1, of_one=True))
 
     def complaint(said: str, tried: Sequence[int]) -> str:
         return (
@@ -134,23 +129,22 @@ def record_rows(
             "or free memory elsewhere. The model is unchanged."
         )
 
-    parts: list[dict[str, Tensor]] = []
-    for owner, own in samples.items():
-        found = store.get(keys[owner]) if store else None
-        kept = found or {_RAN: torch.zeros(len(own), picks.shape[1], dtype=torch.int64)}
+    tensors, keep = drawn.kept(prompts, digest_of_base)
+    before = sum(work[owner] for owner in tensors)
+    for owner in [owner for owner in samples if owner not in tensors]:
+        kept = {_RAN: torch.zeros(len(samples[owner]), picks.shape[1], dtype=torch.int64)}
         for rows in runs[owner]:
-            if not found:
-                sizes = halved(min(most, len(rows)))
-                _, size = with_less(sizes, partial(denoise_all, rows, kept), complaint)
-                most = size if size < len(rows) else most
+            sizes = halved(min(most, len(rows)))
+            _, size = with_less(sizes, partial(denoise_all, rows, kept), complaint)
+            most = size if size < len(rows) else most
             before += len(rows) * int(picks[rows].max())
-        if store is not None and not found:
-            store.put(kept, keys[owner])
-        parts.append(kept)
+        keep(owner, kept)
     report(total)
+    parts = [tensors[owner] for owner in samples]
     moving = {
         path: torch.cat([kept[path] for kept in parts]).flatten(0, 1) for path in sorted(parts[0])
     }
-    text = drawn.texts(picks.shape[1])
-    worth = drawn.effective_samples(text)
-    return DiffusionSamples(text, arguments, worth, moving, moving.pop(_RAN))
+    rows = drawn.rows(picks.shape[1])
+    return DiffusionSamples(
+        rows, arguments, drawn.effective_samples(rows), moving, moving.pop(_RAN)
+    )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..activations.lockstep import Lockstep
 from ..activations.site import PLAIN, Condition
@@ -25,9 +25,6 @@ from ..lora import Lora
 from ..lora_files import ReadOptions
 from .learned import EmbeddingTriggers
 from .sample_store import SampleStore
-
-Run = Callable[[Sequence[int], int], None]
-"""``run(rows, copies)``: one forward, see :class:`Stage`."""
 
 Tick = Callable[[str, int, int], None]
 """``tick(what, done, total)`` shows progress; an exception raised in it ends the merge. ``total``
@@ -43,25 +40,75 @@ SAMPLES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
+class SampleRequest:
+    """What rows are made of.
+
+    - ``concepts``: those whose features are wanted.
+    - ``calibration``: how many rows, of which prompts, denoised how.
+    - ``lockstep``: runs a forward with each row's own LoRA active.
+    - ``generator``: for random draws that depend on all concepts.
+    - ``tick``: reports progress.
+    - ``store``: keeps what is slow to make (None: nothing is kept).
+    - ``at_once``: the most samples that are denoised in a forward, with guidance two rows each.
+    - ``held_out``: the rows measure a merge, and have words that no row of a fit has.
+    """
+
+    concepts: Sequence[Concept]
+    calibration: Calibration
+    lockstep: Lockstep
+    generator: torch.Generator
+    tick: Tick
+    store: SampleStore | None = None
+    at_once: int = SAMPLES_AT_ONCE
+    held_out: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a stage: a concept, whose LoRA is on in it as a reference row, and its inputs.
+
+    - ``number``: its place among the samples' rows, which stages may share.
+    - ``prompt``, and ``latent``, the place of its latent among the samples'.
+    - ``condition``: how the LoRAs are loaded.
+    - ``text_condition``: how they are in the text encoders.
+    - ``key``: only rows with equal keys may share a forward.
+    - ``length``: the size of its inputs, in any unit. Memory is measured on the longest row.
+    """
+
+    concept: int
+    number: int
+    prompt: str = ""
+    latent: int = 0
+    condition: Condition = PLAIN
+    text_condition: Condition = PLAIN
+    key: Hashable = None
+    length: int = 0
+
+    @property
+    def text(self) -> Text:
+        """What text encoders make of it: equal for rows with the same output."""
+        return self.concept, self.prompt, self.text_condition
+
+
+Text = tuple[int, str, Condition]
+"""A concept, a prompt of it, and how the LoRAs are loaded in the text encoders."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """A part of the model that runs on its own, in execution order: an encoder, the denoiser.
 
-    - ``concept_ids``: the concept of every row, ascending.
-    - ``run(rows, copies)``: one forward on these rows as reference rows, followed by the same rows
-      as merged rows if ``copies`` is 2.
     - ``sites``: the requested sites that it reaches.
+    - ``rows``: in ascending order of concepts.
+    - ``forward(rows, copies)``: one forward on these rows as reference rows, followed by the same
+      rows as merged rows if ``copies`` is 2.
     - ``mask(site, rows)``: (rows, tokens), True for tokens of the site's inputs that count (no
       padding); None if all do.
     - ``feeds_next``: a later stage needs the outputs of all rows. Every process of a merge then
       runs all of them to the end; forwards of other stages may stop after their last site.
     - ``spatial``: tokens are positions in an image, of which a LoRA may change a part.
-    - ``batch_keys``: a key per row; only rows with equal keys may share a forward (None: all may).
-    - ``lengths``: the size of every row's inputs, in any unit. Memory is measured on the longest
-      row (None: the one with the most tokens by ``mask``, or the first).
     - ``samples``: the number of samples behind the rows, for the concept with the fewest (None: the
       calibration's number).
-    - ``rows``: indices among the samples' rows, if several stages share them (None: all).
-    - ``conditions``: how the LoRAs are loaded in every row (empty: at their strength, alone).
     - ``final(rows, copy)``: the model's final outputs of these rows, rows first, with the texts
       of reference rows (copy 0) or of merged rows (1); None if the outputs are not final.
     - ``gradients()``: a context to enter before differentiating the model.
@@ -69,28 +116,30 @@ class Stage:
 
     name: str
     sites: Sequence[str]
-    concept_ids: Sequence[int]
-    run: Run
-    mask: Callable[[str, Sequence[int]], torch.Tensor | None] | None = None
+    rows: Sequence[Row]
+    forward: Callable[[Sequence[Row], int], None]
+    mask: Callable[[str, Sequence[Row]], Tensor | None] | None = None
     feeds_next: bool = False
     spatial: bool = False
-    batch_keys: Sequence[Hashable] | None = None
-    lengths: Sequence[int] | None = None
     samples: int | None = None
-    rows: Sequence[int] | None = None
-    conditions: Sequence[Condition] = ()
-    final: Callable[[Sequence[int], int], torch.Tensor] | None = None
+    final: Callable[[Sequence[Row], int], Tensor] | None = None
     gradients: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def at(self, places: Sequence[int]) -> list[Row]:
+        """The rows at these places among its own."""
+        return [self.rows[place] for place in places]
 
     @property
     def costliest_condition(self) -> Condition:
         """One of the rows' conditions under which a forward takes the most memory."""
-        return max(self.conditions, key=lambda of: (of.phantom is not None, of.strength != 1))
+        conditions = (row.condition for row in self.rows)
+        return max(conditions, key=lambda of: (of.phantom is not None, of.strength != 1))
 
-    def conditions_of(self, rows: Sequence[int]) -> Sequence[Condition]:
-        """The conditions of these rows; empty if all are plain."""
-        some = [self.conditions[row] for row in rows] if self.conditions else []
-        return some if any(of != PLAIN for of in some) else ()
+
+def conditions_of(rows: Sequence[Row]) -> Sequence[Condition]:
+    """The conditions of these rows; empty if all are plain."""
+    conditions = [row.condition for row in rows]
+    return conditions if any(of != PLAIN for of in conditions) else ()
 
 
 class Host(Protocol):
@@ -104,7 +153,7 @@ class Host(Protocol):
         """Every module that a LoRA may change, by site name."""
         ...
 
-    def weight(self, site: str) -> torch.Tensor:
+    def weight(self, site: str) -> Tensor:
         """The weight of a site as forwards use it, float32, on the CPU. Raises :class:`BaseError`
         if it cannot be read."""
         return plain_weight(site, self.sites()[site], "An extraction")
@@ -113,20 +162,8 @@ class Host(Protocol):
         """Read a LoRA file in any layout that the host's ecosystem knows."""
         ...
 
-    def samples(
-        self,
-        concepts: Sequence[Concept],
-        sites: Set[str],
-        calibration: Calibration,
-        lockstep: Lockstep,
-        generator: torch.Generator,
-        tick: Tick,
-        store: SampleStore | None = None,
-        at_once: int = SAMPLES_AT_ONCE,
-    ) -> Any:
-        """Make the rows on which features are collected; opaque outside the host. What is slow to
-        make may be kept in ``store``. At most ``at_once`` samples are denoised in a forward, with
-        guidance two rows each."""
+    def samples(self, request: SampleRequest) -> Any:
+        """Make the rows on which features are collected; opaque outside the host."""
         ...
 
     def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:
@@ -135,7 +172,7 @@ class Host(Protocol):
         (``calibration.composites``). May be empty."""
         return []
 
-    def forward(self, samples: Any, rows: Sequence[int]) -> torch.Tensor:
+    def forward(self, samples: Any, rows: Sequence[int]) -> Tensor:
         """The model's final output for rows of ``samples``, rows first; for image models only."""
         raise BaseError(f"{type(self).__name__} does not return a final output for each row.")
 

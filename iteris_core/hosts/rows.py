@@ -1,5 +1,4 @@
-"""The rows of a host that works from prompts: their texts, latents, how the LoRAs are loaded, and
-the size of their images.
+"""The rows of a host that works from prompts: their texts, latents and how the LoRAs are loaded.
 
 The diffusers and ComfyUI hosts make the same rows from the same seed. A merge is fitted to what its
 rows show. With all of them at strength 1 and nothing beside, five LoRAs break at strength 1.2 or
@@ -9,17 +8,15 @@ of the rows is at other strengths, or beside another LoRA.
 
 from __future__ import annotations
 
-import math
 import random
 import zlib
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..activations.lockstep import Lockstep
 from ..activations.site import PLAIN, Condition
 from ..calibration_prompts import (
     Composite,
@@ -33,7 +30,8 @@ from ..calibration_prompts import (
     templates_of,
     turns_of,
 )
-from ..concepts import Calibration, Concept, HeldOut
+from ..concepts import Calibration, Concept
+from .protocol import Row, SampleRequest
 from .sample_store import digest
 
 GENERIC, CLASSES = "generic", "class words"
@@ -49,61 +47,6 @@ _STRENGTHS = 0.6, 1.3
 _BESIDE = 0.3, 1.0
 _AT_STRENGTHS, _BESIDE_ANOTHER = 0.5, 0.7
 """How many of the rows that are not plain are at other strengths, and how many beside a phantom."""
-
-
-@dataclass(frozen=True)
-class Use:
-    """A row's condition in the text encoders, and in the denoiser."""
-
-    text: Condition = PLAIN
-    denoiser: Condition = PLAIN
-
-
-@dataclass(frozen=True)
-class TextRows:
-    """Rows sorted by concept. ``text_owners``, ``texts`` and ``text_conditions`` list the distinct
-    (concept, prompt, condition); ``text_rows`` gives each row's index into them. ``owners`` is each
-    row's concept, ``latent_rows`` the index of its latent, and ``conditions`` how it uses the
-    denoiser's LoRAs; concepts without a LoRA use latents of others."""
-
-    owners: Sequence[int]
-    text_rows: Sequence[int]
-    text_owners: Sequence[int]
-    texts: Sequence[str]
-    latent_rows: Sequence[int]
-    text_conditions: Sequence[Condition]
-    conditions: Sequence[Condition]
-
-    @staticmethod
-    def of(
-        owners: Sequence[int],
-        prompts: Sequence[str],
-        latent_rows: Sequence[int] | None = None,
-        uses: Sequence[Use] | None = None,
-    ) -> TextRows:
-        uses = uses or [Use()] * len(owners)
-        keys = list(zip(owners, prompts, (use.text for use in uses), strict=True))
-        texts = {key: index for index, key in enumerate(dict.fromkeys(keys))}
-        return TextRows(
-            owners,
-            [texts[key] for key in keys],
-            [owner for owner, _, _ in texts],
-            [prompt for _, prompt, _ in texts],
-            range(len(owners)) if latent_rows is None else latent_rows,
-            [condition for *_, condition in texts],
-            [use.denoiser for use in uses],
-        )
-
-    @property
-    def loaded(self) -> list[tuple[int, Condition]]:
-        """What is loaded in the text encoders for every text: a concept's LoRA, and how."""
-        return list(zip(self.text_owners, self.text_conditions, strict=True))
-
-    @property
-    def uses(self) -> list[Use]:
-        """Every row's use."""
-        of_texts = (self.text_conditions[row] for row in self.text_rows)
-        return [Use(text, own) for text, own in zip(of_texts, self.conditions, strict=True)]
 
 
 def added_concepts(
@@ -136,129 +79,148 @@ def added_concepts(
 
 @dataclass(frozen=True)
 class SamplePrompts:
-    """The prompt and concept of every sample, in ascending order of concepts, and the texts of the
-    rows made from them. A concept's of the ``generators`` draws its prompts and noise, which so do
-    not depend on what else is merged. ``empty_share`` of the rows get the empty prompt, because
+    """The prompt and concept of every sample of a ``request``, in ascending order of concepts, and
+    the rows made from them. A concept's of the ``generators`` draws its prompts and noise, which so
+    do not depend on what else is merged. ``empty_share`` of the rows get the empty prompt, because
     guidance runs on it."""
 
+    request: SampleRequest
     owners: Sequence[int]
     prompts: Sequence[str]
-    concepts: Sequence[Concept]
-    calibration: Calibration
     wording: Wording
-    generators: Sequence[torch.Generator]
+    generators: Sequence[torch.Generator] = ()
     empty_share: float = 0.0
 
     @staticmethod
     def drawn(
-        concepts: Sequence[Concept],
-        calibration: Calibration,
-        vocabulary: Sequence[str],
-        generator: torch.Generator,
-        empty_share: float,
+        request: SampleRequest, vocabulary: Sequence[str], empty_share: float
     ) -> SamplePrompts:
         """Draw random prompts. If a concept has very few, a prompt gets extra words after its 16th
         use. Concepts without a LoRA have no samples: their rows use the latents of others."""
-        measures = isinstance(calibration, HeldOut)
-        wording = Wording(vocabulary, concepts, generator, held_out=measures)
-        own: list[torch.Generator] = []
-        prompts: list[list[str]] = []
-        for concept in concepts:
-            given = None if concept.prompts is None else [str(prompt) for prompt in concept.prompts]
+        concepts, calibration = request.concepts, request.calibration
+        wording = Wording(vocabulary, concepts, request.generator, held_out=request.held_out)
+        owners: list[int] = []
+        prompts: list[str] = []
+        generators: list[torch.Generator] = []
+        for owner, concept in enumerate(concepts):
+            listed = None if concept.prompts is None else [*map(str, concept.prompts)]
             words = calibration.seed, concept.trigger, concept.class_word, list(concept.subjects)
-            seed = zlib.crc32(repr([*words, given]).encode())
-            own.append(torch.Generator().manual_seed(seed))
-            prompts.append(concept_prompts(concept, calibration, own[-1]) if concept.lora else [])
+            seed = zlib.crc32(repr([*words, listed]).encode())
+            generators.append(torch.Generator().manual_seed(seed))
+            if concept.lora is None:
+                continue
             seen: Counter[str] = Counter()
-            for index, prompt in enumerate(prompts[-1]) if calibration.contexts != 0 else ():
+            for prompt in concept_prompts(concept, calibration, generators[-1]):
                 seen[prompt] += 1
-                if seen[prompt] > _DENOISED_ALIKE:
-                    prompts[-1][index] = wording.in_context(prompt)
-        return SamplePrompts(
-            [concept for concept, of_concept in enumerate(prompts) for _ in of_concept],
-            [prompt for of_concept in prompts for prompt in of_concept],
-            concepts,
-            calibration,
-            wording,
-            own,
-            empty_share,
-        )
+                often = calibration.contexts != 0 and seen[prompt] > _DENOISED_ALIKE
+                owners.append(owner)
+                prompts.append(wording.in_context(prompt) if often else prompt)
+        return SamplePrompts(request, owners, prompts, wording, generators, empty_share)
 
-    def key(self, owner: int, said: Sequence[str], lockstep: Lockstep) -> str:
-        """A hash of what a concept's samples depend on beside the base: the prompts that are
-        ``said``, its LoRA, its noise and how it is denoised."""
-        given, concept = self.calibration, self.concepts[owner]
-        own = {s: c for s, of in lockstep.changes.items() if (c := of.by_concept[owner])}
+    def kept(
+        self, prompts: Sequence[str], digest_of_base: Callable[[], str | None]
+    ) -> tuple[dict[int, Mapping[str, Tensor]], Callable[[int, Mapping[str, Tensor]], None]]:
+        """The samples' tensors by concept, of those that the request's store has; and
+        ``keep(concept, tensors)`` for the others. They depend on the ``prompts`` as the pipeline
+        gets them, and on the base; nothing is kept of noise, or of a base without a digest."""
+        store, tensors = self.request.store, dict[int, Mapping[str, Tensor]]()
+        base = None
+        if store is not None and self.request.calibration.latents != "noise":
+            base = digest_of_base()
+        if store is None or base is None:
+            return tensors, tensors.__setitem__
+        store = store.within(base)
+        keys = {owner: self._key(owner, prompts) for owner in set(self.owners)}
+        for owner, key in keys.items():
+            if (known := store.get(key)) is not None:
+                tensors[owner] = known
+
+        def keep(owner: int, of_concept: Mapping[str, Tensor]) -> None:
+            store.put(of_concept, keys[owner])
+            tensors[owner] = of_concept
+
+        return tensors, keep
+
+    def _key(self, owner: int, prompts: Sequence[str]) -> str:
+        """A hash of what a concept's samples depend on beside the base: its ``prompts``, its LoRA,
+        its noise and how it is denoised."""
+        calibration, concept = self.request.calibration, self.request.concepts[owner]
+        changes = {
+            site: change
+            for site, of_site in self.request.lockstep.changes.items()
+            if (change := of_site.by_concept[owner])
+        }
         return digest(
             [
-                [text for text, of in zip(said, self.owners, strict=True) if of == owner],
-                [(site, change.up, change.down) for site, change in sorted(own.items())],
+                [text for text, of in zip(prompts, self.owners, strict=True) if of == owner],
+                [(site, change.up, change.down) for site, change in sorted(changes.items())],
                 {} if concept.lora is None else concept.lora.embeddings,
-                *(self.generators[owner].initial_seed(), given.rows_each, given.guidance),
-                *(given.latents, given.denoising_steps, given.latent_size, given.frames),
+                *(self.generators[owner].initial_seed(), calibration.rows_each),
+                *(calibration.guidance, calibration.latents, calibration.denoising_steps),
+                *(calibration.latent_size, calibration.frames),
             ]
         )
 
-    def texts(self, count: int) -> TextRows:
-        """The texts of ``count`` rows per sample. Some rows get the empty prompt, but never all of
+    def rows(self, count: int) -> list[Row]:
+        """``count`` rows per sample, sorted by concept. Some get the empty prompt, but never all of
         a phrase, and some of the others get extra words. Concepts without a LoRA get rows on some
         of the same latents (composites: on those of their parts), because noisy latents hardly
         depend on the prompt."""
-        row_owners = [owner for owner in self.owners for _ in range(count)]
-        row_prompts = [prompt for prompt in self.prompts for _ in range(count)]
+        owners = [owner for owner in self.owners for _ in range(count)]
+        prompts = [prompt for prompt in self.prompts for _ in range(count)]
+        concepts, calibration = self.request.concepts, self.request.calibration
         generator = self.wording.generator
-        empty = torch.rand(len(row_owners), generator=generator) < self.empty_share
-        turns = [turns_of(concept) for concept in self.concepts]
-        taken, rows_of = Counter[int](), dict[tuple[int, int], list[int]]()
+        empty = torch.rand(len(owners), generator=generator) < self.empty_share
+        turns = [turns_of(concept) for concept in concepts]
+        taken, of_phrase = Counter[int](), dict[tuple[int, int], list[int]]()
         for sample, owner in enumerate(self.owners):
-            own = rows_of.setdefault((owner, taken[owner] % turns[owner]), [])
-            own += range(sample * count, (sample + 1) * count)
+            mine = of_phrase.setdefault((owner, taken[owner] % turns[owner]), [])
+            mine += range(sample * count, (sample + 1) * count)
             taken[owner] += 1
-        for own in rows_of.values():
-            if bool(empty[own].all()):
-                empty[own[0]] = False
+        for mine in of_phrase.values():
+            if bool(empty[mine].all()):
+                empty[mine[0]] = False
         for row in empty.nonzero().flatten().tolist():
-            row_prompts[row] = ""
-        row_prompts = self._in_contexts(row_owners, row_prompts)
-        rows = list(zip(row_owners, row_prompts, range(len(row_owners)), strict=True))
-        most = max(row_owners.count(owner) for owner in set(row_owners))
-        for owner, concept in enumerate(self.concepts):
+            prompts[row] = ""
+        if calibration.contexts != 0:
+            shares = context_shares(concepts, calibration)
+            chances = torch.tensor([shares[owner] for owner in owners])
+            chosen = (torch.rand(len(owners), generator=generator) < chances).tolist()
+            prompts = [
+                self.wording.in_context(prompt) if more and prompt else prompt
+                for prompt, more in zip(prompts, chosen, strict=True)
+            ]
+        drawn = list(zip(owners, prompts, range(len(owners)), strict=True))
+        most = max(Counter(owners).values())
+        for owner, concept in enumerate(concepts):
             if concept.lora is None:
-                pools = prompt_pools(concept, self.calibration)
-                pool = [prompt for of_phrase in pools for prompt in of_phrase]
-                free = range(len(row_owners))
+                pool = [p for pool in prompt_pools(concept, calibration) for p in pool]
+                latents = range(len(owners))
                 wanted = max(1, round(_PRESERVED_ROWS * most))
                 if isinstance(concept, Composite):
                     wanted = min(wanted, len(pool))
-                    free = [row for row in free if concept.has(self.concepts[row_owners[row]])]
-                said = in_random_order(pool, wanted, generator)
-                picks = torch.randint(len(free), (wanted,), generator=generator).tolist()
-                rows += [(owner, p, free[pick]) for p, pick in zip(said, picks, strict=True)]
-        rows.sort(key=lambda row: row[0])
-        owners, prompts, latents = map(list, zip(*rows, strict=True))
-        loras = [i for i, concept in enumerate(self.concepts) if concept.lora is not None]
-        samples = [(owner, latent // count) for owner, _, latent in rows]
-        uses = drawn_uses(samples, loras, self.calibration)
-        return TextRows.of(owners, prompts, latents, uses)
-
-    def _in_contexts(self, owners: Sequence[int], prompts: Sequence[str]) -> list[str]:
-        """``prompts``, a share of which gets extra words; the empty prompt stays."""
-        if self.calibration.contexts == 0:
-            return list(prompts)
-        shares = context_shares(self.concepts, self.calibration)
-        chosen = self.wording.chosen([shares[owner] for owner in owners])
+                    latents = [at for at in latents if concept.has(concepts[owners[at]])]
+                texts = in_random_order(pool, wanted, generator)
+                picks = torch.randint(len(latents), (wanted,), generator=generator).tolist()
+                drawn += [(owner, t, latents[at]) for t, at in zip(texts, picks, strict=True)]
+        drawn.sort(key=lambda row: row[0])
+        loras = [i for i, concept in enumerate(concepts) if concept.lora is not None]
+        samples = [(owner, latent // count) for owner, _, latent in drawn]
+        conditions = drawn_conditions(samples, loras, calibration)
         return [
-            self.wording.in_context(prompt) if more and prompt else prompt
-            for prompt, more in zip(prompts, chosen, strict=True)
+            Row(owner, number, prompt, latent, denoiser, text)
+            for number, ((owner, prompt, latent), (text, denoiser)) in enumerate(
+                zip(drawn, conditions, strict=True)
+            )
         ]
 
-    def effective_samples(self, text: TextRows) -> int:
+    def effective_samples(self, rows: Sequence[Row]) -> int:
         """The effective number of samples of the concept with a LoRA and the fewest distinct
         prompts; with new noise, a repeated prompt counts once more."""
-        distinct = set(zip(text.text_owners, text.texts, strict=True))
-        prompts = Counter(owner for owner, prompt in distinct if prompt)
-        own = [prompts[o] for o, concept in enumerate(self.concepts) if concept.lora is not None]
-        return min(self.calibration.samples, _REPEATS * min(own, default=0))
+        distinct = {(row.concept, row.prompt) for row in rows if row.prompt}
+        prompts = Counter(owner for owner, _ in distinct)
+        fewest = min((prompts[owner] for owner in self.owners), default=0)
+        return min(self.request.calibration.samples, _REPEATS * fewest)
 
 
 def drawn_steps(
@@ -269,15 +231,15 @@ def drawn_steps(
     return torch.stack([pick[: calibration.rows_each] for pick in picks]).sort(dim=1)[0]
 
 
-def drawn_uses(
+def drawn_conditions(
     samples: Sequence[Hashable], loras: Sequence[int], calibration: Calibration
-) -> list[Use]:
-    """The use of every row: plain, but for a share of the rows, spread over each sample's steps.
-    Those of one sample, which ``samples`` names by row, have one use. ``loras`` are the concepts of
-    which phantoms can be made."""
+) -> list[tuple[Condition, Condition]]:
+    """Every row's condition in the text encoders and in the denoiser: plain, but for a share of the
+    rows, spread over each sample's steps. Those of one sample, which ``samples`` names by row, have
+    the same. ``loras`` are the concepts of which phantoms can be made."""
     draw = random.Random(calibration.seed)
-    known: dict[Hashable, Use] = {}
-    uses = [Use()] * len(samples)
+    known: dict[Hashable, tuple[Condition, Condition]] = {}
+    conditions = [(PLAIN, PLAIN)] * len(samples)
     for row, sample in enumerate(samples):
         if row * _GOLDEN % 1 >= (calibration.conditions or 0.0):
             continue
@@ -288,56 +250,9 @@ def drawn_uses(
                 apart = draw.random()
                 text = draw.uniform(*_STRENGTHS) if apart < 0.5 else text
                 denoiser = 1.0 if apart < 0.25 else denoiser
-            known[sample] = Use(Condition(text), Condition(denoiser))
+            known[sample] = Condition(text), Condition(denoiser)
             if draw.random() < _BESIDE_ANOTHER:
                 phantom = draw.choice(loras), draw.uniform(*_BESIDE), draw.randrange(1 << 32)
-                known[sample] = Use(Condition(text, *phantom), Condition(denoiser, *phantom))
-        uses[row] = known[sample]
-    return uses
-
-
-PICTURE_TOKENS = 1024
-"""The tokens of 512 pixels on SD 1.5 and FLUX.1, and of 1024 on SDXL. With the default number of
-rows this gives at least a hundred tokens per input of the widest site."""
-
-MOST_PIXELS = 1024
-"""The longest side, for models with such high compression that an image has fewer tokens."""
-
-FRAMES = 9
-"""Default frames of a video: two or three latent frames."""
-
-
-def default_size(
-    scale: int, patch: int, own: tuple[int, int] | None = None, multiple: int = 1
-) -> tuple[int, int]:
-    """(height, width) in latents, at the ratio of the model's ``own`` size (None: a square).
-
-    ``scale`` is pixels per latent side; ``patch`` is latents per token side at the middle block.
-    Sides are multiples of ``multiple`` and ``patch``.
-    """
-    height, width = own or (MOST_PIXELS // scale,) * 2
-    shrink = math.sqrt(PICTURE_TOKENS * patch**2 / (height * width))
-    shrink = min(shrink, MOST_PIXELS / (scale * max(height, width)), 1.0)
-    step = math.lcm(patch, multiple)
-    sides = (max(step, int(side * shrink / step + 1e-6) * step) for side in (height, width))
-    return next(sides), next(sides)
-
-
-def unet_levels(blocks: Iterable[nn.Module | None]) -> list[int]:
-    """Latents per token side in each transformer block of a UNet's ``blocks``, in their order."""
-    levels: list[int] = []
-    level = 1
-    for module in (module for block in blocks if block is not None for module in block.modules()):
-        kind = type(module).__name__
-        if kind == "BasicTransformerBlock":
-            levels.append(level)
-        elif kind.startswith("Downsample"):
-            level *= 2
-        elif kind.startswith("Upsample"):
-            level //= 2
-    return levels
-
-
-def middle_patch(sides: Sequence[int]) -> int:
-    """The ``patch`` of :func:`default_size`, from the sides of tokens in every block, or in all."""
-    return sorted(sides)[len(sides) // 2]
+                known[sample] = Condition(text, *phantom), Condition(denoiser, *phantom)
+        conditions[row] = known[sample]
+    return conditions

@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +17,18 @@ from ..activations.memory import free_memory, usable
 from ..activations.micro_batch import MicroBatch
 from ..architectures.record import TEXT_WIRINGS
 from ..architectures.sites import residual_streams, weight_shape
-from ..concepts import Calibration, Concept
+from ..concepts import Concept
 from ..errors import BaseError, ConceptError, SettingsError
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from ..lora_files.peft_folder import read_adapter
-from .protocol import SAMPLES_AT_ONCE, Host, Stage, Tick, check_model, check_ready
-from .sample_store import SampleStore
+from .protocol import Host, Row, SampleRequest, Stage, check_model, check_ready
 
-Row = Mapping[str, Tensor]
+Sample = Mapping[str, Tensor]
 """Keyword arguments of the model's forward, with a batch dimension of 1"""
 
 _READ = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "attention_mask")
 _CROSS = ("EncDecAttention", "encoder_attn", "crossattention")
-
-
-@dataclass(frozen=True)
-class ModelSamples:
-    """One row per sample, sorted by concept: keyword arguments with a batch dimension of 1."""
-
-    owners: Sequence[int]
-    rows: Sequence[Row]
 
 
 class TransformersHost(Host):
@@ -86,50 +76,45 @@ class TransformersHost(Host):
         shapes = {site: weight_shape(module) for site, module in self._sites.items()}
         return read_adapter(Path(path), shapes, options.layers if options is not None else "")
 
-    def samples(
-        self,
-        concepts: Sequence[Concept],
-        sites: Set[str],
-        calibration: Calibration,
-        lockstep: Lockstep,
-        generator: torch.Generator,
-        tick: Tick,
-        store: SampleStore | None = None,
-        at_once: int = SAMPLES_AT_ONCE,
-    ) -> ModelSamples:
-        own = [rows_of(concept, calibration.samples, decodes=self._decodes) for concept in concepts]
-        owners = [index for index, mine in enumerate(own) for _ in mine]
-        rows = [row for mine in own for row in mine]
+    def samples(self, request: SampleRequest) -> list[tuple[int, Sample]]:
+        """Every sample and its concept, sorted by concept."""
+        limit = request.calibration.samples
+        samples = [
+            (owner, sample)
+            for owner, concept in enumerate(request.concepts)
+            for sample in samples_of(concept, limit, decodes=self._decodes)
+        ]
         check_ready(self.model)
         if self._generate is not None:
-            for at, (row, owner) in enumerate(zip(list(rows), owners, strict=True)):
-                rows[at] = self._continued(row, owner, lockstep)
-                tick("generating", at + 1, len(rows))
-        return ModelSamples(owners, rows)
+            for at, (owner, sample) in enumerate(samples):
+                samples[at] = owner, self._continued(sample, owner, request.lockstep)
+                request.tick("generating", at + 1, len(samples))
+        return samples
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         return residual_streams(self.model, self._sites, TEXT_WIRINGS, sites)
 
-    def stages(self, samples: ModelSamples, sites: Set[str]) -> Iterator[Stage]:
+    def stages(self, samples: Sequence[tuple[int, Sample]], sites: Set[str]) -> Iterator[Stage]:
         names = inspect.signature(self.model.forward).parameters
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         reads_head = any(self._sites[site] is head for site in sites)
         # Otherwise a decoder computes logits for every token.
         few = {"logits_to_keep": 1} if "logits_to_keep" in names and not reads_head else {}
 
-        def run(rows: Sequence[int], copies: int) -> None:
-            batch = self._batch([samples.rows[row] for row in rows], copies)
+        def forward(rows: Sequence[Row], copies: int) -> None:
+            batch = self._batch([samples[row.number][1] for row in rows], copies)
             self.model(**batch, **({} if "labels" in batch else few))
 
-        def mask(site: str, rows: Sequence[int]) -> Tensor | None:
+        def mask(site: str, rows: Sequence[Row]) -> Tensor | None:
             name = self._mask_name(site)
-            chosen = [samples.rows[row] for row in rows]
+            chosen = [samples[row.number][1] for row in rows]
             if name is None or name not in chosen[0]:
                 return None
             return self._batch([{name: row[name]} for row in chosen], 1)[name].bool()
 
-        fewest = min(Counter(samples.owners).values())
-        yield Stage("model", sorted(sites), samples.owners, run, mask, samples=fewest)
+        rows = [Row(owner, number) for number, (owner, _) in enumerate(samples)]
+        fewest = min(Counter(owner for owner, _ in samples).values())
+        yield Stage("model", sorted(sites), rows, forward, mask, samples=fewest)
 
     def free_memory(self, wanted: int) -> int:
         return usable(free_memory(self.device))
@@ -147,7 +132,7 @@ class TransformersHost(Host):
             return None  # keys and values from images
         return "attention_mask"
 
-    def _batch(self, rows: Sequence[Row], copies: int) -> dict[str, Tensor]:
+    def _batch(self, rows: Sequence[Sample], copies: int) -> dict[str, Tensor]:
         """Rows padded on the right to equal length, ``copies`` times."""
         if any(row.keys() != rows[0].keys() for row in rows):
             names = sorted({*rows[0]}.symmetric_difference(*rows[1:]))
@@ -169,9 +154,9 @@ class TransformersHost(Host):
             batch[name] = torch.cat(parts * copies).to(self.device, dtype)
         return batch
 
-    def _continued(self, row: Row, owner: int, lockstep: Lockstep) -> Row:
-        """The row, extended by what its own LoRA generates; alone in its call, so no padding."""
-        given = {name: tensor for name, tensor in row.items() if name != "labels"}
+    def _continued(self, sample: Sample, owner: int, lockstep: Lockstep) -> Sample:
+        """The sample, extended by what its own LoRA generates; alone in its call, so no padding."""
+        given = {name: tensor for name, tensor in sample.items() if name != "labels"}
         if "decoder_input_ids" not in given:
             given.pop("decoder_attention_mask", None)  # the labels' mask
         generated: list[Tensor] = []
@@ -196,7 +181,7 @@ class TransformersHost(Host):
         return {**kept, f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
 
 
-def rows_of(concept: Concept, limit: int, *, decodes: bool) -> list[Row]:
+def samples_of(concept: Concept, limit: int, *, decodes: bool) -> list[Sample]:
     """The concept's batches as rows without padding, at most ``limit``, with a mask for every kind
     of token, so that rows can be padded to equal length.
 
@@ -209,7 +194,7 @@ def rows_of(concept: Concept, limit: int, *, decodes: bool) -> list[Row]:
             f"Concept {concept.name!r} has no inputs; a transformers host needs batches of keyword "
             "arguments (Concept(inputs=…))."
         )
-    rows: list[Row] = []
+    rows: list[Sample] = []
     batches: Any = inputs() if callable(inputs) else inputs
     for batch in batches:
         strange = [n for n, v in batch.items() if not isinstance(v, Tensor) or v.ndim == 0]
@@ -242,7 +227,7 @@ def rows_of(concept: Concept, limit: int, *, decodes: bool) -> list[Row]:
     return rows[:limit]
 
 
-def _without_padding(row: dict[str, Tensor]) -> Row:
+def _without_padding(row: dict[str, Tensor]) -> Sample:
     """Cut masked tokens at either end, so that positions start where the model counts from.
 
     With left padding, decoders would otherwise number positions including the padding, and would

@@ -256,15 +256,16 @@ class Distillation:
         falling = torch.optim.lr_scheduler.LambdaLR(
             adam, lambda step: min(1.0, (step + 1) / _WARM) * (1 - step / self.steps)
         )
+        keys = [row.key for row in stage.rows]
         order, generator = list[int](), torch.Generator().manual_seed(seed)
         for step in range(self.steps):
             while len(order) < batch:
-                order += torch.randperm(len(stage.concept_ids), generator=generator).tolist()
+                order += torch.randperm(len(stage.rows), generator=generator).tolist()
             rows, order = order[:batch], order[batch:]
 
             def add(at_once: int, rows: Sequence[int] = rows, step: int = step) -> None:
                 gradients.clear()
-                for some in chunks(rows, stage.batch_keys, at_once):
+                for some in chunks(rows, keys, at_once):
                     gradients.add(sorted(some), first=step < _WARM)
 
             while True:

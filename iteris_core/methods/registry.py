@@ -7,8 +7,7 @@ from the reduction, :func:`on_model` for everything else.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ..concepts import Calibration, over
 from ..errors import SettingsError, did_you_mean
+from ..linalg import least_kept
 from ..lora import LowRank, SiteChanges
 from ..passes.batches import REFERENCE, SWEEP, ExecutionConfig
 from ..passes.job import Job, Merged
@@ -103,33 +103,6 @@ class AtSite:
         return torch.stack(
             [e.where(e.abs().float() >= self.least.get(i, 0.0), 0) for i, e in parts]
         )
-
-
-def least_kept(
-    sites: Callable[[], Iterable[Mapping[int, Tensor]]], density: float
-) -> dict[int, float]:
-    """concept → the magnitude that the ``density`` share of its entries reaches; none at 1.
-    ``sites()`` gives every site's entries of each concept, twice. Float32 bits are in the order of
-    magnitudes: the first pass counts them by their upper half, the second those that share the
-    answer's upper half by the lower one, as ``torch.kthvalue`` of all entries at once would."""
-    places: dict[int, int] = {}
-    prefixes: dict[int, int] = defaultdict(int)
-    for shift in (16, 0) if density < 1 else ():
-        counts: dict[int, Tensor] = defaultdict(lambda: torch.zeros(1 << 16, dtype=torch.int64))
-        for site in sites():
-            for concept, entries in site.items():
-                bits = entries.abs().float().flatten().view(torch.int32)
-                if not shift:
-                    bits = bits[bits >> 16 == prefixes[concept]]
-                counts[concept] += torch.bincount(bits >> shift & 0xFFFF, minlength=1 << 16).cpu()
-        for concept, count in counts.items():
-            place = places.setdefault(concept, max(1, int(density * int(count.sum()))))
-            above = count.flip(0).cumsum(0)
-            larger = int((above < place).sum())
-            prefixes[concept] = (prefixes[concept] << 16) + len(count) - 1 - larger
-            places[concept] = place - (int(above[larger - 1]) if larger else 0)
-    bits = torch.tensor(list(prefixes.values()), dtype=torch.int32).view(torch.float32)
-    return dict(zip(prefixes, bits.tolist(), strict=True))
 
 
 def on_weights(

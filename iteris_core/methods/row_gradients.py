@@ -26,7 +26,7 @@ from ..activations.memory import MemoryMeter, tensors_in
 from ..activations.micro_batch import MicroBatch
 from ..activations.trace import alike
 from ..errors import SiteError
-from ..hosts.protocol import Stage
+from ..hosts.protocol import Stage, conditions_of
 from ..lora import LowRank
 from ..passes.batches import chunks
 from ..passes.footprint import longest
@@ -69,7 +69,7 @@ class RowGradients:
         )
         self._final, self._copy, self._factors = stage.final, copy, factors
         self.leaves = [leaf for of in factors.values() for leaf in (of.up, of.down)]
-        self._weights = [1.0] * len(stage.concept_ids)
+        self._weights = [1.0] * len(stage.rows)
         self._before = [0.0] * len(network.blocks)
         """s_b"""
         self._scale, self._lowered, self._mutable = 1.0, 0, False
@@ -101,14 +101,15 @@ class RowGradients:
 
     def weigh(self, generator: torch.Generator) -> None:
         """Find w_r, from a few rows of each concept."""
-        owners, concepts = self._stage.concept_ids, self._job.concepts
+        owners, concepts = [row.concept for row in self._stage.rows], self._job.concepts
+        keys = [row.key for row in self._stage.rows]
         few: dict[int, list[int]] = {}
         for row in torch.randperm(len(owners), generator=generator).tolist():
             few.setdefault(owners[row], []).append(row)
         effects, entries = dict[int, float](), 1
         for owner, rows in few.items():
             square, rows = 0.0, rows[: self._job.thresholds.batch]
-            for some in chunks(rows, self._stage.batch_keys, _AT_ONCE):
+            for some in chunks(rows, keys, _AT_ONCE):
                 own, base = (self._outputs(some, 0, of_base=of_base) for of_base in (False, True))
                 square += float((own - base).float().square().sum())
                 entries = own[0].numel()
@@ -124,9 +125,8 @@ class RowGradients:
     def peak(self, rows: int) -> int:
         """The memory that the gradients of so many rows take, all like the largest."""
         stage, row = self._stage, longest(self._stage)
-        if stage.conditions:
-            conditions = [stage.costliest_condition] * len(stage.concept_ids)
-            self._stage = replace(stage, conditions=conditions)
+        costliest = stage.costliest_condition
+        self._stage = replace(stage, rows=[replace(r, condition=costliest) for r in stage.rows])
         self.add([row], first=False)  # some of its first run may stay
         with MemoryMeter() as meter:
             self.add([row] * rows, first=False)
@@ -186,10 +186,10 @@ class RowGradients:
         """The final outputs of ``rows`` with the texts of a ``copy``: of their own LoRAs, or if
         ``merged`` or ``of_base`` of that. Those of the blocks go into ``hints``. ``then`` gets the
         outputs with gradients."""
-        stage, lockstep, made = self._stage, self._lockstep, list[Tensor]()
+        lockstep, made, of_rows = self._lockstep, list[Tensor](), self._stage.at(rows)
 
         def run() -> None:
-            made.append(self._final(rows, copy))
+            made.append(self._final(of_rows, copy))
             if then is not None:
                 then(made[0])
 
@@ -199,7 +199,7 @@ class RowGradients:
             parts = [leaf.flatten(1) for leaf in by_row]
             hints.append(torch.cat(parts, 1) if len(parts) > 1 else parts[0])
 
-        owners, conditions = [stage.concept_ids[row] for row in rows], stage.conditions_of(rows)
+        owners, conditions = [row.concept for row in of_rows], conditions_of(of_rows)
         batch = MicroBatch(run, owners, 1, merged_only=merged or of_base, conditions=conditions)
         with ExitStack() as stack:
             for block in self._network.blocks if hints is not None else ():

@@ -9,11 +9,9 @@ from functools import partial
 from itertools import pairwise
 from typing import Literal
 
-from torch import Tensor
-
 from ..activations.micro_batch import MicroBatch, Observer
 from ..activations.tokens import TokenSampling
-from ..hosts.protocol import Stage
+from ..hosts.protocol import Stage, conditions_of
 from ..solve.choose import THRESHOLDS, Thresholds
 
 _GOLDEN = 0.618034
@@ -57,20 +55,22 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """The rows of a stage, grouped by kind and in order within each, ``batching.rows`` at a time.
     Rows in ``first`` come before all others."""
-    every, limit = range(len(stage.concept_ids)), limit_of(stage, batching)
+    every, limit = range(len(stage.rows)), limit_of(stage, batching)
+    keys = [row.key for row in stage.rows]
     parts = [row for row in every if row in first], [row for row in every if row not in first]
     mask = stage.mask
-    for rows in (rows for part in parts for rows in chunks(part, stage.batch_keys, batching.rows)):
+    for rows in (rows for part in parts for rows in chunks(part, keys, batching.rows)):
+        of_batch = stage.at(rows)
         yield MicroBatch(
-            partial(stage.run, rows, copies),
-            [stage.concept_ids[row] for row in rows],
+            partial(stage.forward, of_batch, copies),
+            [row.concept for row in of_batch],
             copies,
             observer if stage.sites else None,
-            mask_of=None if mask is None else lambda site, rows=rows: mask(site, rows),
+            mask_of=None if mask is None else lambda site, rows=of_batch: mask(site, rows),
             stage=stage.name,
             sampling=TokenSampling(rows, limit, batching.seed),
             saliency=batching.saliency if stage.spatial else 0.0,
-            conditions=stage.conditions_of(rows),
+            conditions=conditions_of(of_batch),
         )
 
 
@@ -78,7 +78,7 @@ def sampled_rows(stage: Stage, thresholds: Thresholds) -> Set[int]:
     """The rows from which targets are sampled, evenly over each concept's rows; for texts, whose
     rows have few tokens, all."""
     if stage.mask is not None:
-        return set(range(len(stage.concept_ids)))
+        return set(range(len(stage.rows)))
     return {row for rows in _by_concept(stage) for row in _evenly(rows, thresholds.sample_rows)}
 
 
@@ -102,7 +102,8 @@ def limit_of(stage: Stage, batching: ExecutionConfig) -> Callable[[int], int] | 
         return None
     if limit != "enough":
         return lambda width: limit
-    rows = max(Counter(stage.concept_ids).values())  # concepts without a LoRA have fewer
+    # Concepts without a LoRA have fewer.
+    rows = max(Counter(row.concept for row in stage.rows).values())
     return partial(thresholds.row_tokens, rows=rows)
 
 
@@ -110,15 +111,15 @@ def fewer(stage: Stage, count: int) -> Stage:
     """At most ``count`` rows of ``stage``, but one of each concept: beside that one the same share
     of each, over all steps and as many of its samples as possible."""
     parts = _by_concept(stage)
-    left, most = max(count - len(parts), 0), len(stage.concept_ids) - len(parts)
+    left, most = max(count - len(parts), 0), len(stage.rows) - len(parts)
     kept = [_evenly(rows, 1 + (len(rows) - 1) * left // max(most, 1)) for rows in parts]
     return selected(stage, [row for rows in kept for row in rows])
 
 
 def _by_concept(stage: Stage) -> list[list[int]]:
     rows: dict[int, list[int]] = {}
-    for row, owner in enumerate(stage.concept_ids):
-        rows.setdefault(owner, []).append(row)
+    for place, row in enumerate(stage.rows):
+        rows.setdefault(row.concept, []).append(place)
     return list(rows.values())
 
 
@@ -138,22 +139,7 @@ def _evenly(rows: Sequence[int], count: int) -> list[int]:
 
 def selected(stage: Stage, rows: Sequence[int]) -> Stage:
     """``stage`` with some of its rows."""
-    mask, samples, every = stage.mask, stage.samples, stage.rows
-
-    def run(some: Sequence[int], copies: int) -> None:
-        stage.run([rows[row] for row in some], copies)
-
-    def selected_mask(site: str, some: Sequence[int]) -> Tensor | None:
-        return mask(site, [rows[row] for row in some]) if mask is not None else None
-
-    return replace(
-        stage,
-        concept_ids=[stage.concept_ids[row] for row in rows],
-        run=run,
-        mask=None if mask is None else selected_mask,
-        batch_keys=None if stage.batch_keys is None else [stage.batch_keys[row] for row in rows],
-        lengths=None if stage.lengths is None else [stage.lengths[row] for row in rows],
-        conditions=[stage.conditions[row] for row in rows] if stage.conditions else (),
-        samples=None if samples is None else max(1, samples * len(rows) // len(stage.concept_ids)),
-        rows=rows if every is None else [every[row] for row in rows],
-    )
+    samples = stage.samples
+    if samples is not None:
+        samples = max(1, samples * len(rows) // len(stage.rows))
+    return replace(stage, rows=stage.at(rows), samples=samples)

@@ -132,13 +132,13 @@ class Measure:
             meter.peak = meter.live
 
         batch = MicroBatch(
-            partial(stage.run, rows, 1),
-            [stage.concept_ids[row] for row in rows],
+            partial(stage.forward, stage.at(rows), 1),
+            [stage.rows[row].concept for row in rows],
             1,
             observe,
             pause,
             sampling=TokenSampling(rows, self.limit, 0),
-            conditions=[stage.costliest_condition] * len(rows) if stage.conditions else (),
+            conditions=[stage.costliest_condition] * len(rows),
         )
         with ExitStack() as stack:
             stack.enter_context(self.lockstep.in_barriers(strategy.barriers or Barriers()))
@@ -173,7 +173,7 @@ def forward_of(stage: Stage) -> Step:
     measured: list[tuple[int, int]] = []
     for rows in ([row], [row], [row, row]):
         with MemoryMeter() as meter:
-            stage.run(rows, 1)
+            stage.forward(stage.at(rows), 1)
         measured.append((meter.peak, meter.live))
     _, (peak, left), (peak_of_two, _) = measured
     each = max(peak_of_two - peak, 0)
@@ -182,17 +182,14 @@ def forward_of(stage: Stage) -> Step:
 
 def longest(stage: Stage) -> int:
     """The row that takes the most memory."""
-    if stage.lengths is not None:
-        return max(range(len(stage.lengths)), key=stage.lengths.__getitem__)
-    if (mask_of := stage.mask) is None:
-        return 0
-
-    def tokens(row: int) -> int:
-        ends = stage.sites[0], stage.sites[-1]  # an encoder's and a decoder's
-        masks = [mask_of(site, [row]) for site in ends]
-        return sum(int(mask.sum()) for mask in masks if mask is not None)
-
-    return max(range(len(stage.concept_ids)), key=tokens)
+    if stage.mask is None:
+        return max(range(len(stage.rows)), key=lambda row: stage.rows[row].length)
+    lengths = [0] * len(stage.rows)
+    for site in (stage.sites[0], stage.sites[-1]):  # an encoder's and a decoder's
+        for row in range(len(lengths)):
+            mask = stage.mask(site, stage.at([row]))
+            lengths[row] += 0 if mask is None else int(mask.sum())
+    return lengths.index(max(lengths))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..activations.memory import halved, with_less
 from ..activations.site import phantom_of
-from ..concepts import Calibration, HeldOut
+from ..concepts import Calibration
 from ..errors import SiteError
-from ..hosts.protocol import Host
+from ..hosts.protocol import Host, SampleRequest
 from ..lora import LowRank
 from .batches import chunks
 from .changes import added, beside
@@ -32,14 +32,14 @@ _BESIDE = 0.6
 
 def held_out(calibration: Calibration, samples: int, timesteps: int) -> Calibration:
     """A calibration for a few rows of other prompts and noise than those of a fit."""
-    few: dict[str, Any] = {
-        "samples": min(samples, calibration.samples),
-        "timesteps": min(timesteps, calibration.rows_each),
-        "seed": calibration.seed ^ _SEED,
-        "conditions": 0.0,
-        "contexts": 0.0 if calibration.contexts == 0 else 1.0,
-    }
-    return HeldOut(**{**asdict(calibration), **few})
+    return replace(
+        calibration,
+        samples=min(samples, calibration.samples),
+        timesteps=min(timesteps, calibration.rows_each),
+        seed=calibration.seed ^ _SEED,
+        conditions=0.0,
+        contexts=0.0 if calibration.contexts == 0 else 1.0,
+    )
 
 
 @dataclass
@@ -58,16 +58,11 @@ class FinalOutputs:
         owners: dict[int, int] = {}
         kinds: dict[int, Hashable] = {}
         for stage in host.stages(samples, host.sites().keys()):
-            count = len(stage.concept_ids)
-            if stage.feeds_next:
-                for row in range(count):
-                    stage.run([row], 1)
-                continue
-            keys = stage.batch_keys or [None] * count
-            for row, owner, key in zip(
-                stage.rows or range(count), stage.concept_ids, keys, strict=True
-            ):
-                owners[row], kinds[row] = owner, (stage.name, key)
+            for row in stage.rows:
+                if stage.feeds_next:
+                    stage.forward([row], 1)
+                else:
+                    owners[row.number], kinds[row.number] = row.concept, (stage.name, row.key)
         return cls(host, samples, owners, kinds, at_once)
 
     def under(
@@ -124,10 +119,10 @@ def kept(job: Job, *versions: Mapping[str, LowRank]) -> list[dict[str, list[floa
     total = 1 + len(STRENGTHS) + 1
     generator = torch.Generator().manual_seed(calibration.seed)
     tick = partial(job.bare, f"denoising {WHAT}")
-    other_rows = replace(job, calibration=calibration, generator=generator, tick=tick)
-    with torch.no_grad(), other_rows.run() as run:
-        rows = job.at_once(_BATCH, factors=4)
-        final = FinalOutputs.of(job.host, run.samples, rows)
+    with torch.no_grad(), job.run() as run:
+        fields = job.concepts, calibration, run.lockstep, generator, tick, job.store, run.at_once
+        samples = job.host.samples(SampleRequest(*fields, held_out=True))
+        final = FinalOutputs.of(job.host, samples, job.at_once(_BATCH, factors=4))
     job.tick(WHAT, 0, total)
     base = final.under({}, own)
     found: list[dict[str, list[float]]] = [{} for _ in versions]

@@ -22,7 +22,7 @@ from ..activations.memory import is_apart
 from ..activations.streams import Stream
 from ..calibration_prompts import samples_of
 from ..concepts import LEAST_SAMPLES, Calibration, Concept
-from ..hosts.protocol import SAMPLES_AT_ONCE, Host, Stage
+from ..hosts.protocol import SAMPLES_AT_ONCE, Host, SampleRequest, Stage
 from ..hosts.sample_store import SampleStore
 from ..lora import LowRank, SiteChanges
 from ..progress import Forecast
@@ -208,14 +208,9 @@ class Run:
     @cached_property
     def samples(self) -> Any:
         """The rows on which features are collected, made once, with each LoRA active."""
-        job, sites = self.job, self.lockstep.changes.keys()
-        given = job.concepts, sites, job.calibration, self.lockstep, job.generator, job.tick
-        more: dict[str, Any] = {}  # a host may lack these arguments
-        if job.store is not None:
-            more["store"] = job.store
-        if self.at_once < SAMPLES_AT_ONCE:
-            more["at_once"] = self.at_once
-        return job.host.samples(*given, **more)
+        job = self.job
+        fields = job.concepts, job.calibration, self.lockstep, job.generator, job.tick, job.store
+        return job.host.samples(SampleRequest(*fields, at_once=self.at_once))
 
     @property
     def ahead(self) -> Run:
@@ -279,9 +274,9 @@ def sites_work(
         return job.samples_of(calibration) * (calibration.rows_each if seen.stage.spatial else 1)
 
     # Roughly the rows seen, as often as there are more samples.
-    owners = seen.stage.concept_ids
-    rows = round(len(owners) * count(job.calibration) / count(seen.calibration))
-    stage = replace(seen.stage, concept_ids=list(islice(cycle(owners), rows)), samples=None)
+    shown = seen.stage.rows
+    rows = round(len(shown) * count(job.calibration) / count(seen.calibration))
+    stage = replace(seen.stage, rows=list(islice(cycle(shown), rows)), samples=None)
     limit, slow = limit_of(stage, batching), _FLOAT32 if is_apart(seen.device) else 1.0
     work: list[tuple[float, float]] = []
     way = operations = 0.0

@@ -23,14 +23,14 @@ from functools import partial
 from ..activations.host_pool import HostPool, free_host
 from ..activations.lockstep import Lockstep
 from ..activations.memory import halved, is_apart, is_out_of_memory
-from ..activations.micro_batch import MicroBatch
+from ..activations.micro_batch import MicroBatch, Observer
 from ..activations.trace import Barriers, ExecutionTrace, with_replayable
 from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
 from ..progress import duration
 from ..solve.choose import THRESHOLDS, Thresholds
 from ..solve.problem import StageSolver
-from .batches import ExecutionConfig, Schedule, fewer, limit_of, sampled_rows, selected
+from .batches import ExecutionConfig, Schedule, fewer, limit_of, sampled_rows
 from .changes import changes_of
 from .footprint import ON_DEVICE, Footprint, Measure, Strategy
 from .job import Job, Run
@@ -71,9 +71,8 @@ def ladder(stage: Stage, lockstep: Lockstep, thresholds: Thresholds) -> Iterator
 def find(stage: Stage, lockstep: Lockstep) -> ExecutionTrace:
     """The barriers of a stage, found with its first row."""
     trace = ExecutionTrace()
-    run, owners = partial(stage.run, [0], 1), [stage.concept_ids[0]]
     with trace:
-        lockstep.run(MicroBatch(run, owners, 1, trace.observe))
+        lockstep.run(_first_row(stage, trace.observe))
     return trace
 
 
@@ -81,8 +80,13 @@ def replayable(
     stage: Stage, lockstep: Lockstep, barriers: Barriers, thresholds: Thresholds = THRESHOLDS
 ) -> Barriers:
     """``barriers`` with the blocks that can be replayed."""
-    batch = MicroBatch(partial(stage.run, [0], 1), [stage.concept_ids[0]], 1)
-    return with_replayable(barriers, partial(lockstep.run, batch), thresholds.replay_error)
+    run = partial(lockstep.run, _first_row(stage))
+    return with_replayable(barriers, run, thresholds.replay_error)
+
+
+def _first_row(stage: Stage, observer: Observer | None = None) -> MicroBatch:
+    forward = partial(stage.forward, stage.rows[:1], 1)
+    return MicroBatch(forward, [stage.rows[0].concept], 1, observer)
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        return len(self.stage.concept_ids)
+        return len(self.stage.rows)
 
     def __str__(self) -> str:
         rows = f"{self.rows} rows"
@@ -118,9 +122,9 @@ class Plan:
     def of(self, stage: Stage) -> Plan:
         """The same plan, with the same rows, for the planned ``stage`` made again."""
         if self.rows < self.offered:
-            left, every = set(self.stage.rows or ()), stage.rows or range(self.offered)
-            kept = selected(stage, [at for at, row in enumerate(every) if row in left])
-            stage = replace(kept, samples=self.stage.samples)
+            left = {row.number for row in self.stage.rows}
+            rows = [row for row in stage.rows if row.number in left]
+            stage = replace(stage, rows=rows, samples=self.stage.samples)
         return replace(self, stage=stage)
 
 
@@ -155,7 +159,7 @@ def planned(
 ) -> Plan:
     """A plan within the run's memory budget, after the stages ``before``; without a budget, the
     fastest strategy."""
-    offered = len(stage.concept_ids)
+    offered = len(stage.rows)
     if run.job.memory_budget is None or not stage.sites:
         rows = run.job.at_once(batching.rows, stage=stage.name)
         return Plan(stage, rows, ON_DEVICE if schedule.sweep else Strategy(), offered)
@@ -174,7 +178,7 @@ def planned(
 def left_by(job: Job, stages: Sequence[Stage], copies: int) -> int:
     """The bytes that all rows of ``stages``, in so many ``copies``, leave for later stages."""
     each = {one.stage.name: copies * one.forward.waiting for one in job.trace.stages}
-    return sum(each.get(stage.name, 0) * len(stage.concept_ids) for stage in stages)
+    return sum(each.get(stage.name, 0) * len(stage.rows) for stage in stages)
 
 
 def allowed(job: Job, wanted: int) -> int:
@@ -209,13 +213,13 @@ def _fitting(
     footprints = [
         Footprint(stage, ON_DEVICE if schedule.sweep else Strategy(), steps, sites, fixed, sampled)
     ]
-    wanted = footprints[0].bytes_of(len(stage.concept_ids), batching.rows)
+    wanted = footprints[0].bytes_of(len(stage.rows), batching.rows)
     available, host_limit = allowed(run.job, wanted), 0
     if sweep and wanted > available:
         footprints += others(footprints[0], measure, batching.thresholds)
         host_limit = free_host()
     made = plan_stage(footprints, available, batching.rows, host_limit)
-    if made.rows < len(stage.concept_ids) and stage.spatial and batching.row_tokens == "enough":
+    if made.rows < len(stage.rows) and stage.spatial and batching.row_tokens == "enough":
         return _fitting(run, made.stage, solver, batching, schedule, left)
     if made.bytes < wanted:
         run.job.host.free_memory(made.bytes)  # weights evicted for more than this come back
@@ -239,12 +243,12 @@ def plan_stage(footprints: Sequence[Footprint], limit: int, most: int, host_limi
     none fits, rows are left out evenly over the concepts, except in a stage that a later one needs
     in full. Raises :class:`OutOfMemory` if even one row per concept does not fit."""
     stage = footprints[0].stage
-    offered, concepts = len(stage.concept_ids), len(set(stage.concept_ids))
+    offered, concepts = len(stage.rows), len({row.concept for row in stage.rows})
 
     def first(most: int, share: int | None = None) -> Plan | None:
         """With that many rows of each concept (None: all)."""
         some = stage if share is None else fewer(stage, share * concepts)
-        rows = len(some.concept_ids)
+        rows = len(some.rows)
         for of in footprints:
             waiting = of.host_bytes(rows)
             for at_once in range(min(most, rows), 0, -1) if waiting <= host_limit else ():

@@ -27,7 +27,7 @@ from ..activations.streams import Stream, find_streams
 from ..activations.trace import hooked
 from ..architectures.sites import weight_norm, weight_shape
 from ..concepts import Concept
-from ..hosts.protocol import Stage
+from ..hosts.protocol import SampleRequest, Stage
 from ..hosts.recorded import differ
 from .footprint import Step, forward_of
 from .job import Job, SiteCost, StageTiming, Trace
@@ -68,7 +68,8 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Trace:
     streams: dict[str, Stream] = {}
     with Lockstep({}, {}) as lockstep, torch.no_grad():
         for every_kind, rows_of in ((False, short), (True, every_prompt)):
-            samples = host.samples(job.concepts, sites, rows_of, lockstep, generator, tick)
+            request = SampleRequest(job.concepts, rows_of, lockstep, generator, tick)
+            samples = host.samples(request)
             for stage in host.stages(samples, sites):
                 why, mixed, timing, root = _probe(
                     replace(job, calibration=rows_of),
@@ -84,11 +85,10 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Trace:
                 if every_kind:
                     continue
                 timings.append(timing)
-                if stage.spatial and stage.concept_ids and root is not None:
+                if stage.spatial and stage.rows and root is not None:
                     # Two rows of one kind that are far apart in time
-                    kinds = stage.batch_keys or [None] * len(stage.concept_ids)
-                    rows = [row for row, kind in enumerate(kinds) if kind == kinds[0]]
-                    run = partial(stage.run, [rows[0], rows[-1]], 1)
+                    rows = [row for row in stage.rows if row.key == stage.rows[0].key]
+                    run = partial(stage.forward, [rows[0], rows[-1]], 1)
                     streams |= find_streams(run, 2, modules, root)
             if sites <= reasons.keys() and MIXED not in reasons.values():
                 break
@@ -110,8 +110,7 @@ def _probe(
     several rows at once: with few, most of a forward's time does not depend on their number; and
     the first module called that contains a site. ``norms`` gets those of the layers that it
     lacks."""
-    kinds = stage.batch_keys if stage.batch_keys and every_kind else [None] * len(stage.concept_ids)
-    firsts = {kind: row for row, kind in reversed(list(enumerate(kinds)))}.values()
+    firsts = {row.key if every_kind else None: row for row in reversed(stage.rows)}.values()
     wanted, layers, device, ran = set(stage.sites), set(modules.values()), torch.device("cpu"), 1
     root: nn.Module | None = None
     calls: dict[str, list[int]] = {}
@@ -154,7 +153,7 @@ def _probe(
             for ran in sizes:
                 calls.clear()
                 started = time.perf_counter()
-                stage.run([row] * ran, 1)
+                stage.forward([row] * ran, 1)
                 wait_for(device)
                 took.append(time.perf_counter() - started)
             timing = replace(timing, seconds=took[-1] / ran, device=device)
@@ -164,8 +163,8 @@ def _probe(
             count.update(calls.keys())
             mixed |= {site for site, rows in calls.items() if set(rows) != {ran}}
             repeated |= {site for site, rows in calls.items() if len(rows) > 1}
-    for row in set(range(len(stage.concept_ids))) - set(firsts) if stage.feeds_next else ():
-        stage.run([row], 1)
+    for row in [row for row in stage.rows if row not in firsts] if stage.feeds_next else ():
+        stage.forward([row], 1)
     why: dict[str, str | None] = dict.fromkeys(count)
     if sweep:
         why |= {site: PARTLY for site, times in count.items() if times < len(firsts)}
@@ -181,8 +180,8 @@ def joined_rows(stage: Stage, modules: Mapping[str, nn.Module]) -> set[str]:
         return not differ(first, second, _ROUNDING)
 
     of_kinds: dict[Hashable, list[int]] = {}
-    for row, kind in enumerate(stage.batch_keys or [None] * len(stage.concept_ids)):
-        of_kinds.setdefault(kind, []).append(row)
+    for place, row in enumerate(stage.rows):
+        of_kinds.setdefault(row.key, []).append(place)
     # Pairs of rows as far apart as possible.
     pairs = sorted(
         (at, rows[at], rows[-1 - at]) for rows in of_kinds.values() for at in range(len(rows) // 2)
@@ -225,7 +224,7 @@ def _halves(
     with ExitStack() as stack:
         for site, module in modules.items():
             stack.enter_context(hooked([module], before=partial(keep, site)))
-        stage.run(rows, 1)
+        stage.forward(stage.at(rows), 1)
     return halves
 
 

@@ -23,7 +23,7 @@ from ..activations.memory import with_less
 from ..activations.micro_batch import MicroBatch, greenlets
 from ..activations.trace import Barriers
 from ..errors import SiteError, SolveError
-from ..hosts.protocol import DENOISING, Stage
+from ..hosts.protocol import DENOISING, Row, Stage
 from ..lora import LowRank, concatenate
 from ..progress import OUTLOOK
 from ..solve.problem import Reduction, Solution, StageSolver
@@ -70,10 +70,9 @@ class Passes:
         self._expect()
         for stage in self.run.ahead.stages():
             # A measurement is to find all changes cast.
-            owners = stage.concept_ids
-            firsts = {owner: row for row, owner in reversed(list(enumerate(owners)))}
+            firsts = {row.concept: row for row in reversed(stage.rows)}
             for owner, row in firsts.items():
-                lockstep.run(MicroBatch(partial(stage.run, [row], 1), [owner], 1))
+                lockstep.run(MicroBatch(partial(stage.forward, [row], 1), [owner], 1))
             plan = self._planned(stage)
             batching = replace(self.batching, rows=plan.at_once)
             for batch in micro_batches(stage, 1, None, batching) if stage.feeds_next else ():
@@ -142,7 +141,7 @@ class Passes:
             self.lines.append(more)
             self.run.job.tick(f"plan: {more}", 0, 0, more)
         # Without what its rows hold
-        rowless = replace(plan.stage, run=_released, final=None, mask=None)
+        rowless = replace(plan.stage, forward=_released, final=None, mask=None)
         self.plans.append(replace(plan, stage=rowless))
         self._latest[stage.name] = self.plans[-1]
         self._expect()
@@ -213,7 +212,7 @@ class Passes:
         return self._solutions[site].change
 
 
-def _released(rows: Sequence[int], copies: int) -> None:
+def _released(rows: Sequence[Row], copies: int) -> None:
     raise AssertionError("the stage was made for its plan alone")
 
 

@@ -3,7 +3,8 @@
 A :class:`Thresholds` holds the numbers; docs/decisions.md gives the evidence for them. A merge uses
 :data:`THRESHOLDS` unless it is given others. Constants that decide nothing are defined where they
 are used: an algorithm's precision (:mod:`..linalg`), memory margins and pieces
-(:mod:`..activations.memory`), and the rows' prompts and sizes (:mod:`..hosts.rows`).
+(:mod:`..activations.memory`), and prompts and sizes of rows (:mod:`..hosts.rows` and
+:mod:`..hosts.sizes`).
 """
 
 from __future__ import annotations

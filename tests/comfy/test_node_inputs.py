@@ -30,10 +30,11 @@ def test_empty_prompts(kit):
         lora = kit.core.lora.Lora({})
         concept = kit.core.Concept(lora, trigger="sks", class_word="cat")
         calibration = kit.core.Calibration(samples=20, latents="noise", latent_size=8)
-        sites = {"unet.mid_block.attentions.0.proj_in"}
         generator = torch.Generator().manual_seed(0)
-        found = host.samples([concept], sites, calibration, None, generator, lambda *_: None)
-        return sum(found.text.texts[row] == "" for row in found.text.text_rows)
+        protocol = part(kit.pack, "iteris_core.hosts.protocol")
+        request = protocol.SampleRequest([concept], calibration, None, generator, lambda *_: None)
+        found = host.samples(request)
+        return sum(row.prompt == "" for row in found.rows)
 
     assert empties(kit.model, None) > 5
     assert empties(kit.model, True) == empties(speedy, None) == 0

@@ -16,6 +16,7 @@ from peft import PeftModel
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.errors import IterisError
+from iteris_core.hosts.protocol import SampleRequest
 from iteris_core.lora_files.peft_folder import write_adapter
 
 FAST = [pytest.param(c, marks=pytest.mark.slow) if c in ("sdxl", "sd3") else c for c in CASES]
@@ -175,9 +176,8 @@ def test_latents_are_those_of_the_pipeline_with_the_lora(pipeline_case, guidance
     references = {site: [change] for site, change in concept.lora.sites.items()}
     with Lockstep(case.host.sites(), references) as lockstep:
         generator = torch.Generator().manual_seed(0)
-        rows = case.host.samples(
-            [concept], set(references), calibration, lockstep, generator, lambda *_: None
-        )
+        request = SampleRequest([concept], calibration, lockstep, generator, lambda *_: None)
+        rows = case.host.samples(request)
     kept: list[torch.Tensor] = []
 
     def keep(_, __, ___, found):

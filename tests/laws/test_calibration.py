@@ -13,7 +13,8 @@ from iteris_core.calibration_prompts import (
 )
 from iteris_core.concepts import TEMPLATES, over, words_in
 from iteris_core.errors import ConceptError
-from iteris_core.hosts.rows import SamplePrompts, TextRows, added_concepts
+from iteris_core.hosts.protocol import Row, SampleRequest
+from iteris_core.hosts.rows import SamplePrompts, added_concepts
 from iteris_core.methods.registry import settings_over
 
 
@@ -37,9 +38,10 @@ def test_every_phrase_has_rows_of_its_own():
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         calibration = Calibration(samples=12)
-        drawn = SamplePrompts.drawn(concepts, calibration, WORDS, generator, 0.5)
+        request = SampleRequest(concepts, calibration, None, generator, None)
+        drawn = SamplePrompts.drawn(request, WORDS, 0.5)
         assert [drawn.owners.count(owner) for owner in range(2)] == [20, 12]
-        texts = said(drawn.texts(2))
+        texts = said(drawn.rows(2))
         assert all(any(phrase in text for text in texts) for phrase in many.phrases)
 
 
@@ -96,15 +98,15 @@ PAIR = [
 
 
 def said(rows):
-    return [rows.texts[row] for row in rows.text_rows]
+    return [row.prompt for row in rows]
 
 
 def texts(owners, prompts, count, empty, generator, concepts=None, contexts=0.0):
     """Rows of concepts with LoRAs, as many as there are owners."""
     concepts = concepts or [Concept(Lora({}), trigger=f"t{owner}") for owner in set(owners)]
     calibration, wording = Calibration(contexts=contexts), Wording(WORDS, concepts, generator)
-    drawn = SamplePrompts(owners, prompts, concepts, calibration, wording, [], empty)
-    return drawn.texts(count)
+    request = SampleRequest(concepts, calibration, None, generator, None)
+    return SamplePrompts(request, owners, prompts, wording, empty_share=empty).rows(count)
 
 
 def test_no_concept_has_only_empty_prompts():
@@ -148,13 +150,11 @@ def test_rows_without_a_lora_have_latents_of_others():
     concepts = [PAIR[0], Concept.preserve(["x", "y", "z"]), PAIR[1]]
     rows = texts([0] * 5 + [2] * 5, ["a sks dog"] * 5 + ["a zwx cat"] * 5, 3, 0.0, generator,
                  concepts)  # fmt: skip
-    assert list(rows.owners) == [0] * 15 + [1] * 6 + [2] * 15
+    assert [row.concept for row in rows] == [0] * 15 + [1] * 6 + [2] * 15
     assert sorted(said(rows)[15:21]) == ["x", "x", "y", "y", "z", "z"]
-    own = [
-        latent for latent, owner in zip(rows.latent_rows, rows.owners, strict=True) if owner != 1
-    ]
-    assert own == list(range(30))
-    assert all(0 <= latent < 30 for latent in rows.latent_rows)
+    assert [row.latent for row in rows if row.concept != 1] == list(range(30))
+    assert all(0 <= row.latent < 30 for row in rows)
+    assert [row.number for row in rows] == list(range(36))
 
 
 def test_generic_prompts_name_no_concept():
@@ -209,12 +209,14 @@ def test_what_samples_are_worth():
     """A prompt counts twice, with other noise each time; prompts of no concept do not count."""
     concepts = [*PAIR, Concept.preserve(["x"])]
     owners = [0] * 6 + [1] * 6 + [2]
-    rows = TextRows.of(owners, ["a", "b", "c", "d", "e", ""] + ["f", "g"] * 3 + ["x"])
+    prompts = ["a", "b", "c", "d", "e", ""] + ["f", "g"] * 3 + ["x"]
+    rows = [Row(owner, 0, prompt) for owner, prompt in zip(owners, prompts, strict=True)]
 
     def worth(samples):
         calibration, generator = Calibration(samples=samples), torch.Generator()
         wording = Wording(WORDS, concepts, generator)
-        return SamplePrompts([], [], concepts, calibration, wording, []).effective_samples(rows)
+        request = SampleRequest(concepts, calibration, None, generator, None)
+        return SamplePrompts(request, [0, 1], ["a", "f"], wording).effective_samples(rows)
 
     assert worth(50) == 4
     assert worth(3) == 3

@@ -10,6 +10,7 @@ from tiny import random_lora
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.calibration_prompts import Composite, Wording, composites_of
+from iteris_core.hosts.protocol import SampleRequest
 from iteris_core.hosts.rows import SamplePrompts
 from iteris_core.passes.changes import changes_of
 
@@ -152,10 +153,10 @@ def test_rows_of_a_composite_have_latents_of_its_parts():
     calibration = Calibration(contexts=0.0)
     owners = [owner for owner in range(3) for _ in range(50)]
     wording = Wording(WORDS, concepts, generator)
-    drawn = SamplePrompts(owners, ["p"] * 150, concepts, calibration, wording, [])
-    rows = drawn.texts(1)
+    request = SampleRequest(concepts, calibration, None, generator, None)
+    rows = SamplePrompts(request, owners, ["p"] * 150, wording).rows(1)
     assert concepts[3].parts == (SUBJECT, STYLE)
-    own = [n for n, owner in zip(rows.latent_rows, rows.owners, strict=True) if owner == 3]
+    own = [row.latent for row in rows if row.concept == 3]
     assert len(own) == 20  # two fifths of a concept's
     assert set(own) <= {*range(50), *range(100, 150)}
     assert any(n < 50 for n in own)

@@ -21,7 +21,7 @@ from small_merge import EXACT
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
 from iteris_core.activations.site import PLAIN, Condition, site_of, under_conditions
 from iteris_core.architectures.sites import weight_norm
-from iteris_core.hosts.rows import drawn_uses
+from iteris_core.hosts.rows import drawn_conditions
 from iteris_core.passes.changes import changes_of
 from iteris_core.solve.choose import THRESHOLDS
 
@@ -46,8 +46,8 @@ def merged(loras, data, *, conditions=None, thresholds=THRESHOLDS, **settings) -
     class Host(ModuleHost):
         def stages(self, samples, sites):
             for stage in super().stages(samples, sites):
-                rows = len(stage.concept_ids)
-                yield replace(stage, conditions=[conditions or PLAIN] * rows)
+                rows = [replace(row, condition=conditions or PLAIN) for row in stage.rows]
+                yield replace(stage, rows=rows)
 
     concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
     settings = {**EXACT, "bound": 0.0, **settings}
@@ -211,17 +211,17 @@ def test_a_phantom_has_a_loras_inputs_and_the_size_of_its_effect(conv):
 def test_uses_are_drawn_for_a_share_of_each_samples_rows():
     calibration = Calibration(conditions=0.5, seed=3)
     samples = [(owner, sample) for owner in (0, 1) for sample in range(25) for _ in range(4)]
-    uses = drawn_uses(samples, [0, 1], calibration)
-    plain = [use.text == PLAIN == use.denoiser for use in uses]
+    uses = drawn_conditions(samples, [0, 1], calibration)
+    plain = [text == PLAIN == denoiser for text, denoiser in uses]
     assert 0.45 < sum(plain) / len(plain) < 0.65
     for sample in set(samples):
         own = {use for of, use in zip(samples, uses, strict=True) if of == sample}
-        assert 1 <= len(own - {type(uses[0])()}) + 1 <= 2
-    assert uses == drawn_uses(samples, [0, 1], calibration)
-    assert uses != drawn_uses(samples, [0, 1], replace(calibration, seed=4))
-    strengths = {use.denoiser.strength for use in uses} | {use.text.strength for use in uses}
+        assert 1 <= len(own - {(PLAIN, PLAIN)}) + 1 <= 2
+    assert uses == drawn_conditions(samples, [0, 1], calibration)
+    assert uses != drawn_conditions(samples, [0, 1], replace(calibration, seed=4))
+    strengths = {condition.strength for pair in uses for condition in pair}
     assert min(strengths) >= 0.6
     assert max(strengths) <= 1.3
-    assert {use.denoiser.phantom for use in uses} == {None, 0, 1}
-    none = drawn_uses(samples, [0, 1], replace(calibration, conditions=0.0))
-    assert {use.text for use in none} == {PLAIN}
+    assert {denoiser.phantom for _, denoiser in uses} == {None, 0, 1}
+    none = drawn_conditions(samples, [0, 1], replace(calibration, conditions=0.0))
+    assert {text for text, _ in none} == {PLAIN}

@@ -54,7 +54,8 @@ class BlocksHost(ModuleHost):
 
     def stages(self, samples, sites):
         for stage in super().stages(samples, sites):
-            yield replace(stage, conditions=[self.condition] * len(stage.concept_ids))
+            rows = [replace(row, condition=self.condition) for row in stage.rows]
+            yield replace(stage, rows=rows)
 
 
 def loras_of(count: int = 3) -> list[Lora]:

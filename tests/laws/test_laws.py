@@ -126,8 +126,8 @@ def test_strength_zero_removes_a_concept(objective):
     without = merge([loras[0], loras[2]], [data[0], data[2]], objective=objective)
 
     class Host(ModuleHost):
-        def samples(self, concepts, *args):
-            assert [c.lora.name for c in concepts] == ["lora-1", "lora-3"]
+        def samples(self, request):
+            assert [c.lora.name for c in request.concepts] == ["lora-1", "lora-3"]
             return [data[0], data[2]]
 
     concepts = [

@@ -18,7 +18,7 @@ from peft.utils import merge_utils
 from small_merge import EXACT
 
 from iteris_core import Concept, SettingsError, all_methods, merge_loras
-from iteris_core.methods.registry import least_kept
+from iteris_core.linalg import least_kept
 
 WIDE = 1000
 

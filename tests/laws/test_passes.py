@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import SITES, ModuleHost, Net, make_data, make_lora
+from oracle import SITES, ModuleHost, Net, make_data, make_lora, rows_of
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
@@ -50,15 +50,15 @@ class Kinds(ModuleHost):
 
     def stages(self, samples, sites):
         (stage,) = super().stages(samples, sites)
-        rows_of = torch.cat(list(samples))
+        inputs = torch.cat(list(samples))
 
-        def run(rows, copies):
-            (long,) = {row % 2 for row in rows}
-            self.batches.append(list(rows))
-            self.model(torch.cat([rows_of[list(rows), : 12 if long else 6]] * copies))
+        def forward(rows, copies):
+            (long,) = {row.key for row in rows}
+            self.batches.append([row.number for row in rows])
+            self.model(torch.cat([inputs[self.batches[-1], : 12 if long else 6]] * copies))
 
-        kinds = [row % 2 for row in range(len(stage.concept_ids))]
-        yield replace(stage, run=run, batch_keys=kinds, lengths=kinds)
+        rows = [replace(r, key=r.number % 2, length=r.number % 2) for r in stage.rows]
+        yield replace(stage, rows=rows, forward=forward)
 
 
 class LongNet(Net):
@@ -99,9 +99,10 @@ def test_rows_that_are_left_out_are_of_all_steps_and_of_most_samples(kept):
     """Rows go by sample and then by step; every fourth would always be the noisiest."""
     samples, steps, ran = 50, 4, []
     owners = [concept for concept in range(2) for _ in range(samples * steps)]
-    stage = fewer(Stage("unet", [], owners, lambda rows, copies: ran.extend(rows)), 2 * kept)
-    stage.run(range(len(stage.concept_ids)), 1)
-    assert [owners[row] for row in ran] == stage.concept_ids == [0] * kept + [1] * kept
+    forward = lambda rows, copies: ran.extend(row.number for row in rows)  # noqa: E731
+    stage = fewer(Stage("unet", [], rows_of(owners), forward), 2 * kept)
+    stage.forward(stage.rows, 1)
+    assert [owners[row] for row in ran] == [0] * kept + [1] * kept
     for concept in range(2):
         mine = [row for row in ran if owners[row] == concept]
         assert len({row // steps for row in mine}) >= 0.85 * min(kept, samples)
@@ -112,10 +113,9 @@ def test_rows_that_are_left_out_are_of_all_steps_and_of_most_samples(kept):
 @pytest.mark.parametrize("count", [3, 4, 10, 60, 103, 104])
 def test_each_concept_has_a_row_however_few_are_kept(count):
     owners = [0] * 100 + [1] * 3 + [2]
-    stage = fewer(Stage("unet", [], owners, lambda rows, copies: None), count)
-    assert set(stage.concept_ids) == {0, 1, 2}
-    assert len(stage.concept_ids) <= count
-    assert len(stage.concept_ids) >= count - 2
+    stage = fewer(Stage("unet", [], rows_of(owners), lambda rows, copies: None), count)
+    assert {row.concept for row in stage.rows} == {0, 1, 2}
+    assert count - 2 <= len(stage.rows) <= count
 
 
 def test_without_greenlet_a_sweep_says_so_at_once_and_others_run(monkeypatch):

@@ -38,7 +38,8 @@ def test_rows_of_every_kind_beside_a_lora_that_is_always_on(host64, monkeypatch,
     of_stage = Distillation._of_stage
 
     def watched(self, stage, *counts):
-        kinds = {(c.strength != 1, c.phantom is not None) for c in stage.conditions if c != PLAIN}
+        conditions = {row.condition for row in stage.rows} - {PLAIN}
+        kinds = {(c.strength != 1, c.phantom is not None) for c in conditions}
         seen.update(kinds, {type(concept).__name__ for concept in self.run.job.concepts})
         seen.add(any(concept.lora is None for concept in self.run.job.concepts))
         return of_stage(self, stage, *counts)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import ModuleHost, Net, make_data, make_lora
+from oracle import ModuleHost, Net, make_data, make_lora, rows_of
 from reductions import by_adapter, by_moments
 from small_merge import GUIDED
 from tiny import make_pipeline, random_lora, two_concepts
@@ -34,7 +34,8 @@ OFFLOADED = Strategy(IN_HOST, 1.4, offloads=CPU)
 
 
 def stage_of(owners, ran=None, **more) -> Stage:
-    return Stage("denoiser", ["a", "b"], owners, lambda rows, copies: ran.append(rows), **more)
+    rows = rows_of(owners)
+    return Stage("denoiser", ["a", "b"], rows, lambda rows, copies: ran.append(rows), **more)
 
 
 STEPS = [Step("a", 1, 3), Step("", 0, 0)]

@@ -61,9 +61,9 @@ CASES = [
 class PictureHost(ModuleHost):
     pictures = True
 
-    def samples(self, *arguments):
-        self.asked = [*getattr(self, "asked", ()), arguments[2]]
-        return super().samples(*arguments)
+    def samples(self, request):
+        self.asked = [*getattr(self, "asked", ()), request.calibration]
+        return super().samples(request)
 
 
 def concepts():
