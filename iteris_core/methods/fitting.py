@@ -1,4 +1,4 @@
-"""How ``iteris`` fits each site, and which sites it adds to remove drift.
+"""Which sites ``iteris`` adds to remove drift, and how large a change may be.
 
 When LoRAs want different outputs for similar inputs, least squares cannot satisfy all of them. The
 rest stays in the residual stream as drift, and no later site that aligns its own output sees it.
@@ -15,9 +15,8 @@ repairs nearly as well, and the moments of half of them cost a quarter.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,21 +24,8 @@ from torch import Tensor
 from ..activations.site import site_of
 from ..activations.streams import Source, Stream
 from ..hosts.protocol import Stage
-from ..lora import LowRank, SiteChanges
+from ..lora import SiteChanges
 from ..passes.job import Job
-from ..solve.moments import OutputMoments
-from ..solve.problem import (
-    MemoryEstimate,
-    Reduction,
-    RegressionSpec,
-    SiteContext,
-    Solution,
-    StageSolver,
-)
-from ..solve.ranks import Components
-
-if TYPE_CHECKING:
-    from .iteris import IterisSettings
 
 Repairs = Mapping[str, Tensor | None]
 """Repair sites, and which of their inputs they may use (None: all)."""
@@ -122,87 +108,3 @@ def bounds_of(job: Job, bound: float | None, stage: Stage) -> dict[str, float]:
             most = min(most, growth * together)
         bounds[site] = max(most, together) if bound else math.inf
     return bounds
-
-
-def solver_of(
-    job: Job,
-    acting: Set[str],
-    repairs: Repairs,
-    settings: IterisSettings,
-    stage: Stage,
-    *,
-    ranks: Mapping[str, int] | None = None,
-    found: dict[str, Components] | None = None,
-) -> StageSolver:
-    """Solves the sites of a ``stage`` of the ``job``. ``acting`` are the sites that show where in
-    an image a LoRA acts. ``ranks`` holds each site's rank (none: the settings'). The components of
-    every site are added to ``found``, to share ranks out."""
-    dtype: torch.dtype = getattr(torch, settings.precision)
-    thresholds, pictures, weighting = job.thresholds, job.host.pictures, settings.weighting
-    samples, timesteps = stage.samples or job.calibration.samples, job.calibration.rows_each
-    ridge, pull = settings.ridge, "mean"
-    if ridge is None:
-        ridge, pull = thresholds.ridge_for(samples, timesteps, job.loras)
-    if weighting == "auto":
-        weighting = "tokens" if pictures else "none"
-    shrink, few = settings.shrink, math.inf
-    if shrink is None:
-        shrink, few = 1.0 if pictures else thresholds.shrink, thresholds.few_tokens
-    fit = RegressionSpec(
-        job.weights,
-        ridge,
-        weighting,
-        shrink=shrink,
-        shrinks_below=few,
-        rank=settings.rank,
-        pull=pull,
-    )
-    repairing = replace(fit, dtype=dtype, residuals=found is not None)  # many inputs wide
-    inputs = {site: chosen for site, chosen in repairs.items() if chosen is not None}
-    bounds = bounds_of(job, settings.bound, stage)
-
-    def fit_of(site: str) -> RegressionSpec:
-        of = repairing if site in repairs else fit
-        of = replace(of, bound=bounds[site])
-        return replace(of, rank=ranks[site]) if ranks else of
-
-    def begin(context: SiteContext) -> Reduction:
-        reduction = thresholds.choose(context, fit, settings.objective)
-        if found is not None and isinstance(reduction, OutputMoments):
-            reduction.weigher.weightings.add("full")  # for the energies of whole outputs
-        return reduction
-
-    def solve(site: str, reduction: Reduction) -> Solution:
-        if ranks is not None and not ranks[site]:  # a repair for which the file has no room
-            return Solution(job.changes[site].like.scaled(0))
-        solution = reduction.solve(fit_of(site))
-        if site in inputs:
-            own = solution.change
-            down = own.down.new_zeros(own.rank, job.changes[site].shape[1])
-            down[:, inputs[site].to(down.device)] = own.down
-            solution = replace(solution, change=LowRank(own.up, down))
-        if found is not None and isinstance(reduction, OutputMoments):
-            found[site] = _components(reduction, solution)
-        return solution
-
-    def size(site: str, sweep: bool) -> MemoryEstimate:
-        changes, objective = job.changes[site], settings.objective
-        changes = changes.at(inputs[site]) if site in inputs else changes
-        return thresholds.bytes(changes, fit_of(site), objective, dtype.itemsize, sweep=sweep)
-
-    return StageSolver(begin, solve, size, dtype, acting, inputs)
-
-
-def _components(reduction: OutputMoments, solution: Solution) -> Components:
-    """The components of a ``solution`` without a cut, and their worths."""
-    explained = torch.tensor([1 - min(after, 1.0) ** 2 for after in solution.after])
-    weights = torch.tensor(solution.weighting, dtype=torch.float64)
-    given = float((weights * reduction.energies.double().cpu() * explained).sum())
-    whole = float((weights * reduction.weigher.outputs.double().cpu()).sum())
-    total = math.sqrt(given / max(whole, 1e-30))
-    # Both factors' norms contain the roots of the singular values at the output, up to one common
-    # factor.
-    shares = solution.change.up.double().norm(dim=0) ** 4
-    shares = (shares / shares.sum().clamp(min=1e-30)).cpu()
-    lost = torch.cat([shares.new_ones(1), 1 - shares.cumsum(0)])
-    return Components(solution.change, total * (lost[:-1].square() - lost[1:].square()), total)
