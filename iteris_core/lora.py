@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .architectures.record import BaseModel
 from .errors import MismatchError
-
-if TYPE_CHECKING:
-    from .architectures.record import BaseModel
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from functools import partial
 import torch
 
 from ..activations.activation_offload import ActivationOffload
-from ..activations.collect import Collector
 from ..activations.host_pool import HostPool
 from ..activations.memory import with_less
 from ..activations.micro_batch import MicroBatch, greenlets
@@ -28,6 +27,7 @@ from ..lora import LowRank, concatenate
 from ..progress import OUTLOOK
 from ..solve.problem import Reduction, Solution, StageSolver
 from .batches import SWEEP, ExecutionConfig, Schedule, micro_batches, sampled_rows
+from .collect import Collector
 from .job import FEATURES, ITERATIONS, SOLVING, Merged, Run, expect_sites
 from .planner import Plan, attempts, complaint, outlook_of, planned
 

@@ -22,11 +22,12 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..activations.tokens import Observation
 from ..errors import SolveError
 from ..linalg import (
     energy,
@@ -52,9 +53,6 @@ from .problem import (
     Weighting,
     finite_as,
 )
-
-if TYPE_CHECKING:
-    from ..activations.tokens import Observation
 
 _PIECE = 1 << 21  # bytes of a moment during conversion to float64, see linalg.pieces
 _LEAST_RIDGE = 1e-9  # above none at all, where a bound is to be kept

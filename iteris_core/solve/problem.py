@@ -16,18 +16,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..activations.tokens import Observation
 from ..errors import SolveError
 from ..linalg import energy, energy_dtype
 from ..lora import LowRank, Rank, SiteChanges
 from .inputs import InputMoments, output_energy
-
-if TYPE_CHECKING:
-    from ..activations.tokens import Observation
 
 Objective = Literal["adapter", "output"]
 Weighting = Literal["adapter", "tokens", "full", "none"]

@@ -8,9 +8,9 @@ from test_diffusers_host import CALIBRATION, PROMPTS
 from tiny import is_attention, random_lora
 
 from iteris_core import Concept
-from iteris_core.activations.collect import Collector
 from iteris_core.passes.batches import ExecutionConfig, micro_batches
 from iteris_core.passes.changes import changes_of
+from iteris_core.passes.collect import Collector
 from iteris_core.passes.job import Job
 from iteris_core.solve.choose import THRESHOLDS
 from iteris_core.solve.problem import RegressionSpec

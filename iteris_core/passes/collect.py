@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..activations.micro_batch import plain_modes
+from ..activations.tokens import Group, Observation
 from ..errors import SiteError
 from ..solve.inputs import InputMoments
 from ..solve.problem import Reduction, SiteContext, StageSolver
-from .micro_batch import plain_modes
-from .tokens import Group, Observation
 
 
 class Collector:
