@@ -177,7 +177,7 @@ class Concept:
 
     @classmethod
     def from_file(cls, host: Any, path: str | Path, **values: Any) -> Concept:
-        """The LoRA in a file, read for the base model of ``host``.
+        """The LoRA in the file ``path``, read for the base model of ``host``.
 
         ``values`` are the other fields, such as ``strength=0.8``; :func:`recognised` adds to them.
         Raises :class:`LoraFileError` for a file that cannot be read.
@@ -193,7 +193,7 @@ class Concept:
 
     @classmethod
     def preserve(cls, prompts: Sequence[str], weight: float = PRESERVE_WEIGHT) -> Concept:
-        """Prompts on which the base model should not change."""
+        """``prompts`` on which the base model should not change; ``weight`` as of a LoRA."""
         return cls(None, prompts, trigger="preserve", weight=weight)
 
     @classmethod
@@ -411,8 +411,8 @@ class Calibration(Settings):
     )
 
     def settled(self, loras: int, *, pictures: bool) -> Calibration:
-        """A copy for a merge of that many LoRAs, with ``timesteps`` set and, for models of images,
-        ``samples`` within ``total_samples``. Settled again, it stays the same."""
+        """A copy for a merge of so many ``loras``, with ``timesteps`` set and, for models of
+        ``pictures``, ``samples`` within ``total_samples``. Settled again, it stays the same."""
         samples = self.samples
         if pictures and self.total_samples is not None:
             each = max(LEAST_SAMPLES, self.total_samples // max(loras, 1))

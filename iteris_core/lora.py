@@ -43,7 +43,8 @@ class LowRank:
 
     @classmethod
     def whole(cls, dense: Tensor, kernel: tuple[int, int] | None = None) -> LowRank:
-        """An exact factorisation of ΔW, (out, in), with an identity on its shorter side."""
+        """An exact factorisation of ``dense`` ΔW, (out, in), with an identity on its shorter side;
+        ``kernel`` is a convolution's (height, width)."""
         out, width = dense.shape
         if width <= out:
             return cls(dense, torch.eye(width, dtype=dense.dtype, device=dense.device), kernel)
@@ -53,7 +54,7 @@ class LowRank:
     def folded(
         cls, up: Tensor, down: Tensor, scale: float, kernel: tuple[int, int] | None = None
     ) -> LowRank:
-        """ΔW = ``scale`` · ``up @ down``, as in files."""
+        """ΔW = ``scale`` · ``up @ down``, as in files; ``kernel`` is a convolution's."""
         return cls(up * scale, down, kernel, scale)
 
     @property
@@ -81,11 +82,13 @@ class LowRank:
         return replace(self, up=up, down=down)
 
     def scaled(self, factor: float) -> LowRank:
+        """``factor`` · ΔW."""
         return LowRank(self.up * factor, self.down, self.kernel)
 
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> LowRank:
+        """A copy with its factors in ``dtype`` and on ``device``; None keeps theirs."""
         return LowRank(
             self.up.to(device=device, dtype=dtype),
             self.down.to(device=device, dtype=dtype),

@@ -57,16 +57,17 @@ class MergeResult:
         dtype: str | torch.dtype = "float16",
         overwrite: bool = False,
     ) -> Path:
-        """Write the merged LoRA; see :func:`.lora_files.write_lora`. Values that do not fit in
-        ``dtype`` are written as float32. If nothing can be written, the error says where the merge
-        is instead, as float32. One for two experts becomes two files,
-        ``<stem>_high_noise`` and ``<stem>_low_noise``; returns the first."""
+        """Write the merged LoRA to ``path`` in a ``layout``, or over it with ``overwrite``; see
+        :func:`.lora_files.write_lora`. Values that do not fit in ``dtype`` are written as float32.
+        If nothing can be written, the error says where the merge is instead, as float32. One for
+        two experts becomes two files, ``<stem>_high_noise`` and ``<stem>_low_noise``; returns the
+        first."""
         how: dict[str, Any] = {"layout": layout, "dtype": dtype, "overwrite": overwrite}
         return write_or_keep(self.lora, Path(path), **how)[0]
 
     def load_into(self, pipeline: Any, adapter_name: str = "iteris") -> None:
         """Load the merged LoRA into a diffusers pipeline, just like its file, as the only active
-        adapter; an earlier one of that name is replaced.
+        adapter; an earlier one of that ``adapter_name`` is replaced.
 
         ``pipeline.unload_lora_weights()`` removes it. Embeddings that came with the LoRAs are not
         loaded; to use them, save the LoRA. Raises :class:`OutputError` if the pipeline cannot load

@@ -38,7 +38,7 @@ class ImageScorer:
     def image_alignment(
         self, images: Sequence[Image.Image], references: Sequence[Image.Image]
     ) -> Tensor:
-        """(images,): each image's mean cosine to the reference images of a concept."""
+        """(images,): each image's mean cosine to the ``references``, images of a concept."""
         if not images or not references:
             raise ScoreError("Image alignment needs at least one image and one reference.")
         return (self.embed_images(images) @ self.embed_images(references).mT).mean(dim=1)
@@ -64,7 +64,8 @@ class ClipScorer(ImageScorer):
     def load(
         cls, architecture: str, pretrained: str | None = None, *, device: torch.device | str = "cpu"
     ) -> ClipScorer:
-        """Load any open_clip architecture with one of its weight tags or a weights file.
+        """Load any open_clip ``architecture`` onto a ``device``, with ``pretrained`` as one of its
+        weight tags or a weights file.
 
         ``local-dir:FOLDER`` is a model with its weights; any other architecture without weights
         gets OpenAI's.
@@ -96,7 +97,7 @@ class ClipScorer(ImageScorer):
         )
 
     def text_alignment(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """(images,): the cosine of each image to its prompt."""
+        """(images,): the cosine of each image to its prompt among ``prompts``."""
         if len(images) != len(prompts) or not images:
             raise ScoreError(
                 f"Text alignment needs one prompt per image, not {len(prompts)} for {len(images)}."
@@ -105,7 +106,7 @@ class ClipScorer(ImageScorer):
 
 
 def clip_score(cosine: Tensor) -> Tensor:
-    """CLIPScore's scale, 2.5 · max(cos, 0) (Hessel et al. 2021)."""
+    """CLIPScore's scale, 2.5 · max(``cosine``, 0), of any shape (Hessel et al. 2021)."""
     return 2.5 * cosine.clamp(min=0)
 
 
@@ -123,7 +124,7 @@ def contact_sheet(
 ) -> Image.Image:
     """One row per label of ``rows``, one column per label of ``columns``; None leaves a gap.
 
-    Images are scaled to ``cell`` pixels; column labels wrap to the width of a cell.
+    ``title`` stands above. Images are scaled to ``cell`` pixels; column labels wrap to that width.
     """
     small, large = ImageFont.load_default(12), ImageFont.load_default(16)
     gap, left = 4, 8 + max(int(large.getlength(label)) for label in rows)

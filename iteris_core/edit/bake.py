@@ -86,9 +86,10 @@ def bake(
     dtype: torch.dtype | None = None,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Write the checkpoint ``source`` to ``target`` with ``changes`` added in float32. Names,
-    metadata and all other tensors stay, in their own precision unless ``dtype`` is another; values
-    too large for it become its largest number.
+    """Write the checkpoint ``source`` to ``target`` with ``changes``, by site, added in float32 at
+    their ``places`` in it. Names, metadata and all other tensors stay, in their own precision
+    unless ``dtype`` is another; values too large for it become its largest number.
+    ``tick(done, total)`` reports the tensors written.
 
     Raises :class:`OutputError` for a change that has no place there, and :class:`BaseError` for a
     quantised checkpoint.

@@ -52,7 +52,8 @@ def extract_lora(
     according to the layer's inputs there; ranks are shared out as in :func:`.resize.resize_lora`.
     Then every layer is refitted at its rank, on inputs that passed through the earlier layers, and
     the whole LoRA is compared with the fine-tune, whose biases, normalisations and embeddings no
-    LoRA holds. ``kind`` decides the file's names.
+    LoRA holds. ``kind`` decides the file's names. ``calibration``, ``itemsize``, ``on_progress``
+    and ``memory_budget`` are as in :func:`.resize.resize_lora`.
 
     Raises :class:`MismatchError`, naming the first key, if the architectures differ;
     :class:`SolveError` if the LoRA is no nearer to the fine-tune than the base is.

@@ -44,7 +44,9 @@ def add_merged_adapter(
     patterns, rslora and DoRA. The base, the other adapters and the active adapter are always left
     unchanged. DoRA layers make the merged adapter large; ``settings={"rank": 64}`` limits it.
 
+    :param model: the ``PeftModel``.
     :param names: the adapters to merge.
+    :param adapter_name: the name of the new one.
     :param inputs: for each adapter its inputs, as in :class:`.Concept`: batches of keyword
         arguments of the model, or a callable that returns them.
     :param weights: how much each adapter counts; 1 if not given.
@@ -90,6 +92,7 @@ def merge_loaded(
     :param words: for each active adapter its trigger words ("sks cat"), a list of prompts that
         invoke it, or fields of :class:`.Concept` by name, such as ``{"trigger": "sks", "weight":
         2}``.
+    :param adapter_name: the name of the new adapter.
     :param call: further arguments of the pipeline, as for :class:`.DiffusersHost`.
     :param choices: further arguments of :func:`.merge_loras`.
     :raises IterisError: like :func:`.merge_loras`; also for an adapter that is unsupported or has

@@ -60,8 +60,16 @@ def resize_lora(
     W0 x̃ − ΔW_r x̃‖². Without a host, worths come from the weights' singular values, assuming equal
     output size for all layers.
 
-    ``itemsize`` is the bytes per number in the file, for a target in megabytes. The base model is
-    bit-identical afterwards. Raises :class:`IterisError` for a LoRA that does not fit the host.
+    The base model is bit-identical afterwards.
+
+    :param concept: the LoRA, or a concept with its words; strengths and weight do not count.
+    :param target: how small the file is to be.
+    :param host: runs the base model.
+    :param calibration: how to collect features: settings by name, or a whole :class:`Calibration`.
+    :param itemsize: bytes per number in the file, for a target in megabytes.
+    :param on_progress: called at every step with a :class:`.progress.Progress`.
+    :param memory_budget: bytes that may be used beyond the model, as in :func:`.merge_loras`.
+    :raises IterisError: for a LoRA that does not fit the host.
     """
     if isinstance(concept, Lora):
         concept = Concept(concept)
@@ -132,6 +140,7 @@ class Reduced:
     error: float | None = None
 
     def summary(self) -> str:
+        """A readable line: ranks, layers left out, what is kept."""
         used = sorted(rank for rank in self.ranks.values() if rank)
         left_out = len(self.ranks) - len(used)
         ranks = f"rank {used[0]}" if used[0] == used[-1] else f"ranks {used[0]} to {used[-1]}"

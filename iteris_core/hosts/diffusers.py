@@ -85,6 +85,8 @@ class DiffusersHost(Host):
         return self._sites
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
+        """The LoRA in the file or peft folder ``path``, float32, read as ``options`` say. Raises
+        :class:`LoraFileError` for a file that does not fit the pipeline."""
         return read_lora(self.pipeline, self._sites, Path(path), options)
 
     @property

@@ -159,11 +159,12 @@ class Host(Protocol):
         return plain_weight(site, self.sites()[site], "An extraction")
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
-        """Read a LoRA file in any layout that the host's ecosystem knows."""
+        """The LoRA in the file ``path``, in any layout that the host's ecosystem knows, read as
+        ``options`` say. Raises :class:`LoraFileError` for a file that does not fit."""
         ...
 
     def samples(self, request: SampleRequest) -> Any:
-        """Make the rows on which features are collected; opaque outside the host."""
+        """The rows of a ``request``, on which features are collected; opaque outside the host."""
         ...
 
     def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:
@@ -179,8 +180,8 @@ class Host(Protocol):
     def activate(
         self, triggers: Sequence[EmbeddingTriggers]
     ) -> AbstractContextManager[Sequence[Set[str]]]:
-        """Context in which each concept's prompts have their embeddings active; yields the names of
-        the active ones, by concept."""
+        """Context in which each concept's prompts have the embeddings of its ``triggers`` active;
+        yields the names of the active ones, by concept."""
         return nullcontext([set() for _ in triggers])
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
@@ -190,7 +191,8 @@ class Host(Protocol):
         ...
 
     def stages(self, samples: Any, sites: Set[str]) -> Iterator[Stage]:
-        """The stages that reach ``sites``. All rows of one must be run before the next."""
+        """The stages of these ``samples`` that reach ``sites``. All rows of one must be run before
+        the next."""
         ...
 
     def free_memory(self, wanted: int) -> int:

@@ -72,7 +72,7 @@ class TransformersHost(Host):
         return self._sites
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
-        """Read a peft folder; of ``options`` only ``layers`` applies."""
+        """Read the peft folder ``path``; of ``options`` only ``layers`` applies."""
         shapes = {site: weight_shape(module) for site, module in self._sites.items()}
         return read_adapter(Path(path), shapes, options.layers if options is not None else "")
 

@@ -41,7 +41,8 @@ _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def read_adapter(folder: Path, shapes: Shapes, layers: str = "") -> Lora:
-    """Read a LoRA adapter saved by peft, for a model whose sites have weights of these ``shapes``.
+    """Read the LoRA adapter that peft saved in ``folder``, for a model whose sites have weights of
+    these ``shapes``.
     Heads in ``modules_to_save`` are left out and named in the metadata. ``layers`` are as in
     :func:`.blocks.filtered`.
 
@@ -74,7 +75,7 @@ def read_adapter(folder: Path, shapes: Shapes, layers: str = "") -> Lora:
 
 
 def read_heads(folder: str | Path) -> dict[str, Tensor]:
-    """The modules that an adapter saved in full (``modules_to_save``), such as a head.
+    """The modules that the adapter in ``folder`` has in full (``modules_to_save``), such as a head.
 
     Parameter name in the base model → tensor; load it with ``strict=False``. A merge does not
     change them: every task keeps its own.
@@ -111,7 +112,7 @@ def write_adapter(
     heads: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write an adapter folder that ``PeftModel.from_pretrained`` loads.
+    """Write ``lora`` in ``dtype`` as an adapter folder that ``PeftModel.from_pretrained`` loads.
 
     ``base`` is the name of the base model. ``heads`` are one task's, from :func:`read_heads`; they
     are written as ``modules_to_save``. Raises :class:`IterisError` if the folder exists.

@@ -68,11 +68,12 @@ def read_lora_file(
     options: ReadOptions | None = None,
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> Lora:
-    """Every change in the file by site, scale folded in, float32.
+    """Every change in the file ``path`` by site of ``base``, scale folded in, float32.
 
-    Sites whose change is exactly zero are left out. ``convert`` renames the tensors first. Raises
-    :class:`LoraFileError` with file, key and shapes for anything that cannot be read in full. Only
-    ``allow_partial`` skips it instead, with a note in :attr:`Lora.notes`.
+    ``weight(site)`` is the base's weight, which some formulas need. Sites whose change is exactly
+    zero are left out. ``options`` say which part is read; ``convert`` renames the tensors first.
+    Raises :class:`LoraFileError` with file, key and shapes for anything that cannot be read in
+    full. Only ``allow_partial`` skips it instead, with a note in :attr:`Lora.notes`.
     """
     options = options or ReadOptions()
     tensors, metadata = read_tensors(path)

@@ -34,11 +34,13 @@ def rank_setting(
     share: str = "energy",
     most: float | None = None,
 ) -> Any:
-    """A setting for a rank, or for the ``share`` to keep."""
+    """A setting for a rank up to ``most``, or for a share of the ``share`` to keep, with its
+    ``help`` and what None stands for (``none``)."""
     return setting(None, help, none=none, share=share, low=1, most=most)
 
 
 def micro_batch_setting() -> int:
+    """A setting for the rows per forward, as :func:`on_activations` needs it."""
     return setting(32, "Rows per forward; the result does not depend on it.", low=1)
 
 
@@ -108,10 +110,10 @@ class AtSite:
 def on_weights(
     name: str, settings: type[Settings], trims: Callable[[AtSite], Sequence[Tensor]] | None = None
 ) -> Callable[[Function], Function]:
-    """Register ``function(at, settings) -> (change, share of energy lost in a cut)``. It is called
-    for every site; the first line of its docstring is the method's summary. ``trims(at)`` returns
-    the entries of each concept that changes the site. Of these, the settings' ``density`` share is
-    kept over all sites together; ``at.trimmed`` applies it."""
+    """Register ``function(at, settings) -> (change, share of energy lost in a cut)`` as the method
+    ``name``. It is called for every site; the first line of its docstring is the method's summary.
+    ``trims(at)`` returns the entries of each concept that changes the site. Of these, the settings'
+    ``density`` share is kept over all sites together; ``at.trimmed`` applies it."""
 
     def merge(function: Function, job: Job, values: Any) -> Merged:
         merged: dict[str, Solution] = {}
@@ -132,7 +134,7 @@ def on_weights(
         return Merged(merged)
 
     def register(function: Function) -> Function:
-        _add(name, function, settings, at_once(partial(merge, function)), needs_host=False)
+        _add(name, function, settings, _only_merging(partial(merge, function)), needs_host=False)
         return function
 
     return register
@@ -146,10 +148,10 @@ def on_activations(
     merged_inputs: bool,
     sums: bool = True,
 ) -> Callable[[Function], Function]:
-    """Register ``function(job, settings) -> RegressionSpec``: how to solve from the ``reduction``
-    of a site's tokens. With ``merged_inputs``, sites are solved in one sweep, on inputs that passed
-    through the sites solved before; otherwise on reference rows alone. ``settings`` must have a
-    ``micro_batch``."""
+    """Register ``function(job, settings) -> RegressionSpec`` as the method ``name``: how to solve
+    from the ``reduction`` of a site's tokens. ``sums`` is as in :class:`Method`. With
+    ``merged_inputs``, sites are solved in one sweep, on inputs that passed through the sites solved
+    before; otherwise on reference rows alone. ``settings`` must have a ``micro_batch``."""
 
     def prepare(function: Function, job: Job, values: Any) -> Generator[Fit]:
         fit: RegressionSpec = function(job, values)
@@ -174,19 +176,22 @@ def on_activations(
 def on_model(
     name: str, settings: type[Settings], *, sweeps: Sweeps = lambda _: 0, sums: bool = False
 ) -> Callable[[Function], Function]:
-    """Register ``function(job, settings) -> Merged``, or a generator that gives one :class:`Fit`.
-    ``sweeps`` must declare how often its :class:`..passes.sweep.Passes` sweep."""
+    """Register ``function(job, settings) -> Merged``, or a generator that gives one :class:`Fit`,
+    as the method ``name``. ``sweeps`` must declare how often its :class:`..passes.sweep.Passes`
+    sweep; ``sums`` is as in :class:`Method`."""
 
     def register(function: Function) -> Function:
-        context = contextmanager(function) if isgeneratorfunction(function) else at_once(function)
+        context = (
+            contextmanager(function) if isgeneratorfunction(function) else _only_merging(function)
+        )
         _add(name, function, settings, context, sweeps=sweeps, sums=sums)
         return function
 
     return register
 
 
-def at_once(function: Callable[..., Merged]) -> Callable[..., AbstractContextManager[Fit]]:
-    """A method's context if it only merges."""
+def _only_merging(function: Callable[..., Merged]) -> Callable[..., AbstractContextManager[Fit]]:
+    """The context of a method whose ``function`` only merges."""
     return lambda *given: nullcontext(Fit(partial(function, *given)))
 
 
@@ -207,6 +212,7 @@ def _add(
 
 
 def find_method(name: str) -> Method:
+    """The method ``name``. Raises :class:`SettingsError`, with what is alike, if there is none."""
     if name not in _METHODS:
         guess = did_you_mean(name, _METHODS)
         raise SettingsError(f"There is no method {name!r}{guess} Methods: {', '.join(_METHODS)}.")
@@ -214,6 +220,7 @@ def find_method(name: str) -> Method:
 
 
 def all_methods() -> list[Method]:
+    """All registered methods, in the order of their registration."""
     return list(_METHODS.values())
 
 
@@ -223,8 +230,9 @@ def settings_over(
     settings: Settings | Mapping[str, Any] | None,
     calibration: Calibration | Mapping[str, Any] | None,
 ) -> tuple[Settings, Calibration]:
-    """The given settings, over the preset's for ``method``; a whole dataclass replaces those. A
-    number of samples that is given alone counts for each LoRA."""
+    """The ``settings`` and ``calibration`` over those of the ``preset`` for ``method``; a whole
+    dataclass replaces the preset's. A number of samples that is given alone counts for each
+    LoRA."""
     if preset not in PRESETS:
         raise SettingsError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}.")
     chosen, kind = PRESETS[preset], find_method(method).settings
