@@ -20,54 +20,65 @@ from .problem import MemoryEstimate, Objective, Pull, Reduction, RegressionSpec,
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Thresholds, and the choices based on them.
+    """Thresholds, and the choices based on them."""
 
-    TᵀX̃ is restricted to output directions, ``reserve`` times the rank plus ``more_directions``, if
-    it has more than ``small_target`` entries and this takes ``directions_gain`` times fewer
-    operations. Directions are found from ``tokens_a_direction`` tokens each; for images, from those
-    of ``sample_rows`` rows per concept. An image row contributes ``least_row_tokens`` tokens, or as
-    many as give every concept ``tokens_an_input`` tokens per input of a site.
-
-    With fewer prompts than ``enough_samples`` per LoRA for two LoRAs (proportionally fewer with
-    more LoRAs), the ``ridge`` grows with the ``ridge_power`` of the shortfall, up to
-    ``most_ridge``, and pulls to the mean at the changes' own size. A change's norm is at most
-    ``bound`` times that of the layer's own weight, times the root of the number of LoRAs, and
-    ``growth`` times what the LoRAs have there together; both are less below ``bound_samples`` of
-    each. ``conditions`` is the share of rows that show other uses. On models of texts ``shrink``
-    applies where no concept has ``few_tokens`` tokens per input. Repair of two LoRAs uses
-    ``repair_share`` of a feed-forward's hidden units, never more than ``repair_width``.
-
-    Blocks in which rows wait have at most this many barriers (``blocks``: small and large ones). A
-    block is replayed if its second run reproduces the first output within ``replay_error``.
-
-    Every step through the denoiser has ``batch`` rows. Its learning rate is ``rate`` times a
-    factor's root mean square. ``hints`` is the weight of the blocks' outputs; the final one has 1.
-    """
-
+    # TᵀX̃ is restricted to some output directions if it has more entries than this
     small_target: int = 1 << 16
+    # and if that takes so many times fewer operations.
     directions_gain: float = 1.5
+    # Directions: this many times the rank,
     reserve: float = 1.25
+    # plus these,
     more_directions: int = 16
+    # found from as many tokens for each;
     tokens_a_direction: int = 2
+    # for images, from the tokens of so many rows of every concept.
     sample_rows: int = 16
+
+    # Tokens of an image's row: at least so many,
     least_row_tokens: int = 128
+    # or as many as give every concept so many for each input of a site.
     tokens_an_input: int = 32
+
+    # α of eq. 7 where samples are enough;
     ridge: float = 1e-6
+    # with fewer it grows with this power of the shortfall,
     ridge_power: float = 5.0
+    # up to this, and pulls to the mean at the changes' own size.
     most_ridge: float = 1e-2
-    bound: float = 0.8
-    growth: float = 6.0
-    bound_samples: float = 25.0
-    conditions: float = 0.25
+    # Enough of each of two LoRAs, proportionally fewer of each of more.
     enough_samples: int = 50
+
+    # Largest ‖ΔW‖ as a multiple of √LoRAs · ‖W0‖,
+    bound: float = 0.8
+    # and of what the LoRAs have there together, (Σ ‖ΔW_i‖²)^½;
+    growth: float = 6.0
+    # both are less, by a cube root, below so many samples of each.
+    bound_samples: float = 25.0
+
+    # Share of the rows that show other strengths and other LoRAs beside.
+    conditions: float = 0.25
+
+    # Models of texts: RegMean's factor on off-diagonal entries,
     shrink: float = 0.7
+    # where no concept has so many tokens for each input.
     few_tokens: float = 4.0
+
+    # Repair of two LoRAs: share of a feed-forward's hidden units,
     repair_share: float = 0.5
+    # and at most so many of any.
     repair_width: int = 6144
+
+    # Most barriers in a block in which rows wait: small blocks, large ones.
     blocks: tuple[int, ...] = (3, 8)
+    # A block is run again if that gives its first output within this.
     replay_error: float = 1e-3
+
+    # Rows of a step through the denoiser,
     batch: int = 16
+    # its learning rate as a multiple of a factor's root mean square,
     rate: float = 0.04
+    # and the weight of blocks' outputs in its loss, where the final one has 1.
     hints: float = 3.0
 
     def choose(self, context: SiteContext, fit: RegressionSpec, objective: Objective) -> Reduction:
