@@ -30,8 +30,7 @@ from iteris_core.architectures import unet
 from iteris_core.architectures.sites import residual_streams
 from iteris_core.hosts.protocol import Row, Stage
 from iteris_core.lora import SiteChanges
-from iteris_core.methods.fitting import with_repairs
-from iteris_core.methods.iteris import IterisSettings, solver_of
+from iteris_core.methods.fitting import IterisSettings, solver_of, with_repairs
 from iteris_core.passes.batches import ExecutionConfig, limit_of, sampled_rows
 from iteris_core.passes.footprint import ON_DEVICE, Footprint, Measure, Strategy
 from iteris_core.passes.job import Job

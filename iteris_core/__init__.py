@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .lora_files.peft_folder import read_heads, write_adapter
     from .merge import MergeResult, merge_loras
     from .methods import all_methods
-    from .methods.iteris import IterisSettings
+    from .methods.fitting import IterisSettings
     from .progress import Progress
     from .report.report import MergeReport
 
@@ -33,7 +33,7 @@ _MODULES = {
     "lora_files.peft_folder": "read_heads write_adapter",
     "merge": "MergeResult merge_loras",
     "methods": "all_methods",
-    "methods.iteris": "IterisSettings",
+    "methods.fitting": "IterisSettings",
     "progress": "Progress",
     "report.report": "MergeReport",
 }

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..iteris_core.concepts import Calibration, Concept
 from ..iteris_core.config import MergeConfig, Unmergeable
 from ..iteris_core.methods import find_method
-from ..iteris_core.methods.iteris import IterisSettings
+from ..iteris_core.methods.fitting import IterisSettings
 from ..iteris_core.settings import PresetName, Settings, declared_settings
 from .comfy_conds import References
 from .comfy_sizes import scale

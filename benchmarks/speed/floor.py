@@ -18,7 +18,7 @@ from models import (
 )
 
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.methods.iteris import IterisSettings
+from iteris_core.methods.fitting import IterisSettings
 from iteris_core.passes.batches import ExecutionConfig, micro_batches
 from iteris_core.passes.job import Job
 
