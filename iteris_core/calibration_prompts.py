@@ -241,7 +241,7 @@ def _pairs(
     every, most = len(subjects) * len(styles), len(subjects) + len(styles)
     if every > most:
         subjects, styles = (
-            in_random_order(some, len(some), wording.generator) for some in (subjects, styles)
+            in_random_order(group, len(group), wording.generator) for group in (subjects, styles)
         )
     turn = lcm(len(subjects), len(styles))  # then both begin again, one of them a step further
     return [
@@ -254,22 +254,24 @@ def _words_of(style: Concept) -> Sequence[str]:
     if style.phrases:
         return style.phrases
     backwards = zip(*(str(prompt).split()[::-1] for prompt in style.prompts or ()), strict=False)
-    ending = [some[0] for some in takewhile(lambda some: len(set(some)) == 1, backwards)]
+    ending = [words[0] for words in takewhile(lambda words: len(set(words)) == 1, backwards)]
     return [" ".join(reversed(ending))] if ending else []
 
 
 def calling_words(concepts: Iterable[Concept]) -> Set[str]:
     """Words that invoke the concepts with a LoRA: those of the trigger; without a trigger, those of
     the phrases, or those that all of the concept's own prompts share."""
-    found: set[str] = set()
-    for concept in (one for one in concepts if one.lora is not None):
+    words: set[str] = set()
+    for concept in concepts:
+        if concept.lora is None:
+            continue
         if concept.trigger:
-            found |= _words(concept.trigger)
+            words |= _words(concept.trigger)
         elif concept.phrases:
-            found |= set[str]().union(*map(_words, concept.phrases))
+            words |= set[str]().union(*map(_words, concept.phrases))
         elif concept.prompts:
-            found |= set.intersection(*(_words(str(prompt)) for prompt in concept.prompts))
-    return found
+            words |= set.intersection(*(_words(str(prompt)) for prompt in concept.prompts))
+    return words
 
 
 def _words(text: str) -> set[str]:

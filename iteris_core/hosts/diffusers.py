@@ -94,8 +94,8 @@ class DiffusersHost(Host):
         """The pipeline's tokenizers, or the tokenizer of its processor."""
         parts = self.pipeline.components
         named = [part for name, part in parts.items() if "tokenizer" in name]
-        found = [part for part in named if part is not None and not isinstance(part, nn.Module)]
-        return found or [parts["processor"].tokenizer]
+        tokenizers = [t for t in named if t is not None and not isinstance(t, nn.Module)]
+        return tokenizers or [parts["processor"].tokenizer]
 
     def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:
         return added_concepts(concepts, calibration, self._vocabulary)
@@ -153,7 +153,7 @@ class DiffusersHost(Host):
     def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
         of_rows = [samples.rows[row] for row in rows]
         words = self._first(samples.arguments, [row.prompt for row in of_rows])
-        calls = [{**some, **samples.call(row)} for some, row in zip(words, of_rows, strict=True)]
+        calls = [{**text, **samples.call(row)} for text, row in zip(words, of_rows, strict=True)]
         name = list(self._loop.denoisers)[int(samples.ran[of_rows[0].latent])]
         return self._denoise(name, samples.arguments, calls)
 
@@ -176,11 +176,11 @@ class DiffusersHost(Host):
         words: Words = {}, {}
         yield self._text_stage(text_sites, samples, words, feeds=bool(others))
         for number, name in enumerate(self._loop.denoisers):
-            own = [site for site in others if site.startswith(f"{name}.")]
+            reached = [site for site in others if site.startswith(f"{name}.")]
             ran = (samples.ran == number).tolist()
             rows = [row for row in samples.rows if ran[row.latent]]
-            if own and rows:
-                yield self._denoiser_stage(name, own, samples, rows, words)
+            if reached and rows:
+                yield self._denoiser_stage(name, reached, samples, rows, words)
 
     def _text_stage(
         self, sites: Sequence[str], samples: DiffusionSamples, words: Words, *, feeds: bool
@@ -260,11 +260,11 @@ class DiffusersHost(Host):
     def _first(self, arguments: Arguments, prompts: Sequence[str]) -> list[Call]:
         """For each prompt, the denoiser's arguments that stay the same in all steps."""
         rows: list[Call] = []
-        for some in [prompts] if arguments.accepts_batch else [[prompt] for prompt in prompts]:
-            call = self._loop.first_call(some, arguments.size)
+        for batch in [prompts] if arguments.accepts_batch else [[prompt] for prompt in prompts]:
+            call = self._loop.first_call(batch, arguments.size)
             moving = arguments.noise_args | arguments.step_args
             still = {path: value for path, value in call.items() if path not in moving}
-            rows += [entries(still, arguments.batched, row) for row in range(len(some))]
+            rows += [entries(still, arguments.batched, row) for row in range(len(batch))]
         if self.pipeline.config.get("force_zeros_for_empty_prompt"):  # so does its guidance
             for prompt, row in zip(prompts, rows, strict=True):
                 row |= {p: torch.zeros_like(row[p]) for p in arguments.prompt_args if not prompt}

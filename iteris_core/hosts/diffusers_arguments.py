@@ -62,7 +62,7 @@ def study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
     given.
     """
     thread, loggers = threading.get_ident(), list(logging.root.manager.loggerDict.values())
-    handlers = {h for one in (logging.root, *loggers) for h in getattr(one, "handlers", ())}
+    handlers = {h for logger in (logging.root, *loggers) for h in getattr(logger, "handlers", ())}
 
     def of_others(record: logging.LogRecord) -> bool:
         return record.thread != thread
@@ -92,17 +92,17 @@ def study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
 
 def _study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
     size, noise_size = pipeline_size(loop, calibration)
-    one, two, accepts_batch = _one_and_two(loop, size)
-    batched = batched_in(one, two)
+    single, double, accepts_batch = _one_and_two(loop, size)
+    batched = batched_in(single, double)
     guided = any(
-        (one[path].shape[axis] if isinstance(one[path], Tensor) else len(one[path])) == 2
+        (single[path].shape[axis] if isinstance(single[path], Tensor) else len(single[path])) == 2
         for path, axis in batched.items()
     )
     if guided and loop.unguided:  # at a scale of 1
         loop.unguided = 0.0
         return _study(loop, calibration)
     long = loop.first_call([_LONG], size)
-    first, other = entries(one, batched, 0), entries(two, batched, 0)
+    first, other = entries(single, batched, 0), entries(double, batched, 0)
     noise_args = frozenset(path for path in batched if differ(first[path], other[path], _SAME))
     moving, steps, output = _steps(loop, calibration, size)
     step_args = frozenset(moving - noise_args)
@@ -111,16 +111,16 @@ def _study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
             f"{type(loop.pipeline).__name__} has a denoiser whose noise or timestep cannot be "
             "identified among its arguments; merging on it is not supported."
         )
-    still = one.keys() - noise_args - step_args
-    calls = [{path: call.get(path) for path in still} for call in (one, long)]
+    still = single.keys() - noise_args - step_args
+    calls = [{path: call.get(path) for path in still} for call in (single, long)]
     kinds = [kind(call, batched, masks=False) for call in calls]
     return Arguments(
         # A timestep may be a single number for all rows.
-        batched=batched | {path: 0 for path in step_args if getattr(one[path], "ndim", None) == 0},
-        lists=frozenset(path for path in batched if not isinstance(one[path], Tensor)),
+        batched=batched | {p: 0 for p in step_args if getattr(single[p], "ndim", None) == 0},
+        lists=frozenset(path for path in batched if not isinstance(single[path], Tensor)),
         noise_args=noise_args,
         step_args=step_args,
-        prompt_args=frozenset(path for path in still if differ(one[path], long.get(path))),
+        prompt_args=frozenset(path for path in still if differ(single[path], long.get(path))),
         accepts_batch=accepts_batch,
         fixed_shapes=accepts_batch and kinds[0] == kinds[1],
         has_masks=any(passed(first[path]) is not None for path in batched),
@@ -135,26 +135,26 @@ def _one_and_two(loop: PipelineLoop, size: Mapping[str, int]) -> tuple[Call, Cal
     """Calls with one row and with two, and whether the two may have different prompts. With an
     image to edit, some pipelines take only one prompt, some need an image for each, and some draw
     only one: then two calls are joined if the denoiser's output is that of each alone."""
-    one = loop.first_call([_SHORT], size)
+    single = loop.first_call([_SHORT], size)
     try:
-        return one, loop.first_call([_SHORT] * 2, size, seed=1), True
+        return single, loop.first_call([_SHORT] * 2, size, seed=1), True
     except Exception as error:
         failed = error
     if any(name in loop.names for name in SEVERAL):
         with suppress(Exception):
-            return one, loop.first_call([_SHORT], size, seed=1, pictures=2), False
+            return single, loop.first_call([_SHORT], size, seed=1, pictures=2), False
     if loop.each and not loop.one_each:
         loop.one_each = True
         return _one_and_two(loop, size)
     name, other = next(iter(loop.denoisers)), loop.first_call([_SHORT], size, seed=1)
-    two = dict(one)
-    for path, value in one.items():
+    double = dict(single)
+    for path, value in single.items():
         if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == 1:
-            two[path] = torch.cat([other[path], value])
-    apart = torch.cat([loop.denoise(name, call) for call in (other, one)])
+            double[path] = torch.cat([other[path], value])
+    apart = torch.cat([loop.denoise(name, call) for call in (other, single)])
     with suppress(Exception):
-        if not differ(loop.denoise(name, two), apart, _SAME):
-            return one, two, False
+        if not differ(loop.denoise(name, double), apart, _SAME):
+            return single, double, False
     raise failed
 
 
@@ -163,31 +163,31 @@ def _steps(
 ) -> tuple[set[str], int, Any]:
     """The arguments that change during denoising, the number of steps, and the denoiser's output.
     The denoiser runs once; after that, ones stand in for its output."""
-    given: list[Any] = []
+    outputs: list[Any] = []
     calls: list[tuple[str, Call]] = []
 
     def on_call(name: str, call: Call, run: Callable[[], Any]) -> Any:
         calls.append((name, call))
-        if not given:
-            given.append(run())
-        return ones_like(given[0], 1)
+        if not outputs:
+            outputs.append(run())
+        return ones_like(outputs[0], 1)
 
     def denoise(steps: int) -> None:
         start = [torch.Generator().manual_seed(0)]
         loop.run([_SHORT], on_call, steps=steps, size=size, generators=start)
 
     denoise(calibration.denoising_steps)
-    own = list(calls)
+    whole = list(calls)
     if calibration.denoising_steps == 1:  # there is nothing to compare
         denoise(2)
-    _, one = calls[0]
-    moving = {path for path in one if any(differ(one[path], c.get(path)) for _, c in calls)}
+    _, first = calls[0]
+    moving = {path for path in first if any(differ(first[path], c.get(path)) for _, c in calls)}
     # Ones change the latents too; the caller separates those that are not drawn.
     steps = 1 + sum(
         who != other or any(differ(a[p], b.get(p)) for p in moving)
-        for (who, a), (other, b) in itertools.pairwise(own)
+        for (who, a), (other, b) in itertools.pairwise(whole)
     )
-    return moving, steps, given[0]
+    return moving, steps, outputs[0]
 
 
 def ones_like(output: Any, rows: int) -> Any:
@@ -240,10 +240,10 @@ def pipeline_size(loop: PipelineLoop, calibration: Calibration) -> tuple[dict[st
             side = int(side[-1] if isinstance(side, (list, tuple)) else side)
             tokens = latents.shape[-2] * latents.shape[-1] / side**2
         # The rule, with pixels in place of latents.
-        own = sides["height"], sides["width"]
-        patch = max(round(math.sqrt(own[0] * own[1] / tokens)), 1)
-        large = tokens > PICTURE_TOKENS or max(own) > MOST_PIXELS
+        native = sides["height"], sides["width"]
+        patch = max(round(math.sqrt(native[0] * native[1] / tokens)), 1)
+        large = tokens > PICTURE_TOKENS or max(native) > MOST_PIXELS
         if large and "height" in loop.names:
-            size["height"], size["width"] = default_size(1, patch, own, _PIXEL_STEP)
+            size["height"], size["width"] = default_size(1, patch, native, _PIXEL_STEP)
             _, latents = loop.prepared(size)
     return size, latents.numel() // (1 if latents.ndim == 2 else len(latents))

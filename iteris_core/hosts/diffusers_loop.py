@@ -226,7 +226,7 @@ def _recorded(name: str, module: nn.Module, forward: Callable[..., Any]) -> Call
             if argument == "kwargs":
                 call |= value
             elif isinstance(value, dict) and value:
-                call |= {f"{argument}.{key}": some for key, some in value.items()}  # pyright: ignore
+                call |= {f"{argument}.{key}": part for key, part in value.items()}  # pyright: ignore
             else:
                 call[argument] = value
         return on_call(name, call, lambda: forward(*args, **kwargs))
@@ -236,14 +236,14 @@ def _recorded(name: str, module: nn.Module, forward: Callable[..., Any]) -> Call
 
 def _parameters(kind: type) -> dict[str, inspect.Parameter]:
     """The parameters of a pipeline's ``__call__``; where it passes others on, its parent's too."""
-    found: dict[str, inspect.Parameter] = {}
+    parameters: dict[str, inspect.Parameter] = {}
     for owner in kind.__mro__:
         if "__call__" in vars(owner):
-            given = inspect.signature(inspect.unwrap(vars(owner)["__call__"])).parameters
-            found = {**given, **found}
-            if all(one.kind is not Parameter.VAR_KEYWORD for one in given.values()):
+            declared = inspect.signature(inspect.unwrap(vars(owner)["__call__"])).parameters
+            parameters = {**declared, **parameters}
+            if all(parameter.kind is not Parameter.VAR_KEYWORD for parameter in declared.values()):
                 break
-    return found
+    return parameters
 
 
 def is_modular(pipeline: Any) -> bool:
@@ -261,7 +261,7 @@ class ModularFunction:
 
     def __init__(self, pipeline: Any) -> None:
         self._blocks = pipeline._blocks
-        self._inputs = [some for some in self._blocks.inputs if some.name]
+        self._inputs = [block_input for block_input in self._blocks.inputs if block_input.name]
         defaults = {s.name: Parameter.empty if s.required else s.default for s in self._inputs}
         scale = getattr(getattr(pipeline, "guider", None), "guidance_scale", None)
         self._guided = scale is not None and "guidance_scale" not in defaults
@@ -282,9 +282,9 @@ class ModularFunction:
         if self._guided:
             pipeline.guider.guidance_scale = arguments.pop("guidance_scale")
         self._state = PipelineState()
-        for some in self._inputs:
-            value = arguments.get(some.name, some.default)
-            self._state.set(some.name, value, some.kwargs_type)
+        for block_input in self._inputs:
+            value = arguments.get(block_input.name, block_input.default)
+            self._state.set(block_input.name, value, block_input.kwargs_type)
         blocks = [self._blocks]
         if isinstance(self._blocks, SequentialPipelineBlocks):
             parts = self._blocks.sub_blocks.values()
@@ -311,5 +311,5 @@ def progress_bars(pipeline: Any) -> Iterator[Any]:
 def _loops(block: Any) -> Iterator[Any]:
     if hasattr(block, "progress_bar"):
         yield block
-    for some in (getattr(block, "sub_blocks", None) or {}).values():
-        yield from _loops(some)
+    for part in (getattr(block, "sub_blocks", None) or {}).values():
+        yield from _loops(part)

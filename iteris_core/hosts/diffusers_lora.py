@@ -97,8 +97,8 @@ def read_lora(
 
     base, options = base_of(pipeline, sites), options or ReadOptions()
     convert = partial(by_loader, pipeline, path, base, allow_partial=options.allow_partial)
-    own = base.architecture in ARCHITECTURES
-    return read_lora_file(path, base, weight, options, dict if own else convert)
+    built_in = base.architecture in ARCHITECTURES
+    return read_lora_file(path, base, weight, options, dict if built_in else convert)
 
 
 def load_adapter(pipeline: Any, lora: Lora, name: str) -> None:
@@ -211,7 +211,7 @@ def by_loader(
         if not lost:
             return converted
         tried.append((converted, lost))
-    best, lost = min(tried, key=lambda one: len(one[1]), default=(dict(tensors), {}))
+    best, lost = min(tried, key=lambda attempt: len(attempt[1]), default=(dict(tensors), {}))
     if allow_partial:
         return best | {f"{key} (left out by diffusers' loader)": t for key, t in lost.items()}
     if 0 < len(lost) < len(tensors):

@@ -53,7 +53,8 @@ class EmbeddingTriggers:
             for core, name in self._cores.items()
             if core == name.lower() and f"<{core}>" not in texts and core not in common
         ]
-        every, alone = ("|".join(map(re.escape, some)) or r"(?!)" for some in (self._cores, plain))
+        names = self._cores, plain
+        every, alone = ("|".join(map(re.escape, some)) or r"(?!)" for some in names)
         return re.compile(
             rf"<(?:{every})>|(?<![\w/<-])(?:embedding:<?(?:{every})>?|{alone})(?![\w-]|\.\w)",
             re.IGNORECASE,
@@ -62,8 +63,8 @@ class EmbeddingTriggers:
     @cached_property
     def words(self) -> Mapping[str, str]:
         """The words in the texts that name an embedding, in lower case, and its name."""
-        found = (match[0] for text in self.texts for match in self._pattern.finditer(text))
-        return {word.lower(): self._named(word) for word in found}
+        matches = (match[0] for text in self.texts for match in self._pattern.finditer(text))
+        return {word.lower(): self._named(word) for word in matches}
 
     def replaced(self, prompt: str, say: Callable[[str], str]) -> str:
         """``prompt`` with every word that names an embedding replaced by ``say(word)``."""
@@ -145,7 +146,7 @@ class Placeholders:
         self._triggers = triggers
         self._marks: dict[tuple[int, str], str] = {}
         self.in_force: list[set[str]] = [set() for _ in triggers]
-        words = [(owner, word) for owner, one in enumerate(triggers) for word in one.words]
+        words = [(owner, word) for owner, calls in enumerate(triggers) for word in calls.words]
         for number, (owner, word) in enumerate(words):
             name, mark = triggers[owner].words[word], placeholder(number)
             if give(encoders, mark, triggers[owner].embeddings[name]):
@@ -173,7 +174,7 @@ def in_force(pipeline: Any, triggers: Sequence[EmbeddingTriggers]) -> Generator[
     has no vectors reads the word itself.
     """
     encoders: list[Encoder] = []
-    for end in ("", "_2", "_3", "_4") if any(one.words for one in triggers) else ():
+    for end in ("", "_2", "_3", "_4") if any(calls.words for calls in triggers) else ():
         tokenizer: Any = getattr(pipeline, f"tokenizer{end}", None)
         model: Any = getattr(pipeline, f"text_encoder{end}", None)
         if isinstance(model, nn.Module) and hasattr(tokenizer, "add_tokens"):
@@ -211,7 +212,7 @@ def _reading(kind: type, texts: Mapping[str, str]) -> type:
     def read(text: Any) -> Any:
         if isinstance(text, str):
             return pattern.sub(lambda match: texts[match[0]], text)
-        return [read(one) for one in text] if isinstance(text, list | tuple) else text
+        return [read(part) for part in text] if isinstance(text, list | tuple) else text
 
     def reading(method: str) -> Any:
         def call(self: Any, text: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -232,12 +233,12 @@ def _answering(
 
     def answered(tokens: Tensor) -> Tensor:
         equal = tokens[..., None] == ids.to(tokens.device)
-        own = equal.any(dim=-1)
-        output = forward(tokens.masked_fill(own, 0))
-        if not bool(own.any()):
+        new = equal.any(dim=-1)
+        output = forward(tokens.masked_fill(new, 0))
+        if not bool(new.any()):
             return output
         output = output.clone()
-        output[own] = vectors.to(output)[equal.long().argmax(dim=-1)[own]]
+        output[new] = vectors.to(output)[equal.long().argmax(dim=-1)[new]]
         return output
 
     return answered

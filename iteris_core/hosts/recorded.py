@@ -38,12 +38,12 @@ def replaced_forward(
             module.__dict__["forward"] = before
 
 
-def batched_in(one: Call, two: Call) -> dict[str, int]:
+def batched_in(single: Call, double: Call) -> dict[str, int]:
     """The arguments with an entry per row, and their batch dimension, from a call with one row and
     one with two."""
     axes: dict[str, int] = {}
-    for path, a in one.items():
-        b = two.get(path)
+    for path, a in single.items():
+        b = double.get(path)
         if isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim == b.ndim:
             pairs = zip(a.shape, b.shape, strict=True)
             other = [(axis, n, m) for axis, (n, m) in enumerate(pairs) if n != m]
@@ -57,26 +57,26 @@ def batched_in(one: Call, two: Call) -> dict[str, int]:
 
 def entries(call: Call, batched: Axes, row: int) -> Call:
     """One row of ``call``, without batch dimensions; a single number applies to every row."""
-    found = dict(call)
+    of_row = dict(call)
     for path in batched.keys() & call.keys():
         value = call[path]
         if not isinstance(value, Tensor):
-            found[path] = value[row]
+            of_row[path] = value[row]
         elif value.ndim:
-            found[path] = value.select(batched[path], row)
-    return found
+            of_row[path] = value.select(batched[path], row)
+    return of_row
 
 
 def joined(rows: Sequence[Call], batched: Axes, lists: Set[str], device: Any) -> Call:
     """One call of ``rows`` of one :func:`kind`; ``lists`` are those ``batched`` but not tensors."""
     call: Call = {}
     for path in rows[0]:
-        some = [row[path] for row in (rows if path in batched else rows[:1])]
-        some = [s.to(device) if isinstance(s, Tensor) else s for s in some]
+        values = [row[path] for row in (rows if path in batched else rows[:1])]
+        values = [v.to(device) if isinstance(v, Tensor) else v for v in values]
         if path not in batched:
-            call[path] = some[0]
+            call[path] = values[0]
         else:
-            call[path] = some if path in lists else torch.stack(some, dim=batched[path])
+            call[path] = values if path in lists else torch.stack(values, dim=batched[path])
     return call
 
 
@@ -102,17 +102,17 @@ def size(row: Call) -> int:
     return sum(value.numel() for value in row.values() if isinstance(value, Tensor))
 
 
-def differ(one: Any, other: Any, share: float = 0.0) -> bool:
+def differ(value: Any, other: Any, share: float = 0.0) -> bool:
     """True if two values of an argument differ, tensors by more than ``share`` of their norm."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one.shape != other.shape:
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        if value.shape != other.shape:
             return True
-        one, other = one.double(), other.double()
-        return bool((one - other).norm() > share * one.norm())
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        pairs = zip(one, other, strict=False)  # pyright: ignore
-        return len(one) != len(other) or any(differ(a, b, share) for a, b in pairs)  # pyright: ignore
-    return type(one) is not type(other) or bool(one != other)
+        value, other = value.double(), other.double()
+        return bool((value - other).norm() > share * value.norm())
+    if isinstance(value, (list, tuple)) and isinstance(other, (list, tuple)):
+        pairs = zip(value, other, strict=False)  # pyright: ignore
+        return len(value) != len(other) or any(differ(a, b, share) for a, b in pairs)  # pyright: ignore
+    return type(value) is not type(other) or bool(value != other)
 
 
 def _key(value: Any, shape_only: bool) -> Hashable:

@@ -64,8 +64,8 @@ class SampleStore:
     @staticmethod
     def default() -> Path:
         """``ITERIS_STORE``, or ``iteris/samples`` in the user's folder for caches."""
-        if given := os.environ.get("ITERIS_STORE"):
-            return Path(given)
+        if folder := os.environ.get("ITERIS_STORE"):
+            return Path(folder)
         try:
             caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         except RuntimeError as error:
@@ -119,20 +119,20 @@ class SampleStore:
     def _files(self) -> list[tuple[float, int, Path]]:
         """(time of last use, bytes, path) of the store's own files, the least recently used
         first."""
-        found: list[tuple[float, int, Path]] = []
+        files: list[tuple[float, int, Path]] = []
         for path in self.folder.glob("*"):
             if _OWN.fullmatch(path.name):
                 with suppress(OSError):  # another process removed it
                     status = path.stat()
-                    found.append((status.st_mtime, status.st_size, path))
-        return sorted(found)
+                    files.append((status.st_mtime, status.st_size, path))
+        return sorted(files)
 
     def _shrink(self, limit: int, newest: Path | None = None) -> int:
         """Remove files beyond ``limit`` bytes, the least recently used first. With a ``newest``,
         that stays, and so does what another process is writing."""
         files, removed = self._files(), 0
-        size = sum(own for _, own, _ in files)
-        for used, own, path in files:
+        size = sum(count for _, count, _ in files)
+        for used, count, path in files:
             if size - removed <= limit:
                 break
             writing = "." in path.stem and time.time() - used < _WRITING
@@ -140,7 +140,7 @@ class SampleStore:
                 continue
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-                removed += own
+                removed += count
         return removed
 
     def _path(self, parts: Sequence[str]) -> Path:
@@ -186,25 +186,25 @@ def behaviour(models: Mapping[str, nn.Module]) -> list[Any]:
     """For :func:`digest`, what models do beside their weights: attention processors and the
     numbers of FreeU. Raises :class:`TypeError` where code of others is on them, hooks or replaced
     forwards, which have no hash."""
-    found: list[Any] = []
+    described: list[Any] = []
     for name, model in models.items():
         for path, module in model.named_modules():
             hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
             forward = vars(module).get("forward")
             if hasattr(module, "_hf_hook"):  # offloading moves weights alone
                 forward = getattr(module, "_old_forward", forward)
-            own = getattr(forward, "__func__", None) is type(module).forward
-            if not all(map(_is_known, hooks)) or not (forward is None or own):
+            unchanged = getattr(forward, "__func__", None) is type(module).forward
+            if not all(map(_is_known, hooks)) or not (forward is None or unchanged):
                 raise TypeError(f"no hash of what is on {name}.{path}")
             processor = vars(module).get("processor") or module._modules.get("processor")
             if processor is not None:
                 kind = f"{type(processor).__module__}.{type(processor).__qualname__}"
                 if not kind.startswith("diffusers."):
                     raise TypeError(f"no hash of {kind}")
-                found.append((name, path, kind, vars(processor)))
+                described.append((name, path, kind, vars(processor)))
             if any(numbers := [vars(module).get(number) for number in ("s1", "s2", "b1", "b2")]):
-                found.append((name, path, numbers))
-    return found
+                described.append((name, path, numbers))
+    return described
 
 
 def _is_known(hook: Any) -> bool:

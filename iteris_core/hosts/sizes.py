@@ -16,14 +16,14 @@ FRAMES = 9
 
 
 def default_size(
-    scale: int, patch: int, own: tuple[int, int] | None = None, multiple: int = 1
+    scale: int, patch: int, native: tuple[int, int] | None = None, multiple: int = 1
 ) -> tuple[int, int]:
-    """(height, width) in latents, at the ratio of the model's ``own`` size (None: a square).
+    """(height, width) in latents, at the ratio of the model's ``native`` size (None: a square).
 
     ``scale`` is pixels per latent side; ``patch`` is latents per token side at the middle block,
     the larger median of all blocks. Sides are multiples of ``multiple`` and ``patch``.
     """
-    height, width = own or (MOST_PIXELS // scale,) * 2
+    height, width = native or (MOST_PIXELS // scale,) * 2
     shrink = math.sqrt(PICTURE_TOKENS * patch**2 / (height * width))
     shrink = min(shrink, MOST_PIXELS / (scale * max(height, width)), 1.0)
     step = math.lcm(patch, multiple)

@@ -156,13 +156,13 @@ class TransformersHost(Host):
 
     def _continued(self, sample: Sample, owner: int, lockstep: Lockstep) -> Sample:
         """The sample, extended by what its own LoRA generates; alone in its call, so no padding."""
-        given = {name: tensor for name, tensor in sample.items() if name != "labels"}
-        if "decoder_input_ids" not in given:
-            given.pop("decoder_attention_mask", None)  # the labels' mask
+        inputs = {name: tensor for name, tensor in sample.items() if name != "labels"}
+        if "decoder_input_ids" not in inputs:
+            inputs.pop("decoder_attention_mask", None)  # the labels' mask
         generated: list[Tensor] = []
         options = {"do_sample": False, "num_beams": 1, **(self._generate or {})}
         # Models write into their arguments (BLIP its start token).
-        batch = self._batch([{name: tensor.clone() for name, tensor in given.items()}], 1)
+        batch = self._batch([{name: tensor.clone() for name, tensor in inputs.items()}], 1)
 
         def run() -> None:
             generated.append(self.model.generate(**batch, **options))
@@ -172,12 +172,12 @@ class TransformersHost(Host):
         if not ids.shape[1]:
             raise BaseError("The model generated nothing; check the arguments of generate.")
         prefix = "decoder_" if self._decodes else ""
-        mask, known = torch.ones_like(ids), given.get(f"{prefix}attention_mask")
+        mask, known = torch.ones_like(ids), inputs.get(f"{prefix}attention_mask")
         if known is not None and not known.all():
             same = min(known.shape[1], mask.shape[1])
             mask[:, :same] = known[:, :same]
         replaced = () if self._decodes else ("position_ids", "token_type_ids", "inputs_embeds")
-        kept = {name: tensor for name, tensor in given.items() if name not in replaced}
+        kept = {name: tensor for name, tensor in inputs.items() if name not in replaced}
         return {**kept, f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
 
 
