@@ -127,6 +127,12 @@ def beside(file: Path, name: str) -> Path:
     return there if there.exists() else path
 
 
+def base_in(file: Path, base: str) -> str:
+    """The path of the base in a merge ``file``; a hub name or a bundled base's stays as it is."""
+    path = beside(file, base)
+    return base if base in BUNDLED or not path.exists() else str(path)
+
+
 def use_merge_file(context: typer.Context, base: str | None) -> str | None:
     """The base, given as BASE or in a merge file. The file's options become defaults; its path and
     the merge that its other keys request go into ``context.obj``."""
@@ -144,10 +150,7 @@ def use_merge_file(context: typer.Context, base: str | None) -> str | None:
     )
     context.obj = path, MergeConfig.from_dict(request, str(path))
     context.default_map = _defaults(context, path, data)
-    if name is None or str(name) in BUNDLED:
-        return name
-    local = beside(path, str(name))
-    return str(local if local.exists() else name)  # or a hub name
+    return None if name is None else base_in(path, str(name))
 
 
 class _Loader(yaml.SafeLoader):
