@@ -110,14 +110,10 @@ class MicroBatch:
         copies = {key: tensor.unflatten(0, (self.copies, -1)) for key, tensor in tensors.items()}
         for span, sampling, saliency in zip(self.spans, *self._of_spans, strict=True):
             concept, start, stop = span
-            observation = show(
-                concept,
-                sampling=sampling,
-                saliency=saliency,
-                mask=None if mask is None else mask[start:stop],
-                **{key: tensor[:, start:stop] for key, tensor in copies.items()},
-            )
-            self.observer(observation)
+            rows: dict[str, Any] = {key: tensor[:, start:stop] for key, tensor in copies.items()}
+            if mask is not None:
+                rows["mask"] = mask[start:stop]
+            self.observer(show(concept, sampling=sampling, saliency=saliency, **rows))
         return solved
 
     def _group_of(self, tensor: Tensor) -> Group:

@@ -64,7 +64,11 @@ class TokenSampling:
     def at_most(self, tokens: int) -> TokenSampling:
         """A subset of this selection."""
         limit = self.limit
-        return replace(self, limit=lambda width: min(tokens, limit(width) if limit else tokens))
+
+        def fewer(width: int) -> int:
+            return tokens if limit is None else min(tokens, limit(width))
+
+        return replace(self, limit=fewer)
 
     def _first(self, row: int, length: int, limit: int) -> Tensor:
         """``limit`` indices of a row's ``length`` tokens, ascending."""
