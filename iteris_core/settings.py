@@ -166,15 +166,21 @@ class Settings:
     def from_mapping(cls: type[_Kind], values: Mapping[str, Any]) -> _Kind:
         """Build from names and values; raises :class:`SettingsError` for an unknown name or a value
         out of range."""
-        known = [f.name for f in fields(cls)]
-        for name, value in values.items():
-            instead = cls.removed.get(name)
-            if instead and value:
-                raise SettingsError(f"There is no setting {name!r} any more; use {instead}.")
-            if instead is None and name not in known:
+        values, known = cls.without_removed(values), [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
                 guess, names = did_you_mean(name, known), ", ".join(known)
                 raise SettingsError(f"There is no setting {name!r}{guess} The names are: {names}.")
-        return cls(**{name: value for name, value in values.items() if name in known})
+        return cls(**values)
+
+    @classmethod
+    def without_removed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """``values`` without former settings; raises :class:`SettingsError` for one that did
+        something, and has another in its place."""
+        for name, value in values.items():
+            if value and (instead := cls.removed.get(name)):
+                raise SettingsError(f"There is no setting {name!r} any more; use {instead}.")
+        return {name: value for name, value in values.items() if name not in cls.removed}
 
 
 def budget_of(memory: Any) -> Budget:
