@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .concepts import Calibration, Concept
+    from .calibration import Calibration
+    from .concepts import Concept
     from .edit.loaded import add_merged_adapter, merge_loaded
     from .errors import IterisError, LoraFileError, SettingsError, SolveError
     from .hosts.diffusers import DiffusersHost
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from .report.report import MergeReport
 
 _MODULES = {
-    "concepts": "Calibration Concept",
+    "calibration": "Calibration",
+    "concepts": "Concept",
     "edit.loaded": "add_merged_adapter merge_loaded",
     "errors": "IterisError LoraFileError SettingsError SolveError",
     "hosts.diffusers": "DiffusersHost",

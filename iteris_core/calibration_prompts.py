@@ -17,7 +17,8 @@ from zlib import crc32
 
 import torch
 
-from .concepts import KINDS, Calibration, Concept, prompt_list
+from .calibration import Calibration, prompt_list
+from .concepts import KINDS, Concept
 from .errors import ConceptError
 
 _T = TypeVar("_T")

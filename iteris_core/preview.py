@@ -9,7 +9,7 @@ from typing import Any
 
 from .concepts import Concept
 from .errors import UsageError
-from .merge import prepare
+from .prepare import prepare
 
 
 @dataclass(frozen=True)

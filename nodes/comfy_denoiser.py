@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..iteris_core.activations.gradients import constant_weights
-from ..iteris_core.concepts import Calibration
+from ..iteris_core.calibration import Calibration
 from ..iteris_core.errors import ModelStateError
 from .comfy_conds import Inputs, References, joined, sharing
 from .comfy_internals import comfy, memory, optional

@@ -22,8 +22,9 @@ from ..iteris_core.activations.site import PLAIN
 from ..iteris_core.architectures import unet
 from ..iteris_core.architectures.record import TEXT_WIRINGS
 from ..iteris_core.architectures.sites import residual_streams
+from ..iteris_core.calibration import Calibration
 from ..iteris_core.calibration_prompts import whole_words
-from ..iteris_core.concepts import Calibration, Concept
+from ..iteris_core.concepts import Concept
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.learned import EmbeddingTriggers
 from ..iteris_core.hosts.protocol import DENOISING, SAMPLES_AT_ONCE, Row, SampleRequest, Stage, Text

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..iteris_core.activations.lockstep import Lockstep
 from ..iteris_core.activations.micro_batch import MicroBatch
-from ..iteris_core.concepts import Calibration
+from ..iteris_core.calibration import Calibration
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.protocol import Row, Text
 from ..iteris_core.hosts.rows import SamplePrompts, drawn_steps

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..iteris_core.architectures.sites import unet_levels
-from ..iteris_core.concepts import Calibration
+from ..iteris_core.calibration import Calibration
 from ..iteris_core.hosts.sizes import FRAMES, default_size
 from .comfy_internals import comfy
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from comfy_api.latest import io
 
-from ..iteris_core.concepts import Calibration, lines_of
+from ..iteris_core.calibration import Calibration
+from ..iteris_core.concepts import lines_of
 from ..iteris_core.config import read_concept
 from ..iteris_core.edit.extract import extract_lora
 from ..iteris_core.edit.resize import resize_lora

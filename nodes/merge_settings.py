@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 
 from comfy_api.latest import io
 
-from ..iteris_core.concepts import Calibration, Concept
+from ..iteris_core.calibration import Calibration
+from ..iteris_core.concepts import Concept
 from ..iteris_core.config import MergeConfig, Unmergeable
 from ..iteris_core.methods import find_method
 from ..iteris_core.methods.fitting import IterisSettings

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import folder_paths
 from comfy_api.latest import io
 
-from ..iteris_core.concepts import Calibration
+from ..iteris_core.calibration import Calibration
 from ..iteris_core.errors import IterisError
 from ..iteris_core.methods import all_methods
 from ..iteris_core.settings import PRESETS, PresetName, Settings, declared_settings

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..concepts import Calibration
+from ..calibration import Calibration
 from ..errors import KINDS, UsageError, meaning_of, remedy_of
 from ..hosts.sample_store import SampleStore
 from ..methods import all_methods, find_method

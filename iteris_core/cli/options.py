@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
 import typer
 
-from ..concepts import Calibration
+from ..calibration import Calibration
 from ..errors import SettingsError, did_you_mean
 from ..hosts.sample_store import SampleStore
 from ..methods import all_methods, find_method

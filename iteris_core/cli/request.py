@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from ..concepts import CONCEPT_KEYS, Calibration, Concept, over
+from ..calibration import Calibration, over
+from ..concepts import CONCEPT_KEYS, Concept
 from ..config import MergeConfig, Unmergeable
 from ..errors import ConceptError, MergeFileError, RecipeError, SettingsError, UsageError
 from ..lora_files import Layout, read_tensors

@@ -11,7 +11,8 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from ..concepts import Calibration, Concept
+from ..calibration import Calibration
+from ..concepts import Concept
 from ..config import read_concept
 from ..edit.extract import extract_lora
 from ..edit.resize import Reduced, resize_lora

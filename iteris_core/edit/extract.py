@@ -13,8 +13,9 @@ from torch import Tensor
 from ..activations.lockstep import Lockstep
 from ..activations.site import site_of
 from ..architectures.sites import weight_shape
+from ..calibration import Calibration
 from ..calibration_prompts import CAPTIONS
-from ..concepts import Calibration, Concept
+from ..concepts import Concept
 from ..errors import MismatchError, SolveError
 from ..hosts.protocol import Host, SampleRequest
 from ..lora import Lora, LowRank, SiteChanges

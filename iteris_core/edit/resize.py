@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..activations.tokens import Observation
+from ..calibration import Calibration
 from ..calibration_prompts import CAPTIONS
-from ..concepts import Calibration, Concept
+from ..concepts import Concept
 from ..errors import MismatchError
 from ..hosts.learned import embedding_triggers
 from ..hosts.protocol import Host

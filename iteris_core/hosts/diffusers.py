@@ -23,8 +23,9 @@ from ..activations.memory import free_memory, usable
 from ..activations.site import PLAIN
 from ..architectures.record import TEXT_WIRINGS
 from ..architectures.sites import residual_streams
+from ..calibration import Calibration
 from ..calibration_prompts import whole_words
-from ..concepts import Calibration, Concept
+from ..concepts import Concept
 from ..errors import BaseError, SettingsError
 from ..lora import Lora
 from ..lora_files import ReadOptions

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 
 from ..activations.memory import is_out_of_memory
 from ..architectures.sites import unet_levels
-from ..concepts import Calibration
+from ..calibration import Calibration
 from ..errors import BaseError, IterisError, OutOfMemory, SettingsError, brief
 from .diffusers_loop import SEVERAL, PipelineLoop
 from .recorded import Axes, Call, batched_in, differ, entries, kind, passed

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..activations.lockstep import Lockstep
 from ..activations.site import PLAIN, Condition
 from ..architectures.sites import plain_weight
-from ..concepts import Calibration, Concept
+from ..calibration import Calibration
+from ..concepts import Concept
 from ..errors import BaseError, ModelStateError
 from ..lora import Lora
 from ..lora_files import ReadOptions

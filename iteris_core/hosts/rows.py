@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..activations.site import PLAIN, Condition
+from ..calibration import Calibration
 from ..calibration_prompts import (
     Composite,
     Wording,
@@ -30,7 +31,7 @@ from ..calibration_prompts import (
     templates_of,
     turns_of,
 )
-from ..concepts import Calibration, Concept
+from ..concepts import Concept
 from .protocol import Row, SampleRequest
 from .sample_store import digest
 

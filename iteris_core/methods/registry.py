@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..concepts import Calibration, over
+from ..calibration import Calibration, over
 from ..errors import SettingsError, did_you_mean
 from ..linalg import least_kept
 from ..lora import LowRank, SiteChanges

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..activations.memory import halved, with_less
 from ..activations.site import phantom_of
-from ..concepts import Calibration
+from ..calibration import Calibration
 from ..errors import SiteError
 from ..hosts.protocol import Host, SampleRequest
 from ..lora import LowRank

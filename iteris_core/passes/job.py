@@ -20,8 +20,9 @@ import torch
 from ..activations.lockstep import Lockstep
 from ..activations.memory import is_apart
 from ..activations.streams import Stream
+from ..calibration import LEAST_SAMPLES, Calibration
 from ..calibration_prompts import samples_of
-from ..concepts import LEAST_SAMPLES, Calibration, Concept
+from ..concepts import Concept
 from ..hosts.protocol import SAMPLES_AT_ONCE, Host, SampleRequest, Stage
 from ..hosts.sample_store import SampleStore
 from ..lora import LowRank, SiteChanges

@@ -33,7 +33,7 @@ from iteris_core.errors import ConceptError, OutOfMemory
 from iteris_core.hosts import diffusers_arguments
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import BaseModel
-from iteris_core.merge import prepare
+from iteris_core.prepare import prepare
 from iteris_core.score import ClipScorer
 
 

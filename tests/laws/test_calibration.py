@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from iteris_core import Calibration, Concept, IterisError, Lora
+from iteris_core.calibration import TEMPLATES, over
 from iteris_core.calibration_prompts import (
     Wording,
     calling_words,
@@ -11,7 +12,7 @@ from iteris_core.calibration_prompts import (
     is_held_out,
     whole_words,
 )
-from iteris_core.concepts import TEMPLATES, over, words_in
+from iteris_core.concepts import words_in
 from iteris_core.errors import ConceptError
 from iteris_core.hosts.protocol import Row, SampleRequest
 from iteris_core.hosts.rows import SamplePrompts, added_concepts

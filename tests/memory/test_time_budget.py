@@ -3,7 +3,7 @@
 from bases import make_lora, tiny
 
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.concepts import LEAST_SAMPLES
+from iteris_core.calibration import LEAST_SAMPLES
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.passes.job import Job, within_time
 from iteris_core.preview import preview_merge
