@@ -80,6 +80,7 @@ def test_a_kept_sample_gives_the_same_merge_and_is_not_denoised_again(counted, t
     assert exchanged - counted.rows == pytest.approx(saved / 2, rel=0.35)  # one of two, denoised
 
 
+@pytest.mark.slow
 def test_what_samples_depend_on_is_in_their_key(counted, tmp_path):
     concepts, always = (
         two_concepts(counted.case),
@@ -142,6 +143,7 @@ def test_offloading_does_not_change_the_key(counted):
     assert counted.case.host._base_digest(arguments) == plain
 
 
+@pytest.mark.slow
 def test_trouble_with_the_disk_costs_no_merge(counted, tmp_path, monkeypatch, caplog):
     concepts, store = two_concepts(counted.case), SampleStore(tmp_path / "samples")
     plain = counted.merge(concepts, store)

@@ -202,6 +202,7 @@ SITES_IN_ORDER = sorted(SITES)
 """As a stage lists them."""
 
 
+@pytest.mark.slow
 def test_steps_are_the_same_again_and_can_be_cancelled(host):
     concepts = [Concept(random_lora(host, s), prompts=["a dog", "a cat"]) for s in (1, 2)]
     how = {"settings": {"steps": 3}, "calibration": Calibration(samples=4, timesteps=2)}

@@ -68,6 +68,7 @@ def broken_from(monkeypatch, since, error):
     monkeypatch.setattr(RowGradients, "add", add_some)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("since", [0, 2])
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), NotImplementedError("no derivative")]
@@ -87,6 +88,7 @@ def test_what_fails_in_a_step_leaves_those_before_it(trial, monkeypatch, caplog,
     assert same(result, plain) == (since == 0 or "left out" in str(result.report.notes["steps"]))
 
 
+@pytest.mark.slow
 def test_gradients_that_are_not_finite_are_tried_smaller_and_then_end_the_steps(
     trial, monkeypatch, caplog
 ):
@@ -109,6 +111,7 @@ def test_gradients_that_are_not_finite_are_tried_smaller_and_then_end_the_steps(
     assert all(bool(change.up.isfinite().all()) for change in result.lora.sites.values())
 
 
+@pytest.mark.slow
 def test_half_precision_gradients_neither_vanish_nor_overflow(host, monkeypatch):
     """A float16 base has nearly the gradients of a float32 one."""
     host = DiffusersHost(host.pipeline.to(torch.float16))
@@ -167,6 +170,7 @@ def stopping(error, what=WHAT, done=2):
     return on_progress
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Stopped()])
 def test_a_user_who_cancels_gets_the_merge_only_if_asked_for(trial, error):
     with pytest.raises(type(error)):
@@ -189,6 +193,7 @@ def test_a_user_who_cancels_gets_the_merge_only_if_asked_for(trial, error):
         assert result.report.kept.keys() == plain.report.kept.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", [WHAT, held_out.WHAT])
 def test_ctrl_c_while_held_out_rows_are_measured(trial, what):
     """After the last step, and once more after the first one: then without the steps."""
@@ -216,6 +221,7 @@ def test_an_interrupt_of_the_application_in_a_forward(trial, monkeypatch):
     assert same(result, trial.merge(0))
 
 
+@pytest.mark.slow
 def test_the_plan_of_the_steps_keeps_the_budget(trial):
     calibration = replace(CALIBRATION, latent_size=16)
     peaks, rows = [], []

@@ -24,6 +24,7 @@ def taken(result) -> bool:
     return result.report.notes["steps"][0].endswith("taken")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("always_on", ["outside", "include"])
 def test_rows_of_every_kind_beside_a_lora_that_is_always_on(host64, monkeypatch, always_on):
@@ -110,6 +111,7 @@ def first_gradients(host, monkeypatch):
     return found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unmeasured")
 def test_half_precision_has_nearly_the_gradients_of_single(host, monkeypatch):
     """None vanishes on its way back, as those of the loss at its own size would."""

@@ -41,6 +41,7 @@ def merged(host, limited):
     return merge.lora.sites, merge.report
 
 
+@pytest.mark.slow
 def test_fewer_samples_and_rows_run_at_once_and_the_merge_is_the_same(host):
     free = Limited(host.pipeline.unet, 1000)
     whole, report = merged(host, free)

@@ -96,6 +96,7 @@ def test_the_budget_is_kept_and_the_result_is_the_same(host64, schedule, share):
         assert (other - change.dense()).norm() <= 1e-4 * change.dense().norm(), site
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mib", [6, 12])
 def test_denoising_and_held_out_rows_keep_the_limit_as_the_sweep_does(host, mib):
     with MemoryMeter() as meter:

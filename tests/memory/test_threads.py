@@ -59,6 +59,7 @@ def test_logging_is_as_it_was_after_two_studies_that_overlap(pipeline, caplog):
     assert [record.message for record in caplog.records] == ["of another thread", "afterwards"]
 
 
+@pytest.mark.slow
 def test_merges_in_two_threads_give_what_one_alone_gives(pipeline):
     hosts = [DiffusersHost(copy.deepcopy(pipeline)) for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
