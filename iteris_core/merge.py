@@ -141,7 +141,8 @@ def _run(prepared: Prepared) -> tuple[MergeResult, BaseException | None]:
     """The merge, and what the user stopped it by if it is to be rescued."""
     job, merged, fidelity = prepared.job, Merged({}), dict[str, list[float]]()
     if prepared.fit is not None:
-        merged = prepared.fit.merge()
+        with prepared.fit as fit:
+            merged = fit.merge()
         if prepared.method.needs_host:
             merged, fidelity = _better(job, merged)
     means = of_loras.means_of(job.concepts, prepared.others)

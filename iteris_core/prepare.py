@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -40,13 +40,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """A merge whose model was looked at, inside :func:`prepare`: its ``job``, ``fit`` (None: there
-    is nothing to merge) and the ``others`` of its sites, which get the mean of the LoRAs. Of its
-    concepts, ``merging`` are merged and ``always`` are on; ``wordless`` names those that are on
-    because they have no words. ``calibration`` is as requested, and ``started`` when."""
+    """A merge whose model was looked at, inside :func:`prepare`: its ``job``, the context of its
+    ``fit`` (None: there is nothing to merge), and the ``others`` of its sites, which get the mean
+    of the LoRAs. Of its concepts, ``merging`` are merged and ``always`` are on; ``wordless`` names
+    those that are on because they have no words. ``calibration`` is as requested, and ``started``
+    when."""
 
     job: Job
-    fit: Fit | None
+    fit: AbstractContextManager[Fit] | None
     method: Method
     settings: Settings
     calibration: Calibration
@@ -87,13 +88,16 @@ def prepare(
         raise SettingsError(f"unmergeable must be one of {known}, not {unmergeable!r}.")
     memory_budget = budget_of(memory_budget)
     host = None if host is None else host_of(host)
-    concepts = given = read_concepts(host, concepts)
+    read = read_concepts(host, concepts)
     pictures = host is not None and host.pictures
-    if chosen.needs_host and pictures:
-        concepts = of_loras.with_wordless_on(given)
+    concepts = of_loras.with_wordless_on(read) if chosen.needs_host and pictures else read
     active = [concept for concept in concepts if concept.is_active]
-    wordless = [one.name for one in active if not any(one is other for other in given)]
-    always, merging = of_loras.always_on(active), of_loras.always_on(active, "no")
+    wordless = [
+        concept.name
+        for as_read, concept in zip(read, concepts, strict=True)
+        if concept is not as_read and concept.is_active
+    ]
+    merging, always = of_loras.split_always_on(active)
     loras = sum(concept.lora is not None for concept in merging)
     settled = calibration.settled(loras, pictures=pictures)
     eta = Forecast(on_progress)
@@ -109,25 +113,26 @@ def prepare(
         eta=eta,
         store=store,
         rank=getattr(settings, "rank", None),
-        included=of_loras.always_on(always, "include"),
+        included=[concept for concept in always if concept.always_on == "include"],
         rescues=rescues,
     )
     zero = "left out of the merge: its strength or weight is 0"
     job.notes.extend((concept.name, [zero]) for concept in concepts if not concept.is_active)
-    given = chosen, settings, calibration
+    request = chosen, settings, calibration
     if always and not loras:  # as they are, side by side
-        yield Prepared(job, None, *given, merging, always, wordless, started)
+        yield Prepared(job, None, *request, merging, always, wordless, started)
     elif host is None or not chosen.needs_host:  # weights make no use of prompts
         merging = [concept for concept in merging if concept.lora is not None]
         job = replace(job, concepts=merging, changes=of_loras.changes_of(merging))
-        with chosen.prepare(job, settings) as fit:
-            yield Prepared(job, fit, *given, merging, always, wordless, started)
+        fit = chosen.prepare(job, settings)
+        yield Prepared(job, fit, *request, merging, always, wordless, started)
     else:
         try:
             with of_loras.added(host, of_loras.changes_always(always)):
                 job, others = _looked_at(job, always, chosen, settings, unmergeable)
-                with _with_embeddings(job), chosen.prepare(job, settings) as fit:
-                    yield Prepared(job, fit, *given, merging, always, wordless, started, others)
+                with _with_embeddings(job):
+                    fit = chosen.prepare(job, settings)
+                    yield Prepared(job, fit, *request, merging, always, wordless, started, others)
         except Exception as error:  # where nothing can be tried with less
             if isinstance(error, IterisError) or not is_out_of_memory(error):
                 raise

@@ -44,16 +44,17 @@ def preview_merge(
     encoders and a few rows of noise run. Raises :class:`IterisError` if the merge would be refused.
     """
     with prepare(host, concepts, method, **how) as prepared:
-        job, fit = prepared.job, prepared.fit
-        if fit is None or all(concept.lora is None for concept in job.concepts):
+        job = prepared.job
+        if prepared.fit is None or all(concept.lora is None for concept in job.concepts):
             why = "every LoRA is always on or has no trigger words, so they are only added up"
             return Preview([f"nothing is merged: {why}"])
         if not prepared.method.needs_host:
             return Preview([f"{method} looks at weights only: no rows"])
-        passes = fit.passes
-        if passes is None:
-            raise UsageError(f"{method} does not plan its memory.")
-        passes.plan()
+        with prepared.fit as fit:
+            passes = fit.passes
+            if passes is None:
+                raise UsageError(f"{method} does not plan its memory.")
+            passes.plan()
         limited = [plan for plan in passes.plans if plan.budget < math.inf]
         return Preview(
             passes.lines,

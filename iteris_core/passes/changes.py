@@ -103,10 +103,10 @@ def with_wordless_on(concepts: Sequence[Concept]) -> list[Concept]:
     ]
 
 
-def always_on(concepts: Sequence[Concept], *kinds: str) -> list[Concept]:
-    """The concepts that are on in every forward; with ``kinds``, only those whose ``always_on`` is
-    one of these."""
-    return [one for one in concepts if one.always_on in (kinds or ("include", "outside"))]
+def split_always_on(concepts: Sequence[Concept]) -> tuple[list[Concept], list[Concept]]:
+    """The concepts to merge, and those that are on in every forward."""
+    merging = [concept for concept in concepts if concept.always_on == "no"]
+    return merging, [concept for concept in concepts if concept.always_on != "no"]
 
 
 def changes_always(concepts: Sequence[Concept]) -> dict[str, LowRank]:
