@@ -66,9 +66,8 @@ def test_inputs_go_over_a_preset_where_they_are_changed(pack):
 
     def samples(*given):
         config = inputs.Request(*given, values=usual).config((), "iteris")
-        return core.methods.registry.settings_over(config.preset, "iteris", {}, config.calibration)[
-            1
-        ].samples
+        over = core.methods.registry.settings_over
+        return over(config.preset, "iteris", {}, config.calibration)[1].samples
 
     assert settings() == {}
     assert settings(rank=4, ridge=0.1) == {"rank": 4, "ridge": 0.1}
