@@ -241,7 +241,7 @@ def _better(job: Job, merged: Merged) -> tuple[Merged, dict[str, list[float]]]:
     if len(versions) == 1 or not shares[0]:
         return merged, shares[0]
     after, before = (fmean(share for use in of.values() for share in use) for of in shares)
-    told = f"held-out rows keep {after:.3f} with them and {before:.3f} without"
+    comparison = f"held-out rows keep {after:.3f} with them and {before:.3f} without"
     better = before <= after
-    job.notes.append(("steps", [f"{told}, so they are {'kept' if better else 'left out'}"]))
+    job.notes.append(("steps", [f"{comparison}, so they are {'kept' if better else 'left out'}"]))
     return versions[not better], shares[not better]

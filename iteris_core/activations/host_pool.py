@@ -185,7 +185,7 @@ def _parts(packed: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def empty_host_cache() -> None:
     """Return torch's unused cached pinned memory to the system."""
     old = getattr(torch._C, "_host_emptyCache", None)  # of older versions
-    empty: Any = getattr(torch.accelerator, "empty_host_cache", old)
+    empty: Any = getattr(getattr(torch, "accelerator", None), "empty_host_cache", old)
     if empty is not None:
         empty()
 

@@ -137,8 +137,13 @@ def is_apart(device: torch.device) -> bool:
 
 def wait_for(device: torch.device) -> None:
     """Wait until the device has finished its work."""
-    if is_apart(device) or device.type == "mps":
-        torch.accelerator.synchronize(device)
+    # torch.accelerator is not in every ComfyUI's torch.
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "xpu":
+        torch.xpu.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

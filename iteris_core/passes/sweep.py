@@ -60,15 +60,18 @@ class Passes:
     _solutions: Solutions = field(default_factory=dict[str, Solution])
     _turn: int = 0
 
-    def plan(self) -> None:
-        """Plan every stage, before anything is denoised, so that what does not fit fails now."""
+    def plan(self, *, of_rows: bool = True) -> None:
+        """Plan every stage, before anything is denoised, so that what does not fit fails now. Rows
+        that need no denoising are planned themselves, unless :meth:`solve` does it when it reaches
+        them (not ``of_rows``), so that none runs twice."""
         job, lockstep = self.run.job, self.run.lockstep
         if self.schedule.sweep:
             greenlets()  # before samples are made
         lockstep.merged = {}
         job.eta.expect(DENOISING, [job.denoising_work])
         self._expect()
-        for stage in self.run.ahead.stages():
+        ahead = self.run.ahead
+        for stage in ahead.stages() if of_rows or ahead is not self.run else ():
             # A measurement is to find all changes cast.
             firsts = {row.concept: row for row in reversed(stage.rows)}
             for owner, row in firsts.items():
@@ -83,7 +86,7 @@ class Passes:
     def solve(self) -> Merged:
         """Every site's solution, in execution order. A site that no forward reaches is an error."""
         if not self.plans:
-            self.plan()
+            self.plan(of_rows=False)
         run, convergence, before = self.run, list[float](), Solutions()
         _ = run.samples
         run.job.eta.expect(DENOISING, [])  # some may have been cached
@@ -118,7 +121,8 @@ class Passes:
         if schedule.passes > 1:
             job.tick(ITERATIONS, self._turn, schedule.passes)
         for stage in self.run.stages():
-            plan = self._latest[stage.name].of(stage)
+            latest = self._latest.get(stage.name)
+            plan = self._planned(stage) if latest is None else latest.of(stage)
             attempt = partial(
                 self._sweep if schedule.sweep else self._collect_then_solve,
                 self.solver_of(plan.stage),
