@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from markdown_tables import figures, half_width, lead, load, merges, runs, share, shown, table
-from protocol.figures import stat
+from protocol.figures import Place, stat
 from protocol.plan import SINGLE, Unit
 
 NAMES = {SINGLE: "each LoRA alone"}
@@ -171,7 +171,7 @@ def _difference(
     for head in heads if both else ():
         less = {key: figure(ours[key][head]) - figure(theirs[key][head]) for key in both}
         if isinstance(both[0][0], int):
-            cells.append(lead(stat({(key[0], key): {"": one} for key, one in less.items()})))
+            cells.append(lead(stat({Place(key[0], key): {"": one} for key, one in less.items()})))
         else:
             below = sum(one < 0 for one in less.values())
             mean = lead({"mean": fmean(less.values()), "interval": None})

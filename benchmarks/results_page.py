@@ -15,6 +15,7 @@ from typing import Any
 from markdown_tables import figures, half_width, lead, load, short, table
 from outputs import ROOT
 from page_tables import FRONT
+from protocol.figures import LESS, ONE_TRAINING, separated
 
 PLOT = ROOT / "docs" / "images" / "results-kept.svg"
 RUNS = "unseen_reported"
@@ -104,12 +105,17 @@ def save_plot() -> None:
         figure.savefig(PLOT, metadata={"Date": None, "Description": description})
 
 
+Cell = tuple[str, Mapping[str, Any]]
+"""The best rival in a figure, and ours less the rival's"""
+
+
 def verdicts() -> list[str]:
-    """A row for each number of LoRAs and each regime: the best rival and the differences."""
-    rows: list[list[str]] = []
+    """A row for each number of LoRAs and each regime: the best rival in each figure and the
+    differences; bold is what stays separated from 0 by Holm's correction over the table."""
+    found: list[tuple[str, list[Cell | None]]] = []
     for label, runs, _ in REGIMES:
         for size, of in figures(runs)["sizes"].items():
-            rows.append(_verdict(label.format(size), of))
+            found.append((label.format(size), [_best(of, NEW, name) for name in MEASURES]))
     for runs, kind, name, label in (
         ("unseen_styles", "styled", "judge", "a subject in a style: the subject"),
         ("unseen_styles", "styled", "style", "a subject in a style: the style"),
@@ -117,8 +123,25 @@ def verdicts() -> list[str]:
         ("unseen_pairs", "pair", "right", "two in one picture"),
         ("unseen_pairs", "halves", "right", "two in one picture, a prompt for each"),
     ):
-        rows.append(_single(label, figures(runs)["sizes"]["2"], kind, name))
-    return table(("", "best rival", *MEASURES.values(), "units"), rows, labels=2)
+        found.append((label, [None, _best(figures(runs)["sizes"]["2"], kind, name)]))
+    every = [cell for _, cells in found for cell in cells if cell]
+    apart = iter(separated([of for _, of in every]))
+    rows = [
+        [
+            label,
+            " / ".join(dict.fromkeys(cell[0] for cell in cells if cell)),
+            *(difference(cell[1], apart=next(apart)) if cell else "" for cell in cells),
+            "{concepts} × {trainings}".format_map([cell for cell in cells if cell][-1][1]),
+        ]
+        for label, cells in found
+    ]
+    heads = ("", "best rival", *MEASURES.values(), "concepts × trainings")
+    count = sum("**" in cell for row in rows for cell in row)
+    return [
+        *table(heads, rows, labels=2),
+        "",
+        f"Of {len(every)} differences, {count} hold by Holm's correction over the table.",
+    ]
 
 
 def rivals(found: Mapping[str, Any]) -> list[str]:
@@ -126,22 +149,9 @@ def rivals(found: Mapping[str, Any]) -> list[str]:
     return [r for r in found["against"] if r not in REFERENCES and not r.startswith("iteris")]
 
 
-def _verdict(regime: str, found: Mapping[str, Any]) -> list[str]:
-    best = max(rivals(found), key=lambda name: found["rows"][name][NEW]["likeness"]["mean"])
-    against = found["against"][best][NEW]
-    cells = [difference(against[name]) for name in MEASURES]
-    return [regime, label_of(best), *cells, _units(against["judge"])]
-
-
-def _single(regime: str, found: Mapping[str, Any], kind: str, name: str) -> list[str]:
-    """Of a figure that only counts attributes."""
+def _best(found: Mapping[str, Any], kind: str, name: str) -> Cell:
     best = max(rivals(found), key=lambda rival: found["rows"][rival][kind][name]["mean"])
-    of = found["against"][best][kind][name]
-    return [regime, label_of(best), "", difference(of), _units(of)]
-
-
-def _units(of: Mapping[str, Any]) -> str:
-    return f"{of['n']} {of['units']}"
+    return label_of(best), found["against"][best][kind][name]
 
 
 def label_of(method: str) -> str:
@@ -149,9 +159,16 @@ def label_of(method: str) -> str:
     return NAMES.get(method) or NAMES.get(head) or OTHERS.get(head, head)
 
 
-def difference(of: Mapping[str, Any]) -> str:
+def difference(of: Mapping[str, Any], *, apart: bool) -> str:
     """A verdict with the paired difference and the half width of its interval."""
-    return lead(of) if of["interval"] is None else f"{of['verdict']} ({lead(of)})"
+    if of["interval"] is None:
+        return lead(of)
+    return f"**{of['verdict']}** ({lead(of)})" if apart else f"{of['verdict']} ({lead(of)})"
+
+
+def below(of: Mapping[str, Any], *, less: bool) -> bool:
+    """Whether the interval says that ours is worse, be it of one training."""
+    return bool(of["interval"]) and (of["interval"][0] > 0 if less else of["interval"][1] < 0)
 
 
 def behind() -> list[str]:
@@ -167,8 +184,9 @@ def behind() -> list[str]:
         for at, against in every:
             for rival, kinds in against.items():
                 of = kinds.get(kind, {}).get(name)
-                if rival not in REFERENCES and of and of["verdict"] == "behind":
-                    by = short(f"{abs(of['mean']):.3f} at {at}")
+                if rival not in REFERENCES and of and below(of, less=name in LESS):
+                    once = ", one training" if of["verdict"] == ONE_TRAINING else ""
+                    by = short(f"{abs(of['mean']):.3f} at {at}{once}")
                     found.setdefault(label_of(rival), []).append(by)
         if found:
             rivals = ". ".join(

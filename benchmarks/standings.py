@@ -26,7 +26,7 @@ COLUMNS: Sequence[tuple[str, str, str]] = (
 COSTS = {"seconds": ("seconds", 1), "rank": ("rank", 1), "MiB": ("bytes", 2**20)}
 """Heading → what a run has of it, and its unit"""
 _LEAD = """<p>LoRAs of {}, drawn on prompts whose words no calibration prompt had. Means over n sets
-of LoRAs; ± half of a 95 % interval over concepts or trainings, whichever is wider. A click on a
+of LoRAs; ± half of a 95 % interval, clustered by concept and training. A click on a
 heading sorts.</p>"""
 
 

@@ -49,12 +49,12 @@ class Prompt:
     background: str
 
 
-def templates() -> list[str]:
+def templates(backgrounds: Sequence[str] = SEEN) -> list[str]:
     """Those of calibration, with "{}" for the concept: every plain frame on every plain surface of
-    the backgrounds `SEEN`."""
+    the backgrounds."""
     return [
         template.format(thing="a {}", scene=f"on a {adjective} {surface}")
-        for background in SEEN
+        for background in backgrounds
         for adjective in _WORDS["grounds"][background]["plain"]
         for surface in _WORDS["surfaces"]["plain"]
         for template in _WORDS["frames"]["plain"]
@@ -85,10 +85,14 @@ def prompts(concept: ToyConcept, kind: Kind, count: int) -> list[Prompt]:
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Of a scene with one thing, as the base hears it, in plain and in learned words."""
-    thing = _article(_thing(scene.placed[0], rng))
+    return said(_article(_thing(scene.placed[0], rng)), scene.background, rng)
+
+
+def said(thing: str, background: str, rng: np.random.Generator) -> str:
+    """Of a thing on a background, in plain and in learned words."""
     if rng.random() < 0.05:
         return thing
-    where = _scene(scene.background, rng)
+    where = _scene(background, rng)
     return _one(_WORDS["frames"], rng).format(thing=thing, scene=where)
 
 

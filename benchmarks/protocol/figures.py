@@ -1,7 +1,8 @@
 """The figures of what was measured: means over sets, and paired differences with intervals.
 
-Sets that share concepts, or LoRAs of one training, are not independent. An interval is therefore
-over concepts or over trainings, whichever is wider.
+Sets that share concepts, or LoRAs of one training, are not independent. An interval is clustered by
+concept and by training at once: V = V_concepts + V_trainings − V_both (Cameron, Gelbach and Miller,
+2011), with the quantile of Student's t for the fewer of the two.
 """
 
 from __future__ import annotations
@@ -9,15 +10,24 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from statistics import fmean, median, stdev
-from typing import Any
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+from scipy.stats import t as student
 
 from .plan import BASE, SINGLE, Unit
 from .runs import Entry
 
 Figures = dict[str, Any]
-Place = tuple[int, tuple[str, ...]]
-"""A replicate, of a training of its own where there are several, and the names of a set."""
+
+
+class Place(NamedTuple):
+    """A set in a training of its LoRAs, once for each replicate."""
+
+    training: int
+    names: tuple[str, ...]
+    replicate: int = 0
+
 
 ByConcept = dict[str, float]
 Row = dict[str, dict[str, ByConcept]]
@@ -37,50 +47,48 @@ COLLAPSED = 0.5
 LESS = ("pixels",)
 """Figures of which less is better."""
 
-FEWEST, WIDEST = 5, 0.1
-"""Units of an interval, and its width, that a verdict of *level* needs."""
+WIDEST = 0.1
+"""The widest interval of a verdict of *level*."""
 
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-      2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
-      2.052, 2.048, 2.045)  # fmt: skip
-"""Student's 97.5 % quantile by degrees of freedom, from one on; 1.96 beyond."""
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Half of the 95 % interval by Student's t; infinite for a single value."""
-    n = len(values)
-    if n < 2:
-        return math.inf
-    return stdev(values) / math.sqrt(n) * (_T[n - 2] if n - 2 < len(_T) else 1.96)
+ONE_TRAINING = "unknown: one training"
 
 
 def stat(cells: Cells) -> Figures:
-    """Mean over sets, the median and the least set, and the 95 % interval over the ``n`` units
-    ("concepts" or "trainings") that make it wider."""
+    """Mean over sets, the median and the least set, and the 95 % interval: ``error`` is its
+    standard error, ``n`` the fewer of ``concepts`` and ``trainings``. Of one training, or of
+    pictures without a concept, it is clustered by the other alone."""
+    count = len(cells)
     sets = [fmean(of.values()) for of in cells.values()]
-    wide, units, n = max(
-        (half_width(values), name, len(values)) for name, values in units_of(cells).items()
-    )
     mean = fmean(sets)
-    interval = [mean - wide, mean + wide] if math.isfinite(wide) else None
+    off = [
+        (name, place.training, (value - mean) / (count * len(of)))
+        for place, of in cells.items()
+        for name, value in of.items()
+    ]
+    units = concepts, trainings = [{place[i] for place in off} - {""} for i in (0, 1)]
+    ways = [1] if not concepts else [0] if len(trainings) == 1 else [0, 1]
+    n = min(len(units[way]) for way in ways)
+    each = [_clustered([of[way] for of in off], off) for way in ways]
+    variance = sum(each)
+    if len(each) == 2:
+        both = variance - _clustered([of[:2] for of in off], off)
+        variance = both if both > 0 else max(each)
+    wide = student.ppf(0.975, n - 1) * math.sqrt(variance) if n > 1 else math.inf
     return {
-        "mean": mean, "interval": interval, "n": n, "units": units,
-        "sets": len(sets), "median": median(sets), "least": min(sets),
+        "mean": mean, "interval": [mean - wide, mean + wide] if n > 1 else None,
+        "error": math.sqrt(variance) if n > 1 else None, "n": n,
+        "concepts": len(concepts), "trainings": len(trainings),
+        "sets": count, "median": median(sets), "least": min(sets),
     }  # fmt: skip
 
 
-def units_of(cells: Cells) -> dict[str, list[float]]:
-    """The means by concept, and by training where there are three or more."""
-    by_concept: dict[str, list[float]] = defaultdict(list)
-    by_training: dict[int, list[float]] = defaultdict(list)
-    for (training, _), of in cells.items():
-        by_training[training].append(fmean(of.values()))
-        for name, value in of.items():
-            by_concept[name].append(value)
-    units = {"concepts": by_concept} if "" not in by_concept else {}
-    if len(by_training) > 2 or not units:
-        units["trainings"] = by_training
-    return {name: [fmean(some) for some in of.values()] for name, of in units.items()}
+def _clustered(of: Sequence[Any], off: Sequence[tuple[str, int, float]]) -> float:
+    """The variance of a mean whose weighted deviations are summed by cluster."""
+    sums: dict[Any, float] = defaultdict(float)
+    for cluster, (_, _, value) in zip(of, off, strict=True):
+        sums[cluster] += value
+    n = len(sums)
+    return n / (n - 1) * sum(value**2 for value in sums.values()) if n > 1 else 0.0
 
 
 def row(entry: Entry, alone: Entry, base: Entry, kinds: Sequence[str]) -> Row:
@@ -141,15 +149,34 @@ def against(ours: Cells, theirs: Cells, *, less: bool) -> Figures:
     return found | {"verdict": verdict(found, less=less)}
 
 
+def separated(found: Sequence[Figures]) -> list[bool]:
+    """Whether each of the differences of one table leaves out 0 at 5 % by Holm's correction."""
+    chances = [
+        2 * float(student.sf(abs(of["mean"]) / of["error"], of["n"] - 1))
+        if of["error"] and (of["trainings"] > 1 or not of["concepts"])
+        else 1.0
+        for of in found
+    ]
+    tested = sum(chance < 1 for chance in chances)
+    apart = [False] * len(found)
+    for rank, i in enumerate(sorted(range(len(found)), key=chances.__getitem__)):
+        if rank >= tested or chances[i] > 0.05 / (tested - rank):
+            break
+        apart[i] = True
+    return apart
+
+
 def verdict(found: Figures, *, less: bool = False) -> str:
     """``first`` or ``behind`` where the 95 % interval of differences leaves out 0, ``level`` where
-    it holds 0, is of at least :data:`FEWEST` units and no wider than :data:`WIDEST`, else
-    ``unknown``."""
+    it holds 0 and is no wider than :data:`WIDEST`, else ``unknown``; of one training
+    :data:`ONE_TRAINING`."""
+    if found["concepts"] and found["trainings"] < 2:
+        return ONE_TRAINING
     if found["interval"] is None:
         return "unknown"
     low, high = found["interval"]
     if low <= 0 <= high:
-        return "level" if found["n"] >= FEWEST and high - low <= WIDEST else "unknown"
+        return "level" if high - low <= WIDEST else "unknown"
     return "first" if (low > 0) != less else "behind"
 
 
@@ -176,7 +203,8 @@ def rows_by_size(alone: Mapping[str, Entry], merged: Mapping[str, Entry]) -> dic
     rows: dict[int, Rows] = {}
     for unit, entry in _units(merged):
         kinds = [kind for kind, of in entry.items() if isinstance(of, list)]
-        of_size, place = rows.setdefault(len(unit.names), {}), (unit.replicate, unit.names)
+        of_size = rows.setdefault(len(unit.names), {})
+        place = Place(unit.trained, unit.names, unit.replicate)
         own, base = (reference(method, unit, kinds) for method in (SINGLE, BASE))
         if own and base:
             for label, of in ((SINGLE, own), (BASE, base), (unit.label, entry)):

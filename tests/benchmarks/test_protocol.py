@@ -17,7 +17,15 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import blind  # noqa: E402
-from protocol.figures import against, half_width, results, row, stat  # noqa: E402
+from protocol.figures import (  # noqa: E402
+    Place,
+    against,
+    results,
+    row,
+    separated,
+    stat,
+    verdict,
+)
 from protocol.held_out import held_out, merged, words_of  # noqa: E402
 from protocol.plan import BASE, SINGLE, Plan, Unit, sets_of  # noqa: E402
 from protocol.runs import Runs  # noqa: E402
@@ -70,43 +78,68 @@ class FakeWorld:
 
 def cells(*values: float) -> dict:
     """A figure of one concept in each of several trainings."""
-    return {(training, ("a",)): {"a": value} for training, value in enumerate(values)}
+    return {Place(training, ("a",)): {"a": value} for training, value in enumerate(values)}
 
 
-def test_an_interval_is_students():
-    assert half_width([0.6, 0.7, 0.8]) == pytest.approx(4.303 * 0.1 / 3**0.5)
-    found = stat(cells(0.6, 0.7, 0.8))
-    assert (found["mean"], found["n"], found["units"]) == (pytest.approx(0.7), 1, "concepts")
-    assert found["interval"] is None  # the one concept is the wider unit
+def test_an_interval_is_students_over_the_fewer_units():
+    found = stat({Place(0, ("a", "b", "c")): {"a": 0.6, "b": 0.7, "c": 0.8}})
+    wide = 4.303 * 0.1 / 3**0.5
+    assert found["interval"] == pytest.approx([0.7 - wide, 0.7 + wide], abs=1e-4)
+    assert (found["n"], found["concepts"], found["trainings"]) == (3, 3, 1)
+    assert verdict(found) == "unknown: one training"
+    alone = stat(cells(0.6, 0.7, 0.8))  # of one concept there is no interval
+    assert (alone["interval"], verdict(alone)) == (None, "unknown")
+    without = stat({Place(t, ("a",)): {"": v} for t, v in enumerate((0.6, 0.7, 0.8))})
+    assert without["interval"] == found["interval"]
+    assert verdict(without) == "first"
 
 
-def test_the_wider_of_two_units_makes_the_interval():
-    """Concepts differ and trainings do not, then the other way round."""
-    by_concept = {(t, ("a", "b")): {"a": 0.2, "b": 0.8} for t in range(3)}
-    assert (stat(by_concept)["units"], stat(by_concept)["n"]) == ("concepts", 2)
-    by_training = {(t, ("a", "b")): {"a": v, "b": v} for t, v in enumerate((0.1, 0.5, 0.9))}
-    found = stat(by_training)
-    assert (found["units"], found["n"], found["sets"]) == ("trainings", 3, 3)
-    assert (found["median"], found["least"]) == (0.5, pytest.approx(0.1))
+def test_an_interval_is_clustered_by_concept_and_training():
+    """Against the three sums of Cameron, Gelbach and Miller, written out."""
+    values = np.array([[0.1, 0.4, 0.9], [0.2, 0.6, 0.8], [0.3, 0.5, 0.4], [0.2, 0.1, 0.9]])
+    found = stat(
+        {Place(t, tuple("abc")): dict(zip("abc", of, strict=True)) for t, of in enumerate(values)}
+    )
+    off = (values - values.mean()) / values.size
+    by_concept = 3 / 2 * (off.sum(0) ** 2).sum()
+    by_training = 4 / 3 * (off.sum(1) ** 2).sum()
+    both = 12 / 11 * (off**2).sum()
+    assert found["error"] ** 2 == pytest.approx(by_concept + by_training - both)
+    half = found["interval"][1] - found["mean"]
+    assert half == pytest.approx(4.3027 * found["error"], rel=1e-4)
+    assert (found["n"], found["sets"], found["least"]) == (3, 4, pytest.approx(0.4))
 
 
-def test_differences_are_paired_and_level_takes_five_units():
+def test_a_table_is_corrected_by_holm():
+    def of(mean: float, error: float | None = 1.0, trainings: int = 9):
+        return {"mean": mean, "error": error, "n": 100, "trainings": trainings, "concepts": 100}
+
+    # Of three tests the least chance is held to .05 / 3, the next to .05 / 2, the last to .05.
+    assert separated([of(2.3), of(2.1), of(3.0)]) == [True, True, True]
+    assert separated([of(2.1), of(2.1), of(3.0)]) == [False, False, True]
+    assert separated([of(2.1), of(9.0, trainings=1), of(9.0, None)]) == [True, False, False]
+
+
+def test_differences_are_paired():
     """Concepts differ by far more than the methods do in each of them."""
     names = "abcdef"
-    ours = {(0, tuple(names)): dict(zip(names, (0.1, 0.5, 0.9, 0.3, 0.7, 0.2), strict=True))}
-    theirs = {place: {n: v - 0.02 for n, v in of.items()} for place, of in ours.items()}
-    theirs[0, tuple(names)]["a"] -= 0.01
-    found = against(ours, theirs | cells(1.0), less=False)
+    levels = (0.1, 0.5, 0.9, 0.3, 0.7, 0.2)
+    ours = {Place(t, tuple(names)): dict(zip(names, levels, strict=True)) for t in range(6)}
+
+    def less(by):
+        return {
+            place: {n: v - by(i, place.training) for i, (n, v) in enumerate(of.items())}
+            for place, of in ours.items()
+        }
+
+    theirs = less(lambda i, t: 0.02 + 0.01 * (i == 0) + 0.001 * t)
+    found = against(ours, theirs | {Place(9, ("a",)): {"a": 1.0}}, less=False)
     assert (found["n"], found["verdict"]) == (6, "first")
-    assert found["mean"] == pytest.approx(0.13 / 6)
+    assert found["mean"] == pytest.approx(0.0225 + 0.01 / 6)
     assert against(ours, theirs, less=True)["verdict"] == "behind"
-    even = {place: {n: v + 0.01 * (-1) ** i for i, (n, v) in enumerate(of.items())}
-            for place, of in ours.items()}  # fmt: skip
+    even = less(lambda i, t: 0.01 * (-1) ** (i + t))
     assert against(ours, even, less=False)["verdict"] == "level"
-    few = {place: {n: of[n] for n in "abcd"} for place, of in even.items()}
-    assert against(few, ours, less=False)["verdict"] == "unknown"
-    wide = {place: {n: v + 0.3 * (-1) ** i for i, (n, v) in enumerate(of.items())}
-            for place, of in ours.items()}  # fmt: skip
+    wide = less(lambda i, t: 0.3 * (-1) ** i)
     assert against(ours, wide, less=False)["verdict"] == "unknown"
 
 
@@ -187,7 +220,7 @@ def test_a_run_of_the_plan_goes_on_where_it_stopped(host, tmp_path):
     assert rows["iteris"]["new words"]["likeness kept"]["sets"] == 2
     assert rows[BASE]["no trigger"]["pixels"]["mean"] == 0
     lead = found["against"][BASE]["new words"]["likeness"]
-    assert (lead["n"], lead["verdict"]) == (4, "first")
+    assert (lead["n"], lead["verdict"]) == (4, "unknown: one training")
     assert rows["iteris"]["new words"]["likeness kept"]["collapsed"] == 0
 
 
