@@ -55,9 +55,9 @@ def regmean_plus_plus(job: Job, settings: RegMeanSettings) -> RegressionSpec:
 @dataclass(frozen=True)
 class ChainOfMergesSettings(Settings):
     ridge: float = setting(
-        1e-6,
-        "How strongly a layer is pulled toward the LoRAs, so that layers with few tokens have a "
-        "solution.",
+        1e-4,
+        "How strongly a layer is pulled toward the LoRAs. With less, a merge falls apart at other "
+        "strengths and beside other LoRAs.",
         low=0,
         below=1,
     )
