@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -135,6 +136,7 @@ class CompareMerges(io.ComfyNode):
                 *sampling_inputs(),
                 preset_input(),
                 minutes_input(),
+                io.String.Input("strengths", default="1", optional=True),
                 *beside_inputs(),
             ],
             group="compare",
@@ -146,25 +148,45 @@ class CompareMerges(io.ComfyNode):
     def execute(cls, model: Any, concepts: Any, clip: Any = None, **values: Any) -> io.NodeOutput:
         request = Request.of(values, model)
         rows = _rows(values, specs_of(concepts), request)
+        strengths = _strengths(values.get("strengths", "1"))
         node_id = cls.hidden.unique_id
-        models, clips, reports = [], [], []
+        drawn: list[tuple[str, Any, Any]] = []
+        reports: list[str] = []
         for label, config in rows:
-            drawn = model, clip
-            if config is not None:
-                merge = merged(model, clip, config, request, node_id)
-                drawn = apply_lora(model, clip, as_lora_model(merge))
-                reports.append(f"{label}: {merge.report}")
-            models.append(drawn[0])
-            clips.append(drawn[1])
+            if config is None:
+                drawn.append((label, model, clip))
+                continue
+            merge = merged(model, clip, config, request, node_id)
+            reports.append(f"{label}: {merge.report}")
+            for strength in strengths:
+                at = replace(merge, lora=scaled_lora(merge.lora, strength))
+                name = label if strengths == [1] else f"{label} at {strength:g}"
+                drawn.append((name, *apply_lora(model, clip, as_lora_model(at))))
         report = "\n".join(reports)
         show_text(report, node_id)
-        labels = [label for label, _ in rows]
+        labels, models, clips = (list(column) for column in zip(*drawn, strict=True))
         return io.NodeOutput(models, clips, labels, report, ui=ui_text(report))
 
 
 def _row(number: int, first: str) -> Any:
     choices = [_NONE, _BASE, _EACH, _STACKED, *(name for name in method_names() if name != _SUM)]
     return io.Combo.Input(f"row_{number}", options=choices, default=first, optional=True)
+
+
+def _strengths(text: str) -> list[float]:
+    """Those that are listed, each once; 1 where none is."""
+    try:
+        found = [float(part) for part in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise IterisError(
+            'Compare Merges: strengths are numbers with commas between, as "0.6, 1, 1.4", and '
+            f"{text!r} has something else."
+        ) from error
+    if not all(math.isfinite(strength) for strength in found):
+        raise IterisError(
+            f"Compare Merges: strengths must be finite, and {text!r} has one that is not."
+        )
+    return list(dict.fromkeys(found)) or [1.0]
 
 
 def _rows(

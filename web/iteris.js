@@ -2,6 +2,7 @@
 // which stays after a reload, and lists that know of a LoRA that was saved.
 import { app } from '../../scripts/app.js';
 import { api } from '../../scripts/api.js';
+import { compareWith, isMerge } from './compare.js';
 import { fromLoraList, isLoraList, prepareLoras } from './lora_rows.js';
 import { asText, label } from './page_text.js';
 
@@ -140,7 +141,10 @@ app.registerExtension({
     if (TELLING.includes(node.comfyClass)) node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]);
   },
   getNodeMenuItems(node) {
-    return isLoraList(node) ? [{ content: 'To IterIS LoRAs', callback: () => fromLoraList(node) }] : [];
+    return [
+      isLoraList(node) && { content: 'To IterIS LoRAs', callback: () => fromLoraList(node) },
+      isMerge(node) && { content: 'Compare with each LoRA alone', callback: () => compareWith(node) },
+    ].filter(Boolean);
   },
   setup() {
     // The old front end scrolls a text from 200 pixels on, however high the node is.

@@ -290,6 +290,30 @@ withPage(base, async (page, errors) => {
   await set('merge', { strength: 0.5 });
   seen.again = await run();
 
+  // The merge beside each LoRA alone, in one press on it.
+  seen.compared = await page.evaluate(() => {
+    const { app } = window;
+    const merge = app.graph._nodes.find(({ type }) => type === 'IterisMerge');
+    const before = new Set(app.graph._nodes);
+    app.canvas.getNodeMenuOptions(merge).find((one) => one?.content === 'Compare with each LoRA alone').callback();
+    const made = app.graph._nodes.filter((node) => !before.has(node));
+    const [compare] = made;
+    window.iterisMade = made;
+    return {
+      types: made.map(({ type }) => type),
+      open: made.flatMap(({ type, inputs }) => inputs.filter((input) => input.link == null && !input.widget).map(({ name }) => `${type} ${name}`)),
+      asked: made.filter(({ type }) => type === 'CLIPTextEncode').map((node) => node.getInputNode(node.inputs.findIndex(({ name }) => name === 'text'))?.type),
+      values: Object.fromEntries(compare.widgets.map(({ name, value }) => [name, value])),
+    };
+  });
+  await page.evaluate(() => {
+    window.iterisMade[0].widgets.find(({ name }) => name === 'strengths').value = '0.5, 1';
+  });
+  seen.rows = [await run(), JSON.stringify((await history()).at(-1).outputs)];
+  await view(0.6, 160, -420);
+  await picture('compared');
+  await page.evaluate(() => { for (const node of window.iterisMade) window.app.graph.remove(node); });
+
   await view(0.68, 160, 160);
   await add('load', ['LoraLoader', 360, 0]);
   seen.listed = await values('load', 'lora_name');

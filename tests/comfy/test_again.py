@@ -215,6 +215,29 @@ def test_compare_shows_each_lora_alone_and_all_stacked(kit):
         node.execute(kit.model, concepts, kit.clip)
 
 
+def test_compare_draws_rows_at_several_strengths(kit):
+    compare = kit.node("merge_nodes", "CompareMerges").execute
+    rows = {"row_1": "base", "row_2": "stacked", "row_3": "average", "settings": SETTINGS}
+    concepts = kit.concepts()
+
+    def drawn(strengths):
+        given = {**rows, "strengths": strengths}
+        models, clips, labels, _ = compare(kit.model, concepts, kit.clip, **given).result
+        return labels, [kit.draw(*pair) for pair in zip(models, clips, strict=True)]
+
+    labels, pictures = drawn("0.5, 1 0.5")
+    at = ["stacked at 0.5", "stacked at 1", "average at 0.5", "average at 1"]
+    assert labels == ["base", *at]
+    assert drawn("")[0] == ["base", "stacked", "average"]
+    whole = drawn("1")[1]
+    assert torch.equal(pictures[2], whole[1])
+    # Half of the sum of two is their average.
+    assert float((pictures[1] - whole[2]).norm() / whole[2].norm()) < 1e-2
+    for wrong in ("a lot", "nan"):
+        with pytest.raises(kit.core.IterisError, match="strengths"):
+            drawn(wrong)
+
+
 def test_minutes_and_memory_make_no_other_merge(kit, desk):
     """One that left nothing out is the same with more of both, and with several methods at once."""
     desk(minutes=60.0)

@@ -128,8 +128,22 @@ def test_a_first_graph_by_search_and_drag(client, models, tmp_path):
     assert (chain["modes"], chain["taken"]) == ([0, 4, 4, 0], True)
     assert "execution_interrupted" in seen["cancelled"]
     assert (seen["run"], seen["again"]) == ("success", "success")
-    # Another strength does not merge again, and a LoRA that was just saved is in the lists.
-    assert log.read_text().count("IterIS: merged with") == made + 1
+    # The comparison has the inputs of the merge, and what is not connected there is not here.
+    compared, (status, outputs) = seen["compared"], seen["rows"]
+    assert compared["types"] == [
+        "IterisCompareMerges", "CLIPTextEncode", "CLIPTextEncode", "KSampler", "VAEDecode",
+        "IterisScoreSheet", "PreviewImage",
+    ]  # fmt: skip
+    assert compared["asked"] == ["IterisMerge", None]
+    beside = ["conditioning", "latent"]
+    assert compared["open"] == [
+        *(f"IterisCompareMerges {name}" for name in beside), "IterisScoreSheet scores",
+    ]  # fmt: skip
+    assert (compared["values"]["samples"], compared["values"]["row_5"]) == (3, "none")
+    assert status == "success"
+    assert all(text in outputs for text in ("a alone: ", "b alone: ", "stacked: ", "iteris: "))
+    # Neither merges again, and a LoRA that was just saved is in the lists.
+    assert log.read_text().count("IterIS: merged with iteris") == made + 1
     saved = {path.name for path in loras.rglob("*")} - before
     names = {f"iteris/{name}" for name in saved if name.endswith(".safetensors")}
     assert len(names) == 2
