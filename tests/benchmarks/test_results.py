@@ -78,6 +78,7 @@ def is_of_figures(table: str) -> bool:
     return any(re.match(r"\s*[*+-]*\.?\d", cell) for row in rows for cell in row)
 
 
+@pytest.mark.slow
 def test_every_script_imports_and_floors_are_of_their_times():
     """The former finds names that the code no longer has."""
     python(IMPORTS, *SCRIPTS)

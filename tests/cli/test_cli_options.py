@@ -162,6 +162,7 @@ def test_ctrl_c_says_that_nothing_was_written(world, tmp_path, iteris, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_steps_writes_the_merge(world, tmp_path, iteris, monkeypatch):
     """Whichever held-out rows prefer: with the steps so far or without."""
     add, seen = RowGradients.add, []

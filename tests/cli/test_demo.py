@@ -12,10 +12,14 @@ from iteris_core import cli
 
 @pytest.mark.slow
 def test_demo_writes_everything_and_iteris_leads(tmp_path, monkeypatch, capsys):
+    others = {tmp_path / name: name for name in ("cat.safetensors", "cat.md", "unfinished.part")}
+    for path, text in others.items():
+        path.write_text(text)
     monkeypatch.setattr("sys.argv", ["iteris", "demo", "-o", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert not stop.value.code
+    assert {path: path.read_text() for path in others} == others
     scores = json.loads((tmp_path / "scores.json").read_text())
     methods = scores["methods"]
     assert set(methods) == {"iteris", "average", "sum", "single", "base"}

@@ -49,7 +49,6 @@ COMMANDS = {
     "methods": [("methods",), ("methods", "iteris")],
     "explain": [("explain",), ("explain", "IT-16")],
     "store": [("store",), ("store", "--clear")],
-    "demo": [("demo", "-o", "{out}")],
 }  # fmt: skip
 WRITING = {name: [words for words in some if "-o" in words] for name, some in COMMANDS.items()}
 PLACED = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -90,12 +89,11 @@ def filled(words, places) -> list[str]:
 
 
 def test_every_command_is_run():
-    assert COMMANDS.keys() == {one.callback.__name__ for one in cli.app.registered_commands}
+    """``demo`` in ``test_demo.py``."""
+    assert {*COMMANDS, "demo"} == {one.callback.__name__ for one in cli.app.registered_commands}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "demo" else n for n in COMMANDS]
-)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_leaves_the_files_of_others(name, places, tmp_path, iteris, monkeypatch):
     if name == "bake":
         monkeypatch.setattr(sys.modules["iteris_core.cli.files"], "released_base",
@@ -120,7 +118,7 @@ def test_a_command_leaves_the_files_of_others(name, places, tmp_path, iteris, mo
     written = {"out"} if WRITING[name] else set()
     assert new - {"out", "cache"} == set()  # none beside the LoRAs, nor in the temporary folder
     assert written <= new
-    for words in WRITING[name] if name != "demo" else ():
+    for words in WRITING[name]:
         target = words[: words.index("-o")], words[words.index("-o") + 2 :]
         message = iteris.refused(
             *filled((*target[0], "-o", "{out}/cat.safetensors", *target[1]), places)

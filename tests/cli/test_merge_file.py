@@ -33,6 +33,7 @@ CONCEPTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_merge_file_is_the_same_merge_as_the_options(place, iteris, monkeypatch):
     (place / "own.txt").write_text("a zwx dog\nzwx in the snow\n")
     (place / "kept.txt").write_text("a street\n")
@@ -86,6 +87,7 @@ def test_words_and_paths_mean_what_they_mean_to_a_user(place, iteris, monkeypatc
     assert recipe["concepts"][0]["always_on"] == "no"
 
 
+@pytest.mark.slow
 def test_a_merge_comes_again_on_the_base_beside_it(place, iteris):
     merged, again = place / "merged.safetensors", place / "again.safetensors"
     (place / "kept.txt").write_text("a street\n")

@@ -41,6 +41,7 @@ def test_a_pipeline_without_a_text_encoder_is_an_error(pipeline):
         DiffusersHost(pipeline)
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_passes_arguments_on_is_seeded_too(pipeline):
     """Its parent's ``__call__`` names what it takes."""
 

@@ -64,6 +64,7 @@ def counted():
     return Counted(make_case("sd1"))
 
 
+@pytest.mark.slow
 def test_a_kept_sample_gives_the_same_merge_and_is_not_denoised_again(counted, tmp_path):
     concepts, store = two_concepts(counted.case), SampleStore(tmp_path / "new" / "samples")
     plain = counted.merge(concepts)

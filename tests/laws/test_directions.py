@@ -77,6 +77,7 @@ def test_what_the_directions_leave_out_counts_as_cut_off():
     assert found.truncated == pytest.approx(wanted.truncated, abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_merge_in_directions_is_the_same_for_any_micro_batch(host64):
     loras = [random_lora(host64, s, select=lambda s: "down_blocks.0.att" in s) for s in (1, 2)]
     concepts = [Concept(lora, trigger=f"sks{i}") for i, lora in enumerate(loras)]

@@ -128,6 +128,7 @@ def test_half_precision_gradients_neither_vanish_nor_overflow(host, monkeypatch)
     assert found
 
 
+@pytest.mark.slow
 def test_the_better_one_is_kept_and_measured_once(trial, monkeypatch):
     """Held-out rows decide: the mean over all LoRAs and uses."""
     plain, asked = trial.merge(0), []
@@ -211,6 +212,7 @@ def test_ctrl_c_while_held_out_rows_are_measured(trial, what):
     assert result.report.notes[held_out.WHAT] == ["not measured: stopped"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_the_application_in_a_forward(trial, monkeypatch):
     monkeypatch.setattr(DiffusersHost, "interrupts", (Stopped,), raising=False)
     broken_from(monkeypatch, 1, Stopped())
@@ -250,6 +252,7 @@ def test_the_plan_of_the_steps_keeps_the_budget(trial):
     assert rows[0] == 16 > rows[1] > rows[2] >= 1
 
 
+@pytest.mark.slow
 def test_without_memory_for_a_row_there_are_no_steps(trial, monkeypatch, caplog):
     monkeypatch.setattr(RowGradients, "peak", lambda self, rows: rows << 30)
     how = {"memory_budget": 1 << 29}

@@ -84,6 +84,7 @@ def by_layers(host) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("offload", [by_accelerate, by_layers])
 def test_weights_may_be_offloaded(host, pipeline, offload):

@@ -40,6 +40,7 @@ def test_a_preview_leaves_nothing_behind():
     assert all(torch.equal(before[n], w) for n, w in host.model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_budget", [2**30, 6 * 2**18])
 def test_all_parts_have_the_rows_of_the_merge(memory_budget):
     """A text encoder's rows are those that the denoiser needs, whether or not all fit."""
