@@ -1,7 +1,8 @@
 """Merged LoRAs under conditions of use: ``python benchmarks/conditions.py [--world toybox]``.
 
 People load a LoRA at other strengths, beside another one, with another sampler, on a rounded base.
-Each merge is drawn on new words under each of :data:`uses.CONDITIONS`, and so is each LoRA alone;
+Each merge is drawn on new words under each of :data:`uses.CONDITIONS`, and so are each LoRA alone
+and the base with the same other LoRA beside it;
 ``--further``: under :data:`uses.FURTHER` too. ``norm`` is the merge's norm as a multiple of what
 the LoRAs have together, (Σ ‖ΔW_i‖²)^½. Writes ``results/conditions_WORLD.json``. It goes on where
 it stopped (``--seconds``), and merges again for a use that a run lacks.
@@ -21,7 +22,7 @@ import rivals  # noqa: F401 (registers them)
 import styles
 from outputs import read, result_file, rounded, write
 from protocol.held_out import merged as merge
-from protocol.plan import SINGLE, Unit, sets_of
+from protocol.plan import BASE, SINGLE, Unit, sets_of
 from protocol.toybox import ToyboxWorld
 from uses import CONDITIONS, FURTHER, Beside, Use
 from worlds import WORLDS
@@ -30,7 +31,7 @@ from iteris_core import Concept, Lora
 
 SETS = {"toybox": {2: 3, 5: 1}, "reported": {2: 2, 3: 2, 5: 1, 7: 1, 10: 1}}
 """World → how many LoRAs → sets of each training; of more than five LoRAs of the first alone."""
-METHODS = ("iteris", "chain-of-merges:conditions=0", "average")
+METHODS = ("iteris", "chain-of-merges:conditions=0", "average", BASE)
 
 
 def figures(world: ToyboxWorld, lora: Lora, names: Sequence[str], use: Use) -> dict[str, float]:
@@ -69,8 +70,10 @@ def measure(
     more: Beside,
     uses: Mapping[str, Use],
 ) -> dict[str, Any]:
-    """Use → figures of a merge, or of the one LoRA alone."""
-    if label == SINGLE:
+    """Use → figures of a merge, of the one LoRA alone, or of the base with what is beside."""
+    if label == BASE:
+        lora, found = Lora({}), dict[str, Any]()
+    elif label == SINGLE:
         lora, found = world.concepts(names, trained)[0].lora or Lora({}), dict[str, Any]()
     else:
         lora, found = merged(world, world.concepts(names, trained), label, trained)

@@ -10,9 +10,9 @@ from typing import Any
 
 from markdown_tables import figures, half_width, lead, load, merges, runs, share, shown, table
 from protocol.figures import Place, stat
-from protocol.plan import SINGLE, Unit
+from protocol.plan import BASE, SINGLE, Unit
 
-NAMES = {SINGLE: "each LoRA alone"}
+NAMES = {SINGLE: "each LoRA alone", BASE: "no LoRA"}
 COLUMNS: Sequence[tuple[str, str]] = (
     ("seen", "likeness"),
     ("seen", "judge"),
@@ -197,13 +197,21 @@ def _judged(sets: list[Any]) -> str:
 
 
 def conditions_lead() -> list[str]:
-    """Attributes of IterIS less those of Chain of Merges, paired by set and training."""
-    found, rows = _under_conditions(), list[list[str]]()
+    """Attributes of IterIS less those of Chain of Merges, paired by set and training. Where IterIS
+    is not above the base with the same LoRA beside it, a lead is none."""
+    found, rows, uses = _under_conditions(), list[list[str]](), _uses()
     for size in sorted(size for size, label in found if label.startswith("chain")):
-        count, cells = _difference(found, size, _uses(), lambda of: of["judge"])
+        count, cells = _difference(found, size, uses, lambda of: of["judge"])
+        for i, use in enumerate(uses):
+            ours, base = (
+                [of[use]["judge"] for of in found.get((size, label), {}).values()]
+                for label in ("iteris", BASE)
+            )
+            if base and fmean(ours) <= fmean(base):
+                cells[i] = f"none above the base: {cells[i]}"
         if count > 2:
             rows.append([f"{size} LoRAs, n {count}", *cells])
-    return table(("", *_uses()), rows)
+    return table(("", *uses), rows)
 
 
 def _under_conditions() -> Sets:
