@@ -205,14 +205,21 @@ def shared_triggers(concepts: Sequence[Concept]) -> list[list[str]]:
 
 
 def _clash(first: Concept, second: Concept) -> str:
+    def plain(text: str) -> str:
+        return " ".join(text.lower().split())
+
     if first.preserves or second.preserves:
         return ""
+    said, same = ([plain(text) for text in concept.phrases] for concept in (first, second))
+    if said and said == same:
+        return (
+            f"the words {said[0]!r} are those of {first.name}, too. Versions of one LoRA "
+            "(epochs, trainings) become one that fits them all; of two things the merge shows a "
+            "mixture: train one of them with another trigger"
+        )
     for concept, other in ((first, second), (second, first)):
         triggering = [concept.trigger] if concept.trigger else concept.subjects
-        texts, phrases = (
-            [" ".join(text.lower().split()) for text in words]
-            for words in (triggering, other.phrases)
-        )
+        texts, phrases = ([plain(text) for text in of] for of in (triggering, other.phrases))
         # Whole, and by the word that is not common: "sks dog" and "sks cat" share it.
         triggers = {word for text in texts for word in (text, parted(text)[1])} - {""}
         for phrase in phrases:
