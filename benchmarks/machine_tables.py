@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -99,28 +99,33 @@ _ROWS = {"least": "one prompt", "fast": "`fast`", "default": "the default"}
 
 
 def _kept_by_rung() -> Iterator[tuple[tuple[int, str], list[float], int]]:
-    """Size and rung; means over sets of forwards, seconds and shares kept; number of sets. Fewest
-    forwards first."""
+    """Size and rung; means over sets of forwards and seconds, and shares kept, of means over sets
+    and uses; number of sets. Fewest forwards first."""
     runs = {tuple(json.loads(key)): of for key, of in load("ladder.json")["runs"].items()}
-    found: dict[tuple[int, str], list[list[float]]] = {}
-    for (rung, *names), of in runs.items():
-        if "forwards" in of:
-            base, alone = (runs[(kind, *names)] for kind in ("base", "alone"))
-            uses = [use for use in base if isinstance(base[use], dict)]
-            kept = {
-                (use, figure): (of[use][figure] - base[use][figure])
-                / (alone[use][figure] - base[use][figure])
-                for use in uses
-                for figure in ("likeness", "judge")
-            }
-            shares = [kept["plain", figure] for figure in ("likeness", "judge")] + [
-                fmean(kept[use, figure] for use in uses if use != "plain")
-                for figure in ("likeness", "judge")
-            ]
-            sets = found.setdefault((len(names), rung), [])
-            sets.append([of["forwards"], of["seconds"], *shares])
-    for key, sets in sorted(found.items(), key=lambda one: (one[0][0], one[1][0][0])):
-        yield key, [fmean(of) for of in zip(*sets, strict=True)], len(sets)
+    found: dict[tuple[int, str], list[tuple[str, ...]]] = {}
+    for rung, *names in runs:
+        if "forwards" in runs[(rung, *names)]:
+            found.setdefault((len(names), rung), []).append(tuple(names))
+
+    def mean(rung: str, sets: Sequence[tuple[str, ...]], uses: Sequence[str], figure: str) -> float:
+        return fmean(runs[(rung, *names)][use][figure] for names in sets for use in uses)
+
+    def share(rung: str, sets: Sequence[tuple[str, ...]], uses: Sequence[str], of: str) -> float:
+        one, base, alone = (mean(which, sets, uses, of) for which in (rung, "base", "alone"))
+        return (one - base) / (alone - base)
+
+    costs = {
+        key: [fmean(runs[(key[1], *n)][cost] for n in sets) for cost in ("forwards", "seconds")]
+        for key, sets in found.items()
+    }
+    for (size, rung), sets in sorted(found.items(), key=lambda one: (one[0][0], costs[one[0]])):
+        uses = [use for use, of in runs[("base", *sets[0])].items() if isinstance(of, dict)]
+        shares = [
+            share(rung, sets, some, figure)
+            for some in (["plain"], [use for use in uses if use != "plain"])
+            for figure in ("likeness", "judge")
+        ]
+        yield (size, rung), [*costs[size, rung], *shares], len(sets)
 
 
 def ratios() -> list[str]:
