@@ -33,7 +33,7 @@ from iteris_core.lora import SiteChanges
 from iteris_core.methods.fitting import IterisSettings, solver_of, with_repairs
 from iteris_core.passes.batches import ExecutionConfig, limit_of, sampled_rows
 from iteris_core.passes.footprint import ON_DEVICE, Footprint, Measure, Strategy
-from iteris_core.passes.job import Job
+from iteris_core.passes.job import Job, Trace
 from iteris_core.passes.planner import find, others, plan_stage
 
 FILE = result_file("memory.json")
@@ -93,6 +93,22 @@ def qwen_image_call(rows: int) -> Mapping[str, Any]:
     return tensors(rows, timestep=(), **read) | {"img_shapes": [[(1, 64, 64)]] * rows}
 
 
+def klein_call(rows: int) -> Mapping[str, Any]:
+    read = {"hidden_states": (4096, 128), "encoder_hidden_states": (512, 7680)}
+    places = {"img_ids": (4096, 4), "txt_ids": (512, 4)}
+    return tensors(rows, timestep=(), **read, **places) | {"guidance": None}
+
+
+def krea2_call(rows: int) -> Mapping[str, Any]:
+    read = {"hidden_states": (4096, 64), "encoder_hidden_states": (WORDS, 12, 2560)}
+    return tensors(rows, timestep=(), **read) | {"position_ids": empty(WORDS + 4096, 3)}
+
+
+def anima_call(rows: int) -> Mapping[str, Any]:
+    read = {"hidden_states": (16, 1, 128, 128), "encoder_hidden_states": (512, 1024)}
+    return tensors(rows, timestep=(), **read) | {"padding_mask": empty(1, 1, 128, 128)}
+
+
 def wan_call(rows: int) -> Mapping[str, Any]:
     read = {"hidden_states": (16, 5, 60, 104), "encoder_hidden_states": (512, 4096)}
     return tensors(rows, timestep=(), **read)
@@ -116,6 +132,20 @@ MODELS = {
     "FLUX.1, 1024 px": Model(
         "FluxTransformer2DModel", {"guidance_embeds": True}, flux_call, 12,
         (".to_", ".add_", ".ff.net", ".ff_context.net", ".proj_mlp", ".proj_out"),
+    ),
+    "FLUX.2 Klein 4B, 1024 px": Model(
+        "Flux2Transformer2DModel",
+        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24,
+         "joint_attention_dim": 7680, "guidance_embeds": False},
+        klein_call, 8, (".to_", ".add_", ".ff.", ".ff_context."),
+    ),
+    "Krea 2, 1024 px": Model(
+        "Krea2Transformer2DModel", {}, krea2_call, 10, ("transformer_blocks.",),
+    ),
+    "Anima, 1024 px": Model(
+        "CosmosTransformer3DModel",
+        {"num_attention_heads": 16, "extra_pos_embed_type": None},
+        anima_call, 8, (".to_", ".ff.net"),
     ),
     "Z-Image, 1024 px": Model(
         "ZImageTransformer2DModel", {}, z_image_call, 8, (".to_", ".feed_forward."),
@@ -183,7 +213,8 @@ def planned(model: Model) -> dict[str, Any]:
         changes[site] = SiteChanges((change,) * LORAS)
     calibration, generator = Calibration().settled(LORAS, pictures=True), torch.Generator()
     concepts = [Concept(Lora({}), trigger=str(number)) for number in range(LORAS)]
-    job = Job(host, concepts, changes, calibration, generator, lambda *_: None)
+    trace = Trace(norms=dict.fromkeys(host.sites(), 1.0))
+    job = Job(host, concepts, changes, calibration, generator, lambda *_: None, trace=trace)
     job, repairs = with_repairs(job)
     each = calibration.samples * calibration.rows_each
 

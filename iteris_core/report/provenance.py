@@ -205,21 +205,20 @@ def shared_triggers(concepts: Sequence[Concept]) -> list[list[str]]:
 
 
 def _clash(first: Concept, second: Concept) -> str:
-    def plain(text: str) -> str:
-        return " ".join(text.lower().split())
-
     if first.preserves or second.preserves:
         return ""
-    said, same = ([plain(text) for text in concept.phrases] for concept in (first, second))
-    if said and said == same:
+    ours, theirs = (
+        [" ".join(text.lower().split()) for text in concept.phrases] for concept in (first, second)
+    )
+    if ours and ours == theirs:
         return (
-            f"the words {said[0]!r} are those of {first.name}, too. Versions of one LoRA "
-            "(epochs, trainings) become one that fits them all; of two things the merge shows a "
-            "mixture: train one of them with another trigger"
+            f"the words {ours[0]!r} are those of {first.name}, too. Versions of one LoRA (epochs, "
+            "trainings) become one that fits them all; of two things the merge shows a mixture: "
+            "train one of them with another trigger"
         )
-    for concept, other in ((first, second), (second, first)):
+    for concept, phrases in ((first, theirs), (second, ours)):
         triggering = [concept.trigger] if concept.trigger else concept.subjects
-        texts, phrases = ([plain(text) for text in of] for of in (triggering, other.phrases))
+        texts = [" ".join(text.lower().split()) for text in triggering]
         # Whole, and by the word that is not common: "sks dog" and "sks cat" share it.
         triggers = {word for text in texts for word in (text, parted(text)[1])} - {""}
         for phrase in phrases:

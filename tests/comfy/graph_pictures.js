@@ -43,6 +43,8 @@ withPage(`http://127.0.0.1:${port}`, async (page) => {
       const box = canvas.getBoundingClientRect();
       Object.assign(ds, { scale });
       ds.offset = [(sx - box.left) / scale - l, (sy - box.top) / scale - t];
+      // Red where a model's file is not there, in later front ends.
+      for (const node of window.app.graph._nodes) node.has_errors = false;
       window.app.canvas.setDirty(true, true);
     }, [left, top, width / (right - left), LEFT, TOP]);
     await page.waitForTimeout(1500);

@@ -21,17 +21,22 @@ SMALL: dict[str, Any] = {
     "image_size": 64, "latents": "noise", "length": 5,
 }  # fmt: skip
 UNET = ("to_q", "to_v", "to_out.0")
+TWO, THREE, TURBO = ("cat", "dog"), ("cat", "dog", "style"), ("cat", "turbo")
 WORKFLOWS = {
-    "two_concepts_sd15": ("sd15", UNET, 2),
-    "three_concepts_sdxl": ("sdxl", UNET, 3),
-    "lora_stack_sdxl": ("sdxl", UNET, 3),
-    "subject_and_style_sdxl": ("sdxl", UNET, 2),
-    "flux": ("flux", ("img_attn.qkv", "txt_attn.proj", "linear1"), 2),
-    "z_image": ("zimage", ("attention.qkv", "attention.out", "feed_forward.w2"), 2),
-    "qwen_image": ("qwen", ("attn.to_q", "attn.to_v", "attn.to_out.0"), 2),
-    "wan22_two_experts": ("wan", ("self_attn.q", "self_attn.o", "cross_attn.k"), 2),
+    "two_concepts_sd15": ("sd15", UNET, TWO),
+    "three_concepts_sdxl": ("sdxl", UNET, THREE),
+    "lora_stack_sdxl": ("sdxl", UNET, THREE),
+    "subject_and_style_sdxl": ("sdxl", UNET, TWO),
+    "flux": ("flux", ("img_attn.qkv", "txt_attn.proj", "linear1"), TWO),
+    "flux2_klein": ("flux2", ("img_attn.qkv", "txt_attn.proj", "linear1"), TURBO),
+    "krea2": ("krea2", ("attn.wq", "attn.wo", "mlp.down"), TWO),
+    "anima": ("anima", ("self_attn.q_proj", "cross_attn.output_proj", "mlp.layer1"), TURBO),
+    "z_image": ("zimage", ("attention.qkv", "attention.out", "feed_forward.w2"), TWO),
+    "qwen_image": ("qwen", ("attn.to_q", "attn.to_v", "attn.to_out.0"), TWO),
+    "wan22_two_experts": ("wan", ("self_attn.q", "self_attn.o", "cross_attn.k"), TWO),
 }
-"""The model that stands in, the layers that its LoRAs change, and how many a user chooses."""
+"""The model that stands in, the layers that its LoRAs change, and those that a user chooses; one
+of them is known by its name to be always on."""
 LOADERS = ("CLIPLoader", "DualCLIPLoader")
 GONE = ("VAELoader", "SaveImage", "CreateVideo", "SaveVideo")
 
@@ -58,7 +63,8 @@ def with_loras(graph, names):
             concepts[number - 1]["inputs"] |= {**files, "trigger": name}
         else:
             (rows,) = (e["inputs"] for e in graph.values() if e["class_type"] == "IterisLoras")
-            rows |= {f"lora_{number}": f"{name}.safetensors", f"words_{number}": name}
+            words = "" if name == "turbo" else name
+            rows |= {f"lora_{number}": f"{name}.safetensors", f"words_{number}": words}
     return graph
 
 
@@ -103,8 +109,7 @@ def on_reduced(graph, model):
     return graph
 
 
-def write_loras(folder, names, model, layers):
-    network = getattr(reduced_models, model)()[0].model.diffusion_model
+def write_loras(folder, names, network, layers):
     sites = {
         f"diffusion_model.{name}": (module.weight.shape[0], module.weight.shape[1])
         for name, module in network.named_modules()
@@ -116,14 +121,15 @@ def write_loras(folder, names, model, layers):
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_a_workflow_runs_from_its_file(client, models, tmp_path, name):
-    model, layers, count = WORKFLOWS[name]
+    model, layers, names = WORKFLOWS[name]
+    network = getattr(reduced_models, model)()[0].model.diffusion_model  # skips where it is not
     seen = look(client, ROOT / "workflows" / f"{name}.json", tmp_path / "opened.png", "prompt")
     assert (seen["missing"], seen["dialogs"], seen["errors"]) == ([], [], [])
     # Of a front end that is older than its server.
     assert [text for text in seen["toasts"] if "Version Compatibility" not in text] == []
-    graph = with_loras(on_reduced(small(seen["prompt"]), model), ("cat", "dog", "style")[:count])
+    graph = with_loras(on_reduced(small(seen["prompt"]), model), names)
     loras = loras_in(graph)
-    write_loras(models / "models" / "loras", loras, model, layers)
+    write_loras(models / "models" / "loras", loras, network, layers)
     outputs = client.run(graph)
     saved = [
         outputs[number]["text"][0].splitlines()[0]
@@ -131,11 +137,12 @@ def test_a_workflow_runs_from_its_file(client, models, tmp_path, name):
         if entry["class_type"] == "IterisSaveLora"
     ]
     experts = 2 if name == "wan22_two_experts" else 1
-    assert (len(saved), len(loras)) == (experts, experts * count)
+    assert (len(saved), len(loras)) == (experts, experts * len(names))
     for file in saved:
         with safe_open(models / "models" / "loras" / file, "pt") as opened:
             recipe = opened.metadata()["iteris"]
         assert all(Path(lora).stem in recipe for lora in loras)
+        assert ('"always_on": "include"' in recipe) == ("turbo" in names)
         assert str(models) not in recipe
         assert len(load_file(models / "models" / "loras" / file)) >= 3 * len(layers)
     (drawn,) = (shown["latents"] for shown in outputs.values() if "latents" in shown)

@@ -21,6 +21,9 @@ REAL = {
     "lora_stack_sdxl": "SDXL, 1024 px",
     "subject_and_style_sdxl": "SDXL, 1024 px",
     "flux": "FLUX.1, 1024 px",
+    "flux2_klein": "FLUX.2 Klein 4B, 1024 px",
+    "krea2": "Krea 2, 1024 px",
+    "anima": "Anima, 1024 px",
     "z_image": "Z-Image, 1024 px",
     "qwen_image": "Qwen-Image, 1024 px",
     "wan22_two_experts": "Wan 14B, 17 frames of 832 x 480",
@@ -192,7 +195,7 @@ def test_a_note_says_how_many_samples_the_graph_has(path):
     nodes = read(path)["nodes"]
     (note,) = (n["widgets_values"][0] for n in nodes if n["type"] == "MarkdownNote")
     if any(30 in n.get("widgets_values", []) for n in nodes if n["type"].startswith("IterisMerge")):
-        assert "on 50 samples (this graph has 30, which take less)" in note
+        assert "on 80 samples (this graph has 30, which take less)" in note
 
 
 def test_a_turbo_model_is_merged_as_it_draws():

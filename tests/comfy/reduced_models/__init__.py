@@ -5,10 +5,10 @@ are made from its classes as its loader would make them. One that this ComfyUI d
 its test.
 """
 
-from .cosmos import COSMOS
+from .cosmos import COSMOS, anima
 from .dits import DITS
-from .flux import FLUX, flux
-from .later import LATER
+from .flux import FLUX, flux, flux2
+from .later import LATER, krea2
 from .parts import write_lora
 from .pictures import PICTURES, qwen, zimage
 from .reduced import Reduced
@@ -20,7 +20,10 @@ from .wan import WAN, wan
 __all__ = [
     "ARCHITECTURES",
     "Reduced",
+    "anima",
     "flux",
+    "flux2",
+    "krea2",
     "qwen",
     "sd15",
     "sdxl",
