@@ -73,7 +73,7 @@ def stat(cells: Cells) -> Figures:
     if len(each) == 2:
         both = variance - _clustered([of[:2] for of in off], off)
         variance = both if both > 0 else max(each)
-    wide = student.ppf(0.975, n - 1) * math.sqrt(variance) if n > 1 else math.inf
+    wide = float(student.ppf(0.975, n - 1)) * math.sqrt(variance) if n > 1 else math.inf
     return {
         "mean": mean, "interval": [mean - wide, mean + wide] if n > 1 else None,
         "error": math.sqrt(variance) if n > 1 else None, "n": n,
