@@ -83,7 +83,7 @@ def file_rows(alias: Alias) -> int:
 
 @dataclass(frozen=True)
 class Architecture:
-    """``title`` is the display name; every other field has a default that means unknown.
+    """``name`` and the displayed ``title``; every other field has a default that means unknown.
 
     ``components`` are its models at the released size; they name the class of a pipeline's
     denoiser. ``denoiser`` is the denoising component. ``original_names(shapes)`` are the original

@@ -1,8 +1,8 @@
 """A model's sites: their names, weight shapes, and which of them add to a residual stream.
 
 A layer is recognised by the names of its parts, which determine its wiring. Layers that match no
-entry (norms after a branch, parallel branches, gates, factors) have no streams, and merges there do
-not repair.
+entry (norms after a branch, parallel branches, gates, factors) have no streams by name; those of
+denoisers are found by what a forward shows (:mod:`..activations.streams`).
 """
 
 from __future__ import annotations

@@ -59,9 +59,10 @@ def base_of(pipeline: Any, sites: Mapping[str, nn.Module]) -> BaseModel:
     shapes = {site: weight_shape(module) for site, module in sites.items()}
     kind = architecture_of_sites(shapes)
     # Other classes, such as FLUX.2, HunyuanVideo and AuraFlow, have FLUX.1's names of sites.
-    ancestors = type(getattr(pipeline, kind.denoiser)).__mro__ if kind is not None else ()
-    if kind is not None and kind.components[kind.denoiser].name in {a.__name__ for a in ancestors}:
-        return base_model(kind, shapes)
+    if kind is not None and (known := kind.components.get(kind.denoiser)) is not None:
+        ancestors = type(getattr(pipeline, kind.denoiser)).__mro__
+        if known.name in {ancestor.__name__ for ancestor in ancestors}:
+            return base_model(kind, shapes)
     loaded = loaded_components(pipeline)
     denoiser = next((name for name in ("unet", "transformer") if name in loaded), None)
     if denoiser is None or not any(site.startswith(f"{denoiser}.") for site in shapes):

@@ -1,4 +1,4 @@
-"""One record per architecture: a new one can be read, written and named without other changes."""
+"""One record per architecture: once recognised, one can be read, written and named by it alone."""
 
 import pytest
 import torch
