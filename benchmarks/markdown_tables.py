@@ -30,7 +30,8 @@ def merges(name: str) -> dict[str, Entry]:
 @cache
 def figures(name: str) -> Mapping[str, Any]:
     """Figures by number of LoRAs of what :mod:`unseen` kept."""
-    alone = stored(RESULTS / f"{name.removesuffix('_lead')}_alone.jsonl")
+    world = name.removesuffix("_lead").removesuffix("_bound")
+    alone = stored(RESULTS / f"{world}_alone.jsonl")
     return rounded(results(alone, merges(name)))
 
 

@@ -70,10 +70,13 @@ TOGETHER = ("sum", "task-arithmetic:scale=0.7", "task-arithmetic:scale=0.4")
 KEPT = ("likeness kept", "judge kept")
 
 
-def kept(name: str) -> list[str]:
-    """A column for each number of LoRAs: likeness and attributes kept by method; of ours the
-    interval, the median set, the worst one, and the share of concepts that keep less than half."""
-    sizes = {size: of["rows"] for size, of in figures(name)["sizes"].items()}
+def kept(name: str, only: Sequence[str] = ()) -> list[str]:
+    """A column for each number of LoRAs, or ``only`` these: likeness and attributes kept by method;
+    of ours the interval, the median set, the worst one, and the share of concepts that keep less
+    than half."""
+    sizes = {
+        size: of["rows"] for size, of in figures(name)["sizes"].items() if not only or size in only
+    }
     ours = [[of["iteris"]["new words"][name] for name in KEPT] for of in sizes.values()]
     rows = [
         [label, *(_shares(of.get(name)) for of in sizes.values())]
@@ -326,6 +329,7 @@ UNSEEN: Mapping[str, tuple[str, Sequence[str]]] = {
 TABLES: dict[str, Callable[[], list[str]]] = {
     "front": partial(kept, "unseen_reported"),
     "front minilm": partial(kept, "unseen_minilm"),
+    "front minilm now": partial(kept, "unseen_minilm_bound", ("2", "5")),
     "front emoji": partial(kept, "unseen_emoji"),
     "lead": carries_the_lead,
     "conditions": conditions,
