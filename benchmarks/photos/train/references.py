@@ -1,0 +1,40 @@
+"""The step ``references``: features of pictures of each held-out thing that no LoRA learns from.
+
+The pictures themselves stay out of this repository, as their package's licence is another one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from emoji.features import Features
+from safetensors.torch import save_file
+
+from toybox.draw import BACKGROUNDS
+
+from .. import REFERENCES
+from ..things import cutouts, picture, world
+
+EACH, SEED = 14, 9_000
+
+
+def train(work: Path, weights: Path) -> dict[str, float]:
+    """Two on each background; how many further pictures the features tell apart."""
+    cuts, reader = cutouts(work / "package"), Features()
+    known, read = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    for number, (token, file, *_) in enumerate(world()["held_out"]):
+        rng = np.random.default_rng(SEED + number)
+        grounds = (list(BACKGROUNDS) * 4)[: 2 * EACH]
+        pictures = [picture(cuts[file], ground, rng) for ground in grounds]
+        features = reader.embed_images(pictures)
+        known[token], read[token] = features[:EACH], features[EACH:]
+    save_file({name: of.half().contiguous() for name, of in known.items()}, weights / REFERENCES)
+    means = torch.stack([of.mean(0) for of in known.values()])
+    right = [
+        float(((of @ means.T).argmax(1) == i).float().mean()) for i, of in enumerate(read.values())
+    ]
+    likeness = [float((of @ means[i]).mean()) for i, of in enumerate(read.values())]
+    return {"drawn_judge": round(float(np.mean(right)), 3),
+            "drawn_likeness": round(float(np.mean(likeness)), 3)}  # fmt: skip
