@@ -210,7 +210,7 @@ def conditions_lead() -> list[str]:
                 [of[use]["judge"] for of in found.get((size, label), {}).values()]
                 for label in ("iteris", BASE)
             )
-            if base and fmean(ours) <= fmean(base):
+            if cells and base and fmean(ours) <= fmean(base):
                 cells[i] = f"none above the base: {cells[i]}"
         if count > 2:
             rows.append([f"{size} LoRAs, n {count}", *cells])
@@ -320,6 +320,7 @@ UNSEEN: Mapping[str, tuple[str, Sequence[str]]] = {
     "reported": ("unseen_reported", ("2", "3", "5", "7", "10")),
     "framed": ("unseen_framed", ("5",)),
     "minilm": ("unseen_minilm", ("2", "3", "5", "8")),
+    "minilm now": ("unseen_minilm_bound", ("2", "5")),
     "emoji": ("unseen_emoji", ("5", "10")),
     "styles": ("unseen_styles", ("2",)),
     "pairs": ("unseen_pairs", ("2",)),

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 WEIGHTS = ROOT / "weights"
+PACKAGE = ROOT.parents[1] / "build" / "photos" / "package"
+"""Where ``train`` puts the pictures."""
 REFERENCES = "references.safetensors"
 """Features of pictures of each subject that no LoRA learned from."""
 

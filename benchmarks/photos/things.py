@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,13 @@ def picture(cut: Image.Image, background: str, rng: np.random.Generator) -> Imag
     part = ground[y : y + size[1], x : x + size[0]]
     part[:] = part * (1 - alpha) + light * alpha
     return Image.fromarray(ground.clip(0, 255).astype(np.uint8))
+
+
+def references(cut: Image.Image, number: int, count: int = 14) -> list[Image.Image]:
+    """Pictures of the held-out thing ``number``, from none of which a LoRA learns; the first 14 are
+    those that likeness is to."""
+    rng, grounds = np.random.default_rng(9_000 + number), cycle(BACKGROUNDS)
+    return [picture(cut, ground, rng) for ground in islice(grounds, count)]
 
 
 def _ground(background: str, rng: np.random.Generator) -> np.ndarray[Any, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -39,6 +40,18 @@ def noise_of(picture: Wanted) -> torch.Generator:
     """Its noise depends on the prompt too, so that no two prompts share a picture."""
     digest = hashlib.sha256(f"{picture.prompt}{picture.seed}".encode()).hexdigest()
     return torch.Generator().manual_seed(int(digest[:8], 16))
+
+
+def scene_of(image: Image.Image, colours: Mapping[str, tuple[int, int, int]], near: float) -> str:
+    """The background whose colour the outermost two pixels have, within ``near`` levels of 255, or
+    "none": things stand in the middle."""
+    pixels = np.asarray(image.convert("RGB"), dtype=float)
+    inner = np.zeros(pixels.shape[:2], dtype=bool)
+    inner[2:-2, 2:-2] = True
+    edge = np.median(pixels[~inner], axis=0)
+    away = {name: float(np.linalg.norm(edge - colour)) for name, colour in colours.items()}
+    nearest = min(away, key=lambda name: away[name])
+    return nearest if away[nearest] < near else "none"
 
 
 @contextmanager

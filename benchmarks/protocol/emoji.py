@@ -17,7 +17,7 @@ from iteris_core import Concept, Lora
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.score import ClipScorer, without_tokens
 
-from .drawing import draw
+from .drawing import draw, scene_of
 from .world import FIGURES, KINDS, Wanted
 
 REPORTED = 10
@@ -87,7 +87,10 @@ class EmojiWorld:
     ) -> list[Mapping[str, float]]:
         """``judge``: 1 where the picture is more like the subject's references than like any other
         subject's, by the features that saw none of these pictures."""
-        scenes = [float(w.scene in ("", _scene(i))) for i, w in zip(images, wanted, strict=True)]
+        scenes = [
+            float(w.scene in ("", scene_of(i, BACKGROUNDS, _NEAR)))
+            for i, w in zip(images, wanted, strict=True)
+        ]
         if not wanted[0].shown:
             return [{"scene": scene} for scene in scenes]
         names = [w.shown[0] for w in wanted]
@@ -114,14 +117,3 @@ class EmojiWorld:
 
     def _likest(self, vector: torch.Tensor) -> str:
         return max(self._subjects, key=lambda name: self._to(name, vector))
-
-
-def _scene(image: Image.Image) -> str:
-    """The background whose colour the outermost two pixels have: things stand in the middle."""
-    pixels = np.asarray(image.convert("RGB"), dtype=float)
-    inner = np.zeros(pixels.shape[:2], dtype=bool)
-    inner[2:-2, 2:-2] = True
-    edge = np.median(pixels[~inner], axis=0)
-    away = {name: float(np.linalg.norm(edge - colour)) for name, colour in BACKGROUNDS.items()}
-    nearest = min(away, key=lambda name: away[name])
-    return nearest if away[nearest] < _NEAR else "none"

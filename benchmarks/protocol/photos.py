@@ -11,7 +11,7 @@ import photos
 import torch
 from emoji.features import Features
 from minilm.prompts import ASIDE, prompts, said, templates
-from photos.things import article, world
+from photos.things import article, cutouts, references, world
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -19,7 +19,7 @@ from iteris_core import Concept, Lora
 from iteris_core.hosts.diffusers import DiffusersHost
 from toybox.draw import BACKGROUNDS
 
-from .drawing import draw
+from .drawing import draw, scene_of
 from .world import KINDS, Wanted
 
 SEEN, NEW, SPREAD, PLAIN = 6, 8, 4, 14
@@ -96,7 +96,10 @@ class PhotosWorld:
     def read(
         self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
     ) -> list[Mapping[str, float]]:
-        scenes = [float(w.scene in ("", _scene(i))) for i, w in zip(images, wanted, strict=True)]
+        scenes = [
+            float(w.scene in ("", scene_of(i, BACKGROUNDS, _NEAR)))
+            for i, w in zip(images, wanted, strict=True)
+        ]
         if not wanted[0].shown:
             return [{"scene": scene} for scene in scenes]
         likeness = self.embedded(images) @ self._references.T
@@ -107,18 +110,11 @@ class PhotosWorld:
         ]
 
     def pictures_of(self, name: str) -> list[Image.Image]:
-        raise NotImplementedError("The pictures are not in this repository; see photos/README.md.")
+        """Drawn from the package, which is not in this repository; SystemExit where it is not."""
+        if not photos.PACKAGE.exists():
+            raise SystemExit("Download the pictures: `python -m photos.train --step things`.")
+        cut = cutouts(photos.PACKAGE)[self._subjects[name].file]
+        return references(cut, self.subjects.index(name))
 
     def embedded(self, images: Sequence[Image.Image]) -> torch.Tensor:
         return self._features.embed_images(list(images))
-
-
-def _scene(image: Image.Image) -> str:
-    """The background whose colour the outermost two pixels have: things stand in the middle."""
-    pixels = np.asarray(image.convert("RGB"), dtype=float)
-    inner = np.zeros(pixels.shape[:2], dtype=bool)
-    inner[2:-2, 2:-2] = True
-    edge = np.median(pixels[~inner], axis=0)
-    away = {name: float(np.linalg.norm(edge - colour)) for name, colour in BACKGROUNDS.items()}
-    nearest = min(away, key=lambda name: away[name])
-    return nearest if away[nearest] < _NEAR else "none"

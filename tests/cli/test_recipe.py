@@ -173,6 +173,7 @@ def test_shared_triggers_and_embeddings_are_warned_of(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ([{"trigger": "star"}, {"trigger": " STAR"}], True),
         ([{"trigger": "sks star"}, {"trigger": "SKS star cat"}], True),
         ([{}, {}], False),
         ([{"trigger": "star"}, {"trigger": "sks1", "class_word": "Star"}], True),
@@ -185,9 +186,10 @@ def test_shared_triggers_and_embeddings_are_warned_of(tmp_path):
 def test_a_trigger_within_another_phrase_is_warned_of(words, said):
     concepts = [Concept(simple(f"l{n}"), **one) for n, one in enumerate(words)]
     notes = merge_loras(None, concepts, "sum").report.notes
-    told = [note for of_one in notes.values() for note in of_one if "is the trigger" in note]
+    told = [note for of_one in notes.values() for note in of_one if "star' " in note]
     assert len(told) == said
-    assert all("star' is the trigger of one concept and part of" in note for note in told)
+    kinds = "star' is the trigger of one concept and part of", "the words 'star' are those of"
+    assert all(any(kind in note for kind in kinds) for note in told)
 
 
 def test_bundled_embeddings_and_those_beside_a_file_are_kept(host, tmp_path):

@@ -101,7 +101,7 @@ withPage(base, async (page, errors) => {
   const entries = wishes.includes('menus') ? await menus(page, picture) : [];
   const seen = await page.evaluate(() => ({
     // Later front ends also mark a loader whose file is not there, and offer to download it.
-    missing: window.app.graph._nodes.filter((n) => n.has_errors && !n.properties?.models).map((n) => n.type),
+    missing: window.app.graph._nodes.filter((n) => n.has_errors && !(n.properties?.models && window.LiteGraph.registered_node_types[n.type])).map((n) => n.type),
     nodes: window.app.graph._nodes.length,
     toasts: [...document.querySelectorAll('.p-toast-message')].map((e) => e.innerText),
     dialogs: [...document.querySelectorAll('.p-dialog')].map((e) => e.innerText.slice(0, 300)),

@@ -12,12 +12,10 @@ import torch
 from emoji.features import Features
 from safetensors.torch import save_file
 
-from toybox.draw import BACKGROUNDS
-
 from .. import REFERENCES
-from ..things import cutouts, picture, world
+from ..things import cutouts, references, world
 
-EACH, SEED = 14, 9_000
+EACH = 14
 
 
 def train(work: Path, weights: Path) -> dict[str, float]:
@@ -25,10 +23,7 @@ def train(work: Path, weights: Path) -> dict[str, float]:
     cuts, reader = cutouts(work / "package"), Features()
     known, read = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     for number, (token, file, *_) in enumerate(world()["held_out"]):
-        rng = np.random.default_rng(SEED + number)
-        grounds = (list(BACKGROUNDS) * 4)[: 2 * EACH]
-        pictures = [picture(cuts[file], ground, rng) for ground in grounds]
-        features = reader.embed_images(pictures)
+        features = reader.embed_images(references(cuts[file], number, 2 * EACH))
         known[token], read[token] = features[:EACH], features[EACH:]
     save_file({name: of.half().contiguous() for name, of in known.items()}, weights / REFERENCES)
     means = torch.stack([of.mean(0) for of in known.values()])
