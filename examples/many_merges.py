@@ -1,10 +1,12 @@
 """Every pair of a library of LoRAs, or every setting of a sweep, as a Ray job with one table.
 
     python examples/many_merges.py BASE out/ cat.safetensors:sks:cat dog.safetensors:zwx:dog …
-        [--size 2] [--method iteris] [--set ridge=1e-4 --set ridge=1e-5]
+        [--size 2] [--best 5] [--method iteris] [--set ridge=1e-4 --set ridge=1e-5]
 
 Needs ``ray``. Each merge is a task with three tries; what is written already is not merged again,
-so a job that was stopped goes on where it was. ``out/table.csv`` has a line per merge.
+so a job that was stopped goes on where it was. Workers share their samples in ``out/store``, so
+that each LoRA's are made once. ``out/table.csv`` has a line per merge; *kept* is what its report
+says of rows held out of it. ``--best 5`` also merges the five LoRAs whose pairs keep the most.
 """
 
 from __future__ import annotations
@@ -14,25 +16,31 @@ import csv
 import itertools
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+HOSTS: dict[str, Any] = {}
+"""The base, loaded once in each worker."""
 
 
 def merge_one(job: dict[str, Any]) -> dict[str, Any]:
     """One merge in a worker; the report is written beside the file, last."""
-    from iteris_core import merge_loras
+    from iteris_core import SampleStore, merge_loras
     from iteris_core.cli.base import load_base
     from iteris_core.cli.merge_file import parse_concept
     from iteris_core.hosts.diffusers import DiffusersHost
 
-    host = DiffusersHost(load_base(job["base"], None))
-    options = [parse_concept(text) for text in job["concepts"]]
-    concepts = [option.read(host) for option in options]
+    if job["base"] not in HOSTS:
+        HOSTS[job["base"]] = DiffusersHost(load_base(job["base"], None))
+    host = HOSTS[job["base"]]
+    concepts = [parse_concept(text) for text in job["concepts"]]
     result = merge_loras(
         host,
         concepts,
         job["method"],
         settings=job["settings"],
         calibration=job["calibration"],
+        store=SampleStore(Path(job["store"])) if job["store"] else None,
     )
     file = Path(job["file"])
     result.save(file, overwrite=True)
@@ -45,6 +53,7 @@ def merge_one(job: dict[str, Any]) -> dict[str, Any]:
         "output error": round(
             sum(after for _, after in result.report.residuals()) / len(concepts), 4
         ),
+        "kept": round(fmean(result.report.kept.get("1", [0.0])), 4),
     }
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(row))
@@ -52,14 +61,15 @@ def merge_one(job: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def jobs_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def jobs_of(arguments: argparse.Namespace, combinations: Any) -> list[dict[str, Any]]:
     """One job per combination of LoRAs and setting."""
     variants: list[dict[str, Any]] = [{}]
     if arguments.set:
         pairs = [text.partition("=") for text in arguments.set]
         variants = [{name: json.loads(value)} for name, _, value in pairs]
     jobs: list[dict[str, Any]] = []
-    for combination in itertools.combinations(arguments.concept, arguments.size):
+    store = "" if arguments.no_store else str((arguments.output / "store").resolve())
+    for combination in combinations:
         stems = [Path(text.partition(".safetensors")[0]).name for text in combination]
         for settings in variants:
             ending = "".join(f"-{name}={value}" for name, value in settings.items())
@@ -71,10 +81,47 @@ def jobs_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     "method": arguments.method,
                     "settings": settings,
                     "calibration": json.loads(arguments.calibration),
+                    "store": store,
                     "file": str((arguments.output / f"{name}.safetensors").resolve()),
                 }
             )
     return jobs
+
+
+def best_of(concepts: list[str], jobs: list[dict[str, Any]], count: int) -> list[str]:
+    """The pair that keeps the most, and one by one the LoRA whose pairs with those chosen do."""
+    kept = {frozenset(job["concepts"]): read(job)["kept"] for job in jobs}
+    chosen = list(max(kept, key=lambda pair: kept[pair]))
+    while len(chosen) < count:
+        left = [one for one in concepts if one not in chosen]
+        chosen.append(max(left, key=lambda one: fmean(kept[frozenset((one, c))] for c in chosen)))
+    return [one for one in concepts if one in chosen]
+
+
+def read(job: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(written(job).read_text())
+
+
+def written(job: dict[str, Any]) -> Path:
+    return Path(job["file"]).with_suffix(".json")
+
+
+def run(jobs: list[dict[str, Any]], resources: dict[str, float]) -> list[str]:
+    """Merge what is not there yet; what failed three times."""
+    import ray
+
+    left = [job for job in jobs if not written(job).exists()]
+    print(f"{len(jobs)} merges, {len(jobs) - len(left)} there already", flush=True)
+    task = ray.remote(**resources, max_retries=3, retry_exceptions=True)(merge_one)
+    waiting, failed = {task.remote(job): job for job in left}, list[str]()
+    while waiting:
+        (done,), _ = ray.wait(list(waiting))
+        job = waiting.pop(done)
+        try:
+            print(ray.get(done)["file"], flush=True)
+        except ray.exceptions.RayError as error:
+            failed.append(f"{job['file']}: {error}")
+    return failed
 
 
 def main() -> None:
@@ -85,37 +132,30 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("concept", nargs="+", help="FILE:TRIGGER:CLASS[:STRENGTH]")
     parser.add_argument("--size", type=int, default=2, help="LoRAs per merge")
+    parser.add_argument("--best", type=int, help="also merge as many whose pairs keep the most")
     parser.add_argument("--method", default="iteris")
     parser.add_argument("--set", action="append", help="NAME=VALUE; each is a merge of its own")
     parser.add_argument("--calibration", default="{}", help='JSON, such as {"samples": 25}')
     parser.add_argument("--gpus", type=float, default=0, help="Of a card, per merge")
     parser.add_argument("--cpus", type=float, default=1, help="Per merge")
+    parser.add_argument("--no-store", action="store_true", help="make all samples anew")
     arguments = parser.parse_args()
+    if arguments.best and (arguments.size != 2 or arguments.set):
+        parser.error("--best chooses by pairs: leave --size and --set out")
+    if arguments.best and not 2 < arguments.best <= len(arguments.concept):
+        parser.error(f"--best must be from 3 to {len(arguments.concept)}, the number of LoRAs")
     import ray
 
     arguments.output.mkdir(parents=True, exist_ok=True)
-    jobs = jobs_of(arguments)
-    left = [job for job in jobs if not Path(job["file"]).with_suffix(".json").exists()]
-    print(f"{len(jobs)} merges, {len(jobs) - len(left)} there already")
+    jobs = jobs_of(arguments, itertools.combinations(arguments.concept, arguments.size))
     ray.init(ignore_reinit_error=True, log_to_driver=False)
-    task = ray.remote(
-        num_cpus=arguments.cpus, num_gpus=arguments.gpus, max_retries=3, retry_exceptions=True
-    )(merge_one)
-    waiting = {task.remote(job): job for job in left}
-    failed: list[str] = []
-    while waiting:
-        (done,), _ = ray.wait(list(waiting))
-        job = waiting.pop(done)
-        try:
-            print(ray.get(done)["file"], flush=True)
-        except ray.exceptions.RayError as error:
-            failed.append(f"{job['file']}: {error}")
+    resources = {"num_cpus": arguments.cpus, "num_gpus": arguments.gpus}
+    failed = run(jobs, resources)
+    if arguments.best and not failed:
+        best = jobs_of(arguments, [best_of(arguments.concept, jobs, arguments.best)])
+        failed, jobs = run(best, resources), [*jobs, *best]
     ray.shutdown()
-    rows = [
-        json.loads(file.read_text())
-        for job in jobs
-        if (file := Path(job["file"]).with_suffix(".json")).exists()
-    ]
+    rows = [read(job) for job in jobs if written(job).exists()]
     if rows:
         with (arguments.output / "table.csv").open("w", newline="") as table:
             writer = csv.DictWriter(table, list(rows[0]))

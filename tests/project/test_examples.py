@@ -93,3 +93,9 @@ def test_every_pair_is_merged_once(tmp_path):
     assert "3 merges, 2 there already" in run(*command)
     assert kept.stat().st_mtime_ns == before
     assert len(list(out.glob("*.json"))) == 3
+    samples = {file: file.stat().st_mtime_ns for file in (out / "store").iterdir()}
+    assert samples
+    assert "1 merges, 0 there already" in run(*command, "--best", "3")
+    with (out / "table.csv").open() as file:
+        assert [*csv.DictReader(file)][-1]["concepts"] == "sks0 + sks1 + sks2"
+    assert samples.keys() == set((out / "store").iterdir())  # none was made anew
