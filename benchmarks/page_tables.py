@@ -71,13 +71,9 @@ KEPT = ("likeness kept", "judge kept")
 
 
 def kept(name: str, only: Sequence[str] = ()) -> list[str]:
-    """A column for each number of LoRAs, or ``only`` these: likeness and attributes kept by method;
-    of ours the interval, the median set, the worst one, and the share of concepts that keep less
-    than half."""
-    sizes = {
-        size: of["rows"] for size, of in figures(name)["sizes"].items() if not only or size in only
-    }
-    ours = [[of["iteris"]["new words"][name] for name in KEPT] for of in sizes.values()]
+    """A column for each number of LoRAs, or ``only`` these: likeness and attributes kept by
+    method."""
+    sizes = _sizes(name, only)
     rows = [
         [label, *(_shares(of.get(name)) for of in sizes.values())]
         for name, label in FRONT.items()
@@ -92,17 +88,30 @@ def kept(name: str, only: Sequence[str] = ()) -> list[str]:
         for of in sizes.values()
     )
     rows.append(["all at once, best of three strengths", *map(_shares, best)])
+    return table(("likeness / attributes", *(f"{size} LoRAs" for size in sizes)), rows)
+
+
+def how_sure(name: str, only: Sequence[str] = ()) -> list[str]:
+    """Of ours the interval, the median set, the worst one, and the share of concepts that keep less
+    than half."""
+    sizes = _sizes(name, only)
+    ours = [[of["iteris"]["new words"][name] for name in KEPT] for of in sizes.values()]
     each = {
-        "IterIS, 95 % interval": lambda of: f"± {100 * half_width(of):.0f}",
+        "95 % interval": lambda of: f"± {100 * half_width(of):.0f}",
         "median set": lambda of: f"{of['median']:.0%}",
         "worst set": lambda of: f"{of['least']:.0%}",
         "concepts that keep less than half": lambda of: f"{of['collapsed']:.0%}",
     }
     if all(two[0]["sets"] < 3 for two in ours):
         del each["median set"]
-    rows += [[label, *(" / ".join(map(cell, two)) for two in ours)] for label, cell in each.items()]
+    rows = [[label, *(" / ".join(map(cell, two)) for two in ours)] for label, cell in each.items()]
     rows.append(["sets", *(str(two[0]["sets"]) for two in ours)])
-    return table(("likeness / attributes", *(f"{size} LoRAs" for size in sizes)), rows)
+    return table(("IterIS: likeness / attributes", *(f"{size} LoRAs" for size in sizes)), rows)
+
+
+def _sizes(name: str, only: Sequence[str]) -> dict[str, Any]:
+    found = figures(name)["sizes"]
+    return {size: of["rows"] for size, of in found.items() if not only or size in only}
 
 
 def _shares(row: Mapping[str, Any] | None) -> str:
@@ -332,6 +341,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "front minilm": partial(kept, "unseen_minilm"),
     "front minilm now": partial(kept, "unseen_minilm_bound", ("2", "5")),
     "front emoji": partial(kept, "unseen_emoji"),
+    "sure": partial(how_sure, "unseen_reported"),
+    "sure minilm": partial(how_sure, "unseen_minilm"),
+    "sure minilm now": partial(how_sure, "unseen_minilm_bound", ("2", "5")),
+    "sure emoji": partial(how_sure, "unseen_emoji"),
     "lead": carries_the_lead,
     "conditions": conditions,
     "conditions further": partial(conditions, further=True),
