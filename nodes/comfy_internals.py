@@ -74,7 +74,8 @@ ATTRIBUTES: Mapping[str, Sequence[str]] = {
     "comfy.sd1_clip.SDTokenizer": ("embedding_directory", "inv_vocab"),
 }  # fmt: skip
 """What these objects have once they are made. All were there in 0.33.0. Of others there are
-``_full_precision_mm`` (layers), ``clear_kv_cache`` (denoisers) and ``comfy_kitchen``."""
+``_full_precision_mm`` and ``pre_quant_scale`` (layers), ``clear_kv_cache`` (denoisers),
+``latent_shapes`` (models), ``timbre_encoder`` (ACE-Step 1.5) and ``comfy_kitchen``."""
 WHERE_THERE: Mapping[str, str] = {
     "comfy.cli_args.args.disable_comfy_compiler": "the compiler records allocations",
     "comfy.cli_args.args.disable_cuda_graphs": "blocks are recorded and replayed",

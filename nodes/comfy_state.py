@@ -21,6 +21,8 @@ from .comfy_internals import check_switches, comfy, optional, owner_of
 
 _PRECISE = "_full_precision_mm"
 """A flag of ComfyUI's mixed-precision layers: True if they do not quantise their input."""
+_SCALE = "pre_quant_scale"
+"""Their factors of their input's channels."""
 SWITCHES: Sequence[tuple[str, Any]] = (
     ("comfy.cli_args.args.disable_comfy_compiler", True),
     ("comfy.cli_args.args.disable_cuda_graphs", True),
@@ -47,6 +49,7 @@ def ready_for_merge(clip: Any = None) -> Generator[None]:
             stack.enter_context(switched(path, value))
         if clip is not None:
             stack.enter_context(in_full_precision(clip.cond_stage_model))
+            stack.enter_context(observable(clip.cond_stage_model))
         yield
 
 
@@ -95,6 +98,37 @@ def in_full_precision(network: nn.Module) -> Generator[None]:
     finally:
         for layer in quantising:
             setattr(layer, _PRECISE, False)
+
+
+@contextmanager
+def observable(network: nn.Module) -> Generator[None]:
+    """Context in which hooks see what the weights of ``network`` get, row by row.
+
+    A layer of AWQ scales its input inside its forward; here, before it. ACE-Step 1.5 gives the
+    timbres of all rows to the first row; here each row gets its own, as it does alone.
+    """
+    scales = {m: s for m in network.modules() if (s := getattr(m, _SCALE, None)) is not None}
+    timbre = getattr(getattr(network, "encoder", None), "timbre_encoder", None)
+
+    def scaled(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        inputs, *rest = args
+        return inputs * scales[layer].to(inputs), *rest
+
+    def own(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        timbres, _order, *rest = args
+        return timbres, torch.arange(len(timbres), device=timbres.device), *rest
+
+    handles = [layer.register_forward_pre_hook(scaled) for layer in scales]
+    handles += [] if timbre is None else [timbre.register_forward_pre_hook(own)]
+    for layer in scales:
+        setattr(layer, _SCALE, None)
+    try:
+        yield
+    finally:
+        for layer, scale in scales.items():
+            setattr(layer, _SCALE, scale)
+        for handle in handles:
+            handle.remove()
 
 
 _FUSED = "comfy_kitchen"

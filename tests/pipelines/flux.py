@@ -6,7 +6,7 @@ import diffusers
 from bases import make_flux
 
 from . import texts
-from .parts import SIDE, TEXT, autoencoder, flow, mask, picture, widened
+from .parts import SIDE, TEXT, autoencoder, flow, flux2_autoencoder, mask, picture, widened
 from .reduced import Reduced
 
 
@@ -35,6 +35,11 @@ def flux_fill() -> Reduced:
     return _flux_kin("FluxFillPipeline", 4 + 4 + 64, **call)
 
 
+def flux_inpainting() -> Reduced:
+    call = {"image": picture(), "mask_image": mask(), "strength": 1.0}
+    return _flux_kin("FluxInpaintPipeline", 4, **call)
+
+
 def flux_control() -> Reduced:
     return _flux_kin("FluxControlPipeline", 4 + 4, control_image=picture())
 
@@ -47,16 +52,9 @@ def _flux2_transformer(text: int, guidance: bool):
     )  # fmt: skip
 
 
-def _flux2_autoencoder():
-    return diffusers.AutoencoderKLFlux2(
-        block_out_channels=(8, 8, 8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1,
-        mid_block_add_attention=False,
-    )  # fmt: skip
-
-
 def flux2() -> Reduced:
     pipeline = diffusers.Flux2Pipeline(
-        scheduler=flow(), vae=_flux2_autoencoder(), text_encoder=texts.mistral(),
+        scheduler=flow(), vae=flux2_autoencoder(), text_encoder=texts.mistral(),
         tokenizer=texts.mistral_processor(), transformer=_flux2_transformer(96, True),
     )  # fmt: skip
     pipeline.system_message = "draw."
@@ -66,7 +64,7 @@ def flux2() -> Reduced:
 
 def flux2_klein() -> Reduced:
     pipeline = diffusers.Flux2KleinPipeline(
-        scheduler=flow(), vae=_flux2_autoencoder(), tokenizer=texts.qwen_words(),
+        scheduler=flow(), vae=flux2_autoencoder(), tokenizer=texts.qwen_words(),
         text_encoder=texts.language_model("Qwen3ForCausalLM"),
         transformer=_flux2_transformer(96, False),
     )  # fmt: skip
@@ -91,6 +89,7 @@ FLUX = {
     "FLUX.1": flux,
     "FLUX.1 Kontext": flux_kontext,
     "FLUX.1 Fill": flux_fill,
+    "FLUX.1 inpainting": flux_inpainting,
     "FLUX.1 Control": flux_control,
     "FLUX.2": flux2,
     "FLUX.2 Klein": flux2_klein,
