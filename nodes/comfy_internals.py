@@ -86,6 +86,7 @@ WHERE_THERE: Mapping[str, str] = {
     "comfy.model_patcher.ModelPatcher.get_free_memory": "counts weights that can be evicted",
     "comfy.model_patcher.ModelPatcher.is_dynamic": "DynamicVRAM: weights come when they are used",
     "comfy.model_prefetch.make_prefetch_queue": "weights of the next block come early",
+    "comfy.quant_ops.QuantizedTensor": "weights that layers do not always dequantise",
 }
 """Names that only some versions have, and their use; :func:`optional` looks them up."""
 

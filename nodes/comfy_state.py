@@ -14,13 +14,15 @@ from threading import RLock
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .comfy_internals import check_switches, comfy, optional, owner_of
 
 _PRECISE = "_full_precision_mm"
 """A flag of ComfyUI's mixed-precision layers: True if they do not quantise their input."""
+_PRODUCT = "_forward"
+"""Their method that multiplies; :func:`in_full_precision` replaces it."""
 _SCALE = "pre_quant_scale"
 """Their factors of their input's channels."""
 SWITCHES: Sequence[tuple[str, Any]] = (
@@ -89,15 +91,27 @@ def forget(network: nn.Module) -> None:
 @contextmanager
 def in_full_precision(network: nn.Module) -> Generator[None]:
     """Context in which layers with quantised weights do not quantise their input, as they do on
-    some cards. A target is a small difference of two outputs, so rounding would dominate it."""
-    quantising = [m for m in network.modules() if getattr(m, _PRECISE, True) is False]
+    some cards, or with int8 weights anywhere. A target is a small difference of two outputs, so
+    rounding would dominate it."""
+    kind = optional("comfy.quant_ops.QuantizedTensor")
+    layers = [] if kind is None else [m for m in network.modules() if hasattr(m, _PRECISE)]
+    quantising = [layer for layer in layers if not getattr(layer, _PRECISE)]
+
+    def plain(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weight = weight.dequantize() if isinstance(weight, kind) else weight
+        return nn.functional.linear(inputs, weight, bias)
+
     for layer in quantising:
         setattr(layer, _PRECISE, True)
+    for layer in layers:
+        layer.__dict__[_PRODUCT] = plain
     try:
         yield
     finally:
         for layer in quantising:
             setattr(layer, _PRECISE, False)
+        for layer in layers:
+            del layer.__dict__[_PRODUCT]
 
 
 @contextmanager

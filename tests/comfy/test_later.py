@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from figures import Trial
-from kit import distance, part
-from reduced_models import ARCHITECTURES
+from kit import distance
+from reduced_models import ARCHITECTURES, write_lora
 from test_base import dequantised, quantised
 from torch import nn
 
@@ -29,15 +29,12 @@ def test_a_layer_whose_weight_is_read_past_its_call_is_refused(kit, monkeypatch)
         for name, layer in layers.items()
         if ".ff.net." in name and isinstance(layer, nn.Linear)
     }
-    part(kit.pack, "iteris_core")
-    from reduced_models import write_lora
-
     write_lora(path, sites, 1)
     concept = kit.specs.make_spec(path, trigger="sks", class_word="cat")
-    kit.merge(concepts=[concept])
+    kit.merge(concepts=[concept], unmergeable="refuse")
     monkeypatch.setattr(attention.FeedForward, "forward", fused)
     with pytest.raises(kit.core.IterisError, match=r"ff\.net\.2 \(in whole.*is not used"):
-        kit.merge(concepts=[concept])
+        kit.merge(concepts=[concept], unmergeable="refuse")
 
 
 @pytest.mark.parametrize("where", ["denoiser", "text encoder"])
@@ -130,28 +127,38 @@ def test_the_model_is_told_the_shapes_of_its_latents(kit, monkeypatch):
 
 def test_experts_in_one_tensor_are_refused(pack, tmp_path):
     """``MoEExperts``: a bank of (experts, out, in)."""
-    from reduced_models import write_lora
-
     trial = Trial(pack, ARCHITECTURES["Lens"], tmp_path)
     name = "text_encoders.gpt_oss.transformer.layers.0.mlp.experts.down_proj"
     path = write_lora(tmp_path / "experts.safetensors", {name: (64, 64)}, 1)
     spec = trial.specs.make_spec(path, trigger="sks")
     trial.concepts = lambda count: [spec]
-    with pytest.raises(trial.core.IterisError, match=r"experts\.safetensors.*down_proj"):
+    with pytest.raises(trial.core.IterisError, match=r"down_proj \(in experts\.safetensors\)"):
         trial.merge(1)
 
 
-QUANTISED = ("int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8", "awq_w4a16", "mxfp8")
+ROTATED = {"convrot_groupsize": 16}
+CHANNELS = {"is_weight": True, "per_channel": True}
+QUANTISED: dict[str, tuple[str, dict[str, Any]]] = {
+    "int8": ("int8_tensorwise", CHANNELS),
+    "int8 with a rotation": ("int8_tensorwise", {**CHANNELS, "convrot": True, **ROTATED}),
+    "w4a4": ("convrot_w4a4", {"groups": 64, **ROTATED}),
+    "w4a8": ("asym_w4a8_int8", {"group_size": 16, **ROTATED}),
+    "mxfp8": ("mxfp8", {}),
+}
 
 
-@pytest.mark.parametrize("form", QUANTISED)
-def test_a_merge_on_a_quantised_base(kit, form, monkeypatch):
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_merge_on_a_quantised_base(kit, name):
     """It is that on the weights that they stand for; their inputs are not rounded meanwhile."""
+    form, how = QUANTISED[name]
     quant = pytest.importorskip("comfy.quant_ops")
     if form not in quant.QUANT_ALGOS:
         pytest.skip(f"this ComfyUI has no {form}")
     kit.calibration = dataclasses.replace(kit.calibration, latents="noise")
-    on = quantised(kit, form)
+    on = quantised(kit, form, **how)
     found = kit.merge(on=on).lora
     assert distance(found, kit.merge(on=dequantised(on)).lora) < 1e-3
     assert distance(found, kit.merge().lora) > 1e-3
+    layers = [m for m in on[0].model.modules() if hasattr(m, "_full_precision_mm")]
+    assert layers
+    assert not any(m._full_precision_mm or "_forward" in m.__dict__ for m in layers)

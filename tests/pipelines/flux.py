@@ -6,7 +6,7 @@ import diffusers
 from bases import make_flux
 
 from . import texts
-from .parts import SIDE, TEXT, autoencoder, flow, flux2_autoencoder, mask, picture, widened
+from .parts import SIDE, TEXT, autoencoder, flow, mask, picture, widened
 from .reduced import Reduced
 
 
@@ -52,9 +52,16 @@ def _flux2_transformer(text: int, guidance: bool):
     )  # fmt: skip
 
 
+def _flux2_autoencoder():
+    return diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1,
+        mid_block_add_attention=False,
+    )  # fmt: skip
+
+
 def flux2() -> Reduced:
     pipeline = diffusers.Flux2Pipeline(
-        scheduler=flow(), vae=flux2_autoencoder(), text_encoder=texts.mistral(),
+        scheduler=flow(), vae=_flux2_autoencoder(), text_encoder=texts.mistral(),
         tokenizer=texts.mistral_processor(), transformer=_flux2_transformer(96, True),
     )  # fmt: skip
     pipeline.system_message = "draw."
@@ -64,7 +71,7 @@ def flux2() -> Reduced:
 
 def flux2_klein() -> Reduced:
     pipeline = diffusers.Flux2KleinPipeline(
-        scheduler=flow(), vae=flux2_autoencoder(), tokenizer=texts.qwen_words(),
+        scheduler=flow(), vae=_flux2_autoencoder(), tokenizer=texts.qwen_words(),
         text_encoder=texts.language_model("Qwen3ForCausalLM"),
         transformer=_flux2_transformer(96, False),
     )  # fmt: skip

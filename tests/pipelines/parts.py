@@ -21,16 +21,8 @@ def autoencoder(channels: int = 4, levels: int = 4):
     )  # fmt: skip
 
 
-def flux2_autoencoder():
-    return diffusers.AutoencoderKLFlux2(
-        block_out_channels=(8, 8, 8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1,
-        mid_block_add_attention=False,
-    )  # fmt: skip
-
-
-def qwen_autoencoder(wan: bool = False):
-    kind = diffusers.AutoencoderKLWan if wan else diffusers.AutoencoderKLQwenImage
-    return kind(
+def qwen_autoencoder():
+    return diffusers.AutoencoderKLQwenImage(
         base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1] * 4,
         latents_std=[1.2] * 4,
     )  # fmt: skip

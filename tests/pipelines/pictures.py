@@ -9,7 +9,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as qwen_edit
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as qwen_edit_plus
 
 from . import texts
-from .parts import SIDE, TEXT, autoencoder, flow, flux2_autoencoder, picture, qwen_autoencoder
+from .parts import SIDE, TEXT, autoencoder, flow, mask, picture, qwen_autoencoder
 from .reduced import Reduced
 
 
@@ -27,6 +27,16 @@ def qwen_image() -> Reduced:
         transformer=_qwen_transformer(),
     )  # fmt: skip
     return Reduced(pipeline, {**SIDE, "true_cfg_scale": 3.0, "negative_prompt": " "})
+
+
+def qwen_image_inpainting() -> Reduced:
+    pipeline = diffusers.QwenImageInpaintPipeline(
+        scheduler=flow(use_dynamic_shifting=True), vae=qwen_autoencoder(),
+        text_encoder=texts.qwen_vl(), tokenizer=texts.qwen_words(),
+        transformer=_qwen_transformer(),
+    )  # fmt: skip
+    call = {"image": picture(), "mask_image": mask(), "strength": 1.0}
+    return Reduced(pipeline, {**SIDE, **call, "true_cfg_scale": 3.0, "negative_prompt": " "})
 
 
 def _qwen_edit(name: str, module: Any, image: Any) -> Reduced:
@@ -86,54 +96,25 @@ def ideogram4() -> Reduced:
     return Reduced(pipeline, {**SIDE, **call})
 
 
-def z_image() -> Reduced:
+def _z_image(kind: Any, vae: Any = None, **call: Any) -> Reduced:
     transformer = diffusers.ZImageTransformer2DModel(
         in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
         cap_feat_dim=32, axes_dims=[4, 4, 8], axes_lens=[512, 64, 64],
     )  # fmt: skip
-    pipeline = diffusers.ZImagePipeline(
-        scheduler=flow(shift=3.0), vae=None, transformer=transformer,
+    pipeline = kind(
+        scheduler=flow(shift=3.0), vae=vae, transformer=transformer,
         text_encoder=texts.language_model("Qwen3Model"), tokenizer=texts.qwen_words(),
     )  # fmt: skip
-    return Reduced(pipeline, {**SIDE, **TEXT, "guidance_scale": 3.0})
+    return Reduced(pipeline, {**SIDE, **TEXT, "guidance_scale": 3.0, **call})
 
 
-def ernie_image() -> Reduced:
-    transformer = diffusers.ErnieImageTransformer2DModel(
-        hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=40, in_channels=16,
-        out_channels=16, text_in_dim=32, rope_axes_dim=(4, 4, 8),
-    )  # fmt: skip
-    pipeline = diffusers.ErnieImagePipeline(
-        transformer=transformer, vae=flux2_autoencoder(), scheduler=flow(),
-        text_encoder=texts.language_model("MistralModel"), tokenizer=texts.words(),
-    )  # fmt: skip
-    return Reduced(pipeline, {**SIDE, "guidance_scale": 3.0})
+def z_image() -> Reduced:
+    return _z_image(diffusers.ZImagePipeline)
 
 
-def prx() -> Reduced:
-    transformer = diffusers.PRXTransformer2DModel(
-        in_channels=4, context_in_dim=32, hidden_size=32, num_heads=2, depth=2, axes_dim=[8, 8]
-    )
-    pipeline = diffusers.PRXPipeline(
-        transformer=transformer, scheduler=flow(), text_encoder=texts.t5_gemma(),
-        tokenizer=texts.gemma_words(), vae=autoencoder(), default_sample_size=8,
-    )  # fmt: skip
-    return Reduced(pipeline, {**SIDE, "guidance_scale": 3.0, "use_resolution_binning": False})
-
-
-def bria_fibo() -> Reduced:
-    """Every layer of its text encoder, one for each block. The empty text is token 128000."""
-    transformer = diffusers.BriaFiboTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=64, axes_dims_rope=[4, 4, 8],
-        text_encoder_dim=32,
-    )  # fmt: skip
-    pipeline = diffusers.BriaFiboPipeline(
-        transformer=transformer, scheduler=flow(use_dynamic_shifting=True),
-        vae=qwen_autoencoder(wan=True), tokenizer=texts.words(),
-        text_encoder=texts.language_model("SmolLM3ForCausalLM", vocab_size=128001),
-    )  # fmt: skip
-    return Reduced(pipeline, {**SIDE, **TEXT})
+def z_image_inpainting() -> Reduced:
+    call = {"image": picture(), "mask_image": mask(), "strength": 1.0}
+    return _z_image(diffusers.ZImageInpaintPipeline, autoencoder(), **call)
 
 
 def lumina2() -> Reduced:
@@ -267,14 +248,13 @@ def kandinsky5() -> Reduced:
 
 PICTURES = {
     "Qwen-Image": qwen_image,
+    "Qwen-Image inpainting": qwen_image_inpainting,
     "Qwen-Image-Edit": qwen_image_edit,
     "Qwen-Image-Edit Plus": qwen_image_edit_plus,
     "Qwen-Image 2.1": qwen_image21,
     "Ideogram 4": ideogram4,
     "Z-Image": z_image,
-    "ERNIE-Image": ernie_image,
-    "PRX": prx,
-    "Bria FIBO": bria_fibo,
+    "Z-Image inpainting": z_image_inpainting,
     "Lumina 2": lumina2,
     "Sana": sana,
     "Sana Sprint": sana_sprint,

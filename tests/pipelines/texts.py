@@ -207,15 +207,6 @@ def gemma3():
     return Gemma3ForConditionalGeneration(config)
 
 
-def t5_gemma():
-    """T5Gemma's encoder."""
-    from transformers import T5GemmaConfig, T5GemmaEncoderModel
-
-    sizes = {**SIZES, "vocab_size": 100}
-    config = T5GemmaConfig(encoder=sizes, decoder=sizes, is_encoder_decoder=False)
-    return T5GemmaEncoderModel(config).encoder
-
-
 def mistral():
     """What FLUX.2 has: Mistral 3 with its picture tower."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration

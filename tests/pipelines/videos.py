@@ -71,21 +71,6 @@ def wan_picture() -> Reduced:
     return Reduced(pipeline, {**SIDE, **TEXT, "image": picture(32)})
 
 
-def wan_vace() -> Reduced:
-    """Blocks of their own for a control video, which it is given, and a mask."""
-    transformer = diffusers.WanVACETransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=32,
-        freq_dim=16, ffn_dim=40, num_layers=2, rope_max_seq_len=64, vace_layers=[0, 1],
-        vace_in_channels=2 * 4 + 64,
-    )  # fmt: skip
-    pipeline = diffusers.WanVACEPipeline(
-        tokenizer=texts.t5_tokens(), text_encoder=texts.t5(multilingual=True),
-        vae=_wan_autoencoder(), scheduler=flow(shift=3.0), transformer=transformer,
-    )  # fmt: skip
-    video = [picture(32, seed) for seed in range(SIDE["num_frames"])]
-    return Reduced(pipeline, {**SIDE, **TEXT, "video": video})
-
-
 def _skyreels(kind: Any, parts: dict[str, Any], **options: Any):
     transformer = diffusers.SkyReelsV2Transformer3DModel(
         **{
@@ -264,7 +249,6 @@ VIDEOS = {
     "Wan": wan,
     "Wan 2.2 with two experts": wan_two_experts,
     "Wan from a picture": wan_picture,
-    "Wan VACE": wan_vace,
     "SkyReels V2": skyreels_v2,
     "SkyReels V2 from a picture": skyreels_v2_picture,
     "Sana Video": sana_video,
