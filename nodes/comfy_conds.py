@@ -62,11 +62,6 @@ class References:
             mask = mask[:1]
         return cls(entries, samples[:1], mask)
 
-    @property
-    def by_step(self) -> bool:
-        """True if a forward's rows must share one step: control nets use only the first row's."""
-        return "control" in self.entries
-
     def beside(self, text: Conditioning) -> list[Any]:
         """``text`` in ComfyUI's form, with the references."""
         states, own = text

@@ -27,6 +27,7 @@ from .comfy_state import (
     differentiable_attention,
     forget,
     in_full_precision,
+    observable,
     run_uncompiled,
     training,
 )
@@ -37,6 +38,12 @@ SEED = 0
 _ONE = "positive"
 _SPEEDY = ("lcm", "distilled")
 """Parts of the names of sampling classes for models without guidance."""
+
+_WITHOUT_TEXT = frozenset(
+    ("SVD_img2vid", "Stable_Zero123", "SeedVR2", "Hunyuan3Dv2", "TripoSplat", "Trellis2",
+     "RT_DETR_v4", "SAM3", "DepthAnything3")
+)  # fmt: skip
+"""Model classes, with those derived from them, that no text reaches."""
 
 
 class Denoiser:
@@ -69,6 +76,28 @@ class Denoiser:
             or any(word in kind.__name__.lower() for kind in kinds for word in _SPEEDY)
         )
 
+    @property
+    def by_step(self) -> bool:
+        """True if a forward's rows must share one step: control nets and mean-flow models use only
+        the first row's."""
+        mean_flow = self.model.model.model_config.unet_config.get("meanflow")
+        return bool(mean_flow) or "control" in self.references.entries
+
+    def check(self) -> None:
+        """Raise :class:`ModelStateError` if this model's features cannot be collected."""
+        config = type(self.model.model.model_config)
+        empty = comfy.sample.fix_empty_latent_channels(self.model, torch.zeros(1, 4, 8, 8))
+        if not _WITHOUT_TEXT.isdisjoint(kind.__name__ for kind in config.__mro__):
+            why = "takes no text, from which a merge by features makes its samples"
+        elif empty.is_nested:
+            why = "draws a video and its sound together, which a merge by features does not support"
+        else:
+            return
+        raise ModelStateError(
+            f"MODEL is a {config.__name__}, which {why}. Use a method that looks at weights alone, "
+            "such as average or ties."
+        )
+
     def close(self) -> None:
         self._collecting.close()
         forget(self.model.model.diffusion_model)
@@ -94,6 +123,7 @@ class Denoiser:
             options = comfy.model_patcher.create_model_options_clone(model.model_options)
             self._options = options
             self._collecting.enter_context(in_full_precision(model.model))
+            self._collecting.enter_context(observable(model.model.diffusion_model))
             comfy.sampler_helpers.prepare_model_patcher(model, self._conds, options)
             run_uncompiled(options)
             # Other nodes' patches and wrappers read the denoising progress there.
@@ -148,25 +178,27 @@ class Denoiser:
         noisy = sampling.noise_scaling(sigma.reshape(1), noise, latent, True)
         if mask is None:
             return noisy
-        kept = self.model.model.scale_latent_inpaint(
-            x=noisy, sigma=sigma.reshape(1), noise=noise, latent_image=latent
-        )
+        with self._shaped(noise.shape):
+            kept = self.model.model.scale_latent_inpaint(
+                x=noisy, sigma=sigma.reshape(1), noise=noise, latent_image=latent
+            )
         return noisy * mask + kept * (1 - mask)
 
     def inputs(self, text: Conditioning, shape: Sequence[int]) -> Inputs:
         """ComfyUI's inputs for this text and a latent of ``shape`` (…, channels, height, width)."""
         device, shape = self.model.load_device, (1, *shape[1:])
         latent, mask = self._begun(shape)
-        inputs = comfy.samplers.process_conds(
-            self.model.model,
-            torch.zeros(shape, device=device),
-            {_ONE: self._converted(text)},
-            device,
-            latent.to(device),
-            None if mask is None else mask.to(device),
-            SEED,
-            latent_shapes=comfy.utils.pack_latents([latent])[1],
-        )[_ONE][0]
+        with self._shaped(shape):
+            inputs = comfy.samplers.process_conds(
+                self.model.model,
+                torch.zeros(shape, device=device),
+                {_ONE: self._converted(text)},
+                device,
+                latent.to(device),
+                None if mask is None else mask.to(device),
+                SEED,
+                latent_shapes=comfy.utils.pack_latents([latent])[1],
+            )[_ONE][0]
         self._first = self._first or inputs
         return sharing(inputs, self._first)
 
@@ -176,9 +208,10 @@ class Denoiser:
         device = self.model.load_device
         latents, sigmas = latents.to(device), sigmas.to(device)
         forget(self.model.model.diffusion_model)
-        denoised = comfy.samplers.calc_cond_batch(
-            self.model.model, [[joined(inputs)]], latents, sigmas, self._options
-        )[0]
+        with self._shaped(latents.shape):
+            denoised = comfy.samplers.calc_cond_batch(
+                self.model.model, [[joined(inputs)]], latents, sigmas, self._options
+            )[0]
         return (latents - denoised) / sigmas.reshape(-1, *[1] * (latents.ndim - 1))
 
     @contextmanager
@@ -193,6 +226,17 @@ class Denoiser:
             for one in models:
                 if isinstance(one.model, nn.Module):
                     stack.enter_context(constant_weights(one.model))
+            yield
+
+    @contextmanager
+    def _shaped(self, shape: Sequence[int]) -> Generator[None]:
+        """Context in which the model's latents are of one ``shape``, as ``CFGGuider`` sets it in later
+        versions; the last picture may have been one with its sound."""
+        model = self.model.model
+        with ExitStack() as stack:
+            if hasattr(model, "latent_shapes"):
+                stack.callback(setattr, model, "latent_shapes", model.latent_shapes)
+                model.latent_shapes = [tuple(shape)]
             yield
 
     def _converted(self, text: Conditioning) -> list[dict[str, Any]]:
@@ -214,7 +258,8 @@ class Denoiser:
         """The connected LATENT on the model's scale, and its mask; on the CPU."""
         latent, mask = self.empty(shape), self.references.mask
         if bool(latent.any()):  # an empty latent is not shifted
-            latent = self.model.model.process_latent_in(latent)
+            with self._shaped(shape):
+                latent = self.model.model.process_latent_in(latent)
         if mask is not None:
             mask = comfy.sampler_helpers.prepare_mask(mask, torch.Size(shape), "cpu")
         return latent, mask

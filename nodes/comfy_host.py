@@ -142,6 +142,8 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         return self._texts.activate(triggers)
 
     def samples(self, request: SampleRequest) -> ComfySamples:
+        for denoiser in self._denoisers:
+            denoiser.check()
         before = request.generator.get_state()
         share = 0.0 if self.distilled else request.calibration.empty_share
 
@@ -283,7 +285,9 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
             return predict(rows, [copy])
 
         kinds = {text: tuple(kind(copy[text]) for copy in inputs) for text in inputs[0]}
-        steps = noisy.times.tolist() if self.references.by_step else [None] * len(noisy.times)
+        steps = (
+            noisy.times.tolist() if self._denoisers[number].by_step else [None] * len(noisy.times)
+        )
         rows = [
             replace(row, key=(kinds[row.text], steps[row.latent]), length=size(inputs[0][row.text]))
             for row in noisy.rows

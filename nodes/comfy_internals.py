@@ -74,7 +74,8 @@ ATTRIBUTES: Mapping[str, Sequence[str]] = {
     "comfy.sd1_clip.SDTokenizer": ("embedding_directory", "inv_vocab"),
 }  # fmt: skip
 """What these objects have once they are made. All were there in 0.33.0. Of others there are
-``_full_precision_mm`` (layers), ``clear_kv_cache`` (denoisers) and ``comfy_kitchen``."""
+``_full_precision_mm`` and ``pre_quant_scale`` (layers), ``clear_kv_cache`` (denoisers),
+``latent_shapes`` (models), ``timbre_encoder`` (ACE-Step 1.5) and ``comfy_kitchen``."""
 WHERE_THERE: Mapping[str, str] = {
     "comfy.cli_args.args.disable_comfy_compiler": "the compiler records allocations",
     "comfy.cli_args.args.disable_cuda_graphs": "blocks are recorded and replayed",
@@ -85,6 +86,7 @@ WHERE_THERE: Mapping[str, str] = {
     "comfy.model_patcher.ModelPatcher.get_free_memory": "counts weights that can be evicted",
     "comfy.model_patcher.ModelPatcher.is_dynamic": "DynamicVRAM: weights come when they are used",
     "comfy.model_prefetch.make_prefetch_queue": "weights of the next block come early",
+    "comfy.quant_ops.QuantizedTensor": "weights that layers do not always dequantise",
 }
 """Names that only some versions have, and their use; :func:`optional` looks them up."""
 

@@ -20,7 +20,7 @@ from ..iteris_core.passes.batches import chunks
 from .comfy_conds import Inputs, joined, kind
 from .comfy_denoiser import SEED, Denoiser
 from .comfy_internals import base_of, comfy, memory
-from .comfy_state import forget, run_uncompiled
+from .comfy_state import forget, observable, run_uncompiled
 from .comfy_text import Conditioning
 
 _KEY = "iteris"
@@ -160,7 +160,8 @@ class RowsGuider(base_of("comfy.samplers.CFGGuider")):
             self.model_options,
             is_model_options=True,
         )
-        return super().outer_sample(*args, **options)
+        with observable(self.model_patcher.model.diffusion_model):
+            return super().outer_sample(*args, **options)
 
     def predict_noise(
         self,

@@ -14,13 +14,17 @@ from threading import RLock
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .comfy_internals import check_switches, comfy, optional, owner_of
 
 _PRECISE = "_full_precision_mm"
 """A flag of ComfyUI's mixed-precision layers: True if they do not quantise their input."""
+_PRODUCT = "_forward"
+"""Their method that multiplies; :func:`in_full_precision` replaces it."""
+_SCALE = "pre_quant_scale"
+"""Their factors of their input's channels."""
 SWITCHES: Sequence[tuple[str, Any]] = (
     ("comfy.cli_args.args.disable_comfy_compiler", True),
     ("comfy.cli_args.args.disable_cuda_graphs", True),
@@ -47,6 +51,7 @@ def ready_for_merge(clip: Any = None) -> Generator[None]:
             stack.enter_context(switched(path, value))
         if clip is not None:
             stack.enter_context(in_full_precision(clip.cond_stage_model))
+            stack.enter_context(observable(clip.cond_stage_model))
         yield
 
 
@@ -86,15 +91,58 @@ def forget(network: nn.Module) -> None:
 @contextmanager
 def in_full_precision(network: nn.Module) -> Generator[None]:
     """Context in which layers with quantised weights do not quantise their input, as they do on
-    some cards. A target is a small difference of two outputs, so rounding would dominate it."""
-    quantising = [m for m in network.modules() if getattr(m, _PRECISE, True) is False]
+    some cards, or with int8 weights anywhere. A target is a small difference of two outputs, so
+    rounding would dominate it."""
+    kind = optional("comfy.quant_ops.QuantizedTensor")
+    layers = [] if kind is None else [m for m in network.modules() if hasattr(m, _PRECISE)]
+    quantising = [layer for layer in layers if not getattr(layer, _PRECISE)]
+
+    def plain(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weight = weight.dequantize() if isinstance(weight, kind) else weight
+        return nn.functional.linear(inputs, weight, bias)
+
     for layer in quantising:
         setattr(layer, _PRECISE, True)
+    for layer in layers:
+        layer.__dict__[_PRODUCT] = plain
     try:
         yield
     finally:
         for layer in quantising:
             setattr(layer, _PRECISE, False)
+        for layer in layers:
+            del layer.__dict__[_PRODUCT]
+
+
+@contextmanager
+def observable(network: nn.Module) -> Generator[None]:
+    """Context in which hooks see what the weights of ``network`` get, row by row.
+
+    A layer of AWQ scales its input inside its forward; here, before it. ACE-Step 1.5 gives the
+    timbres of all rows to the first row; here each row gets its own, as it does alone.
+    """
+    scales = {m: s for m in network.modules() if (s := getattr(m, _SCALE, None)) is not None}
+    timbre = getattr(getattr(network, "encoder", None), "timbre_encoder", None)
+
+    def scaled(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        inputs, *rest = args
+        return inputs * scales[layer].to(inputs), *rest
+
+    def own(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        timbres, _order, *rest = args
+        return timbres, torch.arange(len(timbres), device=timbres.device), *rest
+
+    handles = [layer.register_forward_pre_hook(scaled) for layer in scales]
+    handles += [] if timbre is None else [timbre.register_forward_pre_hook(own)]
+    for layer in scales:
+        setattr(layer, _SCALE, None)
+    try:
+        yield
+    finally:
+        for layer, scale in scales.items():
+            setattr(layer, _SCALE, scale)
+        for handle in handles:
+            handle.remove()
 
 
 _FUSED = "comfy_kitchen"

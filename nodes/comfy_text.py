@@ -3,7 +3,8 @@
 A composite (SDXL, FLUX, …) encodes one prompt at a time. Every encoder therefore first runs all
 token lists in one stage, grouped by length. They get no padding beyond their tokenizer's, because
 encoders may attend to padding. Then the composite encodes as usual, and ``encode`` of its encoders
-returns the stored outputs. Word weights, pooled outputs and masks stay ComfyUI's.
+returns the stored outputs. Word weights, pooled outputs and masks stay ComfyUI's. A composite of
+encoders of another kind (Lens) encodes each text as usual, and LoRAs on it cannot be merged.
 """
 
 from __future__ import annotations
@@ -53,11 +54,7 @@ class TextEncoders:
             for name, module in clip.cond_stage_model.named_modules()
             if isinstance(module, comfy.sd1_clip.SDClipModel)
         }
-        if not self._encoders and any(True for _ in clip.cond_stage_model.parameters()):
-            raise IterisError(
-                f"A CLIP of type {type(clip.cond_stage_model).__name__} is not supported: it has "
-                "no token-based text encoder."
-            )
+        self._encoded: dict[Any, Conditioning] = {}  # by an encoder that no LoRA changes
 
     def close(self) -> None:
         for encoder in self._encoders.values():
@@ -80,7 +77,9 @@ class TextEncoders:
         tokenizer does not pad."""
         said = self._placeholders(concept, prompt, lambda mark: f" embedding:{mark} ")
         said = prompt if said == prompt else said.replace("  embedding:", " embedding:")
-        return self._reader.tokenize(said)
+        # ACE-Step 1.5's language model would write codes, token by token, for every text.
+        silent = hasattr(self._clip.cond_stage_model, "lm_model")
+        return self._reader.tokenize(said, **({"generate_audio_codes": False} if silent else {}))
 
     def vocabulary(self) -> Sequence[str]:
         """The pieces of the first tokenizer's vocabulary; empty if it does not expose them."""
@@ -137,11 +136,16 @@ class TextEncoders:
         try:
             for text, some in tokens.items():
                 concept, _, condition = text
+                if text[:2] in self._encoded:
+                    conditionings[text] = self._encoded[text[:2]]
+                    continue
                 for batch in batches.values():  # encoders return their stored outputs
                     answer = partial(batch.answer, copy, (concept, condition), lockstep)
                     batch.encoder.encode = answer
                 cond, extra = self._clip.encode_from_tokens_scheduled(some, show_pbar=False)[0]
                 conditionings[text] = cond, extra
+                if not self._encoders:
+                    self._encoded[text[:2]] = cond, extra
         finally:
             self.close()
         return conditionings

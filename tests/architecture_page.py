@@ -28,7 +28,8 @@ docs/architectures.md` makes this page from it.
   the merge's effect on the image. A test fails above 1e-3.
 - **drift**: at how many layers the merge repairs what the concepts' interference leaves in the
   residual stream, and where saliency is measured. Layers behind gates are found by running the
-  model. For ComfyUI this was measured on 0.8.0; a class that 0.8.0 does not have has no figure.
+  model. For ComfyUI this was measured on 0.8.0, and on 0.33.0 for the newest classes; some have no
+  figure.
 
 Layers that are *left out* cannot be merged by their features, because they mix the rows of a batch
 or no forward reaches them. They are refused, or with `skip` left out and listed. The figures are

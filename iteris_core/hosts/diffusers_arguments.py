@@ -111,6 +111,13 @@ def _study(loop: PipelineLoop, calibration: Calibration) -> Arguments:
             f"{type(loop.pipeline).__name__} has a denoiser whose noise or timestep cannot be "
             "identified among its arguments; merging on it is not supported."
         )
+    of_rows = noise_args | step_args
+    if several := sorted(p for p in of_rows if isinstance(first.get(p), (list, tuple))):
+        raise BaseError(
+            f"{type(loop.pipeline).__name__} gives its denoiser {several[0]} as several tensors a "
+            "sample, as of a ControlNet, which a merge does not support; merge on the pipeline "
+            "without it."
+        )
     still = single.keys() - noise_args - step_args
     calls = [{path: call.get(path) for path in still} for call in (single, long)]
     kinds = [kind(call, batched, masks=False) for call in calls]

@@ -75,8 +75,9 @@ def with_weights_of(parts):
     return fresh
 
 
-def quantised(kit, form):
-    """Linear layers of ComfyUI's mixed precision, of comfy-kitchen's eager operations."""
+def quantised(kit, form, groups=1, **how):
+    """Linear layers of ComfyUI's mixed precision, of comfy-kitchen's eager operations; those of
+    widths that are no multiple of ``groups`` are left as they are."""
     import comfy.ops
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
@@ -86,11 +87,11 @@ def quantised(kit, form):
     network = base[0].model.diffusion_model
     with torch.inference_mode():
         for name, plain in [*network.named_modules()]:
-            if not isinstance(plain, nn.Linear):
+            if not isinstance(plain, nn.Linear) or plain.in_features % groups:
                 continue
             layer = ops.Linear(plain.in_features, plain.out_features, plain.bias is not None)
             layer.quant_format, layer.layout_type = form, layout
-            weight = QuantizedTensor.from_float(plain.weight.detach().float(), layout)
+            weight = QuantizedTensor.from_float(plain.weight.detach().float(), layout, **how)
             layer.weight = nn.Parameter(weight, requires_grad=False)
             if plain.bias is not None:
                 layer.bias = nn.Parameter(plain.bias.detach().float(), requires_grad=False)
@@ -105,7 +106,7 @@ def dequantised(base):
     layers = dict(base[0].model.diffusion_model.named_modules())
     with torch.inference_mode():
         for name, plain in fresh[0].model.diffusion_model.named_modules():
-            if isinstance(plain, nn.Linear):
+            if isinstance(plain, nn.Linear) and not isinstance(layers[name], nn.Linear):
                 plain.weight.copy_(layers[name].weight.dequantize().float())
     return fresh
 

@@ -8,13 +8,14 @@ With ``WRITE_RESULTS=1`` the figures go into benchmarks/results/architectures.js
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 from architecture_results import record
 from figures import Trial, furthest
-from kit import part
-from reduced_models import ARCHITECTURES
+from kit import merge_on, part
+from reduced_models import ARCHITECTURES, minimax_h3, svd, write_lora
 
 ALONE, ROWS, FILE = 1e-3, 5e-3, 1e-3
 IN_PARTS = ("SD 1.5", "FLUX.1", "Z-Image")
@@ -76,6 +77,39 @@ def test_what_is_left_out_is_told_with_its_file(pack, tmp_path, name):
     with pytest.raises(trial.core.IterisError, match=r"1\.safetensors") as error:
         trial.merge(1)
     assert any(layer.rstrip(".") in str(error.value) for layer in reduced.apart)
+
+
+@pytest.mark.parametrize(("make", "why"), [(minimax_h3, "its sound together"), (svd, "no text")])
+def test_a_class_of_which_no_features_can_be_had(pack, tmp_path, make, why):
+    """It is told before anything runs, whatever CLIP is connected; weights can be merged."""
+    model, clip = make()
+    network, given = model.model.diffusion_model, part(pack, "iteris_core").Calibration(samples=1)
+    sites = {
+        f"diffusion_model.{name}": (*layer.weight.shape,)
+        for name, layer in network.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
+    spec = part(pack, "nodes.concept_specs").make_spec(
+        write_lora(tmp_path / "a.safetensors", sites, 1), trigger="sks"
+    )
+    ran: list[object] = []
+    for root in (network, clip.cond_stage_model):
+        for module in root.modules():
+            module.register_forward_pre_hook(lambda *_: ran.append(1))
+    merge = functools.partial(merge_on, part(pack, "nodes.merging"), model, clip, [spec, spec])
+    with pytest.raises(part(pack, "iteris_core").IterisError, match=f"{why}.*average"):
+        merge("iteris", {}, given)
+    assert not ran
+    assert merge("average", {}, given).lora.sites
+
+
+def test_no_codes_are_written_for_texts(pack):
+    """ACE-Step 1.5's language model writes 600 a text, token by token."""
+    clip = ARCHITECTURES["ACE-Step 1.5"].make()[1]
+    clip.tokenizer = type(clip.tokenizer).__mro__[1]()
+    assert clip.tokenize("a song")["lm_metadata"]["generate_audio_codes"]
+    tokens = part(pack, "nodes.comfy_text").TextEncoders(clip).tokenize(0, "a song")
+    assert not tokens["lm_metadata"]["generate_audio_codes"]
 
 
 @pytest.mark.parametrize("name", names(IN_PARTS, left_out=ITERATED))

@@ -6,6 +6,8 @@ import pytest
 from architecture_results import record
 from pipelines import PIPELINES, write_lora
 from pipelines.laws import CALIBRATION, Laws
+from pipelines.reduced import seeded
+from pipelines.stable_diffusion import sd_controlnet
 
 from iteris_core import Concept, IterisError, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
@@ -40,6 +42,14 @@ def test_layers_that_run_twice_are_refused_before_anything_runs(tmp_path):
     lora = host.read_lora(write_lora(tmp_path / "1.safetensors", reduced.pipeline))
     twice = [site for site in lora.sites if ".ff." in site]
     with pytest.raises(IterisError, match=rf"{len(twice)} sites, such as .*\.ff\..*jacobi"):
+        merge_loras(host, [Concept(lora, prompts=["a dog"])], calibration=CALIBRATION)
+
+
+def test_a_control_net_is_refused_before_anything_runs(tmp_path):
+    reduced = seeded(sd_controlnet)()
+    host = DiffusersHost(reduced.pipeline, **reduced.call)
+    lora = host.read_lora(write_lora(tmp_path / "1.safetensors", reduced.pipeline))
+    with pytest.raises(IterisError, match=r"ControlNetPipeline gives.*down_block.*without it"):
         merge_loras(host, [Concept(lora, prompts=["a dog"])], calibration=CALIBRATION)
 
 

@@ -35,6 +35,11 @@ def flux_fill() -> Reduced:
     return _flux_kin("FluxFillPipeline", 4 + 4 + 64, **call)
 
 
+def flux_inpainting() -> Reduced:
+    call = {"image": picture(), "mask_image": mask(), "strength": 1.0}
+    return _flux_kin("FluxInpaintPipeline", 4, **call)
+
+
 def flux_control() -> Reduced:
     return _flux_kin("FluxControlPipeline", 4 + 4, control_image=picture())
 
@@ -91,6 +96,7 @@ FLUX = {
     "FLUX.1": flux,
     "FLUX.1 Kontext": flux_kontext,
     "FLUX.1 Fill": flux_fill,
+    "FLUX.1 inpainting": flux_inpainting,
     "FLUX.1 Control": flux_control,
     "FLUX.2": flux2,
     "FLUX.2 Klein": flux2_klein,

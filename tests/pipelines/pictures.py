@@ -9,7 +9,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as qwen_edit
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as qwen_edit_plus
 
 from . import texts
-from .parts import SIDE, TEXT, autoencoder, flow, picture, qwen_autoencoder
+from .parts import SIDE, TEXT, autoencoder, flow, mask, picture, qwen_autoencoder
 from .reduced import Reduced
 
 
@@ -27,6 +27,16 @@ def qwen_image() -> Reduced:
         transformer=_qwen_transformer(),
     )  # fmt: skip
     return Reduced(pipeline, {**SIDE, "true_cfg_scale": 3.0, "negative_prompt": " "})
+
+
+def qwen_image_inpainting() -> Reduced:
+    pipeline = diffusers.QwenImageInpaintPipeline(
+        scheduler=flow(use_dynamic_shifting=True), vae=qwen_autoencoder(),
+        text_encoder=texts.qwen_vl(), tokenizer=texts.qwen_words(),
+        transformer=_qwen_transformer(),
+    )  # fmt: skip
+    call = {"image": picture(), "mask_image": mask(), "strength": 1.0}
+    return Reduced(pipeline, {**SIDE, **call, "true_cfg_scale": 3.0, "negative_prompt": " "})
 
 
 def _qwen_edit(name: str, module: Any, image: Any) -> Reduced:
@@ -86,16 +96,25 @@ def ideogram4() -> Reduced:
     return Reduced(pipeline, {**SIDE, **call})
 
 
-def z_image() -> Reduced:
+def _z_image(kind: Any, vae: Any = None, **call: Any) -> Reduced:
     transformer = diffusers.ZImageTransformer2DModel(
         in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
         cap_feat_dim=32, axes_dims=[4, 4, 8], axes_lens=[512, 64, 64],
     )  # fmt: skip
-    pipeline = diffusers.ZImagePipeline(
-        scheduler=flow(shift=3.0), vae=None, transformer=transformer,
+    pipeline = kind(
+        scheduler=flow(shift=3.0), vae=vae, transformer=transformer,
         text_encoder=texts.language_model("Qwen3Model"), tokenizer=texts.qwen_words(),
     )  # fmt: skip
-    return Reduced(pipeline, {**SIDE, **TEXT, "guidance_scale": 3.0})
+    return Reduced(pipeline, {**SIDE, **TEXT, "guidance_scale": 3.0, **call})
+
+
+def z_image() -> Reduced:
+    return _z_image(diffusers.ZImagePipeline)
+
+
+def z_image_inpainting() -> Reduced:
+    call = {"image": picture(), "mask_image": mask(), "strength": 1.0}
+    return _z_image(diffusers.ZImageInpaintPipeline, autoencoder(), **call)
 
 
 def lumina2() -> Reduced:
@@ -229,11 +248,13 @@ def kandinsky5() -> Reduced:
 
 PICTURES = {
     "Qwen-Image": qwen_image,
+    "Qwen-Image inpainting": qwen_image_inpainting,
     "Qwen-Image-Edit": qwen_image_edit,
     "Qwen-Image-Edit Plus": qwen_image_edit_plus,
     "Qwen-Image 2.1": qwen_image21,
     "Ideogram 4": ideogram4,
     "Z-Image": z_image,
+    "Z-Image inpainting": z_image_inpainting,
     "Lumina 2": lumina2,
     "Sana": sana,
     "Sana Sprint": sana_sprint,

@@ -3,6 +3,7 @@
 from typing import Any
 
 import diffusers
+import torch
 from bases import make_sd3, make_sdxl
 from tiny import make_pipeline
 
@@ -53,6 +54,17 @@ def instruct_pix2pix() -> Reduced:
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     return Reduced(pipeline, {"image": picture()})
+
+
+def sd_controlnet() -> Reduced:
+    """Its pictures of every step are not recorded."""
+    parts = make_pipeline().components
+    control = diffusers.ControlNetModel.from_unet(parts["unet"])
+    for weight in control.parameters():  # those of its last layers begin at zero
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+    pipeline = diffusers.StableDiffusionControlNetPipeline(**parts, controlnet=control)
+    return Reduced(pipeline, {**SIDE, "image": picture(), "guidance_scale": 4.0})
 
 
 def sdxl() -> Reduced:

@@ -37,6 +37,22 @@ def _wan(**parts: Any):
     )  # fmt: skip
 
 
+def _eye(projection: bool = False) -> dict[str, Any]:
+    import transformers
+
+    config = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+        image_size=32, patch_size=16,
+    )  # fmt: skip
+    kind: Any = transformers.CLIPVisionModel
+    if projection:
+        kind = transformers.CLIPVisionModelWithProjection
+    processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    return {"image_encoder": kind(config), "image_processor": processor}
+
+
 def wan() -> Reduced:
     return Reduced(_wan(), {**SIDE, **TEXT})
 
@@ -47,36 +63,59 @@ def wan_two_experts() -> Reduced:
 
 
 def wan_picture() -> Reduced:
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
-
-    eye = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
-        image_size=32, patch_size=16,
-    )  # fmt: skip
     pipeline = diffusers.WanImageToVideoPipeline(
         tokenizer=texts.t5_tokens(), text_encoder=texts.t5(multilingual=True),
-        vae=_wan_autoencoder(), scheduler=flow(shift=3.0), image_encoder=CLIPVisionModel(eye),
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-        ),
+        vae=_wan_autoencoder(), scheduler=flow(shift=3.0), **_eye(),
         transformer=_wan_transformer(in_channels=4 + 4 + 4, image_dim=32, added_kv_proj_dim=32),
     )  # fmt: skip
     return Reduced(pipeline, {**SIDE, **TEXT, "image": picture(32)})
 
 
-def skyreels_v2() -> Reduced:
+def _skyreels(kind: Any, parts: dict[str, Any], **options: Any):
     transformer = diffusers.SkyReelsV2Transformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=32,
-        freq_dim=16, ffn_dim=40, num_layers=2, rope_max_seq_len=64,
+        **{
+            "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4,
+            "out_channels": 4, "text_dim": 32, "freq_dim": 16, "ffn_dim": 40, "num_layers": 2,
+            "rope_max_seq_len": 64, **options,
+        }
     )  # fmt: skip
-    pipeline = diffusers.SkyReelsV2Pipeline(
+    return kind(
         tokenizer=texts.t5_tokens(), text_encoder=texts.t5(multilingual=True),
         transformer=transformer, vae=_wan_autoencoder(),
         scheduler=diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
+        **parts,
     )  # fmt: skip
-    return Reduced(pipeline, {**SIDE, **TEXT})
+
+
+def skyreels_v2() -> Reduced:
+    return Reduced(_skyreels(diffusers.SkyReelsV2Pipeline, {}), {**SIDE, **TEXT})
+
+
+def skyreels_v2_picture() -> Reduced:
+    pipeline = _skyreels(
+        diffusers.SkyReelsV2ImageToVideoPipeline, _eye(projection=True), in_channels=4 + 4 + 4,
+        image_dim=32, added_kv_proj_dim=32,
+    )  # fmt: skip
+    return Reduced(pipeline, {**SIDE, **TEXT, "image": picture(32)})
+
+
+def sana_video() -> Reduced:
+    transformer = diffusers.SanaVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32,
+        caption_channels=32, sample_size=4, rope_max_seq_len=64,
+    )  # fmt: skip
+    pipeline = diffusers.SanaVideoPipeline(
+        tokenizer=texts.gemma_words(), text_encoder=texts.language_model("Gemma2Model"),
+        vae=_wan_autoencoder(), transformer=transformer,
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True
+        ),
+    )  # fmt: skip
+    call = {"height": 32, "width": 32, "frames": 5, "use_resolution_binning": False}
+    return Reduced(pipeline, {**call, **TEXT, "complex_human_instruction": None})
 
 
 _LTX = {"height": 64, "width": 64, "num_frames": 9, **TEXT}
@@ -211,6 +250,8 @@ VIDEOS = {
     "Wan 2.2 with two experts": wan_two_experts,
     "Wan from a picture": wan_picture,
     "SkyReels V2": skyreels_v2,
+    "SkyReels V2 from a picture": skyreels_v2_picture,
+    "Sana Video": sana_video,
     "LTX-Video": ltx,
     "LTX-Video from a picture": ltx_picture,
     "LTX-2": ltx2,

@@ -8,12 +8,12 @@ its test.
 from .cosmos import COSMOS, anima
 from .dits import DITS
 from .flux import FLUX, flux, flux2
-from .later import LATER, krea2
+from .later import LATER, krea2, minimax_h3
 from .parts import write_lora
 from .pictures import PICTURES, qwen, zimage
 from .reduced import Reduced
 from .sounds import SOUNDS
-from .unets import UNETS, sd15, sdxl
+from .unets import UNETS, sd15, sdxl, svd
 from .videos import VIDEOS
 from .wan import WAN, wan
 
@@ -24,9 +24,11 @@ __all__ = [
     "flux",
     "flux2",
     "krea2",
+    "minimax_h3",
     "qwen",
     "sd15",
     "sdxl",
+    "svd",
     "wan",
     "write_lora",
     "zimage",

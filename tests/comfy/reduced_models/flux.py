@@ -25,14 +25,22 @@ def flux_narrow(kind="Flux", **other):
     return model_of_class(kind, **config(**other)), texts.flux()
 
 
-def flux2():
-    found = config(
+def _flux2(**other):
+    return model_of_class("Flux2", **config(
         image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=192,
         hidden_size=128, mlp_ratio=3.0, axes_dim=[16, 16, 16, 16], theta=2000, patch_size=1,
         qkv_bias=False, txt_ids_dims=[3], global_modulation=True, mlp_silu_act=True, ops_bias=False,
-        default_ref_method="index", ref_index_scale=10.0,
-    )  # fmt: skip
-    return model_of_class("Flux2", **found), texts.mistral()
+        default_ref_method="index", ref_index_scale=10.0, **other,
+    ))  # fmt: skip
+
+
+def flux2():
+    return _flux2(), texts.mistral()
+
+
+def klein():
+    """Without guidance; the states of three layers of Qwen 3 side by side."""
+    return _flux2(guidance_embed=False), texts.klein()
 
 
 _CHROMA = {
@@ -95,6 +103,7 @@ FLUX = {
     ),
     "FLUX.2": Reduced(flux2),
     "FLUX.2 with references": Reduced(flux2, entries=given.edited(128, 6, 6), slow=True),
+    "FLUX.2 Klein": Reduced(klein, slow=True),
     "Chroma": Reduced(chroma),
     "Chroma Radiance": Reduced(chroma_radiance, side=64, slow=True),
     "LongCat-Image": Reduced(longcat_image),

@@ -109,6 +109,51 @@ def hidream_o1():
     return model, clip_of(text.HiDreamO1Tokenizer, text.HiDreamO1TE, {})
 
 
+def _pixel_dit(kind, **other):
+    """Of pixels: patches see each other and the text, then pixels see their patch."""
+    model = model_of_class(
+        kind, num_groups=2, hidden_size=64, pixel_hidden_size=8, pixel_attn_hidden_size=64,
+        pixel_num_groups=2, patch_depth=2, pixel_depth=1, txt_embed_dim=64, **other,
+    )  # fmt: skip
+    return model, texts.gemma("pixeldit", "PixelDiTGemma2Tokenizer", "PixelDiTGemma2TE")
+
+
+def pixel_dit():
+    return _pixel_dit("PixelDiTT2I", image_model="pixeldit_t2i")
+
+
+def pid():
+    """A small picture that it makes larger."""
+    return _pixel_dit(
+        "PiD", image_model="pid", lq_hidden_dim=32, lq_num_res_blocks=1, lq_latent_channels=16,
+        latent_spatial_down_factor=8,
+    )  # fmt: skip
+
+
+def lens():
+    """Four layers of its text encoder, which has experts."""
+    model = model_of_class(
+        "Lens", image_model="lens", num_layers=2, attention_head_dim=48, num_attention_heads=2,
+        enc_hidden_dim=64, axes_dims_rope=(16, 16, 16),
+    )  # fmt: skip
+    return model, texts.gpt_oss()
+
+
+def minimax_h3():
+    """A video and its sound at once, one sample at a time."""
+    model = model_of_class(
+        "MiniMaxH3", image_model="minimax_h3", hidden_size=96, num_layers=2,
+        token_refiner_num_layers=1, num_attention_heads=2, attention_head_dim=48,
+        ffn_hidden_size=128, text_dim=64, timestep_input_dim=32, time_embed_hidden_size=64,
+        time_embed_dim=32, rope_inv_freq_len=8,
+    )  # fmt: skip
+    return model, _qwen3_vl("mage_flow", "MageFlowTokenizer", "qwen3vl_4b")
+
+
+_PIXELS = {
+    "apart": ("pixel_blocks.0.mlp.",),
+    "left_out": "pixel_blocks.*.mlp: it gets half of all patches, and then the others",
+}
 LATER = {
     "ERNIE-Image": Reduced(ernie_image),
     "Krea 2": Reduced(krea2),
@@ -116,5 +161,16 @@ LATER = {
     "HiDream O1": Reduced(hidream_o1, side=64, left_out="visual: only reference pictures reach it"),
     "Boogu-Image": Reduced(boogu, entries=given.edited(16, 6, 6)),
     "Mage-Flow": Reduced(mage_flow, entries=given.edited(128, 6, 6)),
+    "PixelDiT": Reduced(pixel_dit, side=64, **_PIXELS),
+    "PiD": Reduced(
+        pid,
+        side=64,
+        entries={"lq_latent": given.picture(16, 2, 2), "degrade_sigma": torch.tensor([0.1])},
+        **_PIXELS,
+        slow=True,
+    ),
+    "Lens": Reduced(
+        lens, apart=("text_encoder",), left_out="text encoder: it runs one text at a time"
+    ),
     "JoyImage": Reduced(joy_image, entries=given.edited(16, 1, 6, 6)),
 }

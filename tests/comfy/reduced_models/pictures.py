@@ -57,6 +57,18 @@ def zimage():
     return model, texts.qwen3("z_image", "ZImageTokenizer", "qwen3_4b")
 
 
+def zimage_pixel():
+    """Of pixels; a small network draws each patch."""
+    model = model_of_class(
+        "ZImagePixelSpace", **{**_NEXT_DIT, "image_model": "zimage_pixel", "patch_size": 16,
+        "in_channels": 3}, dim=256, n_heads=4, n_kv_heads=4, axes_dims=[16, 24, 24],
+        rope_theta=256.0, ffn_dim_multiplier=2.0, z_image_modulation=True, time_scale=1000.0,
+        pad_tokens_multiple=32, decoder_hidden_size=64, decoder_num_res_blocks=1,
+        decoder_max_freqs=4,
+    )  # fmt: skip
+    return model, texts.qwen3("z_image", "ZImageTokenizer", "qwen3_4b")
+
+
 def qwen():
     """A text encoder that gives a mask for some texts and none for others."""
     model = model_of_class(
@@ -119,6 +131,7 @@ PICTURES = {
     "AuraFlow": Reduced(aura_flow),
     "Lumina 2": Reduced(lumina2),
     "Z-Image": Reduced(zimage),
+    "Z-Image in pixels": Reduced(zimage_pixel, side=64, slow=True),
     "Qwen-Image": Reduced(qwen),
     "Qwen-Image-Edit": Reduced(qwen, entries=given.edited(16, 1, 6, 6)),
     "HunyuanImage 2.1": Reduced(hunyuan_image, **BYT5),

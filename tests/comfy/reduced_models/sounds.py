@@ -50,6 +50,52 @@ def stable_audio():
     return model, clip
 
 
+def stable_audio3():
+    """Inpainting: a mask and the sound that is kept beside the latents."""
+    embedders = pytest.importorskip("comfy.ldm.audio.embedders")
+    weights: dict[str, torch.Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    try:
+        seconds = embedders.NumberConditioner(768, 0, 384, fourier_features_type="expo")
+    except TypeError:
+        pytest.skip("this ComfyUI has no StableAudio3")
+    for key, weight in seconds.state_dict().items():
+        random = torch.randn(weight.shape, generator=generator) * 0.1
+        weights[f"conditioner.conditioners.seconds_total.{key}"] = random
+    weights["conditioner.conditioners.prompt.padding_embedding"] = torch.randn(
+        768, generator=generator
+    )
+    model = model_of_class(
+        "StableAudio3", weights=weights, audio_model="dit1.0", io_channels=256, embed_dim=96,
+        depth=2, num_heads=1, cond_token_dim=768, global_cond_dim=768, project_cond_tokens=True,
+        num_memory_tokens=4, attn_kwargs={"qk_norm": "rms", "differential": True},
+        norm_type="rms_norm", timestep_features_type="expo", local_add_cond_dim=257,
+        global_cond_shared_embed=True, global_cond_type="adaLN",
+    )  # fmt: skip
+    return model, texts.t5_gemma()
+
+
+def ace_step15():
+    """Words to sing, which are none, and a sound to follow, which is silence."""
+    text = pytest.importorskip("comfy.text_encoders.ace15")
+    model = model_of_class(
+        "ACEStep15", audio_model="ace1.5", hidden_size=64, text_hidden_dim=64, num_dit_layers=2,
+        num_lyric_layers=1, num_timbre_layers=1, num_tokenizer_layers=1, num_heads=2,
+        num_kv_heads=2, head_dim=32, intermediate_size=64, fsq_dim=64, encoder_hidden_size=64,
+        encoder_intermediate_size=64, encoder_num_heads=2,
+    )  # fmt: skip
+
+    class Tokenizer(text.ACE15Tokenizer):
+        def tokenize_with_weights(self, words, return_word_ids=False, **given):
+            # Else a language model writes codes, token by token, at every text.
+            given["generate_audio_codes"] = False
+            return super().tokenize_with_weights(words, return_word_ids, **given)
+
+    return model, clip_of(
+        Tokenizer, text.te(torch.float32), {"_model_config": texts.LANGUAGE_MODEL}
+    )
+
+
 def ltx2():
     """Of a latent that has no sound."""
     import comfy.text_encoders.llama as llama
@@ -82,6 +128,17 @@ SOUNDS = {
         ),
     ),
     "Stable Audio": Reduced(stable_audio, shape=(1, 64, 8)),
+    "Stable Audio 3": Reduced(stable_audio3, shape=(1, 256, 8), slow=True),
+    "ACE-Step 1.5": Reduced(
+        ace_step15,
+        shape=(1, 64, 20),
+        apart=("detokenizer.", "diffusion_model.tokenizer.", "qwen3_2b."),
+        left_out=(
+            "tokenizer and detokenizer: their input is the same for all rows; qwen3_2b: it only "
+            "writes codes"
+        ),
+        slow=True,
+    ),
     "LTX-2": Reduced(
         ltx2,
         video=True,

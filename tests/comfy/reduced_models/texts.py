@@ -86,12 +86,51 @@ def hydit():
     return clip_of(text.HyditTokenizer, text.HyditModel, options, data)
 
 
-def gemma():
-    import comfy.text_encoders.lumina2 as text
-
+def gemma(module="lumina2", tokenizer="LuminaTokenizer", encoder=None):
+    """Gemma 2; ``encoder`` is the name of its class."""
+    text = pytest.importorskip(f"comfy.text_encoders.{module}")
     options = {"gemma2_2b_model_config": {**LANGUAGE_MODEL, "vocab_size": 32128}}
-    data = {"spiece_model": pile()}
-    return clip_of(text.LuminaTokenizer, text.te(torch.float32), options, data)
+    made = getattr(text, encoder) if encoder else text.te(torch.float32)
+    return clip_of(getattr(text, tokenizer), made, options, {"spiece_model": pile()})
+
+
+def t5_gemma():
+    """T5Gemma, whose widths are fixed."""
+    text = pytest.importorskip("comfy.text_encoders.sa3")
+
+    class Config(text.T5GemmaEncoderConfig):
+        def __init__(self):
+            super().__init__()
+            self.vocab_size, self.intermediate_size, self.num_hidden_layers = 32128, 64, 2
+            self.num_attention_heads = self.num_key_value_heads = 2
+
+    with mock.patch.object(text, "T5GemmaEncoderConfig", Config):
+        data = {"spiece_model": pile()}
+        return clip_of(text.SAT5GemmaTokenizer, text.SAT5GemmaModel, {}, data)
+
+
+def gpt_oss():
+    """GPT-OSS, experts included; its tokenizer comes with the checkpoint, so it is Qwen's here."""
+    text = pytest.importorskip("comfy.text_encoders.gpt_oss")
+    narrow = {
+        "vocab_size": 200000, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }  # fmt: skip
+    ops = import_module("comfy.ops")
+
+    class Experts(ops.mixed_precision_ops({}, torch.float32).MoEExperts):
+        def __init__(self, num_experts, in_features, out_features, **how):
+            super().__init__(num_experts, in_features, out_features, **how)
+            weight = torch.empty(num_experts, out_features, in_features)
+            self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    plain = type("Plain", (ops.manual_cast,), {"MoEExperts": Experts})
+    options = {
+        "gpt_oss_config": narrow, "selected_layers": (0, 1, 2, 3), "custom_operations": plain,
+    }  # fmt: skip
+    data = {"tokenizer_json": _qwen_json()}
+    return clip_of(text.LensTokenizer, text.lens_te(torch.float32), options, data)
 
 
 def qwen3(module, tokenizer, key):
@@ -129,6 +168,21 @@ def mistral():
         return clip_of(text.Flux2Tokenizer, encoder, {"mistral3_24b_model_config": LLAMA})
 
 
+def klein():
+    import comfy.text_encoders.flux as text
+
+    if not hasattr(text, "klein_te"):
+        pytest.skip("this ComfyUI has no FLUX.2 Klein")
+
+    class Model(text.Qwen3_4BModel):
+        def __init__(self, **options):
+            super().__init__(**{**options, "layer": [1, 2, 3]})
+
+    with mock.patch.object(text, "Qwen3_4BModel", Model):
+        encoder = text.klein_te(torch.float32)
+    return clip_of(text.KleinTokenizer, encoder, {"qwen3_4b_model_config": LANGUAGE_MODEL})
+
+
 def hunyuan_video():
     import comfy.text_encoders.hunyuan_video as text
 
@@ -162,6 +216,16 @@ def pile():
     folder = Path(next(iter(comfy.text_encoders.__path__)))
     data = (folder / "t5_pile_tokenizer" / "tokenizer.model").read_bytes()
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _qwen_json():
+    import comfy.text_encoders
+
+    folder = Path(next(iter(comfy.text_encoders.__path__))) / "qwen25_tokenizer"
+    from transformers import Qwen2TokenizerFast
+
+    text = Qwen2TokenizerFast.from_pretrained(folder).backend_tokenizer.to_str()
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
 _HEADERS = {

@@ -33,6 +33,16 @@ def sd15(kind="SD15", widths=texts.CLIP, **other):
     return unet(kind, **config, **other), clip
 
 
+def svd():
+    """Of a picture alone."""
+    return unet(
+        "SVD_img2vid", in_channels=8, adm_in_channels=768, num_classes="sequential",
+        context_dim=64, use_linear_in_transformer=True, use_temporal_attention=True,
+        use_temporal_resblock=True, video_kernel_size=[3, 1, 1], merge_factor=0.0,
+        merge_strategy="learned_with_images",
+    ), sd15()[1]  # fmt: skip
+
+
 def sd15_inpainting():
     """A mask and a picture beside the latents."""
     return sd15(in_channels=9)
@@ -135,6 +145,10 @@ UNETS = {
     ),
     "SDXL refiner": Reduced(sdxl_refiner, slow=True),
     "SSD-1B": Reduced(lambda: sdxl_narrow("SSD1B", **_SSD), slow=True),
+    "Segmind Vega": Reduced(
+        lambda: sdxl_narrow("Segmind_Vega", **{**_SSD, "transformer_depth_output": [0, 0, 1, 1]}),
+        slow=True,
+    ),
     "KOALA": Reduced(lambda: sdxl_narrow("KOALA_700M", transformer_depth_middle=-2), slow=True),
     "Stable Cascade C": Reduced(cascade_c),
     "Stable Cascade B": Reduced(

@@ -29,6 +29,17 @@ def hunyuan_video15():
     return model_of_class("HunyuanVideo15", **config), clip
 
 
+def hunyuan_video15_sr():
+    """The small video and its mask beside the latents, and the first frame."""
+    config = {
+        **_HUNYUAN, "in_channels": 98, "out_channels": 32, "vec_in_dim": None,
+        "patch_size": [1, 1, 1], "guidance_embed": False, "byt5": True, "meanflow": True,
+        "use_cond_type_embedding": True, "vision_in_dim": 64, "meanflow_sum": True,
+    }  # fmt: skip
+    clip = texts.qwen25("hunyuan_video", "HunyuanVideo15Tokenizer")
+    return model_of_class("HunyuanVideo15_SR_Distilled", **config), clip
+
+
 def ltxv():
     model = model_of_class(
         "LTXV", image_model="ltxv", in_channels=128, cross_attention_dim=64, attention_head_dim=32,
@@ -51,6 +62,14 @@ def cogvideox(**other):
 def cogvideox_i2v():
     """The first frame beside the latents, and how far it is from the rest."""
     return cogvideox(in_channels=32, ofs_embed_dim=64)
+
+
+def cogvideox_inpainting():
+    model = model_of_class(
+        "CogVideoX_Inpaint", image_model="cogvideox", num_attention_heads=1, time_embed_dim=64,
+        text_embed_dim=64, num_layers=2, use_rotary_positional_embeddings=True, in_channels=48,
+    )  # fmt: skip
+    return model, texts.t5xxl("cogvideo", "CogVideoXTokenizer", "cogvideo_te")
 
 
 def mochi():
@@ -91,12 +110,22 @@ VIDEOS = {
     "HunyuanVideo 1.5 I2V": Reduced(
         hunyuan_video15, video=True, entries={**given.first_frame(32, 3), **given.seen(64)}, **BYT5,
     ),
+    "HunyuanVideo 1.5 SR": Reduced(
+        hunyuan_video15_sr, video=True, slow=True, apart=("byt5_in.", "time_r_in."),
+        left_out=f"{BYT5['left_out']}; time_r_in: it gets one time for all rows",
+        entries={"concat_latent_image": given.picture(66, 3, 8, 8), **given.seen(64)},
+    ),
     "LTX-Video": Reduced(ltxv, video=True),
     "Mochi": Reduced(mochi, video=True),
     "CogVideoX": Reduced(cogvideox, video=True),
     "CogVideoX I2V": Reduced(
         cogvideox_i2v, video=True, entries={"concat_latent_image": given.picture(16, 3, 8, 8)},
         slow=True,
+    ),
+    "CogVideoX inpainting": Reduced(
+        # A mask and what is kept.
+        cogvideox_inpainting, video=True, slow=True,
+        entries={"concat_latent_image": given.picture(32, 3, 8, 8)},
     ),
     "Kandinsky 5 video": Reduced(kandinsky5_video, video=True, slow=True),
 }  # fmt: skip

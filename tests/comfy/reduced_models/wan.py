@@ -96,6 +96,39 @@ WAN = {
             "reference_latents": [given.picture(16, 1, 8, 8)], **given.seen(1280),
         },
     ),
+    "Wan 2.1 SCAIL 2": Reduced(
+        # Masks besides, of who is who.
+        lambda: _wan("WAN21_SCAIL2", "scail2", in_dim=20),
+        video=True, slow=True,
+        entries={
+            "pose_video_latent": given.picture(16, _FRAMES, 4, 4),
+            "reference_latents": [given.picture(16, 1, 8, 8)], **given.seen(1280),
+            "driving_mask_28ch": given.picture(_FRAMES, 28, 4, 4),
+            "ref_mask_28ch": given.picture(_FRAMES + 1, 28, 8, 8),
+        },
+    ),
+    "Wan 2.2 Dancer": Reduced(
+        lambda: _wan("WAN22_WanDancer", "wandancer", in_dim=36, audio_inject_layers=[0, 1]),
+        video=True, slow=True,
+        entries={
+            **_FROM_A_PICTURE, "audio_embed": given.picture(30, 35),  # of music
+            "clip_vision_output_ref": given.seen(1280)["clip_vision_output"],
+        },
+        apart=("music_injector.", "head_global."),
+        left_out=(
+            "music_injector: its input is the same for all rows; head_global: only videos of other "
+            "than 30 frames a second reach it"
+        ),
+    ),
+    "Wan Animate 2": Reduced(
+        # A video that is followed runs beside the one that is drawn, through the same layers.
+        lambda: _wan("WAN_Animate2", "animate2", in_dim=36), video=True, slow=True,
+        settings={"schedule": "jacobi"},
+        entries={**_FROM_A_PICTURE, **_POSE},
+    ),
+    "Wan 2.1 FlowRVS": Reduced(
+        lambda: _wan("WAN21_FlowRVS", "flow_rvs"), video=True, slow=True
+    ),
     "Wan 2.1 causal": Reduced(
         lambda: _wan("WAN21_CausalAR_T2V", causal_ar=True), video=True, slow=True
     ),
