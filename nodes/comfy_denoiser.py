@@ -230,8 +230,8 @@ class Denoiser:
 
     @contextmanager
     def _shaped(self, shape: Sequence[int]) -> Generator[None]:
-        """Context in which the model's latents are of one ``shape``, as ``CFGGuider`` sets it in later
-        versions; the last picture may have been one with its sound."""
+        """Context in which the model's latents are of one ``shape``, which ``CFGGuider`` sets in
+        later versions; the last picture may have been one with its sound."""
         model = self.model.model
         with ExitStack() as stack:
             if hasattr(model, "latent_shapes"):
