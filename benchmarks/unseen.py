@@ -41,6 +41,10 @@ def kinds_of(world: str) -> tuple[type[Plan], type[Runs]]:
         from two_in_one import PairPlan, PairRuns
 
         return PairPlan, PairRuns
+    if world.startswith("photos"):
+        from protocol.classes import OneClass, SeveralClasses
+
+        return (OneClass if world == "photos_class" else SeveralClasses), Runs
     return Plan, Runs
 
 

