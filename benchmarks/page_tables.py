@@ -26,6 +26,8 @@ COLUMNS: Sequence[tuple[str, str]] = (
     ("new words", "scene"),
     ("no trigger", "likeness"),
     ("spread", "share of pixels"),
+    ("quality", "distance"),
+    ("quality", "base"),
 )
 """Kind of prompt and figure of each column; a table has those that were measured."""
 

@@ -22,6 +22,8 @@ COLUMNS: Sequence[tuple[str, str, str]] = (
     ("backgrounds", "new words", "scene"),
     ("base kept without a trigger", "no trigger", "likeness"),
     ("spread of pictures", "spread", "share of pixels"),
+    ("kernel distance to each LoRA's own", "quality", "distance"),
+    ("kernel distance to the base, no trigger", "quality", "base"),
 )
 COSTS = {"seconds": ("seconds", 1), "rank": ("rank", 1), "MiB": ("bytes", 2**20)}
 """Heading → what a run has of it, and its unit"""

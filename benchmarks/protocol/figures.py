@@ -44,7 +44,7 @@ TOLD_APART = 0.05
 COLLAPSED = 0.5
 """A concept that keeps less than this share has collapsed."""
 
-LESS = ("pixels",)
+LESS = ("pixels", "distance", "base")
 """Figures of which less is better."""
 
 WIDEST = 0.1

@@ -38,7 +38,7 @@ class PhotosWorld:
     things'.
     """
 
-    kinds = KINDS
+    kinds = (*KINDS, "quality")
 
     def __init__(self) -> None:
         self.pipeline = photos.load_pipeline()

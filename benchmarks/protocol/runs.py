@@ -3,7 +3,8 @@
 Each merge is calibrated on prompts without its world's evaluation words and drawn on prompts of
 several kinds (:class:`~.world.World`). ``no trigger`` pictures are held against the base's own of
 the same prompts and noise; ``spread`` is how far pictures of one prompt lie apart over seeds, as a
-share of what each LoRA's own pictures do.
+share of what each LoRA's own pictures do; ``quality`` has kernel distances, of the pictures with
+new words to each LoRA's own and of those without a trigger to the base's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from iteris_core import Calibration, Lora, write_lora
 
@@ -47,6 +49,8 @@ class Runs:
         self.world = world
         self.cache = cache
         self.known = {key: of for file in (*others, cache) for key, of in stored(file).items()}
+        self._drawn: dict[str, tuple[Sequence[Wanted], Sequence[Image.Image]]] = {}
+        self._vectors: dict[tuple[str, int, int], Tensor] = {}
 
     def run(self, units: Iterable[Unit], seconds: float = float("inf")) -> bool:
         """Measure what is not known, and begin nothing more after ``seconds``; whether all is
@@ -70,7 +74,9 @@ class Runs:
     def measure(self, unit: Unit) -> Entry:
         """Merge, draw and judge."""
         lora, entry = self._merged(unit)
-        return entry | {kind: self._of(lora, kind, unit) for kind in self.world.kinds}
+        for kind in self.world.kinds:
+            entry[kind] = self._quality(unit) if kind == "quality" else self._of(lora, kind, unit)
+        return entry
 
     def calibration(self, unit: Unit) -> Calibration:
         return Calibration.from_mapping(
@@ -101,7 +107,28 @@ class Runs:
         wanted = self.world.prompted(kind, unit.names, unit.replicate + 1)
         plain = unit.method == BASE and kind == "no trigger"
         images = self._of_base(wanted) if plain else self.world.draw(lora, wanted)
+        self._drawn[kind] = wanted, images
         return self._read(kind, images, wanted)
+
+    def _quality(self, unit: Unit) -> list[Any]:
+        """Of the pictures that were drawn last; of a LoRA alone against its own by other noise."""
+        (wanted, images), (plain, unnamed) = self._drawn["new words"], self._drawn["no trigger"]
+        vectors, found = self.world.embedded(images), list[Any]()
+        for name in unit.names:
+            mine = vectors[[w.shown[0] == name for w in wanted]]
+            noise = unit.replicate + (2 if unit.method == SINGLE else 1)
+            found.append([name, {"distance": distance(mine, self._own(name, unit.trained, noise))}])
+        base = self.world.embedded(self._of_base(plain))
+        return [*found, ["", {"base": distance(self.world.embedded(unnamed), base)}]]
+
+    def _own(self, name: str, trained: int, seed: int) -> Tensor:
+        """Vectors of the pictures that a LoRA alone draws of new words, drawn once."""
+        key = name, trained, seed
+        if key not in self._vectors:
+            (concept,) = self.world.concepts((name,), trained)
+            drawn = self.world.draw(concept.lora, self.world.prompted("new words", (name,), seed))
+            self._vectors[key] = self.world.embedded(drawn)
+        return self._vectors[key]
 
     def _read(
         self, kind: str, images: Sequence[Image.Image], wanted: Sequence[Wanted]
@@ -157,6 +184,18 @@ def loaded(folder: Path) -> Callable[..., Lora]:
     if not callable(merge):
         raise SystemExit(f"{file} has no function merge(host, concepts, calibration, …).")
     return merge
+
+
+def distance(mine: Tensor, other: Tensor) -> float:
+    """The kernel distance (KID; Bińkowski et al., ICLR 2018) of two sets of unit vectors, (n, d)
+    and (m, d): the unbiased squared MMD by the kernel (x·y + 1)³."""
+    (n, _), (m, _) = mine.shape, other.shape
+    mine, other = mine.double(), other.double()
+    within = [
+        (((of @ of.T + 1) ** 3).sum() - 8 * count) / (count * (count - 1))
+        for of, count in ((mine, n), (other, m))
+    ]
+    return float(sum(within) - 2 * ((mine @ other.T + 1) ** 3).mean())
 
 
 def pixels(image: Image.Image, other: Image.Image) -> float:

@@ -37,7 +37,7 @@ class World(Protocol):
 
     ``kinds`` are kinds of prompt. ``seen``: from templates that calibration rows have. ``new
     words``: each has one of ``words``. ``no trigger``: prompts of the base's own. ``spread``:
-    several seeds of one prompt with new words.
+    several seeds of one prompt with new words. ``quality`` has no pictures of its own.
     """
 
     host: DiffusersHost

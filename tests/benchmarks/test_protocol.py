@@ -28,7 +28,7 @@ from protocol.figures import (  # noqa: E402
 )
 from protocol.held_out import held_out, merged, words_of  # noqa: E402
 from protocol.plan import BASE, SINGLE, Plan, Unit, sets_of  # noqa: E402
-from protocol.runs import Runs  # noqa: E402
+from protocol.runs import Runs, distance  # noqa: E402
 from protocol.world import KINDS, Wanted  # noqa: E402
 
 
@@ -240,3 +240,24 @@ def test_a_blind_page_hides_the_sides_and_counts_answers(host, tmp_path, monkeyp
     assert blind.counted(answers).splitlines() == [
         "average: 2", "sum: 0", "neither: 1", "average: 100% of 2, 34% to 100%",
     ]  # fmt: skip
+
+
+def test_the_kernel_distance_is_unbiased():
+    """It is the mean of (x·y + 1)³ within both sets, no pair of a vector with itself, less twice
+    that between them; of one distribution 0 on average."""
+
+    def drawn(count, shift=0.0):
+        vectors = torch.randn(count, 6, generator=g) + shift
+        return vectors / vectors.norm(dim=1, keepdim=True)
+
+    def dense(x, y):
+        within = [np.mean([(a @ b + 1) ** 3 for i, a in enumerate(of) for j, b in enumerate(of)
+                           if i != j]) for of in (x, y)]  # fmt: skip
+        return sum(within) - 2 * np.mean([(a @ b + 1) ** 3 for a in x for b in y])
+
+    g = torch.Generator().manual_seed(0)
+    x, y = drawn(5), drawn(7, 0.5)
+    assert distance(x, y) == pytest.approx(dense(x.double().numpy(), y.double().numpy()))
+    alike = [distance(drawn(5), drawn(7)) for _ in range(2000)]
+    assert abs(np.mean(alike)) < 4 * np.std(alike) / len(alike) ** 0.5
+    assert min(alike) < 0 < np.mean([distance(drawn(5), drawn(7, 0.5)) for _ in range(50)])
