@@ -188,14 +188,14 @@ def loaded(folder: Path) -> Callable[..., Lora]:
 
 def distance(mine: Tensor, other: Tensor) -> float:
     """The kernel distance (KID; Bińkowski et al., ICLR 2018) of two sets of unit vectors, (n, d)
-    and (m, d): the unbiased squared MMD by the kernel (x·y + 1)³."""
-    (n, _), (m, _) = mine.shape, other.shape
+    each: the unbiased squared MMD by the kernel (x·y + 1)³. Vectors of one place in both may be of
+    one prompt and noise, so that pairs of a place with itself count nowhere."""
     mine, other = mine.double(), other.double()
-    within = [
-        (((of @ of.T + 1) ** 3).sum() - 8 * count) / (count * (count - 1))
-        for of, count in ((mine, n), (other, m))
-    ]
-    return float(sum(within) - 2 * ((mine @ other.T + 1) ** 3).mean())
+    within, beyond = (
+        sum((of - of.diagonal().diag()).sum() for of in ((x @ y.T + 1) ** 3 for x, y in pairs))
+        for pairs in (((mine, mine), (other, other)), ((mine, other), (other, mine)))
+    )
+    return float(within - beyond) / (len(mine) * (len(mine) - 1))
 
 
 def pixels(image: Image.Image, other: Image.Image) -> float:

@@ -243,21 +243,29 @@ def test_a_blind_page_hides_the_sides_and_counts_answers(host, tmp_path, monkeyp
 
 
 def test_the_kernel_distance_is_unbiased():
-    """It is the mean of (x·y + 1)³ within both sets, no pair of a vector with itself, less twice
-    that between them; of one distribution 0 on average."""
+    """Of (x·y + 1)³, the mean within both sets less twice that between them, without pairs of one
+    place; of one distribution 0 on average, also where the places of both go together."""
 
-    def drawn(count, shift=0.0):
-        vectors = torch.randn(count, 6, generator=g) + shift
+    def unit(vectors):
         return vectors / vectors.norm(dim=1, keepdim=True)
 
+    def drawn(shift=0.0):
+        return unit(torch.randn(7, 6, generator=g) + shift)
+
     def dense(x, y):
-        within = [np.mean([(a @ b + 1) ** 3 for i, a in enumerate(of) for j, b in enumerate(of)
-                           if i != j]) for of in (x, y)]  # fmt: skip
-        return sum(within) - 2 * np.mean([(a @ b + 1) ** 3 for a in x for b in y])
+        places = [(i, j) for i in range(7) for j in range(7) if i != j]
+        return np.mean([(x[i] @ x[j] + 1) ** 3 + (y[i] @ y[j] + 1) ** 3 - 2 * (x[i] @ y[j] + 1) ** 3
+                        for i, j in places])  # fmt: skip
+
+    def noisy(x):
+        return unit(x + 0.3 * torch.randn(7, 6, generator=g)), unit(
+            x + 0.3 * torch.randn(7, 6, generator=g)
+        )
 
     g = torch.Generator().manual_seed(0)
-    x, y = drawn(5), drawn(7, 0.5)
+    x, y = drawn(), drawn(0.5)
     assert distance(x, y) == pytest.approx(dense(x.double().numpy(), y.double().numpy()))
-    alike = [distance(drawn(5), drawn(7)) for _ in range(2000)]
-    assert abs(np.mean(alike)) < 4 * np.std(alike) / len(alike) ** 0.5
-    assert min(alike) < 0 < np.mean([distance(drawn(5), drawn(7, 0.5)) for _ in range(50)])
+    for alike in ([distance(drawn(), drawn()) for _ in range(2000)],
+                  [distance(*noisy(drawn())) for _ in range(2000)]):  # fmt: skip
+        assert abs(np.mean(alike)) < 4 * np.std(alike) / len(alike) ** 0.5
+        assert min(alike) < 0 < np.mean([distance(drawn(), drawn(0.5)) for _ in range(50)])
