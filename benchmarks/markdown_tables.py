@@ -30,7 +30,7 @@ def merges(name: str) -> dict[str, Entry]:
 @cache
 def figures(name: str) -> Mapping[str, Any]:
     """Figures by number of LoRAs of what :mod:`unseen` kept."""
-    world = name.removesuffix("_lead").removesuffix("_bound")
+    world = name.removesuffix("_lead").removesuffix("_bound").removesuffix("_frozen")
     alone = stored(RESULTS / f"{world}_alone.jsonl")
     return rounded(results(alone, merges(name)))
 
