@@ -333,6 +333,7 @@ UNSEEN: Mapping[str, tuple[str, Sequence[str]]] = {
     "minilm": ("unseen_minilm", ("2", "3", "5", "8")),
     "minilm now": ("unseen_minilm_bound", ("2", "5")),
     "emoji": ("unseen_emoji", ("5", "10")),
+    "emoji now": ("unseen_emoji_bound", ("10",)),
     "styles": ("unseen_styles", ("2",)),
     "pairs": ("unseen_pairs", ("2",)),
 }
