@@ -1,9 +1,9 @@
 """A comparison that is named before it is run: ``python benchmarks/frozen.py frozen/photos.yaml``.
 
 The file names the state of the code, what is merged, by which methods, and what is compared. It has
-to be committed, and ``iteris_core``, ``toybox`` and the rivals have to be as in the commit that it
-names. Then its merges are run, into ``results/unseen_WORLD_frozen_runs.jsonl``; a run that was
-stopped goes on (``--seconds``). What comes out is printed, whatever it is.
+to be committed, and :data:`CODE` has to be as in the commit that it names. Then its merges are run,
+into ``results/unseen_WORLD_frozen_runs.jsonl``; a run that was stopped goes on (``--seconds``).
+What comes out is printed, whatever it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from typing import Any
 import yaml
 from outputs import ROOT
 
-CODE = ("iteris_core", "toybox", "benchmarks/rivals")
+CODE = (
+    "iteris_core",
+    "toybox",
+    "benchmarks/rivals",
+    "benchmarks/protocol",
+    "benchmarks/photos",
+)
 
 
 def git(*arguments: str) -> str:

@@ -89,7 +89,8 @@ def kept(name: str, only: Sequence[str] = ()) -> list[str]:
         )
         for of in sizes.values()
     )
-    rows.append(["all at once, best of three strengths", *map(_shares, best)])
+    if any(row := [*map(_shares, best)]):
+        rows.append(["all at once, best of three strengths", *row])
     return table(("likeness / attributes", *(f"{size} LoRAs" for size in sizes)), rows)
 
 
@@ -344,7 +345,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "front minilm": partial(kept, "unseen_minilm"),
     "front minilm now": partial(kept, "unseen_minilm_bound", ("2", "5")),
     "front emoji": partial(kept, "unseen_emoji"),
+    "front reported now": partial(kept, "unseen_reported_bound"),
     "sure": partial(how_sure, "unseen_reported"),
+    "sure reported now": partial(how_sure, "unseen_reported_bound"),
     "sure minilm": partial(how_sure, "unseen_minilm"),
     "sure minilm now": partial(how_sure, "unseen_minilm_bound", ("2", "5")),
     "sure emoji": partial(how_sure, "unseen_emoji"),

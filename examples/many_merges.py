@@ -42,7 +42,7 @@ def merge_one(job: dict[str, Any]) -> dict[str, Any]:
         calibration=job["calibration"],
         store=SampleStore(Path(job["store"])) if job["store"] else None,
     )
-    file = Path(job["file"])
+    file, kept = Path(job["file"]), result.report.kept.get("1")
     result.save(file, overwrite=True)
     row = {
         "file": file.name,
@@ -53,7 +53,7 @@ def merge_one(job: dict[str, Any]) -> dict[str, Any]:
         "output error": round(
             sum(after for _, after in result.report.residuals()) / len(concepts), 4
         ),
-        "kept": round(fmean(result.report.kept.get("1", [0.0])), 4),
+        "kept": round(fmean(kept), 4) if kept else None,
     }
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(row))
@@ -91,6 +91,8 @@ def jobs_of(arguments: argparse.Namespace, combinations: Any) -> list[dict[str, 
 def best_of(concepts: list[str], jobs: list[dict[str, Any]], count: int) -> list[str]:
     """The pair that keeps the most, and one by one the LoRA whose pairs with those chosen do."""
     kept = {frozenset(job["concepts"]): read(job)["kept"] for job in jobs}
+    if None in kept.values():
+        raise SystemExit("--best goes by held-out rows, which some pairs do not have.")
     chosen = list(max(kept, key=lambda pair: kept[pair]))
     while len(chosen) < count:
         left = [one for one in concepts if one not in chosen]

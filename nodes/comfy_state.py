@@ -111,7 +111,7 @@ def in_full_precision(network: nn.Module) -> Generator[None]:
         for layer in quantising:
             setattr(layer, _PRECISE, False)
         for layer in layers:
-            del layer.__dict__[_PRODUCT]
+            layer.__dict__.pop(_PRODUCT, None)
 
 
 @contextmanager

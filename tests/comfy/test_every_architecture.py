@@ -81,7 +81,7 @@ def test_what_is_left_out_is_told_with_its_file(pack, tmp_path, name):
 
 @pytest.mark.parametrize(("make", "why"), [(minimax_h3, "its sound together"), (svd, "no text")])
 def test_a_class_of_which_no_features_can_be_had(pack, tmp_path, make, why):
-    """It is told before anything runs, whatever CLIP is connected; weights can be merged."""
+    """The refusal comes before anything runs, whatever CLIP is connected; weights can be merged."""
     model, clip = make()
     network, given = model.model.diffusion_model, part(pack, "iteris_core").Calibration(samples=1)
     sites = {
