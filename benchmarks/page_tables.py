@@ -292,6 +292,24 @@ def tidy() -> list[str]:
     return table(("world", "concept", "LoRA", "tidied", "class", "others"), rows)
 
 
+def versions() -> list[str]:
+    """Three trainings of one concept in one LoRA, and the differences to each version alone."""
+    found: dict[str, dict[str, Any]] = {}
+    for (label, name), of in runs("versions_reported.json").items():
+        found.setdefault(label, {})[name] = of
+    names = {SINGLE: "each version alone", "average": "`average`", "iteris": "IterIS"}
+
+    def cells(label: str, figure: str) -> list[str]:
+        less = {n: of[figure] - found[SINGLE][n][figure] for n, of in found[label].items()}
+        ahead = stat({Place(0, (n,)): {n: one} for n, one in less.items()})
+        mean = fmean(of[figure] for of in found[label].values())
+        return [f"{mean:.2f}", "" if label == SINGLE else lead(ahead)]
+
+    rows = [[name, *cells(key, "likeness"), *cells(key, "judge")] for key, name in names.items()]
+    count = len(found["iteris"])
+    return table((f"{count} concepts", "likeness", "lead", "attributes", "lead"), rows)
+
+
 def speed_lora() -> list[str]:
     """Shares kept by four-step images on new words."""
     sizes = load("speed_lora_reported.json")["sizes"]
@@ -360,6 +378,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "wordless": wordless,
     "tidy": tidy,
     "speed LoRA": speed_lora,
+    "versions": versions,
     "emotions": emotions,
     **{
         f"unseen {name} {size}" if len(sizes) > 1 else f"unseen {name}": (

@@ -25,7 +25,7 @@ from worlds import WORLDS
 
 from iteris_core import Lora
 
-METHODS = (SINGLE, "iteris", "average", "chain-of-merges:conditions=0")
+METHODS = (SINGLE, "average", "iteris")
 FIGURES = ("likeness", "judge", "scene")
 
 

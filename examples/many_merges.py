@@ -24,7 +24,7 @@ HOSTS: dict[str, Any] = {}
 
 
 def merge_one(job: dict[str, Any]) -> dict[str, Any]:
-    """One merge in a worker; the report is written beside the file, last."""
+    """One merge in a worker; the file gets its name last, after its line of the table."""
     from iteris_core import SampleStore, merge_loras
     from iteris_core.cli.base import load_base
     from iteris_core.cli.merge_file import parse_concept
@@ -43,7 +43,8 @@ def merge_one(job: dict[str, Any]) -> dict[str, Any]:
         store=SampleStore(Path(job["store"])) if job["store"] else None,
     )
     file, kept = Path(job["file"]), result.report.kept.get("1")
-    result.save(file, overwrite=True)
+    unfinished = file.with_name(f"{file.stem}.part.safetensors")
+    result.save(unfinished, overwrite=True)
     row = {
         "file": file.name,
         "concepts": " + ".join(result.report.concepts),
@@ -58,6 +59,7 @@ def merge_one(job: dict[str, Any]) -> dict[str, Any]:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(row))
     temporary.replace(file.with_suffix(".json"))
+    unfinished.rename(file)
     return row
 
 
@@ -112,7 +114,9 @@ def run(jobs: list[dict[str, Any]], resources: dict[str, float]) -> list[str]:
     """Merge what is not there yet; what failed three times."""
     import ray
 
-    left = [job for job in jobs if not written(job).exists()]
+    left = [job for job in jobs if not Path(job["file"]).exists()]
+    if foreign := [j["file"] for j in jobs if j not in left and not written(j).exists()]:
+        raise SystemExit(f"{foreign[0]} is not of this job: choose another folder for it.")
     print(f"{len(jobs)} merges, {len(jobs) - len(left)} there already", flush=True)
     task = ray.remote(**resources, max_retries=3, retry_exceptions=True)(merge_one)
     waiting, failed = {task.remote(job): job for job in left}, list[str]()
@@ -157,7 +161,7 @@ def main() -> None:
         best = jobs_of(arguments, [best_of(arguments.concept, jobs, arguments.best)])
         failed, jobs = run(best, resources), [*jobs, *best]
     ray.shutdown()
-    rows = [read(job) for job in jobs if written(job).exists()]
+    rows = [read(job) for job in jobs if Path(job["file"]).exists()]
     if rows:
         with (arguments.output / "table.csv").open("w", newline="") as table:
             writer = csv.DictWriter(table, list(rows[0]))

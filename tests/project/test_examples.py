@@ -89,7 +89,7 @@ def test_every_pair_is_merged_once(tmp_path):
     assert [row["concepts"] for row in rows] == ["sks0 + sks1", "sks0 + sks2", "sks1 + sks2"]
     kept = out / rows[0]["file"]
     before = kept.stat().st_mtime_ns
-    (out / rows[1]["file"]).with_suffix(".json").unlink()
+    (out / rows[1]["file"]).unlink()  # as if it had been stopped
     assert "3 merges, 2 there already" in run(*command)
     assert kept.stat().st_mtime_ns == before
     assert len(list(out.glob("*.json"))) == 3
@@ -99,3 +99,6 @@ def test_every_pair_is_merged_once(tmp_path):
     with (out / "table.csv").open() as file:
         assert [*csv.DictReader(file)][-1]["concepts"] == "sks0 + sks1 + sks2"
     assert samples.keys() == set((out / "store").iterdir())  # none was made anew
+    kept.with_suffix(".json").unlink()  # as a file that somebody else put there
+    refused = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert f"{kept} is not of this job" in refused.stderr
