@@ -14,6 +14,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,16 +78,24 @@ def pieces(matrix: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(matrix), step)]
 
 
-def frobenius(matrix: Tensor) -> float:
-    """‖matrix‖_F, summed piecewise in float64 if the device supports it."""
+def frobenius(matrix: Tensor) -> Tensor:
+    """‖matrix‖_F as a scalar, summed piecewise in float64 if the device supports it."""
     dtype = energy_dtype(matrix.device)
     norms = [torch.linalg.vector_norm(matrix[rows], dtype=dtype) for rows in pieces(matrix)]
-    return float(torch.linalg.vector_norm(torch.stack(norms)))
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def energy(matrix: Tensor) -> Tensor:
     """‖matrix‖²_F as a float64 scalar (float32 if the device lacks float64), without a copy."""
     return torch.linalg.vector_norm(matrix).to(energy_dtype(matrix.device)) ** 2
+
+
+def read(values: Iterable[Tensor]) -> list[Any]:
+    """Tensors of one shape as numbers, in one copy from their device."""
+    several = list(values)
+    if not several:
+        return []
+    return torch.stack([value.to(several[-1].device) for value in several]).tolist()
 
 
 def energy_dtype(device: torch.device) -> torch.dtype:
@@ -146,38 +155,91 @@ def extract(dense: Tensor, energy: float) -> LowRank:
     return LowRank(cut.up.contiguous(), cut.down.contiguous())
 
 
+@dataclass(frozen=True)
+class Sketch:
+    """A change before its cut, float64: ``left`` V Vᵀ ``right``, (out, k) and (k, in), with the
+    leading eigenvectors V of ``gram``, (k, k), whose eigenvalues are the components' energies; if
+    it is empty, nothing is cut, and V is the identity. ``total`` is the energy of the whole change.
+    ``tall``: ``left`` has the components' sizes, otherwise ``right``."""
+
+    left: Tensor
+    right: Tensor
+    gram: Tensor
+    total: Tensor
+    tall: bool = False
+
+    def on_host(self, *numbers: Tensor) -> tuple[Sketch, list[list[float]]]:
+        """The same on the CPU, and ``numbers`` beside it, in one copy: the only time that a site's
+        solve waits for the device."""
+        if self.left.device.type == "cpu":
+            return self, [one.tolist() for one in numbers]
+        parts = [self.left, self.right, self.gram, self.total, *numbers]
+        flat = torch.cat([part.to(self.left).flatten() for part in parts]).cpu()
+        copies = flat.split([part.numel() for part in parts])
+        pairs = zip(copies, parts, strict=True)
+        left, right, gram, total, *read = (copy.view(part.shape) for copy, part in pairs)
+        return Sketch(left, right, gram, total, self.tall), [one.tolist() for one in read]
+
+    def cut(self, rank: Rank, most: int | None = None) -> tuple[LowRank, float]:
+        """The change at ``rank``, or with this share of the energy of its first ``most``
+        components; and the share of the total energy lost."""
+        if not self.gram.numel():
+            return LowRank(self.left, self.right), 0.0
+        values, vectors = torch.linalg.eigh(self.gram)
+        energies = values.flip(0)[:most].clamp(min=0)
+        keep = rank_for(energies, rank)
+        vectors, rounding = vectors.flip(1)[:, :keep], max(1e-16 * float(energies[0]), 1e-300)
+        size = energies[:keep].clamp(min=rounding) ** (-0.25 if self.tall else 0.25)
+        up, down = self.left @ vectors * size, (vectors.mT @ self.right) / size[:, None]
+        return _balanced(up, down), _lost(energies, keep, float(self.total))
+
+
 def truncate_matrix(
+    matrix: Tensor, rank: Rank, metric: Tensor | None = None, *, like: LowRank
+) -> tuple[LowRank, float]:
+    """:func:`truncate_factors` for a change without factors, K = ΔW L Lᵀ, (out, in). With L from a
+    Cholesky factorisation of M, this solves ΔW M = K and cuts ΔW in one step; without a ``metric``,
+    K is ΔW. ``like`` gives dtype and kernel."""
+    change, lost = sketch(matrix, rank, metric).on_host()[0].cut(rank)
+    return replace(change.to(like.up.dtype, matrix.device), kernel=like.kernel), lost
+
+
+def sketch(
     matrix: Tensor,
     rank: Rank,
     metric: Tensor | None = None,
     *,
-    like: LowRank,
     search: torch.dtype = torch.float64,
-    elsewhere: float = 0.0,
-) -> tuple[LowRank, float]:
-    """:func:`truncate_factors` for a change without factors, K = ΔW L Lᵀ, (out, in). With L from a
-    Cholesky factorisation of M, this solves ΔW M = K and cuts ΔW in one step; without a ``metric``,
-    K is ΔW. ``like`` gives dtype and kernel; ``elsewhere`` is energy outside K, which counts as
-    lost. Small matrices, and ranks above a third of the shorter side, use the eigenvectors of that
-    side's Gram matrix, others :func:`_leading_directions` in ``search``."""
+    elsewhere: Tensor | float = 0.0,
+) -> Sketch:
+    """The sketch of a change, on its device, see :func:`truncate_matrix`; ``elsewhere`` is energy
+    outside K, which counts as lost. Small matrices, and ranks above a third of the shorter side,
+    use that side's whole Gram matrix, others :func:`_leading_directions` in ``search``."""
     out, width = matrix.shape
     if rank < 1 or not searches(out, width, int(rank)):
-        weighted = _over(matrix, metric).double()
-        total = float((weighted**2).sum())
-        u, s, vt = _gram_svd(weighted)
-    else:
-        with full_precision(matrix.device):
-            weighted = _over(matrix.to(search), metric)
-            q = _leading_directions(weighted, int(rank))
-            total = float(torch.linalg.vector_norm(weighted)) ** 2
-        del weighted
-        # From here on, everything is exact for the directions found.
-        q = torch.linalg.qr(q.to(matrix)).Q
-        u, s, vt = _gram_svd(_over(q.mT @ matrix, metric).double())
-        u = q.double() @ u
-    keep = rank_for(s**2, rank)
-    change = _change(u, s, vt, keep, metric, like.kernel).to(like.up.dtype)
-    return change, _lost(s**2, keep, total + elsewhere)
+        weighted = _over(matrix, metric)
+        total = (weighted.double() ** 2).sum() + elsewhere
+        if out > width:
+            left = weighted.double()
+            right = torch.eye(width, dtype=matrix.dtype, device=matrix.device)
+            right = _over(right, metric, upper=False).double()
+            return Sketch(left, right, left.mT @ left, total, tall=True)
+        left = torch.eye(out, dtype=torch.float64, device=matrix.device)
+        return _wide(left, weighted, metric, total)
+    with full_precision(matrix.device):
+        weighted = _over(matrix.to(search), metric)
+        q = _leading_directions(weighted, int(rank))
+        total = torch.linalg.vector_norm(weighted).double() ** 2 + elsewhere
+    del weighted
+    # From here on, everything is exact for the directions found.
+    q = torch.linalg.qr(q.to(matrix)).Q
+    return _wide(q.double(), _over(q.mT @ matrix, metric), metric, total)
+
+
+def _wide(left: Tensor, weighted: Tensor, metric: Tensor | None, total: Tensor) -> Sketch:
+    """The sketch of ``left`` B L⁻¹, where B is ``weighted``."""
+    right, weighted = _over(weighted, metric, upper=False).double(), weighted.double()
+    return Sketch(left, right, weighted @ weighted.mT, total)
 
 
 def searches(out: int, width: int, rank: int) -> bool:
@@ -188,13 +250,15 @@ def searches(out: int, width: int, rank: int) -> bool:
 
 def leading_eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """At least ``rank`` eigenvectors of a positive semidefinite float64 matrix, as columns, and
-    their eigenvalues, descending: all for a small matrix, otherwise those that a search finds."""
-    if not searches(len(gram), len(gram), rank):
-        values, vectors = torch.linalg.eigh(gram)
-        return vectors.flip(1), values.flip(0).clamp(min=0)
-    basis = _leading_directions(gram, rank, symmetric=True)
-    values, vectors = torch.linalg.eigh(basis.mT @ gram @ basis)
-    return basis @ vectors.flip(1), values.flip(0).clamp(min=0)
+    their eigenvalues, descending, on the CPU: all for a small matrix, otherwise those that a search
+    finds."""
+    basis = None
+    if searches(len(gram), len(gram), rank):
+        basis = _leading_directions(gram, rank, symmetric=True)
+    small = gram if basis is None else basis.mT @ gram @ basis
+    values, vectors = torch.linalg.eigh(small.cpu())
+    vectors = vectors.flip(1).to(gram.device, non_blocking=gram.is_cuda)
+    return vectors if basis is None else basis @ vectors, values.flip(0).clamp(min=0)
 
 
 def _leading_directions(matrix: Tensor, rank: int, *, symmetric: bool = False) -> Tensor:
@@ -212,11 +276,13 @@ def _leading_directions(matrix: Tensor, rank: int, *, symmetric: bool = False) -
     return basis
 
 
-def _over(matrix: Tensor, metric: Tensor | None) -> Tensor:
-    """K L⁻ᵀ"""
+def _over(matrix: Tensor, metric: Tensor | None, *, upper: bool = True) -> Tensor:
+    """K L⁻ᵀ, or not ``upper`` K L⁻¹."""
     if metric is None:
         return matrix
-    return torch.linalg.solve_triangular(metric.to(matrix.dtype).mT, matrix, upper=True, left=False)
+    metric = metric.to(matrix.dtype)
+    metric = metric.mT if upper else metric
+    return torch.linalg.solve_triangular(metric, matrix, upper=upper, left=False)
 
 
 def _gram_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,7 +315,12 @@ def _change(
     up, down = u[:, :rank] * root, root[:, None] * vt[:rank]
     if metric is not None:
         down = torch.linalg.solve_triangular(metric, down.to(metric), upper=False, left=False)
-    # A weighted SVD leaves factors of unequal size; half-precision files need similar sizes.
+    return _balanced(up, down, kernel)
+
+
+def _balanced(up: Tensor, down: Tensor, kernel: tuple[int, int] | None = None) -> LowRank:
+    """``up @ down`` with factors of equal norm: a weighted SVD leaves factors of unequal size, and
+    half-precision files need similar sizes."""
     balance = math.sqrt(float(down.norm() / up.norm())) if float(up.norm()) > 0 else 1.0
     if not math.isfinite(balance) or balance == 0.0:
         balance = 1.0

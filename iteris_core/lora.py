@@ -89,11 +89,18 @@ class LowRank:
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> LowRank:
         """A copy with its factors in ``dtype`` and on ``device``; None keeps theirs."""
-        return LowRank(
-            self.up.to(device=device, dtype=dtype),
-            self.down.to(device=device, dtype=dtype),
-            self.kernel,
+        # Not waited for: CUDA takes memory that is not pinned before it goes on.
+        to_card = device is not None and torch.device(device).type == "cuda"
+        up, down = (
+            factor.to(device=device, dtype=dtype, non_blocking=to_card)
+            for factor in (self.up, self.down)
         )
+        return LowRank(up, down, self.kernel)
+
+    @cached_property
+    def is_zero(self) -> bool:
+        """Whether ``up`` is zero, as at layers that no LoRA changes."""
+        return not bool(self.up.any())
 
     def squared_norm(self) -> float:
         """‖ΔW‖²_F, from two rank × rank products in float64."""

@@ -213,7 +213,7 @@ class Lockstep:
         change."""
         joined, every = name in self._joined, self.changes[name]
         # A zero change, as at repair sites, adds nothing.
-        nonzero = (c if c is None or bool(c.up.any()) else None for c in every.by_concept)
+        nonzero = (None if c is None or c.is_zero else c for c in every.by_concept)
         changes = SiteChanges(tuple(nonzero), every.sums)
 
         def change_of(concept: int, inputs: Tensor) -> LowRank | None:

@@ -156,7 +156,7 @@ def under_conditions(
     signs = torch.empty(len(others), site.shape[0])
     for index, row in enumerate(others):
         signs[index] = _signs(name, conditions[row].seed, site.shape[0])
-    signs = signs.to(inputs)  # of all rows at once
+    signs = signs.to(inputs, non_blocking=inputs.is_cuda)  # of all rows at once
     for index, row in enumerate(others):
         of = conditions[row]
         change = changes[of.phantom] if of.phantom is not None else None
@@ -165,7 +165,8 @@ def under_conditions(
             outputs[row::rows] += site.delta(phantom, inputs[row::rows])
     if all(of.strength == 1 for of in conditions):
         return None
-    return torch.tensor([of.strength for of in conditions]).to(inputs).repeat(len(inputs) // rows)
+    strengths = torch.tensor([of.strength for of in conditions])
+    return strengths.to(inputs, non_blocking=inputs.is_cuda).repeat(len(inputs) // rows)
 
 
 def phantom_of(changes: Mapping[str, LowRank], strength: float, seed: int) -> dict[str, LowRank]:

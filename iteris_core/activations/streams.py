@@ -9,13 +9,15 @@ such h, z and g are found has no stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..linalg import read
 from .memory import tensors_in
 from .trace import hooked
 
@@ -86,20 +88,63 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(child)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Sample:
-    """A few tokens of a tensor, (rows, some, channels), of so many ``tokens``, seen as ``turn``."""
+    """A few tokens of a tensor, (rows, some, channels), of so many ``tokens``, seen as ``turn``.
+    Equal ones have equal ``sums``, (2,)."""
 
     source: Source | None
     values: Tensor
     tokens: int
     turn: int
+    sums: Tensor
+
+    def like(self, other: _Sample) -> bool:
+        return self.tokens == other.tokens and self.values.shape == other.values.shape
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A ``gate`` g, (rows, channels), of z − h = g ⊙ y, where a run has h at ``source`` and y was
+    seen as ``turn``, behind a ``norm``; ``numbers`` are scalars, by which :meth:`error` judges it,
+    of so many ``values``."""
+
+    source: Source
+    turn: int
+    gate: Tensor
+    values: int
+    numbers: Tensor
+    norm: Tensor | None
+
+    @staticmethod
+    def of(h: _Sample, z: _Sample, y: _Sample, norm: Tensor | None, misfit: Tensor) -> _Fit:
+        assert h.source is not None
+        before, after, output = h.values.float(), z.values.float(), y.values.float()
+        added, energy = after - before, output.square().sum(1).clamp(min=1e-30)
+        gate = (added * output).sum(1) / energy
+        norms = [of.norm() for of in (added - gate[:, None] * output, added, after, gate)]
+        # Tokens that are alike, as padding, are rounded alike, and the fit hides it.
+        sums = (1 / energy).sum(), (after.square().sum(1) / energy).sum()
+        numbers = torch.stack([*norms, *(of.sqrt() for of in sums), *misfit])
+        return _Fit(h.source, y.turn, gate, added.numel(), numbers, norm)
+
+    def error(self, numbers: Sequence[float], noise: float) -> float | None:
+        """The norm of the gate's error; None if anything but rounding is left."""
+        left, whole, after, size, inverse, alike, misfit, returned = numbers
+        if misfit > max(1e-2, 2 * noise) * returned:
+            return None
+        if left > 1e-3 * whole + 0.6 * noise * after or left > _MOST_LEFT * whole:
+            return None
+        error = 4 * left * inverse / self.values**0.5
+        off = max(error, min(noise / 2 * alike, _ALIKE * size)) + 1e-3 * size
+        return off if error <= _MOST_LEFT * size else None
 
 
 @dataclass
 class _Finder:
     """``vectors`` have no tokens; the other tensors are the current block's: those that may be the
-    stream, the outputs of sites, and what norms received and returned."""
+    stream, the outputs of sites, and what norms received and returned. A block's numbers are read
+    from the device three times: which tensors are equal, which fit, and what explains the gates."""
 
     rows: int
     sites: Mapping[nn.Module, str]
@@ -108,7 +153,7 @@ class _Finder:
     _vectors: list[tuple[int, Source, Tensor]] = field(default_factory=list[Any])
     _hidden: list[_Sample] = field(default_factory=list[_Sample])
     _outputs: list[tuple[str, _Sample]] = field(default_factory=list[tuple[str, _Sample]])
-    _norms: list[tuple[Tensor, _Sample]] = field(default_factory=list[tuple[Tensor, _Sample]])
+    _norms: list[tuple[_Sample, _Sample]] = field(default_factory=list[tuple[_Sample, _Sample]])
     _noise: float = 0.0
     _turn: int = 0
     _inside: bool = False
@@ -120,12 +165,7 @@ class _Finder:
         for number, tensor in enumerate(tensors_in((args, kwargs))):
             self._note_vector(Source(module, number), tensor)
             sample = self._sample(tensor, Source(module, number)) if self._inside else None
-            if sample is not None and not any(
-                sample.tokens == other.tokens
-                and sample.values.dtype == other.values.dtype
-                and torch.equal(sample.values, other.values)
-                for other in self._hidden
-            ):
+            if sample is not None:
                 self._hidden.append(sample)
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -135,7 +175,7 @@ class _Finder:
             if "norm" in type(module).__name__.lower():
                 received, returned = self._sample(args[0]), self._sample(output)
                 if received is not None and returned is not None:
-                    self._norms.append((received.values, returned))
+                    self._norms.append((received, returned))
         for number, tensor in enumerate(tensors_in(output)):
             self._note_vector(Source(module, number, returned=True), tensor)
         if module in self.blocks:
@@ -148,15 +188,39 @@ class _Finder:
         three = [t for t in returned if t.ndim == 3]
         pairs = [(a, b) for a in three for b in three if a is not b and a.shape[2] == b.shape[2]]
         samples = map(self._sample, [*returned, *(torch.cat(pair, 1) for pair in pairs)])
-        self._hidden += [sample for sample in samples if sample is not None]
-        for site, output in self._outputs:
-            stream = self._stream_of(output)
-            if stream is None and (normed := self._normed(output.values)) is not None:
-                sample, norm = normed
-                stream = self._stream_of(sample)
-                stream = None if stream is None else replace(stream, norm=norm)
+        seen = [*self._hidden, *(y for _, y in self._outputs), *(x for x, _ in self._norms)]
+        sums = read(sample.sums for sample in seen)
+        keys = {s: (s.tokens, s.values.dtype, *n) for s, n in zip(seen, sums, strict=True)}
+        distinct = {
+            keys[sample]: sample for sample in reversed(self._hidden)
+        }  # the first of equals
+        befores = sorted(distinct.values(), key=lambda sample: -sample.turn)
+        afters = [*reversed(befores), *(sample for sample in samples if sample is not None)]
+        fits: list[tuple[str, _Fit]] = []
+        for site, y in self._outputs:
+            norms = [(z, *_norm(y, z)) for x, z in self._norms if keys[x] == keys[y] and z.like(y)]
+            fits += [
+                (site, _Fit.of(h, z, of, norm, misfit))
+                for of, norm, misfit in [(y, None, y.values.new_zeros(2)), *norms]
+                for h in befores
+                if h.like(of) and h.turn <= of.turn
+                for z in afters
+                if z.like(of) and z.turn > of.turn
+            ]
+        found: dict[tuple[str, bool], tuple[_Fit, float]] = {}
+        for (site, fit), numbers in zip(fits, read(fit.numbers for _, fit in fits), strict=True):
+            off = fit.error(numbers, self._noise)
+            if off is not None:
+                found.setdefault((site, fit.norm is None), (fit, off))
+        ways = [_explanations(fit, self._vectors) for fit, _ in found.values()]
+        errors = iter(read(error for groups in ways for of, _ in groups for error in of))
+        for ((site, _), (fit, off)), groups in zip(found.items(), ways, strict=True):
+            pairs = (zip(streams, errors, strict=False) for _, streams in groups)
+            nearest = [min(pair, key=itemgetter(1)) for pair in pairs]
+            stream = next((stream for stream, error in nearest if error <= off), None)
             if stream is not None:
-                self.streams.setdefault(site, stream)
+                constant = stream.constant if stream.constant is None else stream.constant.clone()
+                self.streams.setdefault(site, replace(stream, constant=constant, norm=fit.norm))
         self._inside = False
         self._hidden, self._outputs = [], []
 
@@ -176,79 +240,41 @@ class _Finder:
         self._turn += 1
         self._noise = max(self._noise, torch.finfo(tensor.dtype).eps)
         step = max(1, tensor.shape[1] // _TOKENS)
-        return _Sample(source, tensor[:, ::step].clone(), tensor.shape[1], self._turn)
-
-    def _normed(self, y: Tensor) -> tuple[_Sample, Tensor] | None:
-        """What an RMS norm returned for ``y``, and the norm's weight."""
-        for received, sample in self._norms:
-            if received.shape != y.shape or received.dtype != y.dtype:
-                continue
-            if not torch.equal(received, y):
-                continue
-            y, wanted = y.float(), sample.values.float()
-            even = y * (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-            norm = (wanted * even).sum((0, 1)) / even.square().sum((0, 1)).clamp(min=1e-30)
-            if _off(norm * even, wanted) <= max(1e-2, 2 * self._noise) * float(wanted.norm()):
-                return sample, norm
-        return None
-
-    def _stream_of(self, output: _Sample) -> Stream | None:
-        """The stream to which a layer's ``output`` y is added: h before it, z after it."""
-        y = output.values
-        like = [x for x in self._hidden if x.tokens == output.tokens and x.values.shape == y.shape]
-        after = [z for z in like if z.turn > output.turn]
-        for h in reversed(like):
-            if h.source is None or h.turn > output.turn:
-                continue
-            for z in after:
-                fitted = _fitted(h.values, z.values, y, self._noise)
-                if fitted is not None:
-                    return self._gated(h.source, *fitted, output.turn)
-        return None
-
-    def _gated(self, source: Source, gate: Tensor, off: float, turn: int) -> Stream | None:
-        """The stream at ``source``, with where the run has the values of its ``gate``, (rows,
-        channels), before that ``turn``; ``off`` is the norm of their error. The simplest
-        explanation within it: one, a part of a tensor, a constant, a part plus a constant."""
-        if _off(gate, torch.ones_like(gate)) <= off:
-            return Stream(source)
-        width, mean = gate.shape[1], gate.mean(0)
-        parts = [
-            (form(part), origin, number, form)
-            for seen, origin, values in self._vectors
-            if seen < turn and values.shape[1] and values.shape[1] % width == 0
-            for number, part in enumerate(values.float().split(width, 1))
-            for form in (torch.clone, torch.tanh)
-        ]
-        nearest = min(parts, key=lambda of: _off(gate, of[0]), default=None)
-        if nearest is not None and _off(gate, nearest[0]) <= off:
-            return Stream(source, torch.zeros_like(mean), *nearest[1:])
-        if _off(gate, mean.expand_as(gate)) <= off:
-            return Stream(source, mean)
-        nearest = min(parts, key=lambda of: float((gate - of[0]).std(0).norm()), default=None)
-        if nearest is None:
-            return None
-        constant = (gate - nearest[0]).mean(0)
-        near = _off(gate, nearest[0] + constant) <= off
-        return Stream(source, constant, *nearest[1:]) if near else None
+        values = tensor[:, ::step].clone()
+        sums = torch.stack([values.float().sum(), values.float().norm()])
+        return _Sample(source, values, tensor.shape[1], self._turn, sums)
 
 
-def _fitted(h: Tensor, z: Tensor, y: Tensor, noise: float) -> tuple[Tensor, float] | None:
-    """g of z − h = g ⊙ y, (rows, channels), and the norm of its error; None if the two differ by
-    anything else than rounding."""
-    h, z, y = h.float(), z.float(), y.float()
-    added, energy = z - h, y.square().sum(1).clamp(min=1e-30)
-    gate = (added * y).sum(1) / energy
-    left, whole = float((added - gate[:, None] * y).norm()), float(added.norm())
-    if left > 1e-3 * whole + 0.6 * noise * float(z.norm()) or left > _MOST_LEFT * whole:
-        return None
-    error = 4 * left * float((1 / energy).sum().sqrt()) / added.numel() ** 0.5
-    # Tokens that are alike, as padding, are rounded alike, and the fit hides it.
-    alike = noise / 2 * float((z.square().sum(1) / energy).sum().sqrt())
-    size = float(gate.norm())
-    off = max(error, min(alike, _ALIKE * size)) + 1e-3 * size
-    return (gate, off) if error <= _MOST_LEFT * size else None
+def _explanations(
+    fit: _Fit, vectors: Sequence[tuple[int, Source, Tensor]]
+) -> list[tuple[Tensor, list[Stream]]]:
+    """What the gate of a ``fit`` may be, the simplest first, with the norms of errors: one, a part
+    of one of the ``vectors`` that the run has before it, a constant, a part plus a constant."""
+    gate, width, forms = fit.gate, fit.gate.shape[1], (torch.clone, torch.tanh)
+    fitting = [
+        (origin, values.float().unflatten(1, (-1, width)).movedim(1, 0))
+        for seen, origin, values in vectors
+        if seen < fit.turn and values.shape[1] and values.shape[1] % width == 0
+    ]
+    parts = [(of, n, form) for of, some in fitting for n in range(len(some)) for form in forms]
+    mean, stream = gate.mean(0), Stream(fit.source)
+    alone = (gate - 1).norm()[None], [stream]
+    constant = (gate - mean).norm()[None], [replace(stream, constant=mean)]
+    if not parts:
+        return [alone, constant]
+    plain = torch.cat([some for _, some in fitting])
+    gap = gate - torch.stack([form(plain) for form in forms], 1).flatten(0, 1)
+    constants, zeros = gap.mean(1), torch.zeros_like(mean)
+    left = (gap - constants[:, None]).flatten(1).norm(dim=1)
+    of_part = gap.flatten(1).norm(dim=1), [Stream(fit.source, zeros, *part) for part in parts]
+    pairs = zip(constants, parts, strict=True)
+    return [alone, of_part, constant, (left, [Stream(fit.source, c, *part) for c, part in pairs])]
 
 
-def _off(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm())
+def _norm(y: _Sample, returned: _Sample) -> tuple[Tensor, Tensor]:
+    """The weight of an RMS norm that ``returned`` what it made of ``y``; the norms of its error and
+    of what it returned, (2,)."""
+    values, wanted = y.values.float(), returned.values.float()
+    even = values * (values.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    norm = (wanted * even).sum((0, 1)) / even.square().sum((0, 1)).clamp(min=1e-30)
+    return norm, torch.stack([(norm * even - wanted).norm(), wanted.norm()])

@@ -207,7 +207,8 @@ class Observation:
     def merged(self) -> Tensor:
         tokens = self._inputs(-1)
         if self.columns is not None:
-            tokens = tokens.index_select(1, self.columns.to(tokens.device))
+            columns = self.columns.to(tokens.device, non_blocking=tokens.is_cuda)
+            tokens = tokens.index_select(1, columns)
         return self._weighted(tokens)
 
     @property
@@ -239,8 +240,8 @@ class Observation:
         drift = (reference - stream).to(self.dtype)
         if self.gate is None:
             return self._weighted(target.add_(drift))
-        each = torch.arange(self.outputs.shape[1]).repeat_interleave(self.length)
-        each = self._counted(each).to(self.gate.device)
+        each = torch.arange(self.outputs.shape[1], device=self.gate.device)
+        each = self._counted(each.repeat_interleave(self.length))
         own, merged = (of_rows[each].to(self.dtype) for of_rows in self.gate)
         full, stream = full.to(self.dtype), stream.to(self.dtype)
         size = full.square().mean(1, keepdim=True)

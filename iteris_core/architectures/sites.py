@@ -34,10 +34,10 @@ def weight_shape(module: Any) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def weight_norm(module: Any, inputs: Tensor) -> float:
-    """‖W‖_F of ``module`` by what it makes of random signs x, since E‖Wx‖² = ‖W‖_F²: within some
-    percent, whatever form its weight has (quantised, offloaded, with another LoRA on it). The signs
-    get the dtype and device of ``inputs``."""
+def weight_energy(module: Any, inputs: Tensor) -> Tensor:
+    """‖W‖²_F of ``module``, a float32 scalar on its device, by what it makes of random signs x,
+    since E‖Wx‖² = ‖W‖_F²: within some percent, whatever form its weight has (quantised, offloaded,
+    with another LoRA on it). The signs get the dtype and device of ``inputs``."""
     _, width, *kernel = weight_shape(module)
     channels, size, edge = width * getattr(module, "groups", 1), (_SIGNS, width), 0
     if kernel:
@@ -47,11 +47,11 @@ def weight_norm(module: Any, inputs: Tensor) -> float:
     signs = torch.randint(2, size, generator=generator) * 2 - 1
     signs = torch.cat([signs, torch.zeros_like(signs[:1])])  # the last gives the bias alone
     dtype = inputs.dtype if inputs.is_floating_point() else torch.float32
-    outputs = module(signs.to(inputs.device, dtype)).float()
+    outputs = module(signs.to(inputs.device, dtype, non_blocking=inputs.is_cuda)).float()
     outputs = outputs[:-1] - outputs[-1:]
     if kernel:  # without the padding
         outputs = outputs[..., edge:-edge, edge:-edge].movedim(1, -1).flatten(0, -2)
-    return float(outputs.square().sum() / len(outputs)) ** 0.5
+    return outputs.square().sum() / len(outputs)
 
 
 def plain_weight(site: str, module: Any, reader: str = "This") -> Tensor:

@@ -201,9 +201,8 @@ class DiffusersHost(Host):
 
         def forward(rows: Sequence[Row], copies: int) -> None:
             prompts = [row.prompt for row in rows] * (copies if sites else 1)
-            for index, call in enumerate(self._first(arguments, prompts)):
+            for index, call in enumerate(self._first(arguments, prompts, "cpu")):
                 copy, at = divmod(index, len(rows))
-                call = tree_map_only(Tensor, Tensor.cpu, call)
                 for text in alike[rows[at].text]:
                     for of_copy in words[copy : copy + 1] if sites else words:
                         of_copy[text] = call
@@ -258,13 +257,17 @@ class DiffusersHost(Host):
         call = joined(calls, arguments.batched, arguments.lists, self.pipeline._execution_device)
         return self._loop.denoise(name, call)
 
-    def _first(self, arguments: Arguments, prompts: Sequence[str]) -> list[Call]:
-        """For each prompt, the denoiser's arguments that stay the same in all steps."""
+    def _first(
+        self, arguments: Arguments, prompts: Sequence[str], device: str | None = None
+    ) -> list[Call]:
+        """For each prompt, the denoiser's arguments that stay the same in all steps, on the
+        ``device`` (None: where they are)."""
         rows: list[Call] = []
         for batch in [prompts] if arguments.accepts_batch else [[prompt] for prompt in prompts]:
             call = self._loop.first_call(batch, arguments.size)
             moving = arguments.noise_args | arguments.step_args
             still = {path: value for path, value in call.items() if path not in moving}
+            still = tree_map_only(Tensor, lambda tensor: tensor.to(device), still)
             rows += [entries(still, arguments.batched, row) for row in range(len(batch))]
         if self.pipeline.config.get("force_zeros_for_empty_prompt"):  # so does its guidance
             for prompt, row in zip(prompts, rows, strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ..activations.memory import halved, with_less
 from ..activations.micro_batch import MicroBatch
@@ -90,11 +91,13 @@ def record_rows(
             if step < 0 or any(differ(now[path], time.get(path)) for path in now):
                 step, time, first = step + 1, now, first or call
                 moving = {path: (first if noise else call)[path] for path in arguments.noise_args}
-                for index, slot in (picks[rows] == step).nonzero().tolist():
+                found = (picks[rows] == step).nonzero().tolist()
+                moving = tree_map_only(Tensor, Tensor.cpu, moving | now) if found else moving
+                for index, slot in found:
                     at = rows[index] - first_row, slot
                     kept[_RAN][at] = names.index(name)
-                    for path, value in entries(moving | now, arguments.batched, index).items():
-                        value = torch.as_tensor(value).detach().cpu()
+                    for path, value in entries(moving, arguments.batched, index).items():
+                        value = torch.as_tensor(value).detach()
                         if path not in kept:
                             shape = (*kept[_RAN].shape, *value.shape)
                             kept[path] = torch.zeros(shape, dtype=value.dtype)

@@ -72,7 +72,11 @@ def joined(rows: Sequence[Call], batched: Axes, lists: Set[str], device: Any) ->
     call: Call = {}
     for path in rows[0]:
         values = [row[path] for row in (rows if path in batched else rows[:1])]
-        values = [v.to(device) if isinstance(v, Tensor) else v for v in values]
+        # CUDA takes memory that is not pinned before it goes on.
+        to_card = torch.device(device).type == "cuda"
+        values = [
+            v.to(device, non_blocking=to_card) if isinstance(v, Tensor) else v for v in values
+        ]
         if path not in batched:
             call[path] = values[0]
         else:

@@ -299,7 +299,8 @@ def solver_of(
 
 def _components(reduction: OutputMoments, solution: Solution) -> Components:
     """The components of a ``solution`` without a cut, and their worths."""
-    explained = torch.tensor([1 - min(after, 1.0) ** 2 for after in solution.after])
+    assert solution.errors is not None
+    explained = 1 - solution.errors[1].cpu().clamp(max=1).square()
     weights = torch.tensor(solution.weighting, dtype=torch.float64)
     given = float((weights * reduction.energies.double().cpu() * explained).sum())
     whole = float((weights * reduction.weigher.outputs.double().cpu()).sum())

@@ -76,7 +76,7 @@ class FinalOutputs:
             found: dict[int, Tensor] = {}
             for some in chunks(range(len(rows)), [self.kinds[row] for row in rows], at_once):
                 some = [rows[at] for at in some]
-                outputs = self.host.forward(self.samples, some).double().cpu()
+                outputs = self.host.forward(self.samples, some).cpu().double()
                 if len(outputs) != len(some):
                     raise SiteError("the model's outputs are not one for each row.")
                 found.update(zip(some, outputs, strict=True))

@@ -25,10 +25,11 @@ from ..activations.lockstep import Lockstep
 from ..activations.memory import is_apart, wait_for
 from ..activations.streams import Stream, find_streams
 from ..activations.trace import hooked
-from ..architectures.sites import weight_norm, weight_shape
+from ..architectures.sites import weight_energy, weight_shape
 from ..concepts import Concept
 from ..hosts.protocol import SampleRequest, Stage
 from ..hosts.recorded import differ
+from ..linalg import read
 from .footprint import Step, forward_of
 from .job import Job, SiteCost, StageTiming, Trace
 
@@ -47,7 +48,7 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Trace:
     generator keeps the merge's random draws independent of this pass. Text models are skipped:
     their rows may be available only once, and all their layers are reached."""
     host, calibration, sites = job.host, job.calibration, job.changes.keys()
-    modules, norms = host.sites(), dict[str, float]()
+    modules, weights = host.sites(), dict[str, Tensor]()
     if not host.pictures:
         for site, module in modules.items():
             like = next(module.parameters())
@@ -55,8 +56,8 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Trace:
                 if not hasattr(module, "_hf_hook"):
                     continue
                 like = torch.empty(0, dtype=like.dtype)
-            norms[site] = weight_norm(module, like)
-        return Trace(norms=norms)
+            weights[site] = weight_energy(module, like)
+        return Trace(norms=_norms(weights))
     short = replace(calibration, samples=1, timesteps=calibration.denoising_steps, latents="noise")
     # Some layers need words that one prompt may lack, such as text in quotes.
     every_prompt = replace(short, samples=calibration.samples, timesteps=1)
@@ -75,7 +76,7 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Trace:
                     replace(job, calibration=rows_of),
                     stage,
                     modules,
-                    norms,
+                    weights,
                     every_kind=every_kind,
                     sweep=sweep,
                 )
@@ -93,14 +94,19 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Trace:
             if sites <= reasons.keys() and MIXED not in reasons.values():
                 break
     refused = {s: why for s in sites if (why := reasons.get(s, UNREACHED)) is not None}
-    return Trace(refused, timings, frozenset(joined - refused.keys()), streams, norms)
+    return Trace(refused, timings, frozenset(joined - refused.keys()), streams, _norms(weights))
+
+
+def _norms(weights: Mapping[str, Tensor]) -> dict[str, float]:
+    energies = zip(weights, read(weights.values()), strict=True)
+    return {site: energy**0.5 for site, energy in energies}
 
 
 def _probe(
     job: Job,
     stage: Stage,
     modules: Mapping[str, nn.Module],
-    norms: dict[str, float],
+    weights: dict[str, Tensor],
     *,
     every_kind: bool,
     sweep: bool,
@@ -108,8 +114,8 @@ def _probe(
     """Why sites that ``stage`` reaches with its first row, or with the first row of every kind,
     cannot be merged (None: they can); those that get a different number of rows; the timing, of
     several rows at once: with few, most of a forward's time does not depend on their number; and
-    the first module called that contains a site. ``norms`` gets those of the layers that it
-    lacks."""
+    the first module called that contains a site. ``weights`` gets the energies of those of the
+    layers that it lacks."""
     firsts = {row.key if every_kind else None: row for row in reversed(stage.rows)}.values()
     wanted, layers, device, ran = set(stage.sites), set(modules.values()), torch.device("cpu"), 1
     root: nn.Module | None = None
@@ -118,6 +124,7 @@ def _probe(
     count: Counter[str] = Counter()
     mixed: set[str] = set()
     repeated: set[str] = set()
+    measuring = False
     timing = StageTiming(stage, job.calibration, reached, 0.0, device, Step(""))
 
     def enter(module: nn.Module, _: Any) -> None:
@@ -127,16 +134,17 @@ def _probe(
             entering.remove()
 
     def note(site: str, module: nn.Module, args: Any, _: Any, output: Tensor) -> None:
-        nonlocal device
-        if norms.get(site, 0.0) < 0:  # called to measure it
+        nonlocal device, measuring
+        if measuring:
             return
         device, (out, *rest) = output.device, weight_shape(module)
         if site in wanted:
             calls.setdefault(site, []).append(len(args[0]))
         reached[site] = SiteCost((out, math.prod(rest)), output.numel() // max(out * ran, 1))
-        if site not in norms:
-            norms[site] = -1.0
-            norms[site] = weight_norm(module, args[0])
+        if site not in weights:
+            measuring = True
+            weights[site] = weight_energy(module, args[0])
+            measuring = False
 
     with ExitStack() as stack:
         entering = stack.enter_context(register_module_forward_pre_hook(enter))

@@ -40,14 +40,10 @@ class SiteReport:
     @classmethod
     def of(cls, solution: Solution, concepts: int, *, repair: bool = False) -> SiteReport:
         """The report on a ``solution`` for its first ``concepts``, without generic prompts."""
-        return cls(
-            solution.change.rank,
-            solution.weighting[:concepts],
-            solution.before[:concepts],
-            solution.after[:concepts],
-            solution.truncated,
-            repair,
-        )
+        errors = solution.errors
+        before, after = ((), ()) if errors is None else map(tuple, errors[:, :concepts].tolist())
+        rank, weighting = solution.change.rank, solution.weighting[:concepts]
+        return cls(rank, weighting, before, after, solution.truncated, repair)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ..lora import SiteChanges
 from .moments import OTHERS, AdapterMoments, OutputMoments, find_directions
 from .problem import MemoryEstimate, Objective, Pull, Reduction, RegressionSpec, SiteContext
@@ -91,8 +89,8 @@ class Thresholds:
         if count is not None and context.sample is not None:
             targets = context.sample(self.tokens_a_direction * count)
             # Where they are not finite, the solve reports it.
-            if all(bool(torch.isfinite(rows).all()) for rows in targets):
-                directions = find_directions(context.changes, targets, count)
+            finite = [rows.nan_to_num(0.0, 0.0, 0.0) for rows in targets]
+            directions = find_directions(context.changes, finite, count)
         return OutputMoments(context, fit.weighting, directions)
 
     def bytes(

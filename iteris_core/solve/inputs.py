@@ -5,7 +5,8 @@ and factorised in place, so no second copy exists. Single precision suffices if 
 with at least one correct digit in every direction; one refinement step on a probe checks this.
 Otherwise, or if it fails, double precision is used. If M is singular even then, the smallest
 multiple of the identity that allows a factorisation is added. For a nonsingular M this equals
-``torch.linalg.cholesky``.
+``torch.linalg.cholesky``. Whether a factor can be used is read from the device only after the solve
+with it, so that the device never waits.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ NOT_FINITE = "its inputs or outputs contain NaN or infinite values; try a base m
 @dataclass(frozen=True)
 class Factor:
     """``lower`` is L, (in, in), with L Lᵀ = M + ``jitter`` · I for M = Σ λ_i (X̃_iᵀX̃_i + ρ_i I);
-    ``norms`` are ‖X̃_iᵀX̃_i‖_F, and ``lambdas`` λ_i."""
+    ``norms`` are ‖X̃_iᵀX̃_i‖_F, (concepts,), and ``lambdas`` λ_i. ``checks`` are on its device, see
+    :meth:`InputMoments.can_use`."""
 
     lower: Tensor
-    norms: Sequence[float]
+    norms: Tensor
     lambdas: Sequence[float]
+    checks: Tensor
     jitter: float = 0.0
 
 
@@ -48,7 +51,7 @@ class InputMoments:
         # Rows of one piece of a symmetric update: many enough for the matrix units.
         self._block = max(128 if device.type == "cpu" else 512, -(-width // 16))
         self._whole = True
-        self._factors: dict[tuple[object, ...], Factor | None] = {}
+        self._factors: dict[tuple[tuple[float, ...], float, float, torch.dtype], Factor] = {}
 
     def add(self, concept: int, merged: Tensor) -> None:
         """``merged`` is X̃, (tokens, in), in the moments' dtype."""
@@ -76,23 +79,48 @@ class InputMoments:
 
     def factor(
         self, lambdas: Sequence[float], ridge: float, shrink: float, dtype: torch.dtype
-    ) -> Factor | None:
-        """The factor of M, cached for the next site that needs it; None if no input has energy.
-        Off-diagonal entries of X̃_iᵀX̃_i are multiplied by ``shrink``. The factor has the
-        ``dtype``, or float64 if that is not precise enough. Raises :class:`SolveError` if a moment
-        is not finite, or M cannot be factorised."""
+    ) -> Factor:
+        """The factor of M, cached for the next site that needs it. Off-diagonal entries of
+        X̃_iᵀX̃_i are multiplied by ``shrink``. The factor has the ``dtype``, or float64 once
+        :meth:`can_use` has found that not precise enough."""
         self.complete()
-        key = (*lambdas, ridge, shrink, dtype)
+        key = (tuple(lambdas), ridge, shrink, dtype)
         if key not in self._factors:
-            self._factors = {key: self._factorised(lambdas, ridge, shrink, dtype)}
+            self._factors = {key: self._factorised(*key)}
         return self._factors[key]
 
-    def _factorised(
-        self, lambdas: Sequence[float], ridge: float, shrink: float, dtype: torch.dtype
-    ) -> Factor | None:
-        norms = [frobenius(own) for own in self.own]
+    def can_use(self, factor: Factor, checks: Sequence[float]) -> bool | None:
+        """Whether the ``checks`` of a ``factor`` show that it can be used: tr M, whether it could
+        not be factorised, the digits that a probe lacks, and the norms. If not, :meth:`factor`
+        gives a better one from now on. None if no input has energy. Raises :class:`SolveError` if a
+        moment is not finite, or M cannot be factorised."""
+        trace, failed, lacks, *norms = checks
         if not all(map(math.isfinite, norms)):
             raise SolveError(NOT_FINITE)
+        if trace <= 0:
+            return None
+        if not math.isfinite(trace):
+            raise SolveError("the normal equations are not finite; lower the concepts' weights.")
+        if failed == 0 and lacks <= 0:
+            return True
+        first = torch.finfo(self.dtype).eps * trace / self.width
+        jitter = 10 * factor.jitter + first if factor.lower.dtype == torch.float64 else 0.0
+        if jitter > trace:
+            raise SolveError("the normal equations cannot be factorised; raise `ridge`.")
+        key = next(iter(self._factors))
+        self._factors[key] = self._factorised(*key[:3], torch.float64, jitter)
+        return False
+
+    def _factorised(
+        self,
+        lambdas: Sequence[float],
+        ridge: float,
+        shrink: float,
+        dtype: torch.dtype,
+        jitter: float = 0.0,
+    ) -> Factor:
+        device = solve_device(self.own[0].device)
+        norms = torch.stack([frobenius(own) for own in self.own]).to(device, torch.float64)
         pulls = [value * ridge * norm for value, norm in zip(lambdas, norms, strict=True)]
 
         def add(matrix: Tensor) -> None:
@@ -105,8 +133,8 @@ class InputMoments:
             for pull in pulls:
                 matrix.diagonal().add_(pull)
 
-        def has_digits(lower: Tensor) -> bool:
-            """True if M x = v, solved with the factor for a probe v of signs, has a correct digit.
+        def digits_lacking(lower: Tensor) -> Tensor:
+            """≤ 0 if M x = v, solved with the factor for a probe v of signs, has a correct digit.
             The probe has a component in every direction, so its solution is dominated by the
             smallest eigenvalues, where digits are lost first."""
             generator = torch.Generator(device=lower.device).manual_seed(0)
@@ -122,35 +150,18 @@ class InputMoments:
                 product += value * (shrink * whole + (1 - shrink) * rest).to(product)
             left = (probe - product).to(lower)
             correction = torch.cholesky_solve(left[:, None], lower)[:, 0]
-            return float(correction.norm()) <= _ERROR * float(solution.norm())
+            return correction.norm().double() - _ERROR * solution.norm().double()
 
-        device = solve_device(self.own[0].device)
         matrix = torch.zeros(self.width, self.width, dtype=dtype, device=device)
         add(matrix)
-        trace = float(matrix.diagonal().sum())
-        if trace <= 0:
-            return None
-        if not math.isfinite(trace):
-            raise SolveError("the normal equations are not finite; lower the concepts' weights.")
+        trace = matrix.diagonal().sum().double()
+        matrix.diagonal().add_(jitter)
         # In place: LAPACK's order of entries is that of the transpose, and M is symmetric.
         info = torch.zeros((), dtype=torch.int32, device=device)
         lower, _ = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
-        if int(info) == 0 and (dtype == torch.float64 or has_digits(lower)):
-            return Factor(lower, norms, lambdas)
-        if dtype != torch.float64:
-            del matrix, lower
-            return self._factorised(lambdas, ridge, shrink, torch.float64)
-        add(matrix.zero_())
-        jitter, step = 0.0, torch.finfo(self.dtype).eps * trace / self.width
-        while True:
-            matrix.diagonal().add_(step)
-            jitter += step
-            step *= 10
-            if jitter > trace:
-                raise SolveError("the normal equations cannot be factorised; raise `ridge`.")
-            lower, info = torch.linalg.cholesky_ex(matrix)
-            if int(info) == 0:
-                return Factor(lower, norms, lambdas, jitter)
+        lacks = torch.zeros_like(trace) if dtype == torch.float64 else digits_lacking(lower)
+        checks = torch.stack([trace, info.double(), lacks, *norms])
+        return Factor(lower, norms, lambdas, checks, jitter)
 
 
 class CrossMoments(InputMoments):
@@ -165,10 +176,11 @@ class CrossMoments(InputMoments):
         self.cross[concept].addmm_(reference.mT, merged)
 
 
-def output_energy(change: LowRank, own: Tensor) -> float:
-    """‖X̃ ΔWᵀ‖²_F from r × r products; ``own`` is X̃ᵀX̃, (in, in)."""
-    up, down = change.up.double(), change.down.double()
-    return float(((times(down, own) @ down.mT) * (up.mT @ up)).sum())
+def output_energy(change: LowRank, own: Tensor) -> Tensor:
+    """‖X̃ ΔWᵀ‖²_F, a scalar, from r × r products; ``own`` is X̃ᵀX̃, (in, in)."""
+    change = change.to(torch.float64, solve_device(own.device))
+    up, down = change.up, change.down
+    return ((times(down, own) @ down.mT) * (up.mT @ up)).sum()
 
 
 def times(left: Tensor, moment: Tensor) -> Tensor:

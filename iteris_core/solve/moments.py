@@ -30,6 +30,7 @@ from torch import Tensor
 from ..activations.tokens import Observation
 from ..errors import SolveError
 from ..linalg import (
+    Sketch,
     energy,
     energy_dtype,
     frobenius,
@@ -37,12 +38,12 @@ from ..linalg import (
     leading_eigenvectors,
     pieces,
     searches,
+    sketch,
     solve_device,
     truncate_factors,
-    truncate_matrix,
 )
 from ..lora import LowRank, SiteChanges, concatenate
-from .inputs import NOT_FINITE, CrossMoments, Factor, InputMoments, output_energy, times
+from .inputs import NOT_FINITE, CrossMoments, Factor, InputMoments, times
 from .problem import (
     MemoryEstimate,
     Reduction,
@@ -81,22 +82,31 @@ class MomentReduction(Reduction):
     def solve(self, fit: RegressionSpec) -> Solution:
         """See :class:`.problem.Reduction`; a share of energy as rank refers to the solution at Σ
         r_i. If no input has energy, any change fits, and the mean of the changes is used."""
-        if not all(map(math.isfinite, self._energies())):
-            raise SolveError(NOT_FINITE)
         device = solve_device(self.inputs.own[0].device)
         changes, like = self.changes.to(device=device), self.changes.like
+        energies = self._energies().to(device)
         rank = min(fit.rank if isinstance(fit.rank, int) else changes.rank, *changes.shape)
         lambdas = fit.lambdas(self.weigher.values(fit.weighting, self.inputs))
         if float(self.inputs.tokens.max()) >= fit.shrinks_below * self.inputs.width:
             fit = replace(fit, shrink=1.0)
         while True:
             factor = self.inputs.factor(lambdas, fit.ridge, fit.shrink, fit.dtype)
-            if factor is None:
-                mean = changes.mean(fit.weights, torch.float64)
+            with full_precision(device):
+                sketch = self._change(changes, factor, fit, rank)
+            sketch, (numbers, checks) = sketch.on_host(energies, factor.checks)
+            if not all(map(math.isfinite, numbers)):
+                raise SolveError(NOT_FINITE)
+            usable = self.inputs.can_use(factor, checks)
+            if usable is None:
+                mean = self.changes.mean(fit.weights, torch.float64)
                 change, lost = truncate_factors(mean, rank)
                 break
-            with full_precision(device):
-                change, lost = self._change(changes, factor, fit, rank)
+            if not usable:
+                continue
+            share = fit.rank if isinstance(fit.rank, float) else rank
+            change, lost = sketch.cut(share, rank)
+            change = replace(change, kernel=like.kernel)
+            del sketch
             over = change.squared_norm() ** 0.5 / fit.bound
             if not over > 1:
                 break
@@ -106,9 +116,6 @@ class MomentReduction(Reduction):
             fit = replace(fit, ridge=max(3 * fit.ridge, _LEAST_RIDGE))
             del factor, change  # before the next ones are made
             self.inputs.forget_factor()
-        if isinstance(fit.rank, float):
-            change, more = truncate_factors(change, fit.rank, factor and factor.lower)
-            lost = 1 - (1 - lost) * (1 - more)
         total = sum(lambdas)
         solution = Solution(
             finite_as(change, like),
@@ -118,35 +125,34 @@ class MomentReduction(Reduction):
         if not fit.residuals:
             return solution
         mean = changes.mean(fit.weights, torch.float64)
-        before, after = self._residuals(mean, change.to(torch.float64), changes)
-        return replace(solution, before=before, after=after)
+        errors = self._residuals(mean, change.to(torch.float64, device), changes)
+        return replace(solution, errors=errors)
 
-    def _residuals(
-        self, mean: LowRank, solution: LowRank, changes: SiteChanges
-    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """‖T_i − X̃_i ΔWᵀ‖ / ‖T_i‖ for every concept, with the mean and with the solution, from
-        rank × rank products with finite, completed moments. If T_i is zero, it is relative to the
-        other concepts' own changes there. Everything is float64, except products with the moments.
-        """
-        before: list[float] = []
-        after: list[float] = []
+    def _residuals(self, mean: LowRank, solution: LowRank, changes: SiteChanges) -> Tensor:
+        """‖T_i − X̃_i ΔWᵀ‖ / ‖T_i‖ for every concept, with the mean and with the solution, (2,
+        concepts), from rank × rank products with finite, completed moments. If T_i is zero, it is
+        relative to the LoRAs' own changes there. Everything is float64, except products with the
+        moments."""
+        errors: list[Tensor] = []
         sizes = [mean.rank, solution.rank]
         both = concatenate([mean, solution])  # expensive products are computed once for both
         downs = both.down.split(sizes)
-        grams = [up.mT @ up for up in both.up.split(sizes, dim=1)]
+        grams = [gram_of(up) for up in both.up.split(sizes, dim=1)]
         for concept, own in enumerate(self.inputs.own):
             target, crossed = self._wanted(concept, both)
-            scale = target
-            if scale <= 0:
-                scale = sum(output_energy(change, own) for change in changes.own.values())
             weighted = times(both.down, own).split(sizes)
-            for rows, down, gram, cross, errors in zip(
-                weighted, downs, grams, crossed.split(sizes), (before, after), strict=True
+            ranks = [change.rank for change in changes.own.values()]  # side by side in the mean
+            others = sum(
+                ((rows @ change.down.to(rows).mT) * gram_of(change.up.to(rows))).sum()
+                for rows, change in zip(weighted[0].split(ranks), changes.own.values(), strict=True)
+            )
+            scale = torch.where(target > 0, target, others)
+            for rows, down, gram, cross in zip(
+                weighted, downs, grams, crossed.split(sizes), strict=True
             ):
-                output = float(((rows @ down.mT) * gram).sum())
-                left = max(0.0, target - 2 * float(cross.sum()) + output)
-                errors.append(math.sqrt(left / scale) if scale > 0 else 0.0)
-        return tuple(before), tuple(after)
+                left = (target - 2 * cross.sum() + ((rows @ down.mT) * gram).sum()).clamp(min=0)
+                errors.append(torch.where(scale > 0, (left / scale).sqrt(), 0.0))
+        return torch.stack(errors).unflatten(0, (-1, 2)).mT
 
     def _add_inputs(self, tokens: Observation) -> None:
         self.inputs.add(tokens.concept, tokens.merged)
@@ -157,16 +163,20 @@ class MomentReduction(Reduction):
     @abstractmethod
     def _change(
         self, changes: SiteChanges, factor: Factor, fit: RegressionSpec, rank: int
-    ) -> tuple[LowRank, float]:
-        """ΔW at ``rank``, and the share of energy lost in the cut."""
+    ) -> Sketch:
+        """ΔW, to be cut to ``rank``."""
 
     @abstractmethod
-    def _wanted(self, concept: int, candidate: LowRank) -> tuple[float, Tensor]:
+    def _wanted(self, concept: int, candidate: LowRank) -> tuple[Tensor, Tensor]:
         """‖T_i‖² and, per component of the candidate, tr(T_iᵀ X̃_i ΔWᵀ)."""
 
-    def _energies(self) -> list[float]:
+    def _energies(self) -> Tensor:
         """Energies of whole tensors, which reveal NaN and infinite values."""
-        return []
+        return torch.zeros(0)
+
+
+def gram_of(up: Tensor) -> Tensor:
+    return up.mT @ up
 
 
 OTHERS = 8
@@ -189,8 +199,8 @@ def find_directions(changes: SiteChanges, targets: Sequence[Tensor], count: int)
     device = tokens.device
     if device.type == "mps":  # it has no QR
         tokens = tokens.cpu()
-    ups = [change.up.to(tokens) for change in changes.own.values()]
-    ups = [up for up in ups if bool(up.any())]
+    own = [change for change in changes.own.values() if not change.is_zero]
+    ups = [change.to(tokens.dtype, tokens.device).up for change in own]
     parts: list[Tensor] = []
     with full_precision(tokens.device):
         if ups:
@@ -199,13 +209,14 @@ def find_directions(changes: SiteChanges, targets: Sequence[Tensor], count: int)
         left = count - sum(part.shape[1] for part in parts)
         if left > 0 and len(tokens):
             vectors, values = leading_eigenvectors((tokens @ tokens.mT).double(), left)
-            vectors = vectors[:, :left][:, values[:left] > values[0] * 1e-12]
-            parts.append(tokens.mT @ vectors.to(tokens))
+            left = int((values[:left] > values[0] * 1e-12).sum())
+            parts.append(tokens.mT @ vectors[:, :left].to(tokens))
         used = sum(part.shape[1] for part in parts)
         out = tokens.shape[1]
         generator = torch.Generator().manual_seed(0)
         others = torch.randn(out, min(OTHERS, out - used), generator=generator)
-        parts = [part / part.norm(dim=0).clamp(min=1e-30) for part in (*parts, others.to(tokens))]
+        others = others.to(tokens, non_blocking=tokens.is_cuda)
+        parts = [part / part.norm(dim=0).clamp(min=1e-30) for part in (*parts, others)]
         return Directions(torch.linalg.qr(torch.cat(parts, dim=1)).Q.to(device), used)
 
 
@@ -238,13 +249,13 @@ class OutputMoments(MomentReduction):
         """Dᵀ up for ``up``, (out, rank)."""
         return up if self._directions is None else self._directions.matrix.to(up).mT @ up
 
-    def _energies(self) -> list[float]:
-        return self.energies.tolist()
+    def _energies(self) -> Tensor:
+        return self.energies
 
     def _change(
         self, changes: SiteChanges, factor: Factor, fit: RegressionSpec, rank: int
-    ) -> tuple[LowRank, float]:
-        lower, toward = factor.lower, fit.pull_of(changes)
+    ) -> Sketch:
+        lower, toward = factor.lower, fit.pull_of(self.changes)
         right = torch.zeros(self.targets[0].shape, dtype=lower.dtype, device=lower.device)  # DᵀK
         for concept, (target, value) in enumerate(zip(self.targets, factor.lambdas, strict=True)):
             for rows in pieces(target):
@@ -258,25 +269,22 @@ class OutputMoments(MomentReduction):
         if factor.jitter:
             mean = changes.mean(fit.weights, right.dtype)
             right += factor.jitter * (self._within(mean.up) @ mean.down)
-        like, search = changes.like.to(torch.float64), self.inputs.dtype
+        search = self.inputs.dtype
         if self._directions is None:
-            return truncate_matrix(right, rank, lower, like=like, search=search)
+            return sketch(right, rank, lower, search=search)
         matrix, used = self._directions.matrix, self._directions.used
         out, count = matrix.shape
         right, others = right.split([used, count - used])
         rest = torch.linalg.solve_triangular(lower.mT, others, upper=True, left=False)
         # Each of the others stands for so many directions.
-        elsewhere = float((rest**2).sum()) * ((out - used) / max(count - used, 1))
-        change, lost = truncate_matrix(
-            right, rank, lower, like=like, search=search, elsewhere=elsewhere
-        )
-        up = matrix[:, :used].to(change.up) @ change.up
-        return LowRank(up, change.down, change.kernel), lost
+        elsewhere = (rest**2).sum().double() * ((out - used) / max(count - used, 1))
+        within = sketch(right, rank, lower, search=search, elsewhere=elsewhere)
+        return replace(within, left=matrix[:, :used].to(within.left) @ within.left)
 
-    def _wanted(self, concept: int, candidate: LowRank) -> tuple[float, Tensor]:
+    def _wanted(self, concept: int, candidate: LowRank) -> tuple[Tensor, Tensor]:
         # Both candidates lie within the directions.
         crossed = times(self._within(candidate.up).mT, self.targets[concept])
-        return float(self.energies[concept]), (crossed * candidate.down).sum(1)
+        return self.energies[concept].to(crossed), (crossed * candidate.down).sum(1)
 
     @staticmethod
     def bytes(
@@ -336,11 +344,11 @@ class AdapterMoments(MomentReduction):
 
     def _change(
         self, changes: SiteChanges, factor: Factor, fit: RegressionSpec, rank: int
-    ) -> tuple[LowRank, float]:
+    ) -> Sketch:
         lower, jitter = factor.lower.double(), factor.jitter
         _, width = changes.shape
         rows = torch.empty(changes.listed_rank, width, dtype=torch.float64, device=lower.device)
-        free, toward = rows, fit.pull_of(changes)
+        free, toward = rows, fit.pull_of(self.changes)
         for concept, change in changes.present.items():
             cross, down = self._cross(concept), change.down.double()
             value, weight = factor.lambdas[concept], fit.weights[concept]
@@ -353,18 +361,23 @@ class AdapterMoments(MomentReduction):
                 product.addmm_(down[:, part], cross[part].to(down), alpha=value * fit.shrink)
         down = torch.cholesky_solve(rows.mT, lower).mT
         up = torch.cat([change.up for change in changes.present.values()], dim=1)
-        up = up.to(torch.promote_types(up.dtype, torch.float32))
-        exact = LowRank(up, down, changes.like.kernel)
-        return truncate_factors(exact, rank, lower) if exact.rank > rank else (exact, 0.0)
+        exact = Sketch(up.double(), down, rows.new_zeros(0), rows.new_zeros(()))
+        if len(down) <= rank and not isinstance(fit.rank, float):
+            return exact
+        left, right = torch.linalg.qr(exact.left)
+        weighted = right @ down @ lower
+        gram = weighted @ weighted.mT
+        return Sketch(left, right @ down, gram, gram.trace())
 
-    def _wanted(self, concept: int, candidate: LowRank) -> tuple[float, Tensor]:
+    def _wanted(self, concept: int, candidate: LowRank) -> tuple[Tensor, Tensor]:
         change = self.changes[concept]
         if change is None:
-            return 0.0, candidate.down.new_zeros(candidate.rank)
+            zeros = candidate.down.new_zeros(candidate.rank + 1)
+            return zeros[0], zeros[1:]
         change = change.to(device=candidate.down.device)
         crossed = times(change.down.double(), self._cross(concept)) @ candidate.down.mT
         crossed = ((change.up.double().mT @ candidate.up) * crossed).sum(0)
-        return self.weigher.energy(concept), crossed
+        return self.weigher.energy(concept).to(crossed), crossed
 
 
 class Gram(AdapterMoments):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..activations.tokens import Observation
 from ..errors import SolveError
-from ..linalg import energy, energy_dtype
+from ..linalg import energy, energy_dtype, solve_device
 from ..lora import LowRank, Rank, SiteChanges
 from .inputs import InputMoments, output_energy
 
@@ -89,14 +89,13 @@ class RegressionSpec:
 @dataclass(frozen=True)
 class Solution:
     """A site's change and its quality. Per concept: ``weighting`` is λ_i times the concept's
-    weight, scaled to sum to 1; ``before`` and ``after`` are ‖T_i − X̃_i ΔWᵀ‖_F / ‖T_i‖_F with the
-    mean of the changes and with the solution (empty if not requested). ``truncated`` is the share
-    of output energy lost in the cut to the rank."""
+    weight, scaled to sum to 1; ``errors`` are ‖T_i − X̃_i ΔWᵀ‖_F / ‖T_i‖_F with the mean of the
+    changes and with the solution, (2, concepts), on the site's device (None: not requested).
+    ``truncated`` is the share of output energy lost in the cut to the rank."""
 
     change: LowRank
     weighting: tuple[float, ...] = ()
-    before: tuple[float, ...] = ()
-    after: tuple[float, ...] = ()
+    errors: Tensor | None = None
     truncated: float = 0.0
 
 
@@ -199,13 +198,13 @@ class Weigher:
             hidden = reference @ down.to(reference).mT
             self._grams[tokens.concept].addmm_(hidden.mT, hidden)
 
-    def energy(self, concept: int) -> float:
-        """‖X_i ΔW_iᵀ‖²_F; 0 if the LoRA does not change the site."""
+    def energy(self, concept: int) -> Tensor:
+        """‖X_i ΔW_iᵀ‖²_F, a scalar; 0 if the LoRA does not change the site."""
         change = self._changes[concept]
         if change is None:
-            return 0.0
-        up = change.up.double()
-        return float((self._grams[concept].to(up) * (up.mT @ up)).sum())
+            return torch.zeros((), dtype=torch.float64)
+        up = change.to(torch.float64, solve_device(self.outputs.device)).up
+        return (self._grams[concept].to(up) * (up.mT @ up)).sum()
 
     def values(self, weighting: Weighting, inputs: InputMoments) -> list[float]:
         """λ_i without the concepts' weights. If a LoRA does not change the site, eq. 8 is 0/0, and
@@ -223,9 +222,9 @@ class Weigher:
         values: list[float] = []
         for concept, (change, own) in enumerate(zip(self._changes, inputs.own, strict=True)):
             if change is not None:
-                values.append(inverse(change.squared_norm(), self.energy(concept)))
+                values.append(inverse(change.squared_norm(), float(self.energy(concept))))
                 continue
             others = self._changes.own.values()
             norm = sum(other.squared_norm() for other in others)
-            values.append(inverse(norm, sum(output_energy(other, own) for other in others)))
+            values.append(inverse(norm, float(sum(output_energy(other, own) for other in others))))
         return values

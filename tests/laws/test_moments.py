@@ -33,7 +33,7 @@ def test_the_factor_is_of_the_sum_with_its_ridge(width):
     wanted = 0.5 * (own + 1e-3 * own.norm() * torch.eye(len(own)))
     lower = factor.lower
     torch.testing.assert_close(lower @ lower.mT, wanted)
-    assert factor.norms[0] == pytest.approx(float(own.norm()))
+    assert float(factor.norms[0]) == pytest.approx(float(own.norm()))
 
 
 @pytest.mark.parametrize(("ridge", "single"), [(1e-4, True), (1e-6, True), (1e-8, False)])
@@ -46,7 +46,10 @@ def test_a_factor_in_single_precision_has_digits(ridge, single):
     moment.diagonal().add_(ridge * moment.norm())
     assert int(torch.linalg.cholesky_ex(moment).info) == 0
     inputs = moments_of([x])
-    lower = inputs.factor([1.0], ridge, 1.0, torch.float32).lower
+    equations = ridge, 1.0, torch.float32
+    factor = inputs.factor([1.0], *equations)
+    assert inputs.can_use(factor, factor.checks.tolist()) == single
+    lower = inputs.factor([1.0], *equations).lower
     assert (lower.dtype == torch.float32) == single
     exact = inputs.factor([1.0], ridge, 1.0, torch.float64).lower
     right = torch.randn(256, 8, dtype=torch.float64, generator=generator)
