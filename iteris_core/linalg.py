@@ -14,8 +14,8 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,12 +90,14 @@ def energy(matrix: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrix).to(energy_dtype(matrix.device)) ** 2
 
 
-def read(values: Iterable[Tensor]) -> list[Any]:
-    """Tensors of one shape as numbers, in one copy from their device."""
-    several = list(values)
-    if not several:
-        return []
-    return torch.stack([value.to(several[-1].device) for value in several]).tolist()
+def on_host(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The same on the CPU, in the dtype of the first, in one copy."""
+    given = list(tensors)
+    if not given or all(tensor.device.type == "cpu" for tensor in given):
+        return given
+    flat = torch.cat([tensor.to(given[0]).flatten() for tensor in given]).cpu()
+    copies = flat.split([tensor.numel() for tensor in given])
+    return [copy.view(tensor.shape) for copy, tensor in zip(copies, given, strict=True)]
 
 
 def energy_dtype(device: torch.device) -> torch.dtype:
@@ -116,17 +118,10 @@ def truncate_factors(
     """The best change of rank at most ``rank``, or that keeps this share of energy, and the share
     lost. It minimises ‖(ΔW − ΔW_k) L‖_F, where ``metric`` is L, (in, in), a lower Cholesky factor
     of the inputs' second moment M = L Lᵀ, so the outputs on those inputs change least; without it L
-    is the identity (plain SVD). Works on factors: two QR and one SVD of rank × rank, float64. The
-    result has the input's dtype."""
-    up, down = change.up.double(), change.down.double()
-    if metric is not None:
-        down = down @ metric.double()
-    q_up, r_up = torch.linalg.qr(up)
-    q_down, r_down = torch.linalg.qr(down.mT)
-    u, s, vt = torch.linalg.svd(r_up @ r_down.mT)
-    keep = rank_for(s**2, rank)
-    cut = _change(q_up @ u, s, vt @ q_down.mT, keep, metric, change.kernel)
-    return cut.to(change.up.dtype), _lost(s**2, keep)
+    is the identity (plain SVD). Works on factors: a QR, and eigenvectors of rank × rank, float64.
+    The result has the input's dtype."""
+    small, lost = cut(sketch_factors(change.up, change.down, metric), rank)
+    return replace(small.to(change.up.dtype, change.up.device), kernel=change.kernel), lost
 
 
 def cut_to(change: LowRank, rank: Rank | None) -> tuple[LowRank, float]:
@@ -151,47 +146,37 @@ def extract(dense: Tensor, energy: float) -> LowRank:
     ``energy`` of 1 drops only singular values below 1e-12 of the largest."""
     u, s, vt = _gram_svd(dense.double())
     keep = rank_for(s**2, energy) if energy < 1 else int((s > s[0] * 1e-12).sum())
-    cut = _change(u, s, vt, keep, None, None).to(torch.float32)
-    return LowRank(cut.up.contiguous(), cut.down.contiguous())
+    root = s[:keep].sqrt()
+    change = _balanced(u[:, :keep] * root, root[:, None] * vt[:keep]).to(torch.float32)
+    return LowRank(change.up.contiguous(), change.down.contiguous())
 
 
-@dataclass(frozen=True)
-class Sketch:
+class Sketch(NamedTuple):
     """A change before its cut, float64: ``left`` V Vᵀ ``right``, (out, k) and (k, in), with the
     leading eigenvectors V of ``gram``, (k, k), whose eigenvalues are the components' energies; if
     it is empty, nothing is cut, and V is the identity. ``total`` is the energy of the whole change.
-    ``tall``: ``left`` has the components' sizes, otherwise ``right``."""
+    """
 
     left: Tensor
     right: Tensor
     gram: Tensor
     total: Tensor
-    tall: bool = False
 
-    def on_host(self, *numbers: Tensor) -> tuple[Sketch, list[list[float]]]:
-        """The same on the CPU, and ``numbers`` beside it, in one copy: the only time that a site's
-        solve waits for the device."""
-        if self.left.device.type == "cpu":
-            return self, [one.tolist() for one in numbers]
-        parts = [self.left, self.right, self.gram, self.total, *numbers]
-        flat = torch.cat([part.to(self.left).flatten() for part in parts]).cpu()
-        copies = flat.split([part.numel() for part in parts])
-        pairs = zip(copies, parts, strict=True)
-        left, right, gram, total, *read = (copy.view(part.shape) for copy, part in pairs)
-        return Sketch(left, right, gram, total, self.tall), [one.tolist() for one in read]
 
-    def cut(self, rank: Rank, most: int | None = None) -> tuple[LowRank, float]:
-        """The change at ``rank``, or with this share of the energy of its first ``most``
-        components; and the share of the total energy lost."""
-        if not self.gram.numel():
-            return LowRank(self.left, self.right), 0.0
-        values, vectors = torch.linalg.eigh(self.gram)
-        energies = values.flip(0)[:most].clamp(min=0)
-        keep = rank_for(energies, rank)
-        vectors, rounding = vectors.flip(1)[:, :keep], max(1e-16 * float(energies[0]), 1e-300)
-        size = energies[:keep].clamp(min=rounding) ** (-0.25 if self.tall else 0.25)
-        up, down = self.left @ vectors * size, (vectors.mT @ self.right) / size[:, None]
-        return _balanced(up, down), _lost(energies, keep, float(self.total))
+def cut(sketch: Iterable[Tensor], rank: Rank, most: int | None = None) -> tuple[LowRank, float]:
+    """The change of a :class:`Sketch` at ``rank``, or with this share of the energy of its first
+    ``most`` components, on the CPU; and the share of the total energy lost."""
+    left, right, gram, total = on_host(sketch)
+    if not gram.numel():
+        return LowRank(left, right), 0.0
+    values, vectors = torch.linalg.eigh(gram)
+    energies = values.flip(0)[:most].clamp(min=0)
+    keep = rank_for(energies, rank)
+    vectors, rounding = vectors.flip(1)[:, :keep], max(1e-16 * float(energies[0]), 1e-300)
+    size = energies[:keep].clamp(min=rounding) ** 0.25
+    kept, whole = float(energies[:keep].sum()), float(total)
+    change = _balanced(left @ vectors * size, (vectors.mT @ right) / size[:, None])
+    return change, max(0.0, 1.0 - kept / whole) if whole > 0 else 0.0
 
 
 def truncate_matrix(
@@ -200,7 +185,7 @@ def truncate_matrix(
     """:func:`truncate_factors` for a change without factors, K = ΔW L Lᵀ, (out, in). With L from a
     Cholesky factorisation of M, this solves ΔW M = K and cuts ΔW in one step; without a ``metric``,
     K is ΔW. ``like`` gives dtype and kernel."""
-    change, lost = sketch(matrix, rank, metric).on_host()[0].cut(rank)
+    change, lost = cut(sketch(matrix, rank, metric), rank)
     return replace(change.to(like.up.dtype, matrix.device), kernel=like.kernel), lost
 
 
@@ -216,30 +201,31 @@ def sketch(
     outside K, which counts as lost. Small matrices, and ranks above a third of the shorter side,
     use that side's whole Gram matrix, others :func:`_leading_directions` in ``search``."""
     out, width = matrix.shape
-    if rank < 1 or not searches(out, width, int(rank)):
+    if rank >= 1 and searches(out, width, int(rank)):
+        with full_precision(matrix.device):
+            weighted = _over(matrix.to(search), metric)
+            q = _leading_directions(weighted, int(rank))
+            total = torch.linalg.vector_norm(weighted).double() ** 2
+        # From here on, everything is exact for the directions found.
+        q = torch.linalg.qr(q.to(matrix)).Q
+        weighted = _over(q.mT @ matrix, metric)
+    else:
         weighted = _over(matrix, metric)
-        total = (weighted.double() ** 2).sum() + elsewhere
+        total = (weighted.double() ** 2).sum()
+        q = torch.eye(out, dtype=weighted.dtype, device=weighted.device)
         if out > width:
-            left = weighted.double()
-            right = torch.eye(width, dtype=matrix.dtype, device=matrix.device)
-            right = _over(right, metric, upper=False).double()
-            return Sketch(left, right, left.mT @ left, total, tall=True)
-        left = torch.eye(out, dtype=torch.float64, device=matrix.device)
-        return _wide(left, weighted, metric, total)
-    with full_precision(matrix.device):
-        weighted = _over(matrix.to(search), metric)
-        q = _leading_directions(weighted, int(rank))
-        total = torch.linalg.vector_norm(weighted).double() ** 2 + elsewhere
-    del weighted
-    # From here on, everything is exact for the directions found.
-    q = torch.linalg.qr(q.to(matrix)).Q
-    return _wide(q.double(), _over(q.mT @ matrix, metric), metric, total)
-
-
-def _wide(left: Tensor, weighted: Tensor, metric: Tensor | None, total: Tensor) -> Sketch:
-    """The sketch of ``left`` B L⁻¹, where B is ``weighted``."""
+            q, weighted = torch.linalg.qr(weighted)
     right, weighted = _over(weighted, metric, upper=False).double(), weighted.double()
-    return Sketch(left, right, weighted @ weighted.mT, total)
+    return Sketch(q.double(), right, weighted @ weighted.mT, total + elsewhere)
+
+
+def sketch_factors(up: Tensor, down: Tensor, metric: Tensor | None = None) -> Sketch:
+    """The sketch of the change ``up @ down``, see :func:`truncate_factors`."""
+    q, right = torch.linalg.qr(up.double())
+    right = right @ down.double()
+    weighted = right if metric is None else right @ metric.double()
+    gram = weighted @ weighted.mT
+    return Sketch(q, right, gram, gram.trace())
 
 
 def searches(out: int, width: int, rank: int) -> bool:
@@ -296,35 +282,13 @@ def _gram_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, rows / s.clamp(min=torch.finfo(s.dtype).tiny)[:, None]
 
 
-def _lost(energies: Tensor, keep: int, total: float | None = None) -> float:
-    """The share of ``total`` (all ``energies`` together) that is not in the first ``keep``."""
-    total = float(energies.sum()) if total is None else total
-    return max(0.0, 1.0 - float(energies[:keep].sum()) / total) if total > 0 else 0.0
-
-
-def _change(
-    u: Tensor,
-    s: Tensor,
-    vt: Tensor,
-    rank: int,
-    metric: Tensor | None,
-    kernel: tuple[int, int] | None,
-) -> LowRank:
-    """Factors of equal norm from an SVD of ΔW L, with L divided out."""
-    root = s[:rank].sqrt()
-    up, down = u[:, :rank] * root, root[:, None] * vt[:rank]
-    if metric is not None:
-        down = torch.linalg.solve_triangular(metric, down.to(metric), upper=False, left=False)
-    return _balanced(up, down, kernel)
-
-
-def _balanced(up: Tensor, down: Tensor, kernel: tuple[int, int] | None = None) -> LowRank:
+def _balanced(up: Tensor, down: Tensor) -> LowRank:
     """``up @ down`` with factors of equal norm: a weighted SVD leaves factors of unequal size, and
     half-precision files need similar sizes."""
     balance = math.sqrt(float(down.norm() / up.norm())) if float(up.norm()) > 0 else 1.0
     if not math.isfinite(balance) or balance == 0.0:
         balance = 1.0
-    return LowRank(up * balance, down / balance, kernel)
+    return LowRank(up * balance, down / balance)
 
 
 def least_kept(

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..linalg import read
+from ..linalg import on_host
 from .memory import tensors_in
 from .trace import hooked
 
 _TOKENS, _LEAST_TOKENS = 512, 4
 """How many tokens of a tensor are compared, and fewest that it must have."""
+_FEW, _TRIED = 16, 4
+"""Of these tokens, those by which pairs of tensors are chosen, and how many pairs are compared."""
 _PARTS = 16
 """Most parts of a tensor without tokens, each as wide as the tensor's last dimension."""
 _MOST_LEFT = 0.7
@@ -90,24 +91,21 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True, eq=False)
 class _Sample:
-    """A few tokens of a tensor, (rows, some, channels), of so many ``tokens``, seen as ``turn``.
-    Equal ones have equal ``sums``, (2,)."""
+    """A few tokens of a tensor, (rows, some, channels), seen as ``turn``. Its ``kind`` is how many
+    tokens there are and the shape of these; equal tensors have equal ``sums``, (2,)."""
 
     source: Source | None
     values: Tensor
-    tokens: int
+    kind: tuple[int, ...]
     turn: int
     sums: Tensor
-
-    def like(self, other: _Sample) -> bool:
-        return self.tokens == other.tokens and self.values.shape == other.values.shape
 
 
 @dataclass(frozen=True)
 class _Fit:
     """A ``gate`` g, (rows, channels), of z − h = g ⊙ y, where a run has h at ``source`` and y was
-    seen as ``turn``, behind a ``norm``; ``numbers`` are scalars, by which :meth:`error` judges it,
-    of so many ``values``."""
+    seen as ``turn``, behind a ``norm``; :func:`_error` judges it by ``numbers``, scalars, of so
+    many ``values``."""
 
     source: Source
     turn: int
@@ -116,35 +114,13 @@ class _Fit:
     numbers: Tensor
     norm: Tensor | None
 
-    @staticmethod
-    def of(h: _Sample, z: _Sample, y: _Sample, norm: Tensor | None, misfit: Tensor) -> _Fit:
-        assert h.source is not None
-        before, after, output = h.values.float(), z.values.float(), y.values.float()
-        added, energy = after - before, output.square().sum(1).clamp(min=1e-30)
-        gate = (added * output).sum(1) / energy
-        norms = [of.norm() for of in (added - gate[:, None] * output, added, after, gate)]
-        # Tokens that are alike, as padding, are rounded alike, and the fit hides it.
-        sums = (1 / energy).sum(), (after.square().sum(1) / energy).sum()
-        numbers = torch.stack([*norms, *(of.sqrt() for of in sums), *misfit])
-        return _Fit(h.source, y.turn, gate, added.numel(), numbers, norm)
-
-    def error(self, numbers: Sequence[float], noise: float) -> float | None:
-        """The norm of the gate's error; None if anything but rounding is left."""
-        left, whole, after, size, inverse, alike, misfit, returned = numbers
-        if misfit > max(1e-2, 2 * noise) * returned:
-            return None
-        if left > 1e-3 * whole + 0.6 * noise * after or left > _MOST_LEFT * whole:
-            return None
-        error = 4 * left * inverse / self.values**0.5
-        off = max(error, min(noise / 2 * alike, _ALIKE * size)) + 1e-3 * size
-        return off if error <= _MOST_LEFT * size else None
-
 
 @dataclass
 class _Finder:
     """``vectors`` have no tokens; the other tensors are the current block's: those that may be the
     stream, the outputs of sites, and what norms received and returned. A block's numbers are read
-    from the device three times: which tensors are equal, which fit, and what explains the gates."""
+    from the device four times: which tensors are equal, which pairs are near, which fit, and what
+    explains the gates."""
 
     rows: int
     sites: Mapping[nn.Module, str]
@@ -189,38 +165,41 @@ class _Finder:
         pairs = [(a, b) for a in three for b in three if a is not b and a.shape[2] == b.shape[2]]
         samples = map(self._sample, [*returned, *(torch.cat(pair, 1) for pair in pairs)])
         seen = [*self._hidden, *(y for _, y in self._outputs), *(x for x, _ in self._norms)]
-        sums = read(sample.sums for sample in seen)
-        keys = {s: (s.tokens, s.values.dtype, *n) for s, n in zip(seen, sums, strict=True)}
-        distinct = {
-            keys[sample]: sample for sample in reversed(self._hidden)
-        }  # the first of equals
+        sums = on_host([sample.sums for sample in seen])
+        keys = {s: (s.kind, s.values.dtype, *n.tolist()) for s, n in zip(seen, sums, strict=True)}
+        distinct = {keys[first]: first for first in reversed(self._hidden)}
         befores = sorted(distinct.values(), key=lambda sample: -sample.turn)
         afters = [*reversed(befores), *(sample for sample in samples if sample is not None)]
-        fits: list[tuple[str, _Fit]] = []
+        pairs: list[Any] = []
         for site, y in self._outputs:
-            norms = [(z, *_norm(y, z)) for x, z in self._norms if keys[x] == keys[y] and z.like(y)]
-            fits += [
-                (site, _Fit.of(h, z, of, norm, misfit))
-                for of, norm, misfit in [(y, None, y.values.new_zeros(2)), *norms]
-                for h in befores
-                if h.like(of) and h.turn <= of.turn
-                for z in afters
-                if z.like(of) and z.turn > of.turn
+            norms = [
+                (z, *_norm(y, z)) for x, z in self._norms if keys[x] == keys[y] and z.kind == y.kind
             ]
+            options: list[Any] = [(y, None, y.values.new_zeros(2)), *norms]
+            for of, norm, misfit in options:
+                first = [h for h in befores if h.kind == of.kind and h.turn <= of.turn]
+                second = [z for z in afters if z.kind == of.kind and z.turn > of.turn]
+                if first and second:
+                    pairs.append((site, of, norm, misfit, first, second))
+        near = on_host([_near(of, hs, zs, self._noise) for _, of, _, _, hs, zs in pairs])
+        fits = [
+            (site, _fitted(hs[h], zs[z], of, norm, misfit))
+            for (site, of, norm, misfit, hs, zs), are in zip(pairs, near, strict=True)
+            for h, z in are.nonzero()[:_TRIED].tolist()
+        ]
         found: dict[tuple[str, bool], tuple[_Fit, float]] = {}
-        for (site, fit), numbers in zip(fits, read(fit.numbers for _, fit in fits), strict=True):
-            off = fit.error(numbers, self._noise)
+        read = on_host([fit.numbers for _, fit in fits])
+        for (site, fit), numbers in zip(fits, read, strict=True):
+            off = _error(fit, numbers.tolist(), self._noise)
             if off is not None:
                 found.setdefault((site, fit.norm is None), (fit, off))
         ways = [_explanations(fit, self._vectors) for fit, _ in found.values()]
-        errors = iter(read(error for groups in ways for of, _ in groups for error in of))
+        errors = iter(on_host([of for groups in ways for of, _ in groups]))
         for ((site, _), (fit, off)), groups in zip(found.items(), ways, strict=True):
-            pairs = (zip(streams, errors, strict=False) for _, streams in groups)
-            nearest = [min(pair, key=itemgetter(1)) for pair in pairs]
-            stream = next((stream for stream, error in nearest if error <= off), None)
-            if stream is not None:
-                constant = stream.constant if stream.constant is None else stream.constant.clone()
-                self.streams.setdefault(site, replace(stream, constant=constant, norm=fit.norm))
+            nearest = [(next(errors).min(0), stream_at) for _, stream_at in groups]
+            near = (at(int(of.indices)) for of, at in nearest if float(of.values) <= off)
+            if (stream := next(near, None)) is not None:
+                self.streams.setdefault(site, replace(stream, norm=fit.norm))
         self._inside = False
         self._hidden, self._outputs = [], []
 
@@ -241,13 +220,41 @@ class _Finder:
         self._noise = max(self._noise, torch.finfo(tensor.dtype).eps)
         step = max(1, tensor.shape[1] // _TOKENS)
         values = tensor[:, ::step].clone()
-        sums = torch.stack([values.float().sum(), values.float().norm()])
-        return _Sample(source, values, tensor.shape[1], self._turn, sums)
+        flat = values.float().flatten()
+        sums = torch.stack(
+            [flat.norm(), flat @ torch.linspace(1, 2, len(flat), device=flat.device)]
+        )
+        return _Sample(source, values, (tensor.shape[1], *values.shape), self._turn, sums)
+
+
+def _fitted(h: _Sample, z: _Sample, y: _Sample, norm: Tensor | None, misfit: Tensor) -> _Fit:
+    """``misfit`` are the norms of the error of the ``norm`` and of what it returned."""
+    assert h.source is not None
+    before, after, output = h.values.float(), z.values.float(), y.values.float()
+    added, energy = after - before, output.square().sum(1).clamp(min=1e-30)
+    gate = (added * output).sum(1) / energy
+    norms = [of.norm() for of in (added - gate[:, None] * output, added, after, gate)]
+    # Tokens that are alike, as padding, are rounded alike, and the fit hides it.
+    sums = (1 / energy).sum(), (after.square().sum(1) / energy).sum()
+    numbers = torch.stack([*norms, *(of.sqrt() for of in sums), *misfit])
+    return _Fit(h.source, y.turn, gate, added.numel(), numbers, norm)
+
+
+def _error(fit: _Fit, numbers: Sequence[float], noise: float) -> float | None:
+    """The norm of the gate's error; None if anything but rounding is left."""
+    left, whole, after, size, inverse, alike, misfit, returned = numbers
+    if misfit > max(1e-2, 2 * noise) * returned:
+        return None
+    if left > 1e-3 * whole + 0.6 * noise * after or left > _MOST_LEFT * whole:
+        return None
+    error = 4 * left * inverse / fit.values**0.5
+    off = max(error, min(noise / 2 * alike, _ALIKE * size)) + 1e-3 * size
+    return off if error <= _MOST_LEFT * size else None
 
 
 def _explanations(
     fit: _Fit, vectors: Sequence[tuple[int, Source, Tensor]]
-) -> list[tuple[Tensor, list[Stream]]]:
+) -> list[tuple[Tensor, Callable[[int], Stream]]]:
     """What the gate of a ``fit`` may be, the simplest first, with the norms of errors: one, a part
     of one of the ``vectors`` that the run has before it, a constant, a part plus a constant."""
     gate, width, forms = fit.gate, fit.gate.shape[1], (torch.clone, torch.tanh)
@@ -256,19 +263,44 @@ def _explanations(
         for seen, origin, values in vectors
         if seen < fit.turn and values.shape[1] and values.shape[1] % width == 0
     ]
-    parts = [(of, n, form) for of, some in fitting for n in range(len(some)) for form in forms]
-    mean, stream = gate.mean(0), Stream(fit.source)
-    alone = (gate - 1).norm()[None], [stream]
-    constant = (gate - mean).norm()[None], [replace(stream, constant=mean)]
-    if not parts:
-        return [alone, constant]
-    plain = torch.cat([some for _, some in fitting])
+    plain = torch.cat([gate.new_empty(0, *gate.shape), *(parts for _, parts in fitting)])
     gap = gate - torch.stack([form(plain) for form in forms], 1).flatten(0, 1)
-    constants, zeros = gap.mean(1), torch.zeros_like(mean)
-    left = (gap - constants[:, None]).flatten(1).norm(dim=1)
-    of_part = gap.flatten(1).norm(dim=1), [Stream(fit.source, zeros, *part) for part in parts]
-    pairs = zip(constants, parts, strict=True)
-    return [alone, of_part, constant, (left, [Stream(fit.source, c, *part) for c, part in pairs])]
+    constants, mean = gap.mean(1), gate.mean(0)
+    with_constants = gap.std(1).norm(dim=1) * (len(gate) - 1) ** 0.5
+
+    def stream(constant: Tensor, index: int) -> Stream:
+        place, form = divmod(index, len(forms))
+        for origin, parts in fitting:
+            if place < len(parts):
+                return Stream(fit.source, constant, origin, place, forms[form])
+            place -= len(parts)
+        raise IndexError(index)
+
+    ways: list[tuple[Tensor, Callable[[int], Stream]]] = [
+        ((gate - 1).norm()[None], lambda _: Stream(fit.source)),
+        (gap.flatten(1).norm(dim=1), lambda index: stream(torch.zeros_like(mean), index)),
+        ((gate - mean).norm()[None], lambda _: Stream(fit.source, mean)),
+        (with_constants, lambda index: stream(constants[index].clone(), index)),
+    ]
+    return [way for way in ways if len(way[0])]
+
+
+def _near(y: _Sample, hs: Sequence[_Sample], zs: Sequence[_Sample], noise: float) -> Tensor:
+    """Which z − h may be g ⊙ y by a few tokens, (hs, zs): g of all pairs at once, since what y does
+    not explain of z and h is then the same."""
+    step = max(1, y.values.shape[1] // _FEW)
+    output, first, second = (
+        torch.stack([sample.values[:, ::step].float() for sample in samples])
+        for samples in ([y], hs, zs)
+    )
+    energy = output.square().sum(2, keepdim=True).clamp(min=1e-30)
+    rest = [x - (x * output).sum(2, keepdim=True) / energy * output for x in (first, second)]
+    pairs = (rest[0].flatten(1), rest[1].flatten(1)), (first.flatten(1), second.flatten(1))
+    left, whole = (
+        torch.cdist(*pair, compute_mode="donot_use_mm_for_euclid_dist") for pair in pairs
+    )
+    size = second.flatten(1).norm(dim=1)
+    return (left <= 2e-3 * whole + 1.2 * noise * size) & (left <= _MOST_LEFT * whole)
 
 
 def _norm(y: _Sample, returned: _Sample) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from ..architectures.sites import weight_energy, weight_shape
 from ..concepts import Concept
 from ..hosts.protocol import SampleRequest, Stage
 from ..hosts.recorded import differ
-from ..linalg import read
+from ..linalg import on_host
 from .footprint import Step, forward_of
 from .job import Job, SiteCost, StageTiming, Trace
 
@@ -57,7 +57,7 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Trace:
                     continue
                 like = torch.empty(0, dtype=like.dtype)
             weights[site] = weight_energy(module, like)
-        return Trace(norms=_norms(weights))
+        return Trace(norms={site: float(energy) ** 0.5 for site, energy in weights.items()})
     short = replace(calibration, samples=1, timesteps=calibration.denoising_steps, latents="noise")
     # Some layers need words that one prompt may lack, such as text in quotes.
     every_prompt = replace(short, samples=calibration.samples, timesteps=1)
@@ -94,12 +94,9 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Trace:
             if sites <= reasons.keys() and MIXED not in reasons.values():
                 break
     refused = {s: why for s in sites if (why := reasons.get(s, UNREACHED)) is not None}
-    return Trace(refused, timings, frozenset(joined - refused.keys()), streams, _norms(weights))
-
-
-def _norms(weights: Mapping[str, Tensor]) -> dict[str, float]:
-    energies = zip(weights, read(weights.values()), strict=True)
-    return {site: energy**0.5 for site, energy in energies}
+    energies = zip(weights, on_host(weights.values()), strict=True)
+    norms = {site: float(energy) ** 0.5 for site, energy in energies}
+    return Trace(refused, timings, frozenset(joined - refused.keys()), streams, norms)
 
 
 def _probe(

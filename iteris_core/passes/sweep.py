@@ -23,7 +23,7 @@ from ..activations.micro_batch import MicroBatch, greenlets
 from ..activations.trace import Barriers
 from ..errors import SiteError, SolveError
 from ..hosts.protocol import DENOISING, Row, Stage
-from ..linalg import read
+from ..linalg import on_host
 from ..lora import LowRank, concatenate
 from ..progress import OUTLOOK
 from ..solve.problem import Reduction, Solution, StageSolver
@@ -107,10 +107,8 @@ class Passes:
                 f"{missed[0]}. Take them out of the LoRAs."
             )
         errors = {s: of.errors for s, of in self._solutions.items() if of.errors is not None}
-        read_errors = zip(errors, read(errors.values()), strict=True)
-        measured = {
-            s: replace(self._solutions[s], errors=torch.tensor(of)) for s, of in read_errors
-        }
+        pairs = zip(errors, on_host(errors.values()), strict=True)
+        measured = {s: replace(self._solutions[s], errors=of) for s, of in pairs}
         return Merged(
             {**self._solutions, **measured},
             rows=max((plan.rows for plan in self.plans), default=0),

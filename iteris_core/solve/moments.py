@@ -18,7 +18,6 @@ to ``scipy.linalg.solve(M, K.T, assume_a="pos").T``.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,14 +30,17 @@ from ..activations.tokens import Observation
 from ..errors import SolveError
 from ..linalg import (
     Sketch,
+    cut,
     energy,
     energy_dtype,
     frobenius,
     full_precision,
     leading_eigenvectors,
+    on_host,
     pieces,
     searches,
     sketch,
+    sketch_factors,
     solve_device,
     truncate_factors,
 )
@@ -93,10 +95,11 @@ class MomentReduction(Reduction):
             factor = self.inputs.factor(lambdas, fit.ridge, fit.shrink, fit.dtype)
             with full_precision(device):
                 sketch = self._change(changes, factor, fit, rank)
-            sketch, (numbers, checks) = sketch.on_host(energies, factor.checks)
-            if not all(map(math.isfinite, numbers)):
+            # The only time that a solve waits for the device.
+            *sketch, energies, checks = on_host([*sketch, energies, factor.checks])
+            if not bool(energies.isfinite().all()):
                 raise SolveError(NOT_FINITE)
-            usable = self.inputs.can_use(factor, checks)
+            usable = self.inputs.can_use(factor, checks.tolist())
             if usable is None:
                 mean = self.changes.mean(fit.weights, torch.float64)
                 change, lost = truncate_factors(mean, rank)
@@ -104,7 +107,7 @@ class MomentReduction(Reduction):
             if not usable:
                 continue
             share = fit.rank if isinstance(fit.rank, float) else rank
-            change, lost = sketch.cut(share, rank)
+            change, lost = cut(sketch, share, rank)
             change = replace(change, kernel=like.kernel)
             del sketch
             over = change.squared_norm() ** 0.5 / fit.bound
@@ -134,18 +137,17 @@ class MomentReduction(Reduction):
         relative to the LoRAs' own changes there. Everything is float64, except products with the
         moments."""
         errors: list[Tensor] = []
-        sizes = [mean.rank, solution.rank]
+        sizes, ranks = [mean.rank, solution.rank], [c.rank for c in changes.own.values()]
         both = concatenate([mean, solution])  # expensive products are computed once for both
         downs = both.down.split(sizes)
-        grams = [gram_of(up) for up in both.up.split(sizes, dim=1)]
+        grams = [up.mT @ up for up in both.up.split(sizes, dim=1)]
         for concept, own in enumerate(self.inputs.own):
             target, crossed = self._wanted(concept, both)
             weighted = times(both.down, own).split(sizes)
-            ranks = [change.rank for change in changes.own.values()]  # side by side in the mean
-            others = sum(
-                ((rows @ change.down.to(rows).mT) * gram_of(change.up.to(rows))).sum()
-                for rows, change in zip(weighted[0].split(ranks), changes.own.values(), strict=True)
-            )
+            double = (change.to(torch.float64) for change in changes.own.values())
+            # The mean has the changes side by side.
+            parts = zip(weighted[0].split(ranks), double, strict=True)
+            others = sum(((r @ c.down.mT) * (c.up.mT @ c.up)).sum() for r, c in parts)
             scale = torch.where(target > 0, target, others)
             for rows, down, gram, cross in zip(
                 weighted, downs, grams, crossed.split(sizes), strict=True
@@ -173,10 +175,6 @@ class MomentReduction(Reduction):
     def _energies(self) -> Tensor:
         """Energies of whole tensors, which reveal NaN and infinite values."""
         return torch.zeros(0)
-
-
-def gram_of(up: Tensor) -> Tensor:
-    return up.mT @ up
 
 
 OTHERS = 8
@@ -279,7 +277,7 @@ class OutputMoments(MomentReduction):
         # Each of the others stands for so many directions.
         elsewhere = (rest**2).sum().double() * ((out - used) / max(count - used, 1))
         within = sketch(right, rank, lower, search=search, elsewhere=elsewhere)
-        return replace(within, left=matrix[:, :used].to(within.left) @ within.left)
+        return within._replace(left=matrix[:, :used].to(within.left) @ within.left)
 
     def _wanted(self, concept: int, candidate: LowRank) -> tuple[Tensor, Tensor]:
         # Both candidates lie within the directions.
@@ -361,13 +359,9 @@ class AdapterMoments(MomentReduction):
                 product.addmm_(down[:, part], cross[part].to(down), alpha=value * fit.shrink)
         down = torch.cholesky_solve(rows.mT, lower).mT
         up = torch.cat([change.up for change in changes.present.values()], dim=1)
-        exact = Sketch(up.double(), down, rows.new_zeros(0), rows.new_zeros(()))
-        if len(down) <= rank and not isinstance(fit.rank, float):
-            return exact
-        left, right = torch.linalg.qr(exact.left)
-        weighted = right @ down @ lower
-        gram = weighted @ weighted.mT
-        return Sketch(left, right @ down, gram, gram.trace())
+        if len(down) > rank or isinstance(fit.rank, float):
+            return sketch_factors(up, down, lower)
+        return Sketch(up.double(), down, rows.new_zeros(0), rows.new_zeros(()))
 
     def _wanted(self, concept: int, candidate: LowRank) -> tuple[Tensor, Tensor]:
         change = self.changes[concept]
