@@ -20,8 +20,9 @@ from iteris_core.hosts.transformers import TransformersHost
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def sd15_host() -> DiffusersHost:
-    """Stable Diffusion 1.5's UNet (860 million weights) and text encoder, float32, random."""
+def sd15_host(width: int = 320) -> DiffusersHost:
+    """Stable Diffusion 1.5's UNet (860 million weights; fewer at another ``width`` of its first
+    blocks) and text encoder, float32, random."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -39,13 +40,16 @@ def sd15_host() -> DiffusersHost:
         pad_token_id=len(tokens) - 1,
     )
     with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
+        widths = width, 2 * width, 4 * width, 4 * width
+        unet = UNet2DConditionModel(
+            cross_attention_dim=768, sample_size=64, block_out_channels=widths
+        )
         text_encoder = CLIPTextModel(config)
     pipeline = StableDiffusionPipeline(
         vae=None,
-        text_encoder=_filled(text_encoder, config.max_position_embeddings),
+        text_encoder=filled(text_encoder, config.max_position_embeddings),
         tokenizer=tokenizer,
-        unet=_filled(unet),
+        unet=filled(unet),
         scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
@@ -62,7 +66,7 @@ def t5_host() -> TransformersHost:
     config = T5Config(decoder_start_token_id=0, **size)
     with torch.device("meta"):
         model = T5ForConditionalGeneration(config)
-    return TransformersHost(_filled(model))
+    return TransformersHost(filled(model))
 
 
 def toybox_host() -> DiffusersHost:
@@ -71,7 +75,7 @@ def toybox_host() -> DiffusersHost:
     return DiffusersHost(toybox.load_pipeline())
 
 
-def _filled(model: nn.Module, positions: int = 0) -> Any:
+def filled(model: nn.Module, positions: int = 0) -> Any:
     """Random weights scaled by fan-in; outputs of residual branches are halved."""
     generator = torch.Generator().manual_seed(0)
     model = model.to_empty(device="cpu")

@@ -12,10 +12,12 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import floor
+import parts
 import peers
 import torch
 import ways
@@ -32,10 +34,11 @@ PARTS: dict[str, Callable[[], Any]] = {
     "floor sd15": lambda: floor.compare("sd15", ROUNDS),
     "floor sd15-50": lambda: floor.compare("sd15-50", ROUNDS),
     "floor t5": lambda: floor.compare("t5", ROUNDS),
+    **{f"parts {name}": partial(parts.compare, name, ROUNDS, quick=QUICK) for name in parts.MODELS},
     "peft": lambda: peers.peft_library(ROUNDS),
     "ways toybox": lambda: ways.compare(ROUNDS, 16),
 }
-SLOW = ("floor sd15", "floor sd15-50", "floor t5")
+SLOW = ("floor sd15", "floor sd15-50", "floor t5", *(part for part in PARTS if "parts" in part))
 
 
 def main() -> None:
