@@ -96,8 +96,8 @@ class MomentReduction(Reduction):
             with full_precision(device):
                 sketch = self._change(changes, factor, fit, rank)
             # The only time that a solve waits for the device.
-            *sketch, energies, checks = on_host([*sketch, energies, factor.checks])
-            if not bool(energies.isfinite().all()):
+            *sketch, read, checks = on_host([*sketch, energies, factor.checks])
+            if not bool(read.isfinite().all()):
                 raise SolveError(NOT_FINITE)
             usable = self.inputs.can_use(factor, checks.tolist())
             if usable is None:
@@ -174,7 +174,7 @@ class MomentReduction(Reduction):
 
     def _energies(self) -> Tensor:
         """Energies of whole tensors, which reveal NaN and infinite values."""
-        return torch.zeros(0)
+        return self.inputs.own[0].new_zeros(0)
 
 
 OTHERS = 8
