@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ _FEW, _TRIED = 16, 4
 """Of these tokens, those by which pairs of tensors are chosen, and how many pairs are compared."""
 _PARTS = 16
 """Most parts of a tensor without tokens, each as wide as the tensor's last dimension."""
+_FORMS = torch.clone, torch.tanh
+"""What a gate's values are of a part of a tensor."""
 _MOST_LEFT = 0.7
 """Largest share of an addition, or of a gate, that may be rounding."""
 _ALIKE = 0.1
@@ -130,6 +133,7 @@ class _Finder:
     _hidden: list[_Sample] = field(default_factory=list[_Sample])
     _outputs: list[tuple[str, _Sample]] = field(default_factory=list[tuple[str, _Sample]])
     _norms: list[tuple[_Sample, _Sample]] = field(default_factory=list[tuple[_Sample, _Sample]])
+    _received: dict[int, tuple[ref[Tensor], int]] = field(default_factory=dict[Any, Any])
     _noise: float = 0.0
     _turn: int = 0
     _inside: bool = False
@@ -137,10 +141,11 @@ class _Finder:
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module in self.blocks:
             self._inside = True
-            self._hidden, self._outputs, self._norms = [], [], []
+            self._hidden, self._outputs, self._norms, self._received = [], [], [], {}
         for number, tensor in enumerate(tensors_in((args, kwargs))):
             self._note_vector(Source(module, number), tensor)
-            sample = self._sample(tensor, Source(module, number)) if self._inside else None
+            again = not self._inside or self._was_sampled(tensor)
+            sample = None if again else self._sample(tensor, Source(module, number))
             if sample is not None:
                 self._hidden.append(sample)
 
@@ -193,12 +198,13 @@ class _Finder:
             off = _error(fit, numbers.tolist(), self._noise)
             if off is not None:
                 found.setdefault((site, fit.norm is None), (fit, off))
-        ways = [_explanations(fit, self._vectors) for fit, _ in found.values()]
-        errors = iter(on_host([of for groups in ways for of, _ in groups]))
-        for ((site, _), (fit, off)), groups in zip(found.items(), ways, strict=True):
-            nearest = [(next(errors).min(0), stream_at) for _, stream_at in groups]
-            near = (at(int(of.indices)) for of, at in nearest if float(of.values) <= off)
-            if (stream := next(near, None)) is not None:
+        misfits = [_misfits(fit, self._vectors) for fit, _ in found.values()]
+        errors = iter(on_host([of for ways in misfits for of in ways]))
+        for (site, _), (fit, off) in found.items():
+            ways = [next(errors) for _ in range(4)]
+            near = (n for n, of in enumerate(ways) if len(of) and float(of.min()) <= off)
+            if (way := next(near, None)) is not None:
+                stream = _stream(fit, self._vectors, way, int(ways[way].argmin()))
                 self.streams.setdefault(site, replace(stream, norm=fit.norm))
         self._inside = False
         self._hidden, self._outputs = [], []
@@ -209,6 +215,13 @@ class _Finder:
         if tensor.numel() <= _PARTS * self.rows * tensor.shape[-1]:
             self._turn += 1
             self._vectors.append((self._turn, source, tensor.detach().flatten(1).clone()))
+
+    def _was_sampled(self, tensor: Tensor) -> bool:
+        """Whether an earlier module of the block received it unchanged."""
+        version = 0 if tensor.is_inference() else tensor._version
+        before = self._received.get(id(tensor))
+        self._received[id(tensor)] = ref(tensor), version
+        return before is not None and before[0]() is tensor and before[1] == version
 
     def _sample(self, tensor: Any, source: Source | None = None) -> _Sample | None:
         if not isinstance(tensor, Tensor) or tensor.ndim < 3 or len(tensor) != self.rows:
@@ -252,37 +265,45 @@ def _error(fit: _Fit, numbers: Sequence[float], noise: float) -> float | None:
     return off if error <= _MOST_LEFT * size else None
 
 
-def _explanations(
+def _parts(
     fit: _Fit, vectors: Sequence[tuple[int, Source, Tensor]]
-) -> list[tuple[Tensor, Callable[[int], Stream]]]:
-    """What the gate of a ``fit`` may be, the simplest first, with the norms of errors: one, a part
-    of one of the ``vectors`` that the run has before it, a constant, a part plus a constant."""
-    gate, width, forms = fit.gate, fit.gate.shape[1], (torch.clone, torch.tanh)
-    fitting = [
-        (origin, values.float().unflatten(1, (-1, width)).movedim(1, 0))
-        for seen, origin, values in vectors
-        if seen < fit.turn and values.shape[1] and values.shape[1] % width == 0
-    ]
-    plain = torch.cat([gate.new_empty(0, *gate.shape), *(parts for _, parts in fitting)])
-    gap = gate - torch.stack([form(plain) for form in forms], 1).flatten(0, 1)
-    constants, mean = gap.mean(1), gate.mean(0)
+) -> Iterator[tuple[Source, Tensor]]:
+    """The ``vectors`` that the run has before a ``fit``, as parts of the gate's width, (parts,
+    rows, channels), float32."""
+    width = fit.gate.shape[1]
+    for seen, origin, values in vectors:
+        if seen < fit.turn and values.shape[1] and values.shape[1] % width == 0:
+            yield origin, values.float().unflatten(1, (-1, width)).movedim(1, 0)
+
+
+def _misfits(fit: _Fit, vectors: Sequence[tuple[int, Source, Tensor]]) -> list[Tensor]:
+    """What the gate of a ``fit`` may be, the simplest first, by the norms of errors: one, a part in
+    each of its forms, a constant, a part plus a constant."""
+    gate = fit.gate
+    parts = torch.cat([gate.new_empty(0, *gate.shape), *(of for _, of in _parts(fit, vectors))])
+    gap = gate - torch.stack([form(parts) for form in _FORMS], 1).flatten(0, 1)
     with_constants = gap.std(1).norm(dim=1) * (len(gate) - 1) ** 0.5
-
-    def stream(constant: Tensor, index: int) -> Stream:
-        place, form = divmod(index, len(forms))
-        for origin, parts in fitting:
-            if place < len(parts):
-                return Stream(fit.source, constant, origin, place, forms[form])
-            place -= len(parts)
-        raise IndexError(index)
-
-    ways: list[tuple[Tensor, Callable[[int], Stream]]] = [
-        ((gate - 1).norm()[None], lambda _: Stream(fit.source)),
-        (gap.flatten(1).norm(dim=1), lambda index: stream(torch.zeros_like(mean), index)),
-        ((gate - mean).norm()[None], lambda _: Stream(fit.source, mean)),
-        (with_constants, lambda index: stream(constants[index].clone(), index)),
+    return [
+        (gate - 1).norm()[None],
+        gap.flatten(1).norm(dim=1),
+        (gate - gate.mean(0)).norm()[None],
+        with_constants,
     ]
-    return [way for way in ways if len(way[0])]
+
+
+def _stream(
+    fit: _Fit, vectors: Sequence[tuple[int, Source, Tensor]], way: int, index: int
+) -> Stream:
+    """The stream with the gate that the ``index``-th of a ``way`` of :func:`_misfits` is."""
+    if way in (0, 2):
+        return Stream(fit.source, None if way == 0 else fit.gate.mean(0))
+    place, form = divmod(index, len(_FORMS))
+    for origin, parts in _parts(fit, vectors):
+        if place < len(parts):
+            constant = (fit.gate - _FORMS[form](parts[place])).mean(0) * (way == 3)
+            return Stream(fit.source, constant, origin, place, _FORMS[form])
+        place -= len(parts)
+    raise IndexError(index)
 
 
 def _near(y: _Sample, hs: Sequence[_Sample], zs: Sequence[_Sample], noise: float) -> Tensor:
