@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markdown_tables import figures, half_width, lead, load, short, table
@@ -109,13 +109,13 @@ Cell = tuple[str, Mapping[str, Any]]
 """The best rival in a figure, and ours less the rival's"""
 
 
+Row = tuple[str, list[Cell | None]]
+"""What is compared, and a cell for each of :data:`MEASURES`"""
+
+
 def verdicts() -> list[str]:
-    """A row for each number of LoRAs and each regime: the best rival in each figure and the
-    differences; bold is what stays separated from 0 by Holm's correction over the table."""
-    found: list[tuple[str, list[Cell | None]]] = []
-    for label, runs, _ in REGIMES:
-        for size, of in figures(runs)["sizes"].items():
-            found.append((label.format(size), [_best(of, NEW, name) for name in MEASURES]))
+    """A row for each number of LoRAs and each regime."""
+    found = [row for label, runs, _ in REGIMES for row in _by_size(label, runs)]
     for runs, kind, name, label in (
         ("unseen_styles", "styled", "judge", "a subject in a style: the subject"),
         ("unseen_styles", "styled", "style", "a subject in a style: the style"),
@@ -124,6 +124,26 @@ def verdicts() -> list[str]:
         ("unseen_pairs", "halves", "right", "two in one picture, a prompt for each"),
     ):
         found.append((label, [None, _best(figures(runs)["sizes"]["2"], kind, name)]))
+    return _corrected(found, tuple(MEASURES.values()))
+
+
+def photographs() -> list[str]:
+    """What ``frozen/photos.yaml`` names: three LoRAs or more, of several classes and of one."""
+    several = _by_size("{} LoRAs of several classes", "unseen_photos_frozen")[1:]
+    one = _by_size("{} LoRAs of one class", "unseen_photos_class_frozen")
+    return _corrected([*several, *one], ("likeness", "recognised"))
+
+
+def _by_size(label: str, runs: str) -> list[Row]:
+    return [
+        (label.format(size), [_best(of, NEW, name) for name in MEASURES])
+        for size, of in figures(runs)["sizes"].items()
+    ]
+
+
+def _corrected(found: Sequence[Row], measures: Sequence[str]) -> list[str]:
+    """The best rival in each figure and the differences; bold is what stays separated from 0 by
+    Holm's correction over the table."""
     every = [cell for _, cells in found for cell in cells if cell]
     apart = separated([of for _, of in every])
     each = iter(apart)
@@ -136,7 +156,7 @@ def verdicts() -> list[str]:
         ]
         for label, cells in found
     ]
-    heads = ("", "best rival", *MEASURES.values(), "concepts × trainings")
+    heads = ("", "best rival", *measures, "concepts × trainings")
     return [
         *table(heads, rows, labels=2),
         "",
@@ -204,7 +224,7 @@ def behind() -> list[str]:
     return lines
 
 
-TABLES = {"behind": behind, "plot": plot, "verdicts": verdicts}
+TABLES = {"behind": behind, "photographs": photographs, "plot": plot, "verdicts": verdicts}
 
 
 def stale(*, write: bool) -> list[str]:
