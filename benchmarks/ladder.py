@@ -43,6 +43,8 @@ RUNGS: Mapping[str, Preset] = {
     "default": PRESETS["default"],
     "best": PRESETS["best"],
     "least": Preset("", calibration=LEAST),
+    "half the timesteps": Preset("", calibration={"timesteps": 2}),
+    "half the prompts": Preset("", calibration={"samples": 40, "total_samples": 200}),
 }
 
 

@@ -57,6 +57,7 @@ class ComfySites:
                 continue
             # Quantised layers are not nn.Linear, but expose their width.
             linear = isinstance(module, nn.Conv2d) or hasattr(module, "in_features")
+            linear &= not hasattr(module, "num_experts")  # MoEExperts: one tensor for all of them
             if linear and key.endswith(".weight"):
                 site = self.names[key] = our_name(key).removesuffix(".weight")
                 self.modules[site] = module
