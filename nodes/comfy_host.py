@@ -7,7 +7,7 @@ MODEL and CLIP are not patched: the text encoders (:mod:`.comfy_text`) and the d
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from ..iteris_core.hosts.rows import SamplePrompts, added_concepts
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.lora_files.experts import second_of
-from .comfy_conds import Inputs, References, kind, size
+from .comfy_conds import References, kind, size
 from .comfy_denoiser import Denoiser
 from .comfy_digest import digest_of_base
 from .comfy_internals import memory
@@ -217,21 +217,6 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
     def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:
         return added_concepts(concepts, calibration, self._vocabulary)
 
-    def forward(self, samples: ComfySamples, rows: Sequence[int]) -> Tensor:
-        tokens = samples.tokens
-        batches = self._texts.batches(tokens, self._found.names, frozenset())
-        self._load_texts()
-        for batch in batches.values():
-            batch.run_all(min(self._batch, len(rows)), self._lockstep)
-        texts = self._texts.assemble(tokens, batches, 0, self._lockstep)
-        found: list[Tensor] = []
-        for number, noisy in enumerate(samples.noisy):
-            mine = {row.number: row for row in noisy.rows}
-            if own := [mine[row] for row in rows if row in mine]:
-                predict, _ = self._loaded(number, noisy, [texts])
-                found.append(predict(own, [0]))
-        return torch.cat(found)
-
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         modules = self.sites()
         encoders = self.clip.cond_stage_model
@@ -275,42 +260,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         conditionings: Sequence[Mapping[Text, Conditioning]],
         samples: int,
     ) -> Stage:
-        """The stage of a denoiser; loads the denoiser."""
-        predict, inputs = self._loaded(number, noisy, conditionings)
-
-        def forward(rows: Sequence[Row], copies: int) -> None:
-            predict(rows, range(copies))
-
-        def final(rows: Sequence[Row], copy: int) -> Tensor:
-            return predict(rows, [copy])
-
-        kinds = {text: tuple(kind(copy[text]) for copy in inputs) for text in inputs[0]}
-        steps = (
-            noisy.times.tolist() if self._denoisers[number].by_step else [None] * len(noisy.times)
-        )
-        rows = [
-            replace(row, key=(kinds[row.text], steps[row.latent]), length=size(inputs[0][row.text]))
-            for row in noisy.rows
-        ]
-        return Stage(
-            "denoiser" if self.low is None else f"denoiser for {('high', 'low')[number]} noise",
-            names,
-            rows,
-            forward,
-            spatial=True,
-            samples=samples,
-            final=final,
-            gradients=self._denoisers[number].gradients,
-        )
-
-    def _loaded(
-        self,
-        number: int,
-        noisy: DenoiserRows,
-        conditionings: Sequence[Mapping[Text, Conditioning]],
-    ) -> tuple[Callable[[Sequence[Row], Sequence[int]], Tensor], Sequence[Mapping[Text, Inputs]]]:
-        """A forward of a denoiser, after loading it, of rows with the texts of each of some copies;
-        and, for each copy of the conditionings, the inputs of every text in use."""
+        """The stage of a denoiser, of which each copy has its conditionings; loads the denoiser."""
         denoiser = self._running = self._denoisers[number]
         latents, wanted = noisy.latents, self._wanted.get(denoiser, 0)
         first = conditionings[0][noisy.rows[0].text]
@@ -327,7 +277,28 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
             of_rows = [inputs[copy][row.text] for copy in copies for row in rows]
             return denoiser.predict(latents[index], noisy.times[index], of_rows)
 
-        return predict, inputs
+        def forward(rows: Sequence[Row], copies: int) -> None:
+            predict(rows, range(copies))
+
+        def final(rows: Sequence[Row], copy: int) -> Tensor:
+            return predict(rows, [copy])
+
+        kinds = {text: tuple(kind(copy[text]) for copy in inputs) for text in inputs[0]}
+        steps = noisy.times.tolist() if denoiser.by_step else [None] * len(noisy.times)
+        rows = [
+            replace(row, key=(kinds[row.text], steps[row.latent]), length=size(inputs[0][row.text]))
+            for row in noisy.rows
+        ]
+        return Stage(
+            "denoiser" if self.low is None else f"denoiser for {('high', 'low')[number]} noise",
+            names,
+            rows,
+            forward,
+            spatial=True,
+            samples=samples,
+            final=final,
+            gradients=denoiser.gradients,
+        )
 
     def free_memory(self, wanted: int) -> int:
         wanted = with_spare(wanted)

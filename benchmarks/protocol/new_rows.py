@@ -13,7 +13,8 @@ from iteris_core import Calibration, Concept, LowRank
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.protocol import Row, SampleRequest
-from iteris_core.passes.changes import added, changes_of
+from iteris_core.passes.changes import changes_of
+from iteris_core.passes.held_out import FinalOutputs
 
 _BATCH = 16
 
@@ -50,9 +51,9 @@ class NewRows:
         return plain + guidance * (named - plain)
 
     def _outputs(self, samples: Any, changes: Mapping[str, LowRank], rows: Sequence[int]) -> Tensor:
-        parts = [rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH)]
-        with torch.no_grad(), added(self._host, changes):
-            return torch.cat([self._host.forward(samples, part) for part in parts]).double()
+        concepts = [concept for concept, of in enumerate(self.of) if not set(of).isdisjoint(rows)]
+        found = FinalOutputs(self._host, samples, _BATCH).under(changes, concepts)
+        return torch.stack([found[row] for row in rows])
 
 
 def relative(found: Tensor, wanted: Tensor, base: Tensor) -> float:

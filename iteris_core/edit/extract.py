@@ -123,7 +123,7 @@ def output_error(job: Job, tuned: Host, lora: Lora) -> float:
         request = SampleRequest(
             job.concepts, separate, lockstep, generator, job.tick, held_out=True
         )
-        final = FinalOutputs.of(tuned, tuned.samples(request))
+        final = FinalOutputs(tuned, tuned.samples(request))
         outputs_tuned = final.under({})
         final = replace(final, host=job.host)
         outputs_base = final.under({})

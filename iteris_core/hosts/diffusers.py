@@ -151,13 +151,6 @@ class DiffusersHost(Host):
             return weights and digest([weights, *told])
         return None
 
-    def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
-        of_rows = [samples.rows[row] for row in rows]
-        words = self._first(samples.arguments, [row.prompt for row in of_rows])
-        calls = [{**text, **samples.call(row)} for text, row in zip(words, of_rows, strict=True)]
-        name = list(self._loop.denoisers)[int(samples.ran[of_rows[0].latent])]
-        return self._denoise(name, samples.arguments, calls)
-
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         streams: dict[str, nn.Module] = {}
         for component in sorted({site.partition(".")[0] for site in sites}):

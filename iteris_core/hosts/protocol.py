@@ -21,7 +21,7 @@ from ..activations.site import PLAIN, Condition
 from ..architectures.sites import plain_weight
 from ..calibration import Calibration
 from ..concepts import Concept
-from ..errors import BaseError, ModelStateError
+from ..errors import ModelStateError
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from .learned import EmbeddingTriggers
@@ -173,10 +173,6 @@ class Host(Protocol):
         preserve the base (``calibration.generic``), followed by composites
         (``calibration.composites``). May be empty."""
         return []
-
-    def forward(self, samples: Any, rows: Sequence[int]) -> Tensor:
-        """The model's final output for rows of ``samples``, rows first; for image models only."""
-        raise BaseError(f"{type(self).__name__} does not return a final output for each row.")
 
     def activate(
         self, triggers: Sequence[EmbeddingTriggers]

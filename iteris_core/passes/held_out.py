@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -44,42 +44,36 @@ def held_out(calibration: Calibration, samples: int, timesteps: int) -> Calibrat
 
 @dataclass
 class FinalOutputs:
-    """The rows of ``samples`` in the stages whose outputs are final: each one's concept, and its
-    batch key; they run so many ``at_once``."""
+    """The model's final outputs on ``samples``, so many rows ``at_once``."""
 
     host: Host
     samples: Any
-    owners: Mapping[int, int]
-    kinds: Mapping[int, Hashable]
     at_once: int = _BATCH
-
-    @classmethod
-    def of(cls, host: Host, samples: Any, at_once: int = _BATCH) -> FinalOutputs:
-        owners: dict[int, int] = {}
-        kinds: dict[int, Hashable] = {}
-        for stage in host.stages(samples, host.sites().keys()):
-            for row in stage.rows:
-                if stage.feeds_next:
-                    stage.forward([row], 1)
-                else:
-                    owners[row.number], kinds[row.number] = row.concept, (stage.name, row.key)
-        return cls(host, samples, owners, kinds, at_once)
 
     def under(
         self, changes: Mapping[str, LowRank], concepts: Collection[int] | None = None
     ) -> dict[int, Tensor]:
         """Row of the ``concepts`` (None: all) → its output with ``changes`` on the base, float64,
         on the CPU."""
-        rows = [row for row, owner in self.owners.items() if concepts is None or owner in concepts]
 
         def run(at_once: int) -> dict[int, Tensor]:
             found: dict[int, Tensor] = {}
-            for some in chunks(range(len(rows)), [self.kinds[row] for row in rows], at_once):
-                some = [rows[at] for at in some]
-                outputs = self.host.forward(self.samples, some).cpu().double()
-                if len(outputs) != len(some):
-                    raise SiteError("the model's outputs are not one for each row.")
-                found.update(zip(some, outputs, strict=True))
+            for stage in self.host.stages(self.samples, self.host.sites().keys()):
+                wanted = None if stage.feeds_next else concepts
+                part = [
+                    at
+                    for at, row in enumerate(stage.rows)
+                    if wanted is None or row.concept in wanted
+                ]
+                for some in chunks(part, [row.key for row in stage.rows], at_once):
+                    rows = stage.at(some)
+                    if stage.final is None:
+                        stage.forward(rows, 1)
+                        continue
+                    outputs = stage.final(rows, 0).cpu().double()
+                    if len(outputs) != len(rows):
+                        raise SiteError("the model's outputs are not one for each row.")
+                    found.update(zip((row.number for row in rows), outputs, strict=True))
             return found
 
         what = "Out of memory while measuring held-out rows"
@@ -122,7 +116,7 @@ def kept(job: Job, *versions: Mapping[str, LowRank]) -> list[dict[str, list[floa
     with torch.no_grad(), job.run() as run:
         fields = job.concepts, calibration, run.lockstep, generator, tick, job.store, run.at_once
         samples = job.host.samples(SampleRequest(*fields, held_out=True))
-        final = FinalOutputs.of(job.host, samples, job.at_once(_BATCH, factors=4))
+        final = FinalOutputs(job.host, samples, job.at_once(_BATCH, factors=4))
     job.tick(WHAT, 0, total)
     base = final.under({}, own)
     found: list[dict[str, list[float]]] = [{} for _ in versions]

@@ -22,6 +22,20 @@ def job_of(host, concepts):
     return Job(host, concepts, changes, CALIBRATION, torch.Generator(), lambda *_: None)
 
 
+def final_raises(monkeypatch, error):
+    """Let final outputs raise ``error``; only held-out rows and steps ask for them."""
+    stages = DiffusersHost.stages
+
+    def final(rows, copy):
+        raise error
+
+    def patched(self, samples, sites):
+        for stage in stages(self, samples, sites):
+            yield stage if stage.final is None else replace(stage, final=final)
+
+    monkeypatch.setattr(DiffusersHost, "stages", patched)
+
+
 def test_a_lora_keeps_all_of_itself_and_the_base_nothing(host):
     concepts = two_of(host)
     itself = dict(concepts[0].lora.sites)
@@ -56,10 +70,7 @@ def test_a_merge_says_what_it_keeps_and_is_not_lost_where_it_cannot_be_measured(
     assert all(len(shares) == 2 for shares in report.kept.values())
     assert report.to_dict()["kept"]["1"] == list(report.kept["1"])
 
-    def forward(self, samples, rows):
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(DiffusersHost, "forward", forward)
+    final_raises(monkeypatch, torch.OutOfMemoryError("out of memory"))
     result = merge_loras(host, concepts, calibration=CALIBRATION)
     assert not result.report.kept
     assert "not measured: Out of memory" in str(result.report.notes["held-out rows"])
@@ -68,10 +79,7 @@ def test_a_merge_says_what_it_keeps_and_is_not_lost_where_it_cannot_be_measured(
 
 @pytest.mark.parametrize("error", [TypeError("a pipeline's"), KeyError("x"), AssertionError()])
 def test_whatever_a_measurement_raises_the_merge_is_there(host, monkeypatch, error):
-    def forward(self, samples, rows):
-        raise error
-
-    monkeypatch.setattr(DiffusersHost, "forward", forward)
+    final_raises(monkeypatch, error)
     result = merge_loras(host, two_of(host), calibration=CALIBRATION)
     (note,) = result.report.notes["held-out rows"]
     assert note == f"not measured: {str(error) or 'AssertionError'}"
@@ -88,10 +96,7 @@ def test_a_user_cancels_a_measurement_too(host, monkeypatch, stop):
         if stop == "on_progress" and progress.what == "held-out rows":
             raise Stopped
 
-    def forward(self, samples, rows):
-        raise Stopped if stop == "application" else KeyboardInterrupt
-
-    monkeypatch.setattr(DiffusersHost, "forward", forward)
+    final_raises(monkeypatch, Stopped() if stop == "application" else KeyboardInterrupt())
     if stop == "application":
         monkeypatch.setattr(DiffusersHost, "interrupts", (Stopped,), raising=False)
     with pytest.raises((Stopped, KeyboardInterrupt)):
@@ -111,12 +116,12 @@ def test_rows_of_unlike_kinds(name, tmp_path):
     job = job_of(host, concepts)
     with job.run() as run, torch.no_grad():
         samples = run.samples
-    final = FinalOutputs.of(host, samples)
-    assert len(final.owners) == 12
-    assert len(set(final.kinds.values())) > 1
+    final = FinalOutputs(host, samples)
     own = {site: some.by_concept[0] for site, some in job.changes.items() if some.by_concept[0]}
     together, base = final.under(own), final.under({})
+    assert len(together) == 12
+    assert final.under(own, [1]).keys() == {row.number for row in samples.rows if row.concept == 1}
+    alone = replace(final, at_once=1).under(own)
     for row, output in together.items():
-        alone = replace(final, owners={row: final.owners[row]}).under(own)[row]
-        assert float((output - alone).norm()) < 1e-4 * float(alone.norm())
+        assert float((output - alone[row]).norm()) < 1e-4 * float(alone[row].norm())
     assert any(not torch.equal(output, base[row]) for row, output in together.items())
