@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs, PydanticCustomError, core_schema
 
 from .calibration import TEMPLATES, prompt_list
-from .errors import ConceptError, SettingsError, first_mistake, unknown_key
+from .errors import ConceptError, SettingsError, first_mistake, unknown
 from .lora import Lora
 from .lora_files import ReadOptions
 from .lora_files.metadata import ALWAYS_ON, bare, find_phrases, noted_tags, parted, purpose_of
@@ -201,7 +201,7 @@ class Concept:
             if key in ("prompts", "subjects") and isinstance(value, list):
                 values[key] = tuple(value)
             if key not in CONCEPT_KEYS:
-                raise ConceptError(f"{where}: {unknown_key(key, CONCEPT_KEYS)}")
+                raise ConceptError(f"{where}: {unknown('key', key, CONCEPT_KEYS)}")
         if isinstance(values.get("file"), str):
             values["file"], values["low"] = split_files(values["file"])
         elif values.get("prompts") is not None:

@@ -188,10 +188,10 @@ def first_mistake(error: ValidationError) -> str:
     return f"{mistake['loc'][0]}: {mistake['msg']}, not {mistake['input']!r}."
 
 
-def unknown_key(key: Any, known: Collection[str]) -> str:
-    """The nearest and all ``known`` keys for one that is unknown."""
-    guess = did_you_mean(str(key), known)
-    return f"there is no key {key!r}{guess} The keys are {', '.join(known)}."
+def unknown(what: str, name: Any, known: Collection[str]) -> str:
+    """The nearest and all ``known`` names of a kind, such as keys, for one that is unknown."""
+    guess = did_you_mean(str(name), known)
+    return f"there is no {what} {name!r}{guess} The {what}s are {', '.join(known)}."
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

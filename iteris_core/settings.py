@@ -17,7 +17,7 @@ from functools import cache
 from numbers import Real
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
-from .errors import SettingsError, did_you_mean
+from .errors import SettingsError, unknown
 
 _KEY = "setting"
 _TRUE = ("true", "yes", "on", "1")
@@ -166,11 +166,10 @@ class Settings:
     def from_mapping(cls: type[_Kind], values: Mapping[str, Any]) -> _Kind:
         """Build from names and values; raises :class:`SettingsError` for an unknown name or a value
         out of range."""
-        values, known = cls.without_removed(values), [f.name for f in fields(cls)]
+        values = cls.without_removed(values)
         for name in values:
-            if name not in known:
-                guess, names = did_you_mean(name, known), ", ".join(known)
-                raise SettingsError(f"There is no setting {name!r}{guess} The names are: {names}.")
+            if name not in cls.__dataclass_fields__:
+                raise SettingsError(f"{cls.__name__}: {unknown_setting(name, cls)}")
         return cls(**values)
 
     @classmethod
@@ -178,9 +177,18 @@ class Settings:
         """``values`` without former settings; raises :class:`SettingsError` for one that did
         something, and has another in its place."""
         for name, value in values.items():
-            if value and (instead := cls.removed.get(name)):
-                raise SettingsError(f"There is no setting {name!r} any more; use {instead}.")
+            if value and cls.removed.get(name):
+                raise SettingsError(f"{cls.__name__}: {unknown_setting(name, cls)}")
         return {name: value for name, value in values.items() if name not in cls.removed}
+
+
+def unknown_setting(name: Any, *owners: type[Settings]) -> str:
+    """The end of a message about a name that no setting of ``owners`` has, or has any more."""
+    former = {name: instead for owner in owners for name, instead in owner.removed.items()}
+    if name in former:
+        use = f"; use {former[name]}." if former[name] else "."
+        return f"there is no setting {name!r} any more{use}"
+    return unknown("setting", name, [f.name for owner in owners for f in fields(owner)])
 
 
 def budget_of(memory: Any) -> Budget:

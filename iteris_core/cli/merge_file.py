@@ -18,7 +18,7 @@ import yaml
 
 from ..concepts import CONCEPT_KEYS, Concept
 from ..config import MergeConfig
-from ..errors import ConceptError, LoraFileError, MergeFileError, RecipeError, brief, unknown_key
+from ..errors import ConceptError, LoraFileError, MergeFileError, RecipeError, brief, unknown
 from ..lora_files.tensors import file_digest
 from .base import BUNDLED
 from .inputs import read_lines
@@ -46,10 +46,10 @@ def parse_concept(text: str, find: Find = Path, option: str = "--concept") -> Co
     head, *pairs = _KEY.split(f",{text}")
     head = head.removeprefix(",")
     for part in (head, *pairs):
-        if unknown := _UNKNOWN_KEY.search(part):  # otherwise it would become part of the words
+        if found := _UNKNOWN_KEY.search(part):  # otherwise it would become part of the words
             raise ConceptError(
-                f"{where}: {unknown_key(unknown[1], _CONCEPT)} Words with a comma and an = must go "
-                "into a merge file."
+                f"{where}: {unknown('key', found[1], _CONCEPT)} Words with a comma and an = must "
+                "go into a merge file."
             )
     values = _short(head, bool(pairs), where) if head else {}
     for key, _, value in (pair.partition("=") for pair in pairs):
@@ -188,7 +188,7 @@ def _defaults(context: typer.Context, file: Path, values: Mapping[Any, Any]) -> 
     for key, value in values.items():
         parameter = parameters.get(str(key))
         if parameter is None:
-            raise MergeFileError(f"{file}: {unknown_key(key, [*KEYS, *parameters])}")
+            raise MergeFileError(f"{file}: {unknown('key', key, [*KEYS, *parameters])}")
         if value is None:
             continue
         if not isinstance(value, bool):  # as on the command line, where flags are flags too

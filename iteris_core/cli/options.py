@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 import typer
 
 from ..calibration import Calibration
-from ..errors import SettingsError, did_you_mean
+from ..errors import SettingsError
 from ..hosts.sample_store import SampleStore
 from ..methods import all_methods, find_method
-from ..settings import PresetName, Settings, declared_settings
+from ..settings import PresetName, Settings, declared_settings, unknown_setting
 
 _O = TypeVar("_O")
 _Run = Callable[[typer.Context, _O, dict[str, Any]], None]
@@ -185,7 +185,7 @@ def parse_settings(
             raise SettingsError(f"{where}: write NAME=VALUE, such as rank=16.")
         owner = next((owner for owner in parsed if name in declared_settings(owner)), None)
         if owner is None:
-            raise _unknown(where, name, *parsed)
+            raise SettingsError(f"{where}: {unknown_setting(name, *parsed)}")
         parsed[owner] |= check_settings(owner, {name: text}, where)
     return parsed[kind], parsed[Calibration]
 
@@ -202,21 +202,9 @@ def check_settings(kind: type[Settings], values: Mapping[str, Any], where: str) 
             except SettingsError as error:
                 raise SettingsError(f"{where}: {error}") from None
         elif name not in kind.__dataclass_fields__:
-            raise _unknown(where, name, kind)
+            raise SettingsError(f"{where}: {unknown_setting(name, kind)}")
         elif isinstance(value, list):  # templates
             checked[name] = [*map(str, cast("list[Any]", value))]
         else:
             raise SettingsError(f"{where}: {name} must be a list of strings, not {value!r}.")
     return checked
-
-
-def _unknown(where: str, name: str, *kinds: type[Settings]) -> SettingsError:
-    for kind in kinds:
-        if name in kind.removed:
-            use = f"; use {kind.removed[name]}" if kind.removed[name] else ""
-            return SettingsError(f"{where}: there is no setting {name!r} any more{use}.")
-    known = [setting for kind in kinds for setting in declared_settings(kind)]
-    return SettingsError(
-        f"{where}: there is no setting {name!r}{did_you_mean(str(name), known)} iteris methods "
-        "METHOD lists a method's settings."
-    )

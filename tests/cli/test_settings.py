@@ -56,7 +56,7 @@ class Example(Settings):
         ({"rows": "some"}, r"rows must be .* \(or all, or none\)"),
         ({"word": "three"}, "word must be one of one, two, none, not 'three'"),
         ({"word": None}, "word must be one of"),
-        ({"other": 1}, "no setting 'other'. The names are: on, count"),
+        ({"other": 1}, "no setting 'other'. The settings are on, count"),
     ],
 )
 def test_a_wrong_value_names_the_setting_and_what_is_allowed(values, message):
