@@ -13,7 +13,7 @@ from torch import Tensor
 from ..activations.memory import halved, with_less
 from ..activations.site import phantom_of
 from ..calibration import Calibration
-from ..errors import SiteError
+from ..errors import BaseError, SiteError
 from ..hosts.protocol import Host, SampleRequest
 from ..lora import LowRank
 from .batches import chunks
@@ -74,6 +74,8 @@ class FinalOutputs:
                     if len(outputs) != len(rows):
                         raise SiteError("the model's outputs are not one for each row.")
                     found.update(zip((row.number for row in rows), outputs, strict=True))
+            if not found:
+                raise BaseError("no stage of the host returns final outputs (Stage.final).")
             return found
 
         what = "Out of memory while measuring held-out rows"

@@ -24,10 +24,16 @@ def job_of(host, concepts):
 
 def final_raises(monkeypatch, error):
     """Let final outputs raise ``error``; only held-out rows and steps ask for them."""
-    stages = DiffusersHost.stages
 
     def final(rows, copy):
         raise error
+
+    with_final(monkeypatch, final)
+
+
+def with_final(monkeypatch, final):
+    """Let all stages with final outputs have these."""
+    stages = DiffusersHost.stages
 
     def patched(self, samples, sites):
         for stage in stages(self, samples, sites):
@@ -83,6 +89,14 @@ def test_whatever_a_measurement_raises_the_merge_is_there(host, monkeypatch, err
     result = merge_loras(host, two_of(host), calibration=CALIBRATION)
     (note,) = result.report.notes["held-out rows"]
     assert note == f"not measured: {str(error) or 'AssertionError'}"
+    assert result.lora.sites
+
+
+def test_a_host_without_final_outputs_merges_and_the_report_says_so(host, monkeypatch):
+    with_final(monkeypatch, None)
+    result = merge_loras(host, two_of(host), calibration=CALIBRATION)
+    (note,) = result.report.notes["held-out rows"]
+    assert note == "not measured: no stage of the host returns final outputs (Stage.final)."
     assert result.lora.sites
 
 
