@@ -165,6 +165,25 @@ def floors() -> list[str]:
     return table(("", "bare", "without repair", "merge"), rows)
 
 
+PARTS = {
+    "parts sd15": "SD 1.5 at half of its widths, 256 pixels, 50 prompts",
+    "parts emoji": "FLUX in miniature, 50 prompts",
+    "parts flux": "a block of each kind at FLUX.1's widths, 16 prompts",
+}
+
+
+def parts() -> list[str]:
+    """A merge of two LoRAs over its bare forwards, and its parts."""
+    raw = load("speed.json")["raw"]
+    heads = [head for head in raw["parts emoji"] if head != "bare seconds"]
+    rows = [
+        [what, f"{raw[part]['bare seconds']:.0f} s", *(raw[part][head] for head in heads)]
+        for part, what in PARTS.items()
+        if part in raw
+    ]
+    return table(("", "bare", *heads), rows, 2)
+
+
 def resize() -> list[str]:
     """By LoRA and size: for every way the error, its ratio to the SVD's, and the likeness; of the
     single LoRAs without those on which the weighting was chosen."""
@@ -242,6 +261,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "memory": memory,
     "waiting": waiting,
     "ladder": ladder,
+    "parts": parts,
     "side by side": side_by_side,
     "ratios": ratios,
     "floors": floors,
