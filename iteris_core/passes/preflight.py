@@ -179,10 +179,16 @@ def _probe(
 
 def joined_rows(stage: Stage, modules: Mapping[str, nn.Module]) -> set[str]:
     """The ``modules``, sites of ``stage``, whose inputs are the rows' tokens one row after another:
-    two rows of one kind, run together, give the first row's tokens followed by the second's."""
+    two rows of one kind, run together, give the first row's tokens followed by the second's. Rows
+    that all give the same tokens, such as an image's height and width, show this too, unless the
+    tokens repeat within a row."""
 
     def same(first: Tensor, second: Tensor) -> bool:
         return not differ(first, second, _ROUNDING)
+
+    def repeats(tokens: Tensor) -> bool:
+        parts = (tokens.reshape(n, -1) for n in range(2, len(tokens) + 1) if len(tokens) % n == 0)
+        return any(same(some[1:], some[:-1]) for some in parts)
 
     of_kinds: dict[Hashable, list[int]] = {}
     for place, row in enumerate(stage.rows):
@@ -193,19 +199,22 @@ def joined_rows(stage: Stage, modules: Mapping[str, nn.Module]) -> set[str]:
     )
     undecided = {s: m for s, m in modules.items() if not isinstance(m, nn.Conv2d)}
     joined: set[str] = set()
+    alike: set[str] = set()
     for _, one, other in pairs[:_PAIRS]:
         ways = [one, one], [other, other], [one, other]
         alone, beside, both = (_halves(stage, rows, undecided) for rows in ways)
         for site in alone.keys() & beside.keys() & both.keys():
             (first, again), (second, _), mixed = alone[site], beside[site], both[site]
-            if same(first, second):  # another pair may tell
+            if same(first, second):  # another pair may tell more
+                if same(first, again) and not repeats(first):
+                    alike.add(site)
                 continue
             del undecided[site]
             if same(first, again) and same(first, mixed[0]) and same(second, mixed[1]):
                 joined.add(site)
         if not undecided:
             break
-    return joined
+    return joined | (alike & undecided.keys())
 
 
 def _halves(

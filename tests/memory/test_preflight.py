@@ -123,6 +123,30 @@ def test_rows_that_stand_in_another_dimension_are_told_apart(between, schedule):
         torch.testing.assert_close(found[site].dense(), change.dense())
 
 
+@pytest.mark.parametrize(
+    ("tokens", "stands"),
+    [
+        ([[1.0, 0.0], [0.0, 2.0]], True),
+        # What repeats within a row would look the same in another order.
+        ([[1.0, 1.0], [1.0, 1.0]], False),
+    ],
+)
+def test_rows_that_give_a_layer_the_same_tokens_are_told_apart(tokens, stands):
+    """As an image's height and width are embedded: those of all rows in one dimension."""
+    size = torch.zeros(2, 12, dtype=torch.float64)
+    size[:, :2] = torch.tensor(tokens)
+
+    def between(x):
+        return joined(size.expand(len(x), -1, -1))
+
+    host = PictureHost(Model(between), make_data())
+    if stands:
+        assert set(merge_loras(host, concepts()).lora.sites) == {"q", "up"}
+    else:
+        with pytest.raises(SiteError, match="mixed or split"):
+            merge_loras(host, concepts())
+
+
 def test_nothing_is_left_of_it():
     some = [Concept(make_lora(1, sites=("up",)), prompts=["unused"])]
     with pytest.raises(IterisError, match="is not used by this base"):
