@@ -21,9 +21,9 @@ from pathlib import Path
 
 import rivals  # noqa: F401 (registers them)
 import standings
+from new_words_tables import FRONT, TOGETHER
+from new_words_tables import unseen as table
 from outputs import BUILD, result_file, rounded
-from page_tables import FRONT, TOGETHER
-from page_tables import unseen as table
 from protocol.figures import results
 from protocol.plan import Plan, Unit
 from protocol.runs import Runs, loaded
