@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from . import ToyConcept, settings
-from .draw import BACKGROUNDS, SHAPES, compose, describe, random_thing
+from .draw import BACKGROUNDS, compose, describe, random_thing
 from .judge import Judge
 
 
@@ -114,19 +114,3 @@ def sheet(images: Sequence[Image.Image], path: Path, columns: int = 10) -> None:
     for i, image in enumerate(images):
         canvas.paste(image, (i % columns * 66, i // columns * 66))
     canvas.resize((canvas.width * 2, canvas.height * 2), Image.Resampling.NEAREST).save(path)
-
-
-def shape_confusions(
-    pipeline: StableDiffusionPipeline, judge: Judge, per_shape: int = 12
-) -> dict[str, float]:
-    """For each shape, the share of plain pictures of it that the judge reads as it."""
-    prompts = [
-        f"a {c} {s} on a white background"
-        for s in SHAPES
-        for c in ("red", "green", "blue", "purple") * (per_shape // 4)
-    ]
-    read = judge.read(sample(pipeline, prompts, 3))
-    return {
-        s: float(np.mean([a.shape == s for a in read[i * per_shape : (i + 1) * per_shape]]))
-        for i, s in enumerate(SHAPES)
-    }

@@ -38,6 +38,16 @@ def one_cycle(optimizer: torch.optim.Optimizer, peak: float, steps: int):
     )
 
 
+def made_once(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of the file at `path`, which are those of `make` unless it is there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(make(), path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+        log.info("made %s", path)
+    return load_file(path)
+
+
 class Average:
     """Exponential moving average of a module's parameters, warmed up."""
 

@@ -12,22 +12,20 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load, save_file
+from torch import nn
 
 
-def adapter_layers(pipeline: StableDiffusionPipeline) -> tuple[dict, dict]:
-    """(UNet's, text encoder's) adapter weights as float16, in peft's names."""
-    found = []
-    for model in (pipeline.unet, pipeline.text_encoder):
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
-        found.append({k: v.detach().half().contiguous() for k, v in state.items()})
-    return found[0], found[1]
+def adapter_layers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's weights as float16, in peft's names."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {k: v.detach().half().contiguous() for k, v in state.items()}
 
 
 def save_diffusers(
     pipeline: StableDiffusionPipeline, configs: dict[str, LoraConfig], path: Path
 ) -> None:
     """As diffusers saves: weights in peft's names, alpha in the file's metadata only."""
-    unet, text = adapter_layers(pipeline)
+    unet, text = adapter_layers(pipeline.unet), adapter_layers(pipeline.text_encoder)
     StableDiffusionPipeline.save_lora_weights(
         path.parent,
         unet_lora_layers=unet,
@@ -51,7 +49,7 @@ def save_kohya(
 ) -> None:
     """As kohya's sd-scripts saves: one flat name per layer, with its alpha as a tensor."""
     tensors = {}
-    unet, text = adapter_layers(pipeline)
+    unet, text = adapter_layers(pipeline.unet), adapter_layers(pipeline.text_encoder)
     for prefix, state in (("lora_unet_", unet), ("lora_te_text_model_", text)):
         for key, value in state.items():
             module, _, part = key.removeprefix("text_model.").rpartition(".lora_")
