@@ -106,9 +106,9 @@ class Run:
         seed = self.seed * 1_000_003 + step
         return np.random.default_rng(seed), torch.Generator().manual_seed(seed)
 
-    def descend(self, step: int, loss: Tensor, clip: float = 1.0) -> None:
+    def descend(self, step: int, loss: Tensor) -> None:
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.average.parameters, clip, foreach=True)
+        torch.nn.utils.clip_grad_norm_(self.average.parameters, 1.0, foreach=True)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load, save_file
 from torch import nn
 
+TOLERANCE = 0.02
+
 
 def adapter_layers(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's weights as float16, in peft's names."""
@@ -81,16 +83,12 @@ def note_words(path: Path, entry: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def verify(
-    trained: StableDiffusionPipeline,
-    fresh: StableDiffusionPipeline,
-    path: Path,
-    prompt: str,
-    tolerance: float = 0.02,
+    trained: StableDiffusionPipeline, fresh: StableDiffusionPipeline, path: Path, prompt: str
 ) -> float:
     """Load `path` into `fresh` and compare both models' outputs with those of `trained`.
 
     Returns the largest difference relative to the outputs' size. Raises ValueError where it exceeds
-    `tolerance` (the files are float16) or a layer is missing.
+    `TOLERANCE` (the files are float16) or a layer is missing.
     """
     fresh.load_lora_weights(str(path))
     counts = [
@@ -104,7 +102,7 @@ def verify(
         context = pipeline.text_encoder(tokens)[0]
         outputs.append((context, pipeline.unet(noise, 500, context, return_dict=False)[0]))
     worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(*outputs, strict=True))
-    if counts[0] != counts[1] or worst > tolerance:
+    if counts[0] != counts[1] or worst > TOLERANCE:
         raise ValueError(
             f"{path} does not give back what was trained: {counts[1]} of "
             f"{counts[0]} layers, outputs differ by {worst:.3g}"

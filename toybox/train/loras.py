@@ -54,14 +54,12 @@ def write_references(entry: dict[str, Any], folder: Path, seed: int):
     return scenes, pictures
 
 
-def add_adapters(
-    pipeline: StableDiffusionPipeline, alpha: float, rank: int = RANK
-) -> dict[str, LoraConfig]:
+def add_adapters(pipeline: StableDiffusionPipeline, alpha: float) -> dict[str, LoraConfig]:
     """Fresh adapters on every attention projection of UNet and text encoder."""
     configs = {}
     for name, targets in TARGETS.items():
         configs[name] = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian"
+            r=RANK, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian"
         )
         model = getattr(pipeline, name)
         model.requires_grad_(False)
@@ -132,9 +130,9 @@ def adapter_parameters(pipeline: StableDiffusionPipeline) -> list[torch.nn.Param
     ]
 
 
-def rate(alpha: float, peak: float = PEAK) -> float:
+def rate(alpha: float) -> float:
     """The learning rate for `alpha`: the change of a weight grows with alpha / rank."""
-    return peak * (RANK / alpha) ** 0.5
+    return PEAK * (RANK / alpha) ** 0.5
 
 
 def save(pipeline, configs, entry: dict[str, Any], path: Path) -> None:
@@ -153,7 +151,6 @@ def train_one(
     weights: Path,
     references: Path,
     out: Path,
-    peak: float = PEAK,
     again: int = 0,
 ) -> float:
     """Train one concept's LoRA into `out`, for the steps world.json says; returns seconds taken."""
@@ -165,7 +162,7 @@ def train_one(
     pipeline = load(weights / "base")
     use_plain_attention(pipeline.unet, pipeline.text_encoder)
     configs = add_adapters(pipeline, entry["alpha"])
-    groups = [{"params": adapter_parameters(pipeline), "lr": rate(entry["alpha"], peak)}]
+    groups = [{"params": adapter_parameters(pipeline), "lr": rate(entry["alpha"])}]
     prompts = prompts_of(entry, scenes)
     loss = fit(pipeline, pictures, prompts, groups, entry["steps"], seed)
     save(pipeline, configs, entry, out)
