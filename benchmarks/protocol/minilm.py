@@ -40,10 +40,7 @@ class MiniLMWorld(ToyboxWorld):
         self.half = {"templates": templates()}
         self.words = ASIDE
         given = minilm.world()["sampling"]
-        self.sampling = {
-            "num_inference_steps": given["steps"],
-            "guidance_scale": given["guidance"],
-        }
+        self.sampling = {"num_inference_steps": given["steps"], "guidance_scale": given["guidance"]}
         self.judge = toybox.load_judge()
         self._scorer = ClipScorer(*toybox.load_clip())
         self._references = {
