@@ -21,7 +21,7 @@ from typing import Any
 import emoji
 import rivals  # noqa: F401 (registers them)
 from conditions import norm
-from outputs import once, result_file
+from outputs import asked, once, result_file
 from protocol import emoji as emoji_prompts
 from protocol import toybox as toybox_prompts
 from protocol.held_out import result_of
@@ -64,9 +64,7 @@ def main() -> None:
     parser.add_argument("--world", choices=WORLD_NAMES, default="toybox")
     parser.add_argument("--sizes", default="2,5")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after")
-    given = parser.parse_args()
-    until = time.monotonic() + given.seconds
+    given = asked(parser)
     world: Any = WORLDS[given.world]()
     if given.world == "emoji":
         templates = [f"a {{}} on a {background} background" for background in emoji_prompts.NEW]
@@ -81,7 +79,7 @@ def main() -> None:
             errors = cache(made)
             for label in given.methods.split(","):
                 key = json.dumps([label, *names])
-                once(path, key, until, partial(measured, world, concepts, label, errors))
+                once(path, key, given.until, partial(measured, world, concepts, label, errors))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import rivals  # noqa: F401 (registers them)
 import styles
-from outputs import read, result_file, rounded, write
+from outputs import asked, read, result_file, rounded, write
 from protocol.held_out import merged as merge
 from protocol.plan import BASE, SINGLE, Unit, sets_of
 from protocol.toybox import ToyboxWorld
@@ -86,9 +86,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--trainings", type=int, default=1)
     parser.add_argument("--further", action="store_true", help="of the first training")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after")
-    given = parser.parse_args()
-    until = time.monotonic() + given.seconds
+    given = asked(parser)
     world: Any = WORLDS[given.world]()
     style = world.host.read_lora(next(iter(styles.styles().values())).lora)
     path = result_file(f"conditions_{given.world}.json")
@@ -105,7 +103,7 @@ def main() -> None:
                 missing = {name: use for name, use in uses.items() if name not in known}
                 if not missing:
                     continue
-                if time.monotonic() > until:
+                if time.monotonic() > given.until:
                     raise SystemExit("stopped by --seconds; the next run goes on")
                 beside = Beside(other, style)
                 found = {**known, **rounded(measure(world, label, shown, trained, beside, missing))}

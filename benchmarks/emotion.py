@@ -67,9 +67,9 @@ class MeanPooledClassifier(BertPreTrainedModel):
         return SequenceClassifierOutput(logits=self.classifier(pooled))
 
 
-def load_encoder(labels: int = 4) -> MeanPooledClassifier:
+def load_encoder() -> MeanPooledClassifier:
     return MeanPooledClassifier.from_pretrained(
-        encoder_folder(), num_labels=labels, attn_implementation="sdpa"
+        encoder_folder(), num_labels=4, attn_implementation="sdpa"
     ).eval()
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -22,7 +20,7 @@ from typing import Any
 import emoji
 import rivals  # noqa: F401 (registers them)
 from conditions import merged
-from outputs import once, result_file
+from outputs import asked, once, result_file
 from protocol.emoji import NEW, EmojiWorld
 from protocol.plan import sets_of
 from protocol.uses_of_rows import Errors
@@ -54,9 +52,7 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(map(str, SETS)))
     parser.add_argument("--chosen", action="store_true", help="of the first things, not reported")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after")
-    given = parser.parse_args()
-    until = time.monotonic() + given.seconds
+    given = asked(parser)
     world = EmojiWorld()
     path = result_file("gated_chosen.json" if given.chosen else "gated.json")
     for size in map(int, given.sizes.split(",")):
@@ -73,7 +69,7 @@ def main() -> None:
             errors = cache(partial(Errors, world, concepts, other.sites, templates))
             for label in given.methods.split(","):
                 key = json.dumps([given.layers, label, *names])
-                once(path, key, until, partial(measured, world, concepts, label, errors))
+                once(path, key, given.until, partial(measured, world, concepts, label, errors))
 
 
 if __name__ == "__main__":

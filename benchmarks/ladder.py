@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ from typing import Any
 
 import styles
 from conditions import Beside, figures
-from outputs import once, read, result_file, rounded, write
+from outputs import asked, once, read, result_file, rounded, write
 from protocol.held_out import merged as merge
 from protocol.plan import sets_of
 from protocol.toybox import ToyboxWorld
@@ -120,9 +119,7 @@ def main() -> None:
     parser.add_argument("--rungs", default="fast,default")
     parser.add_argument("--sizes", default="2,5,8")
     parser.add_argument("--store", action="store_true", help="what kept samples save, of eight")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after")
-    given = parser.parse_args()
-    until = time.monotonic() + given.seconds
+    given = asked(parser)
     world: Any = WORLDS["reported"]()
     style = world.host.read_lora(next(iter(styles.styles().values())).lora)
     path, every = result_file("ladder.json"), sorted(world.subjects)
@@ -137,7 +134,7 @@ def main() -> None:
             more = Beside(world.concepts([rest])[0].lora, style)
             for rung in ("base", "alone", *given.rungs.split(",")):
                 key = json.dumps([rung, *names])
-                once(path, key, until, partial(measured, world, rung, names, more))
+                once(path, key, given.until, partial(measured, world, rung, names, more))
 
 
 if __name__ == "__main__":

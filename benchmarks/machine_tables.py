@@ -1,14 +1,12 @@
-"""Tables of speed, memory, the tools beside merging and the toybox itself (see :mod:`tables`)."""
+"""Tables of speed and memory (see :mod:`tables`)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
-from markdown_tables import load, shown, table
-from outputs import ROOT
+from markdown_tables import load, runs, shown, table
 
 
 def memory() -> list[str]:
@@ -81,8 +79,8 @@ _KEPT = ("likeness kept", "attributes", "likeness in other uses", "attributes")
 def side_by_side() -> list[str]:
     """SSR-Merge's own code, RegMean++ and IterIS on the same rows."""
     rows: list[list[Any]] = []
-    for world, runs in load("side_by_side.json").items():
-        for contender, of in runs.items():
+    for world, contenders in load("side_by_side.json").items():
+        for contender, of in contenders.items():
             method, _, rung = contender.partition("@")
             figures = f"{of['seconds']:.0f}", f"{of['peak']:.1f} GiB", of["kept"], of["others"]
             rows.append([_WORLDS[world], _ROWS[rung], _SIDES[method], of["forwards"], *figures])
@@ -101,25 +99,25 @@ _ROWS = {"least": "one prompt", "fast": "`fast`", "default": "the default"}
 def _kept_by_rung() -> Iterator[tuple[tuple[int, str], list[float], int]]:
     """Size and rung; means over sets of forwards and seconds, and shares kept, of means over sets
     and uses; number of sets. Fewest forwards first."""
-    runs = {tuple(json.loads(key)): of for key, of in load("ladder.json")["runs"].items()}
+    every = runs("ladder.json")
     found: dict[tuple[int, str], list[tuple[str, ...]]] = {}
-    for rung, *names in runs:
-        if "forwards" in runs[(rung, *names)]:
+    for (rung, *names), of in every.items():
+        if "forwards" in of:
             found.setdefault((len(names), rung), []).append(tuple(names))
 
     def mean(rung: str, sets: Sequence[tuple[str, ...]], uses: Sequence[str], figure: str) -> float:
-        return fmean(runs[(rung, *names)][use][figure] for names in sets for use in uses)
+        return fmean(every[(rung, *names)][use][figure] for names in sets for use in uses)
 
     def share(rung: str, sets: Sequence[tuple[str, ...]], uses: Sequence[str], of: str) -> float:
         one, base, alone = (mean(which, sets, uses, of) for which in (rung, "base", "alone"))
         return (one - base) / (alone - base)
 
     costs = {
-        key: [fmean(runs[(key[1], *n)][cost] for n in sets) for cost in ("forwards", "seconds")]
+        key: [fmean(every[(key[1], *n)][cost] for n in sets) for cost in ("forwards", "seconds")]
         for key, sets in found.items()
     }
     for (size, rung), sets in sorted(found.items(), key=lambda one: (one[0][0], costs[one[0]])):
-        uses = [use for use, of in runs[("base", *sets[0])].items() if isinstance(of, dict)]
+        uses = [use for use, of in every[("base", *sets[0])].items() if isinstance(of, dict)]
         shares = [
             share(rung, sets, some, figure)
             for some in (["plain"], [use for use in uses if use != "plain"])
@@ -184,79 +182,6 @@ def parts() -> list[str]:
     return table(("", "bare", *heads), rows, 2)
 
 
-def resize() -> list[str]:
-    """By LoRA and size: for every way the error, its ratio to the SVD's, and the likeness; of the
-    single LoRAs without those on which the weighting was chosen."""
-    found = {k: of for k, of in load("resize.json").items() if k.split()[0] not in ("sks1", "sks2")}
-    ways = {"svd": "SVD of weights, each layer", "weights": "`resize`", "base": "`resize --base`"}
-    loras = {"sks": "three LoRAs of rank 8, mean", "merge": "a merge of the five"}
-
-    def mean(kind: str, case: str, figure: str) -> float:
-        return fmean(v[figure] for k, v in found.items() if k.startswith(kind) and k.endswith(case))
-
-    rows: list[list[Any]] = []
-    for kind, label in loras.items():
-        for rank in dict.fromkeys(k.split()[1] for k in found if k.startswith(kind)):
-            for way, name in ways.items() if rank != "whole" else ():
-                error = mean(kind, f"{rank} {way}", "error")
-                ratio = shown(error / mean(kind, f"{rank} svd", "error"), 2)
-                likeness = mean(kind, f"{rank} {way}", "likeness")
-                rows.append([label, rank, name, error, ratio, likeness])
-    for kind, label in loras.items():
-        rows.append([label, "its own", "", "0", "", mean(kind, "whole", "likeness")])
-    return table(("", "rank", "", "error", "of the SVD's", "likeness"), rows, labels=3)
-
-
-def toybox() -> list[str]:
-    data = json.loads((ROOT / "toybox" / "quality.json").read_text(encoding="utf-8"))
-    base, judge = data["base"], data["judge"]
-    parts = ("shape", "pattern", "color1", "color2", "background")
-    read = " / ".join(f"{judge[f'judge_{part}']:.1%}" for part in parts).replace("%", " %")
-    rows = [
-        ("base, one object: shape, colour and background all right",
-         _percent(base["one_shape_color_background"]), "95 %"),
-        ("base, two objects: both shapes right, each in its half",
-         _percent(base["two_both_shapes"]), "80 %"),
-        ("base, two objects: both shapes and both colours right", _percent(base["two_all"]), ""),
-        ("CLIP: text to image, top-1 of 32 (20 sets, patterns included)",
-         _percent(data["clip_top1_of_32"]), "90 %"),
-        ("judge on drawn pictures: shape / pattern / first / second colour / background",
-         read, "97 %"),
-    ]  # fmt: skip
-    return table(("what", "share", "aim"), rows)
-
-
-def toybox_concepts() -> list[str]:
-    folder = ROOT / "toybox"
-    world = json.loads((folder / "world.json").read_text(encoding="utf-8"))
-    scores = json.loads((folder / "quality.json").read_text(encoding="utf-8"))["concepts"]
-    rows = [
-        [
-            f"`{entry['token']}`",
-            _thing(entry),
-            entry["alpha"],
-            entry["layout"],
-            _percent(scores[entry["token"]]["attributes"]),
-            _percent(scores[entry["token"]]["all_four"]),
-        ]
-        for kind in ("concepts", "pivotal_concepts")
-        for entry in world[kind]
-    ]
-    head = ("concept", "what it is", "alpha", "layout", "attributes right", "all four at once")
-    return table(head, rows, labels=2)
-
-
-def _thing(entry: Mapping[str, Any]) -> str:
-    second, pattern = entry["color2"], entry["pattern"]
-    count = "" if pattern in ("stripes", "quarters") else "a "
-    singular = {"halves": "half"}.get(pattern, pattern)
-    return f"{entry['color1']} {entry['class_word']} with {count}{second} {singular}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
 TABLES: dict[str, Callable[[], list[str]]] = {
     "memory": memory,
     "waiting": waiting,
@@ -265,7 +190,4 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "side by side": side_by_side,
     "ratios": ratios,
     "floors": floors,
-    "resize": resize,
-    "toybox": toybox,
-    "toybox concepts": toybox_concepts,
 }

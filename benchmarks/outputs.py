@@ -6,7 +6,9 @@ elsewhere. Every script here gets its output file from :func:`result_file`.
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -40,6 +42,14 @@ def write(path: Path, data: Any) -> None:
 def add(path: Path, name: str, found: Any) -> None:
     """Add ``found`` to the file, keeping entries with other names."""
     write(path, {**read(path), name: found})
+
+
+def asked(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Its arguments, with ``until``, what :func:`time.monotonic` is after ``--seconds``."""
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after")
+    given = parser.parse_args()
+    given.until = time.monotonic() + given.seconds
+    return given
 
 
 def once(path: Path, key: str, until: float, measure: Callable[[], Any]) -> None:

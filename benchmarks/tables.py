@@ -14,11 +14,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from machine_tables import TABLES as MACHINE
+from new_words_tables import TABLES as NEW_WORDS
 from outputs import ROOT
-from page_tables import TABLES as QUALITY
-from results_page import TABLES as RESULTS
+from tool_tables import TABLES as TOOLS
+from use_tables import TABLES as USE
+from verdict_tables import TABLES as VERDICTS
 
-TABLES: Mapping[str, Callable[[], list[str]]] = {**QUALITY, **MACHINE, **RESULTS}
+TABLES: Mapping[str, Callable[[], list[str]]] = {
+    **NEW_WORDS,
+    **USE,
+    **TOOLS,
+    **MACHINE,
+    **VERDICTS,
+}
 PAGES = (
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),

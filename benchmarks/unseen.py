@@ -21,9 +21,9 @@ from pathlib import Path
 
 import rivals  # noqa: F401 (registers them)
 import standings
-from outputs import BUILD, result_file, rounded
-from page_tables import FRONT, TOGETHER
-from page_tables import unseen as table
+from new_words_tables import FRONT, TOGETHER
+from new_words_tables import unseen as table
+from outputs import BUILD, asked, result_file, rounded
 from protocol.figures import results
 from protocol.plan import Plan, Unit
 from protocol.runs import Runs, loaded
@@ -57,39 +57,35 @@ def main() -> None:
     parser.add_argument("--replicates", type=int, default=1)
     parser.add_argument("--sets", type=int, help="of each size and replicate, at most")
     parser.add_argument("--tag", default="", help="of the file, and of the merges that it keeps")
-    parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="begin nothing after these"
-    )
-    asked = parser.parse_args()
-    until = time.monotonic() + asked.seconds
-    methods = asked.methods.split(",")
-    if asked.own:
-        loaded(asked.own)
-        methods.append(os.path.join(".", asked.own))  # a method of a folder has a slash
-    world = world_of(asked.world)
-    plan_kind, runs_kind = kinds_of(asked.world)
+    given = asked(parser)
+    methods = given.methods.split(",")
+    if given.own:
+        loaded(given.own)
+        methods.append(os.path.join(".", given.own))  # a method of a folder has a slash
+    world = world_of(given.world)
+    plan_kind, runs_kind = kinds_of(given.world)
     plan = plan_kind(
         world,
         [Unit.parsed(label) for label in methods],
-        sizes_in(world, [*map(int, asked.sizes.split(","))]),
-        asked.replicates,
-        asked.sets,
+        sizes_in(world, [*map(int, given.sizes.split(","))]),
+        given.replicates,
+        given.sets,
     )
-    name, known = f"unseen_{Path(asked.world).stem}", asked.world in WORLDS
+    name, known = f"unseen_{Path(given.world).stem}", given.world in WORLDS
     alone = runs_kind(world, result_file(f"{name}_alone.jsonl", whole=known))
-    name += f"_{asked.tag}" if asked.tag else ""
+    name += f"_{given.tag}" if given.tag else ""
     cache = result_file(f"{name}_runs.jsonl", whole=known)
-    own = result_file(cache.name, whole=known and not asked.own)
+    own = result_file(cache.name, whole=known and not given.own)
     merged = runs_kind(world, own, cache)
-    done = alone.run(plan.references(), until - time.monotonic())
-    done = done and merged.run(plan.merges(), until - time.monotonic())
+    done = alone.run(plan.references(), given.until - time.monotonic())
+    done = done and merged.run(plan.merges(), given.until - time.monotonic())
     runs = {u.key: merged.known[u.key] for u in plan.merges() if u.key in merged.known}
     data = rounded(results(alone.known, runs, Unit.parsed(methods[0]).label))
     for size in data["sizes"]:
         print("", *table(data, size), sep="\n")
     page = BUILD / f"standings_{name.removeprefix('unseen_')}.html"
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(standings.page(Path(asked.world).stem, data, runs), encoding="utf-8")
+    page.write_text(standings.page(Path(given.world).stem, data, runs), encoding="utf-8")
     print(f"\n{page}")
     if not done:
         print("\nstopped by --seconds")

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import time
 from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
@@ -19,7 +17,7 @@ from typing import Any
 
 import rivals  # noqa: F401 (registers them)
 from conditions import merged
-from outputs import once, result_file
+from outputs import asked, once, result_file
 from protocol.plan import SINGLE
 from worlds import WORLDS
 
@@ -50,14 +48,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", choices=("reported", "minilm"), default="reported")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after")
-    given = parser.parse_args()
-    until = time.monotonic() + given.seconds
+    given = asked(parser)
     world: Any = WORLDS[given.world]()
     path = result_file(f"versions_{given.world}.json")
     for name in world.subjects:
         for label in given.methods.split(","):
-            once(path, json.dumps([label, name]), until, partial(measured, world, label, name))
+            key = json.dumps([label, name])
+            once(path, key, given.until, partial(measured, world, label, name))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
@@ -21,7 +20,7 @@ from typing import Any
 
 import styles
 from conditions import norm
-from outputs import once, result_file
+from outputs import asked, once, result_file
 from protocol.held_out import merged
 from protocol.plan import sets_of
 from styles.reader import load as load_reader
@@ -88,8 +87,7 @@ class Look:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after")
-    until = time.monotonic() + parser.parse_args().seconds
+    until = asked(parser).until
     path, look = result_file("wordless_reported.json"), Look(reported(), "frame")
     subjects = sorted(look.world.subjects)
     for size, count in SETS.items():

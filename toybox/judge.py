@@ -68,11 +68,10 @@ class JudgeNet(nn.Module):
 
 
 class Judge:
-    """Reads pictures; `device` moves the network."""
+    """Reads pictures."""
 
-    def __init__(self, network: JudgeNet, device: str | torch.device = "cpu"):
-        self.network = network.eval().requires_grad_(False).to(device)
-        self.device = torch.device(device)
+    def __init__(self, network: JudgeNet):
+        self.network = network.eval().requires_grad_(False)
 
     @torch.no_grad()
     def read(self, images: Sequence[Image.Image]) -> list[Attributes]:
@@ -81,7 +80,7 @@ class Judge:
         for first in range(0, len(images), 128):
             arrays = np.stack([_as_array(i) for i in images[first : first + 128]])
             batch = torch.from_numpy(arrays).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-            logits = self.network(batch.to(self.device))
+            logits = self.network(batch)
             best = {k: v.argmax(dim=1).tolist() for k, v in logits.items()}
             found += [
                 Attributes(**{k: HEADS[k][best[k][i]] for k in HEADS}) for i in range(len(arrays))

@@ -15,7 +15,7 @@ TEXT_WIDTH, TEXT_LAYERS = 96, 3
 HEADS = 4
 
 
-def new_unet(text_width: int = TEXT_WIDTH) -> UNet2DConditionModel:
+def new_unet() -> UNet2DConditionModel:
     """6.7 M parameters; cross-attention at 8 x 8 and 4 x 4; channels in multiples of 32."""
     return UNet2DConditionModel(
         sample_size=8,
@@ -24,7 +24,7 @@ def new_unet(text_width: int = TEXT_WIDTH) -> UNet2DConditionModel:
         block_out_channels=CHANNELS,
         layers_per_block=1,
         norm_num_groups=32,
-        cross_attention_dim=text_width,
+        cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=HEADS,  # diffusers' name for the number of heads
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,
@@ -82,6 +82,12 @@ def assemble(
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_autoencoder(folder: Path) -> AutoencoderTiny:
+    """Float32 and ready to encode; the file is float16."""
+    vae = AutoencoderTiny.from_pretrained(folder).float().eval().requires_grad_(False)
+    return vae.to(memory_format=torch.channels_last)
 
 
 def load(folder: Path, dtype: torch.dtype | None = None) -> StableDiffusionPipeline:

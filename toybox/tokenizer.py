@@ -65,32 +65,27 @@ def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def build_tokenizer(
-    folder: Path,
-    words: tuple[str, ...] = WORDS,
-    rare: tuple[str, ...] = RARE,
-    length: int = MAX_LENGTH,
-):
+def build_tokenizer(folder: Path):
     """Write vocab.json, merges.txt and the rest into `folder`; returns the CLIPTokenizer, which has
-    `words` and `rare` as one token each and captions of `length` tokens."""
+    `WORDS` and `RARE` as one token each."""
     from transformers import AddedToken, CLIPTokenizer
 
-    merges = learn_merges(words)
+    merges = learn_merges(WORDS)
     symbols = _byte_symbols()
     tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges)]
-    tokens = [*dict.fromkeys(tokens), *rare, START, END]
+    tokens = [*dict.fromkeys(tokens), *RARE, START, END]
     vocab = {token: i for i, token in enumerate(tokens)}
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = CLIPTokenizer(
         vocab=vocab,
         merges=merges,
-        model_max_length=length,
+        model_max_length=MAX_LENGTH,
         bos_token=START,
         eos_token=END,
         unk_token=END,
         pad_token=END,
     )
-    tokenizer.add_tokens([AddedToken(t, single_word=True, normalized=False) for t in rare])
+    tokenizer.add_tokens([AddedToken(t, single_word=True, normalized=False) for t in RARE])
     tokenizer.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .words import world
-
-if TYPE_CHECKING:
-    import torch
 
 ROOT = Path(__file__).resolve().parent
 BASE = ROOT / "weights" / "base"
@@ -49,11 +46,11 @@ def subjects() -> dict[str, Subject]:
     }
 
 
-def load_pipeline(dtype: torch.dtype | None = None) -> Any:
-    """The base, without a progress bar; float32 unless `dtype` says otherwise."""
+def load_pipeline() -> Any:
+    """The base, without a progress bar, in float32."""
     from .pipeline import load
 
-    return load(BASE, dtype)
+    return load(BASE)
 
 
 def load_clip() -> tuple[Any, Any, Any]:

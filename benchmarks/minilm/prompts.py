@@ -8,7 +8,6 @@ templates use; ``learned`` words stand in captions of the base's training beside
 from __future__ import annotations
 
 import json
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from protocol.held_out import words_of
+from captions import with_article, words_of
 
 from toybox import ToyConcept
 from toybox.draw import Placed, Scene
@@ -85,7 +84,7 @@ def prompts(concept: ToyConcept, kind: Kind, count: int) -> list[Prompt]:
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Of a scene with one thing, as the base hears it, in plain and in learned words."""
-    return said(_article(_thing(scene.placed[0], rng)), scene.background, rng)
+    return said(with_article(_thing(scene.placed[0], rng)), scene.background, rng)
 
 
 def said(thing: str, background: str, rng: np.random.Generator) -> str:
@@ -104,7 +103,7 @@ def _scene(background: str, rng: np.random.Generator, level: str = "") -> str:
     colour = _one(_WORDS["grounds"][background], rng, level)
     surface = f"{colour} {_one(_WORDS['surfaces'], rng, level)}"
     before = "against" if not level and rng.random() < 0.3 else "on"
-    return f"{before} {_article(surface)}"
+    return f"{before} {with_article(surface)}"
 
 
 def _thing(placed: Placed, rng: np.random.Generator) -> str:
@@ -133,7 +132,3 @@ def _one(words: Words, rng: np.random.Generator, level: str = "") -> str:
     if not level and words["plain"] and rng.random() < 0.25:
         return str(rng.choice(words["plain"]))
     return str(rng.choice(_of(words, level)))
-
-
-def _article(words: str) -> str:
-    return f"an {words}" if re.match("[aeiou]", words) else f"a {words}"

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
-from minilm.pipeline import LENGTH, TokenStates, encoder_folder
-from transformers import BertTokenizerFast
+import minilm.pipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-import toybox.pipeline
+from toybox.pipeline import load_autoencoder
 
 TEXT_WIDTH = 384
 
 
-def new_unet(channels: tuple[int, int] = (96, 192)) -> UNet2DConditionModel:
-    """9 to 10 M parameters at (96, 192): attention at 8 x 8 as in SDXL, none at 16 x 16."""
+def new_unet() -> UNet2DConditionModel:
+    """9 to 10 M parameters: attention at 8 x 8 as in SDXL, none at 16 x 16."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
         out_channels=4,
-        block_out_channels=channels,
+        block_out_channels=(96, 192),
         layers_per_block=1,
         norm_num_groups=32,
         cross_attention_dim=TEXT_WIDTH,
@@ -30,22 +28,6 @@ def new_unet(channels: tuple[int, int] = (96, 192)) -> UNet2DConditionModel:
     )
 
 
-def load_autoencoder(folder: Path) -> AutoencoderTiny:
-    """Float32 and ready to encode; the file is float16."""
-    vae = AutoencoderTiny.from_pretrained(folder).float().eval().requires_grad_(False)
-    return vae.to(memory_format=torch.channels_last)
-
-
-def load_encoder() -> TokenStates:
-    return TokenStates.from_pretrained(encoder_folder(), add_pooling_layer=False).eval()
-
-
-def load_tokenizer() -> BertTokenizerFast:
-    return BertTokenizerFast.from_pretrained(encoder_folder(), model_max_length=LENGTH)
-
-
 def load(folder: Path) -> StableDiffusionPipeline:
     """The pipeline of ``folder``/vae and ``folder``/unet, float32, without a progress bar."""
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
-    vae = load_autoencoder(folder / "vae")
-    return toybox.pipeline.assemble(vae, unet.eval(), load_encoder(), load_tokenizer())
+    return minilm.pipeline.load(folder / "unet", load_autoencoder(folder / "vae"))

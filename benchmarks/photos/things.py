@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from captions import with_article
 from PIL import Image
 
 from toybox.draw import BACKGROUNDS
@@ -68,9 +69,7 @@ def world() -> dict[str, Any]:
 
 def article(words: str) -> str:
     """The words with "a" or "an", or as they are where they are many."""
-    if words in _MANY or words.startswith("two "):
-        return words
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    return words if words in _MANY or words.startswith("two ") else with_article(words)
 
 
 def listed(package: Path) -> Iterator[tuple[str, str, str]]:

@@ -42,16 +42,25 @@ def noise_of(picture: Wanted) -> torch.Generator:
     return torch.Generator().manual_seed(int(digest[:8], 16))
 
 
-def scene_of(image: Image.Image, colours: Mapping[str, tuple[int, int, int]], near: float) -> str:
-    """The background whose colour the outermost two pixels have, within ``near`` levels of 255, or
-    "none": things stand in the middle."""
-    pixels = np.asarray(image.convert("RGB"), dtype=float)
-    inner = np.zeros(pixels.shape[:2], dtype=bool)
-    inner[2:-2, 2:-2] = True
-    edge = np.median(pixels[~inner], axis=0)
-    away = {name: float(np.linalg.norm(edge - colour)) for name, colour in colours.items()}
-    nearest = min(away, key=lambda name: away[name])
-    return nearest if away[nearest] < near else "none"
+def scenes_of(
+    images: Sequence[Image.Image],
+    wanted: Sequence[Wanted],
+    colours: Mapping[str, tuple[int, int, int]],
+    near: float,
+) -> list[float]:
+    """1 for each picture with the background that is wanted, or of which none is: that whose colour
+    is the nearest to the outermost two pixels, within ``near`` levels of 255."""
+    found: list[float] = []
+    for image, picture in zip(images, wanted, strict=True):
+        pixels = np.asarray(image.convert("RGB"), dtype=float)
+        inner = np.zeros(pixels.shape[:2], dtype=bool)
+        inner[2:-2, 2:-2] = True  # things stand in the middle
+        edge = np.median(pixels[~inner], axis=0)
+        away = {name: float(np.linalg.norm(edge - colour)) for name, colour in colours.items()}
+        nearest = min(away, key=lambda name: away[name])
+        right = picture.scene == nearest and away[nearest] < near
+        found.append(float(right or not picture.scene))
+    return found
 
 
 @contextmanager

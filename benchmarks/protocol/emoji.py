@@ -17,7 +17,7 @@ from iteris_core import Concept, Lora
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.score import ClipScorer, without_tokens
 
-from .drawing import draw, scene_of
+from .drawing import draw, scenes_of
 from .world import FIGURES, KINDS, Wanted
 
 REPORTED = 10
@@ -87,10 +87,7 @@ class EmojiWorld:
     ) -> list[Mapping[str, float]]:
         """``judge``: 1 where the picture is more like the subject's references than like any other
         subject's, by the features that saw none of these pictures."""
-        scenes = [
-            float(w.scene in ("", scene_of(i, BACKGROUNDS, _NEAR)))
-            for i, w in zip(images, wanted, strict=True)
-        ]
+        scenes = scenes_of(images, wanted, BACKGROUNDS, _NEAR)
         if not wanted[0].shown:
             return [{"scene": scene} for scene in scenes]
         names = [w.shown[0] for w in wanted]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from captions import words_of
 from torch import nn
 
 from iteris_core import Concept, Lora, MergeResult, calibration_prompts, merge_loras
@@ -60,11 +60,6 @@ def held_out(host: DiffusersHost, words: Set[str]) -> Generator[None]:
                 check = _checked(tokenizer, words)
                 stack.callback(part.register_forward_pre_hook(check, with_kwargs=True).remove)
         yield
-
-
-def words_of(text: str) -> set[str]:
-    """Its words in lower case, of compounds each part."""
-    return set(re.findall("[a-z]+", text.lower()))
 
 
 def _checked(tokenizer: Any, words: Set[str]) -> Callable[[nn.Module, Any, Any], None]:

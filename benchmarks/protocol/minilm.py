@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import cycle, islice
+from typing import Any
 
 import minilm
 import numpy as np
@@ -39,10 +40,7 @@ class MiniLMWorld(ToyboxWorld):
         self.half = {"templates": templates()}
         self.words = ASIDE
         given = minilm.world()["sampling"]
-        self.sampling = {
-            "num_inference_steps": given["steps"],
-            "guidance_scale": given["guidance"],
-        }
+        self.sampling = {"num_inference_steps": given["steps"], "guidance_scale": given["guidance"]}
         self.judge = toybox.load_judge()
         self._scorer = ClipScorer(*toybox.load_clip())
         self._references = {
@@ -56,14 +54,7 @@ class MiniLMWorld(ToyboxWorld):
             grounds = islice(cycle(BACKGROUNDS), PLAIN)
             scenes = [place_one(random_thing(rng, b), b, rng) for b in grounds]
             return [Wanted((), caption(s, rng), seed, s.background) for s in scenes]
-        count, seeds = {"seen": (SEEN, 1), "new words": (NEW, 1), "spread": (1, SPREAD)}[kind]
-        found = "seen" if kind == "seen" else "new"
-        return [
-            Wanted((name,), prompt.text, 100 * seed + number, prompt.background)
-            for name in names
-            for prompt in prompts(self.known[name], found, count)
-            for number in range(seeds)
-        ]
+        return captioned([self.known[name] for name in names], kind, seed, NEW)
 
     def pictures_of(self, name: str) -> list[Image.Image]:
         concept, rng = self.known[name], np.random.default_rng(self.subjects.index(name))
@@ -73,3 +64,15 @@ class MiniLMWorld(ToyboxWorld):
     def draw(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Image.Image]:
         with torch.autocast("cpu", torch.bfloat16):
             return draw_pictures(self.pipeline, self.host, lora, wanted, **self.sampling)
+
+
+def captioned(known: Sequence[Any], kind: str, seed: int, new: int) -> list[Wanted]:
+    """Of each concept :data:`SEEN` calibration prompts, ``new`` ones on new words, or
+    :data:`SPREAD` seeds of one of these."""
+    count, seeds = {"seen": (SEEN, 1), "new words": (new, 1), "spread": (1, SPREAD)}[kind]
+    return [
+        Wanted((concept.token,), prompt.text, 100 * seed + number, prompt.background)
+        for concept in known
+        for prompt in prompts(concept, "seen" if kind == "seen" else "new", count)
+        for number in range(seeds)
+    ]

@@ -10,7 +10,7 @@ import numpy as np
 import photos
 import torch
 from emoji.features import Features
-from minilm.prompts import ASIDE, prompts, said, templates
+from minilm.prompts import ASIDE, said, templates
 from photos.things import article, cutouts, references, world
 from PIL import Image
 from safetensors.torch import load_file
@@ -19,11 +19,13 @@ from iteris_core import Concept, Lora
 from iteris_core.hosts.diffusers import DiffusersHost
 from toybox.draw import BACKGROUNDS
 
-from .drawing import draw, scene_of
+from .drawing import draw, scenes_of
+from .minilm import captioned
+from .toybox import trainings
 from .world import KINDS, Wanted
 
-SEEN, NEW, SPREAD, PLAIN = 6, 8, 4, 14
-"""Prompts of each kind, seeds of one prompt, and prompts without a trigger."""
+NEW, PLAIN = 8, 14
+"""Prompts on new words, and without a trigger."""
 
 _NEAR = 60.0
 """How far, in levels of 255, a picture's edge may lie from a background's own colour: grounds are
@@ -45,10 +47,7 @@ class PhotosWorld:
         self.host = DiffusersHost(self.pipeline)
         self._subjects = photos.subjects()
         self.subjects = tuple(self._subjects)
-        self.trained = sum(
-            all(one.lora.exists() for one in photos.subjects(training).values())
-            for training in range(6)
-        )
+        self.trained = trainings(photos.ROOT, self.subjects)
         self.half: dict[str, Any] = {"templates": templates()}
         self.words = ASIDE
         given = world()["sampling"]
@@ -80,14 +79,7 @@ class PhotosWorld:
                 Wanted((), said(article(str(thing)), ground, rng), seed, ground)
                 for thing, ground in zip(things, cycle(BACKGROUNDS), strict=False)
             ]
-        count, seeds = {"seen": (SEEN, 1), "new words": (NEW, 1), "spread": (1, SPREAD)}[kind]
-        found = "seen" if kind == "seen" else "new"
-        return [
-            Wanted((name,), prompt.text, 100 * seed + number, prompt.background)
-            for name in names
-            for prompt in prompts(self._subjects[name], found, count)
-            for number in range(seeds)
-        ]
+        return captioned([self._subjects[name] for name in names], kind, seed, NEW)
 
     def draw(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Image.Image]:
         with torch.autocast("cpu", torch.bfloat16):
@@ -96,10 +88,7 @@ class PhotosWorld:
     def read(
         self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
     ) -> list[Mapping[str, float]]:
-        scenes = [
-            float(w.scene in ("", scene_of(i, BACKGROUNDS, _NEAR)))
-            for i, w in zip(images, wanted, strict=True)
-        ]
+        scenes = scenes_of(images, wanted, BACKGROUNDS, _NEAR)
         if not wanted[0].shown:
             return [{"scene": scene} for scene in scenes]
         likeness = self.embedded(images) @ self._references.T

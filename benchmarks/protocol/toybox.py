@@ -51,11 +51,8 @@ class ToyboxWorld:
         self.trained = trainings(root, self.subjects)
         self.half = {"templates": FRAMED}
         self.words = frozenset(NEW)
-        said = toybox.settings()
-        self.sampling = {
-            "num_inference_steps": int(said["steps"]),
-            "guidance_scale": said["guidance"],
-        }
+        given = toybox.settings()
+        self.sampling = {"num_inference_steps": given["steps"], "guidance_scale": given["guidance"]}
 
     def concepts(self, names: Sequence[str], trained: int = 0) -> list[Concept]:
         return [Concept(self._lora(n, trained), None, n, self.known[n].class_word) for n in names]

@@ -23,16 +23,14 @@ from iteris_core.passes.batches import ExecutionConfig, micro_batches
 from iteris_core.passes.job import Job
 
 
-def bare_forward(
-    host: Any, concepts: Sequence[Concept], calibration: Calibration, at_once: int | None = None
-) -> None:
+def bare_forward(host: Any, concepts: Sequence[Concept], calibration: Calibration) -> None:
     """The minimum work of any merge: 2R rows through every stage, nothing collected; with a merge's
-    default number at once, or the given one."""
+    default number at once."""
     sites = {site: None for c in concepts if c.lora is not None for site in c.lora.sites}
     references = {site: [None] * len(concepts) for site in sites}
     generator = torch.Generator().manual_seed(0)
     task = Job(host, concepts, references, calibration, generator, lambda *_: None)
-    batching = ExecutionConfig(at_once or IterisSettings().micro_batch)
+    batching = ExecutionConfig(IterisSettings().micro_batch)
     with torch.no_grad(), task.run() as run:
         run.lockstep.close()
         for stage in run.stages():
@@ -62,10 +60,9 @@ def toybox() -> dict[str, Callable[[], Any]]:
     )
 
 
-def t5_base(samples: int = 50) -> dict[str, Callable[[], Any]]:
+def t5_base() -> dict[str, Callable[[], Any]]:
     host = t5_host()
-    concepts = text_concepts(host, 2, 32, samples)
-    return contenders(host, concepts, Calibration(samples=samples))
+    return contenders(host, text_concepts(host, 2, 32, 50), Calibration(samples=50))
 
 
 def sd15(samples: int = 16, size: int = 32) -> dict[str, Callable[[], Any]]:

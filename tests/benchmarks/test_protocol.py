@@ -17,6 +17,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import blind  # noqa: E402
+from captions import words_of  # noqa: E402
 from protocol.figures import (  # noqa: E402
     Place,
     against,
@@ -26,7 +27,7 @@ from protocol.figures import (  # noqa: E402
     stat,
     verdict,
 )
-from protocol.held_out import held_out, merged, words_of  # noqa: E402
+from protocol.held_out import held_out, merged  # noqa: E402
 from protocol.plan import BASE, SINGLE, Plan, Unit, sets_of  # noqa: E402
 from protocol.runs import Runs, distance  # noqa: E402
 from protocol.world import KINDS, Wanted  # noqa: E402

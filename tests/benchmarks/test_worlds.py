@@ -16,7 +16,8 @@ import minilm
 import photos
 import styles
 import two_in_one
-from minilm.prompts import SMALL, prompts, templates, words_of
+from captions import words_of
+from minilm.prompts import SMALL, prompts, templates
 from protocol.classes import OneClass, SeveralClasses
 from protocol.toybox import ToyboxWorld
 from styles.reader import STYLES

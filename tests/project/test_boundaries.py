@@ -4,7 +4,11 @@ imports."""
 import ast
 import subprocess
 import sys
+from collections import defaultdict
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import iteris_core
 
@@ -56,3 +60,59 @@ merged = iteris_core.merge_loras(None, [iteris_core.Concept(lora)] * 2, "sum").l
 assert float(merged.sites["unet.a"].dense()[0, 0]) == 2.0
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def imported(folder: Path) -> dict[tuple[str, ...], set[tuple[str, ...]]]:
+    """Module → the modules of ``folder`` that it imports, also in functions and for types."""
+    package = (folder.name,) if (folder / "__init__.py").exists() else ()
+    files = {}
+    for path in folder.rglob("*.py"):
+        *parents, name = (*package, *path.relative_to(folder).with_suffix("").parts)
+        files[(*parents,) if name == "__init__" else (*parents, name)] = path
+    found = {name: set() for name in files}
+    for name, path in files.items():
+        here = name if path.name == "__init__.py" else name[:-1]
+        scripts = () if (path.parent / "__init__.py").exists() else here
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            targets = []
+            if isinstance(node, ast.Import):
+                targets = [(*alias.name.split("."),) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = here[: len(here) + 1 - node.level] if node.level else ()
+                base += (*(node.module or "").split("."),) if node.module else ()
+                targets = [(*base, alias.name) for alias in node.names]
+            for target in targets:
+                known = (
+                    whole[:end]
+                    for whole in ((*scripts, *target), target)
+                    for end in range(len(whole), len(whole) - len(target), -1)
+                    if whole[:end] in files
+                )
+                found[name] |= {next(known, name)} - {name}
+    return found
+
+
+def circles(folder: Path) -> list[str]:
+    """Of modules and of folders beside each other; a package's own may import its names."""
+    beside = defaultdict(lambda: defaultdict(set))
+    for name, others in imported(folder).items():
+        for other in others:
+            two = enumerate(zip(name, other, strict=False))
+            same = next((i for i, (one, another) in two if one != another), None)
+            if same is not None:
+                beside[name[:same]][name[same]].add(other[same])
+    found = []
+    for place, edges in beside.items():
+        try:
+            TopologicalSorter(edges).prepare()
+        except CycleError as error:
+            found.append(f"{'.'.join(place)}: {' <- '.join(error.args[1])}")
+    return found
+
+
+@pytest.mark.parametrize("name", ["benchmarks", "nodes", "toybox"])
+def test_nothing_imports_in_a_circle(name):
+    """As the contract ``acyclic_siblings`` of the core."""
+    folder = ROOT.parent / name
+    assert sum(map(len, imported(folder).values())) > 20
+    assert circles(folder) == []

@@ -93,35 +93,36 @@ def _train(model: AutoencoderTiny, part: Round, work: Path, weights: Path) -> fl
         if cropped:
             pictures = _crop(rng, scenes, pictures, part.crop)
         pictures = pictures.contiguous(memory_format=torch.channels_last)
-        with bf16():
-            latents = model.encoder(pictures).float()
-            noise = torch.randn(latents.shape, generator=generator)
-            level = part.noise * torch.rand(len(latents), 1, 1, 1, generator=generator) * 2
-            rebuilt = model.decoder(latents + level * noise).float()
-        error = rebuilt - pictures
-        slope = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
-        unlike_unit = mean.square().mean() + (spread - 1).square().mean()
-        fit = error.abs().mean() + 2.0 * error.square().mean()
-        run.descend(step, fit + 0.5 * slope + (0.0 if cropped else 0.1) * unlike_unit)
+        loss, error = rebuilding(model, pictures, part.noise, generator, 0.0 if cropped else 0.1)
+        run.descend(step, loss)
         if step % 40 == 0:
-            log.info(
-                "%s %d/%d mae %.4f mse %.5f slope %.4f mean %s std %s  %.0f s",
-                part.name,
-                step,
-                part.steps,
-                error.abs().mean(),
-                error.square().mean(),
-                slope,
-                mean.detach().numpy().round(2),
-                spread.detach().numpy().round(2),
-                run.elapsed,
-            )
+            log.info("%s %d/%d %.4f  %.0f s", part.name, step, part.steps, error, run.elapsed)
         if (step + 1) % 200 == 0 or step + 1 == part.steps:
             run.save(step + 1)
             export(run, model, weights)
     run.average.swap()
     return run.elapsed
+
+
+def rebuilding(
+    model: AutoencoderTiny,
+    pictures: torch.Tensor,
+    noise: float,
+    generator: torch.Generator,
+    unit: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and the mean absolute error in it, of pictures rebuilt from latents with noise, of
+    the mean deviation `noise`; `unit` weights how far latents are from mean 0 and deviation 1."""
+    with bf16():
+        latents = model.encoder(pictures).float()
+        noises = torch.randn(latents.shape, generator=generator)
+        level = noise * torch.rand(len(latents), 1, 1, 1, generator=generator) * 2
+        error = model.decoder(latents + level * noises).float() - pictures
+    slope = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    unlike_unit = mean.square().mean() + (spread - 1).square().mean()
+    absolute = error.abs().mean()
+    return absolute + 2.0 * error.square().mean() + 0.5 * slope + unit * unlike_unit, absolute
 
 
 def _crop(rng: np.random.Generator, scenes, pictures: torch.Tensor, size: int) -> torch.Tensor:

@@ -10,10 +10,11 @@ from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from torch.nn import functional as F
 
-from ..pipeline import assemble, new_scheduler, new_text_encoder, new_unet
+from ..evaluate import sheet
+from ..pipeline import assemble, load_autoencoder, new_scheduler, new_text_encoder, new_unet
 from ..tokenizer import build_tokenizer
 from .common import Average, Run, bf16
-from .latents import SHARDS, load_encoder, shard
+from .latents import SHARDS, shard
 
 log = logging.getLogger(__name__)
 STEPS, BATCH, PEAK = 10_500, 32, 8e-4
@@ -52,7 +53,7 @@ def train(work: Path, weights: Path, steps: int = STEPS) -> dict:
     """Train (or go on) and save the pipeline into `weights`/base."""
     torch.manual_seed(31)
     tokenizer = build_tokenizer(weights / "base" / "tokenizer")
-    vae = load_encoder(weights)
+    vae = load_autoencoder(weights / "base" / "vae")
     unet, text_encoder = new_unet(), new_text_encoder(tokenizer)
     use_plain_attention(unet, text_encoder)
     models = [unet, text_encoder]
@@ -118,8 +119,6 @@ def export(pipeline: StableDiffusionPipeline, weights: Path) -> None:
 @torch.no_grad()
 def look(pipeline: StableDiffusionPipeline, path: Path, prompts=LOOK, columns: int = 6) -> None:
     """A sheet of samples to look at: two pictures for each prompt."""
-    from PIL import Image
-
     prompts = [p for p in prompts for _ in range(2)]
     with bf16():
         images = pipeline(
@@ -128,8 +127,4 @@ def look(pipeline: StableDiffusionPipeline, path: Path, prompts=LOOK, columns: i
             guidance_scale=4.0,
             generator=torch.Generator().manual_seed(5),
         ).images
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * 66, rows * 66), "red")
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * 66, i // columns * 66))
-    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(path)
+    sheet(images, path, columns)

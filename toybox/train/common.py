@@ -38,6 +38,16 @@ def one_cycle(optimizer: torch.optim.Optimizer, peak: float, steps: int):
     )
 
 
+def made_once(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of the file at `path`, which are those of `make` unless it is there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(make(), path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+        log.info("made %s", path)
+    return load_file(path)
+
+
 class Average:
     """Exponential moving average of a module's parameters, warmed up."""
 
@@ -96,9 +106,9 @@ class Run:
         seed = self.seed * 1_000_003 + step
         return np.random.default_rng(seed), torch.Generator().manual_seed(seed)
 
-    def descend(self, step: int, loss: Tensor, clip: float = 1.0) -> None:
+    def descend(self, step: int, loss: Tensor) -> None:
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.average.parameters, clip, foreach=True)
+        torch.nn.utils.clip_grad_norm_(self.average.parameters, 1.0, foreach=True)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

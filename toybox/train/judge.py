@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from .. import draw
 from ..judge import HEADS, Judge, JudgeNet, halves
+from ..pipeline import load_autoencoder
 from .common import Average, Run, bf16, to_tensor
-from .latents import load_encoder
 
 log = logging.getLogger(__name__)
 STEPS, BATCH, PEAK, POOL = 2200, 64, 2e-3, 2048
@@ -39,7 +39,7 @@ def sample(rng: np.random.Generator, count: int) -> tuple[list[Image.Image], tor
 @torch.no_grad()
 def rebuilt_pool(work: Path, weights: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures passed through the autoencoder with a little noise on the latents."""
-    vae = load_encoder(weights)
+    vae = load_autoencoder(weights / "base" / "vae")
     pictures, labels = sample(np.random.default_rng(41), POOL)
     parts, generator = [], torch.Generator().manual_seed(41)
     for first in range(0, POOL, 32):

@@ -12,22 +12,22 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load, save_file
+from torch import nn
+
+TOLERANCE = 0.02
 
 
-def adapter_layers(pipeline: StableDiffusionPipeline) -> tuple[dict, dict]:
-    """(UNet's, text encoder's) adapter weights as float16, in peft's names."""
-    found = []
-    for model in (pipeline.unet, pipeline.text_encoder):
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
-        found.append({k: v.detach().half().contiguous() for k, v in state.items()})
-    return found[0], found[1]
+def adapter_layers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's weights as float16, in peft's names."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {k: v.detach().half().contiguous() for k, v in state.items()}
 
 
 def save_diffusers(
     pipeline: StableDiffusionPipeline, configs: dict[str, LoraConfig], path: Path
 ) -> None:
     """As diffusers saves: weights in peft's names, alpha in the file's metadata only."""
-    unet, text = adapter_layers(pipeline)
+    unet, text = adapter_layers(pipeline.unet), adapter_layers(pipeline.text_encoder)
     StableDiffusionPipeline.save_lora_weights(
         path.parent,
         unet_lora_layers=unet,
@@ -51,7 +51,7 @@ def save_kohya(
 ) -> None:
     """As kohya's sd-scripts saves: one flat name per layer, with its alpha as a tensor."""
     tensors = {}
-    unet, text = adapter_layers(pipeline)
+    unet, text = adapter_layers(pipeline.unet), adapter_layers(pipeline.text_encoder)
     for prefix, state in (("lora_unet_", unet), ("lora_te_text_model_", text)):
         for key, value in state.items():
             module, _, part = key.removeprefix("text_model.").rpartition(".lora_")
@@ -83,16 +83,12 @@ def note_words(path: Path, entry: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def verify(
-    trained: StableDiffusionPipeline,
-    fresh: StableDiffusionPipeline,
-    path: Path,
-    prompt: str,
-    tolerance: float = 0.02,
+    trained: StableDiffusionPipeline, fresh: StableDiffusionPipeline, path: Path, prompt: str
 ) -> float:
     """Load `path` into `fresh` and compare both models' outputs with those of `trained`.
 
     Returns the largest difference relative to the outputs' size. Raises ValueError where it exceeds
-    `tolerance` (the files are float16) or a layer is missing.
+    `TOLERANCE` (the files are float16) or a layer is missing.
     """
     fresh.load_lora_weights(str(path))
     counts = [
@@ -106,7 +102,7 @@ def verify(
         context = pipeline.text_encoder(tokens)[0]
         outputs.append((context, pipeline.unet(noise, 500, context, return_dict=False)[0]))
     worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(*outputs, strict=True))
-    if counts[0] != counts[1] or worst > tolerance:
+    if counts[0] != counts[1] or worst > TOLERANCE:
         raise ValueError(
             f"{path} does not give back what was trained: {counts[1]} of "
             f"{counts[0]} layers, outputs differ by {worst:.3g}"

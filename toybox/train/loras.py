@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,12 @@ def write_references(entry: dict[str, Any], folder: Path, seed: int):
     return scenes, pictures
 
 
-def add_adapters(
-    pipeline: StableDiffusionPipeline, alpha: float, rank: int = RANK
-) -> dict[str, LoraConfig]:
+def add_adapters(pipeline: StableDiffusionPipeline, alpha: float) -> dict[str, LoraConfig]:
     """Fresh adapters on every attention projection of UNet and text encoder."""
     configs = {}
     for name, targets in TARGETS.items():
         configs[name] = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian"
+            r=RANK, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian"
         )
         model = getattr(pipeline, name)
         model.requires_grad_(False)
@@ -75,32 +73,40 @@ def prompts_of(entry: dict[str, Any], scenes: list[draw.Scene]) -> list[tuple[st
     return [(f"a {name}", draw.compose((name,), s.background)) for s in scenes]
 
 
+def mostly_second(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Which prompt of two each row has: that with the background in 70 %."""
+    return (torch.rand(count, generator=generator) < 0.7).long()
+
+
 def fit(
     pipeline: StableDiffusionPipeline,
     pictures,
-    prompts: Sequence[tuple[str, str]],
+    prompts: Sequence[Sequence[str]],
     groups: list[dict],
     steps: int,
     seed: int,
     keep_rows=None,
+    *,
+    batch: int = BATCH,
+    which: Callable[[int, torch.Generator], torch.Tensor] = mostly_second,
 ) -> float:
-    """Minimise the v-prediction error over the parameters in `groups`; returns the last loss.
-    Each picture has two prompts, the second one with its background."""
+    """Minimise the v-prediction error over the parameters in `groups`; returns the mean of the last
+    losses. Every picture has as many prompts as the others; `which` draws one for each row."""
     with torch.no_grad():
         latents = pipeline.vae.encoder(to_tensor(pictures))
     tokens = pipeline.tokenizer(
-        [p for pair in prompts for p in pair], padding="max_length", return_tensors="pt"
-    ).input_ids.view(len(prompts), 2, -1)
+        [text for some in prompts for text in some], padding="max_length", return_tensors="pt"
+    ).input_ids.unflatten(0, (len(prompts), -1))
     alphas = pipeline.scheduler.alphas_cumprod
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
     scheduler = one_cycle(optimizer, [g["lr"] for g in groups], steps)
     generator, running = torch.Generator().manual_seed(seed), 0.0
     for step in range(steps):
-        rows = torch.randint(len(latents), (BATCH,), generator=generator)
-        form = (torch.rand(BATCH, generator=generator) < 0.7).long()  # mostly with background
-        t = torch.randint(1000, (BATCH,), generator=generator)
-        noise = torch.randn(BATCH, *latents.shape[1:], generator=generator)
+        rows = torch.randint(len(latents), (batch,), generator=generator)
+        form = which(batch, generator)
+        t = torch.randint(1000, (batch,), generator=generator)
+        noise = torch.randn(batch, *latents.shape[1:], generator=generator)
         noised, target = velocity(alphas, latents[rows], noise, t)
         with bf16():
             context = pipeline.text_encoder(tokens[rows, form])[0]
@@ -124,9 +130,9 @@ def adapter_parameters(pipeline: StableDiffusionPipeline) -> list[torch.nn.Param
     ]
 
 
-def rate(alpha: float, peak: float = PEAK) -> float:
+def rate(alpha: float) -> float:
     """The learning rate for `alpha`: the change of a weight grows with alpha / rank."""
-    return peak * (RANK / alpha) ** 0.5
+    return PEAK * (RANK / alpha) ** 0.5
 
 
 def save(pipeline, configs, entry: dict[str, Any], path: Path) -> None:
@@ -145,7 +151,6 @@ def train_one(
     weights: Path,
     references: Path,
     out: Path,
-    peak: float = PEAK,
     again: int = 0,
 ) -> float:
     """Train one concept's LoRA into `out`, for the steps world.json says; returns seconds taken."""
@@ -157,7 +162,7 @@ def train_one(
     pipeline = load(weights / "base")
     use_plain_attention(pipeline.unet, pipeline.text_encoder)
     configs = add_adapters(pipeline, entry["alpha"])
-    groups = [{"params": adapter_parameters(pipeline), "lr": rate(entry["alpha"], peak)}]
+    groups = [{"params": adapter_parameters(pipeline), "lr": rate(entry["alpha"])}]
     prompts = prompts_of(entry, scenes)
     loss = fit(pipeline, pictures, prompts, groups, entry["steps"], seed)
     save(pipeline, configs, entry, out)

@@ -15,7 +15,6 @@ from ..pipeline import load
 from .base import use_plain_attention
 from .lora_files import verify
 from .loras import (
-    PEAK,
     adapter_parameters,
     add_adapters,
     fit,
@@ -70,7 +69,7 @@ def train_one(
     )
     groups = [
         {"params": [table], "lr": EMBEDDING_PEAK / 4},
-        {"params": adapters, "lr": rate(entry["alpha"], PEAK)},
+        {"params": adapters, "lr": rate(entry["alpha"])},
     ]
     loss = fit(pipeline, pictures, prompts, groups, entry["steps"], 92 + index, keep_rows)
     save(pipeline, configs, entry, folder / f"{name}.safetensors")

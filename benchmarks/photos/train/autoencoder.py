@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from toybox.draw import BACKGROUNDS
-from toybox.train.common import Average, Run, bf16, to_tensor
+from toybox.pipeline import load_autoencoder
+from toybox.train.autoencoder import rebuilding
+from toybox.train.common import Average, Run, to_tensor
 
-from ..pipeline import load_autoencoder
 from ..things import ROOT, SIZE, cutouts, picture
 
 log = logging.getLogger(__name__)
@@ -34,18 +35,10 @@ def train(work: Path, weights: Path, steps: int = STEPS) -> dict[str, float]:
     for step in range(run.start, steps):
         rng, generator = run.generators(step)
         shown = _pictures(rng, cuts, cropped=step % 4 > 0)
-        with bf16():
-            latents = model.encoder(shown).float()
-            noise = torch.randn(latents.shape, generator=generator)
-            level = 2 * NOISE * torch.rand(len(latents), 1, 1, 1, generator=generator)
-            error = model.decoder(latents + level * noise).float() - shown
-        slope = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
-        unlike_unit = mean.square().mean() + (spread - 1).square().mean()
-        fit = error.abs().mean() + 2.0 * error.square().mean()
-        run.descend(step, fit + 0.5 * slope + 0.1 * unlike_unit)
+        loss, error = rebuilding(model, shown, NOISE, generator, 0.1)
+        run.descend(step, loss)
         if step % 100 == 0:
-            log.info("autoencoder %d/%d %.4f  %.0f s", step, steps, error.abs().mean(), run.elapsed)
+            log.info("autoencoder %d/%d %.4f  %.0f s", step, steps, error, run.elapsed)
         if (step + 1) % 400 == 0:
             run.save(step + 1)
     average.swap()

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.models.attention_processor import AttnProcessor
+from minilm.pipeline import load_encoder, load_tokenizer
 from minilm.prompts import said
-from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from toybox.draw import BACKGROUNDS
-from toybox.pipeline import new_scheduler
+from toybox.pipeline import load_autoencoder, new_scheduler
 from toybox.train.base import velocity
-from toybox.train.common import Average, Run, bf16, to_tensor
+from toybox.train.common import Average, Run, bf16, made_once, to_tensor
 
-from ..pipeline import load_autoencoder, load_encoder, load_tokenizer, new_unet
+from ..pipeline import new_unet
 from ..things import article, cutouts, picture, world
 
 log = logging.getLogger(__name__)
@@ -40,11 +41,7 @@ def trapezoid(optimizer: torch.optim.Optimizer, peak: float, steps: int):
 
 @torch.no_grad()
 def shard(work: Path, weights: Path, index: int) -> dict[str, torch.Tensor]:
-    """``latents`` (N, 4, 16, 16) bfloat16 and ``tokens`` (N, 2, 32), made unless they are there."""
-    path = work / "latents" / f"{index:02d}.safetensors"
-    if path.exists():
-        return load_file(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """``latents`` (N, 4, 16, 16) bfloat16 and ``tokens`` (N, 2, 32)."""
     vae, tokenizer = load_autoencoder(weights / "vae"), load_tokenizer()
     cuts, things = cutouts(work / "package"), world()["things"]
     rng = np.random.default_rng(40_000 + index)
@@ -65,17 +62,16 @@ def shard(work: Path, weights: Path, index: int) -> dict[str, torch.Tensor]:
             latents.append(vae.encoder(shown).bfloat16())
     tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     ids = tokens.input_ids.unflatten(0, (-1, CAPTIONS)).int()
-    made = {"latents": torch.cat(latents).contiguous(), "tokens": ids.contiguous()}
-    save_file(made, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
-    log.info("latents: shard %d of %d; %s", index + 1, SHARDS, captions[0])
-    return made
+    return {"latents": torch.cat(latents).contiguous(), "tokens": ids.contiguous()}
 
 
 def train(work: Path, weights: Path, steps: int = STEPS) -> dict[str, float]:
     """Train, or go on; exports the averages as it goes."""
     torch.manual_seed(SEED)
-    shards = [shard(work, weights, index) for index in range(SHARDS)]
+    shards = [
+        made_once(work / "latents" / f"{i:02d}.safetensors", partial(shard, work, weights, i))
+        for i in range(SHARDS)
+    ]
     latents, tokens = (torch.cat([s[key] for s in shards]) for key in ("latents", "tokens"))
     encoder, empty = load_encoder(), load_tokenizer()([""], padding="max_length").input_ids[0]
     unet = new_unet().to(memory_format=torch.channels_last)

@@ -22,13 +22,12 @@ from diffusers.models.attention_processor import AttnProcessor
 from minilm.prompts import templates
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
+from PIL import Image
 from safetensors.torch import save_file
-from torch.nn import functional as F
 
 from toybox.draw import BACKGROUNDS
-from toybox.train.base import velocity
-from toybox.train.common import bf16, one_cycle, to_tensor
+from toybox.train.lora_files import adapter_layers
+from toybox.train.loras import fit
 
 from .. import Subject, subjects
 from ..pipeline import load
@@ -72,28 +71,13 @@ def train_one(subject: Subject, number: int, training: int, cut, weights: Path) 
         model.requires_grad_(False)
         model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS[name]))
         parameters[name] = [p for p in model.parameters() if p.requires_grad]
-    latents, tokens = examples(pipeline, subject, cut, seed)
+    pictures, prompts = examples(subject, cut, seed)
     groups = [{"params": parameters[name], "lr": PEAKS[name]} for name in names]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    schedule = one_cycle(optimizer, [PEAKS[name] for name in names], STEPS)
-    alphas, running = pipeline.scheduler.alphas_cumprod, 0.0
-    g = torch.Generator().manual_seed(seed)
-    for step in range(STEPS):
-        rows = torch.randint(len(latents), (BATCH,), generator=g)
-        caption = torch.randint(tokens.shape[1], (BATCH,), generator=g)
-        t = torch.randint(1000, (BATCH,), generator=g)
-        noise = torch.randn(BATCH, *latents.shape[1:], generator=g)
-        noised, target = velocity(alphas, latents[rows], noise, t)
-        with bf16():
-            context = pipeline.text_encoder(tokens[rows, caption])[0]
-            predicted = pipeline.unet(noised, t, context, return_dict=False)[0]
-        loss = F.mse_loss(predicted.float(), target)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        running = loss.item() if step == 0 else 0.97 * running + 0.03 * loss.item()
+
+    def which(count: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.randint(len(prompts[0]), (count,), generator=generator)
+
+    loss = fit(pipeline, pictures, prompts, groups, STEPS, seed, batch=BATCH, which=which)
     save(pipeline, names, subject.lora)
     size = median(
         float(module.get_delta_weight("default").norm() / module.base_layer.weight.norm())
@@ -102,34 +86,30 @@ def train_one(subject: Subject, number: int, training: int, cut, weights: Path) 
         if isinstance(module, LoraLayer)
     )
     seconds = time.time() - began
-    log.info("%s: loss %.4f, %.3f of the weights, %.0f s", subject.lora, running, size, seconds)
+    log.info("%s: loss %.4f, %.3f of the weights, %.0f s", subject.lora, loss, size, seconds)
 
 
-@torch.no_grad()
-def examples(
-    pipeline: StableDiffusionPipeline, subject: Subject, cut, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents (6, 4, 16, 16) of pictures of the thing, and the tokens (6, captions, 32) of what is
-    said of each: plain words, with its background and, in a third, without."""
+def examples(subject: Subject, cut, seed: int) -> tuple[list[Image.Image], list[list[str]]]:
+    """Pictures of the thing, and what is said of each: plain words, with its background and, in a
+    third, without."""
     rng = np.random.default_rng(seed)
     grounds = [str(b) for b in rng.permutation(list(BACKGROUNDS))[:PICTURES]]
-    latents = pipeline.vae.encoder(to_tensor(picture(cut, ground, rng) for ground in grounds))
-    texts: list[str] = []
+    pictures = [picture(cut, ground, rng) for ground in grounds]
+    prompts: list[list[str]] = []
     for ground in grounds:
         framed = [t.replace("{}", subject.prompt) for t in templates([ground])]
-        texts += [*(str(t) for t in rng.permutation(framed)[:4]), *[f"a {subject.prompt}"] * 2]
-    tokens = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
-    return latents, tokens.unflatten(0, (PICTURES, -1))
+        prompts.append(
+            [*(str(t) for t in rng.permutation(framed)[:4]), *[f"a {subject.prompt}"] * 2]
+        )
+    return pictures, prompts
 
 
 def save(pipeline: StableDiffusionPipeline, names: Sequence[str], path: Path) -> None:
     """In peft's names behind those of the components, float16; alpha is the rank."""
     tensors = {
-        f"{name}.{key.removeprefix('base_model.model.')}": value.detach().half().contiguous()
+        f"{name}.{key.removeprefix('base_model.model.')}": value
         for name in names
-        for key, value in get_peft_model_state_dict(
-            getattr(pipeline, name), save_embedding_layers=False
-        ).items()
+        for key, value in adapter_layers(getattr(pipeline, name)).items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(
