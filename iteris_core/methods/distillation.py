@@ -192,7 +192,7 @@ class Distillation:
         except BaseException as error:
             notes[""] = self._ended(error, "before the next")
         none = "none, because no part of this base gives an image"
-        job.notes.append(("steps", list(notes.values()) or [none]))
+        job.report.note("steps", *(notes.values() or [none]))
         job.eta.expect(WHAT, [])
         ran, sites = {} if self.taken else {"steps": 0}, dict(merged.sites)
         for site, solution in merged.sites.items():

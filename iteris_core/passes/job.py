@@ -8,7 +8,7 @@ what one takes, in multiply-adds. A site's moments and solve follow from its sha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -32,6 +32,7 @@ from ..solve.choose import THRESHOLDS, Thresholds
 from ..solve.problem import Solution
 from .batches import SWEEP, ExecutionConfig, Schedule, limit_of
 from .footprint import Step
+from .report import MergeReport
 
 SOLVING, ITERATIONS, FEATURES = "solving sites", "iterations", "features of the {}"
 _FACTORS = 4.0  # cost of factors and eigenvectors, relative to the same number of products
@@ -109,8 +110,8 @@ class Job:
     rank: int | float | None = None
     included: Sequence[Concept] = ()
     rescues: bool = False
-    notes: list[tuple[str, list[str]]] = field(default_factory=list[tuple[str, list[str]]])
-    """For the report, each with the name of what it is on; copies of the job share the list."""
+    report: MergeReport = field(default_factory=lambda: MergeReport("", ()))
+    """Copies of the job share it."""
 
     @property
     def weights(self) -> list[float]:
@@ -171,22 +172,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Merged:
-    """Every site's solution, and which ``sites`` are ``repairs``; the number of ``rows`` in the
-    largest stage, each stage's memory ``plan`` (``short``: those with rows left out), the largest
-    relative change of a site in each Jacobi iteration after the first, and the ``outlook`` before
-    anything was denoised (:func:`~.planner.outlook_of`).
-
-    ``before`` are the changes before steps (empty: there were none): whichever keep more on
-    held-out rows are the merge. ``ran`` are settings that differ from those requested. The user
-    ``stopped`` the merge, and is to get what there is."""
+    """Every site's solution. ``before`` are the changes before steps (empty: there were none):
+    whichever keep more on held-out rows are the merge. ``ran`` are settings that differ from those
+    requested. The user ``stopped`` the merge, and is to get what there is."""
 
     sites: Mapping[str, Solution]
-    rows: int = 0
-    plan: Sequence[str] = ()
-    short: Sequence[str] = ()
-    convergence: Sequence[float] = ()
-    outlook: str = ""
-    repairs: Set[str] = frozenset()
     before: Mapping[str, LowRank] = field(default_factory=dict[str, LowRank])
     ran: Mapping[str, Any] = field(default_factory=dict[str, Any])
     stopped: BaseException | None = None
