@@ -130,29 +130,21 @@ def merge_loras(
         store=store,
         rescues=rescue is not None,
     ) as prepared:
-        result, stopped = _run(prepared)
-    result.report.seconds = time.perf_counter() - started
-    if stopped is not None:
+        job, merged = prepared.job, Merged({})
+        if prepared.fit is not None:
+            with prepared.fit as fit:
+                merged = fit.merge()
+            if prepared.method.needs_host:
+                merged, job.report.kept = _better(job, merged)
+        result = _result(prepared, merged)
+        if merged.stopped is None:  # otherwise it may be cancelled again
+            job.eta.end()
+    job.report.seconds = time.perf_counter() - started
+    if merged.stopped is not None:
         if rescue is not None:
             rescue(result)
-        raise stopped
+        raise merged.stopped
     return result
-
-
-def _run(prepared: Prepared) -> tuple[MergeResult, BaseException | None]:
-    """The merge, and what the user stopped it by if it is to be rescued."""
-    job, merged = prepared.job, Merged({})
-    if prepared.fit is not None:
-        with prepared.fit as fit:
-            merged = fit.merge()
-        if prepared.method.needs_host:
-            merged, job.report.kept = _better(job, merged)
-    means = of_loras.means_of(job.concepts, prepared.others)
-    solved = {site: Solution(change) for site, change in means.items()}
-    merged = replace(merged, sites={**merged.sites, **solved})
-    if merged.stopped is None:  # otherwise it may be cancelled again
-        job.eta.end()
-    return _result(prepared, merged), merged.stopped
 
 
 def _result(prepared: Prepared, merged: Merged) -> MergeResult:
@@ -160,15 +152,19 @@ def _result(prepared: Prepared, merged: Merged) -> MergeResult:
     job, report = prepared.job, prepared.job.report
     active = [*prepared.merging, *prepared.always]
     changes = {site: solution.change for site, solution in merged.sites.items()}
+    changes |= of_loras.means_of(job.concepts, prepared.others)
     changes = of_loras.beside(changes, of_loras.changes_always(job.included))
     embeddings, new_names, renamed = join_embeddings(active)
-    if prepared.fit is not None:
-        _note_always(prepared)
+    where = {"include": "part of the merged LoRA", "outside": "load it beside the merged LoRA"}
+    for concept in prepared.always if prepared.fit is not None else ():
+        why = "" if concept.phrases else "no trigger word, so it acts on every prompt: "
+        note = f"{why}on while the others were merged; {where[concept.always_on]}"
+        report.note(concept.name, note)
     report.note("embeddings", *renamed)
     of_merge, report.notes = report.notes, notes_of(active)
     for name, notes in of_merge.items():
         report.note(name, *notes)
-    repairs = merged.sites.keys() - job.changes.keys() - prepared.others.keys()
+    repairs = merged.sites.keys() - job.changes.keys()
     for site, change in changes.items():
         solution = replace(merged.sites.get(site, Solution(change)), change=change)
         report.sites[site] = SiteReport.of(solution, len(prepared.merging), repair=site in repairs)
@@ -183,14 +179,6 @@ def _result(prepared: Prepared, merged: Merged) -> MergeResult:
         embeddings=embeddings,
     )
     return MergeResult(lora, report)
-
-
-def _note_always(prepared: Prepared) -> None:
-    where = {"include": "part of the merged LoRA", "outside": "load it beside the merged LoRA"}
-    for concept in prepared.always:
-        why = "" if concept.phrases else "no trigger word, so it acts on every prompt: "
-        note = f"{why}on while the others were merged; {where[concept.always_on]}"
-        prepared.job.report.note(concept.name, note)
 
 
 def _better(job: Job, merged: Merged) -> tuple[Merged, dict[str, list[float]]]:

@@ -90,7 +90,8 @@ def prepare(
         for as_read, concept in zip(read, concepts, strict=True)
         if concept is not as_read and concept.is_active
     ]
-    merging, always = of_loras.split_always_on(active)
+    merging = [concept for concept in active if concept.always_on == "no"]
+    always = [concept for concept in active if concept.always_on != "no"]
     loras = sum(concept.lora is not None for concept in merging)
     if loras and not chosen.needs_host:  # weights make no use of prompts
         merging = [concept for concept in merging if concept.lora is not None]

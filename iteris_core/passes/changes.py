@@ -103,12 +103,6 @@ def with_wordless_on(concepts: Sequence[Concept]) -> list[Concept]:
     ]
 
 
-def split_always_on(concepts: Sequence[Concept]) -> tuple[list[Concept], list[Concept]]:
-    """The concepts to merge, and those that are on in every forward."""
-    merging = [concept for concept in concepts if concept.always_on == "no"]
-    return merging, [concept for concept in concepts if concept.always_on != "no"]
-
-
 def changes_always(concepts: Sequence[Concept]) -> dict[str, LowRank]:
     """Site → the exact sum of the concepts' changes, at their strengths."""
     changes = changes_of(concepts) if concepts else {}
