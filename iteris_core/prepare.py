@@ -81,15 +81,13 @@ def prepare(
         raise SettingsError(f"unmergeable must be one of {known}, not {unmergeable!r}.")
     memory_budget = budget_of(memory_budget)
     host = None if host is None else host_of(host)
-    read = read_concepts(host, concepts)
+    concepts, wordless = read_concepts(host, concepts), list[str]()
     pictures = host is not None and host.pictures
-    concepts = of_loras.with_wordless_on(read) if chosen.needs_host and pictures else read
+    for at, concept in enumerate(concepts if chosen.needs_host and pictures else ()):
+        if concept.lora is not None and concept.always_on == "no" and concept.is_wordless:
+            concepts[at] = replace(concept, always_on="include")  # it acts on every prompt
+            wordless += [concept.name] * concept.is_active
     active = [concept for concept in concepts if concept.is_active]
-    wordless = [
-        concept.name
-        for as_read, concept in zip(read, concepts, strict=True)
-        if concept is not as_read and concept.is_active
-    ]
     merging = [concept for concept in active if concept.always_on == "no"]
     always = [concept for concept in active if concept.always_on != "no"]
     loras = sum(concept.lora is not None for concept in merging)

@@ -80,7 +80,7 @@ def resize_lora(
     if host is None:
         components = {site: Components.of(change) for site, change in lora.sites.items()}
         return _reduced(lora, components, share_out(components, target, itemsize))
-    if not concept.phrases and concept.prompts is None and concept.inputs is None:
+    if concept.is_wordless:
         concept = replace(concept, prompts=CAPTIONS)
     concept = replace(concept, strength=1.0, text_strength=None, weight=1.0)
     job = job_of(host, concept, changes_of([concept]), calibration, on_progress, memory_budget)

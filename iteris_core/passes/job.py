@@ -41,22 +41,14 @@ _FLOAT32 = 8.0  # cost of a product in float32 on a graphics card, relative to o
 
 
 @dataclass(frozen=True)
-class SiteCost:
-    """A site in a forward: (out, in), and ``tokens`` per row."""
-
-    shape: tuple[int, int]
-    tokens: int
-
-
-@dataclass(frozen=True)
 class StageTiming:
     """A ``stage`` made with a ``calibration`` after a forward: the sites that it reached, in order,
-    and its ``seconds`` per row. A whole ``forward`` is one step. Of its seconds, ``fixed_seconds``
-    do not depend on its rows."""
+    as (tokens per row, out, in), and its ``seconds`` per row. A whole ``forward`` is one step. Of
+    its seconds, ``fixed_seconds`` do not depend on its rows."""
 
     stage: Stage
     calibration: Calibration
-    sites: Mapping[str, SiteCost]
+    sites: Mapping[str, tuple[int, int, int]]
     seconds: float
     device: torch.device
     forward: Step
@@ -65,7 +57,7 @@ class StageTiming:
     @property
     def products(self) -> int:
         """A row's multiply-adds."""
-        return sum(of.tokens * math.prod(of.shape) for of in self.sites.values())
+        return sum(map(math.prod, self.sites.values()))
 
 
 @dataclass(frozen=True)
@@ -273,11 +265,10 @@ def sites_work(
     way = operations = 0.0
     if seen.seconds:  # a solve's many small operations
         operations = _SOLVE * seen.fixed_seconds * seen.products / seen.seconds
-    for site, reached in seen.sites.items():
-        way += slower * rows * schedule.copies * reached.tokens * math.prod(reached.shape)
+    for site, (length, out, width) in seen.sites.items():
+        way += slower * rows * schedule.copies * length * out * width
         if site in job.changes:
-            out, width = reached.shape
-            tokens = rows * min(reached.tokens, limit(width) if limit else reached.tokens)
+            tokens = rows * min(length, limit(width) if limit else length)
             # X̃ᵀX̃ or, with fewer tokens than inputs, X̃X̃ᵀ; its factor; and the target in some
             # output directions.
             few, directions = min(tokens, width), min(out, int(1.25 * job.changes[site].rank) + 32)
