@@ -34,7 +34,6 @@ from .batches import SWEEP, ExecutionConfig, Schedule, limit_of
 from .footprint import Step
 from .report import MergeReport
 
-SOLVING, ITERATIONS, FEATURES = "solving sites", "iterations", "features of the {}"
 _FACTORS = 4.0  # cost of factors and eigenvectors, relative to the same number of products
 _SOLVE = 0.3  # a solve's operations, relative to a forward's
 _FLOAT32 = 8.0  # cost of a product in float32 on a graphics card, relative to one in a forward
@@ -214,33 +213,6 @@ class Run:
         count = self.job.calibration.samples
         for stage in self.job.host.stages(self.samples, self.lockstep.changes.keys()):
             yield replace(stage, samples=count) if stage.samples is None else stage
-
-
-def expect_sites(
-    job: Job,
-    batching: ExecutionConfig,
-    schedule: Schedule,
-    slower: Mapping[str, float],
-    sweeps: int,
-) -> None:
-    """Expect the passes over the stages of the job's trace: ``sweeps`` of them in all, in which
-    the forwards of a stage take ``slower`` times as long."""
-    eta = job.eta
-    stages = {
-        one.stage.name: sites_work(job, one, batching, schedule, slower.get(one.stage.name, 1.0))
-        for one in job.trace.stages
-    }
-    solves = [solve for sites in stages.values() for _, solve in sites]
-    steps = [way + solve for sites in stages.values() for way, solve in sites] or [1.0]
-    if schedule.passes > 1:
-        eta.expect(ITERATIONS, [sum(steps)] * schedule.passes)
-    elif schedule.sweep:
-        eta.expect(SOLVING, steps)
-        eta.expect("next sweep", [sum(steps)] * (sweeps - 1))
-    else:
-        for name, sites in stages.items():
-            eta.expect(FEATURES.format(name), [sum(way for way, _ in sites)])
-        eta.expect(SOLVING, solves or [1.0])
 
 
 def sites_work(

@@ -29,9 +29,10 @@ from ..progress import OUTLOOK
 from ..solve.problem import Reduction, Solution, StageSolver
 from .batches import SWEEP, ExecutionConfig, Schedule, micro_batches, sampled_rows
 from .collect import Collector
-from .job import FEATURES, ITERATIONS, SOLVING, Merged, Run, expect_sites
+from .job import Merged, Run, sites_work
 from .planner import Plan, attempts, complaint, outlook_of, planned
 
+SOLVING, ITERATIONS, FEATURES = "solving sites", "iterations", "features of the {}"
 Solutions = dict[str, Solution]
 SolverOf = Callable[[Stage], StageSolver]
 PlanOf = Callable[[Stage, Sequence[Stage]], str]
@@ -153,8 +154,25 @@ class Passes:
 
     def _expect(self) -> None:
         """Expect the passes over all stages, with the strategies planned so far."""
+        job, eta, schedule = self.run.job, self.run.job.eta, self.schedule
         slower = {plan.stage.name: plan.strategy.slower for plan in self.plans}
-        expect_sites(self.run.job, self.batching, self.schedule, slower, self.sweeps)
+        stages = {
+            (name := seen.stage.name): sites_work(
+                job, seen, self.batching, schedule, slower.get(name, 1.0)
+            )
+            for seen in job.trace.stages
+        }
+        steps = [way + solve for sites in stages.values() for way, solve in sites] or [1.0]
+        if schedule.passes > 1:
+            eta.expect(ITERATIONS, [sum(steps)] * schedule.passes)
+        elif schedule.sweep:
+            eta.expect(SOLVING, steps)
+            eta.expect("next sweep", [sum(steps)] * (self.sweeps - 1))
+        else:
+            for name, sites in stages.items():
+                eta.expect(FEATURES.format(name), [sum(way for way, _ in sites)])
+            solves = [solve for sites in stages.values() for _, solve in sites]
+            eta.expect(SOLVING, solves or [1.0])
 
     def _collect_then_solve(self, solver: StageSolver, plan: Plan) -> None:
         """Run all rows, then solve the sites. Before the first solve there is no merged model: X̃ =
