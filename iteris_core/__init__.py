@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from .merge import MergeResult, merge_loras
     from .methods import all_methods
     from .methods.fitting import IterisSettings
+    from .passes.report import MergeReport
     from .progress import Progress
-    from .report.report import MergeReport
 
 _MODULES = {
     "calibration": "Calibration",
@@ -37,7 +37,7 @@ _MODULES = {
     "methods": "all_methods",
     "methods.fitting": "IterisSettings",
     "progress": "Progress",
-    "report.report": "MergeReport",
+    "passes.report": "MergeReport",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 """Name → its module, imported on first use. Importing torch takes seconds, diffusers and

@@ -243,6 +243,11 @@ class Concept:
         return self.subjects or ([phrase] if phrase else [])
 
     @property
+    def is_wordless(self) -> bool:
+        """True if neither phrases, prompts nor inputs invoke its LoRA."""
+        return not self.phrases and self.prompts is None and self.inputs is None
+
+    @property
     def subject(self) -> str:
         """All phrases of the concept in one prompt."""
         return " and ".join(self.phrases)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,10 +23,10 @@ from .lora_files.experts import rescued, write_or_keep
 from .passes import changes as of_loras
 from .passes.held_out import WHAT, kept
 from .passes.job import Job, Merged
+from .passes.report import MergeReport, SiteReport
 from .prepare import Prepared, prepare
 from .progress import OnProgress
 from .report.provenance import join_embeddings, lacks_of, merge_metadata, notes_of
-from .report.report import MergeReport, SiteReport
 from .settings import Budget, PresetName, Settings
 from .solve.choose import THRESHOLDS, Thresholds
 from .solve.problem import Solution
@@ -115,6 +115,7 @@ def merge_loras(
     :raises IterisError: for input that cannot be merged; :class:`SettingsError` for a setting out
         of range.
     """
+    started = time.perf_counter()
     with prepare(
         host,
         concepts,
@@ -129,72 +130,46 @@ def merge_loras(
         store=store,
         rescues=rescue is not None,
     ) as prepared:
-        result, stopped = _run(prepared)
-    if stopped is not None:
+        job, merged = prepared.job, Merged({})
+        if prepared.fit is not None:
+            with prepared.fit as fit:
+                merged = fit.merge()
+            if prepared.method.needs_host:
+                merged, job.report.kept = _better(job, merged)
+        result = _result(prepared, merged)
+        if merged.stopped is None:  # otherwise it may be cancelled again
+            job.eta.end()
+    job.report.seconds = time.perf_counter() - started
+    if merged.stopped is not None:
         if rescue is not None:
             rescue(result)
-        raise stopped
+        raise merged.stopped
     return result
 
 
-def _run(prepared: Prepared) -> tuple[MergeResult, BaseException | None]:
-    """The merge, and what the user stopped it by if it is to be rescued."""
-    job, merged, fidelity = prepared.job, Merged({}), dict[str, list[float]]()
-    if prepared.fit is not None:
-        with prepared.fit as fit:
-            merged = fit.merge()
-        if prepared.method.needs_host:
-            merged, fidelity = _better(job, merged)
-    means = of_loras.means_of(job.concepts, prepared.others)
-    solved = {site: Solution(change) for site, change in means.items()}
-    merged = replace(merged, sites={**merged.sites, **solved})
-    seconds = time.perf_counter() - prepared.started
-    if merged.stopped is None:  # otherwise it may be cancelled again
-        job.eta.end()
-    return _result(prepared, merged, fidelity, seconds), merged.stopped
-
-
-def _result(
-    prepared: Prepared, merged: Merged, fidelity: dict[str, list[float]], seconds: float
-) -> MergeResult:
+def _result(prepared: Prepared, merged: Merged) -> MergeResult:
     """The merged LoRA beside those that are always on, and its report."""
-    job = prepared.job
+    job, report = prepared.job, prepared.job.report
     active = [*prepared.merging, *prepared.always]
     changes = {site: solution.change for site, solution in merged.sites.items()}
+    changes |= of_loras.means_of(job.concepts, prepared.others)
     changes = of_loras.beside(changes, of_loras.changes_always(job.included))
     embeddings, new_names, renamed = join_embeddings(active)
-    notes = notes_of(active)
-    for name, more in (*job.notes, *_always_notes(prepared), ("embeddings", renamed)):
-        if more:
-            notes.setdefault(name, []).extend(more)
-    calibration = prepared.calibration
-    if prepared.fit is not None:  # the time allowed may have left fewer samples
-        calibration = replace(calibration, samples=job.calibration.samples, minutes=None)
-    report = MergeReport(
-        method=prepared.method.name,
-        concepts=[concept.name for concept in prepared.merging],
-        sites={
-            site: SiteReport.of(
-                replace(merged.sites.get(site, Solution(change)), change=change),
-                len(prepared.merging),
-                repair=site in merged.repairs,
-            )
-            for site, change in changes.items()
-        },
-        seconds=seconds,
-        settings={**asdict(prepared.settings), **merged.ran},
-        calibration=asdict(calibration) if prepared.method.needs_host else {},
-        notes=notes,
-        rows=merged.rows,
-        plan=list(merged.plan),
-        outlook=merged.outlook,
-        short=list(merged.short),
-        convergence=list(merged.convergence),
-        preserved=[concept.name for concept in prepared.merging if concept.lora is None],
-        lacks=lacks_of(active),
-        kept=fidelity,
-        wordless=list(prepared.wordless),
-    )
+    where = {"include": "part of the merged LoRA", "outside": "load it beside the merged LoRA"}
+    for concept in prepared.always if prepared.fit is not None else ():
+        why = "" if concept.phrases else "no trigger word, so it acts on every prompt: "
+        note = f"{why}on while the others were merged; {where[concept.always_on]}"
+        report.note(concept.name, note)
+    report.note("embeddings", *renamed)
+    of_merge, report.notes = report.notes, notes_of(active)
+    for name, notes in of_merge.items():
+        report.note(name, *notes)
+    repairs = merged.sites.keys() - job.changes.keys()
+    for site, change in changes.items():
+        solution = replace(merged.sites.get(site, Solution(change)), change=change)
+        report.sites[site] = SiteReport.of(solution, len(prepared.merging), repair=site in repairs)
+    report.settings |= merged.ran
+    report.lacks = lacks_of(active)
     bases = (concept.lora.base for concept in active if concept.lora is not None)
     lora = Lora(
         changes,
@@ -204,14 +179,6 @@ def _result(
         embeddings=embeddings,
     )
     return MergeResult(lora, report)
-
-
-def _always_notes(prepared: Prepared) -> Iterator[tuple[str, list[str]]]:
-    where = {"include": "part of the merged LoRA", "outside": "load it beside the merged LoRA"}
-    for concept in prepared.always if prepared.fit is not None else ():
-        why = "" if concept.phrases else "no trigger word, so it acts on every prompt: "
-        note = f"{why}on while the others were merged; {where[concept.always_on]}"
-        yield concept.name, [note]
 
 
 def _better(job: Job, merged: Merged) -> tuple[Merged, dict[str, list[float]]]:
@@ -236,12 +203,12 @@ def _better(job: Job, merged: Merged) -> tuple[Merged, dict[str, list[float]]]:
             merged = replace(versions[0 if whole else -1], stopped=stopped)
         elif not isinstance(error, Exception):
             raise
-        job.notes.append((WHAT, [f"not measured: {'stopped' if cancelled else brief(error)}"]))
+        job.report.note(WHAT, f"not measured: {'stopped' if cancelled else brief(error)}")
         return merged, {}
     if len(versions) == 1 or not shares[0]:
         return merged, shares[0]
     after, before = (fmean(share for use in of.values() for share in use) for of in shares)
     comparison = f"held-out rows keep {after:.3f} with them and {before:.3f} without"
     better = before <= after
-    job.notes.append(("steps", [f"{comparison}, so they are {'kept' if better else 'left out'}"]))
+    job.report.note("steps", f"{comparison}, so they are {'kept' if better else 'left out'}")
     return versions[not better], shares[not better]

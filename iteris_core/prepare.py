@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -31,6 +30,7 @@ from .passes import changes as of_loras
 from .passes import preflight
 from .passes.held_out import expect_held_out
 from .passes.job import Job, within_time
+from .passes.report import MergeReport
 from .progress import Forecast, OnProgress
 from .settings import Budget, PresetName, Settings, budget_of
 from .solve.choose import THRESHOLDS, Thresholds
@@ -42,19 +42,13 @@ _log = logging.getLogger(__name__)
 class Prepared:
     """A merge whose model was looked at, inside :func:`prepare`: its ``job``, the context of its
     ``fit`` (None: there is nothing to merge), and the ``others`` of its sites, which get the mean
-    of the LoRAs. Of its concepts, ``merging`` are merged and ``always`` are on; ``wordless`` names
-    those that are on because they have no words. ``calibration`` is as requested, and ``started``
-    when."""
+    of the LoRAs. Of its concepts, ``merging`` are merged and ``always`` are on."""
 
     job: Job
     fit: AbstractContextManager[Fit] | None
     method: Method
-    settings: Settings
-    calibration: Calibration
     merging: Sequence[Concept]
     always: Sequence[Concept]
-    wordless: Sequence[str]
-    started: float
     others: Mapping[str, SiteChanges] = field(default_factory=dict[str, SiteChanges])
 
 
@@ -78,7 +72,6 @@ def prepare(
     reads what it is given, looks at the model with a few rows of noise, and finds the changes, the
     concepts and the number of samples. The LoRAs that are always on act until it ends.
     """
-    started = time.perf_counter()
     chosen = find_method(method)
     if chosen.needs_host and host is None:
         raise SettingsError(f"Method {method!r} runs the base model; pass a host.")
@@ -88,19 +81,28 @@ def prepare(
         raise SettingsError(f"unmergeable must be one of {known}, not {unmergeable!r}.")
     memory_budget = budget_of(memory_budget)
     host = None if host is None else host_of(host)
-    read = read_concepts(host, concepts)
+    concepts, wordless = read_concepts(host, concepts), list[str]()
     pictures = host is not None and host.pictures
-    concepts = of_loras.with_wordless_on(read) if chosen.needs_host and pictures else read
+    for at, concept in enumerate(concepts if chosen.needs_host and pictures else ()):
+        if concept.lora is not None and concept.always_on == "no" and concept.is_wordless:
+            concepts[at] = replace(concept, always_on="include")  # it acts on every prompt
+            wordless += [concept.name] * concept.is_active
     active = [concept for concept in concepts if concept.is_active]
-    wordless = [
-        concept.name
-        for as_read, concept in zip(read, concepts, strict=True)
-        if concept is not as_read and concept.is_active
-    ]
-    merging, always = of_loras.split_always_on(active)
+    merging = [concept for concept in active if concept.always_on == "no"]
+    always = [concept for concept in active if concept.always_on != "no"]
     loras = sum(concept.lora is not None for concept in merging)
+    if loras and not chosen.needs_host:  # weights make no use of prompts
+        merging = [concept for concept in merging if concept.lora is not None]
     settled = calibration.settled(loras, pictures=pictures)
     eta = Forecast(on_progress)
+    report = MergeReport(
+        chosen.name,
+        [concept.name for concept in merging],
+        settings=asdict(settings),
+        calibration=asdict(calibration) if chosen.needs_host else {},
+        preserved=[concept.name for concept in merging if concept.lora is None],
+        wordless=wordless,
+    )
     job = Job(
         cast(Host, host),
         merging,
@@ -115,24 +117,26 @@ def prepare(
         rank=getattr(settings, "rank", None),
         included=[concept for concept in always if concept.always_on == "include"],
         rescues=rescues,
+        report=report,
     )
-    zero = "left out of the merge: its strength or weight is 0"
-    job.notes.extend((concept.name, [zero]) for concept in concepts if not concept.is_active)
-    request = chosen, settings, calibration
+    for concept in concepts:
+        if not concept.is_active:
+            report.note(concept.name, "left out of the merge: its strength or weight is 0")
     if always and not loras:  # as they are, side by side
-        yield Prepared(job, None, *request, merging, always, wordless, started)
-    elif host is None or not chosen.needs_host:  # weights make no use of prompts
-        merging = [concept for concept in merging if concept.lora is not None]
-        job = replace(job, concepts=merging, changes=of_loras.changes_of(merging))
+        yield Prepared(job, None, chosen, merging, always)
+    elif host is None or not chosen.needs_host:
+        job = replace(job, changes=of_loras.changes_of(merging))
         fit = chosen.prepare(job, settings)
-        yield Prepared(job, fit, *request, merging, always, wordless, started)
+        yield Prepared(job, fit, chosen, merging, always)
     else:
         try:
             with of_loras.added(host, of_loras.changes_always(always)):
                 job, others = _looked_at(job, always, chosen, settings, unmergeable)
+                samples = job.calibration.samples  # the time allowed may have left fewer
+                report.calibration = asdict(replace(calibration, samples=samples, minutes=None))
                 with _with_embeddings(job):
                     fit = chosen.prepare(job, settings)
-                    yield Prepared(job, fit, *request, merging, always, wordless, started, others)
+                    yield Prepared(job, fit, chosen, merging, always, others)
         except Exception as error:  # where nothing can be tried with less
             if isinstance(error, IterisError) or not is_out_of_memory(error):
                 raise
@@ -187,21 +191,21 @@ def _looked_at(
     if few < wanted:
         job = with_added(job)
     for concept in job.concepts[len(concepts) :]:
-        job.notes.append((concept.name, [_added_note(concept, concepts, always)]))
+        job.report.note(concept.name, _added_note(concept, concepts, always))
     if few < wanted:
         minutes = job.calibration.minutes
         note = f"{few} of {wanted} prompts per concept, for a merge of about {minutes:g} min"
         job.tick(f"plan: {note}", 0, 0, note)
-        job.notes.append(("samples", [note]))
+        job.report.note("samples", note)
     if refused:
         what = "get the mean of the LoRAs" if unmergeable == "mean" else "are LEFT OUT"
         note = f"{preflight.complaint(refused, concepts, refused=False)}; they {what}"
-        job.notes.append(("sites", [note]))
+        job.report.note("sites", note)
     means = {site: job.changes[site] for site in refused if unmergeable == "mean"}
     changes = {site: change for site, change in job.changes.items() if site not in refused}
     job = replace(job, changes=changes)
     if job.host.pictures and len(job.concepts) > 1 and getattr(settings, "repair", False):
-        job.notes.append(("drift", notes_on(streams_of(job), changes)))
+        job.report.note("drift", *notes_on(streams_of(job), changes))
     return job, means
 
 
@@ -213,7 +217,7 @@ def _with_embeddings(job: Job) -> Generator[None]:
         for concept, triggers, names in zip(job.concepts, calls, in_force, strict=True):
             warnings = triggers.warnings(names)
             active = [f"its embedding {name} is active" for name in sorted(names)]
-            job.notes.append((concept.name, [*active, *warnings]))
+            job.report.note(concept.name, *active, *warnings)
             for warning in warnings:
                 _log.warning("%s: %s", concept.name, warning)
         yield

@@ -57,9 +57,9 @@ def preview_merge(
             passes.plan()
         limited = [plan for plan in passes.plans if plan.budget < math.inf]
         return Preview(
-            passes.lines,
+            job.report.plan,
             job.denoised if any(plan.stage.spatial for plan in limited) else 0,
             job.eta.left(),
-            [f"{name}: {note}" for name, notes in job.notes for note in notes],
-            passes.outlook,
+            [f"{name}: {note}" for name, notes in job.report.notes.items() for note in notes],
+            job.report.outlook,
         )

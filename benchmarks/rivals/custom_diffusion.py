@@ -75,7 +75,8 @@ def custom_diffusion(job: Job, settings: CustomDiffusionSettings) -> Merged:
         rank = min(sum(len(tokens) for tokens in words[site]), *changes.shape)
         change, lost = truncate_matrix(dense, rank, like=changes.like)
         merged[site] = Solution(change, truncated=lost)
-    return Merged(merged, max(rows, more_rows))
+    job.report.rows = max(rows, more_rows)
+    return Merged(merged)
 
 
 def _token_counts(job: Job, prompts: Sequence[str]) -> list[int]:

@@ -17,10 +17,10 @@ from ..lora_files.experts import expert_files, write_or_keep
 from ..lora_files.metadata import noted_phrases, trigger_words
 from ..merge import MergeResult, merge_loras
 from ..methods.registry import settings_over
+from ..passes.report import MergeReport
 from ..preview import preview_merge
 from ..progress import Progress
 from ..report.provenance import with_run, write_card
-from ..report.report import MergeReport
 from ..saving import check_new
 from .base import check_base, device_of, load_base
 from .common import console, progress_bars, spelled, warn

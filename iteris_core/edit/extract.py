@@ -22,7 +22,6 @@ from ..lora import Lora, LowRank, SiteChanges
 from ..lora_files import BaseModel
 from ..passes.held_out import FinalOutputs, error_of, held_out
 from ..passes.job import Job
-from ..passes.preflight import unmergeable_sites
 from ..progress import OnProgress
 from ..settings import Budget
 from ..solve.ranks import Components
@@ -80,14 +79,9 @@ def extract_lora(
     concept = Concept(Lora(zeros, _NAME), prompts=prompts or CAPTIONS, trigger=_NAME)
     unchanged = {name: SiteChanges((change,)) for name, change in zeros.items()}
     job = job_of(tuned, concept, unchanged, calibration, on_progress, memory_budget)
-    observed = unmergeable_sites(job, sweep=True)
-    if observed.refused:
-        first = min(observed.refused)
-        raise MismatchError(
-            f"{len(observed.refused)} layers cannot be observed, such as {first}: it "
-            f"{observed.refused[first]}."
-        )
-    job = replace(job, trace=observed)
+    if refused := job.trace.refused:
+        first, why = min(refused.items())
+        raise MismatchError(f"{len(refused)} layers cannot be observed, such as {first}: it {why}.")
     most = _MOST if target.rank is None else min(_MOST, max(_LEAST, 4 * target.rank))
 
     def components_of(name: str, root: Tensor | None, output: float) -> Components:
@@ -103,7 +97,7 @@ def extract_lora(
     job = replace(job, host=base, changes=whole)
     job.generator.manual_seed(job.calibration.seed)
     with job.run() as run:
-        changes = fitted(job, run, {name: rank for name, rank in ranks.items() if rank})
+        changes = fitted(run, {name: rank for name, rank in ranks.items() if rank})
     lora = Lora(changes, _NAME, base=kind)
     error = output_error(job, tuned, lora)
     if not error < 1:

@@ -24,7 +24,7 @@ from ..lora import Lora, LowRank
 from ..lora_files.factors import lora_config
 from ..lora_files.formulas import rebuild
 from ..merge import MergeResult, merge_loras
-from ..report.report import MergeReport
+from ..passes.report import MergeReport
 
 
 def add_merged_adapter(

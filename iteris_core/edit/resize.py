@@ -80,14 +80,12 @@ def resize_lora(
     if host is None:
         components = {site: Components.of(change) for site, change in lora.sites.items()}
         return _reduced(lora, components, share_out(components, target, itemsize))
-    if not concept.phrases and concept.prompts is None and concept.inputs is None:
+    if concept.is_wordless:
         concept = replace(concept, prompts=CAPTIONS)
     concept = replace(concept, strength=1.0, text_strength=None, weight=1.0)
     job = job_of(host, concept, changes_of([concept]), calibration, on_progress, memory_budget)
-    check_sites(host, job.changes)
-    observed = unmergeable_sites(job, sweep=True)
-    changes = {site: of for site, of in job.changes.items() if site not in observed.refused}
-    job = replace(job, changes=changes, trace=observed)
+    changes = {site: of for site, of in job.changes.items() if site not in job.trace.refused}
+    job = replace(job, changes=changes)
 
     triggers = [embedding_triggers(job.concepts[0])]
     with host.activate(triggers), job.run() as run:
@@ -106,7 +104,7 @@ def resize_lora(
         reduced = _reduced(lora, components, ranks)
         to_fit = {site: rank for site, rank in ranks.items() if rank and site not in unseen}
         if to_fit and any(rank < lora.sites[site].rank for site, rank in ranks.items()):
-            sites = {**reduced.lora.sites, **fitted(job, run, to_fit)}
+            sites = {**reduced.lora.sites, **fitted(run, to_fit)}
             reduced = replace(reduced, lora=replace(reduced.lora, sites=sites))
     return replace(reduced, by_weights=tuple(unseen))
 
@@ -169,8 +167,9 @@ def job_of(
     memory_budget: Budget,
 ) -> Job:
     """A job that runs the rows of one ``concept`` at its strength on a ``host`` with its
-    ``changes``, twice as many if it has several phrases. ``calibration`` is a whole one, or values
-    over the defaults by name."""
+    ``changes``, twice as many if it has several phrases, and the host's trace. ``calibration`` is a
+    whole one, or values over the defaults by name."""
+    check_sites(host, changes)
     if not isinstance(calibration, Calibration):
         calibration = Calibration.from_mapping(calibration or {})
     calibration = replace(calibration, conditions=0.0).settled(1, pictures=True)
@@ -178,9 +177,10 @@ def job_of(
         calibration = replace(calibration, samples=2 * calibration.samples)
     eta, generator = Forecast(on_progress), torch.Generator().manual_seed(calibration.seed)
     budget = budget_of(memory_budget)
-    return Job(
+    job = Job(
         host, [concept], changes, calibration, generator, eta.tick, memory_budget=budget, eta=eta
     )
+    return replace(job, trace=unmergeable_sites(job, sweep=True))
 
 
 class _Moments(Reduction):
@@ -234,8 +234,9 @@ def look(run: Run, of: Callable[[str, Tensor | None, float], Components]) -> dic
     return components
 
 
-def fitted(job: Job, run: Run, ranks: Mapping[str, int]) -> dict[str, LowRank]:
+def fitted(run: Run, ranks: Mapping[str, int]) -> dict[str, LowRank]:
     """The sites in ``ranks``, fitted to their whole output in a sweep; others keep no change."""
+    job = run.job
     size = job.calibration.samples, job.calibration.rows_each, 1
     fit = RegressionSpec(job.weights, THRESHOLDS.ridge_for(*size)[0], residuals=False)
     fits = {site: replace(fit, rank=rank) for site, rank in ranks.items()}

@@ -49,24 +49,6 @@ def _is_trained(stage: Stage) -> bool:
     return stage.final is not None and bool(stage.sites) and not stage.feeds_next
 
 
-@dataclass(frozen=True)
-class StepsPlan:
-    """``at_once`` rows of a ``stage`` at a time out of the ``batch`` of a step, using ``bytes`` of
-    the ``budget`` beyond the model. With no row there are no steps, for a reason ``why``."""
-
-    stage: str
-    at_once: int
-    batch: int
-    bytes: int = 0
-    budget: int = 0
-    why: str = ""
-
-    def __str__(self) -> str:
-        size, budget = (f"{some / 2**30:.2f}" for some in (self.bytes, self.budget))
-        rows = f"{self.at_once} of {self.batch} rows at once, {size} of {budget} GiB"
-        return f"steps through the {self.stage}: {rows if self.at_once else self.why}"
-
-
 @dataclass
 class Distillation:
     """The ``steps`` of every denoiser of a ``run``. ``taken`` counts those of all, and ``stopped``
@@ -76,7 +58,10 @@ class Distillation:
     steps: int
     taken: int = 0
     stopped: BaseException | None = None
-    _plans: dict[str, StepsPlan] = field(default_factory=dict[str, StepsPlan])
+    _fits: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    """Stage → how many of its rows fit at once, and the bytes that they take."""
+    _left_out: dict[str, str] = field(default_factory=dict[str, str])
+    """Stage → a note, where not even one row fits."""
     _networks: dict[str, Network] = field(default_factory=dict[str, Network])
 
     def __post_init__(self) -> None:
@@ -91,29 +76,33 @@ class Distillation:
             for s in job.trace.stages
             if _is_trained(s.stage)
         }
-        left_out = {name for name, plan in self._plans.items() if not plan.at_once}
-        job.eta.expect(WHAT, [of for name, of in work.items() if name not in left_out])
+        job.eta.expect(WHAT, [of for name, of in work.items() if name not in self._left_out])
 
     def plan(self, stage: Stage, before: Sequence[Stage]) -> str:
         """Plan the steps of a ``stage``, after the stages ``before`` it, within the memory budget.
         Returns the plan in words; empty without a budget."""
         if self.run.job.memory_budget is None or not _is_trained(stage):
             return ""
+        name, batch = f"steps through the {stage.name}", self.run.job.thresholds.batch
         try:
-            plan, _ = with_less([(stage, before)], self._planned, _complaint)
+            (rows, size, budget), _ = with_less([(stage, before)], self._fitting, _complaint)
+            gib, free = size / 2**30, budget / 2**30
+            line = f"{name}: {rows} of {batch} rows at once, {gib:.2f} of {free:.2f} GiB"
+            why = "" if rows else f", one row needs {gib:.3g} of {free:.3g} GiB"
+            self._fits[stage.name] = rows, size
         except Exception as error:
             if self._cancels(error):
                 raise
-            batch, why = self.run.job.thresholds.batch, f"left out: {brief(error)}"
-            plan = StepsPlan(stage.name, 0, batch, why=why)
-        if not plan.at_once:
-            _log.warning("%s", plan)
-        self._plans[stage.name] = plan
+            line, why = "", f": {brief(error)}"
+        if why:
+            line = self._left_out[stage.name] = f"{name}: left out{why}"
+            _log.warning("%s", line)
         self._expect()
-        return str(plan)
+        return line
 
-    def _planned(self, given: tuple[Stage, Sequence[Stage]]) -> StepsPlan:
-        """Of as many rows at once as fit, by the measured cost of one and of two."""
+    def _fitting(self, given: tuple[Stage, Sequence[Stage]]) -> tuple[int, int, int]:
+        """How many rows fit at once by the measured cost of one and of two, the bytes that they, or
+        one, take beyond the model, and the budget."""
         (stage, before), job, lockstep = given, self.run.job, self.run.lockstep
         batch, ranks = job.thresholds.batch, self._ranks(stage)
         fixed = sum(
@@ -133,9 +122,7 @@ class Distillation:
                 each = min(max(gradients.peak(2) - one, 0), one)
         sizes = [fixed + one + more * each for more in range(batch)]
         rows = sum(size <= budget for size in sizes)
-        size = sizes[max(rows, 1) - 1]
-        why = f"left out, one row needs {size / 2**30:.3g} of {budget / 2**30:.3g} GiB"
-        return StepsPlan(stage.name, rows, batch, size, budget, "" if rows else why)
+        return rows, sizes[max(rows, 1) - 1], budget
 
     def _network(self, stage: Stage) -> Network:
         """The stage's, found once: blocks that would lose gradients do not run again."""
@@ -169,7 +156,7 @@ class Distillation:
         job, lockstep = self.run.job, self.run.lockstep
         closed_form = {site: solution.change for site, solution in merged.sites.items()}
         after = lockstep.merged = dict(closed_form)
-        notes = {name: str(plan) for name, plan in self._plans.items() if not plan.at_once}
+        notes = dict(self._left_out)
         known = [seen.stage.name for seen in job.trace.stages if _is_trained(seen.stage)]
         known, trained = [name for name in known if name not in notes], 0
         self._expect()
@@ -192,7 +179,7 @@ class Distillation:
         except BaseException as error:
             notes[""] = self._ended(error, "before the next")
         none = "none, because no part of this base gives an image"
-        job.notes.append(("steps", list(notes.values()) or [none]))
+        job.report.note("steps", *(notes.values() or [none]))
         job.eta.expect(WHAT, [])
         ran, sites = {} if self.taken else {"steps": 0}, dict(merged.sites)
         for site, solution in merged.sites.items():
@@ -204,11 +191,11 @@ class Distillation:
     def _of_stage(self, stage: Stage, start: int, total: int) -> tuple[dict[str, LowRank], str]:
         """The changes of a stage's sites after as many steps as can be taken, empty if there are
         none, and a note on them. Steps count from ``start`` on, out of a ``total``."""
-        job, plan, done = self.run.job, self._plans.get(stage.name), 0
+        job, done = self.run.job, 0
         leaves, end = dict[str, LowRank](), f"{stage.name}: {self.steps} taken"
         try:
-            if plan is not None:
-                job.host.free_memory(plan.bytes)
+            if stage.name in self._fits:
+                job.host.free_memory(self._fits[stage.name][1])
             network = self._network(stage)
             merged = self.run.lockstep.merged  # without repairs where nothing drifts
             for site in (site for site in stage.sites if site in merged):
@@ -245,8 +232,8 @@ class Distillation:
     def _take(self, gradients: RowGradients, stage: Stage) -> Iterator[int]:
         """Take the steps; yields how many are taken."""
         thresholds, seed = self.run.job.thresholds, self.run.job.calibration.seed
-        plan, batch = self._plans.get(stage.name), thresholds.batch
-        at_once = batch if plan is None else plan.at_once
+        batch = thresholds.batch
+        at_once, _ = self._fits.get(stage.name, (batch, 0))
         gradients.weigh(torch.Generator().manual_seed(seed))
         groups = [
             {"params": [leaf], "lr": thresholds.rate * float(leaf.detach().square().mean().sqrt())}

@@ -78,7 +78,7 @@ def iteris(job: Job, settings: IterisSettings) -> Generator[Fit]:
                 for site, solution in merged.sites.items()
                 if site not in repairs or solution.change.squared_norm()
             }
-            merged = replace(merged, sites=sites, repairs=repairs.keys())
+            merged = replace(merged, sites=sites)
             return merged if distillation is None else distillation.trained(merged, settings.bound)
 
         yield Fit(merge, passes)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 from ..activations.lockstep import Lockstep
 from ..activations.micro_batch import MicroBatch
@@ -86,27 +85,6 @@ def means_of(concepts: Sequence[Concept], changes: Mapping[str, SiteChanges]) ->
     weights = [0.0 if concept.lora is None else concept.weight for concept in concepts]
     means = {s: some.mean(weights, some.like.up.dtype) for s, some in changes.items()}
     return {site: truncate_factors(mean, mean.rank)[0] for site, mean in means.items()}
-
-
-def with_wordless_on(concepts: Sequence[Concept]) -> list[Concept]:
-    """``concepts``, where a LoRA without words, prompts and inputs is always on, and part of the
-    merged LoRA: no prompt invokes it, so it acts on every prompt."""
-    return [
-        replace(concept, always_on="include")
-        if concept.lora is not None
-        and concept.always_on == "no"
-        and not concept.phrases
-        and concept.prompts is None
-        and concept.inputs is None
-        else concept
-        for concept in concepts
-    ]
-
-
-def split_always_on(concepts: Sequence[Concept]) -> tuple[list[Concept], list[Concept]]:
-    """The concepts to merge, and those that are on in every forward."""
-    merging = [concept for concept in concepts if concept.always_on == "no"]
-    return merging, [concept for concept in concepts if concept.always_on != "no"]
 
 
 def changes_always(concepts: Sequence[Concept]) -> dict[str, LowRank]:

@@ -8,7 +8,7 @@ what one takes, in multiply-adds. A site's moments and solve follow from its sha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -32,30 +32,22 @@ from ..solve.choose import THRESHOLDS, Thresholds
 from ..solve.problem import Solution
 from .batches import SWEEP, ExecutionConfig, Schedule, limit_of
 from .footprint import Step
+from .report import MergeReport
 
-SOLVING, ITERATIONS, FEATURES = "solving sites", "iterations", "features of the {}"
 _FACTORS = 4.0  # cost of factors and eigenvectors, relative to the same number of products
 _SOLVE = 0.3  # a solve's operations, relative to a forward's
 _FLOAT32 = 8.0  # cost of a product in float32 on a graphics card, relative to one in a forward
 
 
 @dataclass(frozen=True)
-class SiteCost:
-    """A site in a forward: (out, in), and ``tokens`` per row."""
-
-    shape: tuple[int, int]
-    tokens: int
-
-
-@dataclass(frozen=True)
 class StageTiming:
     """A ``stage`` made with a ``calibration`` after a forward: the sites that it reached, in order,
-    and its ``seconds`` per row. A whole ``forward`` is one step. Of its seconds, ``fixed_seconds``
-    do not depend on its rows."""
+    as (tokens per row, out, in), and its ``seconds`` per row. A whole ``forward`` is one step. Of
+    its seconds, ``fixed_seconds`` do not depend on its rows."""
 
     stage: Stage
     calibration: Calibration
-    sites: Mapping[str, SiteCost]
+    sites: Mapping[str, tuple[int, int, int]]
     seconds: float
     device: torch.device
     forward: Step
@@ -64,7 +56,7 @@ class StageTiming:
     @property
     def products(self) -> int:
         """A row's multiply-adds."""
-        return sum(of.tokens * math.prod(of.shape) for of in self.sites.values())
+        return sum(map(math.prod, self.sites.values()))
 
 
 @dataclass(frozen=True)
@@ -109,8 +101,8 @@ class Job:
     rank: int | float | None = None
     included: Sequence[Concept] = ()
     rescues: bool = False
-    notes: list[tuple[str, list[str]]] = field(default_factory=list[tuple[str, list[str]]])
-    """For the report, each with the name of what it is on; copies of the job share the list."""
+    report: MergeReport = field(default_factory=lambda: MergeReport("", ()))
+    """Copies of the job share it."""
 
     @property
     def weights(self) -> list[float]:
@@ -171,22 +163,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Merged:
-    """Every site's solution, and which ``sites`` are ``repairs``; the number of ``rows`` in the
-    largest stage, each stage's memory ``plan`` (``short``: those with rows left out), the largest
-    relative change of a site in each Jacobi iteration after the first, and the ``outlook`` before
-    anything was denoised (:func:`~.planner.outlook_of`).
-
-    ``before`` are the changes before steps (empty: there were none): whichever keep more on
-    held-out rows are the merge. ``ran`` are settings that differ from those requested. The user
-    ``stopped`` the merge, and is to get what there is."""
+    """Every site's solution. ``before`` are the changes before steps (empty: there were none):
+    whichever keep more on held-out rows are the merge. ``ran`` are settings that differ from those
+    requested. The user ``stopped`` the merge, and is to get what there is."""
 
     sites: Mapping[str, Solution]
-    rows: int = 0
-    plan: Sequence[str] = ()
-    short: Sequence[str] = ()
-    convergence: Sequence[float] = ()
-    outlook: str = ""
-    repairs: Set[str] = frozenset()
     before: Mapping[str, LowRank] = field(default_factory=dict[str, LowRank])
     ran: Mapping[str, Any] = field(default_factory=dict[str, Any])
     stopped: BaseException | None = None
@@ -234,33 +215,6 @@ class Run:
             yield replace(stage, samples=count) if stage.samples is None else stage
 
 
-def expect_sites(
-    job: Job,
-    batching: ExecutionConfig,
-    schedule: Schedule,
-    slower: Mapping[str, float],
-    sweeps: int,
-) -> None:
-    """Expect the passes over the stages of the job's trace: ``sweeps`` of them in all, in which
-    the forwards of a stage take ``slower`` times as long."""
-    eta = job.eta
-    stages = {
-        one.stage.name: sites_work(job, one, batching, schedule, slower.get(one.stage.name, 1.0))
-        for one in job.trace.stages
-    }
-    solves = [solve for sites in stages.values() for _, solve in sites]
-    steps = [way + solve for sites in stages.values() for way, solve in sites] or [1.0]
-    if schedule.passes > 1:
-        eta.expect(ITERATIONS, [sum(steps)] * schedule.passes)
-    elif schedule.sweep:
-        eta.expect(SOLVING, steps)
-        eta.expect("next sweep", [sum(steps)] * (sweeps - 1))
-    else:
-        for name, sites in stages.items():
-            eta.expect(FEATURES.format(name), [sum(way for way, _ in sites)])
-        eta.expect(SOLVING, solves or [1.0])
-
-
 def sites_work(
     job: Job,
     seen: StageTiming,
@@ -283,11 +237,10 @@ def sites_work(
     way = operations = 0.0
     if seen.seconds:  # a solve's many small operations
         operations = _SOLVE * seen.fixed_seconds * seen.products / seen.seconds
-    for site, reached in seen.sites.items():
-        way += slower * rows * schedule.copies * reached.tokens * math.prod(reached.shape)
+    for site, (length, out, width) in seen.sites.items():
+        way += slower * rows * schedule.copies * length * out * width
         if site in job.changes:
-            out, width = reached.shape
-            tokens = rows * min(reached.tokens, limit(width) if limit else reached.tokens)
+            tokens = rows * min(length, limit(width) if limit else length)
             # X̃ᵀX̃ or, with fewer tokens than inputs, X̃X̃ᵀ; its factor; and the target in some
             # output directions.
             few, directions = min(tokens, width), min(out, int(1.25 * job.changes[site].rank) + 32)

@@ -157,21 +157,43 @@ def planned(
     schedule: Schedule,
     before: Sequence[Stage] = (),
 ) -> Plan:
-    """A plan within the run's memory budget, after the stages ``before``; without a budget, the
-    fastest strategy."""
-    offered = len(stage.rows)
-    if run.job.memory_budget is None or not stage.sites:
-        rows = run.job.at_once(batching.rows, stage=stage.name)
-        return Plan(stage, rows, ON_DEVICE if schedule.sweep else Strategy(), offered)
-    left = left_by(run.job, (*before, stage), schedule.copies)
-    made = replace(_fitting(run, stage, solver, batching, schedule, left), offered=offered)
-    if made.rows < made.offered:
+    """A plan within the run's memory budget, beside what the stages ``before`` leave, for as many
+    rows as fit. Without a budget, the fastest strategy for all."""
+    job, lockstep, sweep, offered = run.job, run.lockstep, schedule.sweep, len(stage.rows)
+    fastest = ON_DEVICE if sweep else Strategy()
+    if job.memory_budget is None or not stage.sites:
+        return Plan(stage, job.at_once(batching.rows, stage=stage.name), fastest, offered)
+    left = left_by(job, (*before, stage), schedule.copies)
+    # The merged changes, at most: float32 factors of rank Σ r_i.
+    merged = sum(4 * sum(site.shape) * site.rank for site in lockstep.changes.values())
+    sites = {site: solver.bytes(site, sweep) for site in stage.sites}
+    while True:
+        limit, itemsize = limit_of(stage, batching), solver.dtype.itemsize
+        measure = Measure(stage, lockstep, schedule.copies, limit, itemsize)
+        steps = measure.row()
+        sampled = len(sampled_rows(stage, batching.thresholds)) if sweep else None
+        fixed = left + lockstep.cast_bytes + merged
+        footprints = [Footprint(stage, fastest, steps, sites, fixed, sampled)]
+        wanted = footprints[0].bytes_of(len(stage.rows), batching.rows)
+        available, host_limit = allowed(job, wanted), 0
+        if sweep and wanted > available:
+            footprints += others(footprints[0], measure, batching.thresholds)
+            host_limit = free_host()
+        made = plan_stage(footprints, available, batching.rows, host_limit)
+        all_fit = made.rows == len(stage.rows)
+        if all_fit or not stage.spatial or batching.row_tokens != "enough":
+            break
+        stage = made.stage  # with fewer rows, more tokens of each may count
+    if made.bytes < wanted:
+        job.host.free_memory(made.bytes)  # weights evicted for more than this come back
+    made = replace(made, offered=offered)
+    if made.rows < offered:
         _log.warning(
             "Not enough memory for all rows: %s; lower samples, timesteps or latent_size, or allow "
             "more memory",
             str(made),  # records may be kept, and with the plan its rows
         )
-    run.job.tick(f"plan: {made}", 0, 0, str(made))
+    job.tick(f"plan: {made}", 0, 0, str(made))
     return made
 
 
@@ -188,42 +210,6 @@ def allowed(job: Job, wanted: int) -> int:
         free(min(wanted, budget))
         return budget
     return free(wanted)
-
-
-def _fitting(
-    run: Run,
-    stage: Stage,
-    solver: StageSolver,
-    batching: ExecutionConfig,
-    schedule: Schedule,
-    left: int,
-) -> Plan:
-    """The plan, beside ``left`` bytes, for as many rows as fit. With fewer rows, more tokens per
-    row may count, so a reduced stage is measured again."""
-    sweep = schedule.sweep
-    lockstep = run.lockstep
-    limit, itemsize = limit_of(stage, batching), solver.dtype.itemsize
-    measure = Measure(stage, lockstep, schedule.copies, limit, itemsize)
-    steps = measure.row()
-    sites = {site: solver.bytes(site, sweep) for site in stage.sites}
-    sampled = len(sampled_rows(stage, batching.thresholds)) if sweep else None
-    # The merged changes, at most: float32 factors of rank Σ r_i.
-    merged = (4 * sum(site.shape) * site.rank for site in lockstep.changes.values())
-    fixed = left + lockstep.cast_bytes + sum(merged)
-    footprints = [
-        Footprint(stage, ON_DEVICE if schedule.sweep else Strategy(), steps, sites, fixed, sampled)
-    ]
-    wanted = footprints[0].bytes_of(len(stage.rows), batching.rows)
-    available, host_limit = allowed(run.job, wanted), 0
-    if sweep and wanted > available:
-        footprints += others(footprints[0], measure, batching.thresholds)
-        host_limit = free_host()
-    made = plan_stage(footprints, available, batching.rows, host_limit)
-    if made.rows < len(stage.rows) and stage.spatial and batching.row_tokens == "enough":
-        return _fitting(run, made.stage, solver, batching, schedule, left)
-    if made.bytes < wanted:
-        run.job.host.free_memory(made.bytes)  # weights evicted for more than this come back
-    return made
 
 
 def others(footprint: Footprint, measure: Measure, thresholds: Thresholds) -> Iterator[Footprint]:

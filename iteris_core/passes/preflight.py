@@ -31,7 +31,7 @@ from ..hosts.protocol import SampleRequest, Stage
 from ..hosts.recorded import differ
 from ..linalg import on_host
 from .footprint import Step, forward_of
-from .job import Job, SiteCost, StageTiming, Trace
+from .job import Job, StageTiming, Trace
 
 UNREACHED = "is not used by this base"
 PARTLY = 'is used with some of the prompts only, which schedule="jacobi" of iteris takes'
@@ -117,7 +117,7 @@ def _probe(
     wanted, layers, device, ran = set(stage.sites), set(modules.values()), torch.device("cpu"), 1
     root: nn.Module | None = None
     calls: dict[str, list[int]] = {}
-    reached: dict[str, SiteCost] = {}
+    reached: dict[str, tuple[int, int, int]] = {}
     count: Counter[str] = Counter()
     mixed: set[str] = set()
     repeated: set[str] = set()
@@ -137,7 +137,7 @@ def _probe(
         device, (out, *rest) = output.device, weight_shape(module)
         if site in wanted:
             calls.setdefault(site, []).append(len(args[0]))
-        reached[site] = SiteCost((out, math.prod(rest)), output.numel() // max(out * ran, 1))
+        reached[site] = output.numel() // max(out * ran, 1), out, math.prod(rest)
         if site not in weights:
             measuring = True
             weights[site] = weight_energy(module, args[0])

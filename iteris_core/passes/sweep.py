@@ -29,9 +29,10 @@ from ..progress import OUTLOOK
 from ..solve.problem import Reduction, Solution, StageSolver
 from .batches import SWEEP, ExecutionConfig, Schedule, micro_batches, sampled_rows
 from .collect import Collector
-from .job import FEATURES, ITERATIONS, SOLVING, Merged, Run, expect_sites
+from .job import Merged, Run, sites_work
 from .planner import Plan, attempts, complaint, outlook_of, planned
 
+SOLVING, ITERATIONS, FEATURES = "solving sites", "iterations", "features of the {}"
 Solutions = dict[str, Solution]
 SolverOf = Callable[[Stage], StageSolver]
 PlanOf = Callable[[Stage, Sequence[Stage]], str]
@@ -43,8 +44,8 @@ plan's line, empty if there is none."""
 class Passes:
     """Passes of a ``run`` that solve all its sites, the first of so many ``sweeps``.
 
-    ``plans`` are those of all stages before anything was solved, ``lines`` the same in words, with
-    what ``also`` plans for after the passes, and ``outlook`` what they mean for the whole merge.
+    ``plans`` are those of all stages before anything was solved; ``also`` plans what comes after
+    the passes. The job's report gets both in words.
     """
 
     run: Run
@@ -54,8 +55,6 @@ class Passes:
     sweeps: int = 1
     also: PlanOf | None = None
     plans: list[Plan] = field(default_factory=list[Plan])
-    lines: list[str] = field(default_factory=list[str])
-    outlook: str = ""
     _latest: dict[str, Plan] = field(default_factory=dict[str, Plan])
     """Of every stage, after retries."""
     _solutions: Solutions = field(default_factory=dict[str, Solution])
@@ -81,14 +80,15 @@ class Passes:
             batching = replace(self.batching, rows=plan.at_once)
             for batch in micro_batches(stage, 1, None, batching) if stage.feeds_next else ():
                 lockstep.run(batch)
-        self.outlook = outlook_of(job, self.plans)
-        job.tick(OUTLOOK, 0, 0, self.outlook)
+        job.report.outlook = outlook_of(job, self.plans)
+        job.tick(OUTLOOK, 0, 0, job.report.outlook)
 
     def solve(self) -> Merged:
         """Every site's solution, in execution order. A site that no forward reaches is an error."""
         if not self.plans:
             self.plan(of_rows=False)
-        run, convergence, before = self.run, list[float](), Solutions()
+        run, report, before = self.run, self.run.job.report, Solutions()
+        report.convergence.clear()
         _ = run.samples
         run.job.eta.expect(DENOISING, [])  # some may have been cached
         run.lockstep.merged = {}
@@ -97,7 +97,7 @@ class Passes:
             self._pass()
             run.lockstep.merged = {site: s.change for site, s in self._solutions.items()}
             if turn:
-                convergence.append(_largest_change(before, self._solutions))
+                report.convergence.append(_largest_change(before, self._solutions))
             before = self._solutions
         if self.schedule.passes > 1:
             run.job.tick(ITERATIONS, self.schedule.passes, self.schedule.passes)
@@ -109,14 +109,7 @@ class Passes:
         errors = {s: of.errors for s, of in self._solutions.items() if of.errors is not None}
         pairs = zip(errors, on_host(errors.values()), strict=True)
         measured = {s: replace(self._solutions[s], errors=of) for s, of in pairs}
-        return Merged(
-            {**self._solutions, **measured},
-            rows=max((plan.rows for plan in self.plans), default=0),
-            plan=self.lines,
-            short=[str(plan) for plan in self.plans if plan.rows < plan.offered],
-            convergence=convergence,
-            outlook=self.outlook,
-        )
+        return Merged({**self._solutions, **measured})
 
     def _pass(self) -> None:
         job, schedule, self._solutions = self.run.job, self.schedule, {}
@@ -138,15 +131,19 @@ class Passes:
 
     def _planned(self, stage: Stage) -> Plan:
         solver, before = self.solver_of(stage), [plan.stage for plan in self.plans]
+        report = self.run.job.report
         # Before the stage's own plan, for whose memory the host keeps the last free.
         more = self.also(stage, before) if self.also is not None else ""
         plan = planned(
             self.run, stage, solver, self.batching, schedule=self.schedule, before=before
         )
+        report.rows = max(report.rows, plan.rows)
         if plan.budget < math.inf:
-            self.lines.append(str(plan))
+            report.plan.append(str(plan))
+        if plan.rows < plan.offered:
+            report.short.append(str(plan))
         if more:
-            self.lines.append(more)
+            report.plan.append(more)
             self.run.job.tick(f"plan: {more}", 0, 0, more)
         # Without what its rows hold
         rowless = replace(plan.stage, forward=_released, final=None, mask=None)
@@ -157,8 +154,25 @@ class Passes:
 
     def _expect(self) -> None:
         """Expect the passes over all stages, with the strategies planned so far."""
+        job, eta, schedule = self.run.job, self.run.job.eta, self.schedule
         slower = {plan.stage.name: plan.strategy.slower for plan in self.plans}
-        expect_sites(self.run.job, self.batching, self.schedule, slower, self.sweeps)
+        stages = {
+            (name := seen.stage.name): sites_work(
+                job, seen, self.batching, schedule, slower.get(name, 1.0)
+            )
+            for seen in job.trace.stages
+        }
+        steps = [way + solve for sites in stages.values() for way, solve in sites] or [1.0]
+        if schedule.passes > 1:
+            eta.expect(ITERATIONS, [sum(steps)] * schedule.passes)
+        elif schedule.sweep:
+            eta.expect(SOLVING, steps)
+            eta.expect("next sweep", [sum(steps)] * (self.sweeps - 1))
+        else:
+            for name, sites in stages.items():
+                eta.expect(FEATURES.format(name), [sum(way for way, _ in sites)])
+            solves = [solve for sites in stages.values() for _, solve in sites]
+            eta.expect(SOLVING, solves or [1.0])
 
     def _collect_then_solve(self, solver: StageSolver, plan: Plan) -> None:
         """Run all rows, then solve the sites. Before the first solve there is no merged model: X̃ =

@@ -1,1 +1,1 @@
-"""Reports on merges and on LoRA files: data, words, plots and metadata."""
+"""What merged files and LoRA files say of themselves."""

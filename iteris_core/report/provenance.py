@@ -36,8 +36,8 @@ from ..lora_files.metadata import (
     purpose_of,
 )
 from ..lora_files.tensors import read_header
+from ..passes.report import MergeReport
 from ..saving import atomically
-from .report import MergeReport
 
 _MARKS = re.compile(r"([\\`*_\[\]<>|#!])")
 _TRIGGERS = "trigger words"

@@ -171,10 +171,6 @@ class CrossMoments(InputMoments):
         super().__init__(concepts, width, dtype, device)
         self.cross = [torch.zeros_like(own) for own in self.own]
 
-    def add_cross(self, concept: int, reference: Tensor, merged: Tensor) -> None:
-        """``reference`` X and ``merged`` X̃ are (tokens, in) of the same samples."""
-        self.cross[concept].addmm_(reference.mT, merged)
-
 
 def output_energy(change: LowRank, own: Tensor) -> Tensor:
     """‖X̃ ΔWᵀ‖²_F, a scalar, from r × r products; ``own`` is X̃ᵀX̃, (in, in)."""

@@ -321,7 +321,7 @@ class AdapterMoments(MomentReduction):
     def _add_inputs(self, tokens: Observation) -> None:
         super()._add_inputs(tokens)
         if isinstance(self.inputs, CrossMoments):
-            self.inputs.add_cross(tokens.concept, tokens.reference, tokens.merged)
+            self.inputs.cross[tokens.concept].addmm_(tokens.reference.mT, tokens.merged)
 
     @classmethod
     def bytes(cls, changes: SiteChanges, itemsize: int = 4) -> MemoryEstimate:

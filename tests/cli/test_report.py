@@ -4,7 +4,7 @@ from dataclasses import replace
 from oracle import ModuleHost, Net, make_data, make_lora
 
 from iteris_core import Concept, Lora, merge_loras
-from iteris_core.report.report import MergeReport, SiteReport
+from iteris_core.passes.report import MergeReport, SiteReport
 
 
 def report():

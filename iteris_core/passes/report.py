@@ -46,34 +46,41 @@ class SiteReport:
         return cls(rank, weighting, before, after, solution.truncated, repair)
 
 
-@dataclass(frozen=True)
+@dataclass
 class MergeReport:
-    """``sites`` are in execution order. ``convergence`` is the largest relative change of a site in
-    each Jacobi iteration after the first; ``converged`` says whether it became small enough (None:
-    no iterations). ``settings`` and ``calibration`` are as requested. ``notes`` list, by concept,
-    what was left out or extracted when reading its file, and shared names. ``plan`` shows how each
-    stage stayed within its memory, ``short`` the lines with rows left out. ``preserved`` are the
-    concepts without a LoRA, on which the base should not change. ``lacks`` lists the parts of the
-    LoRAs that are not in the merge. ``kept`` is what held-out rows keep of every LoRA, by how the
-    merge is loaded, see :func:`..passes.held_out.kept`. ``outlook`` is what was expected before
-    anything was denoised. ``wordless`` are the LoRAs that were always on for want of words."""
+    """Filled in while a merge is prepared and runs. ``sites`` are in execution order.
+    ``convergence`` is the largest relative change of a site in each Jacobi iteration after the
+    first; ``converged`` says whether it became small enough (None: no iterations). ``settings`` and
+    ``calibration`` are as requested. ``notes`` list, by concept, what was left out or extracted
+    when reading its file, and shared names. ``rows`` is their number in the largest stage, ``plan``
+    shows how each stage stayed within its memory, ``short`` the lines with rows left out.
+    ``preserved`` are the concepts without a LoRA, on which the base should not change. ``lacks``
+    lists the parts of the LoRAs that are not in the merge. ``kept`` is what held-out rows keep of
+    every LoRA, by how the merge is loaded, see :func:`.held_out.kept`. ``outlook`` is what was
+    expected before anything was denoised (:func:`.planner.outlook_of`). ``wordless`` are the LoRAs
+    that were always on for want of words."""
 
     method: str
     concepts: Sequence[str]
-    sites: Mapping[str, SiteReport]
-    seconds: float
-    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    sites: dict[str, SiteReport] = field(default_factory=dict[str, SiteReport])
+    seconds: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
     calibration: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    notes: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
+    notes: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     rows: int = 0
-    convergence: Sequence[float] = ()
-    plan: Sequence[str] = ()
-    short: Sequence[str] = ()
+    convergence: list[float] = field(default_factory=list[float])
+    plan: list[str] = field(default_factory=list[str])
+    short: list[str] = field(default_factory=list[str])
     preserved: Sequence[str] = ()
     lacks: Sequence[str] = ()
     kept: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
     outlook: str = ""
     wordless: Sequence[str] = ()
+
+    def note(self, name: str, *notes: str) -> None:
+        """Add ``notes`` on a concept or a step."""
+        if notes:
+            self.notes.setdefault(name, []).extend(notes)
 
     @property
     def loras(self) -> int:
