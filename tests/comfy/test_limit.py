@@ -21,10 +21,11 @@ def test_samples_and_held_out_rows_keep_the_limit(kit, mib):
 def test_a_measurement_ends_a_merge_only_if_the_user_cancels(kit, monkeypatch, error):
     import comfy.model_management as memory
 
-    def forward(*_):
+    def under(*_):
         raise TypeError("broken") if error == "TypeError" else memory.InterruptProcessingException
 
-    monkeypatch.setattr(kit.host.ComfyHost, "forward", forward)
+    held_out = part(kit.pack, "iteris_core.passes.held_out")
+    monkeypatch.setattr(held_out.FinalOutputs, "under", under)
     if error == "interrupt":
         with pytest.raises(memory.InterruptProcessingException):
             kit.merge()
