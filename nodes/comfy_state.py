@@ -184,7 +184,8 @@ def differentiable_attention(options: dict[str, Any]) -> Generator[None]:
 
 
 class _Unfused(TorchFunctionMode):
-    """comfy-kitchen's fallback without kernels: plain torch operations, the same result."""
+    """Operations with gradients in place of those that have none, with the same result:
+    comfy-kitchen's fallback without kernels, and a result that is copied into ``out``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,4 +198,7 @@ class _Unfused(TorchFunctionMode):
         name = getattr(func, "_qualified_op_name", "")
         if name.startswith(f"{_FUSED}::"):
             func = getattr(self._plain, name.partition("::")[2], func)
-        return func(*args, **(kwargs or {}))
+        rest = dict(kwargs or {})
+        if not isinstance(rest.get("out"), torch.Tensor) or not torch.is_grad_enabled():
+            return func(*args, **rest)
+        return rest.pop("out").copy_(func(*args, **rest))

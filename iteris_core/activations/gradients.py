@@ -173,7 +173,7 @@ class _Rerun(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         outputs, filled = run(inputs[:count])
         returned.append(filled)
-        return tuple(outputs)
+        return tuple(_whole(output, inputs) for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *wanted: Tensor | None) -> Any:
@@ -198,6 +198,16 @@ class _Rerun(torch.autograd.Function):
             sources = [tensor for tensor, needs in zip(inputs, needed, strict=True) if needs]
             found = iter(torch.autograd.grad(outputs, sources, grads, allow_unused=True))
         return None, None, None, None, *(next(found) if needs else None for needs in needed)
+
+
+def _whole(output: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """An output that may be changed in place outside, which autograd forbids for a view."""
+    if not output._is_view():
+        return output
+    storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    return (
+        output.clone() if output.untyped_storage().data_ptr() in storages else _same_storage(output)
+    )
 
 
 class _Captured(TorchFunctionMode):

@@ -196,8 +196,9 @@ class RowGradients:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             by_row = [leaf for leaf in tensors_in(output) if len(leaf) == len(rows)]
             assert hints is not None
-            parts = [leaf.flatten(1) for leaf in by_row]
-            hints.append(torch.cat(parts, 1) if len(parts) > 1 else parts[0])
+            if by_row:  # others join their rows in one dimension, as text blocks of Krea 2 do
+                parts = [leaf.flatten(1) for leaf in by_row]
+                hints.append(torch.cat(parts, 1) if len(parts) > 1 else parts[0])
 
         owners, conditions = [row.concept for row in of_rows], conditions_of(of_rows)
         batch = MicroBatch(run, owners, 1, merged_only=merged or of_base, conditions=conditions)

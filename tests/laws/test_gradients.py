@@ -17,9 +17,9 @@ WIDTH = 8
 class Block(nn.Module):
     """A feed-forward with a change of its own, which may write to its argument."""
 
-    def __init__(self, *, in_place: bool) -> None:
+    def __init__(self, *, in_place: bool, viewed: bool = False) -> None:
         super().__init__()
-        self.norm, self.in_place = nn.LayerNorm(WIDTH), in_place
+        self.norm, self.in_place, self.viewed = nn.LayerNorm(WIDTH), in_place, viewed
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
         up, down = 0.3 * torch.randn(4 * WIDTH, 2), 0.3 * torch.randn(2, WIDTH)
         self.change = LowRank(up.double().requires_grad_(), down.double().requires_grad_())
@@ -32,16 +32,24 @@ class Block(nn.Module):
             x += self.down(changed.sigmoid())
         else:
             x = x + self.down(changed.sigmoid())
-        return {"x": x, "scale": options["scale"]}
+        return {"x": x.flatten().view(x.shape) if self.viewed else x, "scale": options["scale"]}
 
 
 class Model(nn.Module):
-    """``outside``: it writes, between its blocks, to what a gradient needs."""
+    """``outside``: it writes, between its blocks, to what a gradient needs. ``viewed``: its blocks'
+    outputs are views. It writes to a part of them."""
 
-    def __init__(self, *, in_place: bool = False, outside: bool = False, count: int = 3) -> None:
+    def __init__(
+        self,
+        *,
+        in_place: bool = False,
+        outside: bool = False,
+        viewed: bool = False,
+        count: int = 3,
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = nn.ModuleList(Block(in_place=in_place) for _ in range(count))
+        self.blocks = nn.ModuleList(Block(in_place=in_place, viewed=viewed) for _ in range(count))
         self.first, self.outside = nn.Linear(WIDTH, WIDTH), outside
         self.double()
 
@@ -54,6 +62,7 @@ class Model(nn.Module):
             else:
                 h = h + 0.5
             found = block(h.clone(), options={"seen": [], "scale": x.new_tensor(2.0)})
+            found["x"][:, :2] += 1.0
             h = found["x"] * found["scale"]
         return total + h.square().mean()
 
@@ -86,6 +95,12 @@ def test_blocks_that_run_again_have_the_same_gradients(in_place):
         torch.testing.assert_close(found, wanted)
     assert all("forward" not in vars(module) for module in model.modules())
     assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
+
+
+def test_a_view_that_a_block_returns_may_be_written_to():
+    """As HunyuanDiT's embedder of texts returns one."""
+    wanted = gradients(Model(), rows(), again=False)
+    assert all(map(torch.allclose, gradients(Model(viewed=True), rows(), again=True), wanted))
 
 
 @pytest.mark.parametrize("where", ["in_place", "outside"])
