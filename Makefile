@@ -39,7 +39,7 @@ format: .venv
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-PAGES := $(wildcard LICENSE *.md docs/*.md docs/errors/*.md docs/api/*.md docs/images/* benchmarks/*.md benchmarks/emoji/*.md benchmarks/minilm/*.md benchmarks/styles/*.md benchmarks/open/*.md toybox/*.md web/*.svg web/docs/*.md web/docs/*/en.jpg)
+PAGES := $(wildcard LICENSE *.md docs/*.md docs/errors/*.md docs/api/*.md docs/images/* benchmarks/*.md benchmarks/emoji/*.md benchmarks/minilm/*.md benchmarks/photos/*.md benchmarks/styles/*.md benchmarks/open/*.md toybox/*.md web/*.svg web/docs/*.md web/docs/*/en.jpg)
 
 docs: .venv/docs
 	rm -rf build/pages build/site && mkdir -p build/pages

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from markdown_tables import load, runs, shown, table
+from markdown_tables import load, runs, short, shown, table
 
 
 def memory() -> list[str]:
@@ -77,23 +77,32 @@ _KEPT = ("likeness kept", "attributes", "likeness in other uses", "attributes")
 
 
 def side_by_side() -> list[str]:
-    """SSR-Merge's own code, RegMean++ and IterIS on the same rows."""
+    """SSR-Merge's own code, RegMean++, Chain of Merges and IterIS on the same prompts."""
+    every = runs("side_by_side.json")
+    prompts = {rung: of for rung, of in _PROMPTS.items() if any(key[2] == rung for key in every)}
     rows: list[list[Any]] = []
-    for world, contenders in load("side_by_side.json").items():
-        for contender, of in contenders.items():
-            method, _, rung = contender.partition("@")
-            figures = f"{of['seconds']:.0f}", f"{of['peak']:.1f} GiB", of["kept"], of["others"]
-            rows.append([_WORLDS[world], _ROWS[rung], _SIDES[method], of["forwards"], *figures])
-    head = ("", "rows of", "", "forwards", "CPU s", "peak", "kept", "in other uses")
-    return table(head, rows, 2, 3)
+    for world, size, method in dict.fromkeys((w, size, m) for w, size, _, m in every):
+        of = [every.get((world, size, rung, method)) for rung in prompts]
+        name = _SIDES[method.partition(":")[0]]
+        rows.append([f"{size} LoRAs on {_WORLDS[world]}", name, *map(_cost, of)])
+    return table(("", "", *prompts.values()), rows, labels=2)
 
 
-_WORLDS = {
-    "emoji": "five LoRAs on FLUX's blocks",
-    "sd15": "two on SD 1.5, 256 px, random weights",
+def _cost(of: Mapping[str, Any] | None) -> str:
+    if of is None:
+        return ""
+    kept = short(f"{of['kept']:.2f} / {of['others']:.2f}")
+    return f"{kept}, {of['forwards']} in {of['seconds']:.0f} s, {of['peak']:.1f} GiB"
+
+
+_WORLDS = {"emoji": "FLUX's blocks", "photos": "SD's blocks"}
+_SIDES = {
+    "ssr-merge": "SSR-Merge, own code",
+    "regmean++": "RegMean++",
+    "chain-of-merges": "Chain of Merges",
+    "iteris": "**IterIS**",
 }
-_SIDES = {"ssr-merge": "SSR-Merge, own code", "regmean++": "RegMean++", "iteris": "IterIS"}
-_ROWS = {"least": "one prompt", "fast": "`fast`", "default": "the default"}
+_PROMPTS = {"least": "one prompt", "fast": "`fast`", "default": "default", "best": "`best`"}
 
 
 def _kept_by_rung() -> Iterator[tuple[tuple[int, str], list[float], int]]:

@@ -70,9 +70,9 @@ TOGETHER = ("sum", "task-arithmetic:scale=0.7", "task-arithmetic:scale=0.4")
 KEPT = ("likeness kept", "judge kept")
 
 
-def kept(name: str, only: Sequence[str] = ()) -> list[str]:
-    """A column for each number of LoRAs, or ``only`` these: likeness and attributes kept by
-    method."""
+def kept(name: str, only: Sequence[str] = (), judged: str = "attributes") -> list[str]:
+    """A column for each number of LoRAs, or ``only`` these: likeness kept by method, and what is
+    ``judged``."""
     sizes = _sizes(name, only)
     rows = [
         [label, *(_shares(of.get(name)) for of in sizes.values())]
@@ -89,10 +89,10 @@ def kept(name: str, only: Sequence[str] = ()) -> list[str]:
     )
     if any(row := [*map(_shares, best)]):
         rows.append(["all at once, best of three strengths", *row])
-    return table(("likeness / attributes", *(f"{size} LoRAs" for size in sizes)), rows)
+    return table((f"likeness / {judged}", *(f"{size} LoRAs" for size in sizes)), rows)
 
 
-def how_sure(name: str, only: Sequence[str] = ()) -> list[str]:
+def how_sure(name: str, only: Sequence[str] = (), judged: str = "attributes") -> list[str]:
     """Of ours the interval, the median set, the worst one, and the share of concepts that keep less
     than half."""
     sizes = _sizes(name, only)
@@ -107,7 +107,7 @@ def how_sure(name: str, only: Sequence[str] = ()) -> list[str]:
         del each["median set"]
     rows = [[label, *(" / ".join(map(cell, two)) for two in ours)] for label, cell in each.items()]
     rows.append(["sets", *(str(two[0]["sets"]) for two in ours)])
-    return table(("IterIS: likeness / attributes", *(f"{size} LoRAs" for size in sizes)), rows)
+    return table((f"IterIS: likeness / {judged}", *(f"{size} LoRAs" for size in sizes)), rows)
 
 
 def _sizes(name: str, only: Sequence[str]) -> dict[str, Any]:
@@ -176,15 +176,15 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "front minilm": partial(kept, "unseen_minilm"),
     "front minilm now": partial(kept, "unseen_minilm_bound", ("2", "5")),
     "front emoji": partial(kept, "unseen_emoji"),
-    "front photos": partial(kept, "unseen_photos_frozen"),
-    "front photos class": partial(kept, "unseen_photos_class_frozen"),
+    "front photos": partial(kept, "unseen_photos_frozen", judged="recognised"),
+    "front photos class": partial(kept, "unseen_photos_class_frozen", judged="recognised"),
     "front reported now": partial(kept, "unseen_reported_bound"),
     "sure": partial(how_sure, "unseen_reported"),
     "sure reported now": partial(how_sure, "unseen_reported_bound"),
     "sure minilm": partial(how_sure, "unseen_minilm"),
     "sure minilm now": partial(how_sure, "unseen_minilm_bound", ("2", "5")),
     "sure emoji": partial(how_sure, "unseen_emoji"),
-    "sure photos": partial(how_sure, "unseen_photos_frozen"),
+    "sure photos": partial(how_sure, "unseen_photos_frozen", judged="recognised"),
     "lead": carries_the_lead,
     "speed LoRA": speed_lora,
     **{

@@ -1,11 +1,12 @@
-"""SSR-Merge's own code, RegMean++ and IterIS on the same base, LoRAs and rows, in one run.
+"""SSR-Merge's own code, RegMean++, Chain of Merges and IterIS on the same LoRAs, in one run.
 
-``SSR_MERGE_PATH=… python benchmarks/side_by_side.py --world emoji``, or ``sd15``: its architecture
-at full size with random weights and LoRAs, at 256 pixels. Each contender merges the denoiser's
-LoRAs in a process of its own. CPU seconds, ``forwards`` (of one row) and ``peak`` (GiB
-that the process grows by) are the merge's own, without the search before it and the held-out rows
-after it. Kept is 1 − ‖f_merged − f_LoRA‖² / ‖f_base − f_LoRA‖² of the final outputs f on
-held-out rows, the mean over the LoRAs, at strength 1 (``kept``) and in other uses (``others``).
+``SSR_MERGE_PATH=… python benchmarks/side_by_side.py --world emoji --sizes 2,5,8``, or ``photos``.
+Each contender merges the denoiser's LoRAs in a process of its own, on the prompts of a rung of the
+ladder; rivals without the rows that cost them something. CPU seconds, ``forwards`` (of one row) and
+``peak`` (GiB that the process grows by) are the merge's own, without what precedes and follows it.
+Kept is 1 − ‖f_merged − f_LoRA‖² / ‖f_base − f_LoRA‖² of the final outputs f, the mean over the
+LoRAs, at strength 1 (``kept``) and in other uses (``others``), on held-out rows of a default merge
+for all, whose words none of its rows has.
 SSR-Merge's core runs as its authors' runner does: each LoRA in turn on the weights, one forward of
 its rows, then their solve. Writes ``results/side_by_side.json``; finished contenders are kept.
 """
@@ -13,15 +14,16 @@ its rows, then their solve. Writes ``results/side_by_side.json``; finished conte
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import resource
 import runpy
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,26 +31,28 @@ from typing import Any
 import rivals  # noqa: F401 (registers them)
 import torch
 from ladder import RUNGS, counted
-from outputs import read, result_file, rounded, write
-from protocol.emoji import EmojiWorld
-from speed.models import denoiser_only, prompt_concepts, sd15_host
+from outputs import asked, once, result_file
+from protocol.plan import Unit
+from speed.models import denoiser_only
+from worlds import WORLDS
 
-from iteris_core import Concept, merge_loras
+from iteris_core import Calibration, merge
 from iteris_core.lora import LowRank
 from iteris_core.methods import registry
 from iteris_core.methods.linear import LinearSettings
 from iteris_core.methods.registry import Fit, on_model
 from iteris_core.passes.batches import chunks
+from iteris_core.passes.held_out import kept
 from iteris_core.passes.job import Job, Merged
 from iteris_core.solve.problem import Solution
 
-LORAS = {"emoji": 5, "sd15": 2}
-CONTENDERS = [
-    f"{method}@{rung}"
-    for rung in ("least", "fast", "default")
-    for method in ("ssr-merge", "regmean++", "iteris")
-]
-"""Methods, and whose rows they get."""
+METHODS = {
+    "ssr-merge:conditions=0:contexts=0:generic=0": ("least", "fast", "default"),
+    "regmean++:conditions=0:contexts=0:generic=0": ("least", "fast", "default"),
+    "chain-of-merges:conditions=0": ("least", "fast", "default"),
+    "iteris": ("least", "fast", "default", "best"),
+}
+"""Methods, and the rungs of the ladder whose prompts they get."""
 AT_ONCE = 32
 
 
@@ -86,54 +90,60 @@ def ssr_merge(job: Job, settings: LinearSettings) -> Merged:
 
 
 @cache
-def loaded(world: str) -> tuple[Any, Sequence[Concept], dict[str, Any]]:
-    """The host, the concepts and their calibration."""
-    if world == "emoji":
-        emoji = EmojiWorld()
-        concepts = emoji.concepts(emoji.subjects[: LORAS[world]], 0)
-        return emoji.host, [denoiser_only(concept) for concept in concepts], emoji.half
-    host = sd15_host()
-    concepts = prompt_concepts(host, LORAS[world], 16)
-    return host, [denoiser_only(concept) for concept in concepts], {"latent_size": 32}
+def loaded(name: str) -> Any:
+    return WORLDS[name]()
 
 
-def measured(world: str, contender: str) -> dict[str, Any]:
-    host, concepts, calibration = loaded(world)
-    name, _, rung = contender.partition("@")
-    method, spent = registry.find_method(name), dict[str, float]()
+def measured(name: str, size: int, contender: str, rung: str) -> dict[str, Any]:
+    world, how = loaded(name), Unit.parsed(contender)
+    concepts = [denoiser_only(one) for one in world.concepts(world.subjects[:size], 0)]
+    method, spent = registry.find_method(how.method), dict[str, float]()
 
     @contextmanager
     def timed(job: Job, settings: Any) -> Generator[Fit]:
         began, pages = time.process_time(), int(Path("/proc/self/statm").read_text().split()[1])
-        with counted(host.pipeline) as rows, method.prepare(job, settings) as fit:
+        with counted(world.pipeline) as rows, method.prepare(job, settings) as fit:
             merged = fit.merge()
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - pages * 4096
         spent.update(forwards=sum(rows), seconds=time.process_time() - began, peak=grown / 2**30)
+        default = Calibration(seed=0, **world.half).settled(size, pictures=True)
+        changes = {site: solution.change for site, solution in merged.sites.items()}
+        alone = [concept for concept in job.concepts if concept.lora is not None]
+        (of,) = kept(replace(job, concepts=alone, calibration=default), changes)
+        shares = {use: fmean(of_loras) for use, of_loras in of.items()}
+        spent.update(kept=shares.pop("1"), others=fmean(shares.values()))
         yield Fit(lambda: merged)
 
-    registry._METHODS[name] = replace(method, prepare=timed)
-    settings = RUNGS[rung].settings if name == "iteris" else None
-    calibration = {"seed": 0, **calibration, **RUNGS[rung].calibration}
-    result = merge_loras(host, concepts, name, settings=settings, calibration=calibration)
-    kept = {use: fmean(shares) for use, shares in result.report.kept.items()}
-    return {**spent, "kept": kept.pop("1"), "others": fmean(kept.values())}
+    registry._METHODS[how.method] = replace(method, prepare=timed)
+    merge._better = lambda job, merged: (merged, {})  # on other rows for other calibrations
+    merge.merge_loras(
+        world.host,
+        concepts,
+        how.method,
+        settings=RUNGS[rung].settings if how.method == "iteris" else None,
+        calibration={"seed": 0, **world.half, **RUNGS[rung].calibration, **how.calibration},
+    )
+    return spent
+
+
+def in_a_process(*how: Any) -> dict[str, Any]:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(measured, how)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--world", choices=LORAS, default="emoji")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS))
-    given = parser.parse_args()
-    path = result_file("side_by_side.json")
+    parser.add_argument("--world", choices=("emoji", "photos"), default="emoji")
+    parser.add_argument("--sizes", default="2,5,8")
+    parser.add_argument("--rungs", default="least,fast,default,best")
+    given = asked(parser)
     loaded(given.world)
-    for contender in given.contenders.split(","):
-        runs = read(path).get(given.world, {})
-        if contender in runs:
-            continue
-        with multiprocessing.get_context("fork").Pool(1) as pool:
-            found = rounded(pool.apply(measured, (given.world, contender)))
-        write(path, {**read(path), given.world: {**runs, contender: found}})
-        print(given.world, contender, found, flush=True)
+    for size in map(int, given.sizes.split(",")):
+        for rung in given.rungs.split(","):
+            for method in (method for method, rungs in METHODS.items() if rung in rungs):
+                key = json.dumps([given.world, size, rung, method])
+                alone = partial(in_a_process, given.world, size, method, rung)
+                once(result_file("side_by_side.json"), key, given.until, alone)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ withPage(base, async (page, errors) => {
 
   const add = async (name, [type, x, y]) => {
     const title = await page.evaluate((t) => window.LiteGraph.registered_node_types[t].title, type);
-    const box = page.locator('.comfy-vue-node-search-container input').first();
+    const dialogs = ['.comfy-vue-node-search-container', '[role="dialog"]']; // of 1.35 and of 1.49
+    const box = page.locator(dialogs.map((dialog) => `${dialog} input`).join(', ')).first();
     for (let attempt = 0; attempt < 5 && !(await box.isVisible()); attempt++) {
       await page.keyboard.press('Escape'); // what the front end greets with lies over the canvas
       await page.mouse.dblclick(...(await at(x + 10, y - 20)));
@@ -64,6 +65,8 @@ withPage(base, async (page, errors) => {
     await page.waitForTimeout(900);
     await page.keyboard.press('Enter');
     await page.waitForTimeout(500);
+    await page.mouse.click(...(await at(x + 10, y - 20))); // since 1.49 a node follows the mouse
+    await page.waitForTimeout(300);
     ids[name] = await page.evaluate(([t, nx, ny]) => {
       const node = window.app.graph._nodes.at(-1);
       if (node.type !== t) throw new Error(`the search gave ${node.type} for ${t}`);

@@ -54,14 +54,20 @@ async function menus(page, picture) {
     const { canvas, graph: shown } = window.app;
     const node = shown._nodes.find((one) => one.type === 'IterisConcept');
     const widget = node.widgets.find((one) => one.name === 'lora_name');
+    // What a run complains of lies over the right of the page.
+    window.before = [...canvas.ds.offset];
+    canvas.ds.offset = [150 / canvas.ds.scale - node.pos[0], 300 / canvas.ds.scale - node.pos[1]];
+    canvas.setDirty(true, true);
     const box = canvas.canvas.getBoundingClientRect();
     const [x, y] = [node.pos[0] + node.size[0] / 2, node.pos[1] + widget.last_y + 10];
     return { id: node.id, at: [box.left + (x + canvas.ds.offset[0]) * canvas.ds.scale, box.top + (y + canvas.ds.offset[1]) * canvas.ds.scale] };
   });
+  await page.waitForTimeout(500);
   const inPage = page.locator(`[data-node-id="${spot.id}"] [role="combobox"]`).first();
   if (await inPage.count()) await inPage.click();
   else await page.mouse.click(...spot.at);
   await read('concept');
+  await page.evaluate(() => { window.app.canvas.ds.offset = window.before; });
   return seen;
 }
 
