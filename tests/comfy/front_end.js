@@ -67,7 +67,11 @@ async function menus(page, picture) {
   if (await inPage.count()) await inPage.click();
   else await page.mouse.click(...spot.at);
   await read('concept');
-  await page.evaluate(() => { window.app.canvas.ds.offset = window.before; });
+  await page.evaluate(() => {
+    window.app.canvas.ds.offset = window.before;
+    window.app.canvas.setDirty(true, true);
+  });
+  await page.waitForTimeout(1000);
   return seen;
 }
 
