@@ -24,6 +24,9 @@ CODE = (
     "benchmarks/rivals",
     "benchmarks/protocol",
     "benchmarks/photos",
+    "benchmarks/minilm",
+    "benchmarks/emoji",
+    "benchmarks/captions.py",
 )
 
 

@@ -86,7 +86,8 @@ def prepare(
     for at, concept in enumerate(concepts if chosen.needs_host and pictures else ()):
         if concept.lora is not None and concept.always_on == "no" and concept.is_wordless:
             concepts[at] = replace(concept, always_on="include")  # it acts on every prompt
-            wordless += [concept.name] * concept.is_active
+            if concept.is_active:
+                wordless.append(concept.name)
     active = [concept for concept in concepts if concept.is_active]
     merging = [concept for concept in active if concept.always_on == "no"]
     always = [concept for concept in active if concept.always_on != "no"]

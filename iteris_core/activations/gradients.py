@@ -204,10 +204,9 @@ def _whole(output: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """An output that may be changed in place outside, which autograd forbids for a view."""
     if not output._is_view():
         return output
-    storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    return (
-        output.clone() if output.untyped_storage().data_ptr() in storages else _same_storage(output)
-    )
+    of_inputs = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    shared = output.untyped_storage().data_ptr() in of_inputs
+    return output.clone() if shared else _same_storage(output)
 
 
 class _Captured(TorchFunctionMode):

@@ -66,7 +66,8 @@ withPage(base, async (page, errors) => {
     await page.waitForTimeout(900);
     await page.keyboard.press('Enter');
     await page.waitForTimeout(500);
-    if (follows) await page.mouse.click(...(await at(x + 10, y - 20))); // the node, the mouse
+    // Since 1.49 a new node follows the mouse until a click.
+    if (follows) await page.mouse.click(...(await at(x + 10, y - 20)));
     await page.waitForTimeout(300);
     ids[name] = await page.evaluate(([t, nx, ny]) => {
       const node = window.app.graph._nodes.at(-1);

@@ -135,9 +135,10 @@ def test_a_merge_by_blocks(pack, tmp_path, monkeypatch, name):
     assert trial.unchanged()
 
 
-@pytest.mark.parametrize("name", names(IN_PARTS))
+@pytest.mark.parametrize("name", names((*IN_PARTS, "Krea 2", "HunyuanDiT", "HiDream O1")))
 def test_steps_through_the_denoiser(pack, tmp_path, monkeypatch, name):
-    """Blocks change arguments in place, and their weights were loaded in inference mode."""
+    """Blocks change arguments in place, and their weights were loaded in inference mode. Those of
+    Krea 2 join their rows, of HunyuanDiT return views that are changed, of HiDream write to out."""
     merge = part(pack, "iteris_core.merge")
     monkeypatch.setattr(merge, "_better", lambda job, merged: (merged, {}))  # steps are kept
     trial = Trial(pack, ARCHITECTURES[name], tmp_path)

@@ -90,8 +90,8 @@ def train_one(subject: Subject, number: int, training: int, cut, weights: Path) 
 
 
 def examples(subject: Subject, cut, seed: int) -> tuple[list[Image.Image], list[list[str]]]:
-    """Pictures of the thing, and what is said of each: plain words, with its background and, in a
-    third, without."""
+    """Pictures of the thing, and six captions of each in plain words: four with its background, two
+    without."""
     rng = np.random.default_rng(seed)
     grounds = [str(b) for b in rng.permutation(list(BACKGROUNDS))[:PICTURES]]
     pictures = [picture(cut, ground, rng) for ground in grounds]
