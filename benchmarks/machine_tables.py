@@ -80,11 +80,16 @@ def side_by_side() -> list[str]:
     """SSR-Merge's own code, RegMean++, Chain of Merges and IterIS on the same prompts."""
     every = runs("side_by_side.json")
     prompts = {rung: of for rung, of in _PROMPTS.items() if any(key[2] == rung for key in every)}
-    rows: list[list[Any]] = []
-    for world, size, method in dict.fromkeys((w, size, m) for w, size, _, m in every):
-        of = [every.get((world, size, rung, method)) for rung in prompts]
-        name = _SIDES[method.partition(":")[0]]
-        rows.append([f"{size} LoRAs on {_WORLDS[world]}", name, *map(_cost, of)])
+    labels = {method.partition(":")[0]: method for *_, method in every}
+    rows = [
+        [
+            f"{size} LoRAs on FLUX's blocks",
+            name,
+            *(_cost(every.get(("emoji", size, rung, labels[head]))) for rung in prompts),
+        ]
+        for size in sorted({size for _, size, *_ in every})
+        for head, name in _SIDES.items()
+    ]
     return table(("", "", *prompts.values()), rows, labels=2)
 
 
@@ -95,7 +100,6 @@ def _cost(of: Mapping[str, Any] | None) -> str:
     return f"{kept}, {of['forwards']} in {of['seconds']:.0f} s, {of['peak']:.1f} GiB"
 
 
-_WORLDS = {"emoji": "FLUX's blocks", "photos": "SD's blocks"}
 _SIDES = {
     "ssr-merge": "SSR-Merge, own code",
     "regmean++": "RegMean++",

@@ -1,8 +1,8 @@
 """SSR-Merge's own code, RegMean++, Chain of Merges and IterIS on the same LoRAs, in one run.
 
-``SSR_MERGE_PATH=… python benchmarks/side_by_side.py --world emoji --sizes 2,5,8``, or ``photos``.
-Each contender merges the denoiser's LoRAs in a process of its own, on the prompts of a rung of the
-ladder; rivals without the rows that cost them something. CPU seconds, ``forwards`` (of one row) and
+``SSR_MERGE_PATH=… python benchmarks/side_by_side.py``, of the emoji, on a model that gates. Each
+contender merges the denoiser's LoRAs in a process of its own, on the prompts of a rung of the
+ladder; rivals have no rows under other uses. CPU seconds, ``forwards`` (of one row) and
 ``peak`` (GiB that the process grows by) are the merge's own, without what precedes and follows it.
 Kept is 1 − ‖f_merged − f_LoRA‖² / ‖f_base − f_LoRA‖² of the final outputs f, the mean over the
 LoRAs, at strength 1 (``kept``) and in other uses (``others``), on held-out rows of a default merge
@@ -47,8 +47,8 @@ from iteris_core.passes.job import Job, Merged
 from iteris_core.solve.problem import Solution
 
 METHODS = {
-    "ssr-merge:conditions=0:contexts=0:generic=0": ("least", "fast", "default"),
-    "regmean++:conditions=0:contexts=0:generic=0": ("least", "fast", "default"),
+    "ssr-merge:conditions=0": ("least", "fast", "default"),
+    "regmean++:conditions=0": ("least", "fast", "default"),
     "chain-of-merges:conditions=0": ("least", "fast", "default"),
     "iteris": ("least", "fast", "default", "best"),
 }
@@ -89,13 +89,16 @@ def ssr_merge(job: Job, settings: LinearSettings) -> Merged:
     return Merged({site: Solution(LowRank(up, down)) for site, (down, up) in found.items()})
 
 
+WORLD = "emoji"
+
+
 @cache
-def loaded(name: str) -> Any:
-    return WORLDS[name]()
+def loaded() -> Any:
+    return WORLDS[WORLD]()
 
 
-def measured(name: str, size: int, contender: str, rung: str) -> dict[str, Any]:
-    world, how = loaded(name), Unit.parsed(contender)
+def measured(size: int, contender: str, rung: str) -> dict[str, Any]:
+    world, how = loaded(), Unit.parsed(contender)
     concepts = [denoiser_only(one) for one in world.concepts(world.subjects[:size], 0)]
     method, spent = registry.find_method(how.method), dict[str, float]()
 
@@ -133,16 +136,15 @@ def in_a_process(*how: Any) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--world", choices=("emoji", "photos"), default="emoji")
     parser.add_argument("--sizes", default="2,5,8")
     parser.add_argument("--rungs", default="least,fast,default,best")
     given = asked(parser)
-    loaded(given.world)
+    loaded()
     for size in map(int, given.sizes.split(",")):
         for rung in given.rungs.split(","):
             for method in (method for method, rungs in METHODS.items() if rung in rungs):
-                key = json.dumps([given.world, size, rung, method])
-                alone = partial(in_a_process, given.world, size, method, rung)
+                key = json.dumps([WORLD, size, rung, method])
+                alone = partial(in_a_process, size, method, rung)
                 once(result_file("side_by_side.json"), key, given.until, alone)
 
 
