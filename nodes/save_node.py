@@ -24,7 +24,7 @@ from ..iteris_core.lora_files.tensors import (
     read_tensors,
     save_atomically,
 )
-from ..iteris_core.report.provenance import card_of, write_card
+from ..iteris_core.report.card import card_of, write_card
 from .comfy_internals import optional
 from .comfy_runtime import show_text, ui_text
 from .merging import LoraModel as MergedLora

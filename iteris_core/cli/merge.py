@@ -20,7 +20,8 @@ from ..methods.registry import settings_over
 from ..passes.report import MergeReport
 from ..preview import preview_merge
 from ..progress import Progress
-from ..report.provenance import with_run, write_card
+from ..report.card import write_card
+from ..report.provenance import with_run
 from ..saving import check_new
 from .base import check_base, device_of, load_base
 from .common import console, progress_bars, spelled, warn

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny import random_lora
 
 from iteris_core import Concept, Lora, merge_loras
-from iteris_core.report.provenance import card_of, write_card
+from iteris_core.report.card import card_of, write_card
 
 
 def merged(folder):
