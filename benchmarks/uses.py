@@ -173,6 +173,8 @@ class Use:
     ending: str = ""
 
     def draw(self, world: ToyboxWorld, lora: Lora, wanted: Sequence[Wanted]) -> list[Image.Image]:
+        if self == Use(self.of):  # as the world draws anyway
+            return world.draw(lora, wanted)
         if self.rounding is not None:
             lora = patched(world, lora, self.rounding)
         wanted = [replace(one, prompt=one.prompt + self.ending) for one in wanted]
