@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
@@ -94,9 +95,25 @@ def conditions_lead() -> list[str]:
     return table(("", *uses), rows)
 
 
-def _under_conditions() -> Sets:
+def conditions_photos() -> list[str]:
+    """Likeness and the share recognised of photographs under conditions of use, and both of IterIS
+    less those of Chain of Merges, paired by set and training."""
+    found, uses = _under_conditions("photos"), _uses("photos")
+
+    def cell(sets: list[Any]) -> str:
+        return " / ".join(f"{fmean(of[name] for of in sets):.3f}" for name in ("likeness", "judge"))
+
+    rows = _means(found, uses, cell)
+    for size in dict.fromkeys(size for size, _ in found):
+        for name, figure in (("likeness", "likeness"), ("recognised", "judge")):
+            cells = _difference(found, size, uses, itemgetter(figure))[1]
+            rows.append(["", f"the difference in {name}", *cells])
+    return table(("", "", *uses), rows)
+
+
+def _under_conditions(world: str = "reported") -> Sets:
     """By set and training; each LoRA alone first."""
-    every, found = runs("conditions_reported.json"), Sets()
+    every, found = runs(f"conditions_{world}.json"), Sets()
     for (label, trained, rest, *names), of in every.items():
         if label == "iteris":
             alone = [every[SINGLE, trained, rest, name] for name in names]
@@ -114,9 +131,9 @@ def _under_conditions() -> Sets:
     )
 
 
-def _uses(*, further: bool = False) -> list[str]:
+def _uses(world: str = "reported", *, further: bool = False) -> list[str]:
     """The conditions of use that all sets have, or the ``further`` ones."""
-    every = runs("conditions_reported.json").values()
+    every = runs(f"conditions_{world}.json").values()
     heads = dict.fromkeys(use for of in every for use in of if use not in ("norm", "seconds"))
     return [head for head in heads if further == any(head not in of for of in every)]
 
@@ -150,6 +167,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "conditions": conditions,
     "conditions further": partial(conditions, further=True),
     "conditions lead": conditions_lead,
+    "conditions photos": conditions_photos,
     "gated": partial(gated, "attention"),
     "gated all": partial(gated, "all"),
     "wordless": wordless,
