@@ -79,16 +79,8 @@ def kept(name: str, only: Sequence[str] = (), judged: str = "attributes") -> lis
         for name, label in FRONT.items()
         if any(name in of for of in sizes.values())
     ]
-    best = (
-        max(
-            (of[name] for name in TOGETHER if name in of),
-            key=lambda row: row["new words"]["likeness"]["mean"],
-            default=None,
-        )
-        for of in sizes.values()
-    )
-    if any(row := [*map(_shares, best)]):
-        rows.append(["all at once, best of three strengths", *row])
+    if any(best := [_best_together(of) for of in sizes.values()]):
+        rows.append(["all at once, the best strength for each figure", *best])
     return table((f"likeness / {judged}", *(f"{size} LoRAs" for size in sizes)), rows)
 
 
@@ -113,6 +105,12 @@ def how_sure(name: str, only: Sequence[str] = (), judged: str = "attributes") ->
 def _sizes(name: str, only: Sequence[str]) -> dict[str, Any]:
     found = figures(name)["sizes"]
     return {size: of["rows"] for size, of in found.items() if not only or size in only}
+
+
+def _best_together(rows: Mapping[str, Any]) -> str:
+    known = [rows[name]["new words"] for name in TOGETHER if name in rows]
+    best = (max(of[name]["mean"] for of in known) for name in KEPT)
+    return " / ".join(f"{share:.0%}" for share in best) if known else ""
 
 
 def _shares(row: Mapping[str, Any] | None) -> str:

@@ -25,9 +25,14 @@ reported = partial(toybox, Path(__file__).parent / "reported")
 gentle = partial(toybox, Path(__file__).parent / "gentle")
 """Three of the toybox's own, trained at an eighth of the rate: their changes are .1 to .2 of the
 layers' weights (medians), where the toybox's are .2 to .5."""
-
-
 photos = partial(_world, "photos", "PhotosWorld")
+
+
+def photos_small() -> World:
+    """Photographs on a base of half the width."""
+    from photos import SMALL
+
+    return _world("photos", "PhotosWorld", SMALL)
 
 
 def framed() -> World:
@@ -49,6 +54,7 @@ WORLDS: Mapping[str, Callable[[], World]] = {
     "minilm": partial(_world, "minilm", "MiniLMWorld"),
     "photos": photos,
     "photos_class": photos,
+    "photos_small": photos_small,
     "styles": partial(_world, "styles", "StyleWorld"),
 }
 HELP = f"{', '.join(WORLDS)}, or a .yaml file of your own (open/README.md)"

@@ -64,6 +64,15 @@ def make_sdxl(layers: int = 2, transformers: tuple[int, int] = (1, 2)):
     )  # fmt: skip
 
 
+def short(kind):
+    """``kind`` with 64 tokens of a caption by default, in place of 256 or 512."""
+
+    def call(self, prompt=None, max_sequence_length=64, **options):
+        return kind.__call__(self, prompt, max_sequence_length=max_sequence_length, **options)
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
 def make_sd3():
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
@@ -77,7 +86,7 @@ def make_sd3():
         num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=32,
         pooled_projection_dim=56, out_channels=4, dual_attention_layers=(0,),
     )  # fmt: skip
-    return StableDiffusion3Pipeline(
+    return short(StableDiffusion3Pipeline)(
         transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(), vae=None,
         text_encoder=CLIPTextModelWithProjection(clip_config(24)).eval(),
         text_encoder_2=CLIPTextModelWithProjection(clip_config(32)).eval(),
@@ -95,7 +104,7 @@ def make_flux():
         num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=24,
         axes_dims_rope=(4, 4, 8), guidance_embeds=True,
     )  # fmt: skip
-    return FluxPipeline(
+    return short(FluxPipeline)(
         scheduler=FlowMatchEulerDiscreteScheduler(), vae=None,
         text_encoder=CLIPTextModel(clip_config(24)).eval(), tokenizer=clip_words(),
         text_encoder_2=t5().eval(), tokenizer_2=t5_words(), transformer=transformer.eval(),

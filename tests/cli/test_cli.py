@@ -19,6 +19,8 @@ from iteris_core.cli.merge_file import parse_concept
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import read_lora_file, released_base
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 COMMANDS = typer.main.get_command(cli.app).commands
 
 

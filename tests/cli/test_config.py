@@ -14,6 +14,8 @@ from iteris_core.config import MergeConfig
 from iteris_core.methods.registry import settings_over
 from iteris_core.settings import declared_settings
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 CONFIG = MergeConfig(
     concepts=(
         Concept(

@@ -17,6 +17,8 @@ import toybox
 from iteris_core import Concept, IterisError, Lora, SampleStore, cli, merge_loras, write_lora
 from iteris_core.lora_files.peft_folder import write_adapter
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 FOREIGN = (
     "cat.safetensors", "cat_emb.safetensors", "cat.md", "cat.preview.png", "cat.civitai.info",
     "model.iteris-store", f"{'a' * 63}.safetensors", ".iteris-mine", "unfinished.part", "cat/x.md",

@@ -21,6 +21,8 @@ from iteris_core.lora_files.metadata import merge_tag_frequency, trigger_words
 from iteris_core.lora_files.peft_folder import write_adapter
 from iteris_core.report.provenance import with_recipe, with_run
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def metadata_of(path):
     with safe_open(path, "pt") as file:

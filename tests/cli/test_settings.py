@@ -26,6 +26,8 @@ from iteris_core.methods.elected_signs import TiesSettings
 from iteris_core.methods.registry import settings_over
 from iteris_core.settings import PRESETS, Settings, declared_settings, setting
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

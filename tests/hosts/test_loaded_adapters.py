@@ -21,6 +21,8 @@ from iteris_core import (
     write_lora,
 )
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 KINDS = {
     "rslora": {"use_rslora": True, "lora_alpha": 3},
     "dora": {"use_dora": True, "use_rslora": True, "r": 3},

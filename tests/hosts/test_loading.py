@@ -16,6 +16,8 @@ from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.diffusers_lora import peft_layers
 from iteris_core.lora_files.experts import joined_experts
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 WAN = "Wan 2.2 with two experts"
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("SDXL", "SD 3", "Z-Image")]
 NAMES = ["FLUX.1", "Qwen-Image", WAN, *SLOW]

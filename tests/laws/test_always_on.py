@@ -15,6 +15,8 @@ from iteris_core.errors import ConceptError, MismatchError
 from iteris_core.lora import Lora
 from iteris_core.preview import preview_merge
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 STRENGTH = 0.7
 
 

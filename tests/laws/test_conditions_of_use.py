@@ -25,6 +25,8 @@ from iteris_core.hosts.rows import drawn_conditions
 from iteris_core.passes.changes import changes_of
 from iteris_core.solve.choose import THRESHOLDS
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 LORAS = [make_lora(1), make_lora(2, rank=3)]
 OUT, WIDTH = 6, 8
 

@@ -5,6 +5,8 @@ from tiny import random_lora
 
 from iteris_core import Calibration, Concept, IterisError, merge_loras
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 PROMPTS = ["a s1 dog on a table", "a photo of a dog in the rain", "two dogs", "a cat", "a red car"]
 
 

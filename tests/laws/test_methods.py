@@ -20,6 +20,8 @@ from small_merge import EXACT
 from iteris_core import Concept, SettingsError, all_methods, merge_loras
 from iteris_core.linalg import least_kept
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 WIDE = 1000
 
 

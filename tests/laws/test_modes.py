@@ -10,6 +10,8 @@ from iteris_core import Calibration, Concept, IterisError, Lora, LowRank, merge_
 from iteris_core.activations.micro_batch import Modes
 from iteris_core.hosts.diffusers import DiffusersHost
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 class Autocast(Net):
     """A model that runs a part of itself under autocast, whatever its caller does."""

@@ -9,6 +9,8 @@ from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations.tokens import TokenSampling
 from iteris_core.solve.inputs import InputMoments
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 @pytest.mark.parametrize("width", [5, 128, 129, 300, 400])
 def test_block_updates_give_the_whole_symmetric_product(width):

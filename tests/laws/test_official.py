@@ -10,6 +10,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
 from iteris_core.hosts.transformers import TransformersHost
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def make_t5(**sizes) -> T5ForConditionalGeneration:
     """FLAN-T5's layout: gated feed-forward, an output head of its own; random weights."""

@@ -18,6 +18,8 @@ from tiny import random_lora
 
 from iteris_core import Concept, SettingsError, merge_loras
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 PLAIN = {"ridge": 1e-9, "saliency": 0.0, "precision": "float64"}
 LORAS = [make_lora(1, rank=2), make_lora(2, rank=3), make_lora(3, rank=3, size=0.2)]
 

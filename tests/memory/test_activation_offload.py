@@ -15,6 +15,8 @@ from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.memory import MemoryMeter
 from iteris_core.passes import planner
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 CALIBRATION = Calibration(
     samples=6, timesteps=3, denoising_steps=3, latents="noise", contexts=0.0, generic=0.0
 )

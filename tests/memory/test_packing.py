@@ -13,6 +13,8 @@ from iteris_core.activations.host_pool import pack, unpack
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.passes import sweep
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def there_and_back(values: torch.Tensor, bits: int) -> torch.Tensor:
     packed, found = pack(values, bits), torch.empty_like(values)

@@ -80,6 +80,7 @@ def merge(host, **more):
 @pytest.mark.parametrize(
     ("schedule", "share"), [("sweep", 0.8), pytest.param("jacobi", 0.6, marks=pytest.mark.slow)]
 )
+@pytest.mark.usefixtures("unmeasured")
 def test_the_budget_is_kept_and_the_result_is_the_same(host64, schedule, share):
     settings = {"schedule": schedule, "iterations": 2, "precision": "float64"}
     with MemoryMeter() as meter:

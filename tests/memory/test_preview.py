@@ -15,6 +15,8 @@ from iteris_core.errors import OutOfMemory, SiteError
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.preview import preview_merge
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 QUICK = {"samples": 6, "timesteps": 2, "denoising_steps": 4, "latent_size": 8}
 
 

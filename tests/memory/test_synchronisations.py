@@ -12,7 +12,9 @@ WIDE = Thresholds(small_target=0, directions_gain=0.0)
 """Every site is solved in some directions of its outputs, as wide ones are."""
 
 
-@pytest.mark.parametrize(("thresholds", "each"), [(THRESHOLDS, 1), (WIDE, 2)])
+@pytest.mark.parametrize(
+    ("thresholds", "each"), [(THRESHOLDS, 1), pytest.param(WIDE, 2, marks=pytest.mark.slow)]
+)
 def test_a_site_waits_once_and_once_more_to_find_directions(pipeline, thresholds, each):
     moved(pipeline.unet)
     moved(pipeline.text_encoder)

@@ -1,5 +1,6 @@
 """Samples by a time budget."""
 
+import pytest
 from bases import make_lora, tiny
 
 from iteris_core import Calibration, Concept, merge_loras
@@ -7,6 +8,8 @@ from iteris_core.calibration import LEAST_SAMPLES
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.passes.job import Job, within_time
 from iteris_core.preview import preview_merge
+
+pytestmark = pytest.mark.usefixtures("unmeasured")
 
 
 def test_if_forwards_are_unknown_all_samples_stay():

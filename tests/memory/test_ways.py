@@ -10,6 +10,8 @@ from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.passes import sweep
 from iteris_core.solve.choose import THRESHOLDS, Thresholds
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 FAST = "Wan 2.2 with two experts"
 SLOW = ("SD 1.5", "SDXL", "SD 3", "FLUX.1 Kontext", "Qwen-Image-Edit", "LTX-2", "Lumina 2", "Sana",
         "ACE-Step 1.5")  # fmt: skip

@@ -19,11 +19,14 @@ from toybox.pipeline import load_autoencoder, new_scheduler
 from toybox.train.base import velocity
 from toybox.train.common import Average, Run, bf16, made_once, to_tensor
 
+from .. import WEIGHTS
 from ..pipeline import new_unet
 from ..things import article, cutouts, picture, world
 
 log = logging.getLogger(__name__)
-STEPS, BATCH, PEAK, EMPTY, SEED = 9000, 32, 7e-4, 0.1, 31
+STEPS = {96: 9000, 48: 6000}
+"""Width → steps."""
+BATCH, PEAK, EMPTY, SEED = 32, 7e-4, 0.1, 31
 SHARDS, SHARD, CAPTIONS, KIND = 8, 4096, 2, 0.15
 """Pictures are encoded once, by shards; a share KIND of the captions names the kind alone."""
 SAVE, EXPORT, FALLING = 200, 1000, 0.3
@@ -40,9 +43,9 @@ def trapezoid(optimizer: torch.optim.Optimizer, peak: float, steps: int):
 
 
 @torch.no_grad()
-def shard(work: Path, weights: Path, index: int) -> dict[str, torch.Tensor]:
+def shard(work: Path, index: int) -> dict[str, torch.Tensor]:
     """``latents`` (N, 4, 16, 16) bfloat16 and ``tokens`` (N, 2, 32)."""
-    vae, tokenizer = load_autoencoder(weights / "vae"), load_tokenizer()
+    vae, tokenizer = load_autoencoder(WEIGHTS / "vae"), load_tokenizer()
     cuts, things = cutouts(work / "package"), world()["things"]
     rng = np.random.default_rng(40_000 + index)
     latents: list[torch.Tensor] = []
@@ -65,20 +68,21 @@ def shard(work: Path, weights: Path, index: int) -> dict[str, torch.Tensor]:
     return {"latents": torch.cat(latents).contiguous(), "tokens": ids.contiguous()}
 
 
-def train(work: Path, weights: Path, steps: int = STEPS) -> dict[str, float]:
+def train(work: Path, weights: Path, width: int) -> dict[str, float]:
     """Train, or go on; exports the averages as it goes."""
     torch.manual_seed(SEED)
+    steps = STEPS[width]
     shards = [
-        made_once(work / "latents" / f"{i:02d}.safetensors", partial(shard, work, weights, i))
+        made_once(work / "latents" / f"{i:02d}.safetensors", partial(shard, work, i))
         for i in range(SHARDS)
     ]
     latents, tokens = (torch.cat([s[key] for s in shards]) for key in ("latents", "tokens"))
     encoder, empty = load_encoder(), load_tokenizer()([""], padding="max_length").input_ids[0]
-    unet = new_unet().to(memory_format=torch.channels_last)
+    unet = new_unet(width).to(memory_format=torch.channels_last)
     unet.set_attn_processor(AttnProcessor())
     optimizer = torch.optim.AdamW(unet.parameters(), lr=PEAK, betas=(0.9, 0.99), fused=True)
     average, alphas = Average([unet], 0.999), new_scheduler().alphas_cumprod
-    run = Run(work / "base", {"unet": unet}, optimizer, average, steps, PEAK, SEED, trapezoid)
+    run = Run(work / f"base-{width}", {"unet": unet}, optimizer, average, steps, PEAK, SEED, trapezoid)
     running = 0.0
     for step in range(run.start, steps):
         _, g = run.generators(step)

@@ -29,8 +29,7 @@ from toybox.draw import BACKGROUNDS
 from toybox.train.lora_files import adapter_layers
 from toybox.train.loras import fit
 
-from .. import Subject, subjects
-from ..pipeline import load
+from .. import Subject, load_pipeline, subjects
 from ..things import cutouts, picture
 
 log = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ def train(work: Path, weights: Path) -> dict[str, int]:
     """Every LoRA that has no file yet."""
     cuts, began, count = cutouts(work / "package"), time.time(), 0
     for training in range(TRAININGS):
-        for number, subject in enumerate(subjects(training).values()):
+        for number, subject in enumerate(subjects(training, weights).values()):
             if not subject.lora.exists():
                 train_one(subject, number, training, cuts[subject.file], weights)
                 count += 1
@@ -61,7 +60,7 @@ def train_one(subject: Subject, number: int, training: int, cut, weights: Path) 
     began, seed = time.time(), 1000 * training + number
     torch.manual_seed(seed)
     rank = RANKS[number % len(RANKS)]
-    pipeline = load(weights)
+    pipeline = load_pipeline(weights)
     pipeline.unet.set_attn_processor(AttnProcessor())
     parameters: dict[str, list[torch.nn.Parameter]] = {}
     pipeline.text_encoder.requires_grad_(False)
