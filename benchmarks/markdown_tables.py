@@ -28,11 +28,12 @@ def merges(name: str) -> dict[str, Entry]:
 
 
 @cache
-def figures(name: str) -> Mapping[str, Any]:
-    """Figures by number of LoRAs of what :mod:`unseen` kept."""
+def figures(name: str, further: str = "") -> Mapping[str, Any]:
+    """Figures by number of LoRAs of what :mod:`unseen` kept, with runs of ``further`` methods."""
     world = name.removesuffix("_lead").removesuffix("_bound").removesuffix("_frozen")
     alone = stored(RESULTS / f"{world}_alone.jsonl")
-    return rounded(results(alone, merges(name)))
+    runs = {**merges(name), **(merges(further) if further else {})}
+    return rounded(results(alone, runs))
 
 
 def table(

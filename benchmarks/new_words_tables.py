@@ -59,24 +59,30 @@ def _with_lead(kinds: Mapping[str, Any], ahead: Mapping[str, Any], kind: str, na
     return f"{shown(figure['mean'])} {bold}({lead(ours)}){bold}"
 
 
-FRONT = {
+FURTHER = "regmean++:conditions=0"
+"""What was run after a table."""
+LABELS = {
     "iteris": "**IterIS**",
     "chain-of-merges:conditions=0": "Chain of Merges",
     "regmean++:conditions=0:contexts=0:generic=0": "RegMean++",
+    FURTHER: "RegMean++ with all our prompts, run later",
     "average": "average",
 }
+FRONT = {name: label for name, label in LABELS.items() if name != FURTHER}
 TOGETHER = ("sum", "task-arithmetic:scale=0.7", "task-arithmetic:scale=0.4")
 """All LoRAs loaded at once, at three strengths."""
 KEPT = ("likeness kept", "judge kept")
 
 
-def kept(name: str, only: Sequence[str] = (), judged: str = "attributes") -> list[str]:
-    """A column for each number of LoRAs, or ``only`` these: likeness kept by method, and what is
-    ``judged``."""
-    sizes = _sizes(name, only)
+def kept(
+    name: str, only: Sequence[str] = (), judged: str = "attributes", further: str = ""
+) -> list[str]:
+    """A column for each number of LoRAs, or ``only`` these: likeness kept by method, those of
+    ``further`` runs too, and what is ``judged``."""
+    sizes = _sizes(figures(name, further), only)
     rows = [
         [label, *(_shares(of.get(name)) for of in sizes.values())]
-        for name, label in FRONT.items()
+        for name, label in LABELS.items()
         if any(name in of for of in sizes.values())
     ]
     if any(best := [_best_together(of) for of in sizes.values()]):
@@ -85,26 +91,22 @@ def kept(name: str, only: Sequence[str] = (), judged: str = "attributes") -> lis
 
 
 def how_sure(name: str, only: Sequence[str] = (), judged: str = "attributes") -> list[str]:
-    """Of ours the interval, the median set, the worst one, and the share of concepts that keep less
+    """Of ours the interval, the worst set, and the share of concepts that keep less
     than half."""
-    sizes = _sizes(name, only)
+    sizes = _sizes(figures(name), only)
     ours = [[of["iteris"]["new words"][name] for name in KEPT] for of in sizes.values()]
     each = {
         "95 % interval": lambda of: f"± {100 * half_width(of):.0f}",
-        "median set": lambda of: f"{of['median']:.0%}",
         "worst set": lambda of: f"{of['least']:.0%}",
         "concepts that keep less than half": lambda of: f"{of['collapsed']:.0%}",
     }
-    if all(two[0]["sets"] < 3 for two in ours):
-        del each["median set"]
     rows = [[label, *(" / ".join(map(cell, two)) for two in ours)] for label, cell in each.items()]
     rows.append(["sets", *(str(two[0]["sets"]) for two in ours)])
     return table((f"IterIS: likeness / {judged}", *(f"{size} LoRAs" for size in sizes)), rows)
 
 
-def _sizes(name: str, only: Sequence[str]) -> dict[str, Any]:
-    found = figures(name)["sizes"]
-    return {size: of["rows"] for size, of in found.items() if not only or size in only}
+def _sizes(found: Mapping[str, Any], only: Sequence[str]) -> dict[str, Any]:
+    return {size: of["rows"] for size, of in found["sizes"].items() if not only or size in only}
 
 
 def _best_together(rows: Mapping[str, Any]) -> str:
@@ -174,8 +176,15 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "front minilm": partial(kept, "unseen_minilm"),
     "front minilm now": partial(kept, "unseen_minilm_bound", ("2", "5")),
     "front emoji": partial(kept, "unseen_emoji"),
-    "front photos": partial(kept, "unseen_photos_frozen", judged="recognised"),
-    "front photos class": partial(kept, "unseen_photos_class_frozen", judged="recognised"),
+    "front photos": partial(
+        kept, "unseen_photos_frozen", judged="recognised", further="unseen_photos_rows"
+    ),
+    "front photos class": partial(
+        kept,
+        "unseen_photos_class_frozen",
+        judged="recognised",
+        further="unseen_photos_class_rows",
+    ),
     "front reported now": partial(kept, "unseen_reported_bound"),
     "sure": partial(how_sure, "unseen_reported"),
     "sure reported now": partial(how_sure, "unseen_reported_bound"),

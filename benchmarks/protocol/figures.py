@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from scipy.stats import t as student
@@ -54,9 +54,9 @@ ONE_TRAINING = "unknown: one training"
 
 
 def stat(cells: Cells) -> Figures:
-    """Mean over sets, the median and the least set, and the 95 % interval: ``error`` is its
-    standard error, ``n`` the fewer of ``concepts`` and ``trainings``. Of one training, or of
-    pictures without a concept, it is clustered by the other alone."""
+    """Mean over sets, the least set, and the 95 % interval: ``error`` is its standard error, ``n``
+    the fewer of ``concepts`` and ``trainings``. Of one training, or of pictures without a concept,
+    it is clustered by the other alone."""
     count = len(cells)
     sets = [fmean(of.values()) for of in cells.values()]
     mean = fmean(sets)
@@ -78,7 +78,7 @@ def stat(cells: Cells) -> Figures:
         "mean": mean, "interval": [mean - wide, mean + wide] if n > 1 else None,
         "error": math.sqrt(variance) if n > 1 else None, "n": n,
         "concepts": len(concepts), "trainings": len(trainings),
-        "sets": count, "median": median(sets), "least": min(sets),
+        "sets": count, "least": min(sets),
     }  # fmt: skip
 
 

@@ -169,11 +169,10 @@ def planned(
     sites = {site: solver.bytes(site, sweep) for site in stage.sites}
     while True:
         limit, itemsize = limit_of(stage, batching), solver.dtype.itemsize
-        measure = Measure(stage, lockstep, schedule.copies, limit, itemsize)
-        steps = measure.row()
+        measure = Measure(stage, lockstep, schedule.copies, sites, limit, itemsize)
         sampled = len(sampled_rows(stage, batching.thresholds)) if sweep else None
         fixed = left + lockstep.cast_bytes + merged
-        footprints = [Footprint(stage, fastest, steps, sites, fixed, sampled)]
+        footprints = [Footprint(stage, fastest, measure.row(), sites, fixed, sampled)]
         wanted = footprints[0].bytes_of(len(stage.rows), batching.rows)
         available, host_limit = allowed(job, wanted), 0
         if sweep and wanted > available:
@@ -216,11 +215,11 @@ def others(footprint: Footprint, measure: Measure, thresholds: Thresholds) -> It
     """``footprint`` with the other strategies."""
     for strategy in ladder(footprint.stage, measure.lockstep, thresholds):
         if strategy.offloads is None:
-            steps = measure.row(strategy)
+            row = measure.row(strategy)
         else:
             with closing(HostPool(strategy.offloads, bits=strategy.bits)) as place:
-                steps = measure.row(strategy, place)
-        yield replace(footprint, strategy=strategy, steps=steps)
+                row = measure.row(strategy, place)
+        yield replace(footprint, strategy=strategy, row=row)
 
 
 def plan_stage(footprints: Sequence[Footprint], limit: int, most: int, host_limit: int = 0) -> Plan:

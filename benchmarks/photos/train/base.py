@@ -24,7 +24,7 @@ from ..pipeline import new_unet
 from ..things import article, cutouts, picture, world
 
 log = logging.getLogger(__name__)
-STEPS = {96: 9000, 48: 6000}
+STEPS = {96: 9000, 48: 3500}
 """Width → steps."""
 BATCH, PEAK, EMPTY, SEED = 32, 7e-4, 0.1, 31
 SHARDS, SHARD, CAPTIONS, KIND = 8, 4096, 2, 0.15
@@ -82,7 +82,9 @@ def train(work: Path, weights: Path, width: int) -> dict[str, float]:
     unet.set_attn_processor(AttnProcessor())
     optimizer = torch.optim.AdamW(unet.parameters(), lr=PEAK, betas=(0.9, 0.99), fused=True)
     average, alphas = Average([unet], 0.999), new_scheduler().alphas_cumprod
-    run = Run(work / f"base-{width}", {"unet": unet}, optimizer, average, steps, PEAK, SEED, trapezoid)
+    run = Run(
+        work / f"base-{width}", {"unet": unet}, optimizer, average, steps, PEAK, SEED, trapezoid
+    )
     running = 0.0
     for step in range(run.start, steps):
         _, g = run.generators(step)
