@@ -3,8 +3,8 @@
 One row runs, then the same row twice, pausing as in a sweep with any strategy. The second row's
 addition is the cost of a row; the rest is a forward's fixed cost (weights that are cast or moved to
 the device). A sweep takes at most what all its waiting rows hold anywhere, what the rows of one
-forward take at most, and the largest moments and solve. These need not meet: the bound lies up to a
-tenth above the peak. Otherwise the moments of all sites exist at once, and no row waits.
+forward take at most, and the largest moments and solve. These need not meet, which leaves room for
+moments that later sites share. Otherwise the moments of all sites exist at once, and no row waits.
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ class Measure:
         for level in levels:
             known = [self.sites[site] for site in level.sites if site in self.sites]
             if known:
-                # Some of a site's moments may stay until the next site is reduced.
-                largest = max(max(of.solve, of.kept) for of in known)
-                solving.append(sum(of.kept for of in known) + largest)
+                solving.append(sum(of.kept for of in known) + max(of.solve for of in known))
         return RowMemory(
             waiting=self.copies * max(0, *(two.waiting - one.waiting for one, two in pairs)),
             running=self.copies * max(0, *(two.running - one.running for one, two in pairs)),
