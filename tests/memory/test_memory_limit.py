@@ -56,6 +56,7 @@ for mib in (40, 8):
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory")
 
 
+@pytest.mark.slow
 def test_with_less_memory_fewer_rows_run_at_once_and_what_was_tried_is_said():
     environment = {
         **os.environ,
