@@ -166,6 +166,7 @@ UNSEEN: Mapping[str, tuple[str, Sequence[str]]] = {
     "emoji now": ("unseen_emoji_bound", ("10",)),
     "photos": ("unseen_photos_frozen", ("2", "3", "5", "8")),
     "photos class": ("unseen_photos_class_frozen", ("3", "5")),
+    "photos small": ("unseen_photos_small", ("3", "5", "8")),
     "styles": ("unseen_styles", ("2",)),
     "pairs": ("unseen_pairs", ("2",)),
 }

@@ -21,7 +21,7 @@ WEIGHTS = ROOT / "weights"
 PACKAGE = ROOT.parents[1] / "build" / "photos" / "package"
 """Where ``train`` puts the pictures."""
 SMALL = ROOT / "small" / "weights"
-"""A base of half the width, which has the autoencoder of the other, and LoRAs on it."""
+"""A base of half the width on the autoencoder of :data:`WEIGHTS`, and a LoRA of each thing."""
 REFERENCES = "references.safetensors"
 """Features of pictures of each subject that no LoRA learned from."""
 
