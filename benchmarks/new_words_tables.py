@@ -8,7 +8,10 @@ from statistics import fmean
 from typing import Any
 
 from markdown_tables import figures, half_width, lead, load, merges, share, shown, table
+from outputs import RESULTS
+from protocol.figures import results
 from protocol.plan import BASE, SINGLE, Unit
+from protocol.runs import stored
 
 NAMES = {SINGLE: "each LoRA alone", BASE: "no LoRA"}
 COLUMNS: Sequence[tuple[str, str]] = (
@@ -88,6 +91,25 @@ def kept(
     if any(best := [_best_together(of) for of in sizes.values()]):
         rows.append(["all at once, the best strength for each figure", *best])
     return table((f"likeness / {judged}", *(f"{size} LoRAs" for size in sizes)), rows)
+
+
+def fast_reported() -> list[str]:
+    """What the preset ``fast`` keeps, and the default on the same sets."""
+    default, fast = merges("unseen_reported_bound"), merges("unseen_reported_fast")
+    sets = {(unit.names, unit.replicate) for unit in map(Unit.of, fast)}
+    same = {
+        key: of
+        for key, of in default.items()
+        if (unit := Unit.of(key)).label == "iteris" and (unit.names, unit.replicate) in sets
+    }
+    alone = stored(RESULTS / "unseen_reported_alone.jsonl")
+    sizes = results(alone, {**same, **fast})["sizes"]
+    labels = {"iteris": "default", Unit.of(next(iter(fast))).label: "`fast`"}
+    rows = [
+        [name, *(_shares(of["rows"][label]) for of in sizes.values())]
+        for label, name in labels.items()
+    ]
+    return table(("likeness / attributes", *(f"{size} LoRAs" for size in sizes)), rows)
 
 
 def how_sure(name: str, only: Sequence[str] = (), judged: str = "attributes") -> list[str]:
@@ -194,6 +216,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "sure emoji": partial(how_sure, "unseen_emoji"),
     "sure photos": partial(how_sure, "unseen_photos_frozen", judged="recognised"),
     "lead": carries_the_lead,
+    "fast reported": fast_reported,
     "speed LoRA": speed_lora,
     **{
         f"unseen {name} {size}" if len(sizes) > 1 else f"unseen {name}": (
