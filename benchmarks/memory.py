@@ -234,17 +234,17 @@ def planned(model: Model) -> dict[str, Any]:
         patch("iteris_core.passes.planner.HostPool", Nowhere),
     ):
         lockstep, limit = session.lockstep, limit_of(stage, batching)
+        measure = Measure(stage, lockstep, 2, limit, solver.dtype.itemsize)
         sites = {site: solver.bytes(site, True) for site in stage.sites}
-        measure = Measure(stage, lockstep, 2, sites, limit, solver.dtype.itemsize)
-        row, fixed = measure.row(), lockstep.cast_bytes
+        steps, fixed = measure.row(), lockstep.cast_bytes
         with FlopCounterMode(display=False) as counter:
             run(rows[:1], 1)
         sampled = len(sampled_rows(stage, batching.thresholds))
-        first = Footprint(stage, ON_DEVICE, row, sites, fixed, sampled)
+        first = Footprint(stage, ON_DEVICE, steps, sites, fixed, sampled)
         footprints = [first, *others(first, measure, batching.thresholds)]
         levels = Strategy(barriers=find(stage, lockstep).barriers())
         place = Nowhere(torch.device("meta"))
-        waiting = measure.row(levels, place).waiting
+        waiting = max(step.waiting for step in measure.row(levels, place))
     denoised = LORAS * calibration.samples * calibration.denoising_steps
     found: dict[str, Any] = {
         "budget_gib": model.budget_gib,

@@ -226,7 +226,7 @@ def look(run: Run, of: Callable[[str, Tensor | None, float], Components]) -> dic
 
     def size(site: str, sweep: bool) -> MemoryEstimate:
         square = run.lockstep.changes[site].shape[1] ** 2
-        return MemoryEstimate(4 * square, 16 * square)
+        return MemoryEstimate(4 * square, 16 * square, 0, 4 * square)
 
     if run.lockstep.changes:
         solver = StageSolver(begin=_Moments, solve=solve, bytes=size)

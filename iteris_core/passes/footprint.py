@@ -1,10 +1,9 @@
-"""Memory of a stage: the measured cost of a row, and a bound on bytes by number of rows.
+"""Memory of a stage: the measured cost of a row, and bytes by number of rows.
 
 One row runs, then the same row twice, pausing as in a sweep with any strategy. The second row's
 addition is the cost of a row; the rest is a forward's fixed cost (weights that are cast or moved to
-the device). A sweep takes at most what all its waiting rows hold anywhere, what the rows of one
-forward take at most, and the largest moments and solve. These need not meet, which leaves room for
-moments that later sites share. Otherwise the moments of all sites exist at once, and no row waits.
+the device). In a sweep the peak is at one of its sites: while rows run there and all others wait,
+or while it is solved. Otherwise the moments of all sites exist at once, and no row waits.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ..activations.host_pool import HostPool
 from ..activations.lockstep import Lockstep
 from ..activations.memory import MemoryMeter
 from ..activations.micro_batch import MicroBatch
-from ..activations.tokens import Observation, TokenSampling
+from ..activations.tokens import Group, Observation, TokenSampling
 from ..activations.trace import Barriers
 from ..hosts.protocol import Stage
 from ..solve.problem import MemoryEstimate
@@ -44,97 +43,92 @@ class Strategy:
 ON_DEVICE = Strategy("waiting on the device")
 
 
-@dataclass(frozen=True)
-class RowMemory:
-    """Bytes of a row with all its copies, at most: while it waits (``waiting``), on its way from
-    one pause to the next (``running``), and in copies of its tensors that are reduced later
-    (``shown``); and what a ``forward`` of any number of rows takes. ``solving`` is what the
-    moments and the solve between two pauses take."""
+@dataclass
+class Step:
+    """The step of a row, with all its copies, to ``site``, the last one to the model's end (site
+    ""): bytes that it holds there (``waiting``), its peak on the way (``running``), copies of its
+    tensors that are reduced later (``shown``), and what a forward of any number of rows takes on
+    the way. The inputs of the sites ``beside`` are still alive there; for a site that ``shares``,
+    the moments of its inputs already exist."""
 
+    site: str
     waiting: int = 0
     running: int = 0
     shown: int = 0
     forward: int = 0
-    solving: int = 0
-
-
-@dataclass
-class _Level:
-    """The ``sites`` from one pause to the next, and bytes as in :class:`RowMemory`."""
-
-    sites: list[str] = field(default_factory=list[str])
-    waiting: int = 0
-    running: int = 0
-    shown: int = 0
+    beside: Sequence[str] = ()
+    shares: bool = False
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A measurement of the longest row of ``stage``, whose ``sites`` take so much. At most
-    ``limit(width)`` of its tokens count at a site with that many inputs (None: all), in moments of
-    ``itemsize`` bytes."""
+    """A measurement of the longest row of ``stage``. At most ``limit(width)`` of its tokens count
+    at a site with that many inputs (None: all), in moments of ``itemsize`` bytes."""
 
     stage: Stage
     lockstep: Lockstep
     copies: int
-    sites: Mapping[str, MemoryEstimate]
     limit: Callable[[int], int] | None = None
     itemsize: int = 4
 
-    def row(self, strategy: Strategy = ON_DEVICE, place: HostPool | None = None) -> RowMemory:
-        """A row's memory with a ``strategy``; if that offloads, it waits in ``place``. The first
-        run casts changes to the model's dtype, and loads weights that are offloaded as a whole
-        model. Both stay on the device and belong to no row, so a run that leaves something behind
-        does not count."""
+    def row(self, strategy: Strategy = ON_DEVICE, place: HostPool | None = None) -> list[Step]:
+        """The steps of a row with a ``strategy``; if that offloads, it waits in ``place``. The
+        first run casts changes to the model's dtype, and loads weights that are offloaded as a
+        whole model. Both stay on the device and belong to no row, so a run that leaves something
+        behind does not count."""
         row = longest(self.stage)
-        levels, meter = self._forward(strategy, place, [row])
+        steps, meter = self._forward(strategy, place, [row])
         if meter.live:
-            levels, _ = self._forward(strategy, place, [row])
+            steps, _ = self._forward(strategy, place, [row])
         of_two, _ = self._forward(strategy, place, [row, row])
-        pairs, solving = list(zip(levels, of_two, strict=True)), [0]
-        for level in levels:
-            known = [self.sites[site] for site in level.sites if site in self.sites]
-            if known:
-                solving.append(sum(of.kept for of in known) + max(of.solve for of in known))
-        return RowMemory(
-            waiting=self.copies * max(0, *(two.waiting - one.waiting for one, two in pairs)),
-            running=self.copies * max(0, *(two.running - one.running for one, two in pairs)),
-            shown=self.copies * max(0, *(two.shown - one.shown for one, two in pairs)),
-            forward=max(0, *(2 * one.running - two.running for one, two in pairs)),
-            solving=max(solving),
-        )
+        for step, two in zip(steps, of_two, strict=True):
+            step.forward = max(2 * step.running - two.running, 0)
+            step.waiting = self.copies * max(two.waiting - step.waiting, 0)
+            step.running = self.copies * max(two.running - step.running, 0)
+            step.shown = self.copies * max(two.shown - step.shown, 0)
+        return steps
 
     def _forward(
         self, strategy: Strategy, place: HostPool | None, rows: Sequence[int]
-    ) -> tuple[list[_Level], MemoryMeter]:
-        """The levels of one forward of the same row, repeated, and the meter that records what is
+    ) -> tuple[list[Step], MemoryMeter]:
+        """The steps of one forward of the same row, repeated, and the meter that records what is
         alive at every pause."""
-        stage, meter, levels = self.stage, MemoryMeter(), [_Level()]
-        held: list[Observation] = []
+        stage, meter, steps = self.stage, MemoryMeter(), list[Step]()
+        groups: dict[Group, str] = {}
+        level: list[Observation] = []
         offload = None if place is None else ActivationOffload(place)
+        solved = 0
 
         def observe(shown: Observation) -> None:
             """Reduce what a site sees, or keep copies of it, as in a sweep."""
-            before = meter.live, meter.peak
-            levels[-1].sites.append(shown.name)
+            before, held = (meter.live, meter.peak), 0
             if strategy.barriers is not None:
                 shown = shown.gathered()
                 tensors = [shown.outputs] if shown.stream is None else [shown.outputs, shown.stream]
-                if not any(_same_memory(other.inputs, shown.inputs) for other in held):
+                if not any(_same_memory(other.inputs, shown.inputs) for other in level):
                     tensors.append(shown.inputs)
-                levels[-1].shown += sum(of.numel() * of.element_size() for of in tensors)
-                held.append(shown)
+                held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+                level.append(shown)
+            others = shown.alive - {shown.group}
+            beside = [site for group, site in groups.items() if group in others]
+            shares = shown.group in groups
+            steps.append(Step(shown.name, shown=held, beside=beside, shares=shares))
+            groups[shown.group] = shown.name
             reduced = len(rows) * self._reduced(shown) // self.copies
             meter.peak = max(before[1], before[0] + reduced)
 
         def pause(_: str) -> None:
-            held.clear()
-            levels[-1].running, levels[-1].waiting = meter.peak, meter.live
+            nonlocal solved
+            level.clear()
+            running, waiting = meter.peak, meter.live
             if offload is not None:
                 offload.rest()
-                levels[-1].waiting = meter.live + offload.away
+                waiting = meter.live + offload.away
+            for step in steps[solved:]:
+                step.waiting, step.running = waiting, running
+            solved = len(steps)
+            if offload is not None:
                 offload.turn(0)
-            levels.append(_Level())
             meter.peak = meter.live
 
         batch = MicroBatch(
@@ -153,9 +147,9 @@ class Measure:
                 stack.enter_context(offload)
                 offload.turn(0)
             self.lockstep.run(batch)
-            levels[-1].running = meter.peak
-        held.clear()
-        return levels, meter
+            steps.append(Step("", running=meter.peak))
+        level.clear()
+        return steps, meter
 
     def _reduced(self, shown: Observation) -> int:
         """Tokens of a row in the moments' precision, plus the conversion from the model's; for a
@@ -172,9 +166,9 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
     return same_storage and one.storage_offset() == other.storage_offset()
 
 
-def forward_of(stage: Stage) -> RowMemory:
-    """The longest row's memory in a plain forward; what it leaves for later stages is ``waiting``.
-    The first run may leave something behind that belongs to no row."""
+def forward_of(stage: Stage) -> Step:
+    """A plain forward as one step of its longest row; what the row leaves for later stages is
+    ``waiting``. The first run may leave something behind that belongs to no row."""
     row = longest(stage)
     measured: list[tuple[int, int]] = []
     for rows in ([row], [row], [row, row]):
@@ -183,7 +177,7 @@ def forward_of(stage: Stage) -> RowMemory:
         measured.append((meter.peak, meter.live))
     _, (peak, left), (peak_of_two, _) = measured
     each = max(peak_of_two - peak, 0)
-    return RowMemory(left if stage.feeds_next else 0, each, forward=max(peak - each, 0))
+    return Step("", left if stage.feeds_next else 0, each, forward=max(peak - each, 0))
 
 
 def longest(stage: Stage) -> int:
@@ -201,30 +195,60 @@ def longest(stage: Stage) -> int:
 @dataclass(frozen=True)
 class Footprint:
     """The memory of ``stage`` beyond the model with a ``strategy``: ``fixed`` bytes, ``sites`` for
-    moments and solves, and what a ``row`` takes. In a sweep all rows wait, and ``sampled`` of them
-    with copies of their observed tensors, until all of these can be reduced; the others' are
+    moments and solves, and the ``steps`` of every row. In a sweep all rows wait, and ``sampled`` of
+    them with copies of their observed tensors, until all of these can be reduced; the others' are
     reduced as they run. None: no sweep."""
 
     stage: Stage
     strategy: Strategy
-    row: RowMemory
+    steps: Sequence[Step]
     sites: Mapping[str, MemoryEstimate]
     fixed: int = 0
     sampled: int | None = None
 
     def bytes_of(self, rows: int, at_once: int) -> int:
         """Bytes on the device for ``rows`` rows, ``at_once`` per forward."""
-        at_once, row = min(at_once, rows), self.row
-        running = at_once * row.running + row.forward
+        at_once = min(at_once, rows)
         if self.sampled is None:
             kept = sum(site.kept for site in self.sites.values())
-            return self.fixed + kept + max(running, *(of.solve for of in self.sites.values()))
-        waiting = 0 if self.strategy.offloads is not None else self._waiting(rows - at_once)
-        return self.fixed + waiting + running + row.solving
+            solves = [site.solve for site in self.sites.values()]
+            runs = [at_once * step.running + step.forward for step in self.steps]
+            return self.fixed + kept + max(solves + runs)
+        # Of every moment that may be the peak: while rows run to a level, of which others may or
+        # may not have left the previous one, and while the level is solved.
+        peaks: list[int] = []
+        before = left = 0
+        there = self.strategy.offloads is None  # where rows wait
+        for steps in self._levels():
+            step, others = steps[-1], rows - at_once
+            sites = [(at, self.sites[at.site]) for at in steps if at.site in self.sites]
+            kept = sum(site.kept - site.shared * at.shares for at, site in sites)
+            # Sampled rows run first; the last one's copies count towards its running memory.
+            ahead = max(step.waiting - before, 0) + sum(at.shown for at in steps)
+            first = others * before + min(self.sampled, others) * ahead
+            waiting = max(others * max(before, step.waiting), first) if there else 0
+            peaks.append(waiting + at_once * step.running + step.forward + left + kept)
+            before = step.waiting
+            if sites:
+                shared = sum(self.sites[s].left for s in step.beside if s in self.sites)
+                solve = max(site.solve for _, site in sites)
+                peaks.append(rows * before * there + kept + solve + shared)
+                left = max(site.left for _, site in sites) + shared
+        return self.fixed + max(peaks)
 
     def host_bytes(self, rows: int) -> int:
         """Bytes of host memory in which ``rows`` rows wait."""
-        return 0 if self.strategy.offloads is None else self._waiting(rows)
+        if self.strategy.offloads is None:
+            return 0
+        shown = max(sum(step.shown for step in level) for level in self._levels())
+        waiting = max(step.waiting for step in self.steps)
+        return rows * waiting + min(self.sampled or 0, rows) * shown
 
-    def _waiting(self, rows: int) -> int:
-        return rows * self.row.waiting + min(self.sampled or 0, rows) * self.row.shown
+    def _levels(self) -> list[list[Step]]:
+        """The steps by level; those after the last barrier form their own."""
+        barriers, levels = self.strategy.barriers, list[list[Step]]([[]])
+        for step in self.steps:
+            levels[-1].append(step)
+            if barriers is None or barriers.ends_at(step.site):
+                levels.append([])
+        return [level for level in levels if level]

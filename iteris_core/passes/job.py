@@ -31,7 +31,7 @@ from ..settings import Budget
 from ..solve.choose import THRESHOLDS, Thresholds
 from ..solve.problem import Solution
 from .batches import SWEEP, ExecutionConfig, Schedule, limit_of
-from .footprint import RowMemory
+from .footprint import Step
 from .report import MergeReport
 
 _FACTORS = 4.0  # cost of factors and eigenvectors, relative to the same number of products
@@ -42,15 +42,15 @@ _FLOAT32 = 8.0  # cost of a product in float32 on a graphics card, relative to o
 @dataclass(frozen=True)
 class StageTiming:
     """A ``stage`` made with a ``calibration`` after a forward: the sites that it reached, in order,
-    as (tokens per row, out, in), its ``seconds`` per row, of which ``fixed_seconds`` do not depend
-    on its rows, and the memory of a ``forward``."""
+    as (tokens per row, out, in), and its ``seconds`` per row. A whole ``forward`` is one step. Of
+    its seconds, ``fixed_seconds`` do not depend on its rows."""
 
     stage: Stage
     calibration: Calibration
     sites: Mapping[str, tuple[int, int, int]]
     seconds: float
     device: torch.device
-    forward: RowMemory
+    forward: Step
     fixed_seconds: float = 0.0
 
     @property

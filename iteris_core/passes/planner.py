@@ -169,10 +169,11 @@ def planned(
     sites = {site: solver.bytes(site, sweep) for site in stage.sites}
     while True:
         limit, itemsize = limit_of(stage, batching), solver.dtype.itemsize
-        measure = Measure(stage, lockstep, schedule.copies, sites, limit, itemsize)
+        measure = Measure(stage, lockstep, schedule.copies, limit, itemsize)
+        steps = measure.row()
         sampled = len(sampled_rows(stage, batching.thresholds)) if sweep else None
         fixed = left + lockstep.cast_bytes + merged
-        footprints = [Footprint(stage, fastest, measure.row(), sites, fixed, sampled)]
+        footprints = [Footprint(stage, fastest, steps, sites, fixed, sampled)]
         wanted = footprints[0].bytes_of(len(stage.rows), batching.rows)
         available, host_limit = allowed(job, wanted), 0
         if sweep and wanted > available:
@@ -215,11 +216,11 @@ def others(footprint: Footprint, measure: Measure, thresholds: Thresholds) -> It
     """``footprint`` with the other strategies."""
     for strategy in ladder(footprint.stage, measure.lockstep, thresholds):
         if strategy.offloads is None:
-            row = measure.row(strategy)
+            steps = measure.row(strategy)
         else:
             with closing(HostPool(strategy.offloads, bits=strategy.bits)) as place:
-                row = measure.row(strategy, place)
-        yield replace(footprint, strategy=strategy, row=row)
+                steps = measure.row(strategy, place)
+        yield replace(footprint, strategy=strategy, steps=steps)
 
 
 def plan_stage(footprints: Sequence[Footprint], limit: int, most: int, host_limit: int = 0) -> Plan:

@@ -30,7 +30,7 @@ from ..concepts import Concept
 from ..hosts.protocol import SampleRequest, Stage
 from ..hosts.recorded import differ
 from ..linalg import on_host
-from .footprint import RowMemory, forward_of
+from .footprint import Step, forward_of
 from .job import Job, StageTiming, Trace
 
 UNREACHED = "is not used by this base"
@@ -122,7 +122,7 @@ def _probe(
     mixed: set[str] = set()
     repeated: set[str] = set()
     measuring = False
-    timing = StageTiming(stage, job.calibration, reached, 0.0, device, RowMemory())
+    timing = StageTiming(stage, job.calibration, reached, 0.0, device, Step(""))
 
     def enter(module: nn.Module, _: Any) -> None:
         nonlocal root
@@ -150,10 +150,9 @@ def _probe(
         for row in firsts:
             sizes = [2] if every_kind else [2, 2]  # the first one may load weights to the device
             if not every_kind and job.memory_budget is not None:
-                memory = forward_of(stage)
+                timing = replace(timing, forward=forward_of(stage))
                 if is_apart(device):  # what a row leaves waits in host memory
-                    memory = replace(memory, waiting=0)
-                timing = replace(timing, forward=memory)
+                    timing.forward.waiting = 0
                 sizes[1] = max(2, replace(job, trace=Trace(stages=[timing])).at_once(_TIMED))
             took: list[float] = []
             for ran in sizes:

@@ -297,15 +297,17 @@ class OutputMoments(MomentReduction):
         out, width = changes.shape
         rows = out if directions is None else directions
         kept = len(changes) * width * (width + rows) * itemsize
+        shared = len(changes) * width * width * itemsize
+        left = shared + width * width * dtype.itemsize
         low = changes.rank * (4 * width + 2 * rows)
         search = searches(rows, width, changes.rank)
         if dtype == torch.float64:
             dense = 12 * width * width + 16 * rows * width
             if not search:
                 dense = 8 * width * width + 48 * rows * width
-            return MemoryEstimate(kept, dense + 12 * low)
+            return MemoryEstimate(kept, dense + 12 * low, left, shared)
         dense = 4 * width * width + (9 if search else 26) * rows * width
-        return MemoryEstimate(kept, dense + 6 * low)
+        return MemoryEstimate(kept, dense + 6 * low, left, shared)
 
 
 class AdapterMoments(MomentReduction):
@@ -331,7 +333,7 @@ class AdapterMoments(MomentReduction):
         low = 18 * rank * (4 * width + 2 * out) + 32 * rank * rank
         solve = 8 * square + min(8 * square, _PIECE) + low
         kept = len(changes) * (2 if cls.kind is CrossMoments else 1) * square * itemsize
-        return MemoryEstimate(kept, solve)
+        return MemoryEstimate(kept, solve, kept + 8 * square, kept)
 
     def _cross(self, concept: int) -> Tensor:
         """A concept's XᵀX̃, (in, in)."""

@@ -127,10 +127,14 @@ class SiteContext:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that a reduction keeps until solved (``kept``), and that solving needs in addition."""
+    """Bytes that a reduction keeps until solved (``kept``), that solving needs in addition, and
+    that remain of both (``left``) until the next site: moments and factors that may be shared.
+    Sites that receive the same tensor hold the ``shared`` part of ``kept`` only once."""
 
     kept: int
     solve: int
+    left: int = 0
+    shared: int = 0
 
 
 class Reduction(ABC):

@@ -107,7 +107,7 @@ def test_a_plan_merges_and_writes_nothing(world, tmp_path, iteris):
 
 def test_a_plan_is_refused_where_the_merge_is(world, tmp_path, iteris):
     out = tmp_path / "out.safetensors"
-    too_little = merge(world, out, "--memory=0.0019", "--latents=denoising")
+    too_little = merge(world, out, "--memory=0.00001", "--latents=denoising")
     for extra in (["--plan"], []):
         code, text, err = iteris.run(*too_little, *extra)
         assert (code, text) == (2, "")
@@ -134,7 +134,7 @@ def test_a_quiet_merge_says_nothing_but_errors(world, tmp_path, iteris):
 def test_warnings_of_modules_have_the_program_s_form(world, tmp_path):
     """In a process of its own, since the tests have log handlers."""
     out = tmp_path / "out.safetensors"
-    little = map(str, merge(world, out, "--memory=0.0019", "--plan"))
+    little = map(str, merge(world, out, "--memory=0.0015", "--plan"))
     command = [sys.executable, "-m", "iteris_core", *little]
     for extra, said in (([], True), (["--quiet"], False)):
         done = subprocess.run([*command, *extra], capture_output=True, text=True, check=True)

@@ -14,8 +14,7 @@ from iteris_core.hosts.diffusers import DiffusersHost
 
 ALONE, ROWS, FILE = 1e-3, 5e-3, 1e-3
 FAST = "Wan 2.2 with two experts", "Qwen-Image 2.1", "Anima"
-"""One of each kind: references, lists, experts with frames, no tokenizer, and blocks; the others
-are slow tests."""
+"""Experts with frames, no tokenizer, and blocks; the others are slow tests."""
 
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES]
 

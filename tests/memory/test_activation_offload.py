@@ -133,7 +133,7 @@ def test_the_planned_peak_is_the_measured_one(host, apart, places, monkeypatch):
         made, peak = plans[-1], peaks[-1]
         assert (made.rows == 36) == (host_mib > 3)
         assert made.host_bytes <= host_mib << 20
-        assert 0.7 * made.bytes <= peak <= 1.02 * made.bytes, made
+        assert 0.8 * made.bytes <= peak <= 1.02 * made.bytes, made
     small, _ = (f"{planner.IN_HOST}, by {size}" for size in planner.BLOCKS)
     assert {p.strategy.name for p in plans} >= {planner.ON_DEVICE.name, small}
     assert places

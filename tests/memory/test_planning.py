@@ -20,7 +20,7 @@ from iteris_core.passes.footprint import (
     ON_DEVICE,
     Footprint,
     Measure,
-    RowMemory,
+    Step,
     Strategy,
 )
 from iteris_core.passes.job import Job, StageTiming, Trace
@@ -38,13 +38,13 @@ def stage_of(owners, ran=None, **more) -> Stage:
     return Stage("denoiser", ["a", "b"], rows, lambda rows, copies: ran.append(rows), **more)
 
 
-ROW = RowMemory(1, 3)
+STEPS = [Step("a", 1, 3), Step("", 0, 0)]
 """Of a row that waits at one site."""
 
 
 def needs_of(stage, *others) -> list[Footprint]:
     """On the device, and with ``others``."""
-    need = Footprint(stage, ON_DEVICE, ROW, {"a": MemoryEstimate(0, 0)}, 100, 0)
+    need = Footprint(stage, ON_DEVICE, STEPS, {"a": MemoryEstimate(0, 0)}, 100, 0)
     return [need, *(replace(need, strategy=other) for other in others)]
 
 
@@ -80,7 +80,6 @@ def merge(host, **more):
 @pytest.mark.parametrize(
     ("schedule", "share"), [("sweep", 0.8), pytest.param("jacobi", 0.6, marks=pytest.mark.slow)]
 )
-@pytest.mark.usefixtures("unmeasured")
 def test_the_budget_is_kept_and_the_result_is_the_same(host64, schedule, share):
     settings = {"schedule": schedule, "iterations": 2, "precision": "float64"}
     with MemoryMeter() as meter:
@@ -108,7 +107,7 @@ def test_denoising_and_held_out_rows_keep_the_limit_as_the_sweep_does(host, mib)
 
 def test_as_many_rows_run_as_fit_beside_the_rest():
     def timing(**taken):
-        return StageTiming(stage_of([0]), CALIBRATION, {}, 0.0, CPU, RowMemory(**taken))
+        return StageTiming(stage_of([0]), CALIBRATION, {}, 0.0, CPU, Step("", **taken))
 
     seen = (timing(running=10, forward=5), timing(running=1, forward=70))
     factors = {"a": SiteChanges((LowRank(torch.zeros(3, 1), torch.zeros(1, 2)),))}  # 20 bytes
@@ -223,7 +222,7 @@ class Offload:
 
 
 def test_weights_that_are_offloaded_are_no_part_of_a_row():
-    def measured(offloaded: bool) -> RowMemory:
+    def measured(offloaded: bool) -> list[Step]:
         pipeline = make_pipeline()
         if offloaded:
             Offload(pipeline)
@@ -233,11 +232,11 @@ def test_weights_that_are_offloaded_are_no_part_of_a_row():
         changes = changes_of(concepts)
         job = Job(host, concepts, changes, CALIBRATION, generator, lambda *_: None)
         with job.run() as run:
-            *_, (stage, row) = (
-                (stage, Measure(stage, run.lockstep, 2, {}).row()) for stage in run.stages()
+            *_, (stage, steps) = (
+                (stage, Measure(stage, run.lockstep, 2).row()) for stage in run.stages()
             )
         assert stage.name == "unet"
-        return row
+        return steps
 
     assert measured(True) == measured(False)
 

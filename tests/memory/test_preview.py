@@ -43,7 +43,7 @@ def test_a_preview_leaves_nothing_behind():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory_budget", [2**30, 7 * 2**18])
+@pytest.mark.parametrize("memory_budget", [2**30, 6 * 2**18])
 def test_all_parts_have_the_rows_of_the_merge(memory_budget):
     """A text encoder's rows are those that the denoiser needs, whether or not all fit."""
     host, some = of_texts_and_pictures()
