@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import sub
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,6 +31,11 @@ from .report.provenance import join_embeddings, lacks_of, merge_metadata, notes_
 from .settings import Budget, PresetName, Settings
 from .solve.choose import THRESHOLDS, Thresholds
 from .solve.problem import Solution
+
+_LEAST_SHARE = -1.0
+"""Below this, by how much worse than the base a merge is says nothing."""
+_MOST_LOST = 0.1
+"""The most that steps may take of what a LoRA keeps, the mean over its uses."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +157,7 @@ def _result(prepared: Prepared, merged: Merged) -> MergeResult:
     """The merged LoRA beside those that are always on, and its report."""
     job, report = prepared.job, prepared.job.report
     active = [*prepared.merging, *prepared.always]
-    changes = {site: solution.change for site, solution in merged.sites.items()}
-    changes |= of_loras.means_of(job.concepts, prepared.others)
+    changes = merged.changes | of_loras.means_of(job.concepts, prepared.others)
     changes = of_loras.beside(changes, of_loras.changes_always(job.included))
     embeddings, new_names, renamed = join_embeddings(active)
     where = {"include": "part of the merged LoRA", "outside": "load it beside the merged LoRA"}
@@ -169,6 +174,7 @@ def _result(prepared: Prepared, merged: Merged) -> MergeResult:
         solution = replace(merged.sites.get(site, Solution(change)), change=change)
         report.sites[site] = SiteReport.of(solution, len(prepared.merging), repair=site in repairs)
     report.settings |= merged.ran
+    report.partial = merged.partial
     report.lacks = lacks_of(active)
     bases = (concept.lora.base for concept in active if concept.lora is not None)
     lora = Lora(
@@ -183,16 +189,17 @@ def _result(prepared: Prepared, merged: Merged) -> MergeResult:
 
 def _better(job: Job, merged: Merged) -> tuple[Merged, dict[str, list[float]]]:
     """``merged`` or, if held-out rows keep more with it, what it was before its steps; and what
-    they keep. That is the mean over all LoRAs and uses."""
-    stopped = merged.stopped
-    versions = [merged, merged.without_steps] if merged.before else [merged]
-    if stopped is not None and not (isinstance(stopped, KeyboardInterrupt) and merged.before):
+    they keep. That is the mean over all LoRAs and uses, in which a share has a lower bound. Steps
+    that cost a LoRA much are left out, whatever the others gain."""
+    stopped, before = merged.stopped, merged.before
+    versions = [merged] if before is None else [merged, before]
+    if stopped is not None and not (isinstance(stopped, KeyboardInterrupt) and before):
         return versions[-1], {}
     try:
         if stopped is not None:
             again = "Ctrl-C again leaves them out"
             job.tick(f"held-out rows show whether the steps so far are kept; {again}", 0, 0)
-        shares = kept(job, *({s: of.change for s, of in v.sites.items()} for v in versions))
+        shares = kept(job, *(version.changes for version in versions))
     except BaseException as error:  # the merge is done
         stops = isinstance(error, (KeyboardInterrupt, *job.host.interrupts))
         if cancelled := stops or job.eta.cancelled:
@@ -207,8 +214,16 @@ def _better(job: Job, merged: Merged) -> tuple[Merged, dict[str, list[float]]]:
         return merged, {}
     if len(versions) == 1 or not shares[0]:
         return merged, shares[0]
-    after, before = (fmean(share for use in of.values() for share in use) for of in shares)
-    comparison = f"held-out rows keep {after:.3f} with them and {before:.3f} without"
-    better = before <= after
-    job.report.note("steps", f"{comparison}, so they are {'kept' if better else 'left out'}")
+    after, plain = ([_mean(of) for of in zip(*uses.values(), strict=True)] for uses in shares)
+    comparison = f"held-out rows keep {fmean(after):.3f} with them and {fmean(plain):.3f} without"
+    names = [concept.name for concept in job.concepts if concept.lora is not None]
+    lost, name = max(zip(map(sub, plain, after), names, strict=True))
+    better = fmean(plain) <= fmean(after) and lost <= _MOST_LOST
+    why = f", {lost:.3f} less of {name}" if lost > _MOST_LOST else ""
+    note = f"{comparison}{why}, so they are {'kept' if better else 'left out'}"
+    job.report.note("steps", note)
     return versions[not better], shares[not better]
+
+
+def _mean(shares: Sequence[float]) -> float:
+    return fmean(max(share, _LEAST_SHARE) for share in shares)

@@ -116,6 +116,7 @@ def prepare(
         eta=eta,
         store=store,
         rank=getattr(settings, "rank", None),
+        share_ranks=getattr(settings, "share_ranks", False),
         included=[concept for concept in always if concept.always_on == "include"],
         rescues=rescues,
         report=report,

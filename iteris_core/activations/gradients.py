@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Se
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
+from threading import Lock
 from typing import Any
 from unittest.mock import patch
 
@@ -26,6 +27,8 @@ from ..lora import LowRank
 from .memory import tensors_in
 from .trace import ExecutionTrace, hooked, unwritten
 
+_MUTATION = Lock()
+"""torch allows mutation for the whole process, and only once at a time."""
 Context = Callable[[], AbstractContextManager[None]]
 Filled = Callable[[Iterator[Tensor]], Any]
 """What returns containers with these tensors in them."""
@@ -84,7 +87,7 @@ def saved_tensors(*, mutable: bool) -> Generator[None]:
     the two. Tensors that the backward pass needs must not change, unless ``mutable``; then they
     are copied as they do."""
     if mutable:
-        with allow_mutation_on_saved_tensors():
+        with _MUTATION, allow_mutation_on_saved_tensors():
             yield
         return
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -290,13 +291,20 @@ class Lockstep:
 
     def _ready(self, site: str, which: int | None, change: LowRank, inputs: Tensor) -> LowRank:
         """A LoRA's change, with None the merged one, in the inputs' dtype and on their device,
-        converted once."""
-        if change.up.dtype == inputs.dtype and change.up.device == inputs.device:
+        converted once; an ordinary tensor where gradients are wanted."""
+
+        def fits(change: LowRank) -> bool:
+            same = change.up.dtype == inputs.dtype and change.up.device == inputs.device
+            return same and not (change.up.is_inference() and torch.is_grad_enabled())
+
+        if fits(change):
             return change
         if change.up.requires_grad:  # a step of training changes it in place
             return change.to(inputs.dtype, inputs.device)
         source, cast = self._cast.get((site, which), (None, change))
-        if source is not change or cast.up.dtype != inputs.dtype:
+        if source is not change or not fits(cast):
             cast = change.to(inputs.dtype, inputs.device)
+            if not fits(cast):
+                cast = replace(cast, up=cast.up.clone(), down=cast.down.clone())
             self._cast[site, which] = change, cast
         return cast

@@ -189,6 +189,8 @@ def read_recipe(path: Path) -> MergeConfig:
     later = {name: recorded[name] for name in ("cut", "strength") if recorded.get(name)}
     if later:
         warn(f"{path} was changed after its merge ({later}); the merge itself is repeated.")
+    if partial := recorded.get("partial"):
+        warn(f"{path} holds a merge that ended after {partial}; the whole merge is repeated.")
     try:
         settings = find_method(config.method).settings.without_removed(config.settings)
         config = config.model_copy(update={"settings": settings})

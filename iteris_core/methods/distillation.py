@@ -135,27 +135,23 @@ class Distillation:
 
     def _ranks(self, stage: Stage) -> dict[str, int]:
         """Site → the largest rank that its merged change may have."""
-        changes, most = self.run.lockstep.changes, self.run.job.rank
-        own = {site: min(changes[site].rank, *changes[site].shape) for site in stage.sites}
-        return {s: min(rank, most if isinstance(most, int) else rank) for s, rank in own.items()}
+        changes = self.run.lockstep.changes
+        return {site: self.run.job.largest_rank(changes[site]) for site in stage.sites}
 
     def _largest(self, stage: Stage, network: Network) -> dict[str, LowRank]:
         """Leaves like those of merged changes of these ranks."""
-        found = dict[str, LowRank]()
+        leaves = dict[str, LowRank]()
         for site, rank in self._ranks(stage).items():
             like = self.run.lockstep.changes[site]
-            up, down = (
-                torch.zeros(*shape, device=network.device, requires_grad=True)
-                for shape in ((like.shape[0], rank), (rank, like.shape[1]))
-            )
-            found[site] = LowRank(up, down, like.like.kernel)
-        return found
+            out, width = like.shape
+            zeros = LowRank(torch.zeros(out, rank), torch.zeros(rank, width), like.like.kernel)
+            leaves[site] = _leaves(zeros, network.device)
+        return leaves
 
     def trained(self, merged: Merged, bound: float | None) -> Merged:
         """``merged`` after the steps, within :func:`.fitting.bounds_of` a ``bound``."""
         job, lockstep = self.run.job, self.run.lockstep
-        closed_form = {site: solution.change for site, solution in merged.sites.items()}
-        after = lockstep.merged = dict(closed_form)
+        after = lockstep.merged = dict(merged.changes)
         notes = dict(self._left_out)
         known = [seen.stage.name for seen in job.trace.stages if _is_trained(seen.stage)]
         known, trained = [name for name in known if name not in notes], 0
@@ -181,12 +177,17 @@ class Distillation:
         none = "none, because no part of this base gives an image"
         job.report.note("steps", *(notes.values() or [none]))
         job.eta.expect(WHAT, [])
-        ran, sites = {} if self.taken else {"steps": 0}, dict(merged.sites)
+        before = replace(merged, ran={"steps": 0}, stopped=self.stopped)
+        if not self.taken:
+            return before
+        every, sites = max(len(known), 1) * self.steps, dict(merged.sites)
         for site, solution in merged.sites.items():
             like = solution.change.up
-            sites[site] = replace(solution, change=after[site].to(like.dtype, like.device))
-        before = closed_form if self.taken else {}
-        return replace(merged, sites=sites, before=before, ran=ran, stopped=self.stopped)
+            if after[site] is not solution.change:  # whose errors are those of the closed form
+                change = after[site].to(like.dtype, like.device)
+                sites[site] = replace(solution, change=change, errors=None)
+        partial = f"{self.taken} of {every} steps" if self.taken < every else ""
+        return Merged(sites, before, partial=partial, stopped=self.stopped)
 
     def _of_stage(self, stage: Stage, start: int, total: int) -> tuple[dict[str, LowRank], str]:
         """The changes of a stage's sites after as many steps as can be taken, empty if there are
@@ -199,7 +200,8 @@ class Distillation:
             network = self._network(stage)
             merged = self.run.lockstep.merged  # without repairs where nothing drifts
             for site in (site for site in stage.sites if site in merged):
-                leaves[site] = _leaves(merged[site], network.device)
+                even, _ = truncate_factors(merged[site].to(torch.float32), merged[site].rank)
+                leaves[site] = _leaves(even, network.device)
             gradients = RowGradients(self.run, stage, network, leaves)
             with gradients.active():
                 job.tick(WHAT, start, total)
@@ -271,8 +273,10 @@ def _complaint(said: str, tried: object) -> str:
 
 
 def _leaves(change: LowRank, device: torch.device) -> LowRank:
-    """Its factors, of equal size in every component, as float32 leaves on a device."""
+    """The factors of ``change`` as float32 leaves on ``device``, also in inference mode."""
     with torch.inference_mode(False):
-        even, _ = truncate_factors(change.to(torch.float32), change.rank)
-        up, down = even.up.to(device).requires_grad_(), even.down.to(device).requires_grad_()
+        up, down = (
+            factor.detach().clone().to(device, torch.float32).requires_grad_()
+            for factor in (change.up, change.down)
+        )
     return LowRank(up, down, change.kernel)

@@ -5,9 +5,11 @@ For rows r, their final outputs f and the outputs h_b of every block,
     Σ_r w_r (‖f_merged(r) − f_LoRA(r)‖² + hints · mean_b ‖h_b,merged(r) − h_b,LoRA(r)‖² / s_b).
 
 f_LoRA is what row r's own LoRA does, under the row's condition of use; the base's for generic rows.
-w_r is the concept's weight over the mean ‖f_LoRA − f_base‖² of its rows, and s_b the block's error
-before. The blocks' outputs (hints: Romero et al. 2015) tell each layer more of a row than its end
-does: without them a merge fits its rows as closely, and keeps less on other words.
+w_r is the concept's weight over the mean ‖f_LoRA − f_base‖² of its rows, but over no less than a
+quarter of the concepts' mean: otherwise a LoRA that acts in the text encoders alone would rule. s_b
+is the block's error before. The blocks' outputs (hints: Romero et al. 2015) tell each layer more of
+a row than its end does: without them a merge fits its rows as closely, and keeps less on other
+words.
 """
 
 from __future__ import annotations
@@ -38,6 +40,11 @@ _AT_ONCE = 4
 _AT_OUTPUT, _LOWER, _LOWERED = 2**-6, 2**-8, 2
 """The size of the gradients at the final outputs, which in half precision neither vanish nor
 overflow on their way back; what lowers it, and how often."""
+
+_LEAST_EFFECT = 0.25
+"""The least effect by which a row is weighted, as a share of the mean over the concepts."""
+Hint = tuple[nn.Module, int]
+"""A block's output in one of the calls of a forward."""
 
 
 def network_of(run: Run, stage: Stage) -> Network:
@@ -70,7 +77,7 @@ class RowGradients:
         self._final, self._copy, self._factors = stage.final, copy, factors
         self.leaves = [leaf for of in factors.values() for leaf in (of.up, of.down)]
         self._weights = [1.0] * len(stage.rows)
-        self._before = [0.0] * len(network.blocks)
+        self._before = dict[Hint, float]()
         """s_b"""
         self._scale, self._lowered, self._mutable = 1.0, 0, False
 
@@ -118,7 +125,10 @@ class RowGradients:
         if not known:
             raise SiteError("no LoRA changes anything in its rows")
         typical = sum(known) / len(known)
-        self._weights = [concepts[owner].weight / (effects[owner] or typical) for owner in owners]
+        least = _LEAST_EFFECT * typical
+        self._weights = [
+            concepts[owner].weight / max(effects[owner] or typical, least) for owner in owners
+        ]
         # 2 w (f_merged − f_LoRA) is about twice the root of 1 / (effect · entries).
         self._scale = 2.0 ** round(math.log2(_AT_OUTPUT * (typical * entries) ** 0.5 / 2))
 
@@ -152,26 +162,25 @@ class RowGradients:
         return self._lowered <= _LOWERED
 
     def add(self, rows: Sequence[int], *, first: bool) -> None:
-        """Add the gradients of these rows' loss. At ``first``, the largest error of a block is kept
-        as s_b."""
-        wanted = list[Tensor]()
-        wanted.append(self._outputs(rows, 0, hints=wanted))
-        weights = wanted[0].new_tensor([self._weights[row] for row in rows], dtype=torch.float32)
-        found = list[Tensor]()
+        """Add the gradients of these rows' loss. At ``first``, s_b is the largest error of a block
+        so far."""
+        wanted, actual = dict[Hint, Tensor](), dict[Hint, Tensor]()
+        final = self._outputs(rows, 0, hints=wanted)
+        weights = final.new_tensor([self._weights[row] for row in rows], dtype=torch.float32)
 
         def loss(outputs: Tensor) -> None:
-            pairs = zip([*found, outputs], wanted, strict=True)
-            *errors, total = (_Error.apply(*pair, weights) for pair in pairs)
-            for number, block in enumerate(errors):
+            total: Any = _Error.apply(outputs, final, weights)
+            for hint, output in actual.items():
+                error: Any = _Error.apply(output, wanted[hint], weights)
                 if first:
-                    before = float(block.detach()) / len(rows)
-                    self._before[number] = max(self._before[number], before)
-                share = self._job.thresholds.hints / len(errors)
-                total = total + block * (share / max(self._before[number], 1e-30))
+                    before = float(error.detach()) / len(rows)
+                    self._before[hint] = max(self._before.get(hint, 0.0), before)
+                share = self._job.thresholds.hints / len(actual)
+                total = total + error * (share / max(self._before.get(hint, 0.0), 1e-30))
             (total * self._scale).backward(inputs=self.leaves)
 
         # Within the forward: the backward pass runs blocks, and their changes, again.
-        self._outputs(rows, self._copy, merged=True, hints=found, then=loss)
+        self._outputs(rows, self._copy, merged=True, hints=actual, then=loss)
 
     def _outputs(
         self,
@@ -180,7 +189,7 @@ class RowGradients:
         *,
         merged: bool = False,
         of_base: bool = False,
-        hints: list[Tensor] | None = None,
+        hints: dict[Hint, Tensor] | None = None,
         then: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """The final outputs of ``rows`` with the texts of a ``copy``: of their own LoRAs, or if
@@ -198,7 +207,8 @@ class RowGradients:
             assert hints is not None
             if by_row:  # others join their rows in one dimension, as text blocks of Krea 2 do
                 parts = [leaf.flatten(1) for leaf in by_row]
-                hints.append(torch.cat(parts, 1) if len(parts) > 1 else parts[0])
+                call = sum(block is module for block, _ in hints)
+                hints[module, call] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
         owners, conditions = [row.concept for row in of_rows], conditions_of(of_rows)
         batch = MicroBatch(run, owners, 1, merged_only=merged or of_base, conditions=conditions)

@@ -81,7 +81,8 @@ class Job:
     in targets.
 
     ``tick`` reports progress, and ``eta`` estimates the time left by the ``trace``'s stages.
-    Samples may be kept in ``store``. ``rank`` is what the method's settings allow. ``included`` are
+    Samples may be kept in ``store``. ``rank`` is what the method's settings allow, in a layer or,
+    with ``share_ranks``, on average. ``included`` are
     the LoRAs always on that become part of the merged one. With ``rescues`` a user who cancels once
     there is a merge gets it.
     """
@@ -99,6 +100,7 @@ class Job:
     trace: Trace = field(default_factory=Trace)
     store: SampleStore | None = None
     rank: int | float | None = None
+    share_ranks: bool = False
     included: Sequence[Concept] = ()
     rescues: bool = False
     report: MergeReport = field(default_factory=lambda: MergeReport("", ()))
@@ -112,6 +114,12 @@ class Job:
     def loras(self) -> int:
         """The number of concepts with a LoRA; the others preserve the base."""
         return sum(concept.lora is not None for concept in self.concepts)
+
+    def largest_rank(self, changes: SiteChanges) -> int:
+        """The largest rank that the merged change of a site may have."""
+        rank = min(changes.rank, *changes.shape)
+        capped = isinstance(self.rank, int) and not self.share_ranks
+        return min(rank, int(self.rank or rank)) if capped else rank
 
     @property
     def denoised(self) -> int:
@@ -163,19 +171,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Merged:
-    """Every site's solution. ``before`` are the changes before steps (empty: there were none):
-    whichever keep more on held-out rows are the merge. ``ran`` are settings that differ from those
-    requested. The user ``stopped`` the merge, and is to get what there is."""
+    """Every site's solution. ``before`` is the merge without its steps (None: it has none):
+    whichever keeps more on held-out rows is the merge. ``ran`` are settings that differ from those
+    requested, and ``partial`` says how many steps were taken if not all were. The user ``stopped``
+    the merge, and is to get what there is."""
 
     sites: Mapping[str, Solution]
-    before: Mapping[str, LowRank] = field(default_factory=dict[str, LowRank])
+    before: Merged | None = None
     ran: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    partial: str = ""
     stopped: BaseException | None = None
 
     @property
-    def without_steps(self) -> Merged:
-        sites = {s: replace(of, change=self.before[s]) for s, of in self.sites.items()}
-        return replace(self, sites=sites, before={}, ran={"steps": 0})
+    def changes(self) -> dict[str, LowRank]:
+        return {site: solution.change for site, solution in self.sites.items()}
 
 
 @dataclass

@@ -133,16 +133,21 @@ def outlook_of(job: Job, plans: Sequence[Plan]) -> str:
     rank and the size of the file."""
     left, offered = job.eta.left(), sum(plan.offered for plan in plans)
     short = offered - sum(plan.rows for plan in plans)
-    most = job.rank if isinstance(job.rank, int) else math.inf
-    ranks = {s: int(min(some.rank, *some.shape, most)) for s, some in job.changes.items()}
+    ranks = {site: job.largest_rank(some) for site, some in job.changes.items()}
     included = changes_of(job.included) if job.included else {}
-    ranks |= {site: ranks.get(site, 0) + some.rank for site, some in included.items()}
+    more = {site: some.rank for site, some in included.items()}
     shapes = {site: some.shape for site, some in (*included.items(), *job.changes.items())}
-    size = sum(2 * rank * sum(shapes[site]) for site, rank in ranks.items())
+    # Shared out, no layer is limited, but the file is.
+    limit = job.rank if isinstance(job.rank, int) else math.inf
+    size = sum(
+        2 * (min(ranks.get(site, 0), limit) + more.get(site, 0)) * sum(shape)
+        for site, shape in shapes.items()
+    )
+    largest = max(ranks.get(site, 0) + more.get(site, 0) for site in shapes)
     parts = [
         f"{'at most ' if job.eta.at_most else ''}about {duration(left)}" if left else "",
         f"{short} of {offered} rows left out" if short else "no row left out" if offered else "",
-        f"rank at most {max(ranks.values())}",
+        f"rank at most {largest}",
         f"file at most {size / 2**20:.1f} MiB as float16",
     ]
     return ", ".join(filter(None, parts))

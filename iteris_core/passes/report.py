@@ -58,7 +58,8 @@ class MergeReport:
     lists the parts of the LoRAs that are not in the merge. ``kept`` is what held-out rows keep of
     every LoRA, by how the merge is loaded, see :func:`.held_out.kept`. ``outlook`` is what was
     expected before anything was denoised (:func:`.planner.outlook_of`). ``wordless`` are the LoRAs
-    that were always on for want of words."""
+    that were always on for want of words. ``partial`` says how many steps were taken, if not
+    all."""
 
     method: str
     concepts: Sequence[str]
@@ -76,6 +77,7 @@ class MergeReport:
     kept: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
     outlook: str = ""
     wordless: Sequence[str] = ()
+    partial: str = ""
 
     def note(self, name: str, *notes: str) -> None:
         """Add ``notes`` on a concept or a step."""
@@ -165,7 +167,7 @@ class MergeReport:
             )
         if wrong or not own:
             return " ".join(wrong)
-        if not left:
+        if not left and not kept:
             return f"Not measured by {self.method}; check images."
         if self.loras == 1:
             return f"{own[0][0]} is the only LoRA that is merged."

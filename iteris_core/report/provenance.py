@@ -107,7 +107,8 @@ def recipe(
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
-    return {"versions": versions, **recorded, "concepts": entries, "notes": report.notes}
+    partial = {"partial": report.partial} if report.partial else {}
+    return {"versions": versions, **recorded, **partial, "concepts": entries, "notes": report.notes}
 
 
 def without_files(metadata: Mapping[str, str]) -> list[str]:

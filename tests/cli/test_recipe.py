@@ -130,11 +130,13 @@ def test_a_file_that_was_cut_after_its_merge_is_merged_again_whole(world, tmp_pa
     whole, cut, again = (tmp_path / f"{name}.safetensors" for name in ("whole", "cut", "again"))
     base = ["merge", world / "base", "--device=cpu", "--method=sum"]
     iteris(*base, "-o", whole, f"--concept={world / 'lora1.safetensors'}")
-    metadata = with_recipe(Lora({}, metadata=metadata_of(whole)), cut={"rank": 2}).metadata
+    changed = {"cut": {"rank": 2}, "partial": "3 of 12 steps"}
+    metadata = with_recipe(Lora({}, metadata=metadata_of(whole)), **changed).metadata
     save_file(load_file(whole), cut, metadata)
     more = ("-o", again, f"--from={cut}", f"--loras={world}")
     iteris(*base[:-1], *more)
     assert "was changed after its merge ({'cut': {'rank': 2}}); the merge itself" in iteris.err
+    assert "ended after 3 of 12 steps; the whole merge is repeated" in iteris.err
     assert same(whole, again)
 
 

@@ -1,6 +1,7 @@
 """Steps through the whole denoiser: the gradient, what they lower, and what they leave alone."""
 
 from dataclasses import replace
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny import random_lora
 from torch import nn
 
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
-from iteris_core.activations.gradients import constant_weights
+from iteris_core.activations.gradients import constant_weights, saved_tensors
 from iteris_core.activations.site import PLAIN, Condition
 from iteris_core.methods import distillation
 from iteris_core.methods.row_gradients import RowGradients
@@ -130,6 +131,11 @@ def test_steps_lower_the_error_and_leave_the_base_as_it_was(condition):
         assert change.squared_norm() ** 0.5 <= max(1.001 * most, together)
 
 
+class Ones(dict):
+    def get(self, key, default=None):
+        return 1.0
+
+
 class Joining(Attention):
     """Its output has the tokens of all rows in one dimension, so it shows no row's error."""
 
@@ -161,7 +167,7 @@ def test_the_first_gradient_is_that_of_the_whole_model(at_once, monkeypatch):
     def add(self, some, *, first):
         if first:  # no trial
             rows.extend(some)
-        self._before = [1.0] * len(self._before)
+        self._before = Ones()
         outputs(self, some, first=False)
 
     def weigh(self, generator):
@@ -244,6 +250,75 @@ def test_steps_are_the_same_again_and_can_be_cancelled(host):
     assert all(p.grad is None for p in host.pipeline.unet.parameters())
     assert all(not m._forward_hooks for m in host.pipeline.unet.modules())
     assert all("forward" not in vars(m) for m in host.pipeline.unet.modules())
+
+
+class JoiningPairs(Attention):
+    """Joins the rows of a pair, and shows each row's error elsewhere."""
+
+    def forward(self, x: torch.Tensor, scale: float = 4.0) -> torch.Tensor:
+        made = super().forward(x, scale)
+        return made.reshape(1, -1, WIDTH) if len(x) == 2 else made
+
+
+def test_an_error_of_a_block_is_its_own_where_others_join_their_rows(monkeypatch):
+    loras, data, model, seen = loras_of(), data_of(), Blocks(), {}
+    model.blocks[0] = JoiningPairs().double()
+    model.blocks[0].load_state_dict(Blocks().blocks[0].state_dict())
+
+    def add(self, rows, *, first):
+        if first and not seen:
+            for some in (rows[:3], rows[3:5]):
+                outputs(self, some, first=True)
+                seen[len(some)] = dict(self._before)
+                self._before.clear()
+        outputs(self, rows, first=first)
+
+    outputs = RowGradients.add
+    monkeypatch.setattr(RowGradients, "add", add)
+    merged(model, data, loras, steps=1)
+    assert [block for block, _ in seen[3]] == list(model.blocks)
+    assert [block for block, _ in seen[2]] == list(model.blocks)[1:]
+
+
+def test_effects_in_the_denoiser_that_are_next_to_nothing_do_not_rule(monkeypatch):
+    loras, data, weights = loras_of(2), data_of(2), []
+    weigh = RowGradients.weigh
+    monkeypatch.setattr(
+        RowGradients, "weigh", lambda self, g: (weigh(self, g), weights.append(self._weights))
+    )
+    small = Lora({s: change.scaled(1e-3) for s, change in loras[1].sites.items()}, "small")
+    for pair in (loras, [loras[0], small]):
+        merged(Blocks(), data, pair, steps=1)
+    alike, unlike = (max(of) / min(of) for of in weights)
+    assert alike < 2
+    assert 7.9 < unlike <= 8.01  # the mean effect is half of the first one's
+
+
+class InPlace(Attention):
+    """Changes a tensor that its gradient needs."""
+
+    def forward(self, x: torch.Tensor, scale: float = 4.0) -> torch.Tensor:
+        x = super().forward(x, scale).square()
+        x += x.sin()
+        return x
+
+
+def test_steps_wait_for_those_of_another_thread():
+    """torch allows changes of saved tensors in one place of a process at a time."""
+    loras, data, left, entered = loras_of(), data_of(), Event(), Event()
+
+    def hold():
+        with saved_tensors(mutable=True):
+            entered.set()
+            left.wait(0.5)
+
+    other = Thread(target=hold)
+    other.start()
+    entered.wait()
+    model = Blocks(InPlace)
+    assert merged(model, data, loras, steps=2)  # asserts that they are taken
+    left.set()
+    other.join()
 
 
 class Scarce(Attention):

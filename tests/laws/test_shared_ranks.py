@@ -1,6 +1,7 @@
 """Ranks shared out over the layers of a merge, against plain matrices."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -95,6 +96,10 @@ def test_repairs_do_not_make_the_file_larger(host, rank):
     written = sum(sum(change.shape) * change.rank for change in result.lora.sites.values())
     assert written <= rank * sum(sizes.values())
     assert (result.lora.sites.keys() > sizes.keys()) == (rank > 1)  # repairs have room left
+    most = int(re.search(r"rank at most (\d+),", result.report.outlook)[1])
+    mib = float(re.search(r"file at most ([\d.]+) MiB", result.report.outlook)[1])
+    assert max(result.lora.ranks) <= most
+    assert written * 2 / 2**20 <= mib + 0.05
 
 
 def test_what_ranks_cannot_be_shared_with():

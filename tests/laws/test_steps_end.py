@@ -156,6 +156,40 @@ def test_the_better_one_is_kept_and_measured_once(trial, monkeypatch):
     assert not same(better, plain)
 
 
+@pytest.mark.slow
+def test_residuals_of_the_closed_form_are_none_of_the_merge_after_steps(trial, monkeypatch):
+    figures = [{"1": [0.9, 0.9]}, {"1": [0.6, 0.7]}]
+    monkeypatch.setattr("iteris_core.merge.kept", lambda job, *versions: figures[: len(versions)])
+    report = trial.merge(calibration=replace(CALIBRATION, samples=12)).report
+    of_unet = [s for name, s in report.sites.items() if name.startswith("unet.") and not s.repair]
+    assert of_unet
+    assert all(site.after == () for site in of_unet)
+    assert report.verdict().startswith("Kept on held-out rows")
+    closed = trial.merge(0).report
+    assert all(site.after for name, site in closed.sites.items() if not site.repair)
+
+
+@pytest.mark.slow
+def test_steps_that_cost_one_lora_much_are_left_out(trial, monkeypatch):
+    """Whatever the others gain, and however far below the base a share was without them."""
+    figures = [{"1": [0.2, 0.9]}, {"1": [0.6, -40.0]}]
+    monkeypatch.setattr("iteris_core.merge.kept", lambda job, *versions: figures[: len(versions)])
+    result = trial.merge()
+    note = result.report.notes["steps"][-1]
+    assert note.startswith("held-out rows keep 0.550 with them and -0.200 without, 0.400 less of ")
+    assert note.endswith("so they are left out")
+    assert same(result, trial.merge(0))
+
+
+@pytest.mark.slow
+def test_steps_are_taken_in_inference_mode(trial):
+    whole = trial.merge()
+    with torch.inference_mode():
+        result = trial.merge()
+    assert result.report.notes["steps"][0] == f"unet: {STEPS} taken"
+    assert same(result, whole)
+
+
 class Stopped(Exception):
     """By which an application cancels."""
 
@@ -191,6 +225,8 @@ def test_a_user_who_cancels_gets_the_merge_only_if_asked_for(trial, error):
         told = result.report.notes["steps"][-1]
         assert same(result, plain) == ("left out" in told)
         assert recipe["steps"] == (0 if "left out" in told else STEPS)
+        partial = json.loads(result.lora.metadata["iteris"]).get("partial")
+        assert partial == (None if "left out" in told else f"2 of {STEPS} steps")
         assert result.report.kept.keys() == plain.report.kept.keys()
 
 
