@@ -29,8 +29,9 @@ from .methods.registry import Fit, settings_over
 from .passes import changes as of_loras
 from .passes import preflight
 from .passes.held_out import expect_held_out
-from .passes.job import Job, within_time
+from .passes.job import Job
 from .passes.report import MergeReport
+from .passes.time_limit import within_time
 from .progress import Forecast, OnProgress
 from .settings import Budget, PresetName, Settings, budget_of
 from .solve.choose import THRESHOLDS, Thresholds
@@ -117,6 +118,7 @@ def prepare(
         store=store,
         rank=getattr(settings, "rank", None),
         share_ranks=getattr(settings, "share_ranks", False),
+        steps=getattr(settings, "steps", 0),
         included=[concept for concept in always if concept.always_on == "include"],
         rescues=rescues,
         report=report,
@@ -162,7 +164,7 @@ def _looked_at(
     concepts ``always`` are on already. Raises :class:`SiteError` if there are other sites and
     ``unmergeable`` is ``"refuse"``, or if there are no others.
     """
-    concepts, wanted = job.concepts, job.calibration.samples
+    concepts, wanted, steps = job.concepts, job.calibration.samples, job.steps
 
     def with_added(job: Job) -> Job:
         added = job.host.added(concepts, job.calibration)
@@ -188,15 +190,19 @@ def _looked_at(
     for seen in trace.stages:
         job.eta.did(seen.products, seen.seconds)
     job = within_time(job, max(sweeps, 1))
+    if steps:
+        job.report.settings["steps"] = job.steps
     expect_held_out(job)
     few = job.calibration.samples
     if few < wanted:
         job = with_added(job)
     for concept in job.concepts[len(concepts) :]:
         job.report.note(concept.name, _added_note(concept, concepts, always))
-    if few < wanted:
+    if few < wanted or job.steps < steps:
         minutes = job.calibration.minutes
-        note = f"{few} of {wanted} prompts per concept, for a merge of about {minutes:g} min"
+        counts = [f"{few} of {wanted} prompts per concept"]
+        counts += [f"{job.steps} of {steps} steps"] if steps else []
+        note = f"{' and '.join(counts)}, for a merge of about {minutes:g} min"
         job.tick(f"plan: {note}", 0, 0, note)
         job.report.note("samples", note)
     if refused:

@@ -138,8 +138,14 @@ class Forecast:
     def end(self) -> None:
         """Report the last step again, with nothing left."""
         if self._on_progress is not None and self._last is not None:
-            seconds = self.clock() - self._began
-            self._on_progress(replace(self._last, seconds=seconds, left=0.0, share=1.0, plan=""))
+            self._on_progress(
+                replace(self._last, seconds=self.seconds, left=0.0, share=1.0, plan="")
+            )
+
+    @property
+    def seconds(self) -> float:
+        """Since the merge began."""
+        return self.clock() - self._began
 
     @property
     def rate(self) -> float | None:

@@ -126,6 +126,11 @@ class Stage:
     final: Callable[[Sequence[Row], int], Tensor] | None = None
     gradients: Callable[[], AbstractContextManager[None]] = nullcontext
 
+    @property
+    def is_denoiser(self) -> bool:
+        """Whether its final outputs are the model's, so that steps can train it."""
+        return self.final is not None and bool(self.sites) and not self.feeds_next
+
     def at(self, places: Sequence[int]) -> list[Row]:
         """The rows at these places among its own."""
         return [self.rows[place] for place in places]

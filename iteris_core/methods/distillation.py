@@ -14,6 +14,7 @@ model that cannot be differentiated, gradients that are not finite, or the user.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -35,9 +36,6 @@ from .row_gradients import RowGradients, network_of
 WHAT = "steps through the denoiser"
 _WARM = 10
 """Steps until the learning rate is full."""
-_WORK = 5.0
-"""A row's step in forwards: the LoRA's, the merge's, its blocks' again, and the gradients, which in
-attention take two."""
 _STATE = 16
 """Bytes of a number of a factor, its gradient and Adam's two moments of it."""
 _ROOM = 8
@@ -45,17 +43,13 @@ _ROOM = 8
 _log = logging.getLogger(__name__)
 
 
-def _is_trained(stage: Stage) -> bool:
-    return stage.final is not None and bool(stage.sites) and not stage.feeds_next
-
-
 @dataclass
 class Distillation:
-    """The ``steps`` of every denoiser of a ``run``. ``taken`` counts those of all, and ``stopped``
+    """The steps of every denoiser of a ``run``. ``taken`` counts those of all, and ``stopped``
     is what the user stopped them by if the job rescues its merge then."""
 
     run: Run
-    steps: int
+    steps: int = field(init=False)
     taken: int = 0
     stopped: BaseException | None = None
     _fits: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
@@ -65,23 +59,31 @@ class Distillation:
     _networks: dict[str, Network] = field(default_factory=dict[str, Network])
 
     def __post_init__(self) -> None:
+        self.steps = self.run.job.steps
         self._expect()
+
+    def _within_time(self) -> None:
+        """Take fewer steps if the time that a merge may take is shorter than what is left of it."""
+        job, minutes = self.run.job, self.run.job.calibration.minutes
+        left = job.eta.left()
+        if minutes is None or left is None or job.eta.rate is None:
+            return
+        each = job.eta.rate * sum(job.steps_work.values())
+        late = job.eta.seconds + left - 60 * minutes
+        if late > 0 and each > 0:
+            self.steps = max(self.steps - math.ceil(late / each), 0)
+            self._expect()
 
     def _expect(self) -> None:
         """Expect the work of all stages that are not left out."""
         job = self.run.job
-        rows = self.steps * job.thresholds.batch
-        work = {
-            s.stage.name: s.products * _WORK * rows
-            for s in job.trace.stages
-            if _is_trained(s.stage)
-        }
-        job.eta.expect(WHAT, [of for name, of in work.items() if name not in self._left_out])
+        work = [of for name, of in job.steps_work.items() if name not in self._left_out]
+        job.eta.expect(WHAT, [self.steps * of for of in work])
 
     def plan(self, stage: Stage, before: Sequence[Stage]) -> str:
         """Plan the steps of a ``stage``, after the stages ``before`` it, within the memory budget.
         Returns the plan in words; empty without a budget."""
-        if self.run.job.memory_budget is None or not _is_trained(stage):
+        if self.run.job.memory_budget is None or not stage.is_denoiser:
             return ""
         name, batch = f"steps through the {stage.name}", self.run.job.thresholds.batch
         try:
@@ -153,16 +155,18 @@ class Distillation:
         job, lockstep = self.run.job, self.run.lockstep
         after = lockstep.merged = dict(merged.changes)
         notes = dict(self._left_out)
-        known = [seen.stage.name for seen in job.trace.stages if _is_trained(seen.stage)]
+        known = [seen.stage.name for seen in job.trace.stages if seen.stage.is_denoiser]
         known, trained = [name for name in known if name not in notes], 0
         self._expect()
+        self._within_time()
+        ran = {} if self.steps == job.steps else {"steps": self.steps}
         try:
-            for stage in self.run.stages() if known or not notes else ():
+            for stage in self.run.stages() if self.steps and (known or not notes) else ():
                 if stage.feeds_next:
                     rows = job.at_once(job.thresholds.batch, 2, stage=stage.name)
                     for batch in micro_batches(stage, 2, None, ExecutionConfig(rows)):
                         lockstep.run(batch)
-                elif _is_trained(stage) and stage.name not in notes:
+                elif stage.is_denoiser and stage.name not in notes:
                     before, trained = trained, trained + 1
                     counts = before * self.steps, max(len(known), trained) * self.steps
                     changes, notes[stage.name] = self._of_stage(stage, *counts)
@@ -175,6 +179,8 @@ class Distillation:
         except BaseException as error:
             notes[""] = self._ended(error, "before the next")
         none = "none, because no part of this base gives an image"
+        if not self.steps:
+            none = f"none, because {job.calibration.minutes:g} min are over"
         job.report.note("steps", *(notes.values() or [none]))
         job.eta.expect(WHAT, [])
         before = replace(merged, ran={"steps": 0}, stopped=self.stopped)
@@ -187,7 +193,7 @@ class Distillation:
                 change = after[site].to(like.dtype, like.device)
                 sites[site] = replace(solution, change=change, errors=None)
         partial = f"{self.taken} of {every} steps" if self.taken < every else ""
-        return Merged(sites, before, partial=partial, stopped=self.stopped)
+        return Merged(sites, before, ran, partial, self.stopped)
 
     def _of_stage(self, stage: Stage, start: int, total: int) -> tuple[dict[str, LowRank], str]:
         """The changes of a stage's sites after as many steps as can be taken, empty if there are

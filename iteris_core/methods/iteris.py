@@ -53,7 +53,7 @@ def iteris(job: Job, settings: IterisSettings) -> Generator[Fit]:
     solver_for = partial(solver_of, job, acting, repairs)
     solver = partial(solver_for, settings)
     with job.run() as run:
-        distillation = Distillation(run, settings.steps) if settings.steps else None
+        distillation = Distillation(run) if job.steps else None
         passes = Passes(run, solver, batching, schedule, 1 + settings.share_ranks)
         if distillation is not None:
             passes.also = distillation.plan

@@ -85,16 +85,21 @@ class FinalOutputs:
         return found
 
 
+def held_out_work(job: Job, versions: int = 1) -> list[float]:
+    """The work of :func:`kept`, step by step, for so many versions of a merge."""
+    if not (job.host.pictures and job.trace.stages):
+        return []
+    calibration = held_out(job.calibration, _SAMPLES, _TIMESTEPS)
+    rows = job.loras * calibration.samples * calibration.rows_each
+    denoised = job.loras * calibration.samples * calibration.denoising_steps
+    each = (versions + 1) * rows
+    forwards = [denoised + rows, *[each] * len(STRENGTHS), each + rows]
+    return [job.trace.stages[-1].products * count for count in forwards]
+
+
 def expect_held_out(job: Job, versions: int = 1) -> None:
-    """Expect the work of :func:`kept` for so many versions of a merge."""
-    if job.host.pictures:
-        calibration = held_out(job.calibration, _SAMPLES, _TIMESTEPS)
-        rows = job.loras * calibration.samples * calibration.rows_each
-        denoised = job.loras * calibration.samples * calibration.denoising_steps
-        each = (versions + 1) * rows
-        forwards = [denoised + rows, *[each] * len(STRENGTHS), each + rows]
-        work = job.trace.stages[-1].products if job.trace.stages else 0.0
-        job.eta.expect(WHAT, [work * some for some in forwards])
+    """Expect the work of :func:`kept`."""
+    job.eta.expect(WHAT, held_out_work(job, versions))
 
 
 def kept(job: Job, *versions: Mapping[str, LowRank]) -> list[dict[str, list[float]]]:

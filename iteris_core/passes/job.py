@@ -20,7 +20,7 @@ import torch
 from ..activations.lockstep import Lockstep
 from ..activations.memory import is_apart
 from ..activations.streams import Stream
-from ..calibration import LEAST_SAMPLES, Calibration
+from ..calibration import Calibration
 from ..calibration_prompts import samples_of
 from ..concepts import Concept
 from ..hosts.protocol import SAMPLES_AT_ONCE, Host, SampleRequest, Stage
@@ -37,6 +37,9 @@ from .report import MergeReport
 _FACTORS = 4.0  # cost of factors and eigenvectors, relative to the same number of products
 _SOLVE = 0.3  # a solve's operations, relative to a forward's
 _FLOAT32 = 8.0  # cost of a product in float32 on a graphics card, relative to one in a forward
+_STEP = 5.0
+"""A row's step in forwards: the LoRA's, the merge's, its blocks' again, and the gradients, which in
+attention take two."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,9 @@ class Job:
 
     ``tick`` reports progress, and ``eta`` estimates the time left by the ``trace``'s stages.
     Samples may be kept in ``store``. ``rank`` is what the method's settings allow, in a layer or,
-    with ``share_ranks``, on average. ``included`` are
-    the LoRAs always on that become part of the merged one. With ``rescues`` a user who cancels once
-    there is a merge gets it.
+    with ``share_ranks``, on average. So many ``steps`` through the denoiser follow. ``included``
+    are the LoRAs always on that become part of the merged one. With ``rescues`` a user who cancels
+    once there is a merge gets it.
     """
 
     host: Host
@@ -101,6 +104,7 @@ class Job:
     store: SampleStore | None = None
     rank: int | float | None = None
     share_ranks: bool = False
+    steps: int = 0
     included: Sequence[Concept] = ()
     rescues: bool = False
     report: MergeReport = field(default_factory=lambda: MergeReport("", ()))
@@ -151,6 +155,16 @@ class Job:
         budget = self.memory_budget
         limit = self.host.free_memory(sizes[-1]) if budget == "free" else budget
         return max(sum(size <= limit for size in sizes), 1)
+
+    @property
+    def steps_work(self) -> dict[str, float]:
+        """Stage → the work of one step through it, for those that are trained."""
+        batch = self.thresholds.batch
+        return {
+            seen.stage.name: _STEP * batch * seen.products
+            for seen in self.trace.stages
+            if seen.stage.is_denoiser
+        }
 
     def bare(self, what: str, *_: object) -> None:
         """Report ``what``, without the count of a step that is no part of it."""
@@ -258,28 +272,3 @@ def sites_work(
             work.append((way, slow * solve + operations))
             way = 0.0
     return work
-
-
-def within_time(job: Job, sweeps: int) -> Job:
-    """``job`` with as many samples per concept as fit into its calibration's ``minutes``: at least
-    :data:`LEAST_SAMPLES`, at most the requested number. Without a limit, or if it is unknown how
-    long a forward takes, ``job`` itself."""
-    calibration = job.calibration
-    rate = job.eta.rate
-    if calibration.minutes is None or rate is None:
-        return job
-
-    def seconds(samples: int) -> float:
-        of = replace(job, calibration=replace(calibration, samples=samples))
-        batching = ExecutionConfig(1, "enough", thresholds=job.thresholds)
-        sites = (sum(pair) for seen in job.trace.stages for pair in sites_work(of, seen, batching))
-        return rate * (of.denoising_work + sweeps * sum(sites))
-
-    most, budget = calibration.samples, 60 * calibration.minutes
-    few = min(LEAST_SAMPLES, most)
-    slowest, quickest = seconds(most), seconds(few)
-    if slowest <= budget:
-        return job
-    room = max(budget - quickest, 0.0) / (slowest - quickest) if slowest > quickest else 0.0
-    samples = few + math.floor(room * (most - few))
-    return replace(job, calibration=replace(calibration, samples=samples))

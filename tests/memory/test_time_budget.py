@@ -1,13 +1,18 @@
 """Samples by a time budget."""
 
+import re
+
 import pytest
 from bases import make_lora, tiny
+from tiny import two_concepts
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.calibration import LEAST_SAMPLES
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.passes.job import Job, within_time
+from iteris_core.passes.job import Job
+from iteris_core.passes.time_limit import within_time
 from iteris_core.preview import preview_merge
+from iteris_core.progress import Forecast
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -44,3 +49,38 @@ def test_a_merge_in_no_time_has_twelve_samples_and_says_so():
     assert "samples" not in again.report.notes
     long = merge_loras(host, concepts, calibration={**given, "samples": 14, "minutes": 60.0})
     assert long.report.rows == 2 * 14
+
+
+def test_time_is_shared_between_prompts_and_steps(host, monkeypatch):
+    """With forwards that always take equally long."""
+    monkeypatch.setattr(Forecast, "rate", 1e-6)
+    given = {"timesteps": 1, "denoising_steps": 1, "samples": 40}
+
+    def planned(steps, minutes=None):
+        calibration = {**given, "minutes": minutes}
+        how = {"settings": {"steps": steps}, "calibration": calibration}
+        return preview_merge(host, two_concepts(host), **how)
+
+    whole, closed = planned(40).seconds, planned(0).seconds
+    assert closed < whole
+    minutes = (closed + whole) / 2 / 60
+    found = planned(40, minutes)
+    assert 0.9 * 60 * minutes < found.seconds <= 1.01 * 60 * minutes
+    (note,) = (note for note in found.notes if note.startswith("samples: "))
+    counts = re.match(r"samples: (\d+) of 40 prompts per concept and (\d+) of 40 steps", note)
+    samples, steps = map(int, counts.groups())
+    assert 12 < samples < 40
+    assert 0 < steps < 40
+
+
+@pytest.mark.slow
+def test_where_time_runs_out_fewer_steps_are_taken(host, monkeypatch):
+    """As many as the rest of it allows by then; the recipe has that number."""
+    monkeypatch.setattr(Forecast, "rate", 1e-9)
+    given = {"timesteps": 1, "denoising_steps": 1, "samples": 12, "minutes": 1.0}
+    how = {"settings": {"steps": 5}, "calibration": given}
+    assert merge_loras(host, two_concepts(host), **how).report.settings["steps"] == 5
+    monkeypatch.setattr(Forecast, "seconds", 61.0)
+    report = merge_loras(host, two_concepts(host), **how).report
+    assert report.settings["steps"] == 0
+    assert report.notes["steps"] == ["none, because 1 min are over"]
