@@ -1,9 +1,10 @@
-"""A model's forward as a function of merged factors, differentiated block by block.
+"""A model's forward as a function of merged factors, which can be differentiated.
 
-A block runs without gradients and keeps its arguments. For the backward pass it runs again, on
-copies of those that it changes in place, so a step holds the arguments of all blocks and the
-activations of one. torch's own checkpoints would do the same, but do not notice when a block
-changes a tensor that its gradient needs (``x += attention(norm(x))``), and give a wrong one.
+Where memory is short, a block runs without gradients and keeps its arguments. For the backward pass
+it runs again, on copies of those that it changes in place, so a step holds the arguments of all
+blocks and the activations of one. torch's own checkpoints would do the same, but do not notice when
+a block changes a tensor that its gradient needs (``x += attention(norm(x))``), and give a wrong
+one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -34,14 +35,17 @@ Filled = Callable[[Iterator[Tensor]], Any]
 """What returns containers with these tensors in them."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Network:
     """A ``module`` on a ``device`` with its ``blocks``: each with the arguments that it changes in
-    place, as paths in (args, kwargs), and its sites."""
+    place, as paths in (args, kwargs), and its sites. If it ``replays``, the ``replayable`` ones run
+    again for the backward pass; otherwise their activations stay in memory until then."""
 
     module: nn.Module
     blocks: Mapping[nn.Module, tuple[Set[str], Sequence[str]]]
     device: torch.device
+    replayable: Set[nn.Module]
+    replays: bool = True
 
     @classmethod
     def of(cls, trace: ExecutionTrace, written: Mapping[nn.Module, Set[str]]) -> Network:
@@ -50,7 +54,7 @@ class Network:
             block: (paths, [site for site in trace.sites if block in trace.inside[site]])
             for block, paths in written.items()
         }
-        return cls(trace.inside[trace.sites[0]][0], blocks, trace.device)
+        return cls(trace.inside[trace.sites[0]][0], blocks, trace.device, blocks.keys())
 
     @contextmanager
     def differentiable(
@@ -67,18 +71,20 @@ class Network:
             stack.enter_context(gradients())
             stack.enter_context(constant_weights(self.module))
             stack.enter_context(hooked([self.module], before=_ordinary))
-            for block, (written, sites) in self.blocks.items():
+            for block in self.replayable:
+                written, sites = self.blocks[block]
                 changes = [factors[site] for site in sites if site in factors]
                 leaves = [leaf for change in changes for leaf in (change.up, change.down)]
                 loses = None if losing is None else partial(losing.add, block)
-                again = _run_again(block.forward, written, leaves, gradients, loses)
+                plain = block.forward
+                again = _run_again(plain, written, leaves, gradients, loses)
+                again = partial(self._forward, plain, again)
                 stack.enter_context(patch.object(block, "forward", again))
             yield
 
-    def without(self, blocks: Set[nn.Module]) -> Network:
-        """With these blocks as they are."""
-        left = {block: of for block, of in self.blocks.items() if block not in blocks}
-        return replace(self, blocks=left)
+    def _forward(self, plain: Any, again: Any, *args: Any, **kwargs: Any) -> Any:
+        replays = self.replays and torch.is_grad_enabled()
+        return (again if replays else plain)(*args, **kwargs)
 
 
 @contextmanager
@@ -115,8 +121,6 @@ def _run_again(
     ``leaves``, its factors. It calls ``loses`` if it loses others."""
 
     def again(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
         tensors, filled = _taken((args, kwargs))
 
         def run(arguments: Sequence[Tensor]) -> tuple[list[Tensor], Filled]:

@@ -17,12 +17,14 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ..activations.gradients import Network
-from ..activations.memory import halved, with_less
+from ..activations.host_pool import free_host
+from ..activations.memory import halved, is_apart, is_out_of_memory, with_less
 from ..errors import SolveError, brief
 from ..hosts.protocol import Stage
 from ..linalg import truncate_factors
@@ -38,9 +40,20 @@ _WARM = 10
 """Steps until the learning rate is full."""
 _STATE = 16
 """Bytes of a number of a factor, its gradient and Adam's two moments of it."""
+_ENOUGH = 4
+"""With fewer rows at once, a step is quicker with more of them and blocks that run again."""
 _ROOM = 8
 """A forward's memory, this many times, is kept free for the first measurement."""
 _log = logging.getLogger(__name__)
+
+
+class _Fit(NamedTuple):
+    """So many ``rows`` of a stage at once, ``size`` bytes, or that of one where none fits; whether
+    blocks run again."""
+
+    rows: int
+    replays: bool
+    size: int
 
 
 @dataclass
@@ -52,8 +65,7 @@ class Distillation:
     steps: int = field(init=False)
     taken: int = 0
     stopped: BaseException | None = None
-    _fits: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
-    """Stage → how many of its rows fit at once, and the bytes that they take."""
+    _fits: dict[str, _Fit] = field(default_factory=dict[str, "_Fit"])
     _left_out: dict[str, str] = field(default_factory=dict[str, str])
     """Stage → a note, where not even one row fits."""
     _networks: dict[str, Network] = field(default_factory=dict[str, Network])
@@ -87,11 +99,12 @@ class Distillation:
             return ""
         name, batch = f"steps through the {stage.name}", self.run.job.thresholds.batch
         try:
-            (rows, size, budget), _ = with_less([(stage, before)], self._fitting, _complaint)
-            gib, free = size / 2**30, budget / 2**30
-            line = f"{name}: {rows} of {batch} rows at once, {gib:.2f} of {free:.2f} GiB"
-            why = "" if rows else f", one row needs {gib:.3g} of {free:.3g} GiB"
-            self._fits[stage.name] = rows, size
+            (fit, budget), _ = with_less([(stage, before)], self._fitting, _complaint)
+            gib, free = fit.size / 2**30, budget / 2**30
+            again = ", blocks run again" * fit.replays
+            line = f"{name}: {fit.rows} of {batch} rows at once{again}, {gib:.2f} of {free:.2f} GiB"
+            why = "" if fit.rows else f", one row needs {gib:.3g} of {free:.3g} GiB"
+            self._fits[stage.name] = fit
         except Exception as error:
             if self._cancels(error):
                 raise
@@ -102,29 +115,45 @@ class Distillation:
         self._expect()
         return line
 
-    def _fitting(self, given: tuple[Stage, Sequence[Stage]]) -> tuple[int, int, int]:
-        """How many rows fit at once by the measured cost of one and of two, the bytes that they, or
-        one, take beyond the model, and the budget."""
+    def _fitting(self, given: tuple[Stage, Sequence[Stage]]) -> tuple[_Fit, int]:
+        """How a step's rows fit into memory, and the budget. If few of them do with all
+        activations, blocks run again."""
         (stage, before), job, lockstep = given, self.run.job, self.run.lockstep
-        batch, ranks = job.thresholds.batch, self._ranks(stage)
         fixed = sum(
-            _STATE * rank * sum(lockstep.changes[site].shape) for site, rank in ranks.items()
+            _STATE * rank * sum(lockstep.changes[site].shape)
+            for site, rank in self._ranks(stage).items()
         )
         fixed += left_by(job, (*before, stage), 2)
         forward = [of.forward for of in job.trace.stages if of.stage.name == stage.name]
         allowed(job, fixed + sum(_ROOM * (of.running + of.forward) for of in forward))
         network = self._network(stage)
+        fits = list[tuple[_Fit, int]]()
+        for network.replays in (False, True):
+            try:
+                fits.append(self._measured(stage, network, fixed))
+            except Exception as error:
+                if network.replays or not is_out_of_memory(error):
+                    raise
+                continue
+            if fits[-1][0].rows >= min(_ENOUGH, job.thresholds.batch):
+                break
+        return max(fits, key=lambda of: of[0].rows)
+
+    def _measured(self, stage: Stage, network: Network, fixed: int) -> tuple[_Fit, int]:
+        """The fit by the measured cost of one row and of two, beside ``fixed`` bytes, and the
+        budget."""
+        job, batch = self.run.job, self.run.job.thresholds.batch
         gradients = RowGradients(self.run, stage, network, self._largest(stage, network), copy=0)
         with gradients.active():
             one = gradients.peak(1)
-        fixed += lockstep.cast_bytes
+        fixed += self.run.lockstep.cast_bytes
         budget, each = allowed(job, fixed + batch * one), one
         if fixed + 2 * one <= budget:  # two show what does not grow with the number of rows
             with gradients.active():
                 each = min(max(gradients.peak(2) - one, 0), one)
         sizes = [fixed + one + more * each for more in range(batch)]
         rows = sum(size <= budget for size in sizes)
-        return rows, sizes[max(rows, 1) - 1], budget
+        return _Fit(rows, network.replays, sizes[max(rows, 1) - 1]), budget
 
     def _network(self, stage: Stage) -> Network:
         """The stage's, found once: blocks that would lose gradients do not run again."""
@@ -132,7 +161,8 @@ class Distillation:
             network, losing = network_of(self.run, stage), set[nn.Module]()
             leaves = self._largest(stage, network)
             with RowGradients(self.run, stage, network, leaves, copy=0).active(losing):
-                self._networks[stage.name] = network.without(losing)
+                network.replayable -= losing
+            self._networks[stage.name] = network
         return self._networks[stage.name]
 
     def _ranks(self, stage: Stage) -> dict[str, int]:
@@ -201,14 +231,15 @@ class Distillation:
         job, done = self.run.job, 0
         leaves, end = dict[str, LowRank](), f"{stage.name}: {self.steps} taken"
         try:
-            if stage.name in self._fits:
-                job.host.free_memory(self._fits[stage.name][1])
             network = self._network(stage)
+            if stage.name in self._fits:
+                job.host.free_memory(self._fits[stage.name].size)
+                network.replays = self._fits[stage.name].replays
             merged = self.run.lockstep.merged  # without repairs where nothing drifts
             for site in (site for site in stage.sites if site in merged):
                 even, _ = truncate_factors(merged[site].to(torch.float32), merged[site].rank)
                 leaves[site] = _leaves(even, network.device)
-            gradients = RowGradients(self.run, stage, network, leaves)
+            gradients = RowGradients(self.run, stage, network, leaves, room=self._room(stage))
             with gradients.active():
                 job.tick(WHAT, start, total)
                 for done in self._take(gradients, stage):
@@ -220,6 +251,13 @@ class Distillation:
             s: LowRank(of.up.detach(), of.down.detach(), of.kernel) for s, of in leaves.items()
         }
         return changes if done else {}, end
+
+    def _room(self, stage: Stage) -> int:
+        """Bytes of main memory for the targets of rows, beside the steps of a ``stage``."""
+        apart, budget = is_apart(self._network(stage).device), self.run.job.memory_budget
+        used = 0 if apart or stage.name not in self._fits else self._fits[stage.name].size
+        left = free_host() - used
+        return max(min(left, budget - used) if isinstance(budget, int) and not apart else left, 0)
 
     def _ended(self, error: BaseException, when: str) -> str:
         """What ended the steps, and when; raises what ends the merge."""
@@ -241,7 +279,8 @@ class Distillation:
         """Take the steps; yields how many are taken."""
         thresholds, seed = self.run.job.thresholds, self.run.job.calibration.seed
         batch = thresholds.batch
-        at_once, _ = self._fits.get(stage.name, (batch, 0))
+        fit = self._fits.get(stage.name, _Fit(batch, gradients.network.replays, 0))
+        way = fit.rows, fit.replays
         gradients.weigh(torch.Generator().manual_seed(seed))
         groups = [
             {"params": [leaf], "lr": thresholds.rate * float(leaf.detach().square().mean().sqrt())}
@@ -258,13 +297,16 @@ class Distillation:
                 order += torch.randperm(len(stage.rows), generator=generator).tolist()
             rows, order = order[:batch], order[batch:]
 
-            def add(at_once: int, rows: Sequence[int] = rows, step: int = step) -> None:
+            def add(way: tuple[int, bool], rows: Sequence[int] = rows, step: int = step) -> None:
                 gradients.clear()
+                at_once, gradients.network.replays = way
                 for some in chunks(rows, keys, at_once):
                     gradients.add(sorted(some), first=step < _WARM)
 
             while True:
-                _, at_once = with_less(halved(at_once), add, _complaint)
+                ways = [(count, way[1]) for count in halved(way[0])]
+                ways += [] if way[1] else [(count, True) for count in halved(batch)]
+                _, way = with_less(ways, add, _complaint)
                 if gradients.settled():
                     break
                 if not gradients.lower():

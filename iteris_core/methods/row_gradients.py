@@ -47,6 +47,46 @@ Hint = tuple[nn.Module, int]
 """A block's output in one of the calls of a forward."""
 
 
+Outputs = tuple[Tensor, dict[Hint, Tensor]]
+"""The final outputs of rows, rows first, and those of the blocks that keep rows apart."""
+
+
+class Targets:
+    """Outputs of rows under their own LoRAs, of which ``limit`` bytes stay in main memory."""
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+        self._of_row: dict[int, Outputs] = {}
+
+    def of(self, rows: Sequence[int], make: Callable[[Sequence[int]], Outputs]) -> Outputs:
+        """The outputs of ``rows``, with those that ``make`` returns for rows that are not there."""
+        missing = [row for row in rows if row not in self._of_row]
+        fresh = dict[int, Outputs]()
+        if missing:
+            outputs = final, hints = make(missing)
+            for place, row in enumerate(missing):
+                fresh[row] = final[place], {hint: of[place] for hint, of in hints.items()}
+                self._put(row, *fresh[row])
+            if len(missing) == len(rows):
+                return outputs
+        finals, hints = zip(*({**self._of_row, **fresh}[row] for row in rows), strict=True)
+        common = [hint for hint in hints[0] if all(hint in of for of in hints)]
+        return _stacked(finals), {hint: _stacked([of[hint] for of in hints]) for hint in common}
+
+    def _put(self, row: int, final: Tensor, hints: Mapping[Hint, Tensor]) -> None:
+        size = sum(of.nbytes for of in (final, *hints.values()))
+        if size <= self._left:
+            self._left -= size
+            of_blocks = {hint: of.to("cpu", copy=True) for hint, of in hints.items()}
+            self._of_row[row] = final.to("cpu", copy=True), of_blocks
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """On a device where one of them is."""
+    device = max((tensor.device for tensor in tensors), key=lambda device: device.type != "cpu")
+    return torch.stack([tensor.to(device) for tensor in tensors])
+
+
 def network_of(run: Run, stage: Stage) -> Network:
     """The network of a ``stage``; a row or two run to find its blocks."""
     trace, thresholds = find(stage, run.lockstep), run.job.thresholds
@@ -56,7 +96,8 @@ def network_of(run: Run, stage: Stage) -> Network:
 
 class RowGradients:
     """The gradients of a stage's rows with respect to ``factors``, the merged changes by site, as
-    leaves. Rows are merged rows with the texts of a ``copy`` of the rows. All within
+    leaves. Rows are merged rows with the texts of a ``copy`` of the rows. ``room`` bytes of main
+    memory are for targets, so that a row that comes again needs no forward of its LoRA. All within
     :meth:`active`."""
 
     def __init__(
@@ -66,9 +107,10 @@ class RowGradients:
         network: Network,
         factors: Mapping[str, LowRank],
         copy: int = 1,
+        room: int = 0,
     ) -> None:
         assert stage.final is not None
-        self._job, self._lockstep, self._stage, self._network = (
+        self._job, self._lockstep, self._stage, self.network = (
             run.job,
             run.lockstep,
             stage,
@@ -76,6 +118,7 @@ class RowGradients:
         )
         self._final, self._copy, self._factors = stage.final, copy, factors
         self.leaves = [leaf for of in factors.values() for leaf in (of.up, of.down)]
+        self._targets = Targets(room)
         self._weights = [1.0] * len(stage.rows)
         self._before = dict[Hint, float]()
         """s_b"""
@@ -86,7 +129,7 @@ class RowGradients:
         """Context in which the factors are merged, and a row was tried: it raises if blocks that
         run again give something else. ``losing`` gets the blocks that lose gradients."""
         lockstep, merged, row = self._lockstep, self._lockstep.merged, longest(self._stage)
-        with self._network.differentiable(self._factors, self._stage.gradients, losing):
+        with self.network.differentiable(self._factors, self._stage.gradients, losing):
             lockstep.merged = {**merged, **self._factors}
             try:
                 plain = self._outputs([row], self._copy, merged=True)
@@ -164,23 +207,29 @@ class RowGradients:
     def add(self, rows: Sequence[int], *, first: bool) -> None:
         """Add the gradients of these rows' loss. At ``first``, s_b is the largest error of a block
         so far."""
-        wanted, actual = dict[Hint, Tensor](), dict[Hint, Tensor]()
-        final = self._outputs(rows, 0, hints=wanted)
+        final, wanted = self._targets.of(rows, self._own)
+        actual = dict[Hint, Tensor]()
         weights = final.new_tensor([self._weights[row] for row in rows], dtype=torch.float32)
 
         def loss(outputs: Tensor) -> None:
             total: Any = _Error.apply(outputs, final, weights)
-            for hint, output in actual.items():
-                error: Any = _Error.apply(output, wanted[hint], weights)
+            pairs = {h: (of, wanted[h]) for h, of in actual.items() if h in wanted}
+            for hint, pair in pairs.items():
+                error: Any = _Error.apply(*pair, weights)
                 if first:
                     before = float(error.detach()) / len(rows)
                     self._before[hint] = max(self._before.get(hint, 0.0), before)
-                share = self._job.thresholds.hints / len(actual)
+                share = self._job.thresholds.hints / len(pairs)
                 total = total + error * (share / max(self._before.get(hint, 0.0), 1e-30))
             (total * self._scale).backward(inputs=self.leaves)
 
         # Within the forward: the backward pass runs blocks, and their changes, again.
         self._outputs(rows, self._copy, merged=True, hints=actual, then=loss)
+
+    def _own(self, rows: Sequence[int]) -> Outputs:
+        """What the rows' own LoRAs do."""
+        hints = dict[Hint, Tensor]()
+        return self._outputs(rows, 0, hints=hints), hints
 
     def _outputs(
         self,
@@ -213,7 +262,7 @@ class RowGradients:
         owners, conditions = [row.concept for row in of_rows], conditions_of(of_rows)
         batch = MicroBatch(run, owners, 1, merged_only=merged or of_base, conditions=conditions)
         with ExitStack() as stack:
-            for block in self._network.blocks if hints is not None else ():
+            for block in self.network.blocks if hints is not None else ():
                 stack.enter_context(block.register_forward_hook(keep))
             if of_base:
                 stack.callback(setattr, lockstep, "merged", lockstep.merged)
@@ -229,6 +278,7 @@ class _Error(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, found: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+        target, weights = target.to(found.device), weights.to(found.device)
         ctx.save_for_backward(found, target, weights)
         by_row = (found.float() - target.float()).square().flatten(1).sum(1)
         return (by_row * weights).sum()

@@ -37,9 +37,9 @@ from .report import MergeReport
 _FACTORS = 4.0  # cost of factors and eigenvectors, relative to the same number of products
 _SOLVE = 0.3  # a solve's operations, relative to a forward's
 _FLOAT32 = 8.0  # cost of a product in float32 on a graphics card, relative to one in a forward
-_STEP = 5.0
-"""A row's step in forwards: the LoRA's, the merge's, its blocks' again, and the gradients, which in
-attention take two."""
+_STEP = 4.0
+"""A row's step in forwards: the merge's, the gradients, which in attention take two, and its LoRA's
+at first, or its blocks' again where memory is short."""
 
 
 @dataclass(frozen=True)

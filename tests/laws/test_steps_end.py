@@ -21,6 +21,8 @@ from iteris_core.solve.choose import THRESHOLDS
 
 CALIBRATION = Calibration(samples=4, timesteps=2, denoising_steps=3)
 STEPS = 4
+BUDGETS = (128, 24, 12, 8)
+"""MiB"""
 
 
 class Trial:
@@ -276,16 +278,21 @@ def test_the_plan_of_the_steps_keeps_the_budget(trial):
             return found
 
         patched.setattr(of_stage, metered)
-        for mib in (64, 12, 8):
+        for mib in BUDGETS:
             result = trial.merge(2, calibration=calibration, memory_budget=mib << 20)
             (line,) = (line for line in result.report.plan if "steps" in line)
-            assert f": {peaks[-1][1][0]} of 16 rows at once" in line
+            fit = peaks[-1][1]
+            again = ", blocks run again" * fit.replays
+            assert f": {fit.rows} of 16 rows at once{again}, " in line
             assert result.report.notes["steps"][0] == "unet: 2 taken"
-    for (peak, (at_once, size)), mib in zip(peaks, (64, 12, 8), strict=True):
-        assert 0.8 * size < peak <= 1.02 * size <= 1.02 * (mib << 20)
-        rows.append(at_once)
-    assert rows == sorted(rows, reverse=True)
-    assert rows[0] == 16 > rows[1] > rows[2] >= 1
+    for (peak, fit), mib in zip(peaks, BUDGETS, strict=True):
+        assert 0.8 * fit.size < peak <= 1.02 * (mib << 20)  # targets take what is left
+        assert fit.size <= mib << 20
+        rows.append((fit.rows, fit.replays))
+    assert rows[0] == (16, False)
+    assert [replays for _, replays in rows] == sorted(replays for _, replays in rows)
+    assert rows[-1][1]
+    assert rows[-1][0] < rows[-2][0]
 
 
 @pytest.mark.slow
