@@ -1,8 +1,11 @@
-"""Adam steps through the whole denoiser, from the closed form on.
+"""Steps through the whole denoiser, from the closed form on.
 
 The closed form fits every layer by itself, and no layer sees how others combine its error. Here all
 merged factors of a denoiser are trained together on what it does to the merge's own rows
-(:mod:`.row_gradients`).
+(:mod:`.row_gradients`), by Muon (K. Jordan 2024): a factor's update is its momentum with all
+singular values made equal. It stays in the span of the gradients. Adam moves every entry by about
+its rate, also in input directions without energy, and its first steps undo more of the closed form
+than they improve.
 
 Text encoders stay as the closed form left them: on the toybox five LoRAs keep .98 with the merged
 text encoder and their own denoiser, and .43 the other way round.
@@ -36,10 +39,12 @@ from .fitting import bounds_of
 from .row_gradients import RowGradients, network_of
 
 WHAT = "steps through the denoiser"
-_WARM = 10
+_WARM = 5
 """Steps until the learning rate is full."""
+_AS_ADAM = 5.0
+"""By this torch divides the root mean square of Muon's updates, to match that of Adam's."""
 _STATE = 16
-"""Bytes of a number of a factor, its gradient and Adam's two moments of it."""
+"""Bytes of a number of a factor, its gradient, its momentum and its update."""
 _ENOUGH = 4
 """With fewer rows at once, a step is quicker with more of them and blocks that run again."""
 _ROOM = 8
@@ -282,13 +287,20 @@ class Distillation:
         fit = self._fits.get(stage.name, _Fit(batch, gradients.network.replays, 0))
         way = fit.rows, fit.replays
         gradients.weigh(torch.Generator().manual_seed(seed))
+        if not hasattr(torch.optim, "Muon"):
+            raise SolveError(
+                f"since PyTorch {torch.__version__} has no Muon; 2.9 and later have it"
+            )
+        sizes = (float(leaf.detach().square().mean().sqrt()) for leaf in gradients.leaves)
         groups = [
-            {"params": [leaf], "lr": thresholds.rate * float(leaf.detach().square().mean().sqrt())}
-            for leaf in gradients.leaves
+            {"params": [leaf], "lr": _AS_ADAM * thresholds.rate * size}
+            for leaf, size in zip(gradients.leaves, sizes, strict=True)
         ]
-        adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        muon = torch.optim.Muon(
+            groups, momentum=0.9, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        )
         falling = torch.optim.lr_scheduler.LambdaLR(
-            adam, lambda step: min(1.0, (step + 1) / _WARM) * (1 - step / self.steps)
+            muon, lambda step: min(1.0, (step + 1) / _WARM) * (1 - step / self.steps)
         )
         keys = [row.key for row in stage.rows]
         order, generator = list[int](), torch.Generator().manual_seed(seed)
@@ -311,7 +323,7 @@ class Distillation:
                     break
                 if not gradients.lower():
                     raise SolveError("since its gradients are not finite")
-            adam.step()
+            muon.step()
             falling.step()
             yield step + 1
 

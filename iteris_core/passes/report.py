@@ -233,6 +233,9 @@ class MergeReport:
         ]
         if not self.loras:
             lines = [self._sum()]
+        steps = self.notes.get("steps", [])
+        if steps and not self.settings.get("steps"):
+            lines.append(f"  Without steps, so less of each LoRA is kept: {steps[-1]}")
         lines += [
             f"  Not enough memory for {line}; allow more, or lower samples, timesteps or the size"
             for line in self.short

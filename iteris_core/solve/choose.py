@@ -74,8 +74,8 @@ class Thresholds:
 
     # Rows of a step through the denoiser,
     batch: int = 16
-    # its learning rate as a multiple of a factor's root mean square,
-    rate: float = 0.04
+    # the root mean square of its first updates, as a multiple of a factor's,
+    rate: float = 0.02
     # and the weight of blocks' outputs in its loss, where the final one has 1.
     hints: float = 3.0
 

@@ -177,7 +177,7 @@ def test_the_first_gradient_is_that_of_the_whole_model(at_once, budget, monkeypa
     def weigh(self, generator):
         self._weights, self._scale = [1.0, 2.0, 3.0] * 24, 2.0**-3
 
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(torch.optim.Muon, "step", step)
     monkeypatch.setattr(RowGradients, "add", add)
     monkeypatch.setattr(RowGradients, "weigh", weigh)
     monkeypatch.setattr(distillation, "halved", lambda _: [at_once])

@@ -306,7 +306,9 @@ def test_without_memory_for_a_row_there_are_no_steps(trial, monkeypatch, caplog)
     assert note.startswith("steps through the unet: left out, one row needs 1 of 0.5 GiB")
     assert note in result.report.plan
     assert "left out" in caplog.text
-    assert note in result.report.summary()
+    assert result.report.summary().splitlines()[1] == (
+        f"  Without steps, so less of each LoRA is kept: {note}"
+    )
     previewed = preview_merge(
         trial.host,
         two_concepts(trial.host),
@@ -315,6 +317,17 @@ def test_without_memory_for_a_row_there_are_no_steps(trial, monkeypatch, caplog)
         **how,
     )
     assert previewed.plan == result.report.plan
+
+
+@pytest.mark.slow
+def test_an_older_torch_has_no_steps(trial, monkeypatch):
+    plain = trial.merge(0)
+    monkeypatch.delattr(torch.optim, "Muon")
+    result = trial.merge()
+    assert same(result, plain)
+    (note,) = result.report.notes["steps"]
+    assert "has no Muon; 2.9 and later have it" in note
+    assert note in result.report.summary().splitlines()[1]
 
 
 def test_a_base_of_texts_has_no_steps(trial):
