@@ -190,8 +190,6 @@ def read_recipe(path: Path) -> MergeConfig:
     if later:
         warn(f"{path} was changed after its merge ({later}); the merge itself is repeated.")
     try:
-        settings = find_method(config.method).settings.without_removed(config.settings)
-        config = config.model_copy(update={"settings": settings})
         return _checked(config, config.method, str(path))
     except SettingsError as error:
         raise RecipeError(f"The recipe is not of this version: {error}") from error
