@@ -120,6 +120,37 @@ def check_merging(concepts: Sequence[Concept]) -> None:
         )
 
 
+def with_wordless_on(concepts: Sequence[Concept], *, pictures: bool) -> list[Concept]:
+    """``concepts`` for a merge by features. On models of ``pictures`` LoRAs without words act on
+    every prompt, so they are always on. Raises :class:`ConceptError` if nothing is left to merge.
+    """
+    wordless = [
+        pictures and not concept.preserves and concept.always_on == "no" and concept.is_wordless
+        for concept in concepts
+    ]
+    settled = [
+        replace(concept, always_on="include") if of else concept
+        for concept, of in zip(concepts, wordless, strict=True)
+    ]
+    loras = [concept for concept in settled if concept.is_active and not concept.preserves]
+    if any(lora.always_on == "no" for lora in loras) or not loras:
+        return settled
+    named = [c.name for c, of in zip(concepts, wordless, strict=True) if of and c.is_active]
+    if named:
+        have, would = "have", "they would only be added up, as when all are loaded"
+        if len(named) == 1:
+            have, would = "has", "it would stay as it is"
+        raise ConceptError(
+            f"There is nothing to merge: {' and '.join(named)} {have} no trigger words, so {would}."
+            " Give each its words: on IterIS LoRAs in ComfyUI, as FILE:WORDS on the command line."
+        )
+    raise ConceptError(
+        f"There is nothing to merge: {' and '.join(lora.name for lora in loras)} "
+        f"{'are' if len(loras) > 1 else 'is'} always on. Add a LoRA that trigger words invoke, or "
+        "use option method sum, which adds LoRAs up."
+    )
+
+
 def read_concept(
     concept: Concept, host: Host | None, options: ReadOptions | None = None
 ) -> Concept:

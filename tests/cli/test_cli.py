@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,16 +45,17 @@ def test_a_merge_from_files_to_a_file(world, tmp_path, iteris):
     assert len(load_file(out)) == 3 * len(sites | repairs)
 
 
-def test_bare_files_are_added_up_and_the_first_line_says_so(world, tmp_path, iteris):
+def test_bare_files_are_refused_before_a_base_is_loaded(world, tmp_path, iteris, monkeypatch):
     bare = [tmp_path / f"{name}.safetensors" for name in ("one", "two")]
     for seed, file in enumerate(bare):
         write_lora(random_lora(DiffusersHost(make_pipeline()), seed), file)
     files = [f"--concept={file}" for file in bare]
-    told = iteris("merge", str(world / "base"), *files, "-o", str(tmp_path / "merged.safetensors"))
-    assert " ".join(told.split()).startswith(
-        "Nothing was merged: one and two have no trigger words, so they were only added up, as "
-        "when all are loaded. Give each its words: on IterIS LoRAs in ComfyUI, as FILE:WORDS"
-    )
+    monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "load_base", None)
+    told = iteris.refused("merge", world / "base", *files, "-o", tmp_path / "merged.safetensors")
+    assert (
+        "There is nothing to merge: one and two have no trigger words, so they would only be added "
+        "up, as when all are loaded. Give each its words: on IterIS LoRAs in ComfyUI, as FILE:WORDS"
+    ) in told
 
 
 def test_the_quick_start_runs_on_the_loras_that_ship(tmp_path, iteris, monkeypatch):
