@@ -178,7 +178,7 @@ class Distillation:
                     break
         except BaseException as error:
             notes[""] = self._ended(error, "before the next")
-        none = "none, because no part of this base gives an image"
+        none = "none, because the LoRAs change no part that gives an image"
         job.report.note("steps", *(notes.values() or [none]))
         job.eta.expect(WHAT, [])
         ran, sites = {} if self.taken else {"steps": 0}, dict(merged.sites)

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -43,6 +44,27 @@ def test_a_merge_from_files_to_a_file(world, tmp_path, iteris):
     assert repairs
     assert f"{len(sites)} sites and {len(repairs)} that repair drift" in text
     assert len(load_file(out)) == 3 * len(sites | repairs)
+
+
+@pytest.mark.parametrize("where", ["merge_metadata", "with_run", "write_card"])
+def test_ctrl_c_once_a_merge_is_finished(world, tmp_path, iteris, monkeypatch, where):
+    """The first one means: write what there is. So a second one comes soon."""
+    module = sys.modules[
+        "iteris_core.merge" if where == "merge_metadata" else "iteris_core.cli.merge"
+    ]
+    call = getattr(module, where)
+
+    def pressed(*given):
+        signal.raise_signal(signal.SIGINT)
+        return call(*given)
+
+    monkeypatch.setattr(module, where, pressed)
+    out = tmp_path / "merged.safetensors"
+    files = [world / "lora1.safetensors", world / "lora2.safetensors"]
+    text = iteris(*merge_arguments(world, *files, out=out), "--card", "--latent-size=4")
+    assert f"Wrote {out}" in text
+    assert load_file(out)
+    assert out.with_suffix(".md").is_file()
 
 
 def test_bare_files_are_refused_before_a_base_is_loaded(world, tmp_path, iteris, monkeypatch):
