@@ -15,7 +15,7 @@ from .activations.memory import is_out_of_memory
 from .calibration import Calibration
 from .calibration_prompts import Composite
 from .concepts import Concept
-from .config import Unmergeable, read_concepts, with_wordless_on
+from .config import Unmergeable, read_concepts, ready_to_merge
 from .errors import IterisError, OutOfMemory, SettingsError, SiteError, brief
 from .hosts.diffusers import host_of
 from .hosts.learned import embedding_triggers
@@ -81,10 +81,9 @@ def prepare(
         raise SettingsError(f"unmergeable must be one of {known}, not {unmergeable!r}.")
     memory_budget = budget_of(memory_budget)
     host = None if host is None else host_of(host)
-    concepts = read_concepts(host, concepts)
     pictures = host is not None and host.pictures
-    if chosen.needs_host:
-        concepts = with_wordless_on(concepts, pictures=pictures)
+    read = read_concepts(host, concepts)
+    concepts = ready_to_merge(read, by_features=chosen.needs_host, pictures=pictures)
     active = [concept for concept in concepts if concept.is_active]
     merging = [concept for concept in active if concept.always_on == "no"]
     always = [concept for concept in active if concept.always_on != "no"]
@@ -113,7 +112,7 @@ def prepare(
         memory_budget=memory_budget,
         thresholds=thresholds,
         eta=eta,
-        store=SampleStore.at(store),
+        store=None if store is None else SampleStore.at(store),
         rank=getattr(settings, "rank", None),
         included=[concept for concept in always if concept.always_on == "include"],
         rescues=rescues,

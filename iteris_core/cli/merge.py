@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import typer
 
 from ..concepts import Concept
-from ..config import MergeConfig, check_merging, read_concept, with_wordless_on
+from ..config import MergeConfig, read_concept, ready_to_merge
 from ..errors import UsageError
 from ..lora import Lora
 from ..lora_files import ReadOptions, check_target
@@ -114,11 +114,10 @@ def _check(config: MergeConfig, options: MergeOptions) -> None:
                     f"--{name.replace('_', '-')} is for merges on a base; name it before the LoRAs."
                 )
     read = check_concepts(config.concepts)
-    check_merging(config.concepts)
-    if find_method(config.method).needs_host:
-        with_wordless_on(
-            [c.with_found_words(c.lora.metadata) for c in read if c.lora is not None], pictures=True
-        )
+    worded = [c.with_found_words(c.lora.metadata) for c in read if c.lora is not None]
+    files = [replace(concept, lora=None) for concept in worded]  # which errors then name
+    by_features = find_method(config.method).needs_host
+    ready_to_merge(files, by_features=by_features, pictures=True)
     embeddings = check_embeddings(read, paths[0], options.layout, overwrite=overwrite)
     files = [file for concept in config.concepts for file in concept.files]
     beside = [embedding for file in files for embedding in sidecar_files(file)]

@@ -75,8 +75,8 @@ def test_bare_files_are_refused_before_a_base_is_loaded(world, tmp_path, iteris,
     monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "load_base", None)
     told = iteris.refused("merge", world / "base", *files, "-o", tmp_path / "merged.safetensors")
     assert (
-        "There is nothing to merge: one and two have no trigger words, so they would only be added "
-        "up, as when all are loaded. Give each its words: on IterIS LoRAs in ComfyUI, as FILE:WORDS"
+        f"There is nothing to merge: {bare[0]} and {bare[1]} have no trigger words, so they would "
+        "only be added up, as when all are loaded. Give each its words: on IterIS LoRAs in ComfyUI"
     ) in told
 
 
