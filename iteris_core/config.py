@@ -106,18 +106,49 @@ def read_concepts(host: Host | None, concepts: Any) -> list[Concept]:
         if lora and half:
             concept = replace(concept, lora=replace(lora, sites={**lora.sites, **half}))
         read.append(concept)
-    check_merging(read)
     return read
 
 
-def check_merging(concepts: Sequence[Concept]) -> None:
-    """Raise :class:`ConceptError` if every LoRA stays outside the merged one."""
-    loras = [concept for concept in concepts if concept.is_active and not concept.preserves]
+def ready_to_merge(
+    concepts: Sequence[Concept], *, by_features: bool, pictures: bool
+) -> list[Concept]:
+    """``concepts`` as they are merged. ``by_features`` of a model of ``pictures``, LoRAs without
+    words act on every prompt, so they are always on. Raises :class:`ConceptError` if nothing is
+    left to merge."""
+    wordless = [
+        by_features
+        and pictures
+        and not concept.preserves
+        and concept.always_on == "no"
+        and concept.is_wordless
+        for concept in concepts
+    ]
+    ready = [
+        replace(concept, always_on="include") if of else concept
+        for concept, of in zip(concepts, wordless, strict=True)
+    ]
+    loras = [concept for concept in ready if concept.is_active and not concept.preserves]
+    names = " and ".join(lora.name for lora in loras)
     if loras and all(lora.always_on == "outside" for lora in loras):
         raise ConceptError(
-            f"There is nothing to merge: {', '.join(lora.name for lora in loras)} is only loaded "
+            f"There is nothing to merge: {names} {'are' if len(loras) > 1 else 'is'} only loaded "
             "beside the merged LoRA (always_on=outside). Add a LoRA, or give always_on=include."
         )
+    if not by_features or not loras or any(lora.always_on == "no" for lora in loras):
+        return ready
+    named = [c.name for c, of in zip(concepts, wordless, strict=True) if of and c.is_active]
+    if named:
+        have, would = "have", "they would only be added up, as when all are loaded"
+        if len(named) == 1:
+            have, would = "has", "it would stay as it is"
+        raise ConceptError(
+            f"There is nothing to merge: {' and '.join(named)} {have} no trigger words, so {would}."
+            " Give each its words: on IterIS LoRAs in ComfyUI, as FILE:WORDS on the command line."
+        )
+    raise ConceptError(
+        f"There is nothing to merge: {names} {'are' if len(loras) > 1 else 'is'} always on. Add a "
+        "LoRA that trigger words invoke, or use option method sum, which adds LoRAs up."
+    )
 
 
 def read_concept(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from operator import sub
 from pathlib import Path
@@ -28,6 +29,7 @@ from .passes.report import MergeReport, SiteReport
 from .prepare import Prepared, prepare
 from .progress import OnProgress
 from .report.provenance import join_embeddings, lacks_of, merge_metadata, notes_of
+from .saving import interrupts_wait
 from .settings import Budget, PresetName, Settings
 from .solve.choose import THRESHOLDS, Thresholds
 from .solve.problem import Solution
@@ -70,7 +72,7 @@ class MergeResult:
         try:
             load_adapter(pipeline, self.lora, adapter_name)
         except IterisError as error:
-            raise rescued(self.lora, "merged.safetensors", error) from error
+            raise rescued(self.lora, "merged.safetensors", error) from None
 
 
 def merge_loras(
@@ -85,7 +87,7 @@ def merge_loras(
     on_progress: OnProgress | None = None,
     memory_budget: Budget = "free",
     thresholds: Thresholds = THRESHOLDS,
-    store: SampleStore | None = None,
+    store: SampleStore | str | Path | None = None,
     rescue: Callable[[MergeResult], None] | None = None,
 ) -> MergeResult:
     """Merge the LoRAs of ``concepts`` into one.
@@ -111,45 +113,47 @@ def merge_loras(
         None: no limit). It decides how many rows run at once and, if necessary, how many run at
         all. The report's plan shows this.
     :param thresholds: the thresholds for choosing a way of solving; experiments set others.
-    :param store: where denoised samples are kept for later merges, which then run the denoiser only
-        for LoRAs that are new or changed. The result is the same.
-    :param rescue: called with what there is if the user cancels during the ``steps`` or while
-        held-out rows are measured; the exception goes on afterwards. After Ctrl-C that is the merge
-        with the steps taken so far, if held-out rows keep more with them. After any other
+    :param store: a :class:`SampleStore`, or its folder, where denoised samples are kept for later
+        merges, which then run the denoiser only for LoRAs that are new or changed. The result is
+        the same.
+    :param rescue: called with what there is if the user cancels during the ``steps``, while
+        held-out rows are measured or afterwards; the exception goes on then. After Ctrl-C that is
+        the merge with the steps taken so far, if held-out rows keep more with them. After any other
         cancellation, which is to take no time, it is the merge without them.
     :returns: the merged LoRA and a report on every site.
     :raises IterisError: for input that cannot be merged; :class:`SettingsError` for a setting out
         of range.
     """
     started = time.perf_counter()
-    with prepare(
-        host,
-        concepts,
-        method,
-        preset=preset,
-        settings=settings,
-        calibration=calibration,
-        unmergeable=unmergeable,
-        on_progress=on_progress,
-        memory_budget=memory_budget,
-        thresholds=thresholds,
-        store=store,
-        rescues=rescue is not None,
-    ) as prepared:
-        job, merged = prepared.job, Merged({})
-        if prepared.fit is not None:
+    with ExitStack() as finished:
+        with prepare(
+            host,
+            concepts,
+            method,
+            preset=preset,
+            settings=settings,
+            calibration=calibration,
+            unmergeable=unmergeable,
+            on_progress=on_progress,
+            memory_budget=memory_budget,
+            thresholds=thresholds,
+            store=store,
+            rescues=rescue is not None,
+        ) as prepared:
+            job = prepared.job
             with prepared.fit as fit:
                 merged = fit.merge()
             if prepared.method.needs_host:
                 merged, job.report.kept = _better(job, merged)
-        result = _result(prepared, merged)
-        if merged.stopped is None:  # otherwise it may be cancelled again
-            job.eta.end()
-    job.report.seconds = time.perf_counter() - started
-    if merged.stopped is not None:
-        if rescue is not None:
+            pressed = finished.enter_context(interrupts_wait())
+            result = _result(prepared, merged)
+            if merged.stopped is None:  # otherwise it may be cancelled again
+                job.eta.end()
+        job.report.seconds = time.perf_counter() - started
+        if rescue is not None and (merged.stopped is not None or pressed):
             rescue(result)
-        raise merged.stopped
+        if merged.stopped is not None:
+            raise merged.stopped
     return result
 
 
@@ -161,7 +165,7 @@ def _result(prepared: Prepared, merged: Merged) -> MergeResult:
     changes = of_loras.beside(changes, of_loras.changes_always(job.included))
     embeddings, new_names, renamed = join_embeddings(active)
     where = {"include": "part of the merged LoRA", "outside": "load it beside the merged LoRA"}
-    for concept in prepared.always if prepared.fit is not None else ():
+    for concept in prepared.always:
         why = "" if concept.phrases else "no trigger word, so it acts on every prompt: "
         note = f"{why}on while the others were merged; {where[concept.always_on]}"
         report.note(concept.name, note)

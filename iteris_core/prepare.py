@@ -15,7 +15,7 @@ from .activations.memory import is_out_of_memory
 from .calibration import Calibration
 from .calibration_prompts import Composite
 from .concepts import Concept
-from .config import Unmergeable, read_concepts
+from .config import Unmergeable, read_concepts, ready_to_merge
 from .errors import IterisError, OutOfMemory, SettingsError, SiteError, brief
 from .hosts.diffusers import host_of
 from .hosts.learned import embedding_triggers
@@ -42,11 +42,11 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Prepared:
     """A merge whose model was looked at, inside :func:`prepare`: its ``job``, the context of its
-    ``fit`` (None: there is nothing to merge), and the ``others`` of its sites, which get the mean
-    of the LoRAs. Of its concepts, ``merging`` are merged and ``always`` are on."""
+    ``fit``, and the ``others`` of its sites, which get the mean of the LoRAs. Of its concepts,
+    ``merging`` are merged and ``always`` are on."""
 
     job: Job
-    fit: AbstractContextManager[Fit] | None
+    fit: AbstractContextManager[Fit]
     method: Method
     merging: Sequence[Concept]
     always: Sequence[Concept]
@@ -66,7 +66,7 @@ def prepare(
     on_progress: OnProgress | None = None,
     memory_budget: Budget = "free",
     thresholds: Thresholds = THRESHOLDS,
-    store: SampleStore | None = None,
+    store: SampleStore | str | Path | None = None,
     rescues: bool = False,
 ) -> Generator[Prepared]:
     """Context in which a merge can be planned or run, with arguments as of :func:`merge_loras`:
@@ -82,19 +82,18 @@ def prepare(
         raise SettingsError(f"unmergeable must be one of {known}, not {unmergeable!r}.")
     memory_budget = budget_of(memory_budget)
     host = None if host is None else host_of(host)
-    concepts, wordless = read_concepts(host, concepts), list[str]()
     pictures = host is not None and host.pictures
-    for at, concept in enumerate(concepts if chosen.needs_host and pictures else ()):
-        if concept.lora is not None and concept.always_on == "no" and concept.is_wordless:
-            concepts[at] = replace(concept, always_on="include")  # it acts on every prompt
-            if concept.is_active:
-                wordless.append(concept.name)
+    read = read_concepts(host, concepts)
+    concepts = ready_to_merge(read, by_features=chosen.needs_host, pictures=pictures)
     active = [concept for concept in concepts if concept.is_active]
     merging = [concept for concept in active if concept.always_on == "no"]
     always = [concept for concept in active if concept.always_on != "no"]
-    loras = sum(concept.lora is not None for concept in merging)
-    if loras and not chosen.needs_host:  # weights make no use of prompts
+    if not chosen.needs_host:  # weights make no use of prompts
         merging = [concept for concept in merging if concept.lora is not None]
+        if not merging:
+            merging = [concept for concept in always if concept.always_on == "include"]
+            always = [concept for concept in always if concept.always_on == "outside"]
+    loras = sum(concept.lora is not None for concept in merging)
     settled = calibration.settled(loras, pictures=pictures)
     eta = Forecast(on_progress)
     report = MergeReport(
@@ -103,7 +102,6 @@ def prepare(
         settings=asdict(settings),
         calibration=asdict(calibration) if chosen.needs_host else {},
         preserved=[concept.name for concept in merging if concept.lora is None],
-        wordless=wordless,
     )
     job = Job(
         cast(Host, host),
@@ -115,7 +113,7 @@ def prepare(
         memory_budget=memory_budget,
         thresholds=thresholds,
         eta=eta,
-        store=store,
+        store=None if store is None else SampleStore.at(store),
         rank=getattr(settings, "rank", None),
         share_ranks=getattr(settings, "share_ranks", False),
         steps=getattr(settings, "steps", 0),
@@ -126,9 +124,7 @@ def prepare(
     for concept in concepts:
         if not concept.is_active:
             report.note(concept.name, "left out of the merge: its strength or weight is 0")
-    if always and not loras:  # as they are, side by side
-        yield Prepared(job, None, chosen, merging, always)
-    elif host is None or not chosen.needs_host:
+    if host is None or not chosen.needs_host:
         job = replace(job, changes=of_loras.changes_of(merging))
         fit = chosen.prepare(job, settings)
         yield Prepared(job, fit, chosen, merging, always)

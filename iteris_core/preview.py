@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .concepts import Concept
@@ -35,19 +36,22 @@ class Preview:
 
 
 def preview_merge(
-    host: Any, concepts: Sequence[Concept], method: str = "iteris", **how: Any
+    host: Any,
+    concepts: Sequence[Concept | str | Path],
+    method: str = "iteris",
+    *,
+    rescue: object = None,
+    **how: Any,
 ) -> Preview:
     """The plan of a merge of ``concepts``: its rows, how it stays within its memory budget, and, of
     an image model, about how long it takes.
 
-    Arguments are those of :func:`.merge.merge_loras`. Nothing is denoised or solved; the text
-    encoders and a few rows of noise run. Raises :class:`IterisError` if the merge would be refused.
+    Arguments are those of :func:`.merge.merge_loras`; ``rescue`` is never called. Nothing is
+    denoised or solved; the text encoders and a few rows of noise run. Raises :class:`IterisError`
+    if the merge would be refused.
     """
     with prepare(host, concepts, method, **how) as prepared:
         job = prepared.job
-        if prepared.fit is None or all(concept.lora is None for concept in job.concepts):
-            why = "every LoRA is always on or has no trigger words, so they are only added up"
-            return Preview([f"nothing is merged: {why}"])
         if not prepared.method.needs_host:
             return Preview([f"{method} looks at weights only: no rows"])
         with prepared.fit as fit:

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from numbers import Real
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
+from numbers import Integral, Real
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from .errors import SettingsError, unknown
 
@@ -149,45 +149,29 @@ class Setting:
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of every settings dataclass; checks the fields on construction.
-
-    ``removed`` names former settings, which old recipes contain, and those to use instead (empty:
-    nothing).
-    """
-
-    removed: ClassVar[Mapping[str, str]] = {}
+    """Base of every settings dataclass; checks the fields on construction."""
 
     def __post_init__(self) -> None:
         """Raise :class:`SettingsError` for the first field that is out of range."""
-        for declared in declared_settings(type(self)).values():
-            declared.check(getattr(self, declared.name))
+        for name, declared in declared_settings(type(self)).items():
+            value = getattr(self, name)
+            if isinstance(value, Real) and not isinstance(value, int | float):  # such as numpy's
+                value = int(value) if isinstance(value, Integral) else float(value)
+                object.__setattr__(self, name, value)
+            declared.check(value)
 
     @classmethod
     def from_mapping(cls: type[_Kind], values: Mapping[str, Any]) -> _Kind:
         """Build from names and values; raises :class:`SettingsError` for an unknown name or a value
         out of range."""
-        values = cls.without_removed(values)
         for name in values:
             if name not in cls.__dataclass_fields__:
                 raise SettingsError(f"{cls.__name__}: {unknown_setting(name, cls)}")
         return cls(**values)
 
-    @classmethod
-    def without_removed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """``values`` without former settings; raises :class:`SettingsError` for one that did
-        something, and has another in its place."""
-        for name, value in values.items():
-            if value and cls.removed.get(name):
-                raise SettingsError(f"{cls.__name__}: {unknown_setting(name, cls)}")
-        return {name: value for name, value in values.items() if name not in cls.removed}
-
 
 def unknown_setting(name: Any, *owners: type[Settings]) -> str:
-    """The end of a message about a name that no setting of ``owners`` has, or has any more."""
-    former = {name: instead for owner in owners for name, instead in owner.removed.items()}
-    if name in former:
-        use = f"; use {former[name]}." if former[name] else "."
-        return f"there is no setting {name!r} any more{use}"
+    """The end of a message about a name that no setting of ``owners`` has."""
     return unknown("setting", name, [f.name for owner in owners for f in fields(owner)])
 
 

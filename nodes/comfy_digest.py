@@ -60,7 +60,8 @@ def digest_of_patcher(patcher: Any) -> str | None:
         return None
     try:
         on = {key: [_known(*one) for one in some] for key, some in patcher.patches.items()}
-        weights = digest_of_weights(_weights(patcher))
+        part, network = _network(patcher)
+        weights = digest_of_weights(_weights(patcher), {part: network})
         named = type(patcher.model).__name__, {name: str(kind) for name, kind in patches.items()}
         sampling = _sampling(patcher), _code_of(options)
         return weights and digest([named, weights, on, sampling])
@@ -77,11 +78,16 @@ def _holds(value: Any) -> bool:
     return bool(value)
 
 
+def _network(patcher: Any) -> tuple[str, torch.nn.Module]:
+    """Where in the patcher's model its network is, and the network."""
+    part = "diffusion_model" if hasattr(patcher.model, "diffusion_model") else ""
+    return part, patcher.model.get_submodule(part)
+
+
 def _weights(patcher: Any) -> Iterator[tuple[str, Tensor]]:
     """The network's, without the patches that may be in them at the moment. Not those of sampling,
     which other nodes exchange."""
-    part = "diffusion_model" if hasattr(patcher.model, "diffusion_model") else ""
-    network = patcher.model.get_submodule(part)
+    part, network = _network(patcher)
     for named in (network.named_parameters, network.named_buffers):
         for key, weight in named(part):
             weight = patcher.backup[key].weight if key in patcher.backup else weight

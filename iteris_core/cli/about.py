@@ -85,7 +85,9 @@ def store(
     \b
     iteris store --clear
     """
-    kept = SampleStore(folder or SampleStore.default())
+    kept = SampleStore.at(folder or SampleStore.default())
+    if kept is None:
+        raise UsageError("No samples are kept, because ITERIS_STORE is none; name a folder.")
     size = f"{(kept.clear() if clear else kept.size) / 2**30:.2f} GiB"
     typer.echo(f"Removed {size} from {kept.folder}." if clear else f"{kept.folder} holds {size}.")
 

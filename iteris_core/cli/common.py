@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from ..progress import OnProgress, Progress
 
@@ -29,13 +30,15 @@ def spelled(text: str) -> str:
 def print_table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", caption: str = ""
 ) -> None:
-    """Print a table to stdout, with or without ``headings``."""
-    table = Table(
-        *headings, title=title or None, caption=caption or None, show_header=bool(headings)
-    )
+    """Print a table to stdout, with or without ``headings``. Texts of files are no markup."""
+    table = Table(show_header=bool(headings))
+    for heading in headings:
+        table.add_column(Text(heading))
+    table.title = Text(title, "table.title") if title else None
+    table.caption = Text(caption, "table.caption") if caption else None
     table.title_justify = table.caption_justify = "left"
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console().print(table)
 
 
@@ -44,7 +47,7 @@ def progress_bars(*, visible: bool = True) -> Generator[OnProgress]:
     """A progress bar per kind of work, on stderr; the active one shows the total time left.
     Messages without a count, such as a plan, are lines above the bars."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f}", justify="right"),
         TimeElapsedColumn(),
@@ -59,7 +62,7 @@ def progress_bars(*, visible: bool = True) -> Generator[OnProgress]:
             what = progress.what
             if not progress.total:
                 if what not in announced and visible:
-                    bars.console.print(what, style="dim", highlight=False)
+                    bars.console.print(what, style="dim", markup=False, highlight=False)
                 announced.add(what)
                 return
             if what not in tasks:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from ..architectures import architecture_of_file
 from ..concepts import Concept
@@ -35,7 +34,7 @@ from ..progress import Progress
 from ..report.inspection import Interference, LoraFacts, describe, interference
 from .base import check_base, lora_reader
 from .common import print_table, progress_bars
-from .inputs import check_apart, check_concepts
+from .inputs import check_apart, check_concepts, check_used
 from .merge_file import parse_concept
 from .options import AsJson, Dtype, Energy, Overwrite, Partial, option
 
@@ -150,7 +149,7 @@ def convert(
         typer.echo(json.dumps(report))
         return
     for note in notes:
-        typer.echo(escape(note))
+        typer.echo(note)
     typer.echo(f"Wrote {path} ({written}, {len(lora.sites)} layers).")
 
 
@@ -158,7 +157,10 @@ def bake(
     base: Annotated[Path, typer.Argument(help="A .safetensors checkpoint", metavar="BASE")],
     lora: Annotated[
         list[str],
-        option("FILE, FILE:0.8, or FILE:0.8/0.5 (model and text encoders); repeat for each LoRA"),
+        option(
+            "FILE, FILE:0.8, or FILE:0.8/0.5 (model and text encoders), with ,blocks= or ,layers= "
+            "for a part of it; repeat for each LoRA"
+        ),
     ],
     output: Annotated[Path, option("The .safetensors to write", "--output", "-o")],
     dtype: Annotated[Dtype | None, option("Type of the weights; unchanged by default")] = None,
@@ -180,14 +182,25 @@ def bake(
         )
     if not all(concept.files for concept in concepts):
         raise UsageError("--lora must name a LoRA file.")
+    for concept in concepts:
+        check_used(concept, "weight", "prompts", "kind", "always_on", what="iteris bake")
+        if concept.low is not None:
+            raise UsageError(
+                f"--lora {concept.file}+{concept.low} are for two models; bake each file into the "
+                "checkpoint of its own."
+            )
     check_base(str(base))
     check_concepts(concepts)
-    files = [concept.files[0] for concept in concepts]
+    files = [file for concept in concepts for file in concept.files]
     check_target(output, None, "float16", overwrite)
     check_apart([output], base, *files)
     model = released_base(architecture_of_file(*read_header(files[0])).name)
-    places, options = places_in(base, model), ReadOptions(allow_partial, energy)
-    loras = [read_lora_file(file, model, weight_in(base, places), options) for file in files]
+    places, reading = places_in(base, model), ReadOptions(allow_partial, energy)
+    weight = weight_in(base, places)
+    loras = [
+        read_lora_file(file, model, weight, concept.options(reading))
+        for file, concept in zip(files, concepts, strict=True)
+    ]
     read = [replace(concept, lora=lora) for concept, lora in zip(concepts, loras, strict=True)]
     changes = changes_always(read)
     with progress_bars(visible=not quiet) as on_progress:

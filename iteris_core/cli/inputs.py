@@ -102,6 +102,16 @@ def check_concepts(concepts: Sequence[Concept]) -> list[Concept]:
     return read
 
 
+def check_used(concept: Concept, *unused: str, what: str) -> None:
+    """Raise :class:`ConceptError` if fields of ``concept`` that count for nothing in ``what`` are
+    given."""
+    given = [name for name in unused if name in concept.stated]
+    if given:
+        raise ConceptError(
+            f"{concept.name}: {' and '.join(given)} does not count in {what}; leave it out."
+        )
+
+
 def check_apart(outputs: Iterable[Path], *inputs: str | Path | None) -> None:
     """Raise :class:`IterisError` if a result would overwrite what it is made of."""
     files = [Path(path) for path in inputs if path and Path(path).exists()]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import typer
 
-from ..config import MergeConfig, check_merging, read_concept
+from ..concepts import Concept
+from ..config import MergeConfig, read_concept, ready_to_merge
 from ..errors import UsageError
 from ..lora import Lora
 from ..lora_files import ReadOptions, check_target
@@ -16,13 +18,13 @@ from ..lora_files.embeddings import embedding_files, sidecar_files
 from ..lora_files.experts import expert_files, write_or_keep
 from ..lora_files.metadata import noted_phrases, trigger_words
 from ..merge import MergeResult, merge_loras
-from ..methods.registry import settings_over
+from ..methods.registry import find_method, settings_over
 from ..passes.report import MergeReport
-from ..preview import preview_merge
+from ..preview import Preview, preview_merge
 from ..progress import Progress
 from ..report.card import write_card
 from ..report.provenance import with_run
-from ..saving import check_new
+from ..saving import check_new, interrupts_wait
 from .base import check_base, device_of, load_base
 from .common import console, progress_bars, spelled, warn
 from .inputs import check_apart, check_concepts, check_embeddings, open_picture, warnings_of
@@ -49,42 +51,50 @@ def merge(context: typer.Context, options: MergeOptions, calibration: dict[str, 
     device = device_of(options.device)
     for line in warnings_of(config.concepts):
         warn(line)
-    with progress_bars(visible=not options.quiet) as show:
+    finished: list[MergeResult] = []
+    preview, concepts = None, list[Concept]()
+    try:
+        with progress_bars(visible=not options.quiet) as show:
 
-        def on_progress(progress: Progress) -> None:
-            if not (options.plan and progress.plan):
-                show(progress)
+            def on_progress(progress: Progress) -> None:
+                if not (options.plan and progress.plan):
+                    show(progress)
 
-        on_progress(Progress("loading the base", 0, 1))
-        host = None
-        if config.base:
-            from ..hosts.diffusers import DiffusersHost
+            on_progress(Progress("loading the base", 0, 1))
+            host = None
+            if config.base:
+                from ..hosts.diffusers import DiffusersHost
 
-            pipeline = load_base(config.base, device, options.base_dtype, options.offload)
-            host = DiffusersHost(pipeline, **call)
-        concepts = [read_concept(concept, host, reading) for concept in config.concepts]
-        check_embeddings(concepts, options.output, options.layout, overwrite=options.overwrite)
-        on_progress(Progress("loading the base", 1, 1))
-        how: dict[str, Any] = {**config.choices, "on_progress": on_progress}
-        how["memory_budget"] = bytes_of(options.memory)
-        if options.plan:
-            done = preview_merge(host, concepts, **how)
-        else:
-            rescued: list[MergeResult] = []
-            try:
-                done = merge_loras(host, concepts, **how, store=store, rescue=rescued.append)
-            except KeyboardInterrupt:
-                if not rescued:
-                    raise
-                (done,) = rescued
-    if isinstance(done, MergeResult):
-        _write(with_run(done.lora, config.base, config.unmergeable), done.report, options)
-    elif options.as_json:
-        typer.echo(json.dumps(asdict(done)))
+                pipeline = load_base(config.base, device, options.base_dtype, options.offload)
+                host = DiffusersHost(pipeline, **call)
+            concepts = [read_concept(concept, host, reading) for concept in config.concepts]
+            check_embeddings(concepts, options.output, options.layout, overwrite=options.overwrite)
+            on_progress(Progress("loading the base", 1, 1))
+            how: dict[str, Any] = {**config.choices, "on_progress": on_progress}
+            how |= {"memory_budget": bytes_of(options.memory), "store": store}
+            how["rescue"] = finished.append
+            if options.plan:
+                preview = preview_merge(host, concepts, **how)
+            else:
+                finished.append(merge_loras(host, concepts, **how))
+    except KeyboardInterrupt:
+        if not finished:
+            raise
+    if preview is not None:
+        _show(concepts, preview, options)
+    for done in finished:
+        with interrupts_wait() as pressed:
+            _write(with_run(done.lora, config.base, config.unmergeable), done.report, options)
+            pressed.clear()  # it is written
+
+
+def _show(concepts: Sequence[Concept], preview: Preview, options: MergeOptions) -> None:
+    if options.as_json:
+        typer.echo(json.dumps(asdict(preview)))
     elif not options.quiet:
         loras = [concept for concept in concepts if concept.lora is not None]
         words = [f"{lora.name}: {'; '.join(lora.phrases) or 'every prompt'}" for lora in loras]
-        typer.echo("\n".join([*words, *done.lines(), "Nothing was merged or written."]))
+        typer.echo("\n".join([*words, *preview.lines(), "Nothing was merged or written."]))
 
 
 def _check(config: MergeConfig, options: MergeOptions) -> None:
@@ -104,7 +114,10 @@ def _check(config: MergeConfig, options: MergeOptions) -> None:
                     f"--{name.replace('_', '-')} is for merges on a base; name it before the LoRAs."
                 )
     read = check_concepts(config.concepts)
-    check_merging(config.concepts)
+    worded = [c.with_found_words(c.lora.metadata) for c in read if c.lora is not None]
+    files = [replace(concept, lora=None) for concept in worded]  # which errors then name
+    by_features = find_method(config.method).needs_host
+    ready_to_merge(files, by_features=by_features, pictures=True)
     embeddings = check_embeddings(read, paths[0], options.layout, overwrite=overwrite)
     files = [file for concept in config.concepts for file in concept.files]
     beside = [embedding for file in files for embedding in sidecar_files(file)]

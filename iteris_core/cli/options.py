@@ -6,14 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
 from inspect import Parameter, Signature
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
 import typer
 
 from ..calibration import Calibration
 from ..errors import SettingsError
-from ..hosts.sample_store import SampleStore
+from ..hosts.sample_store import NONE, SampleStore
 from ..methods import all_methods, find_method
 from ..settings import PresetName, Settings, declared_settings, unknown_setting
 
@@ -115,9 +114,7 @@ def bytes_of(memory: float | None) -> int | Literal["free"]:
 
 
 def store_of(folder: str | None) -> SampleStore | None:
-    if folder == "none":
-        return None
-    return SampleStore(Path(folder) if folder else SampleStore.default())
+    return None if folder == NONE else SampleStore.at(folder or SampleStore.default())
 
 
 def method_names(incomplete: str) -> list[tuple[str, str]]:

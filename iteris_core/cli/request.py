@@ -192,8 +192,6 @@ def read_recipe(path: Path) -> MergeConfig:
     if partial := recorded.get("partial"):
         warn(f"{path} holds a merge that ended after {partial}; the whole merge is repeated.")
     try:
-        settings = find_method(config.method).settings.without_removed(config.settings)
-        config = config.model_copy(update={"settings": settings})
         return _checked(config, config.method, str(path))
     except SettingsError as error:
         raise RecipeError(f"The recipe is not of this version: {error}") from error

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich.markup import escape
 
 from ..calibration import Calibration
 from ..concepts import Concept
@@ -19,12 +19,14 @@ from ..edit.resize import Reduced, resize_lora
 from ..edit.target import Target
 from ..errors import InputFileError, UsageError
 from ..lora_files import DTYPES, Layout, ReadOptions, check_target
-from ..lora_files.experts import write_or_keep
+from ..lora_files.embeddings import sidecar_files
+from ..lora_files.experts import expert_files, write_or_keep
 from ..lora_files.own_names import read_by_own_names
+from ..saving import interrupts_wait
 from . import options as shared
 from .base import check_base, device_of, load_base
 from .common import progress_bars
-from .inputs import check_apart, check_concepts, read_lines
+from .inputs import check_apart, check_concepts, check_embeddings, check_used, read_lines
 from .merge_file import parse_concept
 from .options import RESULT, argument, bytes_of, command, offered
 
@@ -57,23 +59,32 @@ class Sizing:
             "memory_budget": bytes_of(self.memory),
         }
 
-    def save(self, reduced: Reduced, layout: Layout | None, source: Path) -> None:
-        """Write the LoRA that was reduced from ``source``, or keep it elsewhere if that fails."""
+    def save(self, reduced: Reduced, layout: Layout | None, *sources: Path) -> None:
+        """Write the LoRA that was reduced from ``sources``, or keep it elsewhere if that fails."""
         how: dict[str, Any] = {"layout": layout, "dtype": self.dtype, "overwrite": self.overwrite}
-        path = write_or_keep(reduced.lora, self.output, **how)[0]
-        sizes = [file.stat().st_size / 1e6 for file in (source, path) if file.is_file()]
-        if self.as_json:
-            typer.echo(json.dumps({"path": str(path), "megabytes": sizes, **reduced.to_dict()}))
-        elif not self.quiet:
-            typer.echo(escape(reduced.summary()))
-            typer.echo(f"Wrote {path} ({' → '.join(f'{size:.3g}' for size in sizes)} MB).")
+        with interrupts_wait() as pressed:
+            paths = write_or_keep(reduced.lora, self.output, **how)
+            files = (sources, paths) if all(map(Path.is_file, sources)) else (paths,)
+            sizes = [sum(file.stat().st_size for file in some) / 1e6 for some in files]
+            if self.as_json:
+                told = {"path": str(paths[0]), "megabytes": sizes, **reduced.to_dict()}
+                typer.echo(json.dumps(told))
+            elif not self.quiet:
+                typer.echo(reduced.summary())
+                named = " and ".join(map(str, paths))
+                typer.echo(f"Wrote {named} ({' → '.join(f'{size:.3g}' for size in sizes)} MB).")
+            pressed.clear()  # it is written
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResizeOptions(Sizing):
     """One field per option, with the option's name."""
 
-    file: str = argument("A LoRA file, FILE or FILE:TRIGGER:CLASS", metavar="FILE")
+    file: str = argument(
+        "A LoRA file, FILE or FILE:TRIGGER:CLASS, with ,blocks= or ,layers= for a part of it; "
+        "HIGH+LOW for a base with two experts",
+        metavar="FILE",
+    )
     base: str | None = offered(
         "The base; every layer is fitted to its inputs in that model. Without it, singular "
         "values of the weights decide"
@@ -93,17 +104,22 @@ def resize(context: typer.Context, options: ResizeOptions, calibration: dict[str
     """
     how, output = options.run(calibration), options.output
     reading = ReadOptions(options.allow_partial)
-    text = options.file
-    concept = parse_concept(text) if ":" in Path(text).name else Concept(file=Path(text))
-    file = concept.files[0]
-    check_target(output, options.layout, options.dtype, options.overwrite)
-    check_concepts([concept])
-    check_apart([output], file, options.base)
+    concept = _one_lora(options.file)
+    paths = (output,) if concept.low is None else expert_files(output)
+    for path in paths:
+        check_target(path, options.layout, options.dtype, options.overwrite)
+    read = check_concepts([concept])
+    how_written = {"overwrite": options.overwrite}
+    embeddings = check_embeddings(read, paths[0], options.layout, **how_written)
+    beside = [embedding for file in concept.files for embedding in sidecar_files(file)]
+    check_apart([*paths, *embeddings], options.base, *concept.files, *beside)
     if options.base is None:
-        if calibration:
-            name = next(iter(calibration)).replace("_", "-")
-            raise UsageError(f"--{name} needs a base to run: pass --base.")
-        lora, own_layout = read_by_own_names(file, reading)
+        fields = [f"{name}=" for name in ("prompts", "blocks") if name in concept.stated]
+        for name in (*(f"--{name.replace('_', '-')}" for name in calibration), *fields):
+            raise UsageError(f"{name} needs a base to run: pass --base.")
+        if concept.low is not None:
+            raise UsageError("Two experts need their base: pass --base, or resize each file.")
+        lora, own_layout = read_by_own_names(concept.files[0], concept.options(reading))
         concept, host = replace(concept, lora=lora), None
     else:
         from ..hosts.diffusers import DiffusersHost
@@ -113,7 +129,17 @@ def resize(context: typer.Context, options: ResizeOptions, calibration: dict[str
         concept = read_concept(concept, host, reading)
     with progress_bars(visible=not options.quiet) as on_progress:
         reduced = resize_lora(concept, host=host, on_progress=on_progress, **how)
-    options.save(reduced, options.layout or own_layout, file)
+    options.save(reduced, options.layout or own_layout, *concept.files)
+
+
+def _one_lora(text: str) -> Concept:
+    more = re.search(r"\.safetensors[:,+]", text) or {":", ","} & {*Path(text).name}
+    plain = Path(text).is_file() or not more
+    concept = Concept(file=Path(text)) if plain else parse_concept(text, option="FILE")
+    if not concept.files:
+        raise UsageError(f"{text!r} names no LoRA file.")
+    check_used(concept, "strength", "text_strength", "weight", "always_on", what="iteris resize")
+    return concept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +175,14 @@ def extract(context: typer.Context, options: ExtractOptions, calibration: dict[s
             raise InputFileError(f"{options.prompts} has no prompts; write one per line.")
     pipelines = [load_base(base, device, options.base_dtype) for base in bases]
     of_base, of_tuned = map(DiffusersHost, pipelines)
-    with progress_bars(visible=not options.quiet) as on_progress:
-        kind = base_of(pipelines[0], of_base.sites())
-        extracted = extract_lora(of_base, of_tuned, kind=kind, on_progress=on_progress, **how)
-    options.save(extracted, options.layout, Path(options.tuned))
+    finished: list[Reduced] = []
+    try:
+        with progress_bars(visible=not options.quiet) as on_progress:
+            how |= {"on_progress": on_progress, "rescue": finished.append}
+            kind = base_of(pipelines[0], of_base.sites())
+            finished.append(extract_lora(of_base, of_tuned, kind=kind, **how))
+    except KeyboardInterrupt:
+        if not finished:
+            raise
+    for extracted in finished:
+        options.save(extracted, options.layout, Path(options.tuned))

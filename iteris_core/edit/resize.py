@@ -14,7 +14,7 @@ from ..activations.tokens import Observation
 from ..calibration import Calibration
 from ..calibration_prompts import CAPTIONS
 from ..concepts import Concept
-from ..errors import MismatchError
+from ..errors import LoraFileError, MismatchError
 from ..hosts.learned import embedding_triggers
 from ..hosts.protocol import Host
 from ..lora import Lora, LowRank, SiteChanges
@@ -24,6 +24,7 @@ from ..passes.job import Job, Run
 from ..passes.preflight import unmergeable_sites
 from ..passes.sweep import Passes
 from ..progress import Forecast, OnProgress
+from ..report.provenance import with_recipe
 from ..settings import Budget, budget_of
 from ..solve.choose import THRESHOLDS
 from ..solve.inputs import InputMoments
@@ -77,9 +78,14 @@ def resize_lora(
     lora = concept.lora
     if lora is None:
         raise MismatchError("There is no LoRA to resize: the concept has none.")
+    if not any(bool(change.up.any() and change.down.any()) for change in lora.sites.values()):
+        raise LoraFileError(
+            f"{lora.source or lora.name} changes nothing: all of it is zero, so there is nothing "
+            "to resize."
+        )
     if host is None:
         components = {site: Components.of(change) for site, change in lora.sites.items()}
-        return _reduced(lora, components, share_out(components, target, itemsize))
+        return _reduced(lora, components, share_out(components, target, itemsize), target)
     if concept.is_wordless:
         concept = replace(concept, prompts=CAPTIONS)
     concept = replace(concept, strength=1.0, text_strength=None, weight=1.0)
@@ -101,7 +107,7 @@ def resize_lora(
             worths = of.worths * (mean / max(of.total, 1e-30))
             components[site] = replace(of, worths=worths, total=mean)
         ranks = share_out(components, target, itemsize)
-        reduced = _reduced(lora, components, ranks)
+        reduced = _reduced(lora, components, ranks, target)
         to_fit = {site: rank for site, rank in ranks.items() if rank and site not in unseen}
         if to_fit and any(rank < lora.sites[site].rank for site, rank in ranks.items()):
             sites = {**reduced.lora.sites, **fitted(run, to_fit)}
@@ -109,11 +115,16 @@ def resize_lora(
     return replace(reduced, by_weights=tuple(unseen))
 
 
-def _reduced(lora: Lora, components: Mapping[str, Components], ranks: Mapping[str, int]) -> Reduced:
-    """``lora`` with the first components of every site, and metadata that are still true."""
+def _reduced(
+    lora: Lora, components: Mapping[str, Components], ranks: Mapping[str, int], target: Target
+) -> Reduced:
+    """``lora`` with the first components of every site, and metadata that are still true; the
+    recipe of a merged one says that it was cut, and how."""
     sites = {site: of.at(ranks[site]) for site, of in components.items() if ranks[site]}
     metadata = {key: value for key, value in lora.metadata.items() if key not in STALE}
-    lora = replace(lora, sites=sites, metadata=metadata)
+    cut = {name: value for name, value in vars(target).items() if value is not None}
+    cut |= {name: lora.reading[name] for name in ("blocks", "layers") if name in lora.reading}
+    lora = with_recipe(replace(lora, sites=sites, metadata=metadata), cut=cut)
     return Reduced(lora, ranks, worth_share(components, ranks))
 
 
@@ -129,7 +140,7 @@ class Reduced:
     ``kept`` is the share that remains of its worth at its layers' outputs; ``by_weights`` are sites
     whose inputs were not observed. Of an extracted LoRA, ``error`` is the share of the fine-tune's
     effect that it lacks: ‖f_LoRA − f_tuned‖ / ‖f_base − f_tuned‖ of final outputs, on rows to which
-    nothing was fitted.
+    nothing was fitted; or ``uncompared`` says why that is not known.
     """
 
     lora: Lora
@@ -137,6 +148,7 @@ class Reduced:
     kept: float
     by_weights: tuple[str, ...] = ()
     error: float | None = None
+    uncompared: str = ""
 
     def summary(self) -> str:
         """A readable line: ranks, layers left out, what is kept."""
@@ -150,12 +162,15 @@ class Reduced:
             text += f" ({len(self.by_weights)} layers by weights alone)"
         if self.error is not None:
             text += f"; error {self.error:.1%} of what the fine-tune changes"
+        if self.uncompared:
+            text += f"; not compared with the fine-tune: {self.uncompared.rstrip('.')}"
         return f"{text}."
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         report = {"kept": self.kept, "ranks": self.ranks, "by_weights": list(self.by_weights)}
-        return report if self.error is None else {**report, "error": self.error}
+        more = {"error": self.error, "uncompared": self.uncompared or None}
+        return {**report, **{name: value for name, value in more.items() if value is not None}}
 
 
 def job_of(

@@ -54,7 +54,7 @@ def share_out(sites: Mapping[str, Components], target: Target, itemsize: int = 2
     else:
         numbers = int((target.megabytes or 0) * 1e6 - _HEADER * len(sites)) // itemsize
     ranks = share_numbers(sites, numbers)
-    if not any(ranks.values()):
+    if target.megabytes is not None and not any(ranks.values()):
         raise SettingsError(
             f"{target.megabytes:g} MB is too small for a single component of these layers; use a "
             "larger size."

@@ -138,9 +138,12 @@ class DiffusersHost(Host):
         parts = {name: getattr(self.pipeline, name) for name in self.pipeline.components}
         models = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
         weights = digest_of_weights(
-            (f"{name}.{path}", tensor)
-            for name, part in models.items()
-            for path, tensor in (*part.named_parameters(), *part.named_buffers())
+            (
+                (f"{name}.{path}", tensor)
+                for name, part in models.items()
+                for path, tensor in (*part.named_parameters(), *part.named_buffers())
+            ),
+            models,
         )
         scheduler = parts.get("scheduler")
         configured = type(scheduler).__name__, dict(getattr(scheduler, "config", {}))

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,19 +22,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import OutputError, UsageError
+from ..errors import OutputError, SettingsError, UsageError
 
 _log = logging.getLogger(__name__)
 
 VERSION = "2"
 """Changes whenever the same key would stand for other samples."""
 
+NONE = "none"
+"""In place of a folder: no samples are kept."""
 LIMIT = 4 * 2**30
 _SUFFIX = ".iteris-store"
 _OWN = re.compile(rf"[0-9a-f]{{64}}(\.[0-9a-f]{{8}})?{_SUFFIX}")
 """Names of a store's files: whole ones, and those still being written."""
-_EARLIER = re.compile(r"[0-9a-f]{64}\.safetensors")
-"""Names of earlier versions' files. They may be anybody's, so they are neither read nor removed."""
 _WRITING = 3600
 """Seconds after which an unfinished file is one that its process left behind."""
 _VALUES = 4096
@@ -42,30 +43,43 @@ _PACKAGE = __name__.removesuffix("hosts.sample_store")
 
 @dataclass(frozen=True)
 class SampleStore:
-    """A ``folder`` of samples, of which the least recently used go when it exceeds ``limit`` bytes;
-    the newest always stays. ``parts`` belong to every key. Several processes may share a folder. A
-    file that cannot be read is as good as none, and a full disk keeps nothing; neither ends a
-    merge. Raises :class:`OutputError` for a folder that contains anything else."""
+    """A ``folder`` of samples (a path, or its text), of which the least recently used go when it
+    exceeds ``limit`` bytes; the newest always stays. ``parts`` belong to every key. Several
+    processes may share a folder. A file that cannot be read is as good as none, and a full disk
+    keeps nothing; neither ends a merge. Raises :class:`OutputError` for a folder that contains
+    anything else."""
 
     folder: Path
     limit: int = LIMIT
     parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
         with suppress(OSError):  # it does not exist yet, or takes nothing
             # What comes there during a merge does not end it.
             for name in () if self.parts else sorted(os.listdir(self.folder)):
-                if not (_OWN.fullmatch(name) or _EARLIER.fullmatch(name) or name[0] == "."):
+                if not (_OWN.fullmatch(name) or name[0] == "."):
                     raise OutputError(
                         f"The folder {self.folder} is no store of samples: it contains {name}. "
                         "Give the store a folder of its own (option store, or ITERIS_STORE)."
                     )
 
     @staticmethod
-    def default() -> Path:
-        """``ITERIS_STORE``, or ``iteris/samples`` in the user's folder for caches."""
+    def at(place: Any) -> SampleStore | None:
+        """The store in a folder, or the one that is given, or None. Raises :class:`SettingsError`
+        for anything else."""
+        if isinstance(place, str | Path):
+            return SampleStore(Path(place))
+        if place is None or isinstance(place, SampleStore):
+            return place
+        raise SettingsError(f"store must be a folder or a SampleStore, not {place!r}.")
+
+    @staticmethod
+    def default() -> Path | None:
+        """``ITERIS_STORE``, or ``iteris/samples`` in the user's folder for caches; None if the
+        former is ``none``."""
         if folder := os.environ.get("ITERIS_STORE"):
-            return Path(folder)
+            return None if folder == NONE else Path(folder)
         try:
             caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         except RuntimeError as error:
@@ -166,20 +180,35 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=hashed).encode()).hexdigest()
 
 
-def digest_of_weights(named: Iterable[tuple[str, Tensor]]) -> str | None:
-    """A hash of a model's weights, of some values of each: training changes all of them. A
-    quantised one is made of others (``__tensor_flatten__``). None if a weight is not there, as on
-    the device "meta", or is another kind of tensor."""
-    values: list[Any] = []
+def digest_of_weights(
+    named: Iterable[tuple[str, Tensor]], models: Mapping[str, nn.Module] = MappingProxyType({})
+) -> str | None:
+    """A hash of the types of the modules in ``models``, by the beginning of their names, and of
+    weights: of some values of each, because training changes all of them, and of every row of an
+    embedding, because a learned token changes one. A quantised weight is made of others
+    (``__tensor_flatten__``). None if a weight is not there, as on the device "meta", or is another
+    kind of tensor."""
+    modules = {
+        path: module
+        for name, model in models.items()
+        for path, module in model.named_modules(prefix=name)
+    }
+    values: list[Any] = [(path, _kind(module)) for path, module in modules.items()]
     for name, tensor in named:
         tensor = tensor.detach()
+        whole = isinstance(modules.get(name.rpartition(".")[0]), nn.Embedding)
         parts = getattr(tensor, "__tensor_flatten__", lambda: ((), None))()[0]
         for part in [getattr(tensor, part) for part in parts] or [tensor]:
             if part.is_meta or type(part) is not Tensor:
                 return None
             step = max(1, part.numel() // _VALUES)
-            values.append((name, tuple(tensor.shape), part.reshape(-1)[::step]))
+            rows = part.split(_VALUES) if whole and part.ndim else [part.reshape(-1)[::step]]
+            values.append((name, tuple(tensor.shape), *rows))
     return digest(values)
+
+
+def _kind(part: object) -> str:
+    return f"{type(part).__module__}.{type(part).__qualname__}"
 
 
 def behaviour(models: Mapping[str, nn.Module]) -> list[Any]:
@@ -198,7 +227,7 @@ def behaviour(models: Mapping[str, nn.Module]) -> list[Any]:
                 raise TypeError(f"no hash of what is on {name}.{path}")
             processor = vars(module).get("processor") or module._modules.get("processor")
             if processor is not None:
-                kind = f"{type(processor).__module__}.{type(processor).__qualname__}"
+                kind = _kind(processor)
                 if not kind.startswith("diffusers."):
                     raise TypeError(f"no hash of {kind}")
                 described.append((name, path, kind, vars(processor)))

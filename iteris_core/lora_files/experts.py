@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
-import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ..errors import IterisError, LoraFileError, SaveError
+from ..errors import IterisError, LoraFileError, OutputError, SaveError, brief
 from ..lora import Lora, LowRank
+from ..saving import interrupts_wait
 from .embeddings import without_embeddings
 from .write import Layout, name_of, write_loras
 
@@ -83,40 +83,52 @@ def write_or_keep(
     overwrite: bool = False,
 ) -> list[Path]:
     """Like :func:`.write_lora`, so that hours of merging are not lost. A LoRA for two experts
-    becomes two files. Returns the paths.
+    becomes two files. Returns the paths. Ctrl-C takes effect when they are complete.
 
     Values that do not fit in ``dtype`` are written as float32, with a warning. If ``path`` or
-    ``layout`` cannot be written at all, the LoRA goes into the system's folder for temporary files,
-    in the base's own layout as float32, and the error says where it is.
+    ``layout`` cannot be written at all, for whatever reason, the LoRA goes into the system's folder
+    for temporary files, in the base's own layout as float32, and the error says where it is.
     """
     dtype, loras = name_of(dtype), by_file(lora, path)
-    try:
-        return write_loras(loras, layout=layout, dtype=dtype, overwrite=overwrite)
-    except IterisError as error:
-        failed = error
-    if dtype != "float32" and not isinstance(failed, SaveError):
+    with interrupts_wait():
         try:
-            paths = write_loras(loras, layout=layout, dtype="float32", overwrite=overwrite)
-        except IterisError as error:
+            return write_loras(loras, layout=layout, dtype=dtype, overwrite=overwrite)
+        except BaseException as error:
             failed = error
-        else:
-            _log.warning("Written as float32, not %s: %s", dtype, failed)
-            return paths
-    raise rescued(lora, path.name, failed) from failed
+        if dtype != "float32" and isinstance(failed, OutputError):
+            try:
+                paths = write_loras(loras, layout=layout, dtype="float32", overwrite=overwrite)
+            except BaseException as error:
+                failed = error
+            else:
+                _log.warning("Written as float32, not %s: %s", dtype, failed)
+                return paths
+        raise rescued(lora, path.name, failed)
 
 
-def rescued(lora: Lora, name: str, error: IterisError) -> IterisError:
-    """``error``, with the file below the system's temporary folder in which ``lora`` is, if any."""
-    folder = Path(tempfile.gettempdir(), f"iteris-{secrets.token_hex(4)}")
-    file = folder / (name if len(os.fsencode(name)) < _LONG else "merged.safetensors")
-    try:
-        folder.mkdir()
-        files = write_loras(by_file(lora, file), dtype="float32")
-    except (IterisError, OSError):
-        shutil.rmtree(folder, ignore_errors=True)
+def rescued(lora: Lora, name: str, error: BaseException) -> BaseException:
+    """``error`` as an :class:`IterisError`, with the file below the system's temporary folder in
+    which ``lora`` is, if any. What is no :class:`Exception` is returned, and a warning names the
+    file."""
+    where = ""
+    with suppress(Exception):
+        folder = Path(tempfile.mkdtemp(prefix="iteris-"))
+        file = folder / (name if len(os.fsencode(name)) < _LONG else "merged.safetensors")
+        try:
+            files = write_loras(by_file(lora, file), dtype="float32")
+        except BaseException:
+            folder.rmdir()
+            raise
+        where = f"The merge is not lost: it is in {' and '.join(map(str, files))}."
+    if not isinstance(error, Exception):
+        _log.warning("%s", where)
         return error
-    names = " and ".join(map(str, files))
-    return type(error)(f"{error} The merge is not lost: it is in {names}.")
+    kind, said = SaveError, f"{name} cannot be written ({brief(error)})."
+    if isinstance(error, IterisError):
+        kind, said = type(error), str(error)
+    told = kind(f"{said} {where}".strip())
+    told.__cause__ = error
+    return told
 
 
 def expert_files(path: Path) -> tuple[Path, Path]:

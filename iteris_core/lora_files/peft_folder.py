@@ -13,16 +13,16 @@ from torch import Tensor
 
 from ..architectures import Architecture
 from ..architectures.record import BaseModel, Shapes, whole
-from ..errors import LoraFileError, OutputError
+from ..errors import LoraFileError
 from ..lora import Lora
-from ..saving import atomically, check_place
+from ..saving import new_folder, together
 from .factors import lora_config, stored_factors
 from .metadata import public_name
 from .read import ReadOptions, lora_of
 from .tensors import read_tensors, save_tensors
 
 _PREFIX = "base_model.model."
-_WEIGHTS = "adapter_model.safetensors"
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _HARMLESS = frozenset({
     # What and where: the tensors repeat it, or the reader handles it.
     "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "target_modules",
@@ -85,7 +85,7 @@ def read_heads(folder: str | Path) -> dict[str, Tensor]:
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     """The configuration; and the tensors by parameter name in the base model, factors and heads."""
-    config_file, weights = folder / "adapter_config.json", folder / _WEIGHTS
+    config_file, weights = folder / _CONFIG, folder / _WEIGHTS
     if not config_file.is_file() or not weights.is_file():
         raise LoraFileError(
             f"{folder} is not a peft adapter folder: it needs adapter_config.json and "
@@ -117,11 +117,6 @@ def write_adapter(
     ``base`` is the name of the base model. ``heads`` are one task's, from :func:`read_heads`; they
     are written as ``modules_to_save``. Raises :class:`IterisError` if the folder exists.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists():
-        raise OutputError(f"{folder} exists already; choose another name.")
-    check_place(folder)
     ranks = {site.removeprefix("model."): change.rank for site, change in lora.sites.items()}
     config = {
         "peft_type": "LORA",
@@ -137,9 +132,9 @@ def write_adapter(
         name = _PREFIX + site.removeprefix("model.")
         up, down = stored_factors(replace(change, scale=1.0), dtype)
         tensors |= {f"{name}.lora_A.weight": down.cpu(), f"{name}.lora_B.weight": up.cpu()}
-    with atomically(folder) as unfinished:
-        unfinished.mkdir()
-        save_tensors(tensors, unfinished / _WEIGHTS, {"format": "pt"})
+    folder = Path(folder)
+    with new_folder(folder), together() as beside:
+        save_tensors(tensors, beside(folder / _WEIGHTS), {"format": "pt"})
         text = json.dumps(config, indent=1)
-        (unfinished / "adapter_config.json").write_text(text, encoding="utf-8")
+        beside(folder / _CONFIG).write_text(text, encoding="utf-8")
     return folder

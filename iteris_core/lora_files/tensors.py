@@ -5,6 +5,7 @@ tensor is, and readable names of parametrisations.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Container, Generator, Iterable, Mapping
@@ -111,8 +112,13 @@ def dtypes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the tensors without the metadata (modelspec: of everything after the header)."""
-    data = save(dict(tensors))
-    return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    empty = save({name: tensor.new_empty(0) for name, tensor in tensors.items()})
+    in_order = json.loads(empty[8:])  # as safetensors writes them, which is by dtype first
+    digest = hashlib.sha256()
+    for name in in_order:
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

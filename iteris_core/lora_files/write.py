@@ -113,15 +113,17 @@ def to_tensors(
     tensors: dict[str, Tensor] = {}
     if layout == "kohya":
         modules = _kohya(base, stored)
-        for name, module in modules.items():
-            up, down = stored_factors(module, dtype)
-            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-            tensors[f"{name}.alpha"] = torch.tensor(module.alpha, dtype=torch.float32)
         # What sd-scripts and A1111 show: the most common rank and alpha.
         ranks = [module.rank for module in modules.values()]
         dim = max(set(ranks), key=ranks.count)
         scales = [module.scale for module in modules.values() if module.rank == dim]
         alpha = dim * max(set(scales), key=scales.count)
+        stored.clear()
+        for name in list(modules):
+            module = modules.pop(name)  # so that memory holds one copy, not two
+            up, down = stored_factors(module, dtype)
+            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+            tensors[f"{name}.alpha"] = torch.tensor(module.alpha, dtype=torch.float32)
         metadata |= {"ss_network_dim": str(dim), "ss_network_alpha": f"{alpha:g}"}
         if base.architecture.network:
             metadata["ss_network_module"] = base.architecture.network
@@ -129,11 +131,11 @@ def to_tensors(
             metadata["ss_base_model_version"] = base.architecture.version
     else:
         stored |= _recognisable(stored, {site: site for site in stored}, "peft")
-        for site, module in stored.items():
-            up, down = stored_factors(module, dtype)
+        metadata["lora_adapter_metadata"] = json.dumps(_peft_metadata(stored))
+        for site in list(stored):
+            up, down = stored_factors(stored.pop(site), dtype)
             # Sites may share a down matrix in memory; safetensors refuses that.
             tensors |= {f"{site}.lora_A.weight": down.clone(), f"{site}.lora_B.weight": up}
-        metadata["lora_adapter_metadata"] = json.dumps(_peft_metadata(stored))
     if "modelspec.sai_model_spec" in metadata:
         metadata["modelspec.hash_sha256"] = "0x" + content_hash(tensors)
     return tensors, {**metadata, "format": "pt"}

@@ -213,7 +213,7 @@ class Distillation:
                     break
         except BaseException as error:
             notes[""] = self._ended(error, "before the next")
-        none = "none, because no part of this base gives an image"
+        none = "none, because the LoRAs change no part that gives an image"
         if not self.steps:
             none = f"none, because {job.calibration.minutes:g} min are over"
         job.report.note("steps", *(notes.values() or [none]))

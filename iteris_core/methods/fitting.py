@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -129,11 +129,6 @@ class IterisSettings(Settings):
         low=0,
         most=10_000,
     )
-    removed: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(("block_steps", "polish_steps"), "steps"),
-        **dict.fromkeys(("block_rate", "polish_rate", "block_pairs"), ""),
-        **dict.fromkeys(("pull", "repair_inputs", "tolerance"), ""),
-    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -57,9 +57,8 @@ class MergeReport:
     ``preserved`` are the concepts without a LoRA, on which the base should not change. ``lacks``
     lists the parts of the LoRAs that are not in the merge. ``kept`` is what held-out rows keep of
     every LoRA, by how the merge is loaded, see :func:`.held_out.kept`. ``outlook`` is what was
-    expected before anything was denoised (:func:`.planner.outlook_of`). ``wordless`` are the LoRAs
-    that were always on for want of words. ``partial`` says how many steps were taken, if not
-    all."""
+    expected before anything was denoised (:func:`.planner.outlook_of`). ``partial`` says how many
+    steps were taken, if not all."""
 
     method: str
     concepts: Sequence[str]
@@ -76,7 +75,6 @@ class MergeReport:
     lacks: Sequence[str] = ()
     kept: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
     outlook: str = ""
-    wordless: Sequence[str] = ()
     partial: str = ""
 
     def note(self, name: str, *notes: str) -> None:
@@ -102,7 +100,7 @@ class MergeReport:
         """The lowest and the highest measured strength at which the merge holds; None if nothing
         was measured, or it keeps little at 1."""
         kept = self._kept()
-        if kept.get("1", 0.0) < LITTLE:
+        if not kept.get("1", 0.0) >= LITTLE:  # nor NaN
             return None
         enough = BRITTLE * kept["1"]
         fine = [float(u) for u, share in kept.items() if u[0].isdigit() and share >= enough]
@@ -149,7 +147,13 @@ class MergeReport:
                 f"what the LoRAs do. Give at least {FEW} (samples)."
             )
         kept = self._kept()
-        if kept and kept["1"] < LITTLE:
+        if broken := [use for use, share in kept.items() if math.isnan(share)]:
+            wrong.append(
+                f"Broken {' and '.join(map(_loaded, broken))}: the model's outputs are not "
+                "numbers. A float16 base may overflow; use option base_dtype bfloat16, or a lower "
+                "strength."
+            )
+        elif kept and kept["1"] < LITTLE:
             wrong.append(
                 f"Weak: on new prompts little is left of the LoRAs{self._least()}. "
                 f"{self._advice()}."
@@ -176,19 +180,6 @@ class MergeReport:
         return (
             "Closer to what every LoRA does than the mean of the LoRAs is; least so for "
             f"{max(left)[1]}."
-        )
-
-    def _sum(self) -> str:
-        """Why nothing was merged, and what to do."""
-        if not self.wordless:
-            return "Nothing was merged: every LoRA is always on, so they were only added up."
-        have, added = "have", "they were only added up, as when all are loaded"
-        if len(self.wordless) == 1:
-            have, added = "has", "it is as it was, and on in every prompt"
-        return (
-            f"Nothing was merged: {' and '.join(self.wordless)} {have} no trigger words, so "
-            f"{added}. Give each its words: on IterIS LoRAs in ComfyUI, as FILE:WORDS on the "
-            "command line."
         )
 
     def _shares(self) -> str:
@@ -231,8 +222,6 @@ class MergeReport:
             f"Merged {self.loras} concept{'s' * (self.loras != 1)} with {self.method}: "
             f"{len(self.sites) - repairs} sites{more}, rank {span}, {self.seconds:.1f} s{rows}."
         ]
-        if not self.loras:
-            lines = [self._sum()]
         steps = self.notes.get("steps", [])
         if steps and not self.settings.get("steps"):
             lines.append(f"  Without steps, so less of each LoRA is kept: {steps[-1]}")

@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,16 +46,38 @@ def test_a_merge_from_files_to_a_file(world, tmp_path, iteris):
     assert len(load_file(out)) == 3 * len(sites | repairs)
 
 
-def test_bare_files_are_added_up_and_the_first_line_says_so(world, tmp_path, iteris):
+@pytest.mark.parametrize("where", ["merge_metadata", "with_run", "write_card"])
+def test_ctrl_c_once_a_merge_is_finished(world, tmp_path, iteris, monkeypatch, where):
+    """The first one means: write what there is. So a second one comes soon."""
+    module = sys.modules[
+        "iteris_core.merge" if where == "merge_metadata" else "iteris_core.cli.merge"
+    ]
+    call = getattr(module, where)
+
+    def pressed(*given):
+        signal.raise_signal(signal.SIGINT)
+        return call(*given)
+
+    monkeypatch.setattr(module, where, pressed)
+    out = tmp_path / "merged.safetensors"
+    files = [world / "lora1.safetensors", world / "lora2.safetensors"]
+    text = iteris(*merge_arguments(world, *files, out=out), "--card", "--latent-size=4")
+    assert f"Wrote {out}" in text
+    assert load_file(out)
+    assert out.with_suffix(".md").is_file()
+
+
+def test_bare_files_are_refused_before_a_base_is_loaded(world, tmp_path, iteris, monkeypatch):
     bare = [tmp_path / f"{name}.safetensors" for name in ("one", "two")]
     for seed, file in enumerate(bare):
         write_lora(random_lora(DiffusersHost(make_pipeline()), seed), file)
     files = [f"--concept={file}" for file in bare]
-    told = iteris("merge", str(world / "base"), *files, "-o", str(tmp_path / "merged.safetensors"))
-    assert " ".join(told.split()).startswith(
-        "Nothing was merged: one and two have no trigger words, so they were only added up, as "
-        "when all are loaded. Give each its words: on IterIS LoRAs in ComfyUI, as FILE:WORDS"
-    )
+    monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "load_base", None)
+    told = iteris.refused("merge", world / "base", *files, "-o", tmp_path / "merged.safetensors")
+    assert (
+        f"There is nothing to merge: {bare[0]} and {bare[1]} have no trigger words, so they would "
+        "only be added up, as when all are loaded. Give each its words: on IterIS LoRAs in ComfyUI"
+    ) in told
 
 
 def test_the_quick_start_runs_on_the_loras_that_ship(tmp_path, iteris, monkeypatch):

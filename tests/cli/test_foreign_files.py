@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 FOREIGN = (
     "cat.safetensors", "cat_emb.safetensors", "cat.md", "cat.preview.png", "cat.civitai.info",
     "model.iteris-store", f"{'a' * 63}.safetensors", ".iteris-mine", "unfinished.part", "cat/x.md",
+    "folder.safetensors/x.md",
 )  # fmt: skip
 FOLDERS = ("loras", "out", "temporary", "home", "cache")
 CLIP = f"--clip=local-dir:{toybox.ROOT / 'weights' / 'clip'}"
@@ -126,6 +127,10 @@ def test_a_command_leaves_the_files_of_others(name, places, tmp_path, iteris, mo
             *filled((*target[0], "-o", "{out}/cat.safetensors", *target[1]), places)
         )
         assert "cat.safetensors exists already" in message
+        message = iteris.refused(
+            *filled((*target[0], "-o", "{out}/folder.safetensors", "--overwrite"), places)
+        )
+        assert "folder.safetensors is a folder" in message
     assert {path: seen(places).get(path) for path in before} == before
 
 

@@ -27,6 +27,26 @@ def draw(seed, out=12, fan=9, rank=3):
     return LowRank(up, torch.randn(rank, fan, generator=generator, dtype=torch.float64))
 
 
+def test_brackets_of_a_file_are_text(world, host, tmp_path, iteris):
+    """Markup of rich: it crashed, or they vanished, or came with backslashes."""
+    words = "sks [/b] [red]cat[/red]"
+    lora = random_lora(host, 1)
+    notes = {"modelspec.trigger_phrase": words}
+    file = write_lora(
+        Lora(lora.sites, metadata=notes, base=lora.base), tmp_path / "[b]a.safetensors"
+    )
+    told = iteris("inspect", file, "--base", world / "base")
+    assert words in told
+    assert "[b]a" in told
+    out = tmp_path / "out.safetensors"
+    summary = iteris("resize", file, "--rank=2", "-o", out)
+    assert summary.startswith("[b]a: rank")
+    noted = iteris(
+        "convert", file, "--base", world / "base", "--layout=peft", "-o", out, "--overwrite"
+    )
+    assert "\\" not in noted + summary
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_interference_of_a_site_against_projections(seed):
     one, two = draw(seed), draw(seed + 10, rank=2)

@@ -81,6 +81,22 @@ def test_the_verdict_is_what_held_out_rows_keep():
     assert little.strengths is None
 
 
+def test_outputs_that_are_not_numbers(tmp_path):
+    """The merge was lost, because there is no lowest strength."""
+    found = MergeReport("iteris", ["cat", "dog"], {"unet.a": SiteReport(1)}, 1.0)
+    nan = float("nan")
+    for kept, where in (
+        ({"1": (nan, 0.5), "1.25": (nan, nan)}, "at strength 1 and at strength 1.25"),
+        ({"1": (0.5, 0.9), "1.25": (nan, nan)}, "at strength 1.25"),
+    ):
+        broken = replace(found, kept=kept)
+        told = f"Broken {where}: the model's outputs are not numbers."
+        assert broken.verdict().startswith(told)
+        assert told in broken.summary()
+        assert broken.strengths == ((1.0, 1.0) if kept["1"] == (0.5, 0.9) else None)
+        json.dumps(broken.to_dict(), allow_nan=False)
+
+
 def test_one_lora_is_not_compared_with_its_own_mean():
     """Beside one that is always on, at weight 0 or without a LoRA."""
     own = Concept(make_lora(1), prompts=["unused"], trigger="cat")

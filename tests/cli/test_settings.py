@@ -1,12 +1,14 @@
 """Settings declared once: checks, text, presets, and the page that lists them."""
 
+import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
 import pytest
 import rivals  # noqa: F401 (registers them)
 from oracle import ModuleHost, Net, difference, jacobi, make_data, make_lora
@@ -107,12 +109,20 @@ def test_calibration_is_set_in_the_same_way():
     assert calibration == {"guidance": 2.5, "denoising_steps": 20}
 
 
-def test_a_removed_setting_is_ignored_where_it_did_nothing():
-    recorded = {"block_steps": 0, "block_rate": 0.05, "polish_steps": 0, "ridge": 0.1}
-    assert IterisSettings.from_mapping(recorded) == IterisSettings(ridge=0.1)
-    for name in ("block_steps", "polish_steps"):
-        with pytest.raises(SettingsError, match=f"no setting '{name}' any more; use steps"):
-            IterisSettings.from_mapping({name: 5})
+@pytest.mark.parametrize("value", [5, 0, "size"])
+@pytest.mark.parametrize("name", ["tolerance", "pull", "block_rate"])
+def test_no_unknown_setting_is_accepted(name, value):
+    with pytest.raises(SettingsError, match=f"there is no setting '{name}'"):
+        IterisSettings.from_mapping({name: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    calibration = Calibration(samples=np.int64(10), class_words=np.float32(0.5))
+    assert (calibration.samples, calibration.class_words) == (10, 0.5)
+    assert {type(calibration.samples), type(calibration.class_words)} == {int, float}
+    with pytest.raises(SettingsError, match="samples must be at least 1, not 0"):
+        Calibration(samples=np.int64(0))
+    json.dumps(asdict(IterisSettings(rank=np.int32(8))))
 
 
 def test_every_setting_of_every_method_is_declared_and_its_default_is_allowed():

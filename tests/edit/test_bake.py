@@ -119,6 +119,25 @@ def test_the_command(checkpoint, lora, tmp_path, iteris, monkeypatch):
     assert "fuse_lora" in iteris.refused("bake", tmp_path, "--lora", file, "-o", out)
 
 
+def test_a_part_of_a_lora_counts_or_is_refused(checkpoint, lora, tmp_path, iteris, monkeypatch):
+    lora, places = lora
+    monkeypatch.setattr("iteris_core.cli.files.released_base", lambda name: tiny_base("sd1"))
+    file, out = write_lora(lora, tmp_path / "lora.safetensors"), tmp_path / "baked.safetensors"
+    iteris("bake", checkpoint, "--lora", f"{file},layers=*attn2*", "-o", out)
+    before, after = load_file(checkpoint), load_file(out)
+    changed = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
+    wanted = {key for key, alias in places.items()
+              if "attn2" in alias[0].site and alias[0].site in lora.sites}  # fmt: skip
+    assert changed == wanted != set()
+    bake = ["bake", checkpoint, "-o", tmp_path / "none.safetensors", "--lora"]
+    assert "are for two models; bake each file into the" in iteris.refused(*bake, f"{file}+{file}")
+    for unused in ("weight=2", "kind=style", "always_on=include"):
+        name = unused.partition("=")[0]
+        told = iteris.refused(*bake, f"{file},{unused}")
+        assert f"{name} does not count in iteris bake; leave it out" in told
+    assert not (tmp_path / "none.safetensors").exists()
+
+
 def test_in_a_plain_fp8_file_only_changed_layers_are_rounded(lora, tmp_path):
     source = tmp_path / "fp8.safetensors"
     save_file(

@@ -13,6 +13,7 @@ from iteris_core.edit.extract import differences, extract_lora
 from iteris_core.edit.target import Target
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.diffusers_lora import base_of
+from iteris_core.passes.job import Job
 
 SHORT = Calibration(samples=3, timesteps=1, latents="noise", latent_size=4)
 
@@ -64,6 +65,59 @@ def test_its_error_is_that_of_the_outputs(pipeline, host, tuned):
     ours = output(pipeline)
     error = float((ours - wanted).norm() / (base - wanted).norm())
     assert error == pytest.approx(found.error, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [(RuntimeError("no kernel"), "no kernel"), (MemoryError(), "MemoryError"),
+     (KeyboardInterrupt(), "stopped")],
+)  # fmt: skip
+def test_an_error_in_the_comparison_loses_nothing(pipeline, host, tuned, monkeypatch, error, why):
+    other, rescued = DiffusersHost(tuned), []
+    whole = extract_lora(host, other, Target(rank=4), calibration=SHORT)
+
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr("iteris_core.edit.extract.error_of", broken)
+    how = {"calibration": SHORT, "rescue": rescued.append}
+    if isinstance(error, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            extract_lora(host, other, Target(rank=4), **how)
+        (found,) = rescued
+    else:
+        found = extract_lora(host, other, Target(rank=4), **how)
+        assert not rescued
+    for site, change in whole.lora.sites.items():
+        assert torch.equal(change.up, found.lora.sites[site].up)
+    assert f"not compared with the fine-tune: {why}." in found.summary()
+    assert found.error is None
+    assert found.to_dict()["uncompared"] == why
+
+
+def test_the_comparison_is_in_the_plan(host, tuned, monkeypatch):
+    """Its rows and its samples by the memory, its time in the time left."""
+    sizes, seen = [], []
+    other, samples = DiffusersHost(tuned), DiffusersHost.samples
+    kept = Job.at_once
+
+    def counted(self, request):
+        if request.held_out:
+            sizes.append(request.at_once)
+        return samples(self, request)
+
+    def one(job, most, *given, **how):
+        return min(1, kept(job, most, *given, **how))
+
+    monkeypatch.setattr(DiffusersHost, "samples", counted)
+    monkeypatch.setattr(Job, "at_once", one)
+    extract_lora(host, other, Target(rank=2), calibration=SHORT, on_progress=seen.append)
+    assert sizes == [1]
+    first = next(step for step in seen if step.total and step.left is not None)
+    assert first.what != "held-out rows"
+    last = [step for step in seen if step.what == "held-out rows"]
+    assert [step.done for step in last] == [0, 1, 2, 3]
+    assert last[0].left > last[-1].left == 0
 
 
 def test_equal_models_and_other_architectures_are_refused(pipeline, host):

@@ -1,10 +1,11 @@
 """LoRAs at a lower rank: which components are kept, on what, and in which files."""
 
 import json
+import sys
 
 import pytest
 import torch
-from command_line import QUICK
+from command_line import QUICK, recipe_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import random_lora
@@ -12,6 +13,7 @@ from tiny import random_lora
 from iteris_core import Calibration, Concept, IterisError, Lora, write_lora
 from iteris_core.edit.resize import resize_lora
 from iteris_core.edit.target import Target
+from iteris_core.errors import LoraFileError
 from iteris_core.lora_files.own_names import read_by_own_names
 from iteris_core.passes.changes import changes_of
 
@@ -153,6 +155,65 @@ def test_the_command(world, tmp_path, iteris):
         "--base", world / "base", "--energy", 0.8, *QUICK, "--latent-size=4",
     )  # fmt: skip
     assert "of its effect on their outputs kept" in out
+
+
+@pytest.mark.parametrize("target", [Target(rank=2), Target(energy=0.9), Target(megabytes=1)])
+@pytest.mark.parametrize("by_base", [True, False])
+def test_a_lora_of_zeros_is_refused(host, target, by_base):
+    lora = random_lora(host, 1)
+    zero = Lora({site: change.scaled(0.0) for site, change in lora.sites.items()}, "nothing")
+    for changes in (zero, Lora({}, "nothing")):
+        with pytest.raises(LoraFileError, match="nothing changes nothing: all of it is zero"):
+            resize_lora(changes, target, host if by_base else None, calibration=SHORT)
+
+
+def test_the_recipe_of_a_merge_says_that_it_was_cut(world, tmp_path, iteris, host):
+    lora, out = random_lora(host, 1), tmp_path / "out.safetensors"
+    recipe = {"iteris": json.dumps({"method": "iteris", "strength": 0.5})}
+    lora = Lora(lora.sites, "merged", recipe, base=lora.base)
+    resized = resize_lora(lora, Target(energy=0.5)).lora
+    of_lora = json.loads(resized.metadata["iteris"])
+    assert of_lora == {"method": "iteris", "strength": 0.5, "cut": {"energy": 0.5}}
+    file = write_lora(lora, tmp_path / "merged.safetensors")
+    iteris("resize", f"{file},layers=*attn2*", "--rank=2", "-o", out)
+    assert recipe_of(out)["cut"] == {"rank": 2, "layers": "*attn2*"}
+
+
+def test_a_part_of_a_lora_counts_or_is_refused(world, tmp_path, iteris):
+    one, two = (world / f"lora{number}.safetensors" for number in (1, 2))
+    out = tmp_path / "out.safetensors"
+    whole = {key.rpartition(".lora_")[0] for key in load_file(one) if ".lora_" in key}
+    for words in ((), (f"--base={world / 'base'}", *QUICK, "--latent-size=4")):
+        iteris("resize", f"{one}:s1:dog,layers=*attn2*", "--rank=2", "-o", out, "--overwrite",
+               *words)  # fmt: skip
+        names = {key.rpartition(".lora_")[0] for key in load_file(out) if ".lora_" in key}
+        assert names == {name for name in whole if "attn2" in name}
+    out = tmp_path / "none.safetensors"
+    resize = ["resize", "-o", out, "--rank=2"]
+    for given, why in (
+        (f"{one}+{two}", "Two experts need their base: pass --base, or resize each file"),
+        (f"{one}:s1:dog,blocks=INS", "blocks= needs a base to run: pass --base"),
+        (f"{one}:s1:dog,prompts={world / 'lines.txt'}", "prompts= needs a base to run"),
+        (f"{one}:s1:dog:0.5", "strength does not count in iteris resize"),
+        (f"{one},weight=2", "weight does not count in iteris resize"),
+    ):
+        (world / "lines.txt").write_text("a dog")
+        assert why in iteris.refused(*resize, given)
+    experts = iteris.refused(*resize, f"{one}+{two}", f"--base={world / 'base'}")
+    assert "the base has one denoiser; give one file per concept" in experts
+    assert not out.exists()
+
+
+def test_an_embedding_that_cannot_be_written_is_refused_before_a_base_is_loaded(
+    world, tmp_path, iteris, monkeypatch
+):
+    one = world / "lora1.safetensors"
+    save_file({"emb_params": torch.ones(1, 8)}, world / "lora1_emb.safetensors")
+    monkeypatch.setattr(sys.modules["iteris_core.cli.resize"], "load_base", pytest.fail)
+    (tmp_path / "out_emb.safetensors").mkdir()
+    resize = ["resize", one, "--rank=2", "--base", world / "base", "--overwrite"]
+    told = iteris.refused(*resize, "-o", tmp_path / "out.safetensors")
+    assert "out_emb.safetensors is a folder" in told
 
 
 def test_what_only_a_base_can_read_is_refused_at_once(world, tmp_path, iteris):

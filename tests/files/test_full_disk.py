@@ -1,9 +1,11 @@
 """A disk that fills up while a merge is written: with a file size limit, and on a 64 kB disk."""
 
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 
 from iteris_core import IterisError, Lora, LowRank, write_lora
 from iteris_core.errors import SaveError
-from iteris_core.lora_files import write_loras
+from iteris_core.lora_files import write, write_loras
 from iteris_core.lora_files.experts import write_or_keep
 from iteris_core.lora_files.peft_folder import write_adapter
 
@@ -77,6 +79,118 @@ def test_an_adapter_folder_is_whole_or_not_there(tmp_path):
     with largest_file(4096), pytest.raises(SaveError, match="no partial file is left"):
         write_adapter(lora(4096), tmp_path / "adapter")
     assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["merged.safetensors", "merged_emb.safetensors"])
+@pytest.mark.parametrize("comes", ["before", "while it is written"])
+def test_a_folder_is_never_moved_or_removed(tmp_path, monkeypatch, name, comes):
+    """Among files that belong together it was moved aside, and removed with its contents."""
+    users = tmp_path / name / "users.txt"
+
+    def make_folder():
+        users.parent.mkdir()
+        users.write_text("mine")
+
+    if comes == "before":
+        make_folder()
+    else:
+        save = write.save_tensors
+
+        def saved(tensors, path, metadata):
+            save(tensors, path, metadata)
+            if "name" in metadata:
+                make_folder()
+
+        monkeypatch.setattr(write, "save_tensors", saved)
+    with pytest.raises(IterisError, match=f"{name} is a folder"):
+        write_lora(lora(64, embedding=8), tmp_path / "merged.safetensors", overwrite=True)
+    assert files_in(tmp_path) == [name, "users.txt"]
+    assert users.read_text() == "mine"
+
+
+def failing_at(monkeypatch, place: Path, error: Callable[[], object]) -> None:
+    """Call ``error`` whenever a file is written below ``place``."""
+    save = write.save_tensors
+
+    def saved(tensors, path, metadata):
+        if path.is_relative_to(place):
+            error()
+        save(tensors, path, metadata)
+
+    monkeypatch.setattr(write, "save_tensors", saved)
+
+
+def raising(error: BaseException) -> Callable[[], object]:
+    def fail():
+        raise error
+
+    return fail
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A folder to write to, and that for temporary files."""
+    for name in ("out", "temporary"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "out", tmp_path / "temporary"
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), KeyboardInterrupt(),
+    SystemExit(3),
+])  # fmt: skip
+def test_a_merge_survives_whatever_is_raised_while_it_is_written(
+    places, monkeypatch, caplog, error
+):
+    out, temporary = places
+    failing_at(monkeypatch, out, raising(error))
+    known = isinstance(error, Exception)
+    with pytest.raises(SaveError if known else type(error)) as failed:
+        write_or_keep(lora(64, embedding=8), out / "merged.safetensors")
+    told = str(failed.value) if known else caplog.text
+    rescued = Path(told.partition("The merge is not lost: it is in ")[2].strip().removesuffix("."))
+    assert rescued.parent.parent == temporary
+    assert len(load_file(rescued)) == 3
+    assert files_in(out) == []
+
+
+def test_ctrl_c_waits_until_the_files_are_complete(places, monkeypatch):
+    """As often as it is pressed."""
+    out, temporary = places
+    pressed = []
+
+    def press():
+        pressed.append(out)
+        signal.raise_signal(signal.SIGINT)
+
+    failing_at(monkeypatch, out, press)
+    with pytest.raises(KeyboardInterrupt):
+        write_or_keep(lora(64, embedding=8), out / "merged.safetensors")
+    assert len(pressed) == 2
+    assert files_in(out) == ["merged.safetensors", "merged_emb.safetensors"]
+    assert files_in(temporary) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_file_takes_three_times_its_size_of_memory():
+    """It was six times: its hash made two copies of it."""
+    code = """
+import resource, sys, torch
+from pathlib import Path
+from iteris_core import Lora, LowRank, write_lora
+
+sites = [f"unet.mid_block.attentions.{n}.to_q" for n in range(12)]
+changes = {site: LowRank(torch.randn(8192, 256), torch.randn(256, 8192)) for site in sites}
+lora = Lora(changes, "big", {"modelspec.sai_model_spec": "1.0.0"})
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+size = write_lora(lora, Path(sys.argv[1], "big.safetensors")).stat().st_size
+print((peak() - before) / size)
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        run = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    assert float(run.stdout) < 4, run.stderr
 
 
 def command(world, out, *extra: str) -> list[str]:

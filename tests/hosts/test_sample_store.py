@@ -14,12 +14,16 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from command_line import same
 from host_cases import CALIBRATION, make_case, two_concepts
+from tiny import random_lora
+from torch import nn
 
 from iteris_core import Concept, SampleStore, merge_loras
-from iteris_core.errors import OutputError
+from iteris_core.cli.options import store_of
+from iteris_core.errors import OutputError, SettingsError
 from iteris_core.hosts import sample_store
 from iteris_core.hosts.diffusers_arguments import study
 from iteris_core.hosts.protocol import DENOISING
+from iteris_core.preview import preview_merge
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -212,6 +216,41 @@ def test_weights_that_have_no_hash_keep_nothing():
         assert sample_store.digest_of_weights([("a", plain), ("b", other)]) is None
 
 
+def test_every_row_of_an_embedding_is_in_the_hash(counted):
+    """A textual inversion changes a token's row. Of the vocabulary of CLIP a row in twelve was
+    seen."""
+    table = nn.Embedding(49408, 8)
+    before = set()
+    for row in (None, 0, 1, 4097, 30_000, 49407):
+        if row is not None:
+            table.weight.data[row, 3] += 0.01
+        before.add(
+            sample_store.digest_of_weights([("words.weight", table.weight)], {"words": table})
+        )
+    assert len(before) == 6
+    assert None not in before
+    case, pipeline = counted.case, counted.case.host.pipeline
+    arguments = study(case.host._loop, CALIBRATION)
+    keys = {case.host._base_digest(arguments)}
+    for row in range(0, 40, 3):
+        pipeline.text_encoder.get_input_embeddings().weight.data[row] += 0.01
+        keys.add(case.host._base_digest(arguments))
+    assert len(keys) == 15
+
+
+def test_a_class_with_another_forward_is_another_model(counted):
+    case, unet = counted.case, counted.case.host.denoiser
+    arguments = study(case.host._loop, CALIBRATION)
+    plain = case.host._base_digest(arguments)
+
+    class Doubled(type(unet.conv_in)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    unet.conv_in.__class__ = Doubled
+    assert case.host._base_digest(arguments) not in (plain, None)
+
+
 def test_another_version_of_the_store_is_not_read(tmp_path, monkeypatch):
     store = SampleStore(tmp_path)
     store.put({"latents": torch.zeros(3)}, "a")
@@ -269,14 +308,44 @@ def test_a_folder_with_other_files_is_no_store(world, tmp_path, monkeypatch, ite
     assert {path: path.read_bytes() for path in models.iterdir()} == before
 
 
+def test_a_file_that_is_called_by_a_hash_may_be_anybodys(tmp_path):
+    (tmp_path / f"{'0' * 64}.safetensors").write_bytes(bytes(100))
+    with pytest.raises(OutputError, match="is no store of samples"):
+        SampleStore(tmp_path)
+
+
+def test_none_in_place_of_a_folder(tmp_path, monkeypatch, iteris):
+    """It made a folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ITERIS_STORE", "none")
+    assert store_of(None) is store_of("none") is None
+    assert SampleStore.default() is None
+    assert "No samples are kept, because ITERIS_STORE is none" in iteris.refused("store")
+    assert store_of("here") == SampleStore(Path("here"))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_store_may_be_given_as_its_folder(tmp_path, host):
+    store = SampleStore(f"{tmp_path / 'samples'}")
+    store.put({"latents": torch.zeros(3)}, "a")
+    assert store.size > 0
+    assert store == SampleStore(tmp_path / "samples")
+    concept = Concept(random_lora(host, 1), trigger="s1", class_word="dog")
+    how = {"calibration": {"samples": 2, "timesteps": 1, "denoising_steps": 2}}
+    rescued = []
+    for place in (tmp_path / "path", f"{tmp_path / 'text'}"):
+        preview_merge(host, [concept], store=place, rescue=rescued.append, **how)
+        merge_loras(host, [concept], store=place, **how)
+        assert SampleStore(place).size > 0
+    assert not rescued
+    with pytest.raises(SettingsError, match="store must be a folder or a SampleStore, not 3"):
+        merge_loras(host, [concept], store=3)
+
+
 def test_a_store_removes_files_of_its_own_names_alone(tmp_path):
-    """Others may come there later. A name of 64 hex digits alone, as those of earlier versions,
-    may be anybody's."""
-    old = tmp_path / f"{'0' * 64}.safetensors"
-    old.write_bytes(bytes(100))
+    """Others may come there later."""
     store = SampleStore(tmp_path, limit=1)
-    assert (store.size, SampleStore(tmp_path).clear()) == (0, 0)
-    before = {old: bytes(100), **planted(tmp_path)}
+    before = planted(tmp_path)
     for name in "ab":
         store.within("base").put({"latents": torch.zeros(1000)}, name)
     assert store.within("base").get("b") is not None

@@ -113,7 +113,7 @@ def test_the_report_and_the_recipe_say_so():
 
 
 def test_a_lora_without_words_is_always_on_and_in_the_file(host):
-    """As if it were marked so; several of them alone are their sum."""
+    """As if it were marked so."""
     own, look = (random_lora(host, s, select=lambda site: "mid_block" in site) for s in (1, 2))
     look = replace(look, name="look")
     calibration = {"samples": 2, "timesteps": 1, "denoising_steps": 2}
@@ -131,34 +131,42 @@ def test_a_lora_without_words_is_always_on_and_in_the_file(host):
     assert [concept["always_on"] for concept in recipe["concepts"]] == ["no", "include"]
     prompts = merge(subject, Concept(look, ["a look of a cat"]))
     assert not torch.equal(prompts.lora.sites[site].up, wordless.lora.sites[site].up)
-    both = merge(Concept(look), Concept(own, strength=0.5))
-    for site, change in both.lora.sites.items():
-        wanted = look.sites[site].dense() + 0.5 * own.sites[site].dense()
-        torch.testing.assert_close(change.dense(), wanted)
-    assert preview_merge(host, [Concept(look)]).plan[0].startswith("nothing is merged: every LoRA")
 
 
-def test_a_sum_is_never_silent(host):
-    """The first line says that nothing was merged, of which LoRAs, and what to do."""
+@pytest.mark.parametrize("run", [merge_loras, preview_merge])
+def test_nothing_that_is_no_merge_is_saved_as_one(host, run):
+    """Before anything runs: which LoRAs have no words, and what to do."""
     one, two = (
         Concept(replace(random_lora(host, s), name=name)) for s, name in ((1, "anna"), (2, "oil"))
     )
-    kept = Concept.preserve(["a landscape"])
+    shown = []
 
-    def first(*concepts):
-        summary = merge_loras(host, concepts, calibration={"samples": 2}).report.summary()
-        assert "others were merged" not in summary
-        return summary.splitlines()[0]
+    def why(*concepts, method="iteris"):
+        with pytest.raises(ConceptError) as refused:
+            run(host, concepts, method, on_progress=shown.append)
+        return str(refused.value)
 
-    for more in ((), (kept,)):
-        told = first(one, two, *more)
-        assert told.startswith("Nothing was merged: anna and oil have no trigger words, so they")
+    for more in ((), (Concept.preserve(["a landscape"]),)):
+        told = why(one, two, *more)
+        assert told.startswith("There is nothing to merge: anna and oil have no trigger words, so")
         assert "IterIS LoRAs" in told
-    assert first(one).startswith("Nothing was merged: anna has no trigger words, so it is as")
+    told = why(one, method="regmean")
+    assert told.startswith("There is nothing to merge: anna has no trigger words, so it would stay")
     marked = [replace(concept, always_on="include") for concept in (one, two)]
-    assert first(*marked).startswith("Nothing was merged: every LoRA is always on")
-    off = replace(two, weight=0)
-    assert "oil" not in first(one, off)
+    assert why(*marked).startswith("There is nothing to merge: anna and oil are always on.")
+    assert "oil" not in why(one, replace(two, weight=0))
+    assert not shown
+
+
+def test_weights_are_merged_whatever_is_always_on(host):
+    """The average of two LoRAs that are on in every prompt is no sum."""
+    loras = [random_lora(host, seed) for seed in (1, 2)]
+    marked = [Concept(lora, always_on="include") for lora in loras]
+    for method, share in (("average", 0.5), ("sum", 1.0)):
+        made = merge_loras(host, marked, method)
+        for site, change in made.lora.sites.items():
+            wanted = share * sum(lora.sites[site].dense() for lora in loras)
+            torch.testing.assert_close(change.dense(), wanted)
 
 
 def test_what_makes_no_sense_is_refused():

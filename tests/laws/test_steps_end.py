@@ -342,7 +342,9 @@ def test_a_base_of_texts_has_no_steps(trial):
 
     concepts = [Concept(make_lora(i), prompts=["unused"]) for i in (1, 2)]
     result = merge_loras(Texts(Net(), make_data()), concepts, settings={"steps": 2})
-    assert result.report.notes["steps"] == ["none, because no part of this base gives an image"]
+    assert result.report.notes["steps"] == [
+        "none, because the LoRAs change no part that gives an image"
+    ]
 
 
 @pytest.mark.slow
