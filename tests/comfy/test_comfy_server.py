@@ -183,7 +183,7 @@ def test_a_list_of_eight(client, models):
     }  # fmt: skip
     outputs = client.run(graph)
     planned, merged, *notes = outputs["merge"]["text"][0].splitlines()
-    assert planned.startswith("Planned: at most about ")
+    assert planned.startswith("Planned: about ")
     assert merged.startswith("Merged 5 concepts")
     on = [note for note in notes if "no trigger word, so it acts on every prompt" in note]
     assert {note.split(":")[0].strip() for note in on} == {"watercolor_style", "detail_slider"}
