@@ -125,11 +125,11 @@ def key_on_disk(
 
 
 def _by_content(concept: Concept) -> Concept:
-    hashes = [_hash(one) for file in concept.files for one in (file, *sidecar_files(file))]
+    hashes = [file_hash(one) for file in concept.files for one in (file, *sidecar_files(file))]
     return replace(concept, sha256="+".join(hashes), file=None, low=None)
 
 
-def _hash(file: Path) -> str:
+def file_hash(file: Path) -> str:
     """SHA-256 of a file, which is read again only when it has changed."""
     try:
         now = file.stat()
@@ -220,7 +220,7 @@ def kept(place: Place, model: Any, clip: Any, concepts: Sequence[Concept]) -> Me
 
 def _renamed(metadata: Mapping[str, str], concepts: Sequence[Concept]) -> Mapping[str, str]:
     """A merged LoRA's metadata with the names that the files of its ``concepts`` have now."""
-    files = {"+".join(map(_hash, one.files)): one.files for one in concepts if one.files}
+    files = {"+".join(map(file_hash, one.files)): one.files for one in concepts if one.files}
     recipe = parse_object(metadata.get("iteris"))
     entries = [
         {**one, "lora": own[0].stem, "file": "+".join(map(listed_name, own))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,13 +19,15 @@ from ..iteris_core.lora_files.embeddings import bundled
 from ..iteris_core.lora_files.experts import split_experts
 from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
+from ..iteris_core.progress import Progress
 from ..iteris_core.report.provenance import cut_lora
 from ..iteris_core.settings import PRESETS, declared_settings
 from ..iteris_core.solve.choose import THRESHOLDS, Thresholds
+from .before_merge import cautions, check
 from .comfy_host import ComfyHost
 from .comfy_runtime import NodeProgress, could_free, show_text
 from .comfy_state import ready_for_merge
-from .concept_specs import DENOISER
+from .concept_specs import DENOISER, rows_named
 from .kept import Merge, Place, in_half, keep, kept, place_of, store
 from .merge_settings import Request
 
@@ -69,6 +71,7 @@ def merge_on(
     thresholds: Thresholds = THRESHOLDS,
     again: bool = False,
     rescue: Callable[[MergeResult], None] | None = None,
+    warned: Mapping[str, str] | None = None,
     **base: Any,
 ) -> MergeResult:
     """Merge with at most ``rows`` rows per forward; halved whenever memory runs out.
@@ -76,10 +79,13 @@ def merge_on(
     ``memory_budget`` is the memory in bytes that the merge may use beyond the model; by default
     ComfyUI's free memory. The node and the report show the resulting plan. Settings that the method
     lacks are ignored; ``thresholds`` holds the thresholds; with ``again`` samples that are kept are
-    made again, too; ``rescue`` gets what there is if the user interrupts during the steps; ``base``
-    are arguments of :class:`.comfy_host.ComfyHost`. Raises :class:`IterisError` if the merge cannot
-    fit.
+    made again, too; ``rescue`` gets what there is if the user interrupts during the steps; the
+    report and, from the first on, the node have what is ``warned`` of; ``base`` are arguments of
+    :class:`.comfy_host.ComfyHost`. Raises :class:`IterisError` if the merge cannot fit.
     """
+    progress = NodeProgress(node_id)
+    for about, caution in (warned or {}).items():
+        progress(Progress(about, plan=caution))
     known = declared_settings(find_method(config.method).settings)
     reading = ReadOptions(allow_partial=config.unmergeable == "skip")
     settings = {**config.settings, "micro_batch": rows}
@@ -90,7 +96,7 @@ def merge_on(
                 host,
                 [read_concept(concept, host, reading) for concept in config.concepts],
                 **{**config.choices, "settings": settings},
-                on_progress=NodeProgress(node_id),
+                on_progress=progress,
                 memory_budget=memory_budget,
                 thresholds=thresholds,
                 store=store("samples", anew=again),
@@ -98,6 +104,8 @@ def merge_on(
             )
         except OutOfMemory as error:  # the node has an input in pixels
             raise OutOfMemory(str(error).replace("latent_size", "image_size")) from error
+    for about, caution in (warned or {}).items():
+        result.report.note(about, caution)
     _log.info("IterIS: merged with %s on %d rows", config.method, result.report.rows)
     return result
 
@@ -128,6 +136,20 @@ def merged(
 ) -> Merge:
     """The merge of ``config``, perhaps one that was kept; ``low`` and ``boundary`` as in
     :class:`.comfy_host.ComfyHost`."""
+    check(config)
+    with rows_named(config.concepts):
+        return _merged(model, clip, config, request, node_id, low, boundary)
+
+
+def _merged(
+    model: Any,
+    clip: Any,
+    config: MergeConfig,
+    request: Request,
+    node_id: str | None,
+    low: Any,
+    boundary: float | None,
+) -> Merge:
     show_text("Reading the LoRAs", node_id)  # large files take seconds
     models = [model] if low is None else [model, low]
     place = place_of(models, clip, config, request, boundary)
@@ -159,6 +181,14 @@ def merged(
         kept_as(result, place_of(models, clip, without, request, boundary), again=False)
 
     result = merge_on(
-        model, clip, config, node_id, memory_budget=memory, again=again, rescue=rescue, **base
+        model,
+        clip,
+        config,
+        node_id,
+        memory_budget=memory,
+        again=again,
+        rescue=rescue,
+        warned=cautions(model, request.references.latent, config),
+        **base,
     )
     return kept_as(result, place)

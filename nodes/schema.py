@@ -119,6 +119,7 @@ def schema(
     group: str = "",
     *,
     lists: Container[str] = (),
+    hidden: Sequence[Any] = (),
     **more: Any,
 ) -> io.Schema:
     """A schema in the pack's category, or its ``group``; ``aliases`` are search terms, in versions
@@ -147,7 +148,7 @@ def schema(
         description=texts["description"],
         inputs=inputs,
         outputs=made,
-        hidden=[io.Hidden.unique_id],
+        hidden=[io.Hidden.unique_id, *hidden],
         **more,
     )
 

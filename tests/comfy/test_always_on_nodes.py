@@ -22,16 +22,15 @@ def test_it_is_as_if_load_lora_had_put_it_there(kit):
         assert float((ours[site].dense() - there).norm() / there.norm()) < 1e-3, site
 
 
-def test_two_bare_files_are_added_up_and_the_first_line_says_so(kit, monkeypatch):
+def test_two_bare_files_are_no_merge_but_the_method_sum_adds_them_up(kit, monkeypatch):
     """As a LORA_STACK brings them: MODEL and CLIP are as with Load LoRA."""
     use_folders(monkeypatch, kit.folder, "loras")
     merge = kit.node("merge_nodes", "IterisMerge")
     stack = [("b.safetensors", 0.7, 0.7), ("c.safetensors", 0.5, 0.5)]
     given = {"settings": SETTINGS, "samples": 2}
-    made = merge.execute(kit.model, stack, kit.clip, **given).result
-    assert made[3].startswith(
-        "Nothing was merged: b and c have no trigger words, so they were only"
-    )
+    with pytest.raises(kit.core.IterisError, match="only be added up"):
+        merge.execute(kit.model, stack, kit.clip, **given)
+    made = merge.execute(kit.model, stack, kit.clip, method="sum", **given).result
     drawn = kit.draw(*made[:2])
     kit.model, kit.clip = kit.stock("b.safetensors", 0.7)
     wanted = kit.draw(*kit.stock("c.safetensors", 0.5))
