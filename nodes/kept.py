@@ -47,14 +47,16 @@ _log = logging.getLogger(__name__)
 class Merge:
     """A merged ``lora``, its report as text, and whether its components are ``ordered`` by output
     energy. ``short``: of a merge with rows or prompts left out, the limits that did it
-    (``minutes``, and ``memory`` in bytes) and what must be exceeded to make it again. ``again``:
-    the input *kept* asked for it."""
+    (``minutes``, and ``memory`` in bytes) and what must be exceeded to make it again. ``stopped``
+    says where the user stopped its steps, which it lacks. ``again``: the input *kept* asked for
+    it."""
 
     lora: Lora
     report: str
     ordered: bool
     short: Mapping[str, float] = field(default_factory=dict[str, float])
     again: bool = False
+    stopped: str = ""
 
     @classmethod
     def of(
@@ -157,8 +159,10 @@ def in_half(lora: Lora) -> Lora:
     return replace(lora, sites=stored)
 
 
-def keep(merge: Merge, place: Place) -> None:
-    """Put a merge into its place."""
+def keep(merge: Merge, place: Place | None) -> None:
+    """Put a merge into its place, if it has one."""
+    if place is None:
+        return
     if not isinstance(place, str):
         _last[:] = [(place, merge)]
         return
@@ -179,6 +183,7 @@ def keep(merge: Merge, place: Place) -> None:
         "ordered": merge.ordered,
         "short": dict(merge.short),
         "again": merge.again,
+        "stopped": merge.stopped,
     }
     text = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
     if (merges := store("merges")) is not None:
@@ -212,7 +217,7 @@ def kept(place: Place, model: Any, clip: Any, concepts: Sequence[Concept]) -> Me
             base=ComfySites(model, clip).base,
             embeddings=embeddings,
         )
-        told = (about[name] for name in ("report", "ordered", "short", "again"))
+        told = (about[name] for name in ("report", "ordered", "short", "again", "stopped"))
         return Merge(lora, *told)
     except (IterisError, KeyError, TypeError, ValueError):
         return None

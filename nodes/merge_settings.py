@@ -74,11 +74,11 @@ class Request:
     def _settings(self, method: str) -> dict[str, Any]:
         """The method's settings; of methods other than iteris, the rank."""
         if method != METHOD:
-            rank = self.values.get("rank")
+            rank = self.values.get("rank", 0)
             known = declared_settings(find_method(method).settings)
-            return {"rank": rank} if rank and "rank" in known else {}
+            return {"rank": rank} if rank > 0 and "rank" in known else {}
         values = {name: self.values[name] for name in ITERIS if name in self.values}
-        return changed(IterisSettings, values)
+        return changed(IterisSettings, values, self.preset)
 
     @property
     def memory_budget(self) -> int | Literal["free"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from .comfy_host import ComfyHost
 from .comfy_runtime import NodeProgress, could_free, show_text
 from .comfy_state import ready_for_merge
 from .concept_specs import DENOISER, rows_named
-from .kept import Merge, Place, in_half, keep, kept, place_of, store
+from .kept import Merge, in_half, keep, kept, place_of, store
 from .merge_settings import Request
 
 _ROWS = 32
@@ -38,6 +39,11 @@ _NOTE = (
     "  Made before with the same inputs, so nothing ran. To make it again, set kept to make again "
     "in IterIS Settings."
 )
+_WITHOUT_STEPS = (
+    "  {}, so this is the merge without steps. It is made again, with them, when kept is set to "
+    "make again in IterIS Settings."
+)
+_KEPT = "{}. The merge without steps is kept: queue again to use it."
 _log = logging.getLogger(__name__)
 
 
@@ -162,23 +168,27 @@ def _merged(
     if place is not None and found is not None and found.serves(limits, again=again):
         if found.again and not again:  # choosing it once more makes it once more
             keep(replace(found, again=False), place)
-        return replace(found, report=f"{found.report}\n{_NOTE}")
+        note = _WITHOUT_STEPS.format(found.stopped) if found.stopped else _NOTE
+        return replace(found, report=f"{found.report}\n{note}")
     experts = {} if low is None else {"low": low, "boundary": boundary}
     base: dict[str, Any] = {**request.base, **experts}
     most = {**limits, "memory": limits["memory"] * (_NOISE if memory == "free" else 1)}
 
-    def kept_as(result: MergeResult, place: Place | None, *, again: bool = again) -> Merge:
-        merge = Merge.of(replace(result, lora=in_half(result.lora)), most, again=again)
-        if place is not None:
-            keep(merge, place)
-        return merge
+    def merge_of(result: MergeResult, *, again: bool = again) -> Merge:
+        return Merge.of(replace(result, lora=in_half(result.lora)), most, again=again)
 
     def rescue(result: MergeResult) -> None:
-        """Keep a merge that was interrupted in its steps as what it is: one without steps."""
+        """Keep a merge that was interrupted in its steps as what it is, one without steps, and
+        where the inputs find it, unless a whole one is there."""
         settings = {name: value for name, value in config.settings.items() if name != "steps"}
         settings |= {"steps": 0} if PRESETS[config.preset].settings.get("steps") else {}
         without = config.model_copy(update={"settings": settings})
-        kept_as(result, place_of(models, clip, without, request, boundary), again=False)
+        merge, stopped = merge_of(result, again=False), _stopped(result)
+        if stopped or found is None:
+            keep(merge, place_of(models, clip, without, request, boundary))
+        if stopped and (found is None or found.stopped):
+            keep(replace(merge, stopped=stopped), place)
+            show_text(_KEPT.format(stopped), node_id)
 
     result = merge_on(
         model,
@@ -191,4 +201,14 @@ def _merged(
         warned=cautions(model, request.references.latent, config),
         **base,
     )
-    return kept_as(result, place)
+    merge = merge_of(result)
+    keep(merge, place)
+    return merge
+
+
+def _stopped(result: MergeResult) -> str:
+    """Where the user stopped the steps of a merge; empty if there were none."""
+    if not (notes := result.report.notes.get("steps")):
+        return ""
+    at = re.search(r"stopped after (\d+) of (\d+)", " ".join(notes))
+    return f"Stopped at step {at[1]} of {at[2]}" if at else "Stopped before its steps were measured"

@@ -157,12 +157,20 @@ _NONE: Mapping[str, float] = {"saliency": -1, "contexts": -1}
 """Setting → the value that means none, if 0 has another meaning."""
 
 
+BY_PRESET: Mapping[str, int] = {"rank": -1, "steps": -1}
+"""Setting → the value that leaves it to the preset, where 0 is to override one."""
+
+
 def setting_input(owner: type[Settings], name: str) -> Any:
     """The input of a setting, with its limits and help."""
     declared = declared_settings(owner)[name]
     none = _NONE.get(name, 0)
     tooltip = f"{declared.help} {none}: {declared.none}." if declared.none else declared.help
     default = none if declared.default is None else declared.default
+    if name in BY_PRESET:
+        default = BY_PRESET[name]
+        own = [f"{p} {s.settings[name]}" for p, s in PRESETS.items() if s.settings.get(name)]
+        tooltip += f" {default}: set by the preset ({', '.join(own)})."
     shared: dict[str, Any] = {"default": default, "tooltip": tooltip, "optional": True}
     if declared.kind is bool:
         return io.Boolean.Input(name, **shared)
@@ -170,7 +178,7 @@ def setting_input(owner: type[Settings], name: str) -> Any:
         return io.Combo.Input(name, options=list(declared.choices), **shared)
     shared |= {
         "default": declared.kind(default),
-        "min": declared.kind(none if declared.optional else declared.low or 0),
+        "min": declared.kind(BY_PRESET.get(name, none if declared.optional else declared.low or 0)),
         "max": declared.kind(declared.most or declared.high or 1),
     }
     if declared.kind is int:
@@ -178,13 +186,20 @@ def setting_input(owner: type[Settings], name: str) -> Any:
     return io.Float.Input(name, **shared, step=declared.step or 0.05, round=False)
 
 
-def changed(owner: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that are not the settings' defaults; None for the one that means none."""
+def changed(
+    owner: type[Settings], values: Mapping[str, Any], preset: PresetName = "default"
+) -> dict[str, Any]:
+    """The values that are not the settings' defaults or, of :data:`BY_PRESET`, not the preset's;
+    None for the one that means none."""
     given: dict[str, Any] = {}
     for name, value in values.items():
         declared = declared_settings(owner)[name]
         value = None if declared.optional and value == _NONE.get(name, 0) else value
-        if value != declared.default:
+        default = declared.default
+        if name in BY_PRESET:
+            default = PRESETS[preset].settings.get(name, default)
+            value = default if value == BY_PRESET[name] else value
+        if value != default:
             given[name] = value
     return given
 
