@@ -40,19 +40,22 @@ _PACK = digest(
 )
 """A hash of the code that runs: an update of the pack counts from the next start on."""
 _ABOUT = "about"
+_IN_HEADLINE = ("samples", "LoRAs", "files", "size")
+"""Notes that the headline has: what left prompts out, and what was known before the merge ran."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Merge:
-    """A merged ``lora``, its report as text, and whether its components are ``ordered`` by output
-    energy. ``short``: of a merge with rows or prompts left out, the limits that did it
-    (``minutes``, and ``memory`` in bytes) and what must be exceeded to make it again. ``stopped``
-    says where the user stopped its steps, which it lacks. ``again``: the input *kept* asked for
-    it."""
+    """A merged ``lora``, its report in two parts, and whether its components are ``ordered`` by
+    output energy. Everybody should read the ``headline``, and may read the ``details``. ``short``:
+    of a merge with rows or prompts left out, the limits that did it (``minutes``, and ``memory`` in
+    bytes) and what must be exceeded to make it again. ``stopped`` says where the user stopped its
+    steps, which it lacks. ``again``: the input *kept* asked for it."""
 
     lora: Lora
-    report: str
+    headline: str
+    details: str
     ordered: bool
     short: Mapping[str, float] = field(default_factory=dict[str, float])
     again: bool = False
@@ -65,10 +68,18 @@ class Merge:
         report = result.report
         settings = report.settings
         ordered = settings.get("objective") == "output" and not settings.get("steps")
-        planned = f"Planned: {report.outlook}.\n" if report.outlook else ""
+        cautions = [f"Not enough memory for {line}." for line in report.short]
+        cautions += [note for name in _IN_HEADLINE for note in report.notes.get(name, ())]
+        headline = "\n  ".join([report.headline(), *cautions])
+        planned = f"  Planned: {report.outlook}.\n" if report.outlook else ""
         cut = {"memory": bool(report.short), "minutes": "samples" in report.notes}
         short = {name: limit for name, limit in (limits or {}).items() if cut[name]}
-        return cls(result.lora, planned + report.summary(), ordered, short, again)
+        details = planned + report.summary()
+        return cls(result.lora, headline, details, ordered, short, again)
+
+    @property
+    def report(self) -> str:
+        return f"{self.headline}\n{self.details}"
 
     def serves(self, limits: Mapping[str, float], *, again: bool) -> bool:
         """False if within ``limits`` it would be better, or if it is to be made ``again`` and was
@@ -179,7 +190,8 @@ def keep(merge: Merge, place: Place | None) -> None:
         "metadata": dict(lora.metadata),
         "kernels": {site: change.kernel for site, change in lora.sites.items()},
         "scales": scales,
-        "report": merge.report,
+        "headline": merge.headline,
+        "details": merge.details,
         "ordered": merge.ordered,
         "short": dict(merge.short),
         "again": merge.again,
@@ -217,7 +229,9 @@ def kept(place: Place, model: Any, clip: Any, concepts: Sequence[Concept]) -> Me
             base=ComfySites(model, clip).base,
             embeddings=embeddings,
         )
-        told = (about[name] for name in ("report", "ordered", "short", "again", "stopped"))
+        told = (
+            about[name] for name in ("headline", "details", "ordered", "short", "again", "stopped")
+        )
         return Merge(lora, *told)
     except (IterisError, KeyError, TypeError, ValueError):
         return None

@@ -90,10 +90,13 @@ class IterisMergeExperts(io.ComfyNode):
         return _output(cls.hidden, (model, model_low, clip_out, high, low), merge)
 
 
+_DETAILS = "  Details: connect the output report to Preview as Text."
+
+
 def _merge(
     hidden: Any, model: Any, clip: Any, concepts: Any, values: Mapping[str, Any], **experts: Any
 ) -> Merge:
-    """The merge for the inputs' ``values``, at their strength, with the whole report."""
+    """The merge for the inputs' ``values``, at their strength."""
     strength: float = values.get("strength", 1.0)
     request = Request.of(values, model)
     config = request.config(specs_of(concepts), values.get("method", METHOD))
@@ -105,13 +108,15 @@ def _merge(
     called = how_to_call(bundled(merge.lora.embeddings))
     if words := _words(merge):
         called = f"\n  Trigger words: {words}{called}"
-    report = merge.report + (scaled if strength != 1 else "") + called
-    return replace(merge, lora=scaled_lora(merge.lora, strength), report=report)
+    headline = merge.headline + (scaled if strength != 1 else "") + called
+    return replace(merge, lora=scaled_lora(merge.lora, strength), headline=headline)
 
 
 def _output(hidden: Any, made: Sequence[Any], merge: Merge) -> io.NodeOutput:
-    show_text(merge.report, hidden.unique_id)
-    return io.NodeOutput(*made, merge.report, _words(merge), ui=ui_text(merge.report))
+    shown = f"{merge.headline}\n{_DETAILS}"
+    show_text(shown, hidden.unique_id)
+    ui = {**ui_text(shown), "report": [merge.report]}
+    return io.NodeOutput(*made, merge.report, _words(merge), ui=ui)
 
 
 def _words(merge: Merge) -> str:
@@ -152,20 +157,23 @@ class CompareMerges(io.ComfyNode):
         node_id = cls.hidden.unique_id
         drawn: list[tuple[str, Any, Any]] = []
         reports: list[str] = []
+        headlines: list[str] = []
         for label, config in rows:
             if config is None:
                 drawn.append((label, model, clip))
                 continue
             merge = merged(model, clip, config, request, node_id)
             reports.append(f"{label}: {merge.report}")
+            headlines.append(f"{label}: {merge.headline}")
             for strength in strengths:
                 at = replace(merge, lora=scaled_lora(merge.lora, strength))
                 name = label if strengths == [1] else f"{label} at {strength:g}"
                 drawn.append((name, *apply_lora(model, clip, as_lora_model(at))))
-        report = "\n".join(reports)
-        show_text(report, node_id)
+        report, shown = "\n".join(reports), "\n".join([*headlines, _DETAILS])
+        show_text(shown, node_id)
         labels, models, clips = (list(column) for column in zip(*drawn, strict=True))
-        return io.NodeOutput(models, clips, labels, report, ui=ui_text(report))
+        ui = {**ui_text(shown), "report": [report]}
+        return io.NodeOutput(models, clips, labels, report, ui=ui)
 
 
 def _row(number: int, first: str) -> Any:

@@ -169,7 +169,7 @@ def _merged(
         if found.again and not again:  # choosing it once more makes it once more
             keep(replace(found, again=False), place)
         note = _WITHOUT_STEPS.format(found.stopped) if found.stopped else _NOTE
-        return replace(found, report=f"{found.report}\n{note}")
+        return replace(found, headline=f"{found.headline}\n{note}")
     experts = {} if low is None else {"low": low, "boundary": boundary}
     base: dict[str, Any] = {**request.base, **experts}
     most = {**limits, "memory": limits["memory"] * (_NOISE if memory == "free" else 1)}

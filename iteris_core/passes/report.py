@@ -18,6 +18,8 @@ FEW = 12
 LITTLE = 0.4
 """A merge that keeps less than this of the LoRAs' effects on held-out rows is little more than
 their mean (docs/decisions.md, "What is kept is measured on held-out rows")."""
+STRONG = 0.65
+"""Two LoRAs keep .67 to .75 by default, five .51 to .63 (``benchmarks/results/bounds_*.json``)."""
 BRITTLE = 0.5
 """A use in which less than this share of what is kept at strength 1 is left breaks a merge."""
 
@@ -175,6 +177,29 @@ class MergeReport:
             "Closer to what every LoRA does than the mean of the LoRAs is; least so for "
             f"{max(left)[1]}."
         )
+
+    @property
+    def grade(self) -> str:
+        """The verdict in a word: strong, fair or weak; empty if nothing was measured."""
+        kept = self._kept()
+        if not self.loras or "1" not in kept:
+            return ""
+        if kept["1"] < LITTLE:
+            return "weak"
+        whole = not self.lacks and min(self.kept["1"]) >= LITTLE
+        lasts = min(kept.values()) >= BRITTLE * kept["1"]
+        return "strong" if kept["1"] >= STRONG and whole and lasts else "fair"
+
+    def headline(self) -> str:
+        """The verdict as a line that begins with its :attr:`grade`, for those who read no more."""
+        if not self.loras:
+            return self._sum()
+        verdict = self.verdict()
+        if not self.grade:
+            return verdict
+        share = f"{self._kept()['1']:.2f} of what each LoRA does is kept on new prompts"
+        told = f"{self.grade.capitalize()}: {share}{self._least()}."
+        return told if verdict == self._shares() else f"{told} {verdict.removeprefix('Weak: ')}"
 
     def _sum(self) -> str:
         """Why nothing was merged, and what to do."""

@@ -160,3 +160,19 @@ def test_a_latent_of_another_model_is_refused(kit, desk, shape, said):
     with pytest.raises(desk.error, match=said):
         desk.merge(kit.concepts(), latent=latent)
     assert kit.unchanged(before)
+
+
+def test_the_verdict_comes_first_and_details_are_in_the_report(kit, desk):
+    concepts = desk.loras("a.safetensors", "b.safetensors")
+    report, words = desk.merge(concepts, strength=0.5)[3:5]
+    shown = desk.shown[-1].splitlines()
+    assert shown[0].partition(":")[0] in ("Strong", "Fair", "Weak")
+    assert f"  Trigger words: {words}" in shown
+    assert any("At strength 0.5, in the file" in line for line in shown)
+    assert shown[-1] == "  Details: connect the output report to Preview as Text."
+    assert report.splitlines()[0] == shown[0]
+    details = ("Planned: ", "Merged 2 concepts", "Kept on held-out rows")
+    assert all(text in report and text not in desk.shown[-1] for text in details)
+    again = desk.merge(concepts)[3]
+    assert again.splitlines()[0] == shown[0]
+    assert "nothing ran" in desk.shown[-1]

@@ -39,7 +39,7 @@ def test_the_plan_is_the_merge_s(kit, inspect):
 
 
 def test_a_merge_says_what_it_takes_before_it_denoises(kit, inspect, monkeypatch):
-    """And in the first line of its report."""
+    """And in its report, below the verdict."""
     shown: list[str] = []
     runtime = part(kit.pack, "nodes.comfy_runtime")
     monkeypatch.setattr(runtime, "show_text", lambda text, _: shown.append(text))
@@ -53,9 +53,10 @@ def test_a_merge_says_what_it_takes_before_it_denoises(kit, inspect, monkeypatch
     ), "an estimate of the time that is not brought up to date contradicts the one that is"
     assert ", about " in last
     assert "12 of 20 prompts per concept" in shown[begun]
-    planned, *lines = report.splitlines()
+    lines = iter(report.splitlines())
+    planned = next(line.strip() for line in lines if "Planned: " in line)
     assert re.fullmatch(rf"Planned: about .*, {first[0].lower()}{first[1:]}\.", planned)
-    assert lines[0].startswith("Merged 2 concepts")
+    assert next(lines).startswith("Merged 2 concepts")
     table = inspect(*kit.concepts())
     (line,) = [line for line in table.splitlines() if line.startswith("Whole merge: ")]
     assert line.endswith(first.partition(", ")[2])
