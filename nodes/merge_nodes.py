@@ -20,7 +20,7 @@ from .comfy_runtime import show_text, ui_text
 from .concept_specs import specs_of
 from .kept import Merge
 from .merge_settings import Request
-from .merging import as_lora_model, as_lora_models, merged
+from .merging import as_lora_model, as_lora_models, merged, merged_from_files
 from .save_node import how_to_call
 from .schema import (
     MERGED,
@@ -43,15 +43,21 @@ class IterisMerge(io.ComfyNode):
         return schema(
             "IterisMerge",
             ["merge loras", "lora merger", "combine loras", "multi concept", "merge styles"],
-            inputs=[*model_inputs(), *method_inputs(strength_input("strength", optional=True))],
+            inputs=[
+                *model_inputs(needed=False),
+                *method_inputs(strength_input("strength", optional=True)),
+            ],
             outputs=(*MERGED, "trigger_words"),
         )
 
     @classmethod
-    def execute(cls, model: Any, concepts: Any, clip: Any = None, **values: Any) -> io.NodeOutput:
+    def execute(
+        cls, model: Any = None, concepts: Any = (), clip: Any = None, **values: Any
+    ) -> io.NodeOutput:
         merge = _merge(cls.hidden, model, clip, concepts, values)
         lora = as_lora_model(merge)
-        return _output(cls.hidden, (*apply_lora(model, clip, lora), lora), merge)
+        applied = (None, None) if model is None else apply_lora(model, clip, lora)
+        return _output(cls.hidden, (*applied, lora), merge)
 
 
 class IterisMergeExperts(io.ComfyNode):
@@ -100,7 +106,10 @@ def _merge(
     strength: float = values.get("strength", 1.0)
     request = Request.of(values, model)
     config = request.config(specs_of(concepts), values.get("method", METHOD))
-    merge = merged(model, clip, config, request, hidden.unique_id, **experts)
+    if model is None:
+        merge = merged_from_files(config, hidden.unique_id)
+    else:
+        merge = merged(model, clip, config, request, hidden.unique_id, **experts)
     scaled = (
         f"\n  At strength {strength:g}, in the file as well: each strength is a file of its own, "
     )

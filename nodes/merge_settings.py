@@ -53,7 +53,8 @@ class Request:
         direct = {name: values[name] for name in _DIRECT if name in values}
         references = References.of(values.get("conditioning"), values.get("latent"))
         given = values.get("settings") or {}
-        return cls(**direct, values=given, references=references, pixels=scale(model))
+        pixels = 8 if model is None else scale(model)
+        return cls(**direct, values=given, references=references, pixels=pixels)
 
     def config(self, concepts: Sequence[Concept], method: str) -> MergeConfig:
         """The inputs over the preset."""

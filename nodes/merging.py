@@ -19,12 +19,12 @@ from ..iteris_core.lora_files import ReadOptions, to_tensors
 from ..iteris_core.lora_files.embeddings import bundled
 from ..iteris_core.lora_files.experts import split_experts
 from ..iteris_core.merge import MergeResult, merge_loras
-from ..iteris_core.methods import find_method
+from ..iteris_core.methods import all_methods, find_method
 from ..iteris_core.progress import Progress
 from ..iteris_core.report.provenance import cut_lora
 from ..iteris_core.settings import PRESETS, declared_settings
 from ..iteris_core.solve.choose import THRESHOLDS, Thresholds
-from .before_merge import cautions, check
+from .before_merge import about_loras, cautions, check
 from .comfy_host import ComfyHost
 from .comfy_runtime import NodeProgress, could_free, show_text
 from .comfy_state import ready_for_merge
@@ -204,6 +204,26 @@ def _merged(
     merge = merge_of(result)
     keep(merge, place)
     return merge
+
+
+def merged_from_files(config: MergeConfig, node_id: str | None) -> Merge:
+    """The merge of ``config`` without a MODEL, by a method that looks at weights alone. The LoRAs
+    are read for the released model for which they were made."""
+    check(config)
+    if find_method(config.method).needs_host:
+        others = ", ".join(method.name for method in all_methods() if not method.needs_host)
+        raise IterisError(
+            f"No MODEL is connected, and the method {config.method} runs it. Connect MODEL and "
+            f"CLIP, or choose a method that looks at weights alone: {others}."
+        )
+    reading = ReadOptions(allow_partial=config.unmergeable == "skip")
+    warned = about_loras(config.concepts)
+    with rows_named(config.concepts), ready_for_merge():
+        concepts = [read_concept(concept, None, reading) for concept in config.concepts]
+        result = merge_loras(None, concepts, **config.choices, on_progress=NodeProgress(node_id))
+    for about, caution in warned.items():
+        result.report.note(about, caution)
+    return Merge.of(result)
 
 
 def _stopped(result: MergeResult) -> str:

@@ -78,7 +78,7 @@ def discreet(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
         try:
             return run.__func__(cls, *given, **values)
         except IterisError as error:
-            error.args = (_as_inputs(_without_folders(str(error))),)
+            error.args = (discreetly(error),)
             raise
         except (AttributeError, ImportError) as error:
             if gone := missing():
@@ -90,14 +90,18 @@ def discreet(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
 
 
 _OPTIONS = {
+    "name its base: BASE for merge, option base BASE for others, a host in Python": (
+        "connect its MODEL and CLIP"
+    ),
     "option allow_partial": "cannot_merge: skip on IterIS Settings",
     "option unmergeable": "cannot_merge on IterIS Settings",
     "denoising_steps to": "denoising_steps on IterIS Settings to",
 }
 
 
-def _as_inputs(text: str) -> str:
-    """``text`` with the library's options as the nodes' inputs."""
+def discreetly(error: IterisError) -> str:
+    """Its message, with files as ComfyUI lists them and the library's options as inputs."""
+    text = _without_folders(str(error))
     for option, here in _OPTIONS.items():
         text = text.replace(option, here)
     return text
@@ -204,8 +208,10 @@ def changed(
     return given
 
 
-def model_inputs() -> list[Any]:
-    return [io.Model.Input("model"), io.Clip.Input("clip", optional=True), concepts_input()]
+def model_inputs(*, needed: bool = True) -> list[Any]:
+    """MODEL, CLIP and concepts; MODEL is not ``needed`` where nothing may run it."""
+    model = io.Model.Input("model", optional=not needed)
+    return [model, io.Clip.Input("clip", optional=True), concepts_input()]
 
 
 def sampling_inputs() -> list[Any]:

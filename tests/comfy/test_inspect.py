@@ -1,7 +1,6 @@
 """Inspect shows what fits, what is alike and a merge's plan, and merges nothing."""
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ def inspect(kit):
         given = {"clip": kit.clip, "samples": 4, "settings": WITH_MEMORY, **values}
         with torch.inference_mode():
             plot, table = (
-                kit.node("edit_nodes", "InspectLoras").execute(kit.model, specs, **given).result
+                kit.node("inspect_node", "InspectLoras").execute(kit.model, specs, **given).result
             )
         assert plot.ndim == 4
         return table
@@ -76,7 +75,7 @@ def test_what_does_not_fit_and_what_is_alike(kit, inspect):
 
 def test_a_plot_is_there_when_it_is_connected_later(kit):
     """ComfyUI hands on what a node made before the link was there."""
-    node = kit.node("edit_nodes", "InspectLoras")
+    node = kit.node("inspect_node", "InspectLoras")
     node.hidden.prompt = {"1": {"inputs": {}}}
     node.hidden.unique_id = None
     plot, _ = node.execute(kit.model, kit.concepts(), kit.clip, settings=SETTINGS).result
@@ -86,7 +85,7 @@ def test_a_plot_is_there_when_it_is_connected_later(kit):
 
 
 def test_what_would_stop_a_merge(kit, inspect):
-    mute = replace(kit.concepts()[0], trigger="", class_word="")
+    mute = kit.specs.make_spec(kit.loras / "b.safetensors")
     assert "no trigger words and no prompts" in inspect(mute)
     table = inspect(kit.concepts()[0], settings={**SETTINGS, "memory": 1e-6})
     assert "A merge would fail: " in table
