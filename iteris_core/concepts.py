@@ -77,7 +77,8 @@ class Concept:
     :func:`.lora_files.blocks.filtered`. A recipe records ``sha256`` (of ``file``, or of both joined
     by a plus) and ``reading``. ``source`` says where the words come from, as in
     :func:`.lora_files.metadata.find_phrases`. ``changed`` is a time stamp of the files, so that a
-    cache treats a rewritten file as another concept. ``stated`` are the fields that were passed.
+    cache treats a rewritten file as another concept. ``row`` is where it stands in the user's list,
+    for messages (0: nowhere). ``stated`` are the fields that were passed.
 
     Raises :class:`ConceptError` for a field of the wrong type or out of range.
     """
@@ -103,6 +104,7 @@ class Concept:
     reading: Mapping[str, Any] = field(default_factory=dict[str, Any])
     source: str = ""
     changed: int = 0
+    row: int = field(default=0, repr=False, compare=False)
     stated: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
     @model_validator(mode="wrap")

@@ -14,9 +14,8 @@ class Progress:
     """A step of a merge: ``done`` of ``total`` steps of ``what``, such as "solving sites".
 
     ``seconds`` have passed since the merge began, and about ``left`` remain for the whole merge
-    (None: not known yet); as long as only a trial was timed, ``at_most`` so many, because it has
-    fewer rows at once. A bare message has ``total`` 0; ``plan`` is a new line of the memory plan.
-    ``str()`` gives a readable line.
+    (None: not known yet). A bare message has ``total`` 0; ``plan`` is a new line of the memory
+    plan. ``str()`` gives a readable line.
     """
 
     what: str
@@ -27,7 +26,6 @@ class Progress:
     share: float = 0.0
     """Share of the whole merge's time, from 0 to 1; it never decreases."""
     plan: str = ""
-    at_most: bool = False
 
     def __str__(self) -> str:
         count = f" {self.done} of {self.total}" if self.total > 1 else ""
@@ -36,8 +34,7 @@ class Progress:
     @property
     def time_left(self) -> str:
         """For example "about 3 min left"; empty until there is an estimate, and at the end."""
-        most = "at most " if self.at_most else ""
-        return f"{most}about {duration(self.left)} left" if self.left else ""
+        return f"about {duration(self.left)} left" if self.left else ""
 
 
 OUTLOOK = "whole merge"
@@ -93,7 +90,7 @@ class Forecast:
         self._phases: dict[str, _Phase] = {}
         self._tried = self._took = self._share = 0.0
         self._last: Progress | None = None
-        self.at_most, self.cancelled = True, False
+        self._trial, self.cancelled = True, False
         """Whether only a trial was timed, and whether ``on_progress`` has raised in a step."""
 
     @property
@@ -121,7 +118,7 @@ class Forecast:
             work, took = phase.done - before, now - mark
             if phase.share > share > 0:
                 phase.timed, phase.took = phase.timed + work, phase.took + took
-                self.at_most = False
+                self._trial = False
             elif phase.share > share:
                 self.did(work, took)
             elif begun:  # within a step
@@ -129,7 +126,7 @@ class Forecast:
         seconds, left = now - self._began, self.left()
         if left is not None and seconds + left > 0:
             self._share = max(self._share, min(seconds / (seconds + left), 1.0))
-        self._last = Progress(what, done, total, seconds, left, self._share, plan, self.at_most)
+        self._last = Progress(what, done, total, seconds, left, self._share, plan)
         if self._on_progress is not None:
             self.cancelled = True  # unless it returns
             self._on_progress(self._last)
@@ -151,7 +148,7 @@ class Forecast:
     def rate(self) -> float | None:
         """Seconds per unit of work so far; None before any is done."""
         done, took = self._tried, self._took
-        if not self.at_most:
+        if not self._trial:
             done = sum(phase.timed for phase in self._phases.values())
             took = sum(phase.took for phase in self._phases.values())
         return took / done if done > 0 else None

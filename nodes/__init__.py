@@ -10,7 +10,8 @@ from .comfy_internals import missing, sentence
 from .comfy_routes import add_routes
 from .comfy_toybox import IterisToybox
 from .concept_nodes import IterisConcept, IterisLoras, PreservePrompts
-from .edit_nodes import ExtractLora, InspectLoras, ResizeLora
+from .edit_nodes import ExtractLora, ResizeLora
+from .inspect_node import InspectLoras
 from .merge_nodes import CompareMerges, IterisMerge, IterisMergeExperts
 from .merge_settings import IterisMergeSettings
 from .save_node import SaveMergedLora

@@ -39,6 +39,8 @@ _ONE = "positive"
 _SPEEDY = ("lcm", "distilled")
 """Parts of the names of sampling classes for models without guidance."""
 
+_KINDS = {1: "sound", 2: "pictures", 3: "videos"}
+"""What latents of so many dimensions are of, besides the batch's and the channels'."""
 _WITHOUT_TEXT = frozenset(
     ("SVD_img2vid", "Stable_Zero123", "SeedVR2", "Hunyuan3Dv2", "TripoSplat", "Trellis2",
      "RT_DETR_v4", "SAM3", "DepthAnything3")
@@ -92,10 +94,29 @@ class Denoiser:
         elif empty.is_nested:
             why = "draws a video and its sound together, which a merge by features does not support"
         else:
+            self._check_latent()
             return
         raise ModelStateError(
             f"MODEL is a {config.__name__}, which {why}. Use a method that looks at weights alone, "
             "such as average or ties."
+        )
+
+    def _check_latent(self) -> None:
+        """Raise :class:`ModelStateError` for a connected LATENT that is not of this model."""
+        if self.references.latent is None:
+            return
+        latent = comfy.sample.fix_empty_latent_channels(self.model, self.references.latent)
+        format = self.model.get_model_object("latent_format")
+        dimensions, channels = latent.ndim - 2, latent.shape[1]
+        if dimensions != (wanted := format.latent_dimensions):
+            why = f"is of {_KINDS.get(dimensions)}, and this MODEL draws {_KINDS.get(wanted)}"
+        elif channels != format.latent_channels:
+            why = f"has {channels} channels, and this MODEL's have {format.latent_channels}"
+        else:
+            return
+        raise ModelStateError(
+            f"The LATENT {why}. Connect one that this MODEL can draw on, or none: the merge then "
+            "chooses the size."
         )
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ..iteris_core.concepts import PRESERVE_WEIGHT, Concept, PromptKind, lines_of
 from ..iteris_core.errors import IterisError
+from .before_merge import about_loras
 from .comfy_runtime import show_text
 from .concept_specs import (
     ALWAYS,
@@ -35,6 +36,11 @@ from .schema import (
 ROWS = 10
 """Number of LoRAs on one node; the front end shows those in use and one more (web/iteris.js)."""
 
+NEED_CONCEPTS = frozenset(
+    ("IterisMerge", "IterisMergeExperts", "IterisCompareMerges", "IterisInspectLoras",
+     "IterisResizeLora")
+)  # fmt: skip
+"""Nodes for which an empty list is a mistake."""
 _SOURCES = {"you": "", "file": " (from the file)", "captions": " (a guess from its captions)"}
 
 
@@ -173,13 +179,17 @@ class IterisLoras(io.ComfyNode):
                 concepts_input(optional=True),
             ],
             outputs=("concepts", "trigger_words"),
+            hidden=[io.Hidden.prompt],
         )
 
     @classmethod
     def execute(cls, lines: str = "", concepts: Any = (), **rows: Any) -> io.NodeOutput:
         of_rows = (_spec(number, lines, rows) for number in range(1, ROWS + 1))
         specs = [*specs_of(concepts), *filter(None, of_rows)]
-        show_text("\n".join(map(_line, specs)) or "No LoRA is on.", cls.hidden.unique_id)
+        told = [*map(_line, specs), *about_loras(specs).values()]
+        show_text("\n".join(told) or "No LoRA is on.", cls.hidden.unique_id)
+        if not specs and _feeds_a_merge(cls.hidden):
+            raise IterisError(_nothing_on(rows))
         phrases = [phrase for spec in specs if spec.file is not None for phrase in spec.phrases]
         return io.NodeOutput(tuple(specs), ", ".join(dict.fromkeys(phrases)))
 
@@ -194,7 +204,32 @@ class IterisLoras(io.ComfyNode):
         return True
 
 
+def _nothing_on(rows: dict[str, Any]) -> str:
+    off = [n for n in range(1, ROWS + 1) if rows.get(f"lora_{n}", NONE) not in (None, NONE)]
+    if not off:
+        return "IterIS LoRAs is empty. Press + LoRA, and choose at least one."
+    which = f"rows {off[0]} to {off[-1]} are" if len(off) > 1 else f"row {off[0]} is"
+    return f"No LoRA is on: {which} off. Press the switch before a name to turn its row on."
+
+
+def _feeds_a_merge(hidden: Any) -> bool:
+    """True if its concepts go straight into a node that cannot do without."""
+    ours = [hidden.unique_id, 0]
+    return any(
+        node.get("class_type") in NEED_CONCEPTS and node.get("inputs", {}).get("concepts") == ours
+        for node in (hidden.prompt or {}).values()
+    )
+
+
 def _spec(number: int, lines: str, rows: dict[str, Any]) -> Concept | None:
+    try:
+        return _spec_of(number, lines, rows)
+    except IterisError as error:
+        error.args = (f"Row {number}: {error}",)
+        raise
+
+
+def _spec_of(number: int, lines: str, rows: dict[str, Any]) -> Concept | None:
     def value(name: str, default: Any) -> Any:
         return rows.get(f"{name}_{number}", default)
 
@@ -203,8 +238,8 @@ def _spec(number: int, lines: str, rows: dict[str, Any]) -> Concept | None:
         return None
     if kind == "lines" and not lines.strip():
         raise IterisError(
-            f"The prompts of LoRA {number}, {name}, are set to lines, but lines is empty; write "
-            "one prompt per line there, or choose another kind of prompts."
+            f"the prompts of {name} are set to lines, but lines is empty; write one prompt per "
+            "line there, or choose another kind of prompts."
         )
     return make_spec(
         lora_path(name),
@@ -215,6 +250,7 @@ def _spec(number: int, lines: str, rows: dict[str, Any]) -> Concept | None:
         kind=kind,
         phrases=phrases_in(value("words", "")),
         blocks=value("blocks", "").strip(),
+        row=number,
     )
 
 

@@ -4,7 +4,8 @@ stacks as concepts."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -122,6 +123,31 @@ def lora_path(name: str) -> Path:
         if path is not None and (ours in parts or ours.endswith(f"/{whole}")):
             return Path(path)
     raise IterisError(f"There is no LoRA {name} in models/loras; has it been moved or renamed?")
+
+
+@contextmanager
+def rows_named(concepts: Sequence[Concept]) -> Generator[None]:
+    """Context in which an error about LoRA files of ``concepts`` begins with their rows."""
+    try:
+        yield
+    except IterisError as error:
+        said = str(error)
+        about = [one for one in concepts if any(_is_in(said, file) for file in one.files)]
+        if (rows := rows_of(about)) and not said.startswith("Row"):
+            error.args = (f"{rows.capitalize()}: {said}",)
+        raise
+
+
+def _is_in(text: str, file: Path) -> bool:
+    return re.search(rf"(?<![\w.-]){re.escape(file.name)}", text) is not None
+
+
+def rows_of(concepts: Sequence[Concept]) -> str:
+    """Such as "rows 1 and 3"; empty for concepts of other nodes than IterIS LoRAs."""
+    rows = [str(one.row) for one in concepts if one.row]
+    if len(rows) < 2:
+        return f"row {rows[0]}" if rows else ""
+    return f"rows {', '.join(rows[:-1])} and {rows[-1]}"
 
 
 def specs_of(value: Any) -> tuple[Concept, ...]:

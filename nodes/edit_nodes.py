@@ -1,12 +1,9 @@
-"""Nodes besides merging: they inspect LoRAs and preview their merge, resize a LoRA, and extract one
-from a fine-tune."""
+"""Nodes besides merging: they resize a LoRA, and extract one from a fine-tune."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import combinations
+from contextlib import ExitStack
 from typing import Any, Literal
 
 from comfy_api.latest import io
@@ -20,21 +17,16 @@ from ..iteris_core.edit.target import Target
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
-from ..iteris_core.preview import preview_merge
-from ..iteris_core.report.inspection import LoraFacts, describe, interference
 from .comfy_host import ComfyHost
 from .comfy_lora import apply_lora
 from .comfy_runtime import NodeProgress, show_text, ui_text
 from .comfy_state import ready_for_merge
-from .concept_specs import specs_of
+from .concept_specs import rows_named, specs_of
 from .merge_settings import Request
 from .merging import LoraModel as TensorsOfLora
-from .pictures import to_plot
 from .schema import (
     MERGED,
     MergeSettings,
-    concepts_input,
-    method_inputs,
     model_inputs,
     schema,
     setting_input,
@@ -84,7 +76,8 @@ def _run(hidden: Any, request: Request) -> dict[str, Any]:
 def _output(hidden: Any, model: Any, clip: Any, lora: Lora, lines: Sequence[str]) -> io.NodeOutput:
     tensors, report = TensorsOfLora(lora, ordered=True), "\n".join(lines)
     show_text(report, hidden.unique_id)
-    return io.NodeOutput(*apply_lora(model, clip, tensors), tensors, report, ui=ui_text(report))
+    applied = (None, None) if model is None else apply_lora(model, clip, tensors)
+    return io.NodeOutput(*applied, tensors, report, ui=ui_text(report))
 
 
 class ResizeLora(io.ComfyNode):
@@ -94,9 +87,7 @@ class ResizeLora(io.ComfyNode):
             "IterisResizeLora",
             ["resize lora", "reduce rank", "shrink lora", "lora rank", "compress lora"],
             inputs=[
-                io.Model.Input("model"),
-                io.Clip.Input("clip", optional=True),
-                concepts_input(),
+                *model_inputs(needed=False),
                 *_target_inputs(),
                 io.Combo.Input("by", options=_BY, default="outputs", optional=True),
                 *_run_inputs(),
@@ -108,8 +99,8 @@ class ResizeLora(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
-        concepts: Any,
+        model: Any = None,
+        concepts: Any = (),
         clip: Any = None,
         by: Literal["outputs", "weights"] = "outputs",
         **values: Any,
@@ -118,8 +109,14 @@ class ResizeLora(io.ComfyNode):
         specs = [spec for spec in specs_of(concepts) if spec.file]
         if len(specs) != 1:
             raise IterisError(f"Resize LoRA takes one LoRA, but {len(specs)} are connected and on.")
+        if model is None and by == "outputs":
+            raise IterisError(
+                "No MODEL is connected, and Resize LoRA runs it. Connect MODEL and CLIP, or set by "
+                "to weights."
+            )
         reading = ReadOptions(allow_partial=request.config((), "iteris").unmergeable == "skip")
-        with ready_for_merge(clip), ComfyHost(model, clip, **request.base) as host:
+        with rows_named(specs), ready_for_merge(clip), ExitStack() as stack:
+            host = model and stack.enter_context(ComfyHost(model, clip, **request.base))
             concept, runs = read_concept(specs[0], host, reading), host if by == "outputs" else None
             found = resize_lora(concept, target, runs, **_run(cls.hidden, request))
         lines = [found.summary(), *found.lora.notes]
@@ -165,90 +162,3 @@ class ExtractLora(io.ComfyNode):
             how = {"prompts": lines_of(prompts) or None, **_run(cls.hidden, request)}
             found = extract_lora(base, tuned, target, base.base, **how)
         return _output(cls.hidden, model, clip, found.lora, [found.summary()])
-
-
-_ALIKE = 0.5
-"""The conflict at which two LoRAs count as alike. For changes of equal size it is their cosine:
-they share half of their effect."""
-
-
-class InspectLoras(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            "IterisInspectLoras",
-            ["lora info", "lora interference", "dry run", "lora compatibility"],
-            inputs=[*model_inputs(), *method_inputs()],
-            group="files",
-            outputs=("plot", "table"),
-            is_output_node=True,
-        )
-
-    @classmethod
-    def execute(
-        cls, model: Any, concepts: Any, clip: Any = None, method: str = "iteris", **values: Any
-    ) -> io.NodeOutput:
-        node_id, specs = cls.hidden.unique_id, specs_of(concepts)
-        request, reading = Request.of(values, model), ReadOptions(allow_partial=True)
-        with ready_for_merge(clip), ComfyHost(model, clip, **request.base) as host:
-            loaded = [read_concept(spec, host, reading) for spec in specs]
-            loras = [replace(c.lora, name=c.name) for c in loaded if c.lora is not None]
-            if not loras:
-                raise IterisError("No LoRA is connected; connect at least one.")
-            names = [lora.name for lora in loras]
-            for at, name in enumerate(names):
-                if count := names[:at].count(name):  # two LoRAs "sks": the second is "sks (2)"
-                    loras[at] = replace(loras[at], name=f"{name} ({count + 1})")
-            facts = [describe(lora) for lora in loras]
-            lines = [f"{'LoRA':24} {'sites':>6} {'rank':>8} {'size':>8}"]
-            for lora in facts:
-                ranks = "/".join(map(str, lora.ranks))
-                size = math.hypot(*(block.norm for block in lora.blocks.values()))
-                lines.append(f"{lora.name:24} {lora.sites:6} {ranks:>8} {size:8.2f}")
-            for pair in (interference(one, two) for one, two in combinations(loras, 2)):
-                both = f"{pair.first} and {pair.second}"
-                if pair.shared:
-                    lines.append(f"{both}: overlap {pair.rows:.0%}, conflict {pair.conflict:.0%}")
-                if pair.conflict > _ALIKE:
-                    lines.append(
-                        f"{both} are ALIKE ({pair.conflict:.0%}): two versions of one LoRA? Merge "
-                        "one of them."
-                    )
-            lines += [f"{lora.name}: {note}" for lora in loras for note in lora.notes]
-            lines += [
-                f"{concept.name}: no trigger words and no prompts; it acts on every prompt. Type "
-                "its words if it has any."
-                for spec, concept in zip(specs, loaded, strict=True)
-                if spec.file and not spec.prompts and not spec.phrases and spec.always_on == "no"
-            ]
-            how = {**request.config(specs, method).choices, "on_progress": NodeProgress(node_id)}
-            try:
-                budget = request.memory_budget
-                lines += preview_merge(host, loaded, **how, memory_budget=budget).lines()
-            except IterisError as error:
-                lines.append(f"A merge would fail: {error}")
-        table = "\n".join(lines)
-        show_text(table, node_id)
-        return io.NodeOutput(to_plot(_plot(facts)), table, ui=ui_text(table))
-
-
-def _plot(facts: Sequence[LoraFacts]) -> Any:
-    """A heat map, block × LoRA, of each block's share of the LoRA's energy, as a matplotlib
-    Figure."""
-    from matplotlib.figure import Figure
-
-    blocks = list(dict.fromkeys(block for lora in facts for block in lora.blocks))
-    shares = [[lora.blocks[b].share if b in lora.blocks else 0.0 for lora in facts] for b in blocks]
-    most = max(map(max, shares))
-    size = 4 + max(1.5, 0.5 * len(facts)), 1.5 + 0.35 * len(blocks)
-    figure = Figure(figsize=size, layout="constrained")
-    axis = figure.subplots()
-    image = axis.imshow(shares, vmin=0, vmax=most, cmap="viridis", aspect="auto")
-    axis.set_xticks(range(len(facts)), [lora.name for lora in facts], rotation=45, ha="right")
-    axis.set_yticks(range(len(blocks)), blocks)
-    for y, row in enumerate(shares):
-        for x, share in enumerate(row):
-            color = "white" if share < 0.6 * most else "black"
-            axis.text(x, y, f"{share:.2f}", ha="center", va="center", color=color, fontsize=8)
-    figure.colorbar(image, label="share of the LoRA's energy")
-    return figure

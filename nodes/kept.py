@@ -40,21 +40,26 @@ _PACK = digest(
 )
 """A hash of the code that runs: an update of the pack counts from the next start on."""
 _ABOUT = "about"
+_IN_HEADLINE = ("samples", "LoRAs", "files", "size")
+"""Notes that the headline has: what left prompts out, and what was known before the merge ran."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Merge:
-    """A merged ``lora``, its report as text, and whether its components are ``ordered`` by output
-    energy. ``short``: of a merge with rows or prompts left out, the limits that did it
-    (``minutes``, and ``memory`` in bytes) and what must be exceeded to make it again. ``again``:
-    the input *kept* asked for it."""
+    """A merged ``lora``, its report in two parts, and whether its components are ``ordered`` by
+    output energy. Everybody should read the ``headline``, and may read the ``details``. ``short``:
+    of a merge with rows or prompts left out, the limits that did it (``minutes``, and ``memory`` in
+    bytes) and what must be exceeded to make it again. ``stopped`` says where the user stopped its
+    steps, which it lacks. ``again``: the input *kept* asked for it."""
 
     lora: Lora
-    report: str
+    headline: str
+    details: str
     ordered: bool
     short: Mapping[str, float] = field(default_factory=dict[str, float])
     again: bool = False
+    stopped: str = ""
 
     @classmethod
     def of(
@@ -63,10 +68,18 @@ class Merge:
         report = result.report
         settings = report.settings
         ordered = settings.get("objective") == "output" and not settings.get("steps")
-        planned = f"Planned: {report.outlook}.\n" if report.outlook else ""
+        cautions = [f"Not enough memory for {line}." for line in report.short]
+        cautions += [note for name in _IN_HEADLINE for note in report.notes.get(name, ())]
+        headline = "\n  ".join([report.headline(), *cautions])
+        planned = f"  Planned: {report.outlook}.\n" if report.outlook else ""
         cut = {"memory": bool(report.short), "minutes": "samples" in report.notes}
         short = {name: limit for name, limit in (limits or {}).items() if cut[name]}
-        return cls(result.lora, planned + report.summary(), ordered, short, again)
+        details = planned + report.summary()
+        return cls(result.lora, headline, details, ordered, short, again)
+
+    @property
+    def report(self) -> str:
+        return f"{self.headline}\n{self.details}"
 
     def serves(self, limits: Mapping[str, float], *, again: bool) -> bool:
         """False if within ``limits`` it would be better, or if it is to be made ``again`` and was
@@ -125,11 +138,11 @@ def key_on_disk(
 
 
 def _by_content(concept: Concept) -> Concept:
-    hashes = [_hash(one) for file in concept.files for one in (file, *sidecar_files(file))]
+    hashes = [file_hash(one) for file in concept.files for one in (file, *sidecar_files(file))]
     return replace(concept, sha256="+".join(hashes), file=None, low=None)
 
 
-def _hash(file: Path) -> str:
+def file_hash(file: Path) -> str:
     """SHA-256 of a file, which is read again only when it has changed."""
     try:
         now = file.stat()
@@ -157,8 +170,10 @@ def in_half(lora: Lora) -> Lora:
     return replace(lora, sites=stored)
 
 
-def keep(merge: Merge, place: Place) -> None:
-    """Put a merge into its place."""
+def keep(merge: Merge, place: Place | None) -> None:
+    """Put a merge into its place, if it has one."""
+    if place is None:
+        return
     if not isinstance(place, str):
         _last[:] = [(place, merge)]
         return
@@ -175,10 +190,12 @@ def keep(merge: Merge, place: Place) -> None:
         "metadata": dict(lora.metadata),
         "kernels": {site: change.kernel for site, change in lora.sites.items()},
         "scales": scales,
-        "report": merge.report,
+        "headline": merge.headline,
+        "details": merge.details,
         "ordered": merge.ordered,
         "short": dict(merge.short),
         "again": merge.again,
+        "stopped": merge.stopped,
     }
     text = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
     if (merges := store("merges")) is not None:
@@ -212,7 +229,9 @@ def kept(place: Place, model: Any, clip: Any, concepts: Sequence[Concept]) -> Me
             base=ComfySites(model, clip).base,
             embeddings=embeddings,
         )
-        told = (about[name] for name in ("report", "ordered", "short", "again"))
+        told = (
+            about[name] for name in ("headline", "details", "ordered", "short", "again", "stopped")
+        )
         return Merge(lora, *told)
     except (IterisError, KeyError, TypeError, ValueError):
         return None
@@ -220,7 +239,7 @@ def kept(place: Place, model: Any, clip: Any, concepts: Sequence[Concept]) -> Me
 
 def _renamed(metadata: Mapping[str, str], concepts: Sequence[Concept]) -> Mapping[str, str]:
     """A merged LoRA's metadata with the names that the files of its ``concepts`` have now."""
-    files = {"+".join(map(_hash, one.files)): one.files for one in concepts if one.files}
+    files = {"+".join(map(file_hash, one.files)): one.files for one in concepts if one.files}
     recipe = parse_object(metadata.get("iteris"))
     entries = [
         {**one, "lora": own[0].stem, "file": "+".join(map(listed_name, own))}

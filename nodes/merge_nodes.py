@@ -20,7 +20,7 @@ from .comfy_runtime import show_text, ui_text
 from .concept_specs import specs_of
 from .kept import Merge
 from .merge_settings import Request
-from .merging import as_lora_model, as_lora_models, merged
+from .merging import as_lora_model, as_lora_models, merged, merged_from_files
 from .save_node import how_to_call
 from .schema import (
     MERGED,
@@ -43,15 +43,21 @@ class IterisMerge(io.ComfyNode):
         return schema(
             "IterisMerge",
             ["merge loras", "lora merger", "combine loras", "multi concept", "merge styles"],
-            inputs=[*model_inputs(), *method_inputs(strength_input("strength", optional=True))],
+            inputs=[
+                *model_inputs(needed=False),
+                *method_inputs(strength_input("strength", optional=True)),
+            ],
             outputs=(*MERGED, "trigger_words"),
         )
 
     @classmethod
-    def execute(cls, model: Any, concepts: Any, clip: Any = None, **values: Any) -> io.NodeOutput:
+    def execute(
+        cls, model: Any = None, concepts: Any = (), clip: Any = None, **values: Any
+    ) -> io.NodeOutput:
         merge = _merge(cls.hidden, model, clip, concepts, values)
         lora = as_lora_model(merge)
-        return _output(cls.hidden, (*apply_lora(model, clip, lora), lora), merge)
+        applied = (None, None) if model is None else apply_lora(model, clip, lora)
+        return _output(cls.hidden, (*applied, lora), merge)
 
 
 class IterisMergeExperts(io.ComfyNode):
@@ -90,14 +96,20 @@ class IterisMergeExperts(io.ComfyNode):
         return _output(cls.hidden, (model, model_low, clip_out, high, low), merge)
 
 
+_DETAILS = "  Details: connect the output report to Preview as Text."
+
+
 def _merge(
     hidden: Any, model: Any, clip: Any, concepts: Any, values: Mapping[str, Any], **experts: Any
 ) -> Merge:
-    """The merge for the inputs' ``values``, at their strength, with the whole report."""
+    """The merge for the inputs' ``values``, at their strength."""
     strength: float = values.get("strength", 1.0)
     request = Request.of(values, model)
     config = request.config(specs_of(concepts), values.get("method", METHOD))
-    merge = merged(model, clip, config, request, hidden.unique_id, **experts)
+    if model is None:
+        merge = merged_from_files(config, hidden.unique_id)
+    else:
+        merge = merged(model, clip, config, request, hidden.unique_id, **experts)
     scaled = (
         f"\n  At strength {strength:g}, in the file as well: each strength is a file of its own, "
     )
@@ -105,13 +117,15 @@ def _merge(
     called = how_to_call(bundled(merge.lora.embeddings))
     if words := _words(merge):
         called = f"\n  Trigger words: {words}{called}"
-    report = merge.report + (scaled if strength != 1 else "") + called
-    return replace(merge, lora=scaled_lora(merge.lora, strength), report=report)
+    headline = merge.headline + (scaled if strength != 1 else "") + called
+    return replace(merge, lora=scaled_lora(merge.lora, strength), headline=headline)
 
 
 def _output(hidden: Any, made: Sequence[Any], merge: Merge) -> io.NodeOutput:
-    show_text(merge.report, hidden.unique_id)
-    return io.NodeOutput(*made, merge.report, _words(merge), ui=ui_text(merge.report))
+    shown = f"{merge.headline}\n{_DETAILS}"
+    show_text(shown, hidden.unique_id)
+    ui = {**ui_text(shown), "report": [merge.report]}
+    return io.NodeOutput(*made, merge.report, _words(merge), ui=ui)
 
 
 def _words(merge: Merge) -> str:
@@ -152,20 +166,23 @@ class CompareMerges(io.ComfyNode):
         node_id = cls.hidden.unique_id
         drawn: list[tuple[str, Any, Any]] = []
         reports: list[str] = []
+        headlines: list[str] = []
         for label, config in rows:
             if config is None:
                 drawn.append((label, model, clip))
                 continue
             merge = merged(model, clip, config, request, node_id)
             reports.append(f"{label}: {merge.report}")
+            headlines.append(f"{label}: {merge.headline}")
             for strength in strengths:
                 at = replace(merge, lora=scaled_lora(merge.lora, strength))
                 name = label if strengths == [1] else f"{label} at {strength:g}"
                 drawn.append((name, *apply_lora(model, clip, as_lora_model(at))))
-        report = "\n".join(reports)
-        show_text(report, node_id)
+        report, shown = "\n".join(reports), "\n".join([*headlines, _DETAILS])
+        show_text(shown, node_id)
         labels, models, clips = (list(column) for column in zip(*drawn, strict=True))
-        return io.NodeOutput(models, clips, labels, report, ui=ui_text(report))
+        ui = {**ui_text(shown), "report": [report]}
+        return io.NodeOutput(models, clips, labels, report, ui=ui)
 
 
 def _row(number: int, first: str) -> Any:

@@ -53,7 +53,8 @@ class Request:
         direct = {name: values[name] for name in _DIRECT if name in values}
         references = References.of(values.get("conditioning"), values.get("latent"))
         given = values.get("settings") or {}
-        return cls(**direct, values=given, references=references, pixels=scale(model))
+        pixels = 8 if model is None else scale(model)
+        return cls(**direct, values=given, references=references, pixels=pixels)
 
     def config(self, concepts: Sequence[Concept], method: str) -> MergeConfig:
         """The inputs over the preset."""
@@ -74,11 +75,11 @@ class Request:
     def _settings(self, method: str) -> dict[str, Any]:
         """The method's settings; of methods other than iteris, the rank."""
         if method != METHOD:
-            rank = self.values.get("rank")
+            rank = self.values.get("rank", 0)
             known = declared_settings(find_method(method).settings)
-            return {"rank": rank} if rank and "rank" in known else {}
+            return {"rank": rank} if rank > 0 and "rank" in known else {}
         values = {name: self.values[name] for name in ITERIS if name in self.values}
-        return changed(IterisSettings, values)
+        return changed(IterisSettings, values, self.preset)
 
     @property
     def memory_budget(self) -> int | Literal["free"]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -18,15 +19,17 @@ from ..iteris_core.lora_files import ReadOptions, to_tensors
 from ..iteris_core.lora_files.embeddings import bundled
 from ..iteris_core.lora_files.experts import split_experts
 from ..iteris_core.merge import MergeResult, merge_loras
-from ..iteris_core.methods import find_method
+from ..iteris_core.methods import all_methods, find_method
+from ..iteris_core.progress import Progress
 from ..iteris_core.report.provenance import cut_lora
 from ..iteris_core.settings import PRESETS, declared_settings
 from ..iteris_core.solve.choose import THRESHOLDS, Thresholds
+from .before_merge import about_loras, cautions, check
 from .comfy_host import ComfyHost
 from .comfy_runtime import NodeProgress, could_free, show_text
 from .comfy_state import ready_for_merge
-from .concept_specs import DENOISER
-from .kept import Merge, Place, in_half, keep, kept, place_of, store
+from .concept_specs import DENOISER, rows_named
+from .kept import Merge, in_half, keep, kept, place_of, store
 from .merge_settings import Request
 
 _ROWS = 32
@@ -36,6 +39,11 @@ _NOTE = (
     "  Made before with the same inputs, so nothing ran. To make it again, set kept to make again "
     "in IterIS Settings."
 )
+_WITHOUT_STEPS = (
+    "  {}, so this is the merge without steps. It is made again, with them, when kept is set to "
+    "make again in IterIS Settings."
+)
+_KEPT = "{}. The merge without steps is kept: queue again to use it."
 _log = logging.getLogger(__name__)
 
 
@@ -69,6 +77,7 @@ def merge_on(
     thresholds: Thresholds = THRESHOLDS,
     again: bool = False,
     rescue: Callable[[MergeResult], None] | None = None,
+    warned: Mapping[str, str] | None = None,
     **base: Any,
 ) -> MergeResult:
     """Merge with at most ``rows`` rows per forward; halved whenever memory runs out.
@@ -76,10 +85,13 @@ def merge_on(
     ``memory_budget`` is the memory in bytes that the merge may use beyond the model; by default
     ComfyUI's free memory. The node and the report show the resulting plan. Settings that the method
     lacks are ignored; ``thresholds`` holds the thresholds; with ``again`` samples that are kept are
-    made again, too; ``rescue`` gets what there is if the user interrupts during the steps; ``base``
-    are arguments of :class:`.comfy_host.ComfyHost`. Raises :class:`IterisError` if the merge cannot
-    fit.
+    made again, too; ``rescue`` gets what there is if the user interrupts during the steps; the
+    report and, from the first on, the node have what is ``warned`` of; ``base`` are arguments of
+    :class:`.comfy_host.ComfyHost`. Raises :class:`IterisError` if the merge cannot fit.
     """
+    progress = NodeProgress(node_id)
+    for about, caution in (warned or {}).items():
+        progress(Progress(about, plan=caution))
     known = declared_settings(find_method(config.method).settings)
     reading = ReadOptions(allow_partial=config.unmergeable == "skip")
     settings = {**config.settings, "micro_batch": rows}
@@ -90,7 +102,7 @@ def merge_on(
                 host,
                 [read_concept(concept, host, reading) for concept in config.concepts],
                 **{**config.choices, "settings": settings},
-                on_progress=NodeProgress(node_id),
+                on_progress=progress,
                 memory_budget=memory_budget,
                 thresholds=thresholds,
                 store=store("samples", anew=again),
@@ -98,6 +110,8 @@ def merge_on(
             )
         except OutOfMemory as error:  # the node has an input in pixels
             raise OutOfMemory(str(error).replace("latent_size", "image_size")) from error
+    for about, caution in (warned or {}).items():
+        result.report.note(about, caution)
     _log.info("IterIS: merged with %s on %d rows", config.method, result.report.rows)
     return result
 
@@ -128,6 +142,20 @@ def merged(
 ) -> Merge:
     """The merge of ``config``, perhaps one that was kept; ``low`` and ``boundary`` as in
     :class:`.comfy_host.ComfyHost`."""
+    check(config)
+    with rows_named(config.concepts):
+        return _merged(model, clip, config, request, node_id, low, boundary)
+
+
+def _merged(
+    model: Any,
+    clip: Any,
+    config: MergeConfig,
+    request: Request,
+    node_id: str | None,
+    low: Any,
+    boundary: float | None,
+) -> Merge:
     show_text("Reading the LoRAs", node_id)  # large files take seconds
     models = [model] if low is None else [model, low]
     place = place_of(models, clip, config, request, boundary)
@@ -140,25 +168,67 @@ def merged(
     if place is not None and found is not None and found.serves(limits, again=again):
         if found.again and not again:  # choosing it once more makes it once more
             keep(replace(found, again=False), place)
-        return replace(found, report=f"{found.report}\n{_NOTE}")
+        note = _WITHOUT_STEPS.format(found.stopped) if found.stopped else _NOTE
+        return replace(found, headline=f"{found.headline}\n{note}")
     experts = {} if low is None else {"low": low, "boundary": boundary}
     base: dict[str, Any] = {**request.base, **experts}
     most = {**limits, "memory": limits["memory"] * (_NOISE if memory == "free" else 1)}
 
-    def kept_as(result: MergeResult, place: Place | None, *, again: bool = again) -> Merge:
-        merge = Merge.of(replace(result, lora=in_half(result.lora)), most, again=again)
-        if place is not None:
-            keep(merge, place)
-        return merge
+    def merge_of(result: MergeResult, *, again: bool = again) -> Merge:
+        return Merge.of(replace(result, lora=in_half(result.lora)), most, again=again)
 
     def rescue(result: MergeResult) -> None:
-        """Keep a merge that was interrupted in its steps as what it is: one without steps."""
+        """Keep a merge that was interrupted in its steps as what it is, one without steps, and
+        where the inputs find it, unless a whole one is there."""
         settings = {name: value for name, value in config.settings.items() if name != "steps"}
         settings |= {"steps": 0} if PRESETS[config.preset].settings.get("steps") else {}
         without = config.model_copy(update={"settings": settings})
-        kept_as(result, place_of(models, clip, without, request, boundary), again=False)
+        merge, stopped = merge_of(result, again=False), _stopped(result)
+        if stopped or found is None:
+            keep(merge, place_of(models, clip, without, request, boundary))
+        if stopped and (found is None or found.stopped):
+            keep(replace(merge, stopped=stopped), place)
+            show_text(_KEPT.format(stopped), node_id)
 
     result = merge_on(
-        model, clip, config, node_id, memory_budget=memory, again=again, rescue=rescue, **base
+        model,
+        clip,
+        config,
+        node_id,
+        memory_budget=memory,
+        again=again,
+        rescue=rescue,
+        warned=cautions(model, request.references.latent, config),
+        **base,
     )
-    return kept_as(result, place)
+    merge = merge_of(result)
+    keep(merge, place)
+    return merge
+
+
+def merged_from_files(config: MergeConfig, node_id: str | None) -> Merge:
+    """The merge of ``config`` without a MODEL, by a method that looks at weights alone. The LoRAs
+    are read for the released model for which they were made."""
+    check(config)
+    if find_method(config.method).needs_host:
+        others = ", ".join(method.name for method in all_methods() if not method.needs_host)
+        raise IterisError(
+            f"No MODEL is connected, and the method {config.method} runs it. Connect MODEL and "
+            f"CLIP, or choose a method that looks at weights alone: {others}."
+        )
+    reading = ReadOptions(allow_partial=config.unmergeable == "skip")
+    warned = about_loras(config.concepts)
+    with rows_named(config.concepts), ready_for_merge():
+        concepts = [read_concept(concept, None, reading) for concept in config.concepts]
+        result = merge_loras(None, concepts, **config.choices, on_progress=NodeProgress(node_id))
+    for about, caution in warned.items():
+        result.report.note(about, caution)
+    return Merge.of(result)
+
+
+def _stopped(result: MergeResult) -> str:
+    """Where the user stopped the steps of a merge; empty if there were none."""
+    if not (notes := result.report.notes.get("steps")):
+        return ""
+    at = re.search(r"stopped after (\d+) of (\d+)", " ".join(notes))
+    return f"Stopped at step {at[1]} of {at[2]}" if at else "Stopped before its steps were measured"

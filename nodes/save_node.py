@@ -27,6 +27,7 @@ from ..iteris_core.lora_files.tensors import (
 from ..iteris_core.report.card import card_of, write_card
 from .comfy_internals import optional
 from .comfy_runtime import show_text, ui_text
+from .lora_manager import is_free_for_metadata, metadata_file, write_metadata
 from .merging import LoraModel as MergedLora
 from .pictures import save_thumbnail
 from .schema import LoraModel, schema
@@ -103,6 +104,7 @@ class SaveMergedLora(io.ComfyNode):
             lines = save_embeddings(tensors, subfolder)
             page, picture = file.with_suffix(".md"), file.with_suffix(".preview.png")
             free = _is_free_for_a_card(page, file)
+            notes_free = is_free_for_metadata(file)
             if not _holds(file, metadata):
                 save_atomically(dict(tensors), file, metadata)
             if thumbnail is not None and not save_thumbnail(thumbnail, picture):
@@ -111,6 +113,10 @@ class SaveMergedLora(io.ComfyNode):
                 write_card(file)
             elif card:
                 lines += _STAYS.format(page.name, "card")
+            if card and notes_free:
+                write_metadata(file)
+            elif card:
+                lines += _STAYS.format(metadata_file(file).name, "metadata")
         except SaveError as error:
             raise SaveError(f"{error} The merge is kept; queue again to save it.") from error
         except OSError as error:

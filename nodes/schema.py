@@ -78,7 +78,7 @@ def discreet(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
         try:
             return run.__func__(cls, *given, **values)
         except IterisError as error:
-            error.args = (_as_inputs(_without_folders(str(error))),)
+            error.args = (discreetly(error),)
             raise
         except (AttributeError, ImportError) as error:
             if gone := missing():
@@ -90,14 +90,18 @@ def discreet(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
 
 
 _OPTIONS = {
+    "name its base: BASE for merge, option base BASE for others, a host in Python": (
+        "connect its MODEL and CLIP"
+    ),
     "option allow_partial": "cannot_merge: skip on IterIS Settings",
     "option unmergeable": "cannot_merge on IterIS Settings",
     "denoising_steps to": "denoising_steps on IterIS Settings to",
 }
 
 
-def _as_inputs(text: str) -> str:
-    """``text`` with the library's options as the nodes' inputs."""
+def discreetly(error: IterisError) -> str:
+    """Its message, with files as ComfyUI lists them and the library's options as inputs."""
+    text = _without_folders(str(error))
     for option, here in _OPTIONS.items():
         text = text.replace(option, here)
     return text
@@ -119,6 +123,7 @@ def schema(
     group: str = "",
     *,
     lists: Container[str] = (),
+    hidden: Sequence[Any] = (),
     **more: Any,
 ) -> io.Schema:
     """A schema in the pack's category, or its ``group``; ``aliases`` are search terms, in versions
@@ -147,7 +152,7 @@ def schema(
         description=texts["description"],
         inputs=inputs,
         outputs=made,
-        hidden=[io.Hidden.unique_id],
+        hidden=[io.Hidden.unique_id, *hidden],
         **more,
     )
 
@@ -156,12 +161,20 @@ _NONE: Mapping[str, float] = {"saliency": -1, "contexts": -1}
 """Setting → the value that means none, if 0 has another meaning."""
 
 
+BY_PRESET: Mapping[str, int] = {"rank": -1, "steps": -1}
+"""Setting → the value that leaves it to the preset, where 0 is to override one."""
+
+
 def setting_input(owner: type[Settings], name: str) -> Any:
     """The input of a setting, with its limits and help."""
     declared = declared_settings(owner)[name]
     none = _NONE.get(name, 0)
     tooltip = f"{declared.help} {none}: {declared.none}." if declared.none else declared.help
     default = none if declared.default is None else declared.default
+    if name in BY_PRESET:
+        default = BY_PRESET[name]
+        own = [f"{p} {s.settings[name]}" for p, s in PRESETS.items() if s.settings.get(name)]
+        tooltip += f" {default}: set by the preset ({', '.join(own)})."
     shared: dict[str, Any] = {"default": default, "tooltip": tooltip, "optional": True}
     if declared.kind is bool:
         return io.Boolean.Input(name, **shared)
@@ -169,7 +182,7 @@ def setting_input(owner: type[Settings], name: str) -> Any:
         return io.Combo.Input(name, options=list(declared.choices), **shared)
     shared |= {
         "default": declared.kind(default),
-        "min": declared.kind(none if declared.optional else declared.low or 0),
+        "min": declared.kind(BY_PRESET.get(name, none if declared.optional else declared.low or 0)),
         "max": declared.kind(declared.most or declared.high or 1),
     }
     if declared.kind is int:
@@ -177,19 +190,28 @@ def setting_input(owner: type[Settings], name: str) -> Any:
     return io.Float.Input(name, **shared, step=declared.step or 0.05, round=False)
 
 
-def changed(owner: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that are not the settings' defaults; None for the one that means none."""
+def changed(
+    owner: type[Settings], values: Mapping[str, Any], preset: PresetName = "default"
+) -> dict[str, Any]:
+    """The values that are not the settings' defaults or, of :data:`BY_PRESET`, not the preset's;
+    None for the one that means none."""
     given: dict[str, Any] = {}
     for name, value in values.items():
         declared = declared_settings(owner)[name]
         value = None if declared.optional and value == _NONE.get(name, 0) else value
-        if value != declared.default:
+        default = declared.default
+        if name in BY_PRESET:
+            default = PRESETS[preset].settings.get(name, default)
+            value = default if value == BY_PRESET[name] else value
+        if value != default:
             given[name] = value
     return given
 
 
-def model_inputs() -> list[Any]:
-    return [io.Model.Input("model"), io.Clip.Input("clip", optional=True), concepts_input()]
+def model_inputs(*, needed: bool = True) -> list[Any]:
+    """MODEL, CLIP and concepts; MODEL is not ``needed`` where nothing may run it."""
+    model = io.Model.Input("model", optional=not needed)
+    return [model, io.Clip.Input("clip", optional=True), concepts_input()]
 
 
 def sampling_inputs() -> list[Any]:

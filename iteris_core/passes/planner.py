@@ -27,7 +27,6 @@ from ..activations.micro_batch import MicroBatch, Observer
 from ..activations.trace import Barriers, ExecutionTrace, with_replayable
 from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
-from ..progress import duration
 from ..solve.choose import THRESHOLDS, Thresholds
 from ..solve.problem import StageSolver
 from .batches import ExecutionConfig, Schedule, fewer, limit_of, sampled_rows
@@ -129,9 +128,9 @@ class Plan:
 
 
 def outlook_of(job: Job, plans: Sequence[Plan]) -> str:
-    """What a merge takes and gives, in a line: the time left, rows that do not fit, and at most the
-    rank and the size of the file."""
-    left, offered = job.eta.left(), sum(plan.offered for plan in plans)
+    """What a merge takes and gives besides its time, in a line: rows that do not fit, and at most
+    the rank and the size of the file."""
+    offered = sum(plan.offered for plan in plans)
     short = offered - sum(plan.rows for plan in plans)
     ranks = {site: job.largest_rank(some) for site, some in job.changes.items()}
     included = changes_of(job.included) if job.included else {}
@@ -145,7 +144,6 @@ def outlook_of(job: Job, plans: Sequence[Plan]) -> str:
     )
     largest = max(ranks.get(site, 0) + more.get(site, 0) for site in shapes)
     parts = [
-        f"{'at most ' if job.eta.at_most else ''}about {duration(left)}" if left else "",
         f"{short} of {offered} rows left out" if short else "no row left out" if offered else "",
         f"rank at most {largest}",
         f"file at most {size / 2**20:.1f} MiB as float16",

@@ -18,6 +18,8 @@ FEW = 12
 LITTLE = 0.4
 """A merge that keeps less than this of the LoRAs' effects on held-out rows is little more than
 their mean (docs/decisions.md, "What is kept is measured on held-out rows")."""
+STRONG = 0.65
+"""Two LoRAs keep .67 to .75 by default, five .51 to .63 (``benchmarks/results/bounds_*.json``)."""
 BRITTLE = 0.5
 """A use in which less than this share of what is kept at strength 1 is left breaks a merge."""
 
@@ -181,6 +183,27 @@ class MergeReport:
             "Closer to what every LoRA does than the mean of the LoRAs is; least so for "
             f"{max(left)[1]}."
         )
+
+    @property
+    def grade(self) -> str:
+        """The verdict in a word: strong, fair or weak; empty if nothing was measured."""
+        kept = self._kept()
+        if not self.loras or "1" not in kept:
+            return ""
+        if not kept["1"] >= LITTLE:  # nor if it is no number
+            return "weak"
+        whole = not self.lacks and all(share >= LITTLE for share in self.kept["1"])
+        lasts = all(share >= BRITTLE * kept["1"] for share in kept.values())
+        return "strong" if kept["1"] >= STRONG and whole and lasts else "fair"
+
+    def headline(self) -> str:
+        """The verdict as a line that begins with its :attr:`grade`, for those who read no more."""
+        verdict = self.verdict()
+        if not self.grade:
+            return verdict
+        share = f"{self._kept()['1']:.2f} of what each LoRA does is kept on new prompts"
+        told = f"{self.grade.capitalize()}: {share}{self._least()}."
+        return told if verdict == self._shares() else f"{told} {verdict.removeprefix('Weak: ')}"
 
     def _shares(self) -> str:
         shares = sorted(self._kept().items(), key=lambda item: item[0] != "1")

@@ -25,7 +25,7 @@ from ..errors import SiteError, SolveError
 from ..hosts.protocol import DENOISING, Row, Stage
 from ..linalg import on_host
 from ..lora import LowRank, concatenate
-from ..progress import OUTLOOK
+from ..progress import OUTLOOK, duration
 from ..solve.problem import Reduction, Solution, StageSolver
 from .batches import SWEEP, ExecutionConfig, Schedule, micro_batches, sampled_rows
 from .collect import Collector
@@ -80,8 +80,9 @@ class Passes:
             batching = replace(self.batching, rows=plan.at_once)
             for batch in micro_batches(stage, 1, None, batching) if stage.feeds_next else ():
                 lockstep.run(batch)
-        job.report.outlook = outlook_of(job, self.plans)
-        job.tick(OUTLOOK, 0, 0, job.report.outlook)
+        left, outlook = job.eta.left(), outlook_of(job, self.plans)
+        job.report.outlook = f"about {duration(left)}, {outlook}" if left else outlook
+        job.tick(OUTLOOK, 0, 0, outlook)  # which tells the time left
 
     def solve(self) -> Merged:
         """Every site's solution, in execution order. A site that no forward reaches is an error."""

@@ -195,6 +195,8 @@ def shared_triggers(concepts: Sequence[Concept]) -> list[list[str]]:
 def _clash(first: Concept, second: Concept) -> str:
     if first.preserves or second.preserves:
         return ""
+    if first.lora and second.lora and first.lora.sha256 == second.lora.sha256 != "":
+        return f"its file is that of {first.name}, too, and so counts twice: leave one of them out"
     ours, theirs = (
         [" ".join(text.lower().split()) for text in concept.phrases] for concept in (first, second)
     )

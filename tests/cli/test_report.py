@@ -97,6 +97,32 @@ def test_outputs_that_are_not_numbers(tmp_path):
         json.dumps(broken.to_dict(), allow_nan=False)
 
 
+def test_the_verdict_in_a_word_comes_first():
+    """As good as the LoRA that is kept least, and as the use in which least is kept."""
+    site, beside = SiteReport(1, (0.5, 0.5), (1.0, 0.5), (0.1, 0.2)), "beside another LoRA"
+    found = MergeReport("iteris", ["cat", "dog"], {"unet.a": site}, 1.0)
+    for kept, word in (
+        ({"1": (0.8, 0.6)}, "Strong: 0.70 of what each LoRA does is kept on new prompts, least of"),
+        ({"1": (0.9, 0.5), beside: (0.1, 0.2)}, "Fair: 0.70 of what each LoRA does is kept"),
+        ({"1": (1.0, 0.3)}, "Fair: 0.65 of"),
+        ({"1": (0.6, 0.5)}, "Fair: 0.55 of"),
+        ({"1": (0.5, 0.1)}, "Weak: 0.30 of"),
+    ):
+        line = replace(found, kept=kept).headline()
+        assert line.startswith(word)
+        assert "\n" not in line
+    weak = replace(found, kept={"1": (0.5, 0.1)}).headline()
+    assert weak.count("Weak") == 1
+    assert "Use more samples" in weak
+    lacking = replace(found, kept={"1": (0.8, 0.8)}, lacks=["2 tensors of cat"]).headline()
+    assert lacking.startswith("Fair: 0.80")
+    assert "Incomplete: the merge lacks 2 tensors of cat." in lacking
+    assert replace(found, method="average", sites={}).headline().startswith("Not measured")
+    broken = replace(found, kept={"1": (float("nan"), 0.9)}).headline()
+    assert broken.startswith("Weak")
+    assert "not numbers" in broken
+
+
 def test_one_lora_is_not_compared_with_its_own_mean():
     """Beside one that is always on, at weight 0 or without a LoRA."""
     own = Concept(make_lora(1), prompts=["unused"], trigger="cat")

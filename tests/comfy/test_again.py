@@ -1,6 +1,7 @@
 """After a change, a new run computes only what changed."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -82,14 +83,11 @@ def test_a_run_after_one_that_was_cancelled_has_the_same_rows(kit, desk, monkeyp
     assert desk.latents() == 4
 
 
-@pytest.mark.parametrize("done", [0, 2])
-def test_an_interrupt_is_comfyui_s_own_and_the_merge_without_steps_is_kept(
-    kit, desk, monkeypatch, done
-):
+@contextmanager
+def stopped_at(kit, monkeypatch, done):
+    """A merge in here is interrupted after so many steps."""
     import comfy.model_management as memory
 
-    before, plain = kit.outputs(), desk()[2]
-    kit.forget()
     progress = part(kit.pack, "nodes.comfy_runtime").NodeProgress
     told = progress.__call__
 
@@ -101,7 +99,71 @@ def test_an_interrupt_is_comfyui_s_own_and_the_merge_without_steps_is_kept(
     with monkeypatch.context() as patched:
         patched.setattr(progress, "__call__", stopping)
         with pytest.raises(memory.InterruptProcessingException):
-            desk(settings={"steps": 3})
+            yield
+
+
+def test_a_best_that_was_cancelled_is_found_by_the_same_inputs(kit, desk, monkeypatch):
+    """It says so, and when it is made again; a whole one is never replaced by it."""
+    presets = part(kit.pack, "iteris_core.settings").PRESETS
+    monkeypatch.setitem(presets["best"].settings, "steps", 3)
+    shown: list[str] = []
+    monkeypatch.setattr(
+        part(kit.pack, "nodes.merging"), "show_text", lambda text, _: shown.append(text)
+    )
+    best = {"preset": "best", "samples": 9}
+    again = {"settings": {"kept": "make again"}}
+    with stopped_at(kit, monkeypatch, 2):
+        desk(**best)
+    assert shown[-1] == (
+        "Stopped at step 2 of 3. The merge without steps is kept: queue again to use it."
+    )
+    merges = desk.merges()
+    stopped, report = desk(**best)[2:4]
+    assert "Stopped at step 2 of 3, so this is the merge without steps. It is made again" in report
+    assert "when kept is set to make again" in report
+    plain = desk(**best, settings={"steps": 0})[2]
+    assert desk.merges() == merges
+    assert all(torch.equal(tensor, plain[key]) for key, tensor in stopped.items())
+    whole, report = desk(**best, **again)[2:4]
+    assert "denoiser: 3 taken" in report
+    assert desk.merges() == merges + 1
+    desk(**best)
+    with stopped_at(kit, monkeypatch, 1):
+        desk(**best, **again)
+    found, report = desk(**best)[2:4]
+    assert desk.merges() == merges + 1
+    assert "denoiser: 3 taken" in report
+    assert all(torch.equal(tensor, found[key]) for key, tensor in whole.items())
+
+
+def test_settings_set_0_over_a_preset(kit):
+    """-1 leaves steps and rank to it, and is the default."""
+    request = part(kit.pack, "nodes.merge_settings").Request
+
+    def settings(preset, **values):
+        given = {"preset": preset, "settings": values}
+        return request.of(given, kit.model).config([], "iteris").settings
+
+    assert settings("best", steps=0) == {"steps": 0}
+    assert settings("tidy", steps=0, rank=0) == {"steps": 0, "rank": None}
+    assert settings("tidy", steps=-1, rank=-1) == settings("tidy", steps=100, rank=32) == {}
+    assert settings("default", steps=0, rank=0) == settings("best", steps=200) == {}
+    assert settings("default", steps=5, rank=8) == {"steps": 5, "rank": 8}
+    schema = kit.node("merge_settings", "IterisMergeSettings").define_schema()
+    assert {one.id: one.default for one in schema.inputs if one.id in ("steps", "rank")} == {
+        "steps": -1,
+        "rank": -1,
+    }
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_an_interrupt_is_comfyui_s_own_and_the_merge_without_steps_is_kept(
+    kit, desk, monkeypatch, done
+):
+    before, plain = kit.outputs(), desk()[2]
+    kit.forget()
+    with stopped_at(kit, monkeypatch, done):
+        desk(settings={"steps": 3})
     assert kit.unchanged(before)
     assert not torch.is_inference_mode_enabled()
     merges = desk.merges()

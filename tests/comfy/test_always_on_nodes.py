@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from kit import SETTINGS, use_folders
 
 
@@ -21,14 +22,21 @@ def test_it_is_as_if_load_lora_had_put_it_there(kit):
         assert float((ours[site].dense() - there).norm() / there.norm()) < 1e-3, site
 
 
-def test_two_bare_files_are_no_merge(kit, monkeypatch):
-    """As a LORA_STACK brings them."""
+def test_two_bare_files_are_no_merge_but_the_method_sum_adds_them_up(kit, monkeypatch):
+    """As a LORA_STACK brings them: MODEL and CLIP are as with Load LoRA."""
     use_folders(monkeypatch, kit.folder, "loras")
     merge = kit.node("merge_nodes", "IterisMerge")
     stack = [("b.safetensors", 0.7, 0.7), ("c.safetensors", 0.5, 0.5)]
     given = {"settings": SETTINGS, "samples": 2}
-    with pytest.raises(kit.core.IterisError, match="b and c have no trigger words"):
+    with pytest.raises(kit.core.IterisError, match="only be added up"):
         merge.execute(kit.model, stack, kit.clip, **given)
+    made = merge.execute(kit.model, stack, kit.clip, method="sum", **given).result
+    drawn = kit.draw(*made[:2])
+    kit.model, kit.clip = kit.stock("b.safetensors", 0.7)
+    wanted = kit.draw(*kit.stock("c.safetensors", 0.5))
+    torch.testing.assert_close(drawn, wanted, rtol=1e-2, atol=1e-2)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(drawn, kit.draw(kit.model, kit.clip), rtol=1e-2, atol=1e-2)
 
 
 def test_a_lora_that_is_on_model_already_is_refused(kit):

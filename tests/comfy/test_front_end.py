@@ -202,7 +202,7 @@ def test_a_graph_of_an_earlier_version_opens(client, tmp_path):
     seen = look(client, tmp_path / "old.json", tmp_path / "old.png")
     values = seen["values"]["IterisSettings"]
     assert (values["rank"], values["image_size"], values["repair"]) == (16, 64, False)
-    assert (values["denoising_steps"], values["steps"], values["kept"]) == (6, 0, "use")
+    assert (values["denoising_steps"], values["steps"], values["kept"]) == (6, -1, "use")
     assert seen["values"]["IterisMerge"]["preset"] == "default"
     compared = seen["values"]["IterisCompareMerges"]
     rows = [compared[f"row_{number}"] for number in range(1, 7)]

@@ -155,3 +155,39 @@ def test_no_path_of_this_machine_is_written(kit, save):
     for end in (".safetensors", ".md"):
         written = (kit.loras / name).with_suffix(end).read_bytes()
         assert str(kit.folder).encode() not in written
+
+
+# What Lora-Manager's BaseModelMetadata cannot be made without.
+NEEDED = {"file_name", "model_name", "file_path", "size", "modified", "sha256", "base_model",
+          "preview_url"}  # fmt: skip
+
+
+def test_lora_manager_reads_what_is_beside_the_file(kit, save):
+    """Ours is brought up to date; what Lora-Manager or a user made of it stays."""
+    lora = kit.lora_model(kit.merge(method="sum"))
+    picture = torch.full((1, 8, 8, 3), 0.5)
+    (name,) = save(lora, "sub/merged", card=True).result
+    file = kit.loras / name
+    path = file.with_suffix(".metadata.json")
+    content = json.loads(path.read_text())
+    assert content.keys() >= NEEDED
+    assert content["civitai"]["trainedWords"] == ["sks cat", "zwx dog"]
+    assert content["size"] == file.stat().st_size
+    assert content["sha256"] == part(kit.pack, "iteris_core.lora_files.tensors").file_digest(file)
+    assert content["base_model"] == "SD 1.5"
+    assert (content["file_name"], content["preview_url"]) == ("merged", "")
+    assert str(kit.folder) not in path.read_text()
+    specs = part(kit.pack, "iteris_core.lora_files.metadata")
+    assert specs.find_phrases(file, {}) == (("sks cat", "zwx dog"), ".metadata.json")
+    save(lora, "sub/merged", card=True, thumbnail=picture)
+    assert json.loads(path.read_text())["preview_url"] == "merged.preview.png"
+    other = kit.lora_model(kit.merge(method="average"))
+    save(other, "sub/merged", card=True, overwrite=True)
+    assert json.loads(path.read_text())["sha256"] != content["sha256"]
+    theirs = path.read_text().replace('"tags": [', '"favorite": true, "tags": [')
+    path.write_text(theirs)
+    shown = save(lora, "sub/merged", card=True, overwrite=True).ui["text"][0]
+    assert path.read_text() == theirs
+    assert "merged.metadata.json is not as IterIS wrote it, so it stays" in shown
+    save(lora, "plain")
+    assert not (kit.loras / "plain.metadata.json").exists()
