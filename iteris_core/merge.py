@@ -161,7 +161,8 @@ def _result(prepared: Prepared, merged: Merged) -> MergeResult:
     """The merged LoRA beside those that are always on, and its report."""
     job, report = prepared.job, prepared.job.report
     active = [*prepared.merging, *prepared.always]
-    changes = merged.changes | of_loras.means_of(job.concepts, prepared.others)
+    changes = {site: solution.change for site, solution in merged.sites.items()}
+    changes |= of_loras.means_of(job.concepts, prepared.others)
     changes = of_loras.beside(changes, of_loras.changes_always(job.included))
     embeddings, new_names, renamed = join_embeddings(active)
     where = {"include": "part of the merged LoRA", "outside": "load it beside the merged LoRA"}
@@ -203,7 +204,7 @@ def _better(job: Job, merged: Merged) -> tuple[Merged, dict[str, list[float]]]:
         if stopped is not None:
             again = "Ctrl-C again leaves them out"
             job.tick(f"held-out rows show whether the steps so far are kept; {again}", 0, 0)
-        shares = kept(job, *(version.changes for version in versions))
+        shares = kept(job, *({s: of.change for s, of in v.sites.items()} for v in versions))
     except BaseException as error:  # the merge is done
         stops = isinstance(error, (KeyboardInterrupt, *job.host.interrupts))
         if cancelled := stops or job.eta.cancelled:

@@ -28,7 +28,8 @@ from .methods.fitting import notes_on, streams_of
 from .methods.registry import Fit, settings_over
 from .passes import changes as of_loras
 from .passes import preflight
-from .passes.held_out import expect_held_out
+from .passes.held_out import WHAT as HELD_OUT
+from .passes.held_out import held_out_work
 from .passes.job import Job
 from .passes.report import MergeReport
 from .passes.time_limit import within_time
@@ -185,10 +186,11 @@ def _looked_at(
     job = replace(job, calibration=calibration, trace=trace)
     for seen in trace.stages:
         job.eta.did(seen.products, seen.seconds)
-    job = within_time(job, max(sweeps, 1))
+    if job.calibration.minutes is not None:
+        job = within_time(job, max(sweeps, 1))
     if steps:
         job.report.settings["steps"] = job.steps
-    expect_held_out(job)
+    job.eta.expect(HELD_OUT, held_out_work(job))
     few = job.calibration.samples
     if few < wanted:
         job = with_added(job)

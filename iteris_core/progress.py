@@ -136,7 +136,9 @@ class Forecast:
         """Report the last step again, with nothing left."""
         if self._on_progress is not None and self._last is not None:
             self._on_progress(
-                replace(self._last, seconds=self.seconds, left=0.0, share=1.0, plan="")
+                replace(
+                    self._last, seconds=self.clock() - self._began, left=0.0, share=1.0, plan=""
+                )
             )
 
     @property

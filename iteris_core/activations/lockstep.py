@@ -292,19 +292,17 @@ class Lockstep:
     def _ready(self, site: str, which: int | None, change: LowRank, inputs: Tensor) -> LowRank:
         """A LoRA's change, with None the merged one, in the inputs' dtype and on their device,
         converted once; an ordinary tensor where gradients are wanted."""
-
-        def fits(change: LowRank) -> bool:
-            same = change.up.dtype == inputs.dtype and change.up.device == inputs.device
-            return same and not (change.up.is_inference() and torch.is_grad_enabled())
-
-        if fits(change):
-            return change
-        if change.up.requires_grad:  # a step of training changes it in place
-            return change.to(inputs.dtype, inputs.device)
+        like, ordinary = (inputs.dtype, inputs.device), torch.is_grad_enabled()
+        if (change.up.dtype, change.up.device) == like:
+            if not (ordinary and change.up.is_inference()):
+                return change
+        elif change.up.requires_grad:  # a step of training changes it in place
+            return change.to(*like)
         source, cast = self._cast.get((site, which), (None, change))
-        if source is not change or not fits(cast):
-            cast = change.to(inputs.dtype, inputs.device)
-            if not fits(cast):
+        unusable = ordinary and cast.up.is_inference()
+        if source is not change or cast.up.dtype != inputs.dtype or unusable:
+            cast = change.to(*like)
+            if ordinary and cast.up.is_inference():
                 cast = replace(cast, up=cast.up.clone(), down=cast.down.clone())
             self._cast[site, which] = change, cast
         return cast

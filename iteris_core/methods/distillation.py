@@ -188,7 +188,7 @@ class Distillation:
     def trained(self, merged: Merged, bound: float | None) -> Merged:
         """``merged`` after the steps, within :func:`.fitting.bounds_of` a ``bound``."""
         job, lockstep = self.run.job, self.run.lockstep
-        after = lockstep.merged = dict(merged.changes)
+        after = lockstep.merged = {site: of.change for site, of in merged.sites.items()}
         notes = dict(self._left_out)
         known = [seen.stage.name for seen in job.trace.stages if seen.stage.is_denoiser]
         known, trained = [name for name in known if name not in notes], 0

@@ -18,8 +18,8 @@ from dataclasses import replace
 from functools import partial
 from typing import cast
 
+from ..passes import held_out
 from ..passes.batches import SWEEP, ExecutionConfig, Schedule
-from ..passes.held_out import expect_held_out
 from ..passes.job import Job, Merged
 from ..passes.sweep import Passes
 from ..solve.ranks import Components, share_numbers
@@ -57,7 +57,7 @@ def iteris(job: Job, settings: IterisSettings) -> Generator[Fit]:
         passes = Passes(run, solver, batching, schedule, 1 + settings.share_ranks)
         if distillation is not None:
             passes.also = distillation.plan
-            expect_held_out(job, versions=2)
+            job.eta.expect(held_out.WHAT, held_out.held_out_work(job, versions=2))
 
         def merge() -> Merged:
             if settings.share_ranks:

@@ -97,11 +97,6 @@ def held_out_work(job: Job, versions: int = 1) -> list[float]:
     return [job.trace.stages[-1].products * count for count in forwards]
 
 
-def expect_held_out(job: Job, versions: int = 1) -> None:
-    """Expect the work of :func:`kept`."""
-    job.eta.expect(WHAT, held_out_work(job, versions))
-
-
 def kept(job: Job, *versions: Mapping[str, LowRank]) -> list[dict[str, list[float]]]:
     """For each of several ``versions`` of a merge: how it is loaded → for every concept with a
     LoRA, 1 − ‖f_merged − f_LoRA‖² / ‖f_base − f_LoRA‖² of the final outputs f: 1 for the LoRA

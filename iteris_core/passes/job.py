@@ -25,7 +25,7 @@ from ..calibration_prompts import samples_of
 from ..concepts import Concept
 from ..hosts.protocol import SAMPLES_AT_ONCE, Host, SampleRequest, Stage
 from ..hosts.sample_store import SampleStore
-from ..lora import LowRank, SiteChanges
+from ..lora import SiteChanges
 from ..progress import Forecast
 from ..settings import Budget
 from ..solve.choose import THRESHOLDS, Thresholds
@@ -195,10 +195,6 @@ class Merged:
     ran: Mapping[str, Any] = field(default_factory=dict[str, Any])
     partial: str = ""
     stopped: BaseException | None = None
-
-    @property
-    def changes(self) -> dict[str, LowRank]:
-        return {site: solution.change for site, solution in self.sites.items()}
 
 
 @dataclass
