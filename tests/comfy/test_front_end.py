@@ -29,10 +29,10 @@ def _ready():
     return found.returncode == 0
 
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not _ready(), reason="needs node, playwright-core and Chromium"),
-]
+needs_a_browser = pytest.mark.skipif(
+    not _ready(), reason="needs node, playwright-core and Chromium"
+)
+pytestmark = [pytest.mark.slow, needs_a_browser]
 
 
 def look(client, graph, picture, *wishes):
