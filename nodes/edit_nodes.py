@@ -71,12 +71,12 @@ def _target(values: Mapping[str, Any]) -> Target:
     return Target(**{name: values[name]})
 
 
-def _run(hidden: Any, request: Request) -> dict[str, Any]:
+def _run(progress: NodeProgress, request: Request) -> dict[str, Any]:
     """How the library is to run the model, and to count the file's size: two bytes per number."""
     return {
         "calibration": request.config((), "iteris").calibration,
         "itemsize": 2,
-        "on_progress": NodeProgress(hidden.unique_id),
+        "on_progress": progress,
         "memory_budget": request.memory_budget,
     }
 
@@ -119,9 +119,13 @@ class ResizeLora(io.ComfyNode):
         if len(specs) != 1:
             raise IterisError(f"Resize LoRA takes one LoRA, but {len(specs)} are connected and on.")
         reading = ReadOptions(allow_partial=request.config((), "iteris").unmergeable == "skip")
-        with ready_for_merge(clip), ComfyHost(model, clip, **request.base) as host:
+        with (
+            NodeProgress(cls.hidden.unique_id) as progress,
+            ready_for_merge(clip),
+            ComfyHost(model, clip, **request.base) as host,
+        ):
             concept, runs = read_concept(specs[0], host, reading), host if by == "outputs" else None
-            found = resize_lora(concept, target, runs, **_run(cls.hidden, request))
+            found = resize_lora(concept, target, runs, **_run(progress, request))
         lines = [found.summary(), *found.lora.notes]
         return _output(cls.hidden, model, clip, found.lora, lines)
 
@@ -157,12 +161,13 @@ class ExtractLora(io.ComfyNode):
     ) -> io.NodeOutput:
         request, target, clip_tuned = Request.of(values, model), _target(values), clip_tuned or clip
         with (
+            NodeProgress(cls.hidden.unique_id) as progress,
             ready_for_merge(clip),
             ready_for_merge(clip_tuned),
             ComfyHost(model, clip, **request.base) as base,
             ComfyHost(model_tuned, clip_tuned, **request.base) as tuned,
         ):
-            how = {"prompts": lines_of(prompts) or None, **_run(cls.hidden, request)}
+            how = {"prompts": lines_of(prompts) or None, **_run(progress, request)}
             found = extract_lora(base, tuned, target, base.base, **how)
         return _output(cls.hidden, model, clip, found.lora, [found.summary()])
 
@@ -190,7 +195,11 @@ class InspectLoras(io.ComfyNode):
     ) -> io.NodeOutput:
         node_id, specs = cls.hidden.unique_id, specs_of(concepts)
         request, reading = Request.of(values, model), ReadOptions(allow_partial=True)
-        with ready_for_merge(clip), ComfyHost(model, clip, **request.base) as host:
+        with (
+            NodeProgress(node_id) as progress,
+            ready_for_merge(clip),
+            ComfyHost(model, clip, **request.base) as host,
+        ):
             loaded = [read_concept(spec, host, reading) for spec in specs]
             loras = [replace(c.lora, name=c.name) for c in loaded if c.lora is not None]
             if not loras:
@@ -221,7 +230,7 @@ class InspectLoras(io.ComfyNode):
                 for spec, concept in zip(specs, loaded, strict=True)
                 if spec.file and not spec.prompts and not spec.phrases and spec.always_on == "no"
             ]
-            how = {**request.config(specs, method).choices, "on_progress": NodeProgress(node_id)}
+            how = {**request.config(specs, method).choices, "on_progress": progress}
             try:
                 budget = request.memory_budget
                 lines += preview_merge(host, loaded, **how, memory_budget=budget).lines()

@@ -138,14 +138,18 @@ class CompareMerges(io.ComfyNode):
                 minutes_input(),
                 io.String.Input("strengths", default="1", optional=True),
                 *beside_inputs(),
+                io.String.Input("prompt", optional=True, force_input=True),
             ],
             group="compare",
-            outputs=("MODEL", "CLIP", "labels", "report"),
-            lists=("MODEL", "CLIP", "labels"),
+            outputs=("MODEL", "CLIP", "labels", "report", "prompts"),
+            lists=("MODEL", "CLIP", "labels", "prompts"),
         )
 
     @classmethod
-    def execute(cls, model: Any, concepts: Any, clip: Any = None, **values: Any) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, concepts: Any, clip: Any = None, prompt: str = "", **values: Any
+    ) -> io.NodeOutput:
+        """For a list of prompts ComfyUI runs it once for each; merges are kept."""
         request = Request.of(values, model)
         rows = _rows(values, specs_of(concepts), request)
         strengths = _strengths(values.get("strengths", "1"))
@@ -165,7 +169,8 @@ class CompareMerges(io.ComfyNode):
         report = "\n".join(reports)
         show_text(report, node_id)
         labels, models, clips = (list(column) for column in zip(*drawn, strict=True))
-        return io.NodeOutput(models, clips, labels, report, ui=ui_text(report))
+        prompts = [prompt] * len(drawn)
+        return io.NodeOutput(models, clips, labels, report, prompts, ui=ui_text(report))
 
 
 def _row(number: int, first: str) -> Any:

@@ -36,6 +36,8 @@ _NOTE = (
     "  Made before with the same inputs, so nothing ran. To make it again, set kept to make again "
     "in IterIS Settings."
 )
+_FINISHED_SAMPLES = "Only finished samples are kept, so another run is shorter."
+_WITHOUT_STEPS = "The merge is kept without steps."
 _log = logging.getLogger(__name__)
 
 
@@ -84,17 +86,25 @@ def merge_on(
     reading = ReadOptions(allow_partial=config.unmergeable == "skip")
     settings = {**config.settings, "micro_batch": rows}
     settings = {name: value for name, value in settings.items() if name in known}
-    with ready_for_merge(clip), ComfyHost(model, clip, rows, **base) as host:
+    samples = store("samples", anew=again)
+    progress = NodeProgress(node_id, *([_FINISHED_SAMPLES] if samples is not None else []))
+
+    def rescued(result: MergeResult) -> None:
+        if rescue is not None:
+            rescue(result)
+            progress.kept = _WITHOUT_STEPS
+
+    with progress, ready_for_merge(clip), ComfyHost(model, clip, rows, **base) as host:
         try:
             result = merge_loras(
                 host,
                 [read_concept(concept, host, reading) for concept in config.concepts],
                 **{**config.choices, "settings": settings},
-                on_progress=NodeProgress(node_id),
+                on_progress=progress,
                 memory_budget=memory_budget,
                 thresholds=thresholds,
-                store=store("samples", anew=again),
-                rescue=rescue,
+                store=samples,
+                rescue=rescue and rescued,
             )
         except OutOfMemory as error:  # the node has an input in pixels
             raise OutOfMemory(str(error).replace("latent_size", "image_size")) from error
@@ -159,6 +169,7 @@ def merged(
         kept_as(result, place_of(models, clip, without, request, boundary), again=False)
 
     result = merge_on(
-        model, clip, config, node_id, memory_budget=memory, again=again, rescue=rescue, **base
-    )
+        model, clip, config, node_id, memory_budget=memory, again=again,
+        rescue=None if place is None else rescue, **base,
+    )  # fmt: skip
     return kept_as(result, place)

@@ -90,8 +90,10 @@ def test_an_interrupt_is_comfyui_s_own_and_the_merge_without_steps_is_kept(
 
     before, plain = kit.outputs(), desk()[2]
     kit.forget()
-    progress = part(kit.pack, "nodes.comfy_runtime").NodeProgress
+    runtime = part(kit.pack, "nodes.comfy_runtime")
+    progress, shown = runtime.NodeProgress, []
     told = progress.__call__
+    monkeypatch.setattr(runtime, "show_text", lambda text, _: shown.append(text))
 
     def stopping(self, now):
         if now.what == "steps through the denoiser" and now.done == done:
@@ -102,6 +104,8 @@ def test_an_interrupt_is_comfyui_s_own_and_the_merge_without_steps_is_kept(
         patched.setattr(progress, "__call__", stopping)
         with pytest.raises(memory.InterruptProcessingException):
             desk(settings={"steps": 3})
+    at = f"steps through the denoiser {done} of 3"
+    assert shown[-1] == f"Stopped at {at}. The merge is kept without steps."
     assert kit.unchanged(before)
     assert not torch.is_inference_mode_enabled()
     merges = desk.merges()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from itertools import combinations
@@ -280,6 +281,23 @@ def test_reports_are_on_their_nodes(client, tmp_path):
     assert "a report inside" not in seen["sent"]
     assert "IterisMerge" in seen["sent"]
     assert (seen["other"], seen["first"]) == (None, "a report that came late")
+
+
+def test_what_a_run_says_is_for_who_runs_it(client):
+    """On their own page and graph alone; after a cancel the node says what is kept."""
+    seen = run("people.js", client, ROOT / "workflows" / "quick_start_toybox.json")
+    assert seen["errors"] == []
+    assert any("no row left out" in text for text in seen["running"])
+    assert seen["theirs"] == {"told": [], "same": True, "heard": []}
+    assert seen["others"] == {"told": [], "same": True}
+    assert any("Merged 2 concepts" in text for text in seen["done"])
+    assert any("min left" in text for text in seen["steps"])
+    stopped = [text for text in seen["stopped"] if text.startswith("IterisMerge")]
+    assert len(stopped) == 1
+    assert re.search(
+        r"Stopped at steps through the denoiser \d+ of 200\. The merge is kept", stopped[0]
+    )
+    assert "left" not in stopped[0]
 
 
 def test_help_page_renders(client, tmp_path):
