@@ -44,14 +44,15 @@ class IterisMerge(io.ComfyNode):
             "IterisMerge",
             ["merge loras", "lora merger", "combine loras", "multi concept", "merge styles"],
             inputs=[*model_inputs(), *method_inputs(strength_input("strength", optional=True))],
-            outputs=(*MERGED, "trigger_words"),
+            outputs=(*MERGED, "trigger_words", "prompts"),
+            lists=("prompts",),
         )
 
     @classmethod
     def execute(cls, model: Any, concepts: Any, clip: Any = None, **values: Any) -> io.NodeOutput:
         merge = _merge(cls.hidden, model, clip, concepts, values)
         lora = as_lora_model(merge)
-        return _output(cls.hidden, (*apply_lora(model, clip, lora), lora), merge)
+        return _output(cls.hidden, (*apply_lora(model, clip, lora), lora), merge, concepts)
 
 
 class IterisMergeExperts(io.ComfyNode):
@@ -69,7 +70,11 @@ class IterisMergeExperts(io.ComfyNode):
                 io.Float.Input("boundary", default=BOUNDARY, min=0.0, max=1.0, step=0.005),
                 *method_inputs(strength_input("strength", optional=True)),
             ],
-            outputs=("MODEL", "MODEL low", "CLIP", "lora", "lora low", "report", "trigger_words"),
+            outputs=(
+                *("MODEL", "MODEL low", "CLIP", "lora", "lora low", "report", "trigger_words"),
+                "prompts",
+            ),
+            lists=("prompts",),
         )
 
     @classmethod
@@ -87,7 +92,8 @@ class IterisMergeExperts(io.ComfyNode):
         high, low = as_lora_models(merge)
         model, clip_out = apply_lora(model, clip, high)
         model_low, _ = apply_lora(model_low, clip, low)
-        return _output(cls.hidden, (model, model_low, clip_out, high, low), merge)
+        made = model, model_low, clip_out, high, low
+        return _output(cls.hidden, made, merge, concepts)
 
 
 def _merge(
@@ -109,13 +115,25 @@ def _merge(
     return replace(merge, lora=scaled_lora(merge.lora, strength), report=report)
 
 
-def _output(hidden: Any, made: Sequence[Any], merge: Merge) -> io.NodeOutput:
+def _output(hidden: Any, made: Sequence[Any], merge: Merge, concepts: Any) -> io.NodeOutput:
     show_text(merge.report, hidden.unique_id)
-    return io.NodeOutput(*made, merge.report, _words(merge), ui=ui_text(merge.report))
+    texts = merge.report, _words(merge), prompts_of(specs_of(concepts))
+    return io.NodeOutput(*made, *texts, ui=ui_text(merge.report))
 
 
 def _words(merge: Merge) -> str:
     return merge.lora.metadata.get("modelspec.trigger_phrase", "")
+
+
+def prompts_of(specs: Sequence[Concept]) -> list[str]:
+    """The trigger words of each concept, apart: two that one prompt names would mix. A single style
+    goes with every other concept."""
+    shown = [spec for spec in specs if spec.is_active and spec.phrases and spec.always_on == "no"]
+    styles = [spec.phrases[0] for spec in shown if spec.kind == "style"]
+    things = [spec.phrases[0] for spec in shown if spec.kind != "style"]
+    if len(styles) == 1 and things:
+        return [f"{thing}, {styles[0]}" for thing in things]
+    return [*things, *styles] or [""]
 
 
 _NONE, _BASE, _EACH, _STACKED = "none", "base", "each alone", "stacked"
