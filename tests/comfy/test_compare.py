@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kit import SETTINGS
+from kit import SETTINGS, part
 
 
 def test_compare_shows_each_lora_alone_and_all_stacked(kit):
@@ -52,3 +52,21 @@ def test_compare_draws_rows_at_several_strengths(kit):
     for wrong in ("a lot", "nan"):
         with pytest.raises(kit.core.IterisError, match="strengths"):
             drawn(wrong)
+
+
+def test_prompts_of_a_merge_name_one_concept_each(kit):
+    """A single style goes with every other concept; nothing is prompted for a LoRA always on."""
+    make = kit.specs.make_spec
+    of = part(kit.pack, "nodes.merge_nodes").prompts_of
+    cat, dog = kit.concepts()
+    style = make(kit.loras / "c.safetensors", trigger="in ink style", kind="style")
+    speed = make(kit.loras / "c.safetensors", kind="always on")
+    off = replace(dog, strength=0.0)
+    assert of([cat, dog, speed]) == ["sks cat", "zwx dog"]
+    assert of([cat, style, dog]) == ["sks cat, in ink style", "zwx dog, in ink style"]
+    assert of([cat, style, style]) == ["sks cat", "in ink style", "in ink style"]
+    assert of([cat, off]) == ["sks cat"]
+    assert of([speed]) == [""]
+    merge = kit.node("merge_nodes", "IterisMerge").execute
+    given = {"settings": SETTINGS, "method": "average"}
+    assert merge(kit.model, (cat, dog), kit.clip, **given).result[5] == ["sks cat", "zwx dog"]

@@ -5,15 +5,17 @@ Needs node, playwright-core (in NODE_PATH) and Chromium (CHROMIUM, or /usr/bin/c
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
@@ -135,7 +137,7 @@ def test_a_first_graph_by_search_and_drag(client, models, tmp_path):
         "IterisCompareMerges", "CLIPTextEncode", "CLIPTextEncode", "KSampler", "VAEDecode",
         "IterisScoreSheet", "PreviewImage",
     ]  # fmt: skip
-    assert compared["asked"] == ["IterisMerge", None]
+    assert compared["asked"] == ["IterisCompareMerges", None]  # which has the merge's words
     beside = ["conditioning", "latent"]
     assert compared["open"] == [
         *(f"IterisCompareMerges {name}" for name in beside), "IterisScoreSheet scores",
@@ -281,6 +283,43 @@ def test_reports_are_on_their_nodes(client, tmp_path):
     assert "a report inside" not in seen["sent"]
     assert "IterisMerge" in seen["sent"]
     assert (seen["other"], seen["first"]) == (None, "a report that came late")
+
+
+def test_a_comparison_in_one_press(client):
+    """Beside a merge that draws two prompts. It covers nothing, its picture is large, and every row
+    has both prompts. The merge is found by what it does."""
+    seen = run("comparison.js", client, ROOT / "workflows" / "quick_start_toybox.json")
+    assert seen["errors"] == []
+    assert "IterIS Merge LoRAs" in seen["found"]
+    added = seen["added"]
+    for one, two in [*combinations(added, 2), *product(added, seen["before"])]:
+        a, b = one["box"], two["box"]
+        apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+        assert apart, (one["type"], two["type"])
+    (shown,) = (node["box"] for node in added if node["type"] == "PreviewImage")
+    assert (shown[2] - shown[0], shown[3] - shown[1]) >= (600, 500)
+    ids = {node["type"]: str(node["id"]) for node in added[::-1]}
+    graph = seen["prompt"]
+    compare, wanted = ids["IterisCompareMerges"], {ids["PreviewImage"]}
+    assert graph[ids["CLIPTextEncode"]]["inputs"]["text"] == [compare, 4]
+    graph[compare]["inputs"] |= {"row_4": "average"}  # which takes no time
+    graph[ids["KSampler"]]["inputs"]["steps"] = 2
+    while (
+        more := {
+            value[0]
+            for number in wanted
+            for value in graph[number]["inputs"].values()
+            if isinstance(value, list)
+        }
+        - wanted
+    ):
+        wanted |= more
+    outputs = client.run({number: graph[number] for number in wanted})
+    (sheet,) = outputs[ids["PreviewImage"]]["images"]
+    with Image.open(io.BytesIO(client.picture(sheet))) as picture:
+        width, height = picture.size
+    # Four pictures of either prompt, and five rows.
+    assert (width // 192, height // 192) == (8, 5)
 
 
 def test_what_a_run_says_is_for_who_runs_it(client):
