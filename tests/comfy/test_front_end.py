@@ -88,6 +88,8 @@ def test_a_first_graph_by_search_and_drag(client, models, tmp_path):
     words = {"trainedWords": ["zwx dog", "zwx puppy"]}
     loras = models / "models" / "loras"
     (loras / "b.civitai.info").write_text(json.dumps(words))
+    (loras / "people").mkdir()
+    shutil.copy(loras / "c.safetensors", loras / "people")
     before = {path.name for path in loras.rglob("*")}
     log = models / "server.log"
     made = log.read_text().count("IterIS: merged with")
@@ -95,6 +97,10 @@ def test_a_first_graph_by_search_and_drag(client, models, tmp_path):
         seen = run("build_graph.js", client, tmp_path)
     finally:
         (loras / "b.civitai.info").unlink()
+        shutil.rmtree(loras / "people")
+    assert seen["about"].split("\n")[0] == "a.safetensors"
+    assert seen["about"].split("\n")[-1] == "sks cat"
+    assert seen["folder"][0] == "people/c.safetensors"
     assert seen["links"] == 16
     a = ["a.safetensors", True, 1, 1, 1, "auto", "sks cat"]
     b = ["b.safetensors", True, 1, 1, 1, "auto", "zwx dog; zwx puppy"]
