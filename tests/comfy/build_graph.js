@@ -120,7 +120,7 @@ withPage(base, async (page, errors) => {
   const rows = async () => ({
     shown: await list.locator('> div, > label').evaluateAll((lines) =>
       lines.map((line) => [
-        line.querySelector('.file')?.title ?? line.textContent,
+        line.querySelector('.file')?.title.split('\n')[0] ?? line.textContent,
         line.querySelector('input[type=checkbox]')?.checked,
       ])),
     sent: await page.evaluate((id) => {

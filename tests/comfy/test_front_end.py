@@ -89,7 +89,7 @@ def test_a_first_graph_by_search_and_drag(client, models, tmp_path):
     loras = models / "models" / "loras"
     (loras / "b.civitai.info").write_text(json.dumps(words))
     (loras / "people").mkdir()
-    shutil.copy(loras / "c.safetensors", loras / "people")
+    shutil.copy(loras / "b.safetensors", loras / "people" / "c.safetensors")
     before = {path.name for path in loras.rglob("*")}
     log = models / "server.log"
     made = log.read_text().count("IterIS: merged with")
