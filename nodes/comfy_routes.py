@@ -1,4 +1,4 @@
-"""Routes for the front end: a LoRA's known trigger words, and its blocks."""
+"""Routes for the front end: a LoRA's known trigger words, what its file says, and its blocks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ..iteris_core.concepts import Concept
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files import read_header
 from ..iteris_core.lora_files.blocks import LISTS, PRESETS
+from ..iteris_core.lora_files.metadata import public_name
 from .concept_specs import lora_path
 
 
@@ -21,6 +22,24 @@ def words_of_lora(name: str) -> dict[str, str]:
     except IterisError:
         return {"words": "", "source": ""}
     return {"words": "; ".join(found.phrases), "source": found.source}
+
+
+def about_of_lora(name: str) -> dict[str, list[str]]:
+    """``lines`` on a LoRA: its base, its size and its words; empty for other files."""
+    try:
+        file = lora_path(name)
+        shapes, metadata = read_header(file)
+        words = words_of_lora(name)
+    except IterisError:
+        return {"lines": []}
+    try:
+        kind = architecture_of_file(shapes, metadata).name
+    except IterisError:
+        kind = ""
+    trained_on = public_name(metadata.get("ss_sd_model_name", ""))
+    base = " · ".join(dict.fromkeys(filter(None, [kind, trained_on])))
+    size = f"{file.stat().st_size / 2**20:.1f} MiB"
+    return {"lines": [*filter(None, [base, size, words["words"]])]}
 
 
 _COUNTS = {"sd1": 17, "sd2": 17, "sdxl": 12, "flux": 61}
@@ -38,7 +57,7 @@ def blocks_of_lora(name: str) -> dict[str, Any]:
 
 
 def add_routes() -> None:
-    """Add ``GET /iteris/words?lora=NAME`` and ``/iteris/blocks``, if there is a server."""
+    """Add ``GET /iteris/words?lora=NAME``, ``about`` and ``blocks``, if there is a server."""
     try:
         from aiohttp import web
         from server import PromptServer
@@ -47,7 +66,8 @@ def add_routes() -> None:
     except (ImportError, AttributeError):
         return
 
-    for path, function in {"words": words_of_lora, "blocks": blocks_of_lora}.items():
+    known = {"words": words_of_lora, "about": about_of_lora, "blocks": blocks_of_lora}
+    for path, function in known.items():
 
         async def answer(request: Any, function: Any = function) -> Any:
             found = await asyncio.to_thread(function, request.query.get("lora", ""))

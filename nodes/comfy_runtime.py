@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-import re
+import sys
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from typing import Any
 
 from ..iteris_core.activations.memory import is_out_of_memory
@@ -54,17 +55,29 @@ class CurrentCard(ExitStack):
             self.enter_context(context(device))
 
 
-class NodeProgress:
+class NodeProgress(AbstractContextManager["NodeProgress"]):
     """Shows a merge's progress and time left on its node, and raises when the user interrupts. The
-    lines of the plan stay above the current status, first the one about the whole merge."""
+    node then says where it stopped and what is ``kept``. The lines of the plan stay above the
+    current status, first the one about the whole merge."""
 
-    def __init__(self, node_id: str | None) -> None:
+    def __init__(self, node_id: str | None, kept: str = "Nothing is kept.") -> None:
+        self.kept = kept
         self._node_id = node_id
         self._plans: list[str] = []
-        self._what, self._said = "", 0.0
-        self._bar = comfy.utils.ProgressBar(_WHOLE, node_id)
+        self._what, self._said, self._last = "", 0.0, ""
+        # ComfyUI would send that of a prompt without a page to all pages.
+        self._bar = comfy.utils.ProgressBar(_WHOLE, node_id) if _server() else None
+
+    def __exit__(self, _: Any, error: BaseException | None, *__: Any) -> None:
+        at = f" at {self._last}" if self._last else ""
+        if isinstance(error, memory.InterruptProcessingException):
+            show_text(f"Stopped{at}. {self.kept}", self._node_id)
+        elif error is not None:
+            show_text(f"Failed{at}.", self._node_id)
 
     def __call__(self, progress: Progress) -> None:
+        if not progress.plan:
+            self._last = str(replace(progress, left=None))
         memory.throw_exception_if_processing_interrupted()
         if progress.plan:
             whole = progress.what == OUTLOOK
@@ -75,26 +88,26 @@ class NodeProgress:
             self._what, self._said = progress.what, now
             line = progress.time_left.capitalize() if progress.plan else _sentence(str(progress))
             show_text("\n".join(filter(None, [*self._plans, line])), self._node_id)
-        self._bar.update_absolute(round(_WHOLE * progress.share))
+        if self._bar is not None:
+            self._bar.update_absolute(round(_WHOLE * progress.share))
 
 
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}"
 
 
-_MARKS = re.compile(r"[&<>\[\]!*_`#|~\\]|:(?=//)|w(?=ww\.)", re.IGNORECASE)
-"""What makes HTML or Markdown of a text, such as the name of a file; see web/page_text.js."""
+def _server() -> Any:
+    """The server, if the prompt that runs now came from a page."""
+    found = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    return found if found is not None and found.client_id is not None else None
 
 
 def show_text(text: str, node_id: str | None) -> None:
-    """Show text on the node itself, if there is a server. The old front end reads it as HTML and
-    Nodes 2.0 as Markdown, where two trailing spaces break a line: entities mean the same to both.
-    """
-    if node_id is not None:
-        from server import PromptServer
-
-        text = _MARKS.sub(lambda mark: f"&#{ord(mark[0])};", text).replace("\n", "  \n")
-        PromptServer.instance.send_progress_text(text, node_id)
+    """Show text on the node, on the page that runs it: web/iteris.js puts it there. ComfyUI's own
+    message would go to all pages, and there to whatever node has this number."""
+    if node_id is not None and (server := _server()) is not None:
+        detail = {"node": node_id, "prompt_id": server.last_prompt_id, "text": text}
+        server.send_sync("iteris.text", detail, server.client_id)
 
 
 def ui_text(text: str) -> dict[str, Any]:

@@ -63,12 +63,12 @@ def _target(values: Mapping[str, Any]) -> Target:
     return Target(**{name: values[name]})
 
 
-def _run(hidden: Any, request: Request) -> dict[str, Any]:
+def _run(progress: NodeProgress, request: Request) -> dict[str, Any]:
     """How the library is to run the model, and to count the file's size: two bytes per number."""
     return {
         "calibration": request.config((), "iteris").calibration,
         "itemsize": 2,
-        "on_progress": NodeProgress(hidden.unique_id),
+        "on_progress": progress,
         "memory_budget": request.memory_budget,
     }
 
@@ -115,10 +115,15 @@ class ResizeLora(io.ComfyNode):
                 "to weights."
             )
         reading = ReadOptions(allow_partial=request.config((), "iteris").unmergeable == "skip")
-        with rows_named(specs), ready_for_merge(clip), ExitStack() as stack:
+        with (
+            NodeProgress(cls.hidden.unique_id) as progress,
+            rows_named(specs),
+            ready_for_merge(clip),
+            ExitStack() as stack,
+        ):
             host = model and stack.enter_context(ComfyHost(model, clip, **request.base))
             concept, runs = read_concept(specs[0], host, reading), host if by == "outputs" else None
-            found = resize_lora(concept, target, runs, **_run(cls.hidden, request))
+            found = resize_lora(concept, target, runs, **_run(progress, request))
         lines = [found.summary(), *found.lora.notes]
         return _output(cls.hidden, model, clip, found.lora, lines)
 
@@ -154,11 +159,12 @@ class ExtractLora(io.ComfyNode):
     ) -> io.NodeOutput:
         request, target, clip_tuned = Request.of(values, model), _target(values), clip_tuned or clip
         with (
+            NodeProgress(cls.hidden.unique_id) as progress,
             ready_for_merge(clip),
             ready_for_merge(clip_tuned),
             ComfyHost(model, clip, **request.base) as base,
             ComfyHost(model_tuned, clip_tuned, **request.base) as tuned,
         ):
-            how = {"prompts": lines_of(prompts) or None, **_run(cls.hidden, request)}
+            how = {"prompts": lines_of(prompts) or None, **_run(progress, request)}
             found = extract_lora(base, tuned, target, base.base, **how)
         return _output(cls.hidden, model, clip, found.lora, [found.summary()])

@@ -57,6 +57,7 @@ class InspectLoras(io.ComfyNode):
         request = Request.of(values, model)
         config = request.config(specs, method)
         with ExitStack() as stack:
+            progress = stack.enter_context(NodeProgress(node_id))
             stack.enter_context(ready_for_merge(clip))
             host = model and stack.enter_context(ComfyHost(model, clip, **request.base))
             found = [inspected(spec, host) for spec in specs if spec.file is not None]
@@ -70,7 +71,7 @@ class InspectLoras(io.ComfyNode):
             if host is None:
                 lines.append("Connect MODEL and CLIP to see the plan of a merge.")
             else:
-                lines += _outlook(host, found, config, request, node_id)
+                lines += _outlook(host, found, config, request, progress)
         table = "\n".join(lines)
         show_text(table, node_id)
         return io.NodeOutput(to_plot(_plot(facts)), table, ui=ui_text(table))
@@ -112,7 +113,7 @@ def _outlook(
     found: Sequence[Inspected],
     config: MergeConfig,
     request: Request,
-    node_id: str | None,
+    progress: NodeProgress,
 ) -> list[str]:
     """What speaks against a merge, and its plan; or why it would fail."""
     loras = [one.concept for one in found]
@@ -128,7 +129,7 @@ def _outlook(
             raise IterisError(refusals[0])
         check(config)
         preserved = [spec for spec in config.concepts if spec.preserves]
-        how = {**config.choices, "on_progress": NodeProgress(node_id)}
+        how = {**config.choices, "on_progress": progress}
         budget = request.memory_budget
         lines += preview_merge(host, [*loras, *preserved], **how, memory_budget=budget).lines()
     except IterisError as error:

@@ -47,7 +47,8 @@ class IterisMerge(io.ComfyNode):
                 *model_inputs(needed=False),
                 *method_inputs(strength_input("strength", optional=True)),
             ],
-            outputs=(*MERGED, "trigger_words"),
+            outputs=(*MERGED, "trigger_words", "prompts"),
+            lists=("prompts",),
         )
 
     @classmethod
@@ -57,7 +58,7 @@ class IterisMerge(io.ComfyNode):
         merge = _merge(cls.hidden, model, clip, concepts, values)
         lora = as_lora_model(merge)
         applied = (None, None) if model is None else apply_lora(model, clip, lora)
-        return _output(cls.hidden, (*applied, lora), merge)
+        return _output(cls.hidden, (*applied, lora), merge, concepts)
 
 
 class IterisMergeExperts(io.ComfyNode):
@@ -75,7 +76,11 @@ class IterisMergeExperts(io.ComfyNode):
                 io.Float.Input("boundary", default=BOUNDARY, min=0.0, max=1.0, step=0.005),
                 *method_inputs(strength_input("strength", optional=True)),
             ],
-            outputs=("MODEL", "MODEL low", "CLIP", "lora", "lora low", "report", "trigger_words"),
+            outputs=(
+                *("MODEL", "MODEL low", "CLIP", "lora", "lora low", "report", "trigger_words"),
+                "prompts",
+            ),
+            lists=("prompts",),
         )
 
     @classmethod
@@ -93,7 +98,8 @@ class IterisMergeExperts(io.ComfyNode):
         high, low = as_lora_models(merge)
         model, clip_out = apply_lora(model, clip, high)
         model_low, _ = apply_lora(model_low, clip, low)
-        return _output(cls.hidden, (model, model_low, clip_out, high, low), merge)
+        made = model, model_low, clip_out, high, low
+        return _output(cls.hidden, made, merge, concepts)
 
 
 _DETAILS = "  Details: connect the output report to Preview as Text."
@@ -121,15 +127,26 @@ def _merge(
     return replace(merge, lora=scaled_lora(merge.lora, strength), headline=headline)
 
 
-def _output(hidden: Any, made: Sequence[Any], merge: Merge) -> io.NodeOutput:
+def _output(hidden: Any, made: Sequence[Any], merge: Merge, concepts: Any) -> io.NodeOutput:
     shown = f"{merge.headline}\n{_DETAILS}"
     show_text(shown, hidden.unique_id)
-    ui = {**ui_text(shown), "report": [merge.report]}
-    return io.NodeOutput(*made, merge.report, _words(merge), ui=ui)
+    texts = merge.report, _words(merge), prompts_of(specs_of(concepts))
+    return io.NodeOutput(*made, *texts, ui={**ui_text(shown), "report": [merge.report]})
 
 
 def _words(merge: Merge) -> str:
     return merge.lora.metadata.get("modelspec.trigger_phrase", "")
+
+
+def prompts_of(specs: Sequence[Concept]) -> list[str]:
+    """The trigger words of each concept, apart: two that one prompt names would mix. A single style
+    goes with every other concept."""
+    shown = [spec for spec in specs if spec.is_active and spec.phrases and spec.always_on == "no"]
+    styles = [spec.phrases[0] for spec in shown if spec.kind == "style"]
+    things = [spec.phrases[0] for spec in shown if spec.kind != "style"]
+    if len(styles) == 1 and things:
+        return [f"{thing}, {styles[0]}" for thing in things]
+    return [*things, *styles] or [""]
 
 
 _NONE, _BASE, _EACH, _STACKED = "none", "base", "each alone", "stacked"
@@ -152,14 +169,18 @@ class CompareMerges(io.ComfyNode):
                 minutes_input(),
                 io.String.Input("strengths", default="1", optional=True),
                 *beside_inputs(),
+                io.String.Input("prompt", optional=True, force_input=True),
             ],
             group="compare",
-            outputs=("MODEL", "CLIP", "labels", "report"),
-            lists=("MODEL", "CLIP", "labels"),
+            outputs=("MODEL", "CLIP", "labels", "report", "prompts"),
+            lists=("MODEL", "CLIP", "labels", "prompts"),
         )
 
     @classmethod
-    def execute(cls, model: Any, concepts: Any, clip: Any = None, **values: Any) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, concepts: Any, clip: Any = None, prompt: str = "", **values: Any
+    ) -> io.NodeOutput:
+        """For a list of prompts ComfyUI runs it once for each; merges are kept."""
         request = Request.of(values, model)
         rows = _rows(values, specs_of(concepts), request)
         strengths = _strengths(values.get("strengths", "1"))
@@ -181,8 +202,8 @@ class CompareMerges(io.ComfyNode):
         report, shown = "\n".join(reports), "\n".join([*headlines, _DETAILS])
         show_text(shown, node_id)
         labels, models, clips = (list(column) for column in zip(*drawn, strict=True))
-        ui = {**ui_text(shown), "report": [report]}
-        return io.NodeOutput(models, clips, labels, report, ui=ui)
+        prompts, ui = [prompt] * len(drawn), {**ui_text(shown), "report": [report]}
+        return io.NodeOutput(models, clips, labels, report, prompts, ui=ui)
 
 
 def _row(number: int, first: str) -> Any:

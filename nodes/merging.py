@@ -43,7 +43,8 @@ _WITHOUT_STEPS = (
     "  {}, so this is the merge without steps. It is made again, with them, when kept is set to "
     "make again in IterIS Settings."
 )
-_KEPT = "{}. The merge without steps is kept: queue again to use it."
+_FINISHED_SAMPLES = "Only finished samples are kept, so another run is shorter."
+_RESCUED = "The merge without steps is kept: queue again to use it."
 _log = logging.getLogger(__name__)
 
 
@@ -89,14 +90,21 @@ def merge_on(
     report and, from the first on, the node have what is ``warned`` of; ``base`` are arguments of
     :class:`.comfy_host.ComfyHost`. Raises :class:`IterisError` if the merge cannot fit.
     """
-    progress = NodeProgress(node_id)
-    for about, caution in (warned or {}).items():
-        progress(Progress(about, plan=caution))
     known = declared_settings(find_method(config.method).settings)
     reading = ReadOptions(allow_partial=config.unmergeable == "skip")
     settings = {**config.settings, "micro_batch": rows}
     settings = {name: value for name, value in settings.items() if name in known}
-    with ready_for_merge(clip), ComfyHost(model, clip, rows, **base) as host:
+    samples = store("samples", anew=again)
+    progress = NodeProgress(node_id, *([_FINISHED_SAMPLES] if samples is not None else []))
+    for about, caution in (warned or {}).items():
+        progress(Progress(about, plan=caution))
+
+    def rescued(result: MergeResult) -> None:
+        if rescue is not None:
+            rescue(result)
+            progress.kept = _RESCUED
+
+    with progress, ready_for_merge(clip), ComfyHost(model, clip, rows, **base) as host:
         try:
             result = merge_loras(
                 host,
@@ -105,8 +113,8 @@ def merge_on(
                 on_progress=progress,
                 memory_budget=memory_budget,
                 thresholds=thresholds,
-                store=store("samples", anew=again),
-                rescue=rescue,
+                store=samples,
+                rescue=rescue and rescued,
             )
         except OutOfMemory as error:  # the node has an input in pixels
             raise OutOfMemory(str(error).replace("latent_size", "image_size")) from error
@@ -188,7 +196,6 @@ def _merged(
             keep(merge, place_of(models, clip, without, request, boundary))
         if stopped and (found is None or found.stopped):
             keep(replace(merge, stopped=stopped), place)
-            show_text(_KEPT.format(stopped), node_id)
 
     result = merge_on(
         model,
@@ -197,7 +204,7 @@ def _merged(
         node_id,
         memory_budget=memory,
         again=again,
-        rescue=rescue,
+        rescue=None if place is None else rescue,
         warned=cautions(model, request.references.latent, config),
         **base,
     )

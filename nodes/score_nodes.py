@@ -7,6 +7,7 @@ from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
+from PIL import Image
 from torch import Tensor
 
 from ..iteris_core.concepts import lines_of
@@ -160,15 +161,20 @@ class ScoreSheet(io.ComfyNode):
         names = lines_of("\n".join(labels)) or [f"row {n + 1}" for n in range(len(images))]
         if len(names) < len(images):
             raise IterisError(f"Score Sheet has {len(images)} rows but {len(names)} labels.")
-        rows = {}
+        rows: dict[str, list[Image.Image]] = {}
+        starts = set[int]()  # of batches in their rows
         for index, (name, batch) in enumerate(zip(names, images, strict=False)):
             label = f"{name}  {scores[index]:.3f}" if index < len(scores) else name
-            rows[label if label not in rows else f"{label} ({index + 1})"] = to_pil(batch)
+            row = rows.setdefault(label, [])
+            starts.add(len(row))
+            row += to_pil(batch)
         width = max(map(len, rows.values()))
-        columns = lines_of("\n".join(prompts))
-        title = columns.pop() if len(columns) == 1 and width > 1 else ""
-        columns += [""] * (width - len(columns))
-        sheet = contact_sheet(rows, columns[:width], cell=cell[0], title=title)
+        titles = list(dict.fromkeys(lines_of("\n".join(prompts))))
+        title = titles.pop() if len(titles) == 1 and width > 1 else ""
+        places = sorted(starts) if len(titles) == len(starts) else range(width)
+        columns = dict(zip(places, titles, strict=False))
+        headings = [columns.get(place, "") for place in range(width)]
+        sheet = contact_sheet(rows, headings, cell=cell[0], title=title)
         return io.NodeOutput(to_image([sheet]))
 
 

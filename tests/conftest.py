@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 
 import pytest
 import small_merge
@@ -14,6 +15,14 @@ from iteris_core.hosts.diffusers import DiffusersHost
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # for single short prompts
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts():
+    """Ctrl-C raises, also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

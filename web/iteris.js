@@ -1,5 +1,5 @@
-// What the front end does for the nodes: IterIS LoRAs as a list, nodes as high as what they report,
-// which stays after a reload, and lists that know of a LoRA that was saved.
+// What the front end does for the nodes: IterIS LoRAs as a list, nodes that show what they do, as high as
+// that is and after a reload, and lists that know of a LoRA that was saved.
 import { app } from '../../scripts/app.js';
 import { api } from '../../scripts/api.js';
 import { compareWith, isMerge } from './compare.js';
@@ -27,13 +27,11 @@ const isOurs = (node) => node?.comfyClass?.startsWith('Iteris') ?? false;
 
 // The text on a node is two lines high by itself; reports are longer.
 function fitText(node, text) {
-  if (!isOurs(node)) return;
   const widget = node.widgets?.find(({ name }) => name === '$$node-text-preview');
   if (widget) widget.serialize = false; // else a graph has it as the value of an input
   const width = node.size[0];
   const inLine = Math.floor((width - 60) / LETTER);
-  const shown = text.replace(/&#\d+;/g, '.'); // see page_text.js
-  const lines = shown.split('\n').reduce((n, l) => n + Math.max(1, Math.ceil(l.length / inLine)), 0);
+  const lines = text.split('\n').reduce((n, l) => n + Math.max(1, Math.ceil(l.length / inLine)), 0);
   const least = node.computeSize([width, 0])[1];
   const height = least + Math.max(0, lines - LINES) * LINE_HEIGHT;
   if (node.size[1] < height) {
@@ -82,13 +80,18 @@ function renew(saved) {
   }
 }
 
-// A graph may come from anybody, and name anything a report. The front end looks for the number in the
-// graph that is in view: nodes of another graph, such as a subgraph, wait until theirs is.
+// The front end looks for the number in the graph that is in view, whatever node has it there: nodes of
+// another graph, such as a subgraph, wait until theirs is.
+function show(node, text) {
+  if (!isOurs(node) || node.graph !== app.canvas.graph) return;
+  api.dispatchCustomEvent('progress_text', { nodeId: String(node.id), text: asText(text) });
+  fitText(node, text);
+}
+
+// A graph may come from anybody, and name anything a report.
 function showReport(node) {
   const text = node.properties?.[REPORT];
-  if (!TELLING.includes(node.comfyClass) || typeof text !== 'string' || !text) return;
-  if (node.graph !== app.canvas.graph) return;
-  api.dispatchCustomEvent('progress_text', { nodeId: String(node.id), text: asText(text) });
+  if (TELLING.includes(node.comfyClass) && typeof text === 'string' && text) show(node, text);
 }
 
 const everyNode = (saved) => [saved?.nodes, ...(saved?.definitions?.subgraphs ?? []).map((one) => one.nodes)]
@@ -96,6 +99,13 @@ const everyNode = (saved) => [saved?.nodes, ...(saved?.definitions?.subgraphs ??
 const openTab = () => app.extensionManager?.workflow?.activeWorkflow;
 const tabs = new WeakMap(); // reports of runs of a tab that was not open then, by node
 const runs = new Map(); // id of a run → its tab
+
+// False for a run of another tab, whose nodes have the same numbers. One that began before the page was
+// loaded is taken for one of the open tab.
+function isOfOpenTab(id) {
+  const tab = runs.get(id);
+  return !tab || tab === openTab();
+}
 
 // A picture is made before its run's reports: it must not carry those of the run before.
 function followRuns() {
@@ -151,17 +161,14 @@ app.registerExtension({
     const style = document.createElement('style');
     style.textContent = '.dom-widget > .max-h-\\[200px\\] { max-height: 100%; }';
     document.head.append(style);
-    api.addEventListener('progress_text', ({ detail }) => {
-      const id = String(detail?.nodeId ?? '');
-      const node = id.includes(':') ? nodeOf(id) : app.canvas.graph?.getNodeById(id);
-      // Once the front end has put the text onto the node.
-      setTimeout(() => fitText(node, detail?.text ?? ''), 50);
+    api.addEventListener('iteris.text', ({ detail }) => {
+      if (isOfOpenTab(detail.prompt_id)) show(nodeOf(detail.node), detail.text);
     });
     api.addEventListener('executed', ({ detail }) => {
       const text = detail?.output?.text?.[0];
       if (typeof text !== 'string' || !text) return;
       const tab = runs.get(detail.prompt_id);
-      if (!tab || tab === openTab()) tell(detail.node, text);
+      if (isOfOpenTab(detail.prompt_id)) tell(detail.node, text);
       else tabs.set(tab, { ...tabs.get(tab), [detail.node]: text });
     });
     app.canvas.canvas.addEventListener('litegraph:set-graph', () => {

@@ -94,14 +94,37 @@ async function fillIn(node, row) {
   changed(node);
 }
 
+// Folders as menus of their own, and then all files, which the field above them filters.
+function entriesOf(names) {
+  const folders = new Map();
+  for (const name of names) {
+    const end = Math.max(name.lastIndexOf('/'), name.lastIndexOf('\\'));
+    if (end > 0) folders.set(name.slice(0, end), [...(folders.get(name.slice(0, end)) ?? []), name]);
+  }
+  const file = (name) => ({ content: label(name), name });
+  const menus = [...folders].map(([folder, of]) => (
+    { content: `${label(folder)}/`, has_submenu: true, submenu: { options: of.map(file) } }
+  ));
+  return [...menus, ...(menus.length ? [null] : []), ...names.map(file)];
+}
+
+// What a file says of itself, once the pointer is on its name.
+async function describe(element, lora) {
+  element.onmouseenter = null;
+  const answer = await api.fetchApi(`/iteris/about?lora=${encodeURIComponent(lora)}`);
+  if (answer.ok) element.title = [lora, ...(await answer.json()).lines].join('\n');
+}
+
 function choose(node, row, event) {
   const names = choices(widgetOf(node, `lora_${row}`)).filter((name) => name !== NONE);
-  const entries = names.map((name) => ({ content: label(name), name }));
   const callback = ({ name }) => {
+    if (!name) return; // of a folder
     write(node, row, { ...read(node, row), lora: name });
     changed(node);
     fillIn(node, row).catch(console.warn);
   };
+  const entries = entriesOf(names);
+  for (const entry of entries) if (entry?.submenu) entry.submenu.callback = callback;
   const scale = Math.max(1, app.canvas.ds.scale);
   window.LGraphCanvas.active_canvas = app.canvas; // which the menu's filter takes for granted
   new window.LiteGraph.ContextMenu(entries, { event, scale, className: 'dark', callback }, window);
@@ -161,6 +184,7 @@ function line(node, row, rows) {
     changed(node);
   });
   const file = button(lora.replace(/\.safetensors$/, ''), lora, 'file', (event) => choose(node, row, event));
+  file.onmouseenter = () => describe(file, lora).catch(console.warn);
   const order = rows.map((number) => read(node, number));
   const at = rows.indexOf(row);
   const moved = (to) => {

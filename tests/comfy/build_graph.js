@@ -120,7 +120,7 @@ withPage(base, async (page, errors) => {
   const rows = async () => ({
     shown: await list.locator('> div, > label').evaluateAll((lines) =>
       lines.map((line) => [
-        line.querySelector('.file')?.title ?? line.textContent,
+        line.querySelector('.file')?.title.split('\n')[0] ?? line.textContent,
         line.querySelector('input[type=checkbox]')?.checked,
       ])),
     sent: await page.evaluate((id) => {
@@ -195,6 +195,18 @@ withPage(base, async (page, errors) => {
   seen.off = await rows();
   await click(list.locator('.all'));
   seen.on = await rows();
+
+  // What a file says of itself, and one that is chosen through its folder.
+  await first.locator('.file').hover();
+  await page.waitForTimeout(1000);
+  seen.about = await first.locator('.file').getAttribute('title');
+  await list.locator('.add').click();
+  await page.locator('.litecontextmenu .litemenu-entry.has_submenu', { hasText: 'people/' }).first().click();
+  await page.locator('.litecontextmenu').last().locator('.litemenu-entry', { hasText: 'c.safetensors' }).first().click();
+  await page.waitForTimeout(1200);
+  seen.folder = (await rows()).sent[2];
+  await undo();
+  for (let step = 0; step < 4 && (await rows()).sent[2][0] !== 'none'; step++) await undo();
 
   // A stand-in for rgthree's node, whose menu has an entry of ours.
   seen.converted = await page.evaluate(async () => {

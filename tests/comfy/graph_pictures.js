@@ -38,6 +38,9 @@ withPage(`http://127.0.0.1:${port}`, async (page) => {
     const top = Math.min(...boxes.map(([, y]) => y)) - MARGIN;
     const right = Math.max(...boxes.map(([x, , w]) => x + w)) + MARGIN;
     const bottom = Math.max(...boxes.map(([, y, , h]) => y + h)) + MARGIN;
+    const height = Math.round(((bottom - top) * width) / (right - left));
+    await page.setViewportSize({ width: LEFT + width + 110, height: Math.max(950, TOP + height + 100) });
+    await page.waitForTimeout(500);
     await page.evaluate(([l, t, scale, sx, sy]) => {
       const { ds, canvas } = window.app.canvas;
       const box = canvas.getBoundingClientRect();
@@ -48,7 +51,6 @@ withPage(`http://127.0.0.1:${port}`, async (page) => {
       window.app.canvas.setDirty(true, true);
     }, [left, top, width / (right - left), LEFT, TOP]);
     await page.waitForTimeout(1500);
-    const height = Math.round(((bottom - top) * width) / (right - left));
     const clip = { x: LEFT, y: TOP, width, height };
     const path = result || file.replace('.json', '.jpg');
     await page.screenshot({ path, type: 'jpeg', quality: 78, clip });

@@ -1,6 +1,7 @@
 // node help_pictures.js PORT [NODE …]: the pictures of the help pages, web/docs/NODE/{en,zh}.jpg, of
 // nodes as they are in use, on a ComfyUI that runs there. What a node says is what it said on the
-// toybox (workflows/quick_start_toybox.json and the others).
+// toybox (workflows/quick_start_toybox.json and the others). The LoRAs of IterisLoras must be in the
+// models folder, and the system needs a font with Chinese.
 const fs = require('fs');
 const path = require('path');
 const { withPage } = require('./browser.js');
@@ -79,7 +80,7 @@ async function take(page, type, { values = {}, properties = {}, says }, file) {
     await page.evaluate(async (text) => {
       const { api } = await import('/scripts/api.js');
       const node = window.app.graph._nodes[0];
-      api.dispatchCustomEvent('progress_text', { nodeId: String(node.id), text });
+      api.dispatchCustomEvent('iteris.text', { node: String(node.id), text });
     }, says);
     await page.waitForTimeout(700);
   }

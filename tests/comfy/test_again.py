@@ -88,8 +88,10 @@ def stopped_at(kit, monkeypatch, done):
     """A merge in here is interrupted after so many steps."""
     import comfy.model_management as memory
 
-    progress = part(kit.pack, "nodes.comfy_runtime").NodeProgress
+    runtime = part(kit.pack, "nodes.comfy_runtime")
+    progress, shown = runtime.NodeProgress, []
     told = progress.__call__
+    monkeypatch.setattr(runtime, "show_text", lambda text, _: shown.append(text))
 
     def stopping(self, now):
         if now.what == "steps through the denoiser" and now.done == done:
@@ -99,24 +101,21 @@ def stopped_at(kit, monkeypatch, done):
     with monkeypatch.context() as patched:
         patched.setattr(progress, "__call__", stopping)
         with pytest.raises(memory.InterruptProcessingException):
-            yield
+            yield shown
+
+
+RESCUED = "The merge without steps is kept: queue again to use it."
 
 
 def test_a_best_that_was_cancelled_is_found_by_the_same_inputs(kit, desk, monkeypatch):
     """It says so, and when it is made again; a whole one is never replaced by it."""
     presets = part(kit.pack, "iteris_core.settings").PRESETS
     monkeypatch.setitem(presets["best"].settings, "steps", 3)
-    shown: list[str] = []
-    monkeypatch.setattr(
-        part(kit.pack, "nodes.merging"), "show_text", lambda text, _: shown.append(text)
-    )
     best = {"preset": "best", "samples": 9}
     again = {"settings": {"kept": "make again"}}
-    with stopped_at(kit, monkeypatch, 2):
+    with stopped_at(kit, monkeypatch, 2) as shown:
         desk(**best)
-    assert shown[-1] == (
-        "Stopped at step 2 of 3. The merge without steps is kept: queue again to use it."
-    )
+    assert shown[-1] == f"Stopped at steps through the denoiser 2 of 3. {RESCUED}"
     merges = desk.merges()
     stopped, report = desk(**best)[2:4]
     assert "Stopped at step 2 of 3, so this is the merge without steps. It is made again" in report
@@ -162,8 +161,9 @@ def test_an_interrupt_is_comfyui_s_own_and_the_merge_without_steps_is_kept(
 ):
     before, plain = kit.outputs(), desk()[2]
     kit.forget()
-    with stopped_at(kit, monkeypatch, done):
+    with stopped_at(kit, monkeypatch, done) as shown:
         desk(settings={"steps": 3})
+    assert shown[-1] == f"Stopped at steps through the denoiser {done} of 3. {RESCUED}"
     assert kit.unchanged(before)
     assert not torch.is_inference_mode_enabled()
     merges = desk.merges()

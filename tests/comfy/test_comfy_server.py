@@ -232,6 +232,34 @@ def test_compare_inspect_preserve_and_stack(client):
     assert "CLIPScore" in outputs["scores"]["text"][0]
 
 
+@needs_toybox
+def test_every_row_draws_every_prompt_of_a_list(client):
+    """ComfyUI pairs lists by place: two prompts and three rows would be three pictures."""
+    toybox = {"model": ["toybox", 0], "clip": ["toybox", 1], "concepts": ["toybox", 3]}
+    on = ["rows", 0], ["rows", 1], ["toybox", 2]
+    drawn = drawing("drawn", *on, text=["rows", 4], batch=2)
+    outputs = client.run({
+        "toybox": node("IterisToybox", tokens="sks1, sks6"),
+        "rows": node(
+            "IterisCompareMerges", **toybox, row_1="each alone", row_2="average", row_3="none",
+            row_4="none", prompt=["toybox", 5],
+        ),
+        **drawn,
+        "said": node("PreviewAny", source=["rows", 4]),
+        "sheet": node(
+            "IterisScoreSheet", images=["drawnd", 0], labels=["rows", 2], prompts=["rows", 4],
+            cell=64,
+        ),
+        "shown": node("PreviewImage", images=["sheet", 0]),
+    })  # fmt: skip
+    assert outputs["said"]["text"] == ["a sks1 star"] * 3 + ["a sks6 square"] * 3
+    assert len(outputs["drawn"]["images"]) == 12
+    (sheet,) = outputs["shown"]["images"]
+    width, height = Image.open(io.BytesIO(client.picture(sheet))).size
+    assert 4 * 64 < width < 6 * 64
+    assert 3 * 64 < height < 5 * 64
+
+
 def test_every_node_is_served_with_its_help_and_texts(client):
     """What these say is compared with the nodes by test_texts.py."""
     found = {k: v for k, v in client.get("/object_info").items() if k.startswith("Iteris")}

@@ -14,7 +14,7 @@ class Edits:
     def __init__(self, kit, monkeypatch):
         self.kit, self.progress = kit, lambda _: None
         nodes = part(kit.pack, "nodes.edit_nodes")
-        monkeypatch.setattr(nodes, "NodeProgress", lambda _: lambda p: self.progress(p))
+        monkeypatch.setattr(nodes.NodeProgress, "__call__", lambda _, p: self.progress(p))
 
     def run(self, name, *args, **values):
         values = {**SIZE, "samples": 4, "settings": SETTINGS, **values}

@@ -5,14 +5,17 @@ Needs node, playwright-core (in NODE_PATH) and Chromium (CHROMIUM, or /usr/bin/c
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
@@ -29,10 +32,10 @@ def _ready():
     return found.returncode == 0
 
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not _ready(), reason="needs node, playwright-core and Chromium"),
-]
+needs_a_browser = pytest.mark.skipif(
+    not _ready(), reason="needs node, playwright-core and Chromium"
+)
+pytestmark = [pytest.mark.slow, needs_a_browser]
 
 
 def look(client, graph, picture, *wishes):
@@ -85,6 +88,8 @@ def test_a_first_graph_by_search_and_drag(client, models, tmp_path):
     words = {"trainedWords": ["zwx dog", "zwx puppy"]}
     loras = models / "models" / "loras"
     (loras / "b.civitai.info").write_text(json.dumps(words))
+    (loras / "people").mkdir()
+    shutil.copy(loras / "b.safetensors", loras / "people" / "c.safetensors")
     before = {path.name for path in loras.rglob("*")}
     log = models / "server.log"
     made = log.read_text().count("IterIS: merged with")
@@ -92,6 +97,10 @@ def test_a_first_graph_by_search_and_drag(client, models, tmp_path):
         seen = run("build_graph.js", client, tmp_path)
     finally:
         (loras / "b.civitai.info").unlink()
+        shutil.rmtree(loras / "people")
+    assert seen["about"].split("\n")[0] == "a.safetensors"
+    assert seen["about"].split("\n")[-1] == "sks cat"
+    assert seen["folder"][0] == "people/c.safetensors"
     assert seen["links"] == 16
     a = ["a.safetensors", True, 1, 1, 1, "auto", "sks cat"]
     b = ["b.safetensors", True, 1, 1, 1, "auto", "zwx dog; zwx puppy"]
@@ -134,7 +143,7 @@ def test_a_first_graph_by_search_and_drag(client, models, tmp_path):
         "IterisCompareMerges", "CLIPTextEncode", "CLIPTextEncode", "KSampler", "VAEDecode",
         "IterisScoreSheet", "PreviewImage",
     ]  # fmt: skip
-    assert compared["asked"] == ["IterisMerge", None]
+    assert compared["asked"] == ["IterisCompareMerges", None]  # which has the merge's words
     beside = ["conditioning", "latent"]
     assert compared["open"] == [
         *(f"IterisCompareMerges {name}" for name in beside), "IterisScoreSheet scores",
@@ -280,6 +289,60 @@ def test_reports_are_on_their_nodes(client, tmp_path):
     assert "a report inside" not in seen["sent"]
     assert "IterisMerge" in seen["sent"]
     assert (seen["other"], seen["first"]) == (None, "a report that came late")
+
+
+def test_a_comparison_in_one_press(client):
+    """Beside a merge that draws two prompts. It covers nothing, its picture is large, and every row
+    has both prompts. The merge is found by what it does."""
+    seen = run("comparison.js", client, ROOT / "workflows" / "quick_start_toybox.json")
+    assert seen["errors"] == []
+    assert "IterIS Merge LoRAs" in seen["found"]
+    added = seen["added"]
+    for one, two in [*combinations(added, 2), *product(added, seen["before"])]:
+        a, b = one["box"], two["box"]
+        apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+        assert apart, (one["type"], two["type"])
+    (shown,) = (node["box"] for node in added if node["type"] == "PreviewImage")
+    assert (shown[2] - shown[0], shown[3] - shown[1]) >= (600, 500)
+    ids = {node["type"]: str(node["id"]) for node in added[::-1]}
+    graph = seen["prompt"]
+    compare, wanted = ids["IterisCompareMerges"], {ids["PreviewImage"]}
+    assert graph[ids["CLIPTextEncode"]]["inputs"]["text"] == [compare, 4]
+    graph[compare]["inputs"] |= {"row_4": "average"}  # which takes no time
+    graph[ids["KSampler"]]["inputs"]["steps"] = 2
+    while (
+        more := {
+            value[0]
+            for number in wanted
+            for value in graph[number]["inputs"].values()
+            if isinstance(value, list)
+        }
+        - wanted
+    ):
+        wanted |= more
+    outputs = client.run({number: graph[number] for number in wanted})
+    (sheet,) = outputs[ids["PreviewImage"]]["images"]
+    with Image.open(io.BytesIO(client.picture(sheet))) as picture:
+        width, height = picture.size
+    # Four pictures of either prompt, and five rows.
+    assert (width // 192, height // 192) == (8, 5)
+
+
+def test_what_a_run_says_is_for_who_runs_it(client):
+    """On their own page and graph alone; after a cancel the node says what is kept."""
+    seen = run("people.js", client, ROOT / "workflows" / "quick_start_toybox.json")
+    assert seen["errors"] == []
+    assert any("no row left out" in text for text in seen["running"])
+    assert seen["theirs"] == {"told": [], "same": True, "heard": []}
+    assert seen["others"] == {"told": [], "same": True}
+    assert any("Merged 2 concepts" in text for text in seen["done"])
+    assert any("min left" in text for text in seen["steps"])
+    stopped = [text for text in seen["stopped"] if text.startswith("IterisMerge")]
+    assert len(stopped) == 1
+    assert re.search(
+        r"Stopped at steps through the denoiser \d+ of 200\. The merge is kept", stopped[0]
+    )
+    assert "left" not in stopped[0]
 
 
 def test_help_page_renders(client, tmp_path):

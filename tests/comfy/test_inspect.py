@@ -44,7 +44,7 @@ def test_a_merge_says_what_it_takes_before_it_denoises(kit, inspect, monkeypatch
     monkeypatch.setattr(runtime, "show_text", lambda text, _: shown.append(text))
     given = {"clip": kit.clip, "samples": 20, "settings": WITH_MEMORY, "minutes": 1e-4}
     node = kit.node("merge_nodes", "IterisMerge")
-    *_, report, _ = node.execute(kit.model, tuple(kit.concepts()), **given).result
+    *_, report, _, _ = node.execute(kit.model, tuple(kit.concepts()), **given).result
     begun = next(at for at, text in enumerate(shown) if "enoising steps" in text)
     first, *_, last = shown[begun].splitlines()
     assert re.fullmatch(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 import sys
 from types import SimpleNamespace
@@ -64,21 +63,24 @@ def test_messages_name_no_folder_of_the_server(kit, loras):
     assert str(kit.folder) not in str(found.value)
 
 
-def test_text_on_a_node_is_no_html_and_no_markdown(kit, loras, monkeypatch):
-    """Entities show as their character; what the graph records is the text itself."""
-    sent: list[str] = []
-    page = SimpleNamespace(send_progress_text=lambda text, _: sent.append(text))
+def test_text_on_a_node_goes_to_who_runs_it(kit, loras, monkeypatch):
+    """As it is: the page makes it text. A prompt without a page tells nobody."""
+    sent: list[tuple] = []
+    page = SimpleNamespace(
+        client_id="me", last_prompt_id="p", send_sync=lambda *one: sent.append(one)
+    )
     monkeypatch.setitem(
         sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=page))
     )
     node = kit.node("concept_nodes", "IterisLoras")
     node.hidden.unique_id = "1"
-    words = "<b>*x* ![y](https://z) www.z"
-    node.execute(lora_1="sub/ä 'cat' <b>.safetensors", words_1=words, lora_2="b.safetensors")
-    assert not re.search(r"[<>*!\[\]_]|://|www\.", sent[0])
-    told = f"ä 'cat' <b> at 1: {words}"
-    assert html.unescape(sent[0]).split("  \n")[0] == told
-    assert part(kit.pack, "nodes.comfy_runtime").ui_text(told) == {"text": [told]}
+    node.execute(lora_1="b.safetensors", words_1="<b>*x*")
+    text = "b at 1: <b>*x*"
+    assert sent == [("iteris.text", {"node": "1", "prompt_id": "p", "text": text}, "me")]
+    page.client_id = None
+    node.execute(lora_1="b.safetensors", words_1="<b>*x*")
+    assert len(sent) == 1
+    assert part(kit.pack, "nodes.comfy_runtime").ui_text(text) == {"text": [text]}
 
 
 def test_a_linked_folder_keeps_its_name_in_the_recipe(kit, loras, tmp_path_factory):

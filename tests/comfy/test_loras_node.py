@@ -91,6 +91,14 @@ def test_words_come_from_beside_the_file_or_from_the_user(bench):
     assert bench.module("comfy_routes").words_of_lora("../../../etc/passwd")["words"] == ""
 
 
+def test_what_a_file_says_of_itself(bench):
+    about = bench.module("comfy_routes").about_of_lora
+    kind, size, words = about("a.safetensors")["lines"]
+    assert (kind, words) == ("sd1", "sks cat")
+    assert size.endswith(" MiB")
+    assert about("../../../etc/passwd") == {"lines": []}
+
+
 def test_prompts_of_the_user(bench):
     def prompts(**values):
         (spec,), _ = bench.run(lora_1="a.safetensors", **values)

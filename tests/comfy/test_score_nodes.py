@@ -80,6 +80,27 @@ def test_dinov2_as_comfyui_loads_it(pack, tmp_path):
         scorer().text_alignment([Image.new("RGB", (4, 4))], ["a"])
 
 
+def test_batches_with_one_label_share_a_row(pack):
+    """Each below its own prompt, as a list of prompts comes from Compare Merges."""
+    sheets = part(pack, "nodes.score_nodes")
+    made = []
+    with pytest.MonkeyPatch.context() as patched:
+        draw = sheets.contact_sheet
+        patched.setattr(
+            sheets, "contact_sheet", lambda *a, **k: made.append((a, k)) or draw(*a, **k)
+        )
+        sheet = node(pack, "score_nodes", "ScoreSheet").execute
+        images, labels = [torch.zeros(2, 8, 8, 3)] * 4, ["a alone", "iteris"] * 2
+        sheet(images, labels, ["a cat", "a cat", "a dog", "a dog"], [32])
+        sheet(images[:2], labels[:2], ["a cat", "a cat"], [32])
+        sheet(images[:1], ["x"], ["one\ntwo"], [32])
+    shapes = [({row: len(of) for row, of in rows.items()}, names) for (rows, names), _ in made]
+    assert shapes[0] == ({"a alone": 4, "iteris": 4}, ["a cat", "", "a dog", ""])
+    assert shapes[1] == ({"a alone": 2, "iteris": 2}, ["", ""])
+    assert shapes[2] == ({"x": 2}, ["one", "two"])
+    assert [given["title"] for _, given in made] == ["", "a cat", ""]
+
+
 def test_without_open_clip_only_scores_are_missing(loader, pack, monkeypatch):
     error, find = part(pack, "iteris_core").IterisError, importlib.util.find_spec
     monkeypatch.setattr(

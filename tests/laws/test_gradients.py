@@ -72,7 +72,7 @@ def gradients(model, x, *, again: bool, mutable: bool = False):
     written = frozenset({"[0][0]"} if model.blocks[0].in_place else ())
     blocks = {block: (written, [str(n)]) for n, block in enumerate(model.blocks)}
     leaves = [leaf for of in factors.values() for leaf in (of.up, of.down)]
-    network = Network(model, blocks if again else {}, torch.device("cpu"))
+    network = Network(model, blocks, torch.device("cpu"), blocks.keys(), replays=again)
     with network.differentiable(factors, nullcontext), saved_tensors(mutable=mutable):
         model(x).backward(inputs=leaves)
     return [leaf.grad for leaf in leaves]

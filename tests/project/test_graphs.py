@@ -191,11 +191,31 @@ def test_a_list_of_loras_leaves_their_kinds_to_the_files(path):
 
 
 @every_graph
+def test_no_prompt_names_two_concepts(path):
+    """They would mix (README). Only the graph with a prompt for each half shows that, beside it."""
+    for node in read(path)["nodes"]:
+        if node["type"] == "CLIPTextEncode" and node.get("title") != "One prompt for both":
+            names = set(re.findall(r"\b(?:sks|zwx)\d*\b", node["widgets_values"][0]))
+            assert len(names) <= 1, node["widgets_values"]
+    outputs = {node["id"]: node["outputs"] for node in read(path)["nodes"]}
+    for _, origin, slot, *_ in read(path)["links"]:
+        assert outputs[origin][slot]["name"] != "trigger_words"  # of all concepts
+
+
+@every_graph
 def test_a_note_says_how_many_samples_the_graph_has(path):
     nodes = read(path)["nodes"]
     (note,) = (n["widgets_values"][0] for n in nodes if n["type"] == "MarkdownNote")
     if any(30 in n.get("widgets_values", []) for n in nodes if n["type"].startswith("IterisMerge")):
         assert "on 80 samples (this graph has 30, which take less)" in note
+
+
+@pytest.mark.parametrize("name", ["quick_start_toybox", "compare_methods"])
+def test_a_comparison_has_each_lora_alone(name):
+    graph = read(ROOT / "workflows" / f"{name}.json")
+    (compare,) = (node for node in graph["nodes"] if node["type"] == "IterisCompareMerges")
+    assert {"base", "each alone", "stacked", "iteris"} <= {*compare["widgets_values"][:6]}
+    assert "PreviewImage" in {node["type"] for node in graph["nodes"]}
 
 
 def test_a_turbo_model_is_merged_as_it_draws():

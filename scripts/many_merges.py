@@ -1,6 +1,6 @@
 """Every pair of a library of LoRAs, or every setting of a sweep, as a Ray job with one table.
 
-    python examples/many_merges.py BASE out/ cat.safetensors:sks:cat dog.safetensors:zwx:dog …
+    python scripts/many_merges.py BASE out/ cat.safetensors:sks:cat dog.safetensors:zwx:dog …
         [--size 2] [--best 5] [--method iteris] [--set ridge=1e-4 --set ridge=1e-5]
 
 Needs ``ray``. Each merge is a task with three tries; what is written already is not merged again,

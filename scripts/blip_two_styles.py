@@ -1,6 +1,6 @@
 """Two caption styles in one BLIP, steered by the prompt, as in the paper.
 
-    python examples/blip_two_styles.py -o merged --base Salesforce/blip-image-captioning-base \\
+    python scripts/blip_two_styles.py -o merged --base Salesforce/blip-image-captioning-base \\
         --style adapters/positive:"a positive caption of" --style adapters/negative:"a negative \\
         caption of" --pictures photos/
 

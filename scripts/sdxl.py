@@ -1,6 +1,6 @@
 """Several SDXL LoRAs in one file, which loads everywhere that reads kohya's layout.
 
-    python examples/sdxl.py stabilityai/stable-diffusion-xl-base-1.0 -o both.safetensors \\
+    python scripts/sdxl.py stabilityai/stable-diffusion-xl-base-1.0 -o both.safetensors \\
         --lora cat.safetensors:sks:cat --lora dog.safetensors:zwx:dog \\
         --picture "a sks cat and a zwx dog on the beach"
 

@@ -1,6 +1,6 @@
 """Two tasks in one FLAN-T5: features while each LoRA writes its answers, as in the paper.
 
-    python examples/flan_t5_two_tasks.py google/flan-t5-base -o merged \\
+    python scripts/flan_t5_two_tasks.py google/flan-t5-base -o merged \\
         --adapter adapters/mrpc:mrpc.txt --adapter adapters/rte:rte.txt
 
 A text file has one unlabelled input a line, fifty are enough. Without adapters the script makes two

@@ -1,6 +1,6 @@
 """Several LoRAs for FLUX.1 in one file, with the model's parts on the GPU one at a time.
 
-    python examples/flux.py black-forest-labs/FLUX.1-dev -o both.safetensors \\
+    python scripts/flux.py black-forest-labs/FLUX.1-dev -o both.safetensors \\
         --lora cat.safetensors:sks:cat --lora dog.safetensors:zwx:dog
 
 A LoRA is FILE:TRIGGER:CLASS, trained on the transformer, CLIP, or both. Moments of the widest sites
