@@ -55,7 +55,9 @@ def place(tmp_path, monkeypatch):
     folder = make_world(tmp_path)
     names = ("cat", "dog", "style")
     for name, source in zip(names, (1, 2, 1), strict=True):
-        shutil.copy(folder / f"lora{source}.safetensors", folder / f"{name}.safetensors")
+        words = {"modelspec.trigger_phrase": f"sks{source} {name}"}
+        tensors = load_file(folder / f"lora{source}.safetensors")
+        save_file(tensors, folder / f"{name}.safetensors", words)
     shutil.copytree(folder / "base", folder / "tuned")
     weights = folder / "tuned/unet/diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
