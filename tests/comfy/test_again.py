@@ -10,8 +10,8 @@ from kit import SETTINGS, distance, part, write_loras
 
 
 def test_another_strength_does_not_merge_again(kit, desk):
-    _, _, whole, _, words = desk()
-    _, _, half, report, _ = desk(strength=0.5)
+    _, _, whole, _, words, _ = desk()
+    _, _, half, report, _, _ = desk(strength=0.5)
     assert words == "sks cat, zwx dog"
     assert desk.merges() == 1
     sites = {site: change.scaled(0.5) for site, change in whole.lora.sites.items()}
@@ -34,7 +34,7 @@ def test_a_restart_does_not_merge_again(kit, desk):
     """The files count by content: not by their time stamps, nor by what lies beside them."""
 
     def restarted(**values):
-        _, _, lora, report, _ = desk(kit.concepts(), **values)
+        _, _, lora, report, _, _ = desk(kit.concepts(), **values)
         return lora, report
 
     whole, report = restarted()
