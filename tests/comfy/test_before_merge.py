@@ -101,7 +101,10 @@ def test_loras_without_words_are_not_saved_as_a_merge(kit, desk):
     with pytest.raises(desk.error, match=r"^Row 1 \(b\.safetensors\) has no trigger words"):
         desk.merge(alone)
     always = {"prompts_1": "always on", "prompts_2": "always on"}
-    desk.merge(desk.loras("b.safetensors", "c.safetensors", **always))
+    on = desk.loras("b.safetensors", "c.safetensors", **always)
+    with pytest.raises(desk.error, match="are always on"):
+        desk.merge(on)
+    desk.merge(on, method="sum")
     desk.merge(wordless, method="average")
     desk.merge((*wordless, *kit.concepts()))
 
