@@ -95,6 +95,9 @@ def prepare(
             merging = [concept for concept in always if concept.always_on == "include"]
             always = [concept for concept in always if concept.always_on == "outside"]
     loras = sum(concept.lora is not None for concept in merging)
+    steps = getattr(settings, "steps", 0)
+    if steps is None:
+        steps = thresholds.steps_for(loras) if pictures else 0
     settled = calibration.settled(loras, pictures=pictures)
     eta = Forecast(on_progress)
     report = MergeReport(
@@ -117,7 +120,7 @@ def prepare(
         store=None if store is None else SampleStore.at(store),
         rank=getattr(settings, "rank", None),
         share_ranks=getattr(settings, "share_ranks", False),
-        steps=getattr(settings, "steps", 0),
+        steps=steps,
         included=[concept for concept in always if concept.always_on == "include"],
         rescues=rescues,
         report=report,
@@ -188,7 +191,7 @@ def _looked_at(
         job.eta.did(seen.products, seen.seconds)
     if job.calibration.minutes is not None:
         job = within_time(job, max(sweeps, 1))
-    if steps:
+    if "steps" in job.report.settings:
         job.report.settings["steps"] = job.steps
     job.eta.expect(HELD_OUT, held_out_work(job))
     few = job.calibration.samples

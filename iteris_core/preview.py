@@ -15,10 +15,10 @@ from .prepare import prepare
 
 @dataclass(frozen=True)
 class Preview:
-    """``plan`` has one line per part of the model. ``denoised`` counts the one-row forwards for
-    denoising samples beforehand. The whole merge takes about that many ``seconds`` (None: unknown),
-    denoising and Adam steps included. ``notes`` are those that its report will have, and
-    ``outlook`` sums it up: time, rows left out, rank and size of the file."""
+    """``plan`` has one line per part of the model, and one for its steps. ``denoised`` counts the
+    one-row forwards for denoising samples beforehand. The whole merge, with both, takes about that
+    many ``seconds`` (None: unknown). ``notes`` are those that its report will have, but for the
+    steps, and ``outlook`` sums it up: time, rows left out, rank and size of the file."""
 
     plan: Sequence[str]
     denoised: int = 0

@@ -189,7 +189,7 @@ def _merged(
         """Keep a merge that was interrupted in its steps as what it is, one without steps, and
         where the inputs find it, unless a whole one is there."""
         settings = {name: value for name, value in config.settings.items() if name != "steps"}
-        settings |= {"steps": 0} if PRESETS[config.preset].settings.get("steps") else {}
+        settings |= {} if PRESETS[config.preset].settings.get("steps") == 0 else {"steps": 0}
         without = config.model_copy(update={"settings": settings})
         merge, stopped = merge_of(result, again=False), _stopped(result)
         if stopped or found is None:

@@ -157,7 +157,7 @@ def schema(
     )
 
 
-_NONE: Mapping[str, float] = {"saliency": -1, "contexts": -1}
+_NONE: Mapping[str, float] = {"saliency": -1, "contexts": -1, "steps": -1}
 """Setting → the value that means none, if 0 has another meaning."""
 
 
@@ -169,12 +169,14 @@ def setting_input(owner: type[Settings], name: str) -> Any:
     """The input of a setting, with its limits and help."""
     declared = declared_settings(owner)[name]
     none = _NONE.get(name, 0)
-    tooltip = f"{declared.help} {none}: {declared.none}." if declared.none else declared.help
     default = none if declared.default is None else declared.default
+    means = {none: declared.none} if declared.none else {}
     if name in BY_PRESET:
         default = BY_PRESET[name]
-        own = [f"{p} {s.settings[name]}" for p, s in PRESETS.items() if s.settings.get(name)]
-        tooltip += f" {default}: set by the preset ({', '.join(own)})."
+        own = [f"{p} {s.settings[name]}" for p, s in PRESETS.items() if name in s.settings]
+        by_preset = f"set by the preset ({', '.join(own)})"
+        means[default] = f"{by_preset}; otherwise {means[none]}" if none == default else by_preset
+    tooltip = " ".join([declared.help, *(f"{value}: {what}." for value, what in means.items())])
     shared: dict[str, Any] = {"default": default, "tooltip": tooltip, "optional": True}
     if declared.kind is bool:
         return io.Boolean.Input(name, **shared)
@@ -198,11 +200,12 @@ def changed(
     given: dict[str, Any] = {}
     for name, value in values.items():
         declared = declared_settings(owner)[name]
-        value = None if declared.optional and value == _NONE.get(name, 0) else value
         default = declared.default
         if name in BY_PRESET:
             default = PRESETS[preset].settings.get(name, default)
-            value = default if value == BY_PRESET[name] else value
+            if value == BY_PRESET[name]:
+                continue
+        value = None if declared.optional and value == _NONE.get(name, 0) else value
         if value != default:
             given[name] = value
     return given

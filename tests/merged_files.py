@@ -49,6 +49,8 @@ HEAVY = {
     "loraclr": {"steps": 3},
     "wudi": {"steps": 20},
 }
+CLOSED = {"steps": 0}
+"""Steps hide in what a merge rounds where a closed form differs."""
 ITERIS: Mapping[str, Mapping[str, Any]] = {
     "adapter": {"objective": "adapter", "weighting": "adapter", "ridge": 1e-4},
     "jacobi": {"schedule": "jacobi", "iterations": 3, "repair": False, "saliency": 0.0},
@@ -102,9 +104,9 @@ def merges() -> dict[str, Callable[[Path], list[Path]]]:
         if method.name != "iteris":
             found[method.name] = _pipeline("sd1", method.name, settings=HEAVY.get(method.name))
     for kind in ("sd1", "sdxl", "sd3", "flux"):
-        found[f"iteris, {kind}"] = _pipeline(kind)
+        found[f"iteris, {kind}"] = _pipeline(kind, settings=CLOSED)
     for name, settings in ITERIS.items():
-        found[f"iteris, {name}"] = _pipeline("sd1", settings=settings)
+        found[f"iteris, {name}"] = _pipeline("sd1", settings={**CLOSED, **settings})
     for preset in PRESETS:
         settings = {"iterations": 2} if preset == "paper" else {}
         found[f"iteris, preset {preset}"] = _pipeline("sd1", preset=preset, settings=settings)
@@ -210,7 +212,7 @@ def _way(most: int, parked: bool) -> Callable[[Path], list[Path]]:
     def run(folder: Path) -> list[Path]:
         plan, sweep.planned = sweep.planned, planned_as(most, CPU if parked else None)
         try:
-            return _pipeline("flux")(folder)
+            return _pipeline("flux", settings=CLOSED)(folder)
         finally:
             sweep.planned = plan
 
@@ -225,7 +227,7 @@ def _experts(folder: Path) -> list[Path]:
         path = write_reduced(folder / f"{seed}.safetensors", reduced.pipeline, seed)
         concepts.append(Concept(host.read_lora(path), prompts=list(reduced.prompts)))
         path.unlink()
-    result = merge_loras(host, concepts, settings=reduced.settings, calibration={
+    result = merge_loras(host, concepts, settings={**CLOSED, **reduced.settings}, calibration={
         "samples": 3, "timesteps": 2, "denoising_steps": 3, "seed": 3,
     })  # fmt: skip
     parts = split_experts(result.lora, host.experts)
@@ -244,7 +246,7 @@ def _embeddings(folder: Path) -> list[Path]:
         vectors = {"emb_params": torch.randn(count, 32, generator=generator)}
         lora = replace(make_lora("sd1", _some("sd1"), seed), embeddings={name: vectors})
         concepts.append(Concept(lora, trigger=name, class_word="dog"))
-    result = merge_loras(host, concepts, calibration=QUICK)
+    result = merge_loras(host, concepts, settings=CLOSED, calibration=QUICK)
     _save(result, folder)
     return sorted(folder.glob("**/*.safetensors"))
 
@@ -259,7 +261,7 @@ def _words(folder: Path) -> list[Path]:
         Concept(third, trigger="s4", kind="style", text_strength=0.5),
         Concept(Lora(third.sites, "off"), trigger="s5", strength=0.0),
     ]
-    return _save(merge_loras(host, concepts, calibration=QUICK), folder)
+    return _save(merge_loras(host, concepts, settings=CLOSED, calibration=QUICK), folder)
 
 
 def _preserved(folder: Path) -> list[Path]:
@@ -269,7 +271,8 @@ def _preserved(folder: Path) -> list[Path]:
         Concept.preserve([f"a {letter}" for letter in "abcdefghij"]),
     ]
     calibration = {**QUICK, "generic": 0.0, "contexts": 0.0, "latents": "noise"}
-    return _save(merge_loras(host, concepts, calibration=calibration), folder)
+    result = merge_loras(host, concepts, settings=CLOSED, calibration=calibration)
+    return _save(result, folder)
 
 
 def main() -> None:

@@ -8,8 +8,9 @@ from oracle import ModuleHost, Net, make_data
 
 from iteris_core import Calibration, Concept, merge_loras
 
-EXACT = {"precision": "float64", "weighting": "tokens", "shrink": 1.0, "bound": 0.0}
-"""A model without images has other defaults where tokens are few, and laws have no bound."""
+EXACT = {"precision": "float64", "weighting": "tokens", "shrink": 1.0, "bound": 0.0, "steps": 0}
+"""A model without images has other defaults where tokens are few, and laws of the closed form have
+neither a bound nor steps."""
 
 
 def merge(loras, data=None, model=None, *, weights=None, strengths=None, **settings):

@@ -128,7 +128,8 @@ class Passes:
             tried = attempts(
                 plan, self.run.lockstep, self.batching.thresholds, sweep=schedule.sweep
             )
-            _, self._latest[stage.name] = with_less(tried, attempt, complaint)
+            _, ran = with_less(tried, attempt, complaint)
+            self._latest[stage.name] = _rowless(ran)
 
     def _planned(self, stage: Stage) -> Plan:
         solver, before = self.solver_of(stage), [plan.stage for plan in self.plans]
@@ -146,9 +147,7 @@ class Passes:
         if more:
             report.plan.append(more)
             self.run.job.tick(f"plan: {more}", 0, 0, more)
-        # Without what its rows hold
-        rowless = replace(plan.stage, forward=_released, final=None, mask=None)
-        self.plans.append(replace(plan, stage=rowless))
+        self.plans.append(_rowless(plan))
         self._latest[stage.name] = self.plans[-1]
         self._expect()
         return plan
@@ -233,6 +232,11 @@ class Passes:
         except SolveError as error:
             raise SolveError(f"Site {site}: {error}") from error
         return self._solutions[site].change
+
+
+def _rowless(plan: Plan) -> Plan:
+    """``plan`` without what its rows hold."""
+    return replace(plan, stage=replace(plan.stage, forward=_released, final=None, mask=None))
 
 
 def _released(rows: Sequence[Row], copies: int) -> None:

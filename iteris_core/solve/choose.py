@@ -72,7 +72,11 @@ class Thresholds:
     # A block is run again if that gives its first output within this.
     replay_error: float = 1e-3
 
-    # Rows of a step through the denoiser,
+    # Steps through the denoiser for each LoRA and once more,
+    steps_each: int = 20
+    # and at most so many.
+    most_steps: int = 100
+    # Rows of a step,
     batch: int = 16
     # the root mean square of its first updates, as a multiple of a factor's,
     rate: float = 0.02
@@ -120,6 +124,11 @@ class Thresholds:
         """The number of tokens per row, of a concept's ``rows``, that suffices for ``width``
         inputs."""
         return max(self.least_row_tokens, -(-self.tokens_an_input * width // rows))
+
+    def steps_for(self, loras: int) -> int:
+        """The number of steps through the denoiser for that many LoRAs. What a single LoRA does is
+        its own change, which the closed form reaches."""
+        return min(self.steps_each * (loras + 1), self.most_steps) if loras > 1 else 0
 
     def ridge_for(self, samples: int, timesteps: int, loras: int) -> tuple[float, Pull]:
         """α and the pull for that many samples of each of that many LoRAs. With few samples the

@@ -99,7 +99,8 @@ def test_a_plan_merges_and_writes_nothing(world, tmp_path, iteris):
     assert "unet" not in iteris.err
     assert "solving sites" not in iteris.err
     found = json.loads(iteris(*merge(world, out, "--plan", "--json")))
-    assert found["plan"][-1].startswith("unet: 7 rows")
+    assert found["plan"][-2].startswith("unet: 7 rows")
+    assert found["plan"][-1].startswith("steps through the unet: 16 of 16 rows at once")
     assert (found["denoised"], found["seconds"] > 0) == (0, True)
     assert any("name no concept" in note for note in found["notes"])
     assert not list(tmp_path.iterdir())

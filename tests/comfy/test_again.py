@@ -146,7 +146,9 @@ def test_settings_set_0_over_a_preset(kit):
     assert settings("best", steps=0) == {"steps": 0}
     assert settings("tidy", steps=0, rank=0) == {"steps": 0, "rank": None}
     assert settings("tidy", steps=-1, rank=-1) == settings("tidy", steps=100, rank=32) == {}
-    assert settings("default", steps=0, rank=0) == settings("best", steps=200) == {}
+    assert settings("default", steps=0, rank=0) == {"steps": 0}
+    assert settings("default", steps=-1, rank=-1) == settings("best", steps=200) == {}
+    assert settings("fast", steps=0) == {}
     assert settings("default", steps=5, rank=8) == {"steps": 5, "rank": 8}
     schema = kit.node("merge_settings", "IterisMergeSettings").define_schema()
     assert {one.id: one.default for one in schema.inputs if one.id in ("steps", "rank")} == {

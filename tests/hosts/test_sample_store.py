@@ -264,7 +264,8 @@ def test_two_processes_share_a_store(tmp_path):
         "import sys; from pathlib import Path; from host_cases import *; "
         "from iteris_core import *; case = make_case('sd1'); print(flush=True); input(); "
         "r = merge_loras(case.host, two_concepts(case), calibration=CALIBRATION, "
-        "store=SampleStore(Path(sys.argv[1]))); r.save(sys.argv[2], layout='peft')"
+        "settings={'steps': 0}, store=SampleStore(Path(sys.argv[1]))); "
+        "r.save(sys.argv[2], layout='peft')"
     )
     here = Path(__file__).parents[1]
     env = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
@@ -276,7 +277,8 @@ def test_two_processes_share_a_store(tmp_path):
         other.stdout.readline()
         other.stdin.write("\n")
         other.stdin.flush()  # now both begin
-        merged = merge_loras(case.host, two_concepts(case), calibration=CALIBRATION, store=store)
+        how = {"settings": {"steps": 0}, "calibration": CALIBRATION, "store": store}
+        merged = merge_loras(case.host, two_concepts(case), **how)
     assert other.returncode == 0
     assert same(theirs, merged.save(ours, layout="peft"))
     assert store.size > 0

@@ -33,6 +33,7 @@ def merged(host, limited):
     merge = merge_loras(
         host,
         two_concepts(host),
+        settings={"steps": 0},  # steps grow what rounding leaves
         calibration=GUIDED,
         memory_budget=None,
         on_progress=limited.on_progress,

@@ -51,9 +51,11 @@ def test_all_parts_have_the_rows_of_the_merge(memory_budget):
     found = preview_merge(host, some, **how)
     made = merge_loras(host, some, **how).report
     assert found.plan == made.plan
-    assert [line.partition(":")[0] for line in found.plan] == ["text encoder", "unet"]
+    parts = ["text encoder", "unet", "steps through the unet"]
+    assert [line.partition(":")[0] for line in found.plan] == parts
     assert bool(made.short) == (memory_budget < 2**30)
-    assert found.notes == [f"{name}: {note}" for name, of in made.notes.items() for note in of]
+    notes = {name: of for name, of in made.notes.items() if name != "steps"}  # when they are taken
+    assert found.notes == [f"{name}: {note}" for name, of in notes.items() for note in of]
     assert json.loads(json.dumps(asdict(found)))["denoised"] == found.denoised == 2 * 6 * 4
 
 
@@ -69,7 +71,8 @@ def test_what_does_not_fit_is_refused_before_it_is_denoised():
 
 def test_the_time_includes_samples_and_steps():
     host, some = of_texts_and_pictures()
-    ways = ({}, {"latents": "noise"}), ({}, {"denoising_steps": 400}), ({"steps": 400}, {})
+    none = {"steps": 0}
+    ways = (none, {"latents": "noise"}), (none, {"denoising_steps": 400}), ({"steps": 400}, {})
     least, denoised, stepped = (
         preview_merge(host, some, settings=settings, calibration={**QUICK, **more}).seconds
         for settings, more in ways

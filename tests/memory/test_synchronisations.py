@@ -24,7 +24,8 @@ def test_a_site_waits_once_and_once_more_to_find_directions(pipeline, thresholds
         result = merge_loras(
             host,
             two_concepts(host),
-            settings={"bound": 0.0},  # with one, each time that the ridge grows
+            # With a bound, each time that the ridge grows; in steps, each row.
+            settings={"bound": 0.0, "steps": 0},
             calibration=calibration,
             thresholds=thresholds,
             memory_budget=None,

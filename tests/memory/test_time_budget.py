@@ -33,7 +33,7 @@ def test_a_merge_in_no_time_has_twelve_samples_and_says_so():
     result = merge_loras(host, concepts, calibration=short)
     assert result.report.rows == 2 * LEAST_SAMPLES
     assert result.report.notes["samples"] == [
-        "12 of 14 prompts per concept, for a merge of about 1e-06 min"
+        "12 of 14 prompts per concept and 0 of 60 steps, for a merge of about 1e-06 min"
     ]
     kept = result.report.calibration
     assert (kept["samples"], kept["minutes"]) == (LEAST_SAMPLES, None)
@@ -41,7 +41,7 @@ def test_a_merge_in_no_time_has_twelve_samples_and_says_so():
     # As with so many samples asked for, generic prompts included.
     generic = {**given, "generic": 0.2}
     result, again = (
-        merge_loras(host, concepts, calibration={**generic, **more})
+        merge_loras(host, concepts, settings={"steps": 0}, calibration={**generic, **more})
         for more in ({"samples": 40, "minutes": 1e-6}, {"samples": LEAST_SAMPLES})
     )
     assert again.lora.sites[site].dense().equal(result.lora.sites[site].dense())

@@ -46,13 +46,15 @@ class Laws:
         return self._furthest(merged, self._files(1, set(merged.sites)))
 
     def rows_and_file(self) -> tuple[float, float]:
-        """How far a site of the merge of two goes with the number of rows, and how far the written
-        file draws from the merge."""
+        """How far a site of the merge of two goes with the number of rows without steps, which
+        grow what rounding leaves, and how far the file of one with steps draws from it."""
         both = [self._files(seed) for seed in (1, 2)]
         with unmeasured():
-            result, few = self._merged(both, 32), self._merged(both, 5).lora.sites
-        merged, self.drift = result.lora, drift_in(result.report.notes)
-        gaps = {site: merged.sites[site].dense() - change.dense() for site, change in few.items()}
+            many, few = (self._merged(both, count, 0).lora.sites for count in (32, 5))
+            result = self._merged(both, 32, 2)
+        merged, notes = result.lora, result.report.notes
+        self.drift, self.steps = drift_in(notes), notes["steps"]
+        gaps = {site: many[site].dense() - change.dense() for site, change in few.items()}
         rows = max(float(gap.norm() / few[site].dense().norm()) for site, gap in gaps.items())
         parts = split_experts(merged, "transformer") if self._experts else (merged,)
         files = [
@@ -82,12 +84,14 @@ class Laws:
         loras = [host.read_lora(file) for file in files]
         return joined_experts(*loras, "transformer") if self._experts else loras[0]
 
-    def _merged(self, loras: Sequence[Sequence[Path]], rows: int) -> MergeResult:
+    def _merged(
+        self, loras: Sequence[Sequence[Path]], rows: int, steps: int | None = None
+    ) -> MergeResult:
         prompts = list(self.reduced.prompts[-5:-1])
         return merge_loras(
             DiffusersHost(self._pipeline, **self.reduced.call),
             [Concept(self._read(files), prompts=prompts) for files in loras],
-            settings={"micro_batch": rows, **self.reduced.settings},
+            settings={"micro_batch": rows, "steps": steps, **self.reduced.settings},
             calibration=CALIBRATION,
             unmergeable="skip",
         )
