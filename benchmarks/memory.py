@@ -26,9 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iteris_core import Calibration, Concept, Lora, LowRank
 from iteris_core.activations.host_pool import HostPool, Pieces
+from iteris_core.activations.rows import Row
 from iteris_core.architectures import unet
 from iteris_core.architectures.sites import residual_streams
-from iteris_core.hosts.protocol import Row, Stage
+from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import SiteChanges
 from iteris_core.methods.fitting import IterisSettings, solver_of, with_repairs
 from iteris_core.passes.batches import ExecutionConfig, limit_of, sampled_rows

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..iteris_core.activations.lockstep import Lockstep
 from ..iteris_core.activations.memory import halved, usable, with_less, with_spare
-from ..iteris_core.activations.site import PLAIN
+from ..iteris_core.activations.rows import Row, Text, loads_of
 from ..iteris_core.architectures import unet
 from ..iteris_core.architectures.record import TEXT_WIRINGS
 from ..iteris_core.architectures.sites import residual_streams
@@ -27,7 +27,7 @@ from ..iteris_core.calibration_prompts import whole_words
 from ..iteris_core.concepts import Concept
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.learned import EmbeddingTriggers
-from ..iteris_core.hosts.protocol import DENOISING, SAMPLES_AT_ONCE, Row, SampleRequest, Stage, Text
+from ..iteris_core.hosts.protocol import DENOISING, SAMPLES_AT_ONCE, SampleRequest, Stage
 from ..iteris_core.hosts.rows import SamplePrompts, added_concepts
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
@@ -315,8 +315,12 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
     ) -> list[tuple[Conditioning, Conditioning]]:
         """For each of these samples, its text and the empty text, both with its own LoRA active."""
         request = drawn.request
-        texts = [(drawn.owners[sample], drawn.prompts[sample], PLAIN) for sample in samples]
-        empty = [(owner, "", PLAIN) for owner, *_ in texts]
+        owners = [drawn.owners[sample] for sample in samples]
+        texts = [
+            (owner, drawn.prompts[sample], loads_of([owner]))
+            for owner, sample in zip(owners, samples, strict=True)
+        ]
+        empty = [(owner, "", loads_of([owner])) for owner in owners]
         distinct = dict.fromkeys((*texts, *sorted(set(empty), key=lambda text: text[0])))
         tokens = {text: self._texts.tokenize(*text[:2]) for text in distinct}
         sites = request.lockstep.changes.keys()

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..iteris_core.activations.lockstep import Lockstep
 from ..iteris_core.activations.micro_batch import MicroBatch
+from ..iteris_core.activations.rows import Row, Text
 from ..iteris_core.calibration import Calibration
 from ..iteris_core.errors import IterisError
-from ..iteris_core.hosts.protocol import Row, Text
 from ..iteris_core.hosts.rows import SamplePrompts, drawn_steps
 from ..iteris_core.passes.batches import chunks
 from .comfy_conds import Inputs, joined, kind
@@ -105,7 +105,8 @@ def make_latents(
                 denoiser.model,
                 denoiser.references.beside(texts[batch[0]][0]),
                 *(joined([inputs[row][guided] for row in batch]) for guided in (0, 1)),
-                [owner] * len(batch),
+                len(batch),
+                owner,
                 lockstep,
                 keep,
             )
@@ -131,8 +132,8 @@ def make_latents(
 
 
 class RowsGuider(base_of("comfy.samplers.CFGGuider")):
-    """``positive`` and ``negative`` are the inputs of all rows; ``owners`` is each row's concept,
-    whose LoRA is active in that row. ``keep(step, latents)`` gets the denoiser's input. Hooks,
+    """``positive`` and ``negative`` are the inputs of all ``rows``, under the LoRA of the concept
+    ``owner``. ``keep(step, latents)`` gets the denoiser's input. Hooks,
     control nets and memory reservation come from ``one`` conditioning."""
 
     def __init__(
@@ -141,14 +142,15 @@ class RowsGuider(base_of("comfy.samplers.CFGGuider")):
         one: list[Any],
         positive: Inputs,
         negative: Inputs,
-        owners: Sequence[int],
+        rows: int,
+        owner: int,
         lockstep: Lockstep,
         keep: Callable[[int, Tensor], None],
     ) -> None:
         super().__init__(model)
         self.set_conds([one], [one])
-        self._rows = [negative], [positive]
-        self._owners, self._lockstep, self._keep = list(owners), lockstep, keep
+        self._inputs, self._count = ([negative], [positive]), rows
+        self._owner, self._lockstep, self._keep = owner, lockstep, keep
         self._step = 0
 
     def outer_sample(self, *args: Any, **options: Any) -> Any:
@@ -156,7 +158,7 @@ class RowsGuider(base_of("comfy.samplers.CFGGuider")):
         comfy.patcher_extension.add_wrapper_with_key(
             comfy.patcher_extension.WrappersMP.APPLY_MODEL,
             _KEY,
-            self._with_own_loras,
+            self._with_own_lora,
             self.model_options,
             is_model_options=True,
         )
@@ -174,16 +176,15 @@ class RowsGuider(base_of("comfy.samplers.CFGGuider")):
         self._keep(self._step, x)
         self._step += 1
         return comfy.samplers.sampling_function(
-            self.inner_model, x, timestep, *self._rows, self.cfg, model_options or {}, seed
+            self.inner_model, x, timestep, *self._inputs, self.cfg, model_options or {}, seed
         )
 
-    def _with_own_loras(self, executor: Any, x: Tensor, *args: Any, **given: Any) -> Any:
+    def _with_own_lora(self, executor: Any, x: Tensor, *args: Any, **given: Any) -> Any:
         """One forward: all rows once or, with guidance, twice."""
-        copies, rest = divmod(len(x), len(self._owners))
-        if rest:
+        if len(x) % self._count:
             raise IterisError(
-                f"A node on MODEL splits the batch: a forward had {len(x)} of "
-                f"{len(self._owners)} rows. Connect the MODEL from before that node."
+                f"A node on MODEL splits the batch: a forward had {len(x)} of {self._count} rows. "
+                "Connect the MODEL from before that node."
             )
         outputs: list[Any] = []
 
@@ -191,7 +192,7 @@ class RowsGuider(base_of("comfy.samplers.CFGGuider")):
             forget(self.model_patcher.model.diffusion_model)
             outputs.append(executor(x, *args, **given))
 
-        self._lockstep.run(MicroBatch(run, self._owners * copies, 1))
+        self._lockstep.run(MicroBatch(run, always=[self._owner]))
         return outputs[0]
 
 

@@ -19,20 +19,20 @@ from torch import Tensor
 
 from ..iteris_core.activations.lockstep import Lockstep
 from ..iteris_core.activations.micro_batch import MicroBatch
-from ..iteris_core.activations.site import PLAIN, Condition
+from ..iteris_core.activations.rows import Loads, Row, Text, as_merged
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.learned import EmbeddingTriggers, Placeholders
-from ..iteris_core.hosts.protocol import Row, Text, Tick
+from ..iteris_core.hosts.protocol import Tick
 from ..iteris_core.passes.batches import chunks
 from .comfy_internals import comfy, memory
 from .comfy_learned import encoders_of, knowing, tokenizers
 from .comfy_runtime import free_beside
 
 Conditioning = tuple[Tensor, dict[str, Any]]
-Loaded = tuple[int, Condition]
-"""A text's concept, and how its LoRA is loaded in the text encoders."""
+Loaded = tuple[int, Loads]
+"""A text's concept, and what the text encoders load."""
 
-_NOTHING: Loaded = -1, PLAIN
+_NOTHING: Loaded = -1, ()
 
 
 class TextEncoders:
@@ -97,8 +97,8 @@ class TextEncoders:
             prefix = f"{name}."
             own = [s for key, s in names.items() if s in sites and key.startswith(prefix)]
             rows: dict[tuple[Loaded, tuple[int, ...]], list[Any]] = {}
-            for (concept, _, condition), some in tokens.items():
-                loaded = (concept, condition) if own else _NOTHING
+            for (concept, _, loads), some in tokens.items():
+                loaded = (concept, loads) if own else _NOTHING
                 for key in some:
                     for section in _sections(encoder, some[key]) if _is_of(key, name) else ():
                         rows.setdefault((loaded, _key(section)), section)
@@ -135,12 +135,12 @@ class TextEncoders:
         conditionings: dict[Text, Conditioning] = {}
         try:
             for text, some in tokens.items():
-                concept, _, condition = text
+                concept, _, loads = text
                 if text[:2] in self._encoded:
                     conditionings[text] = self._encoded[text[:2]]
                     continue
                 for batch in batches.values():  # encoders return their stored outputs
-                    answer = partial(batch.answer, copy, (concept, condition), lockstep)
+                    answer = partial(batch.answer, copy, (concept, loads), lockstep)
                     batch.encoder.encode = answer
                 cond, extra = self._clip.encode_from_tokens_scheduled(some, show_pbar=False)[0]
                 conditionings[text] = cond, extra
@@ -165,8 +165,8 @@ class TextBatch:
         self.name, self.encoder, self.sites = name, encoder, sites
         self._keys, self._tokens = list(rows), list(rows.values())
         self.rows = [
-            Row(concept, number, condition=condition, key=len(section), length=len(section))
-            for number, (((concept, condition), _), section) in enumerate(rows.items())
+            Row(concept, number, loads=loads, key=len(section), length=len(section))
+            for number, (((concept, loads), _), section) in enumerate(rows.items())
         ]
         self._found: list[dict[Any, Any]] = [{}, {}]
 
@@ -189,10 +189,7 @@ class TextBatch:
                 if tick is not None:
                     tick("encoding prompts", done, len(self.rows))
                 if self.sites:
-                    own = [row.concept for row in rows]
-                    conditions = [row.condition for row in rows]
-                    run = partial(self.forward, rows, 1)
-                    lockstep.run(MicroBatch(run, own, 1, conditions=conditions))
+                    lockstep.run(MicroBatch(partial(self.forward, rows, 1), rows))
                 else:
                     self.forward(rows, 1)
         if not self.sites:
@@ -217,9 +214,9 @@ class TextBatch:
         def run() -> None:
             outputs.append(self.encoder(sections))
 
-        owners, conditions = zip(*[loaded] * len(sections), strict=True)
-        merged = copy == 1
-        lockstep.run(MicroBatch(run, owners, 1, merged_only=merged, conditions=conditions))
+        concept, loads = loaded
+        row = Row(concept, 0, loads=as_merged(loads) if copy else loads)
+        lockstep.run(MicroBatch(run, [row] * len(sections)))
         return outputs[0]
 
 

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from iteris_core import Lora, LowRank
 from iteris_core.activations.memory import free_memory, usable
-from iteris_core.hosts.protocol import Host, Row, Stage
+from iteris_core.activations.rows import Row
+from iteris_core.hosts.protocol import Host, Stage
 
 
 class Net(nn.Module):

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from iteris_core import Calibration, Concept, LowRank
 from iteris_core.activations.lockstep import Lockstep
+from iteris_core.activations.rows import Row
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.hosts.protocol import Row, SampleRequest
+from iteris_core.hosts.protocol import SampleRequest
 from iteris_core.passes.changes import changes_of
 from iteris_core.passes.held_out import FinalOutputs
 

@@ -8,7 +8,7 @@ from statistics import fmean
 import torch
 
 from iteris_core import Concept, LowRank
-from iteris_core.activations.site import phantom_of
+from iteris_core.activations.rows import phantom_of
 from iteris_core.passes.changes import beside
 
 from .new_rows import NewRows, relative

@@ -52,9 +52,9 @@ class OwnBlocks:
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
             batch = self._lockstep._active
-            if batch is None or batch.of_one or batch.merged_only or batch.copies == 1:
+            if batch is None or batch.copies == 1:
                 return None
-            return _as_merged(rows.get(module, frozenset()), len(batch.owners), (args, kwargs))
+            return _as_merged(rows.get(module, frozenset()), len(batch.rows), (args, kwargs))
 
         for block in blocks:
             hook = block.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
@@ -102,7 +102,7 @@ def _by_row(blocks: Sequence[nn.Module], stage: Stage, lockstep: Lockstep) -> _R
         for block in blocks:
             stack.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
         first = stage.rows[:1]
-        lockstep.run(MicroBatch(lambda: stage.forward(first, 2), [first[0].concept], 2))
+        lockstep.run(MicroBatch(lambda: stage.forward(first, 2), first, 2))
     return rows
 
 

@@ -1,6 +1,6 @@
 """Runs a base model on reference rows and merged rows at once.
 
-The batch holds R reference rows, each with its own LoRA's change added at every site, and, with
+The batch holds R reference rows, each with the changes that it loads added at every site, and, with
 ``copies=2``, the same R samples again as merged rows, with the merged change added. A forward hook
 on every site adds the changes to the site's output, so no weight is read or patched, and passes the
 tensors to an observer. Nothing is stored here.
@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SiteError
-from ..lora import LowRank, SiteChanges, concatenate
+from ..lora import LowRank, SiteChanges
 from .activation_offload import ActivationOffload
 from .memory import tensors_in
 from .micro_batch import MicroBatch, Modes, greenlets, pausing
-from .site import Site, by_row, site_of, under_conditions
+from .rows import MERGED, Addition, Load, phantom
+from .site import Site, by_row, site_of
 from .streams import Source, Stream
 from .trace import Barriers, hooked, unwritten
 
@@ -56,7 +57,7 @@ class Lockstep:
         self._modules, self._streams, self._joined = modules, streams or {}, joined
         self._active: MicroBatch | None = None
         self._hooks = ExitStack()
-        self._cast: dict[tuple[str, int | None], tuple[LowRank, LowRank]] = {}
+        self._cast: dict[tuple[str, int], tuple[LowRank, LowRank]] = {}
         self._barriers = Barriers()
 
     def __enter__(self) -> Lockstep:
@@ -209,72 +210,70 @@ class Lockstep:
         return {"stream": stream} if gate is None else {"stream": stream, "gate": gate}
 
     def _hook(self, name: str, site: Site) -> Callable[..., Tensor | None]:
-        """Called with the site's output. In this order: reference rows get their own LoRA's change,
-        the observer sees both, the forward waits for the solve, and merged rows get the merged
-        change."""
+        """Called with the site's output. In this order: rows get what they load, the observer sees
+        them, the forward waits for the solve, and merged rows get the merged change."""
         joined, every = name in self._joined, self.changes[name]
         # A zero change, as at repair sites, adds nothing.
-        nonzero = (None if c is None or c.is_zero else c for c in every.by_concept)
-        changes = SiteChanges(tuple(nonzero), every.sums)
+        nonzero = [None if c is None or c.is_zero else c for c in every.by_concept]
 
-        def change_of(concept: int, inputs: Tensor) -> LowRank | None:
-            parts = [self._ready(name, id(p), p, inputs) for p in changes.parts(concept)]
-            return concatenate(parts) if parts else None
+        def change_of(load: Load, inputs: Tensor) -> LowRank | None:
+            merged = load.concept == MERGED
+            change = self.merged.get(name) if merged else nonzero[load.concept]
+            if change is None:
+                return None
+            change = self._ready(name, load.concept, change, inputs)
+            return change if load.seed is None else phantom(name, change, load.seed)
+
+        def add(added: Addition, inputs: Tensor, output: Tensor) -> Tensor:
+            """``output`` with the change; in place, unless gradients are wanted."""
+            change = change_of(added.load, inputs)
+            if change is None:
+                return output
+            rows, strengths = slice(added.start, added.stop), added.strengths.like(inputs)
+            if not torch.is_grad_enabled():
+                site.add(change, inputs[rows], output[rows], strengths)
+                return output
+            delta = by_row(site.delta(change, inputs[rows]), strengths)
+            if len(delta) == len(output):
+                return output + delta
+            output = output.clone()
+            output[rows] += delta
+            return output
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
             batch = self._active
             if batch is None:
                 return None
             inputs: Tensor = args[0]
-            if batch.of_one:
-                change = change_of(batch.owners[0], inputs)
-                if change is not None:
+            for concept in batch.always:
+                if (change := change_of(Load(concept), inputs)) is not None:
                     site.add(change, inputs, output)
+            if not batch.rows:
                 return output
-            rows, shape = len(batch.owners), output.shape
-            if joined and not inputs[..., 0].numel() % (rows * batch.copies):
+            rows, shape = len(batch.rows) * batch.copies, output.shape
+            if joined and not inputs[..., 0].numel() % rows:
                 inputs, output = (
-                    tokens.reshape(rows * batch.copies, -1, tokens.shape[-1])
-                    for tokens in (inputs, output)
+                    tokens.reshape(rows, -1, tokens.shape[-1]) for tokens in (inputs, output)
                 )
-            if inputs.shape[0] != rows * batch.copies:
+            if inputs.shape[0] != rows:
                 raise SiteError(
-                    f"Site {name} received {inputs.shape[0]} rows where {rows * batch.copies} were "
-                    "expected: the model mixes or splits the batch, which lockstep cannot follow."
+                    f"Site {name} received {inputs.shape[0]} rows where {rows} were expected: the "
+                    "model mixes or splits the batch, which lockstep cannot follow."
                 )
-            strengths = None
-            if conditions := batch.conditions:
-                beside = {of.phantom for of in conditions if of.phantom is not None}
-                phantoms = {concept: change_of(concept, inputs) for concept in beside}
-                strengths = under_conditions(name, site, conditions, inputs, output, phantoms)
-            merged = self.merged.get(name)
-            if batch.merged_only:
-                if merged is None:
-                    return output.reshape(shape) if conditions else None
-                change = site.delta(self._ready(name, None, merged, inputs), inputs)
-                return (output + by_row(change, strengths)).reshape(shape)
-            for concept, start, stop in batch.spans:
-                change = change_of(concept, inputs)
-                if change is not None:
-                    of_rows = None if strengths is None else strengths[start:stop]
-                    site.add(change, inputs[start:stop], output[start:stop], of_rows)
+            for added in batch.additions:
+                output = add(added, inputs, output)
             tensors = {} if joined else self._stream_of(name, batch, output)
-            if strengths is not None:
-                tensors["strengths"] = strengths
             normed = "gate" in tensors and self._streams[name].norm is not None
             tensors |= {"inputs": inputs, "outputs": output}
             solved = batch.observe(name, site, every, args[0], normed=normed, **tensors)
 
             def add_merged() -> None:
-                merged = self.merged.get(name)
-                if merged is not None and batch.copies == 2:
-                    merged = self._ready(name, None, merged, inputs)
-                    of_rows = None if strengths is None else strengths[rows:]
-                    site.add(merged, inputs[rows:], output[rows:], of_rows)
+                for added in batch.merged:
+                    add(added, inputs, output)
 
             if batch.pause is None or solved:
                 add_merged()
-                return output.view(shape) if joined else output
+                return output.view(shape)
             # The last site of a level waits for all of them, then their changes are added.
             batch.reached.append(name)
             if batch.until is None:
@@ -285,12 +284,12 @@ class Lockstep:
                 batch.wait(self._barriers.level(name))
                 while batch.pending:
                     batch.pending.pop()()
-            return output.view(shape) if joined else output
+            return output.view(shape)
 
         return hook
 
-    def _ready(self, site: str, which: int | None, change: LowRank, inputs: Tensor) -> LowRank:
-        """A LoRA's change, with None the merged one, in the inputs' dtype and on their device,
+    def _ready(self, site: str, concept: int, change: LowRank, inputs: Tensor) -> LowRank:
+        """A concept's ``change``, or the merged one, in the inputs' dtype and on their device,
         converted once; an ordinary tensor where gradients are wanted."""
         like, ordinary = (inputs.dtype, inputs.device), torch.is_grad_enabled()
         if (change.up.dtype, change.up.device) == like:
@@ -298,11 +297,11 @@ class Lockstep:
                 return change
         elif change.up.requires_grad:  # a step of training changes it in place
             return change.to(*like)
-        source, cast = self._cast.get((site, which), (None, change))
+        source, cast = self._cast.get((site, concept), (None, change))
         unusable = ordinary and cast.up.is_inference()
         if source is not change or cast.up.dtype != inputs.dtype or unusable:
             cast = change.to(*like)
             if ordinary and cast.up.is_inference():
                 cast = replace(cast, up=cast.up.clone(), down=cast.down.clone())
-            self._cast[site, which] = change, cast
+            self._cast[site, concept] = change, cast
         return cast

@@ -17,7 +17,17 @@ from torch import Tensor
 
 from ..errors import SiteError, UsageError
 from ..lora import SiteChanges
-from .site import Condition, Site
+from .rows import (
+    MERGED,
+    Addition,
+    Row,
+    Strengths,
+    additions,
+    loads_of,
+    phantoms,
+    strength_of,
+)
+from .site import Site
 from .streams import Source
 from .tokens import Group, Observation, Saliency, TokenSampling
 from .trace import version_of
@@ -29,33 +39,30 @@ Observer = Callable[[Observation], None]
 
 @dataclass
 class MicroBatch:
-    """``run`` does one forward of ``copies`` times the rows that ``owners`` (concepts) lists. With
-    ``merged_only`` all rows get the merged changes, and none its LoRA's. ``of_one``: all rows
-    belong to the first owner, however many rows the model makes of them. ``mask_of(site)`` says
-    which tokens of the site's inputs count, (rows, tokens); ``sampling`` selects some of them, and
-    ``saliency`` is the share in :class:`.tokens.Saliency`, which weights them. ``conditions`` are
-    the rows' (empty: all plain). With ``pause`` the forward stops at the end of every level, until
-    its sites are solved. ``passed`` are the solved sites, ``reached`` those of the current level;
-    ``pending`` add their merged changes once known. ``until`` is where a replay ends. ``kept`` are
-    the tensors of residual streams and gates."""
+    """``run`` does one forward of the ``rows`` as reference rows, followed by the same rows as
+    merged rows if ``copies`` is 2. The changes of the concepts in ``always`` are on in every row,
+    however many rows the model makes of its inputs. ``mask_of(site)`` says which tokens of the
+    site's inputs count, (rows, tokens); ``sampling`` selects some of them, and ``saliency`` is the
+    share in :class:`.tokens.Saliency`, which weights them. With ``pause`` the forward stops at the
+    end of every level, until its sites are solved. ``passed`` are the solved sites, ``reached``
+    those of the current level; ``pending`` add their merged changes once known. ``until`` is where
+    a replay ends. ``kept`` are the tensors of residual streams and gates."""
 
     run: Callable[[], None]
-    owners: Sequence[int]
-    copies: int
+    rows: Sequence[Row] = ()
+    copies: int = 1
     observer: Observer | None = None
     pause: Callable[[str], None] | None = None
-    merged_only: bool = False
-    of_one: bool = False
+    always: Sequence[int] = ()
     mask_of: Callable[[str], Tensor | None] | None = None
     stage: str = ""
     sampling: TokenSampling = field(default_factory=TokenSampling)
     saliency: float = 0.0
-    conditions: Sequence[Condition] = ()
     kept: dict[Source, Tensor] = field(default_factory=dict[Source, Tensor])
     passed: set[str] = field(default_factory=set[str])
     until: str | None = None
     reached: list[str] = field(default_factory=list[str])
-    pending: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    pending: list[Callable[[], object]] = field(default_factory=list[Callable[[], object]])
     _seen: list[tuple[weakref.ref[Tensor], int, int]] = field(default_factory=list[Any])
     _groups: int = 0
     _calls: Counter[str] = field(default_factory=Counter[str])
@@ -64,12 +71,32 @@ class MicroBatch:
     def spans(self) -> list[tuple[int, int, int]]:
         """Runs of rows of one concept, as (concept, start, stop)."""
         spans: list[tuple[int, int, int]] = []
-        for row, owner in enumerate(self.owners):
-            if spans and spans[-1][0] == owner:
-                spans[-1] = (owner, spans[-1][1], row + 1)
+        for place, row in enumerate(self.rows):
+            if spans and spans[-1][0] == row.concept:
+                spans[-1] = (row.concept, spans[-1][1], place + 1)
             else:
-                spans.append((owner, row, row + 1))
+                spans.append((row.concept, place, place + 1))
         return spans
+
+    @cached_property
+    def additions(self) -> list[Addition]:
+        """What rows add before a site is observed: reference rows all that they load, merged rows
+        their phantoms."""
+        loads = [row.loaded for row in self.rows]
+        copies = [phantoms(of) for of in loads] if self.copies == 2 else []
+        return additions([*loads, *copies])
+
+    @cached_property
+    def merged(self) -> list[Addition]:
+        """What merged rows add once a site is solved."""
+        if self.copies == 1:
+            return []
+        loads = [loads_of([MERGED], strength_of(row.loaded)) for row in self.rows]
+        return additions(loads, len(self.rows))
+
+    @cached_property
+    def _strengths(self) -> Strengths:
+        return Strengths([strength_of(row.loaded) for row in self.rows] * self.copies)
 
     @cached_property
     def _of_spans(self) -> tuple[list[TokenSampling], list[Saliency | None]]:
@@ -102,6 +129,8 @@ class MicroBatch:
         # Pooled inputs have no tokens.
         if mask is not None and (inputs.ndim != 3 or inputs.shape[1] != mask.shape[1]):
             mask = None
+        if (strengths := self._strengths.like(inputs)) is not None:
+            tensors["strengths"] = strengths
         group = self._group_of(received)
         alive = {(self.stage, number) for tensor, _, number in self._seen if tensor() is not None}
         show = partial(

@@ -1,22 +1,14 @@
-"""A site: a layer of the model as a linear map of tokens, and what a row's condition adds to it.
+"""A site: a layer of the model as a linear map of tokens.
 
 Sites are linear layers (of any quantisation), GPT-2's Conv1D and two-dimensional convolutions, each
 a linear map of its patches.
-
-A row's condition stands for a use of the file: at another strength, beside another LoRA. In a row
-of strength s, LoRA i's change is s ΔW_i and the merged one s ΔW, so the fit has s X̃ as its input.
-Another LoRA, the phantom, is on in both copies of a row and belongs to the base there. It is made
-from one of the merged LoRAs: its inputs, with random signs of its outputs, so that its effect has a
-LoRA's size and no meaning.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -123,65 +115,6 @@ def site_of(name: str, module: nn.Module) -> Site:
             "remove it from the LoRA."
         )
     return ConvSite(shape, module)
-
-
-@dataclass(frozen=True)
-class Condition:
-    """The ``strength`` of a row's LoRA and of the merged one. The phantom is made from the LoRA of
-    the concept ``phantom`` (None: there is none), at ``beside`` times its strength, by ``seed``."""
-
-    strength: float = 1.0
-    phantom: int | None = None
-    beside: float = 0.0
-    seed: int = 0
-
-
-PLAIN = Condition()
-
-
-def under_conditions(
-    name: str,
-    site: Site,
-    conditions: Sequence[Condition],
-    inputs: Tensor,
-    outputs: Tensor,
-    changes: Mapping[int, LowRank | None],
-) -> Tensor | None:
-    """Add the rows' phantoms to ``outputs`` in place; returns the rows' strengths, (rows,), or None
-    if all are 1. ``inputs`` and ``outputs`` are the tensors of ``site`` called ``name``, rows
-    first, every row as often as there are copies; ``changes`` those of the phantoms' concepts, in
-    the inputs' dtype."""
-    rows = len(conditions)
-    others = [row for row, of in enumerate(conditions) if of.phantom is not None]
-    signs = torch.empty(len(others), site.shape[0])
-    for index, row in enumerate(others):
-        signs[index] = _signs(name, conditions[row].seed, site.shape[0])
-    signs = signs.to(inputs, non_blocking=inputs.is_cuda)  # of all rows at once
-    for index, row in enumerate(others):
-        of = conditions[row]
-        change = changes[of.phantom] if of.phantom is not None else None
-        if change is not None:
-            phantom = replace(change, up=change.up * (signs[index] * of.beside)[:, None])
-            outputs[row::rows] += site.delta(phantom, inputs[row::rows])
-    if all(of.strength == 1 for of in conditions):
-        return None
-    strengths = torch.tensor([of.strength for of in conditions])
-    return strengths.to(inputs, non_blocking=inputs.is_cuda).repeat(len(inputs) // rows)
-
-
-def phantom_of(changes: Mapping[str, LowRank], strength: float, seed: int) -> dict[str, LowRank]:
-    """Site → a phantom's change, made from a LoRA's ``changes`` at ``strength``."""
-    signs = {name: _signs(name, seed, len(change.up)) for name, change in changes.items()}
-    return {
-        name: replace(change, up=change.up * (signs[name] * strength).to(change.up)[:, None])
-        for name, change in changes.items()
-    }
-
-
-def _signs(name: str, seed: int, count: int) -> Tensor:
-    """A sign for every output of the site ``name``, (count,), 1 or -1."""
-    draw = torch.Generator().manual_seed(crc32(name.encode(), seed))
-    return 2 * torch.empty(count).bernoulli_(0.5, generator=draw) - 1
 
 
 def by_row(values: Tensor, strengths: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..activations.memory import free_memory, usable
-from ..activations.site import PLAIN
+from ..activations.rows import Row, Text
 from ..architectures.record import TEXT_WIRINGS
 from ..architectures.sites import residual_streams
 from ..calibration import Calibration
@@ -34,7 +34,7 @@ from .diffusers_loop import PipelineLoop
 from .diffusers_lora import OF_TEXT, base_of, pipeline_sites, read_lora
 from .diffusers_rows import DiffusionSamples, record_rows
 from .learned import EmbeddingTriggers, Placeholders, in_force
-from .protocol import Host, Row, SampleRequest, Stage, Text, check_ready
+from .protocol import Host, SampleRequest, Stage, check_ready
 from .recorded import Call, entries, joined, kind, size
 from .rows import SamplePrompts, added_concepts
 from .sample_store import behaviour, digest, digest_of_weights
@@ -186,10 +186,10 @@ class DiffusersHost(Host):
         arguments = samples.arguments
         alike: dict[Text, list[Text]] = {}
         for text in dict.fromkeys(row.text for row in samples.rows):
-            alike.setdefault(text if sites else (0, text[1], PLAIN), []).append(text)
+            alike.setdefault(text if sites else (0, text[1], ()), []).append(text)
         rows = [
-            Row(concept, number, prompt, condition=condition, text_condition=condition)
-            for number, (concept, prompt, condition) in enumerate(alike)
+            Row(concept, number, prompt, loads=loads, text_loads=loads)
+            for number, (concept, prompt, loads) in enumerate(alike)
         ]
         if not arguments.fixed_shapes:
             lengths = self._lengths([row.prompt for row in rows])

@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_map_only
 
 from ..activations.memory import halved, with_less
 from ..activations.micro_batch import MicroBatch
+from ..activations.rows import Row
 from .diffusers_arguments import Arguments, ones_like
 from .diffusers_loop import PipelineLoop, StopPipeline
-from .protocol import DENOISING, Row
+from .protocol import DENOISING
 from .recorded import Call, differ, entries
 from .rows import SamplePrompts, drawn_steps
 
@@ -123,7 +124,7 @@ def record_rows(
         for at in range(0, len(rows), size):
             done = before + at * steps
             run = partial(denoise, rows[at : at + size], kept, samples[owner][0], done)
-            request.lockstep.run(MicroBatch(run, [owner], 1, of_one=True))
+            request.lockstep.run(MicroBatch(run, always=[owner]))
 
     def complaint(said: str, tried: Sequence[int]) -> str:
         return (

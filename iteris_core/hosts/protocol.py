@@ -7,7 +7,7 @@ implementations given here, which suit a host without prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations.lockstep import Lockstep
-from ..activations.site import PLAIN, Condition
+from ..activations.rows import Loads, Row, phantoms, strength_of
 from ..architectures.sites import plain_weight
 from ..calibration import Calibration
 from ..concepts import Concept
@@ -65,37 +65,6 @@ class SampleRequest:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of a stage: a concept, whose LoRA is on in it as a reference row, and its inputs.
-
-    - ``number``: its place among the samples' rows, which stages may share.
-    - ``prompt``, and ``latent``, the place of its latent among the samples'.
-    - ``condition``: how the LoRAs are loaded.
-    - ``text_condition``: how they are in the text encoders.
-    - ``key``: only rows with equal keys may share a forward.
-    - ``length``: the size of its inputs, in any unit. Memory is measured on the longest row.
-    """
-
-    concept: int
-    number: int
-    prompt: str = ""
-    latent: int = 0
-    condition: Condition = PLAIN
-    text_condition: Condition = PLAIN
-    key: Hashable = None
-    length: int = 0
-
-    @property
-    def text(self) -> Text:
-        """What text encoders make of it: equal for rows with the same output."""
-        return self.concept, self.prompt, self.text_condition
-
-
-Text = tuple[int, str, Condition]
-"""A concept, a prompt of it, and how the LoRAs are loaded in the text encoders."""
-
-
-@dataclass(frozen=True)
 class Stage:
     """A part of the model that runs on its own, in execution order: an encoder, the denoiser.
 
@@ -136,16 +105,13 @@ class Stage:
         return [self.rows[place] for place in places]
 
     @property
-    def costliest_condition(self) -> Condition:
-        """One of the rows' conditions under which a forward takes the most memory."""
-        conditions = (row.condition for row in self.rows)
-        return max(conditions, key=lambda of: (of.phantom is not None, of.strength != 1))
+    def costliest_loads(self) -> Loads:
+        """What is loaded in the row in which that takes the most memory."""
 
+        def cost(loads: Loads) -> tuple[bool, bool, int]:
+            return bool(phantoms(loads)), strength_of(loads) != 1, len(loads)
 
-def conditions_of(rows: Sequence[Row]) -> Sequence[Condition]:
-    """The conditions of these rows; empty if all are plain."""
-    conditions = [row.condition for row in rows]
-    return conditions if any(of != PLAIN for of in conditions) else ()
+        return max((row.loaded for row in self.rows), key=cost)
 
 
 class Host(Protocol):
@@ -176,7 +142,7 @@ class Host(Protocol):
     def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:
         """Extra concepts of a merge, without a LoRA of their own: generic prompts or inputs that
         preserve the base (``calibration.generic``), followed by composites
-        (``calibration.composites``). May be empty."""
+        (``calibration.composites``), whose rows load their parts. May be empty."""
         return []
 
     def activate(

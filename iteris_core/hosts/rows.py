@@ -13,11 +13,12 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..activations.site import PLAIN, Condition
+from ..activations.rows import Load, Loads, Row, loads_of
 from ..calibration import Calibration
 from ..calibration_prompts import (
     Composite,
@@ -32,7 +33,7 @@ from ..calibration_prompts import (
     turns_of,
 )
 from ..concepts import Concept
-from .protocol import Row, SampleRequest
+from .protocol import SampleRequest
 from .sample_store import digest
 
 GENERIC, CLASSES = "generic", "class words"
@@ -207,12 +208,15 @@ class SamplePrompts:
         drawn.sort(key=lambda row: row[0])
         loras = [i for i, concept in enumerate(concepts) if concept.lora is not None]
         samples = [(owner, latent // count) for owner, _, latent in drawn]
-        conditions = drawn_conditions(samples, loras, calibration)
+        place = {id(concept): number for number, concept in enumerate(concepts)}
+        loaded = [[owner] for owner in range(len(concepts))]
+        for owner, concept in enumerate(concepts):
+            if isinstance(concept, Composite):
+                loaded[owner] = [place[id(part)] for part in concept.parts]
+        uses = drawn_uses(samples, loras, calibration)
         return [
-            Row(owner, number, prompt, latent, denoiser, text)
-            for number, ((owner, prompt, latent), (text, denoiser)) in enumerate(
-                zip(drawn, conditions, strict=True)
-            )
+            Row(owner, number, prompt, latent, *use.of(loaded[owner]))
+            for number, ((owner, prompt, latent), use) in enumerate(zip(drawn, uses, strict=True))
         ]
 
     def effective_samples(self, rows: Sequence[Row]) -> int:
@@ -232,15 +236,29 @@ def drawn_steps(
     return torch.stack([pick[: calibration.rows_each] for pick in picks]).sort(dim=1)[0]
 
 
-def drawn_conditions(
+class Use(NamedTuple):
+    """How a row loads its LoRAs: at which ``strength``, in the text encoders at ``text``, and
+    beside which phantoms."""
+
+    strength: float = 1.0
+    text: float = 1.0
+    beside: Loads = ()
+
+    def of(self, concepts: Sequence[int]) -> tuple[Loads, Loads]:
+        """What the denoiser loads, and what the text encoders do."""
+        denoiser, text = (loads_of(concepts, at) for at in (self.strength, self.text))
+        return (*self.beside, *denoiser), (*self.beside, *text)
+
+
+def drawn_uses(
     samples: Sequence[Hashable], loras: Sequence[int], calibration: Calibration
-) -> list[tuple[Condition, Condition]]:
-    """Every row's condition in the text encoders and in the denoiser: plain, but for a share of the
-    rows, spread over each sample's steps. Those of one sample, which ``samples`` names by row, have
-    the same. ``loras`` are the concepts of which phantoms can be made."""
+) -> list[Use]:
+    """Every row's use: plain, but for a share of the rows, spread over each sample's steps. Those
+    of one sample, which ``samples`` names by row, have the same. ``loras`` are the concepts of
+    which phantoms can be made."""
     draw = random.Random(calibration.seed)
-    known: dict[Hashable, tuple[Condition, Condition]] = {}
-    conditions = [(PLAIN, PLAIN)] * len(samples)
+    known: dict[Hashable, Use] = {}
+    uses = [Use()] * len(samples)
     for row, sample in enumerate(samples):
         if row * _GOLDEN % 1 >= (calibration.conditions or 0.0):
             continue
@@ -251,9 +269,9 @@ def drawn_conditions(
                 apart = draw.random()
                 text = draw.uniform(*_STRENGTHS) if apart < 0.5 else text
                 denoiser = 1.0 if apart < 0.25 else denoiser
-            known[sample] = Condition(text), Condition(denoiser)
+            known[sample] = Use(denoiser, text)
             if draw.random() < _BESIDE_ANOTHER:
-                phantom = draw.choice(loras), draw.uniform(*_BESIDE), draw.randrange(1 << 32)
-                known[sample] = Condition(text, *phantom), Condition(denoiser, *phantom)
-        conditions[row] = known[sample]
-    return conditions
+                phantom = Load(draw.choice(loras), draw.uniform(*_BESIDE), draw.randrange(1 << 32))
+                known[sample] = Use(denoiser, text, (phantom,))
+        uses[row] = known[sample]
+    return uses

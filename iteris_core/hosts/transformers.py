@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..activations.lockstep import Lockstep
 from ..activations.memory import free_memory, usable
 from ..activations.micro_batch import MicroBatch
+from ..activations.rows import Row
 from ..architectures.record import TEXT_WIRINGS
 from ..architectures.sites import residual_streams, weight_shape
 from ..concepts import Concept
@@ -22,7 +23,7 @@ from ..errors import BaseError, ConceptError, SettingsError
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from ..lora_files.peft_folder import read_adapter
-from .protocol import Host, Row, SampleRequest, Stage, check_model, check_ready
+from .protocol import Host, SampleRequest, Stage, check_model, check_ready
 
 Sample = Mapping[str, Tensor]
 """Keyword arguments of the model's forward, with a batch dimension of 1"""
@@ -167,7 +168,7 @@ class TransformersHost(Host):
         def run() -> None:
             generated.append(self.model.generate(**batch, **options))
 
-        lockstep.run(MicroBatch(run, [owner], 1))
+        lockstep.run(MicroBatch(run, always=[owner]))
         ids = generated[0].cpu()[:, :-1]  # the last token is never read
         if not ids.shape[1]:
             raise BaseError("The model generated nothing; check the arguments of generate.")

@@ -4,7 +4,7 @@ For rows r, their final outputs f and the outputs h_b of every block,
 
     Σ_r w_r (‖f_merged(r) − f_LoRA(r)‖² + hints · mean_b ‖h_b,merged(r) − h_b,LoRA(r)‖² / s_b).
 
-f_LoRA is what row r's own LoRA does, under the row's condition of use; the base's for generic rows.
+f_LoRA is what row r's own LoRA does, as the row loads it; the base's for generic rows.
 w_r is the concept's weight over the mean ‖f_LoRA − f_base‖² of its rows, but over no less than a
 quarter of the concepts' mean: otherwise a LoRA that acts in the text encoders alone would rule. s_b
 is the block's error before. The blocks' outputs (hints: Romero et al. 2015) tell each layer more of
@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from ..activations.gradients import Network, saved_tensors
 from ..activations.memory import MemoryMeter, tensors_in
 from ..activations.micro_batch import MicroBatch
+from ..activations.rows import as_merged, phantoms
 from ..activations.trace import alike
 from ..errors import SiteError
-from ..hosts.protocol import Stage, conditions_of
+from ..hosts.protocol import Stage
 from ..lora import LowRank
 from ..passes.batches import chunks
 from ..passes.footprint import longest
@@ -178,8 +179,8 @@ class RowGradients:
     def peak(self, rows: int) -> int:
         """The memory that the gradients of so many rows take, all like the largest."""
         stage, row = self._stage, longest(self._stage)
-        costliest = stage.costliest_condition
-        self._stage = replace(stage, rows=[replace(r, condition=costliest) for r in stage.rows])
+        costliest = stage.costliest_loads
+        self._stage = replace(stage, rows=[replace(row, loads=costliest) for row in stage.rows])
         self.add([row], first=False)  # some of its first run may stay
         with MemoryMeter() as meter:
             self.add([row] * rows, first=False)
@@ -259,14 +260,13 @@ class RowGradients:
                 call = sum(block is module for block, _ in hints)
                 hints[module, call] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
-        owners, conditions = [row.concept for row in of_rows], conditions_of(of_rows)
-        batch = MicroBatch(run, owners, 1, merged_only=merged or of_base, conditions=conditions)
+        if merged or of_base:
+            change = as_merged if merged else phantoms
+            of_rows = [replace(row, loads=change(row.loaded)) for row in of_rows]
+        batch = MicroBatch(run, of_rows)
         with ExitStack() as stack:
             for block in self.network.blocks if hints is not None else ():
                 stack.enter_context(block.register_forward_hook(keep))
-            if of_base:
-                stack.callback(setattr, lockstep, "merged", lockstep.merged)
-                lockstep.merged = {}
             if then is not None:
                 stack.enter_context(saved_tensors(mutable=self._mutable))
             lockstep.run(batch, grad=then is not None)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from ..activations.micro_batch import MicroBatch, Observer
 from ..activations.tokens import TokenSampling
-from ..hosts.protocol import Stage, conditions_of
+from ..hosts.protocol import Stage
 from ..solve.choose import THRESHOLDS, Thresholds
 
 _GOLDEN = 0.618034
@@ -63,14 +63,13 @@ def micro_batches(
         of_batch = stage.at(rows)
         yield MicroBatch(
             partial(stage.forward, of_batch, copies),
-            [row.concept for row in of_batch],
+            of_batch,
             copies,
             observer if stage.sites else None,
             mask_of=None if mask is None else lambda site, rows=of_batch: mask(site, rows),
             stage=stage.name,
             sampling=TokenSampling(rows, limit, batching.seed),
             saliency=batching.saliency if stage.spatial else 0.0,
-            conditions=conditions_of(of_batch),
         )
 
 

@@ -99,7 +99,7 @@ def added(host: Host, changes: Mapping[str, LowRank]) -> Generator[None]:
     touched."""
     check_sites(host, changes)
     on = {site: SiteChanges((change,)) for site, change in changes.items()}
-    every = MicroBatch(lambda: None, [0], 1, of_one=True)
+    every = MicroBatch(lambda: None, always=[0])
     with Lockstep(host.sites(), on) as lockstep, lockstep.active(every):
         yield
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -133,12 +133,11 @@ class Measure:
 
         batch = MicroBatch(
             partial(stage.forward, stage.at(rows), 1),
-            [stage.rows[row].concept for row in rows],
+            [replace(row, loads=stage.costliest_loads) for row in stage.at(rows)],
             1,
             observe,
             pause,
             sampling=TokenSampling(rows, self.limit, 0),
-            conditions=[stage.costliest_condition] * len(rows),
         )
         with ExitStack() as stack:
             stack.enter_context(self.lockstep.in_barriers(strategy.barriers or Barriers()))

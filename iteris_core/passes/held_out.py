@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..activations.memory import halved, with_less
-from ..activations.site import phantom_of
+from ..activations.rows import phantom_of
 from ..calibration import Calibration
 from ..errors import BaseError, SiteError
 from ..hosts.protocol import Host, SampleRequest
@@ -101,7 +101,7 @@ def kept(job: Job, *versions: Mapping[str, LowRank]) -> list[dict[str, list[floa
     """For each of several ``versions`` of a merge: how it is loaded → for every concept with a
     LoRA, 1 − ‖f_merged − f_LoRA‖² / ‖f_base − f_LoRA‖² of the final outputs f: 1 for the LoRA
     itself, 0 for the base. Both are loaded at each of :data:`STRENGTHS`, and at 1 with another LoRA
-    at 0.6, which the base has there too: a phantom, see :mod:`..activations.site`. Empty for models
+    at 0.6, which the base has there too: a phantom, see :mod:`..activations.rows`. Empty for models
     of texts, whose rows are given."""
     if not job.host.pictures:
         return [{} for _ in versions]

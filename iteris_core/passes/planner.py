@@ -85,7 +85,7 @@ def replayable(
 
 def _first_row(stage: Stage, observer: Observer | None = None) -> MicroBatch:
     forward = partial(stage.forward, stage.rows[:1], 1)
-    return MicroBatch(forward, [stage.rows[0].concept], 1, observer)
+    return MicroBatch(forward, stage.rows[:1], 1, observer)
 
 
 @dataclass(frozen=True)

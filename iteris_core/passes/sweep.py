@@ -20,9 +20,10 @@ from ..activations.activation_offload import ActivationOffload
 from ..activations.host_pool import HostPool
 from ..activations.memory import with_less
 from ..activations.micro_batch import MicroBatch, greenlets
+from ..activations.rows import Row
 from ..activations.trace import Barriers
 from ..errors import SiteError, SolveError
-from ..hosts.protocol import DENOISING, Row, Stage
+from ..hosts.protocol import DENOISING, Stage
 from ..linalg import on_host
 from ..lora import LowRank, concatenate
 from ..progress import OUTLOOK, duration
@@ -74,8 +75,8 @@ class Passes:
         for stage in ahead.stages() if of_rows or ahead is not self.run else ():
             # A measurement is to find all changes cast.
             firsts = {row.concept: row for row in reversed(stage.rows)}
-            for owner, row in firsts.items():
-                lockstep.run(MicroBatch(partial(stage.forward, [row], 1), [owner], 1))
+            for row in firsts.values():
+                lockstep.run(MicroBatch(partial(stage.forward, [row], 1), [row]))
             plan = self._planned(stage)
             batching = replace(self.batching, rows=plan.at_once)
             for batch in micro_batches(stage, 1, None, batching) if stage.feeds_next else ():

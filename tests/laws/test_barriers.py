@@ -7,6 +7,7 @@ from torch import nn
 
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.micro_batch import MicroBatch
+from iteris_core.activations.rows import Row
 from iteris_core.activations.trace import Barriers, ExecutionTrace, with_replayable
 from iteris_core.errors import IterisError
 from iteris_core.lora import LowRank, SiteChanges
@@ -69,7 +70,7 @@ def make():
 
 
 def batch_of(model, x, observer=None, copies=1) -> MicroBatch:
-    return MicroBatch(lambda: model(x), [0] * (len(x) // copies), copies, observer)
+    return MicroBatch(lambda: model(x), [Row(0, 0)] * (len(x) // copies), copies, observer)
 
 
 def levels_of(model, lockstep, most) -> Barriers:
@@ -147,7 +148,7 @@ def test_modules_that_write_to_their_inputs_give_the_same_in_levels(most, unusua
         with lockstep:
             barriers = Barriers() if at is None else levels_of(model, lockstep, at)
             with lockstep.in_barriers(barriers):
-                order = swept(lockstep, [MicroBatch(run, [0, 0], 2, None)])
+                order = swept(lockstep, [MicroBatch(run, [Row(0, 0)] * 2, 2)])
         assert hooks_on(model) == 0
         results.append((order, outputs[-1]))
     (order, one), (order_there, other) = results

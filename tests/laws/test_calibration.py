@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from iteris_core import Calibration, Concept, IterisError, Lora
+from iteris_core.activations.rows import Row
 from iteris_core.calibration import TEMPLATES, over
 from iteris_core.calibration_prompts import (
     Wording,
@@ -14,7 +15,7 @@ from iteris_core.calibration_prompts import (
 )
 from iteris_core.concepts import words_in
 from iteris_core.errors import ConceptError
-from iteris_core.hosts.protocol import Row, SampleRequest
+from iteris_core.hosts.protocol import SampleRequest
 from iteris_core.hosts.rows import SamplePrompts, added_concepts
 from iteris_core.methods.registry import settings_over
 

@@ -1,6 +1,7 @@
 """Rows of a subject in a style: their target, prompts and latents, and what they change."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from small_merge import EXACT
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
+from iteris_core.activations.rows import loads_of
 from iteris_core.calibration_prompts import Composite, Wording, composites_of
 from iteris_core.hosts.protocol import SampleRequest
 from iteris_core.hosts.rows import SamplePrompts
@@ -21,7 +23,8 @@ WORDS = ["apple", "bridge", "cloud"]
 
 
 class StyledHost(ModuleHost):
-    """Adds the composite of its first two concepts, with the last of its data."""
+    """Adds the composite of its first two concepts, with the last of its data, in whose rows both
+    LoRAs are on."""
 
     def __init__(self, data, weight: float) -> None:
         super().__init__(Net(), data)
@@ -29,6 +32,15 @@ class StyledHost(ModuleHost):
 
     def added(self, concepts, calibration):
         return [Composite(None, ["unused"], weight=self.weight, parts=tuple(concepts[:2]))]
+
+    def stages(self, samples, sites):
+        for stage in super().stages(samples, sites):
+            both = len(samples) - 1
+            rows = [
+                replace(row, loads=loads_of([0, 1])) if row.concept == both else row
+                for row in stage.rows
+            ]
+            yield replace(stage, rows=rows)
 
 
 def merged(loras, data, weight=0.3, method="iteris", strengths=(1.0, 1.0), **settings):

@@ -19,9 +19,11 @@ from reductions import by_moments, solved
 from small_merge import EXACT
 
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
-from iteris_core.activations.site import PLAIN, Condition, site_of, under_conditions
+from iteris_core.activations.lockstep import Lockstep
+from iteris_core.activations.micro_batch import MicroBatch
+from iteris_core.activations.rows import Load, Row, loads_of, phantoms
 from iteris_core.architectures.sites import weight_energy
-from iteris_core.hosts.rows import drawn_conditions
+from iteris_core.hosts.rows import Use, drawn_uses
 from iteris_core.passes.changes import changes_of
 from iteris_core.solve.choose import THRESHOLDS
 
@@ -44,11 +46,14 @@ def flat_problem():
     return changes, inputs, targets
 
 
-def merged(loras, data, *, conditions=None, thresholds=THRESHOLDS, **settings) -> Lora:
+PLAIN = Use()
+
+
+def merged(loras, data, *, use=PLAIN, thresholds=THRESHOLDS, **settings) -> Lora:
     class Host(ModuleHost):
         def stages(self, samples, sites):
             for stage in super().stages(samples, sites):
-                rows = [replace(row, condition=conditions or PLAIN) for row in stage.rows]
+                rows = [replace(row, loads=use.of([row.concept])[0]) for row in stage.rows]
                 yield replace(stage, rows=rows)
 
     concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
@@ -153,7 +158,7 @@ def test_the_norm_of_a_weight_is_measured_by_what_the_layer_makes(module):
 def test_rows_at_a_strength_ask_for_what_each_lora_does_at_it(strength):
     """Site after site by plain least squares, with s ΔW on the weights of both copies."""
     base, data = Net(), make_data()
-    ours = merged(LORAS, data, conditions=Condition(strength), ridge=1e-9, weighting="none")
+    ours = merged(LORAS, data, use=Use(strength), ridge=1e-9, weighting="none")
 
     def at(changes):
         return {site: strength * change for site, change in changes.items()}
@@ -179,9 +184,9 @@ def test_rows_at_a_strength_ask_for_what_each_lora_does_at_it(strength):
         assert float((within @ slope).norm()) < 1e-5 * float(right.norm()), site
 
 
-def test_one_lora_under_any_condition_stays_as_it_is():
-    condition = Condition(0.7, phantom=0, beside=0.8, seed=3)
-    found = merged([LORAS[0]], make_data(1), conditions=condition)
+def test_one_lora_in_any_use_stays_as_it_is():
+    use = Use(0.7, beside=(Load(0, 0.8, seed=3),))
+    found = merged([LORAS[0]], make_data(1), use=use)
     assert difference(found, dense_changes(LORAS[0])) < 1e-5
 
 
@@ -190,40 +195,48 @@ def test_a_phantom_has_a_loras_inputs_and_the_size_of_its_effect(conv):
     module = (
         torch.nn.Conv2d(3, 4, 3, padding=1).double() if conv else torch.nn.Linear(5, 4).double()
     )
-    site = site_of("site", module)
-    out, width = site.shape
+    out, width = module.weight.flatten(1).shape
     own = LowRank(randn(out, 2, seed=1), randn(2, width, seed=2), (3, 3) if conv else None)
-    inputs = randn(4, 3, 6, 6, seed=3) if conv else randn(4, 7, 5, seed=3)
-    conditions = [Condition(), Condition(0.5, 0, 0.8, seed=9)]  # two rows in two copies
-    before = module(inputs).detach()
-    outputs = before.clone()
-    strengths = under_conditions("site", site, conditions, inputs, outputs, {0: own})
-    assert strengths.tolist() == [1, 0.5, 1, 0.5]
-    torch.testing.assert_close(outputs[[0, 2]], before[[0, 2]])
-    added = (outputs - before)[[1, 3]]
-    wanted = site.delta(own, inputs)[[1, 3]]
-    torch.testing.assert_close(added.abs(), 0.8 * wanted.abs())
-    signs = (added / wanted).sign().movedim(1 if conv else -1, 0).flatten(1)
-    assert bool((signs == signs[:, :1]).all())  # one for each output, the same in both copies
-    other = before.clone()
-    under_conditions("another", site, conditions, inputs, other, {0: own})
-    assert not torch.equal(other, outputs)
+    inputs = randn(2, 3, 6, 6, seed=3) if conv else randn(2, 7, 5, seed=3)
+    plain = Row(0, 0, loads=())
+    beside = replace(plain, loads=(Load(0, 0.8, seed=9), *loads_of([0], 0.5)))
+
+    def added(rows, copies=1, site="site"):
+        """What is added to the layer's outputs."""
+        found = []
+
+        def run():
+            found.append(module(torch.cat([inputs] * copies)))
+
+        with torch.no_grad(), Lockstep({site: module}, {site: [own]}) as lockstep:
+            lockstep.run(MicroBatch(run, rows, copies))
+            return found[0] - module(torch.cat([inputs] * copies))
+
+    lora = added([replace(plain, loads=None)] * 2)
+    two = added([plain, beside], copies=2)
+    torch.testing.assert_close(two[[0, 2]], torch.zeros_like(two[:2]))
+    torch.testing.assert_close(two[1], two[3] + 0.5 * lora[1])  # the LoRA is not on in a copy
+    torch.testing.assert_close(two[3].abs(), 0.8 * lora[1].abs())
+    signs = (two[3] / lora[1]).sign().movedim(0 if conv else -1, 0).flatten(1)
+    assert bool((signs == signs[:, :1]).all())  # one for each output
+    assert not torch.equal(added([plain, beside], site="another"), added([plain, beside]))
 
 
 def test_uses_are_drawn_for_a_share_of_each_samples_rows():
     calibration = Calibration(conditions=0.5, seed=3)
     samples = [(owner, sample) for owner in (0, 1) for sample in range(25) for _ in range(4)]
-    uses = drawn_conditions(samples, [0, 1], calibration)
-    plain = [text == PLAIN == denoiser for text, denoiser in uses]
+    uses = drawn_uses(samples, [0, 1], calibration)
+    plain = [use == Use() for use in uses]
     assert 0.45 < sum(plain) / len(plain) < 0.65
     for sample in set(samples):
         own = {use for of, use in zip(samples, uses, strict=True) if of == sample}
-        assert 1 <= len(own - {(PLAIN, PLAIN)}) + 1 <= 2
-    assert uses == drawn_conditions(samples, [0, 1], calibration)
-    assert uses != drawn_conditions(samples, [0, 1], replace(calibration, seed=4))
-    strengths = {condition.strength for pair in uses for condition in pair}
+        assert 1 <= len(own - {Use()}) + 1 <= 2
+    assert uses == drawn_uses(samples, [0, 1], calibration)
+    assert uses != drawn_uses(samples, [0, 1], replace(calibration, seed=4))
+    strengths = {strength for use in uses for strength in (use.strength, use.text)}
     assert min(strengths) >= 0.6
     assert max(strengths) <= 1.3
-    assert {denoiser.phantom for _, denoiser in uses} == {None, 0, 1}
-    none = drawn_conditions(samples, [0, 1], replace(calibration, conditions=0.0))
-    assert {text for text, _ in none} == {PLAIN}
+    assert {load.concept for use in uses for load in use.beside} == {0, 1}
+    assert any(use != Use() and not use.beside for use in uses)
+    assert all(load.seed is not None for use in uses for load in phantoms(use.of([0])[0]))
+    assert {*drawn_uses(samples, [0, 1], replace(calibration, conditions=0.0))} == {Use()}

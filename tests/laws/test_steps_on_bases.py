@@ -10,7 +10,7 @@ from gradient_check import check_gradients
 from tiny import random_lora, two_concepts
 
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.activations.site import PLAIN
+from iteris_core.activations.rows import phantoms, strength_of
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.methods import row_gradients
 from iteris_core.methods.distillation import Distillation
@@ -39,9 +39,9 @@ def test_rows_of_every_kind_beside_a_lora_that_is_always_on(host64, monkeypatch,
     of_stage = Distillation._of_stage
 
     def watched(self, stage, *counts):
-        conditions = {row.condition for row in stage.rows} - {PLAIN}
-        kinds = {(c.strength != 1, c.phantom is not None) for c in conditions}
-        seen.update(kinds, {type(concept).__name__ for concept in self.run.job.concepts})
+        loads = {row.loaded for row in stage.rows}
+        seen.update((strength_of(of) != 1, bool(phantoms(of))) for of in loads)
+        seen.update({type(concept).__name__ for concept in self.run.job.concepts})
         seen.add(any(concept.lora is None for concept in self.run.job.concepts))
         return of_stage(self, stage, *counts)
 

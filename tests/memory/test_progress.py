@@ -105,7 +105,8 @@ def test_on_a_busy_machine_the_forecast_of_the_toybox_is_within_two():
 
 @pytest.mark.slow
 def test_while_steps_run_the_forecast_of_the_toybox_is_within_two():
-    """From the plan on: steps are most of the work, and none was timed yet."""
+    """From the plan on: steps are most of the work, and none was timed yet. The last fourth of the
+    time is a few seconds, where the machine's noise decides."""
     from toybox import TEMPLATES, concepts, load_pipeline
 
     host, world, told = DiffusersHost(load_pipeline()), concepts(), list[Progress]()
@@ -119,7 +120,9 @@ def test_while_steps_run_the_forecast_of_the_toybox_is_within_two():
     end = told[-1].seconds
     steps = [progress for progress in told if progress.what == WHAT]
     assert [progress.done for progress in steps] == list(range(21))
-    for progress in (p for p in told if p.what == OUTLOOK or p in steps):
+    early = [p for p in told if p.seconds <= 0.75 * end and (p.what == OUTLOOK or p in steps)]
+    assert len(early) > 5
+    for progress in early:
         left = end - progress.seconds
         assert left / 2 <= progress.left <= 2 * left, str(progress)
 

@@ -75,7 +75,7 @@ def default_merge(folder: Path) -> dict[str, int]:
     return entered.counts()
 
 
-BOUNDS = {"modules": 63, "functions": 557, "classes": 62, "two-way pairs": 9}
+BOUNDS = {"modules": 64, "functions": 569, "classes": 65, "two-way pairs": 9}
 """No more than these; fewer is better. Three pairs are retries with less memory, by a call back."""
 
 
