@@ -69,7 +69,8 @@ class Thresholds:
 
     # Most barriers in a block in which rows wait: small blocks, large ones.
     blocks: tuple[int, ...] = (3, 8)
-    # A block is run again if that gives its first output within this.
+    # A block is run again if that gives its first output within this,
+    # or, in half precision, within eight units of rounding.
     replay_error: float = 1e-3
 
     # Steps through the denoiser for each LoRA and once more,

@@ -8,7 +8,7 @@ from torch import nn
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.micro_batch import MicroBatch
 from iteris_core.activations.rows import Row
-from iteris_core.activations.trace import Barriers, ExecutionTrace, with_replayable
+from iteris_core.activations.trace import Barriers, ExecutionTrace, alike, with_replayable
 from iteris_core.errors import IterisError
 from iteris_core.lora import LowRank, SiteChanges
 from iteris_core.solve.choose import THRESHOLDS
@@ -87,6 +87,15 @@ def levels_of(model, lockstep, most) -> Barriers:
 def names(barriers, model) -> list[str]:
     known = {module: name for name, module in model.named_modules()}
     return [known[block] for block in barriers.blocks]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_outputs_are_alike_within_the_rounding_of_their_precision(dtype):
+    x, noise = torch.randn(2, 4096, dtype=torch.float64)
+    unit = max(THRESHOLDS.replay_error / 8, torch.finfo(dtype).eps)
+    plain, rounded, other = ((x + size * unit * noise).to(dtype) for size in (0, 4, 16))
+    assert alike([rounded], [plain], THRESHOLDS.replay_error)
+    assert not alike([other], [plain], THRESHOLDS.replay_error)
 
 
 class Clamping(nn.Linear):
