@@ -30,7 +30,7 @@ def merges(name: str) -> dict[str, Entry]:
 @cache
 def figures(name: str, further: str = "") -> Mapping[str, Any]:
     """Figures by number of LoRAs of what :mod:`unseen` kept, with runs of ``further`` methods."""
-    world = name.removesuffix("_lead").removesuffix("_bound").removesuffix("_frozen")
+    world = re.sub("_(lead|bound|frozen|steps)$", "", name)
     alone = stored(RESULTS / f"{world}_alone.jsonl")
     runs = {**merges(name), **(merges(further) if further else {})}
     return rounded(results(alone, runs))

@@ -95,7 +95,7 @@ def kept(
 
 def fast_reported() -> list[str]:
     """What the preset ``fast`` keeps, and the default on the same sets."""
-    default, fast = merges("unseen_reported_bound"), merges("unseen_reported_fast")
+    default, fast = merges("unseen_reported_steps"), merges("unseen_reported_fast")
     sets = {(unit.names, unit.replicate) for unit in map(Unit.of, fast)}
     same = {
         key: of
@@ -181,6 +181,7 @@ def speed_lora() -> list[str]:
 
 UNSEEN: Mapping[str, tuple[str, Sequence[str]]] = {
     "reported": ("unseen_reported", ("2", "3", "5", "7", "10")),
+    "reported now": ("unseen_reported_steps", ("2", "5", "10")),
     "framed": ("unseen_framed", ("5",)),
     "minilm": ("unseen_minilm", ("2", "3", "5", "8")),
     "minilm now": ("unseen_minilm_bound", ("2", "5")),
@@ -208,9 +209,11 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         judged="recognised",
         further="unseen_photos_class_rows",
     ),
-    "front reported now": partial(kept, "unseen_reported_bound"),
+    "front reported now": partial(kept, "unseen_reported_steps"),
+    "front reported closed": partial(kept, "unseen_reported_bound"),
     "sure": partial(how_sure, "unseen_reported"),
-    "sure reported now": partial(how_sure, "unseen_reported_bound"),
+    "sure reported now": partial(how_sure, "unseen_reported_steps"),
+    "sure reported closed": partial(how_sure, "unseen_reported_bound"),
     "sure minilm": partial(how_sure, "unseen_minilm"),
     "sure minilm now": partial(how_sure, "unseen_minilm_bound", ("2", "5")),
     "sure emoji": partial(how_sure, "unseen_emoji"),

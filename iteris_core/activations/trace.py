@@ -226,19 +226,17 @@ def alike(values: Sequence[Any], others: Sequence[Any], most: float) -> bool:
     """True if tensors equal the ``others``, because kernels may round differently when run again:
     each within ``most`` of its norm, and in half precision within eight units of rounding. Only
     tensors are compared."""
-
-    def equal(a: Tensor, b: Tensor) -> bool:
-        if a.shape != b.shape:
-            return False
-        rounding = 8 * torch.finfo(b.dtype).eps if b.is_floating_point() else 0.0
-        error = (a.float() - b.to(a.device).float()).norm()
-        return float(error) <= max(most, rounding) * float(b.float().norm())
-
-    return len(values) == len(others) and all(
-        equal(a, b)
-        for a, b in zip(values, others, strict=True)
-        if isinstance(a, Tensor) and isinstance(b, Tensor)
-    )
+    if len(values) != len(others):
+        return False
+    for a, b in zip(values, others, strict=True):
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if a.shape != b.shape:
+                return False
+            rounding = 8 * torch.finfo(b.dtype).eps if b.is_floating_point() else 0.0
+            error = float((a.float() - b.to(a.device).float()).norm())
+            if not error <= max(most, rounding) * float(b.float().norm()):  # Or it is no number.
+                return False
+    return True
 
 
 def version_of(tensor: Tensor) -> int | None:
