@@ -184,7 +184,7 @@ UNSEEN: Mapping[str, tuple[str, Sequence[str]]] = {
     "reported now": ("unseen_reported_steps", ("2", "5", "10")),
     "framed": ("unseen_framed", ("5",)),
     "minilm": ("unseen_minilm", ("2", "3", "5", "8")),
-    "minilm now": ("unseen_minilm_bound", ("2", "5")),
+    "minilm now": ("unseen_minilm_steps", ("2", "3", "5", "8")),
     "emoji": ("unseen_emoji", ("5", "10")),
     "emoji now": ("unseen_emoji_bound", ("10",)),
     "photos": ("unseen_photos_frozen", ("2", "3", "5", "8")),
@@ -198,7 +198,8 @@ UNSEEN: Mapping[str, tuple[str, Sequence[str]]] = {
 TABLES: dict[str, Callable[[], list[str]]] = {
     "front": partial(kept, "unseen_reported"),
     "front minilm": partial(kept, "unseen_minilm"),
-    "front minilm now": partial(kept, "unseen_minilm_bound", ("2", "5")),
+    "front minilm now": partial(kept, "unseen_minilm_steps"),
+    "front minilm closed": partial(kept, "unseen_minilm_bound", ("2", "5")),
     "front emoji": partial(kept, "unseen_emoji"),
     "front photos": partial(
         kept, "unseen_photos_frozen", judged="recognised", further="unseen_photos_rows"
@@ -215,7 +216,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "sure reported now": partial(how_sure, "unseen_reported_steps"),
     "sure reported closed": partial(how_sure, "unseen_reported_bound"),
     "sure minilm": partial(how_sure, "unseen_minilm"),
-    "sure minilm now": partial(how_sure, "unseen_minilm_bound", ("2", "5")),
+    "sure minilm now": partial(how_sure, "unseen_minilm_steps"),
+    "sure minilm closed": partial(how_sure, "unseen_minilm_bound", ("2", "5")),
     "sure emoji": partial(how_sure, "unseen_emoji"),
     "sure photos": partial(how_sure, "unseen_photos_frozen", judged="recognised"),
     "lead": carries_the_lead,

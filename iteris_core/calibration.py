@@ -147,7 +147,7 @@ class Calibration(Settings):
         if self.timesteps is not None and self.timesteps > self.denoising_steps:
             raise SettingsError(
                 f"timesteps is {self.timesteps}, but denoising_steps is {self.denoising_steps}: "
-                f"set denoising_steps to {self.timesteps} or more."
+                f"set option denoising_steps to {self.timesteps} or more."
             )
         if any(template.count("{}") != 1 for template in self.templates) or not self.templates:
             raise SettingsError('templates must hold "{}" where the concept goes, once.')

@@ -6,7 +6,8 @@ and ``docs/errors/index.md`` are generated from it. A ``code`` never changes its
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
 from textwrap import shorten
 from typing import Any, ClassVar
@@ -175,6 +176,12 @@ def meaning_of(kind: type[IterisError]) -> str:
 def remedy_of(kind: type[IterisError]) -> str:
     """What to do, in Markdown."""
     return " ".join((kind.__doc__ or "").partition("\n\n")[2].split())
+
+
+def with_options(text: str, name: Callable[[str], str]) -> str:
+    """A message with the options that it mentions, ``option allow_partial``, as ``name`` gives
+    them: the command line's, or a node's inputs."""
+    return re.sub(r"\boption ([a-z_]+)", lambda found: name(found[1]), text)
 
 
 def brief(error: BaseException) -> str:

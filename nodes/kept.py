@@ -30,15 +30,8 @@ from .comfy_digest import digest_of_base
 from .comfy_lora import ComfySites, listed_name
 from .merge_settings import Request
 
-_ROOT = Path(__file__).parents[1]
-_PACK = digest(
-    [
-        file.read_bytes().decode()
-        for files in ("iteris_core/**/*.py", "iteris_core/prompts/*.txt", "nodes/*.py")
-        for file in sorted(_ROOT.glob(files))
-    ]
-)
-"""A hash of the code that runs: an update of the pack counts from the next start on."""
+_FORMAT = 1
+"""Raised when an update makes other merges of the same inputs, which are then made again."""
 _ABOUT = "about"
 _IN_HEADLINE = ("samples", "LoRAs", "files", "size")
 """Notes that the headline has: what left prompts out, and what was known before the merge ran."""
@@ -82,8 +75,8 @@ class Merge:
         return f"{self.headline}\n{self.details}"
 
     def serves(self, limits: Mapping[str, float], *, again: bool) -> bool:
-        """False if within ``limits`` it would be better, or if it is to be made ``again`` and was
-        not since that was chosen."""
+        """False if a new merge within ``limits`` would be more complete, or if it is to be made
+        ``again`` and was not since that was chosen."""
         return again <= self.again and all(limits[name] <= was for name, was in self.short.items())
 
 
@@ -134,7 +127,7 @@ def key_on_disk(
     recipe = named.to_dict()
     if base is None or "embedding:" in json.dumps(recipe):  # of a file that may change
         return None
-    return digest([base, recipe, _PACK])
+    return digest([base, recipe, _FORMAT])
 
 
 def _by_content(concept: Concept) -> Concept:

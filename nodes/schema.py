@@ -14,7 +14,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..iteris_core.calibration import Calibration
-from ..iteris_core.errors import IterisError
+from ..iteris_core.errors import IterisError, with_options
 from ..iteris_core.methods import all_methods
 from ..iteris_core.settings import PRESETS, PresetName, Settings, declared_settings
 from .comfy_internals import missing, sentence
@@ -89,22 +89,19 @@ def discreet(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     return node
 
 
-_OPTIONS = {
-    "name its base: BASE for merge, option base BASE for others, a host in Python": (
-        "connect its MODEL and CLIP"
-    ),
-    "option allow_partial": "cannot_merge: skip on IterIS Settings",
-    "option unmergeable": "cannot_merge on IterIS Settings",
-    "denoising_steps to": "denoising_steps on IterIS Settings to",
+_INPUTS = {
+    "base": "connect MODEL and CLIP",
+    "allow_partial": "cannot_merge: skip on IterIS Settings",
+    "unmergeable": "cannot_merge on IterIS Settings",
+    "denoising_steps": "denoising_steps on IterIS Settings",
 }
+"""Option of the library → the input that sets it."""
 
 
 def discreetly(error: IterisError) -> str:
     """Its message, with files as ComfyUI lists them and the library's options as inputs."""
     text = _without_folders(str(error))
-    for option, here in _OPTIONS.items():
-        text = text.replace(option, here)
-    return text
+    return with_options(text, lambda name: _INPUTS.get(name, f"option {name}"))
 
 
 def _without_folders(text: str) -> str:

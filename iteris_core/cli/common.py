@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 
@@ -12,8 +11,11 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import with_options
 from ..progress import OnProgress, Progress
 
+_ARGUMENTS = {"base": "--base; for merge, BASE"}
+"""Options that a command has as an argument."""
 console = Console(stderr=True, emoji=False)  # "sks:dog:" is no picture of a dog
 
 
@@ -24,7 +26,7 @@ def warn(text: str) -> None:
 
 def spelled(text: str) -> str:
     """``text`` with options as on this command line: option allow_partial is --allow-partial."""
-    return re.sub(r"\boption ([a-z_]+)", lambda m: "--" + m[1].replace("_", "-"), text)
+    return with_options(text, lambda name: _ARGUMENTS.get(name, "--" + name.replace("_", "-")))
 
 
 def print_table(

@@ -57,5 +57,5 @@ def _shape(path: Path, name: str, parts: Shapes) -> tuple[int, ...]:
         return parts["diff"]
     raise LoraFileError(
         f"{path}: {name} is of a kind that can only be read with its base model (it has "
-        f"{', '.join(sorted(parts))}); give option base BASE."
+        f"{', '.join(sorted(parts))}); give its base (option base)."
     )

@@ -104,7 +104,7 @@ def read_for_released(path: str | Path, options: ReadOptions | None = None) -> L
     except LoraFileError as error:
         raise LoraFileError(
             f"{error} If it is a DoRA, or its base differs in shape from the released models, "
-            "name its base: BASE for merge, option base BASE for others, a host in Python."
+            "give its base (option base)."
         ) from error
 
 

@@ -154,7 +154,7 @@ def test_the_command(tmp_path, iteris):
 def test_a_base_of_another_shape_is_loaded(host, tmp_path, iteris):
     host.pipeline.save_pretrained(tmp_path / "base")
     file = write_lora(random_lora(host, 1), tmp_path / "lora.safetensors")
-    assert "--base BASE for others" in iteris.refused("inspect", file)
+    assert "give its base (--base; for merge, BASE)" in iteris.refused("inspect", file)
     text = iteris("inspect", file, f"--base={tmp_path / 'base'}", "--json")
     coverage = json.loads(text)["files"][0]["coverage"]
     sites = {name.partition(".")[0] for name in host.sites()}

@@ -119,8 +119,8 @@ def test_gguf_s_bytes_have_a_hash(kit):
     assert len({hashed(1), hashed(2), hashed(1, kind=2)}) == 3
 
 
-def test_an_update_counts_from_the_next_start_on(library, tmp_path):
-    """The old code's merges lie under the old key until then; ComfyUI's version is in it too."""
+def test_an_update_keeps_merges_until_its_format_number_rises(library, tmp_path):
+    """ComfyUI's version counts too."""
     root, copy = Path(__file__).resolve().parents[2], tmp_path / "pack"
     for name in ("nodes", "iteris_core", "locales", "toybox"):
         ignored = shutil.ignore_patterns("__pycache__", "weights", "*.safetensors", "images")
@@ -138,14 +138,16 @@ def test_an_update_counts_from_the_next_start_on(library, tmp_path):
         config = request.config(kit.concepts(), "iteris")
         return lambda: kept.key_on_disk([kit.model], kit.clip, config, request, None)
 
-    for name in ("old", "new", "same", "newer"):
+    for name in ("old", "same", "new", "newer"):
         (tmp_path / name).mkdir()
     old = started("old")
     with (copy / "iteris_core" / "linalg.py").open("a") as file:
         file.write("\n_UPDATED = True\n")
+    assert started("same")() == old()
+    kept = copy / "nodes" / "kept.py"
+    kept.write_text(kept.read_text().replace("_FORMAT = 1", "_FORMAT = 2"))
     new = started("new")
     assert old() != new()
-    assert started("same")() == new()
     import comfyui_version
 
     before = comfyui_version.__version__

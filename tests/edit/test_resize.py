@@ -224,7 +224,7 @@ def test_what_only_a_base_can_read_is_refused_at_once(world, tmp_path, iteris):
     save_file(tensors, tmp_path / "loha.safetensors")
     err = iteris.refused("resize", tmp_path / "loha.safetensors", "-o",
                        tmp_path / "out.safetensors", "--rank", 2)  # fmt: skip
-    assert "give --base BASE" in err
+    assert "give its base (--base; for merge, BASE)" in err
 
 
 def test_the_name_of_the_network_stays_without_a_base(world, tmp_path, iteris):
