@@ -185,6 +185,7 @@ UNSEEN: Mapping[str, tuple[str, Sequence[str]]] = {
     "framed": ("unseen_framed", ("5",)),
     "minilm": ("unseen_minilm", ("2", "3", "5", "8")),
     "minilm now": ("unseen_minilm_steps", ("2", "3", "5", "8")),
+    "minilm closed": ("unseen_minilm_bound", ("2", "5")),
     "emoji": ("unseen_emoji", ("5", "10")),
     "emoji now": ("unseen_emoji_bound", ("10",)),
     "photos": ("unseen_photos_frozen", ("2", "3", "5", "8")),

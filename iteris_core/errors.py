@@ -179,8 +179,8 @@ def remedy_of(kind: type[IterisError]) -> str:
 
 
 def with_options(text: str, name: Callable[[str], str]) -> str:
-    """A message with the options that it mentions, ``option allow_partial``, as ``name`` gives
-    them: the command line's, or a node's inputs."""
+    """Replace each ``option NAME`` in a message by ``name(NAME)``: what the command line or a node
+    calls that option."""
     return re.sub(r"\boption ([a-z_]+)", lambda found: name(found[1]), text)
 
 
