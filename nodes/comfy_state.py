@@ -195,10 +195,11 @@ class _Unfused(TorchFunctionMode):
             self._plain = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "_qualified_op_name", "")
-        if name.startswith(f"{_FUSED}::"):
+        name, rest = getattr(func, "_qualified_op_name", ""), dict(kwargs or {})
+        # What only unpacks a quantised weight passes no gradients, and may take other arguments.
+        given = (*args, *rest.values())
+        if name.startswith(f"{_FUSED}::") and any(getattr(of, "requires_grad", 0) for of in given):
             func = getattr(self._plain, name.partition("::")[2], func)
-        rest = dict(kwargs or {})
         if not isinstance(rest.get("out"), torch.Tensor) or not torch.is_grad_enabled():
             return func(*args, **rest)
         return rest.pop("out").copy_(func(*args, **rest))
