@@ -44,11 +44,6 @@ import rivals  # noqa: F401 (registers them)
 KEPT = Path(__file__).with_suffix(".json")
 QUICK = {"samples": 3, "timesteps": 2, "denoising_steps": 3, "latent_size": 8, "seed": 3}
 LAYOUTS = ("kohya", "peft")
-HEAVY = {
-    "gradient-fusion": {"steps": 3, "text_steps": 3},
-    "loraclr": {"steps": 3},
-    "wudi": {"steps": 20},
-}
 CLOSED = {"steps": 0}
 """Steps hide in what a merge rounds where a closed form differs."""
 ITERIS: Mapping[str, Mapping[str, Any]] = {
@@ -102,7 +97,7 @@ def merges() -> dict[str, Callable[[Path], list[Path]]]:
     found: dict[str, Callable[[Path], list[Path]]] = {}
     for method in all_methods():
         if method.name != "iteris":
-            found[method.name] = _pipeline("sd1", method.name, settings=HEAVY.get(method.name))
+            found[method.name] = _pipeline("sd1", method.name)
     for kind in ("sd1", "sdxl", "sd3", "flux"):
         found[f"iteris, {kind}"] = _pipeline(kind, settings=CLOSED)
     for name, settings in ITERIS.items():

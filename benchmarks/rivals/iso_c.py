@@ -35,7 +35,7 @@ def iso_c(at: AtSite, settings: IsoCSettings) -> tuple[LowRank, float]:
     return evened(cut).scaled(settings.scale).to(at.changes.like.up.dtype), lost
 
 
-def by_svd(change: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+def _by_svd(change: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     """U, S and Vᵀ of a change whose components are those of its SVD, without zeros."""
     ups, downs = change.up.norm(dim=0), change.down.norm(dim=1)
     values = ups * downs
@@ -45,5 +45,5 @@ def by_svd(change: LowRank) -> tuple[Tensor, Tensor, Tensor]:
 
 def evened(change: LowRank) -> LowRank:
     """A change whose components are those of its SVD, all at their mean singular value."""
-    u, s, vt = by_svd(change)
+    u, s, vt = _by_svd(change)
     return LowRank(u * s.mean(), vt, change.kernel) if len(s) else change

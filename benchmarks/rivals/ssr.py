@@ -11,11 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from iteris_core.activations.tokens import Observation
 from iteris_core.errors import SettingsError
 from iteris_core.linalg import full_precision
-from iteris_core.lora import SiteChanges
+from iteris_core.lora import LowRank, SiteChanges
 from iteris_core.methods.registry import micro_batch_setting, on_activations
 from iteris_core.passes.job import Job
 from iteris_core.settings import Settings, setting
@@ -26,8 +27,6 @@ from iteris_core.solve.problem import (
     SiteContext,
     Solution,
 )
-
-from .subspace import routed, rows_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Router(Reduction):
         self._gram = torch.zeros(rank, rank, device=context.device)
         self._guide = torch.zeros_like(self._gram)
         self._count = torch.zeros((), dtype=torch.float64)
-        self._rows = rows_of(self.changes)
+        self._rows = _rows_of(self.changes)
 
     def add(self, tokens: Observation) -> None:
         rows = self._rows.get(tokens.concept)
@@ -67,7 +66,7 @@ class Router(Reduction):
         count = float(self._count)
         gram, guide = (matrix.double() / count for matrix in (self._gram, self._guide))
         gram.diagonal().add_(fit.ridge)
-        return routed(self._stacked, torch.linalg.solve(gram, guide.mT).mT)
+        return _routed(self._stacked, torch.linalg.solve(gram, guide.mT).mT)
 
     @staticmethod
     def bytes(changes: SiteChanges) -> MemoryEstimate:
@@ -86,3 +85,19 @@ def ssr(job: Job, settings: SsrSettings) -> RegressionSpec:
             "leave the weight out, or use another method, such as iteris."
         )
     return RegressionSpec(job.weights, settings.ridge, "none")
+
+
+def _rows_of(changes: SiteChanges) -> dict[int, slice]:
+    """Concept → its rows of the stacked down matrices."""
+    rows: dict[int, slice] = {}
+    start = 0
+    for concept, change in changes.present.items():
+        rows[concept] = slice(start, start + change.rank)
+        start += change.rank
+    return rows
+
+
+def _routed(stacked: LowRank, router: Tensor) -> Solution:
+    """ΔW = [up_1 … up_N] R A for the router R, (Σ r_i, Σ r_i)."""
+    up = (stacked.up.double() @ router.to(stacked.up.device)).to(stacked.up)
+    return Solution(LowRank(up, stacked.down, stacked.kernel))

@@ -6,7 +6,6 @@ Each test is skipped without a checkout, see :mod:`published`.
 import copy
 import importlib.util
 import logging
-import math
 import re
 import sys
 from collections import defaultdict
@@ -17,26 +16,19 @@ from typing import cast
 import numpy
 import pytest
 import torch
-from oracle import SITES, Net, changed, dense_changes, make_data
+from oracle import ModuleHost, Net, changed, dense_changes, make_data
 from published import LINEAR, checkout, needs, off, quiet, taken
 from rivals.custom_diffusion import _constrained
-from test_methods import DENSE, LORAS, WIDE, merge, references
-from test_own_blocks import Blocks, random_loras
-from test_own_blocks import merge as merge_blocks
+from test_methods import DENSE, LORAS, merge
 from torch import nn
 from torch.nn import functional as F
 
+from iteris_core import Concept, Lora, LowRank, merge_loras
 from iteris_core.lora import SiteChanges
 
 
 def weight_of(site):
     return Net().get_submodule(site).weight.detach().flatten(1)
-
-
-def examples(site):
-    """(inputs, outputs without the bias) of each LoRA's own model"""
-    inputs = [x[site] for x in references()]
-    return [(x, x @ (weight_of(site) + d[site]).mT) for x, d in zip(inputs, DENSE, strict=True)]
 
 
 @needs("SSR-Merge/ssr_merge/core.py")
@@ -90,6 +82,46 @@ def test_regmean(rows):
     assert off(ours, wanted) < 1e-5
 
 
+class Block(nn.Module):
+    """A residual around one layer"""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(12, 12)
+
+    def forward(self, x, **_):
+        return (x + F.gelu(self.layer(x)),)
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.double()
+
+    def forward(self, x):
+        for block in self.blocks:
+            (x,) = block(x)
+        return x
+
+    def linear(self):
+        return {n: m for n, m in self.named_modules() if isinstance(m, nn.Linear)}
+
+
+class BlocksHost(ModuleHost):
+    def sites(self):
+        return self.model.linear()
+
+
+def random_lora(model, generator):
+    def change():
+        up, down = torch.randn(2, 24, generator=generator, dtype=torch.float64)
+        return LowRank(up.reshape(12, 2), down.reshape(2, 12) / 24**0.5)
+
+    return Lora({name: change() for name in model.linear()})
+
+
 class Models(SimpleNamespace):
     """The models to merge and their data, as the code for RegMean++ asks for them."""
 
@@ -138,58 +170,17 @@ def regmean_plus_plus(models, shrink):
 
 
 @needs("RegMean-plusplus/fusion_bench/method/regmean_plusplus/regmean.py")
-@pytest.mark.parametrize(
-    ("layers", "method"), [(1, "regmean++"), *((n, "regmean++-blocks") for n in (1, 2, 3))]
-)
-def test_regmean_plus_plus(monkeypatch, layers, method):
-    """Theirs merges a block at a time: within one, a layer's inputs are those of each LoRA's own
-    block on what the merged blocks before give. Layer by layer it is another method, unless a block
-    has one layer."""
+def test_regmean_plus_plus(monkeypatch):
+    """Theirs merges a block at a time, ours a layer: the same where a block has one layer."""
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(concatenate_datasets=None))
-    base, data = Blocks(layers), make_data(3)
-    loras = random_loras(base)
+    base, data, generator = Blocks(), make_data(3), torch.Generator().manual_seed(1)
+    loras = [random_lora(base, generator) for _ in data]
     tuned = {i: changed(base, dense_changes(lora)) for i, lora in enumerate(loras)}
     wanted = regmean_plus_plus(Models(base=base, tuned=tuned, data=data), 0.9)
+    concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
     settings = {"shrink": 0.9, "weighting": "tokens"}
-    ours = merge_blocks(base, loras, data, method, **settings)
+    ours = merge_loras(BlocksHost(base, data), concepts, "regmean++", settings=settings)
     assert off(ours, wanted) < 1e-5
-    assert (
-        layers == 1 or off(merge_blocks(base, loras, data, "regmean++", **settings), wanted) > 0.5
-    )
-
-
-@needs("Mix-of-Show/gradient_fusion.py")
-@pytest.mark.parametrize("steps", [5, 50])
-def test_gradient_fusion(steps):
-    """How a layer is fitted. Rounding grows with the steps: our moments are float32."""
-    code = taken(
-        "Mix-of-Show/gradient_fusion.py", "chunk_compute_mse", "update_quasi_newton",
-        torch=torch, F=F, optim=torch.optim, np=SimpleNamespace(Inf=math.inf), logging=logging,
-    )  # fmt: skip
-    wanted = {}
-    for site in SITES:
-        inputs, outputs = (torch.cat(some) for some in zip(*examples(site), strict=True))
-        found = code["update_quasi_newton"](inputs, outputs, weight_of(site), steps, "cpu")
-        wanted[site] = (found - weight_of(site)).detach()
-    ours = merge(LORAS, "gradient-fusion", steps=steps)
-    assert off(ours, wanted) < (1e-5 if steps == 5 else 2e-3)
-
-
-@needs("LoRACLR/weight_fusion.py")
-@pytest.mark.parametrize("margin", [0.5, 80.0])
-@pytest.mark.filterwarnings("ignore:.*torch.cuda.amp", "ignore:.*CUDA is not available")
-def test_loraclr(margin):
-    code = taken(
-        "LoRACLR/weight_fusion.py", "update_contrastive", torch=torch, F=F, logging=logging
-    )
-    config = {"lr": 1e-2, "margin": margin, "lambda_con": 1.0, "lambda_mse": 0.1}
-    config["lambda_reg"] = 0.05
-    wanted = {}
-    for site in SITES:
-        found = code["update_contrastive"](examples(site), weight_of(site), 60, "cpu", config)
-        wanted[site] = found - weight_of(site)
-    settings = {"rate": 1e-2, "margin": margin, "contrast": 1.0, "error": 0.1, "size": 0.05}
-    assert off(merge(LORAS, "loraclr", steps=60, rank=WIDE, **settings), wanted) < 1e-4
 
 
 @needs("custom-diffusion/src/composenW.py")

@@ -146,16 +146,6 @@ def test_knots_is_ties_in_the_joint_bases(density):
     assert difference(ours.lora, wanted) < 1e-9
 
 
-def test_orthogonal_leaves_earlier_loras_alone():
-    ours = merge(LORAS, "orthogonal").lora
-    for site in SITES:
-        rows = LORAS[0].sites[site].down
-        kept = ours.sites[site].dense() @ rows.mT
-        assert torch.allclose(kept, DENSE[0][site] @ rows.mT, atol=1e-9)
-    soft = merge(LORAS, "orthogonal", softness=1e9).lora
-    assert difference(soft, per_site(sum)) < 1e-6
-
-
 def references():
     data = make_data(3)
     return [captured_inputs(changed(Net(), dense), x) for dense, x in zip(DENSE, data, strict=True)]
@@ -216,31 +206,8 @@ def test_ssr_refuses_weights():
         merge_loras(ModuleHost(Net(), make_data(3)), concepts, "ssr")
 
 
-def test_the_subspace_form_is_the_least_squares_router():
-    """R against a plain lstsq of H_i on Z̃_i, weighed by 1 / tokens."""
-    ours = merge(LORAS, "iteris-subspace", ridge=0.0)
-    inputs = references()
-    merged = dense_changes(ours.lora)
-    seen = [captured_inputs(changed(Net(), merged), x) for x in make_data(3)]
-    for site in SITES:
-        down = torch.cat([lora.sites[site].down for lora in LORAS])
-        up = torch.cat([lora.sites[site].up for lora in LORAS], dim=1)
-        z, wanted, start = [], [], 0
-        for lora, x, xt in zip(LORAS, inputs, seen, strict=True):
-            rank, weight = lora.sites[site].rank, len(x[site]) ** -0.5
-            hidden = torch.zeros(len(x[site]), len(down), dtype=torch.float64)
-            hidden[:, start : start + rank] = x[site] @ lora.sites[site].down.mT
-            start += rank
-            wanted.append(weight * hidden)
-            z.append(weight * xt[site] @ down.mT)
-        router = torch.linalg.lstsq(torch.cat(z), torch.cat(wanted)).solution.mT
-        found = ours.lora.sites[site].dense()
-        assert float((found - up @ router @ down).norm() / found.norm()) < 1e-3
-
-
-DELLA = ("della", "della-linear")
-# What does not give a LoRA back: Custom Diffusion and LoRACLR go some way to it.
-NOT_ITSELF = ("custom-diffusion", "orthogonal", "loraclr", "iso-c", "random")
+# What does not give a LoRA back: Custom Diffusion goes some way to it.
+NOT_ITSELF = ("custom-diffusion", "iso-c", "random")
 
 
 @pytest.mark.parametrize("name", [m.name for m in all_methods() if m.name not in NOT_ITSELF])
@@ -248,13 +215,7 @@ def test_one_lora_alone(name):
     """What each method makes of a single LoRA: itself, but for known scales and random drops."""
     lora = make_lora(1)
     neutral = {"task-arithmetic": {"scale": 1.0}, "ties": {"density": 1.0}}
-    neutral |= {
-        name: {"density": 1.0} for name in ("knots", "dare-linear", "dare-ties", "core-space")
-    }
-    neutral |= {"compress-then-merge": {"density": 1.0, "scale": 1.0}}
-    neutral |= {"iteris-subspace": {"ridge": 0.0}}
-    neutral |= {name: {"density": 1.0, "window": 0.0, "scale": 1.0} for name in DELLA}
-    neutral |= {"gradient-fusion": {"steps": 500}}
+    neutral |= {name: {"density": 1.0} for name in ("knots", "dare-linear", "dare-ties")}
     ours = merge([lora], name, **neutral.get(name, {}))
     assert difference(ours.lora, dense_changes(lora)) < 1e-3  # float32 statistics
 
@@ -266,31 +227,6 @@ def test_a_random_change_is_as_large_as_the_sum():
         assert abs(float((found[site] * change).sum())) < 0.5 * float(change.norm() ** 2)
 
 
-def wudi_loss(merged, site):
-    return sum(
-        float((((merged - dense[site]) @ dense[site].mT) ** 2).sum() / (dense[site] ** 2).sum())
-        for dense in DENSE
-    )
-
-
-def test_wudi_goes_to_its_closed_form():
-    """Both reach the least loss, and agree on what the LoRAs' rows can tell."""
-    closed = dense_changes(merge(LORAS, "wudi", solution="closed", rank=WIDE).lora)
-    adam = dense_changes(merge(LORAS, "wudi", steps=1500, rate=5e-3, rank=WIDE).lora)
-    for site in SITES:
-        down = torch.cat([lora.sites[site].down for lora in LORAS])
-        inside = torch.linalg.pinv(down) @ down  # onto the row spaces of all
-        gap = (adam[site] - closed[site]) @ inside
-        assert float(gap.norm() / closed[site].norm()) < 1e-2
-        least, start = wudi_loss(closed[site], site), wudi_loss(per_site(sum)[site], site)
-        assert wudi_loss(adam[site], site) - least < 1e-3 * (start - least)
-        # By the normal equations, with a plain pseudoinverse.
-        grams = [d[site].mT @ d[site] / (d[site] ** 2).sum() for d in DENSE]
-        right = sum(d[site] @ gram for d, gram in zip(DENSE, grams, strict=True))
-        plain = right @ torch.linalg.pinv(sum(grams), rtol=1e-10)
-        torch.testing.assert_close(closed[site], plain, atol=1e-7, rtol=1e-7)
-
-
 def test_chain_of_merges_is_the_plain_sweep():
     plain = {**EXACT, "ridge": 1e-5, "weighting": "none", "repair": False, "saliency": 0.0}
     plain["bound"] = 0.0
@@ -299,10 +235,9 @@ def test_chain_of_merges_is_the_plain_sweep():
     assert difference(ours.lora, dense_changes(sweep.lora)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["chain-of-merges", "gradient-fusion", "loraclr", "wudi"])
-def test_none_needs_gradients_of_the_caller(name):
+def test_gradients_of_the_caller_are_not_needed():
     """ComfyUI runs nodes in inference mode, where autograd keeps nothing."""
-    plain = merge(LORAS, name).lora
+    plain = merge(LORAS, "chain-of-merges").lora
     with torch.inference_mode():
-        inside = merge(LORAS, name).lora
+        inside = merge(LORAS, "chain-of-merges").lora
     assert difference(inside, dense_changes(plain)) < 1e-6
