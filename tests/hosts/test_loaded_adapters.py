@@ -79,7 +79,7 @@ def error(model, name, other, batch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_of_one_adapter_ours_is_the_adapter_and_pefts_is_not(kind):
+def test_a_merge_of_one_adapter_is_the_adapter(kind):
     model = tuned_model([kind, "patterns" if kind == "wide" else "wide"])
     active, before = model.active_adapters, state_of(model)
     report = add_merged_adapter(
@@ -89,10 +89,6 @@ def test_of_one_adapter_ours_is_the_adapter_and_pefts_is_not(kind):
     assert_untouched(model, before, active)
     batch = make_batches("encoder", 9)[1]
     assert error(model, kind, "merged", batch) < 1e-6
-    model.set_adapter(kind)
-    if kind != "patterns":
-        model.add_weighted_adapter([kind], [1.0], "theirs", combination_type="svd")
-        assert error(model, kind, "theirs", batch) > 0.05
 
 
 def test_what_adapters_of_all_kinds_do_is_kept_on_their_own_inputs():
@@ -110,9 +106,6 @@ def test_what_adapters_of_all_kinds_do_is_kept_on_their_own_inputs():
     assert_untouched(model, before, [names[0]])
     for name in names:
         assert error(model, name, "merged", rows[name][0]) < 1e-3
-    model.set_adapter(names[0])
-    model.add_weighted_adapter(names, [1.0, 1.0], "theirs", combination_type="svd", svd_rank=32)
-    assert all(error(model, name, "theirs", rows[name][0]) > 0.3 for name in names)
 
 
 def test_transposed_layers_and_patterns_are_merged():
